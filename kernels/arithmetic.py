@@ -1,0 +1,91 @@
+"""The arithmetic model of a kernel: which roundings it makes, and how many additions deep they lie.
+
+The error budget (`budget`) is a function of this record and of the inputs alone. Unit roundoffs are 2^-24 for
+float32 that rounds to nearest and 2^-23 for tensor cores, which truncate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+U_F32 = 2.0**-24
+U_F32_TENSOR_CORE = 2.0**-23
+
+
+class FloatType(NamedTuple):
+    """unit roundoff, and half the smallest subnormal: the absolute error where the type underflows."""
+
+    u: float
+    tau: float
+
+
+FLOAT_TYPES: dict[str, FloatType] = {
+    "f16": FloatType(2.0**-11, 2.0**-25),
+    "bf16": FloatType(2.0**-8, 2.0**-134),
+    # Rounding to float32 is counted with the accumulators; below 2^-149 nothing is left to lose.
+    "f32": FloatType(0.0, 0.0),
+}
+
+
+class Depths(NamedTuple):
+    """Additions that one term can pass: in the denominator (d_l), the numerator (d_n), the merge (d_m)."""
+
+    parts: int
+    tiles: int
+    d_l: int
+    d_n: int
+    d_m: int
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Roundings of one kernel and plan.
+
+    u: float32 accumulators of both products; p: type of P as it enters the second product; out: type of the
+    result; acc: type of the output accumulators; u_q, u_k, u_v: roundings of the inputs inside the kernel;
+    u_part: rounding of stored partial results; cuts_at: part bounds of a row with n_kv keys, None where they
+    are not known; block: keys a tile, None where it is not known; l_from_rounded_p: the denominator sums P
+    after it was rounded.
+    """
+
+    p: str = "f16"
+    out: str = "f32"
+    acc: str = "f32"
+    u: float = U_F32
+    u_q: float = 0.0
+    u_k: float = 0.0
+    u_v: float = 0.0
+    u_part: float = 0.0
+    block: int | None = 64
+    cuts_at: Callable[[int], tuple[int, ...]] | None = None
+    l_from_rounded_p: bool = False
+
+    def depths(self, n_kv: int) -> Depths:
+        """Depths of a row with n_kv keys; the loosest order of summation where the plan is not known."""
+        if self.block is None or self.cuts_at is None:
+            parts = max(-(-n_kv // 16), 1)
+            return Depths(parts, n_kv, n_kv, n_kv, parts + 3)
+        cuts = self.cuts_at(n_kv)
+        parts = max(len(cuts) - 1, 1)
+        longest = max((b - a for a, b in pairwise(cuts)), default=0)
+        tiles = -(-longest // self.block)
+        depth = self.block + 2 * tiles
+        return Depths(parts, tiles, depth, depth, parts + 3 if parts > 1 else 0)
+
+
+def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:
+    """The arithmetic of a kernel about which only its input type (`f16`, `bf16` or `f32`) is known.
+
+    It may pre-scale and round q, hold P and the accumulators in the input type and return it, in any order of
+    summation: a bound that no correct kernel of this type can break. `acc`: the type of its accumulators,
+    where its author vouches for it.
+    """
+    u = FLOAT_TYPES[input_type].u
+    acc = acc or ("f16" if input_type == "f16" else "f32")
+    return Arithmetic(
+        p=input_type, out=input_type, acc=acc, u=U_F32_TENSOR_CORE, u_q=u, u_part=u, block=None, cuts_at=None,
+        l_from_rounded_p=True,
+    )  # fmt: skip

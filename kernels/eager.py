@@ -1,0 +1,314 @@
+"""Flash attention in plain torch: tiled online softmax, any plan, on CPU and GPU.
+
+The arithmetic is that of a tensor-core kernel, step by step, so that a plan can be judged where no such
+kernel runs: operands in 16 bits, products accumulated in float32, P rounded to 16 bits before the second
+product, a running maximum m, denominator l and accumulator a for each row,
+
+    m' = max(m, max_j s_j)    c = exp(m - m')      p_j = exp(s_j - m')
+    l = c l + sum_j p_j       a = c a + sum_j p_j v_j
+
+over tiles of `block` keys; where a KV part ends, (a / l, m + ln l) is its partial result, and the parts are
+merged by `merge_sequential`. Decode computes one query row a matrix tile (its head group padded to 16 rows,
+as an MMA tile is), prefill packs `QUERY_TILE` rows of all heads of a group into one tile. Every product has
+the same shape whatever the batch, the number of rows or the head groups, so none of them changes a bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path as FilePath
+
+import torch
+
+from kernels.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
+from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from kernels.exact import finish_logits
+from kernels.merge import Part, merge_sequential
+from kernels.plan import Plan, RowPlan
+from kernels.trace import Signature
+
+MMA_ROWS = 16
+QUERY_TILE = 64
+# Keys of one MMA step: float16 accumulators are rounded after each.
+MMA_KEYS = 16
+# Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
+_PARTIALS_AT_ONCE = 1 << 24
+_TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EagerOptions:
+    """plan: how a call is cut; p: type of P in the second product; acc: output accumulators; out: result."""
+
+    plan: Plan = field(default_factory=Plan)
+    p: str = "f16"
+    acc: str = "f32"
+    out: str = "f32"
+
+    @property
+    def label(self) -> str:
+        return f"block={self.plan.block},p={self.p},acc={self.acc},out={self.out}"
+
+
+@cache
+def source_hash() -> str:
+    """Hash of the code that runs: the `binary` of an interpreted kernel's launch trace."""
+    here = FilePath(__file__)
+    return hashlib.sha256(here.read_bytes() + here.with_name("merge.py").read_bytes()).hexdigest()[:12]
+
+
+class EagerKernel(Kernel):
+    """`eager`, and `flash` where its CUDA kernel cannot run."""
+
+    def __init__(self, spec: str, options: EagerOptions) -> None:
+        super().__init__(spec)
+        self.options = options
+
+    def run(self, call: Call) -> AttentionOutput:
+        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        shape = call.shape
+        if options.plan.policy is None:
+            options.plan.groups(shape.ratio)  # raises before anything is computed
+        out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
+        lse = call.q.new_full(call.q.shape[:3], -math.inf, dtype=torch.float32)
+        if shape.keys == 0:
+            return AttentionOutput(out, lse)
+        for b in range(shape.batch):
+            self._sequence(call, options, b, out[b], lse[b])
+        if options.out != "f32":
+            out = out.to(_TORCH_TYPES[options.out]).float()
+        return AttentionOutput(out, lse)
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        options, decode = self.options, path == "decode"
+
+        def cuts(n_kv: int) -> tuple[int, ...]:
+            return plan_of_row(options.plan, shape, n_kv, decode).cuts
+
+        return Arithmetic(
+            p=options.p,
+            out=options.out,
+            acc=options.acc,
+            u=U_F32,
+            block=options.plan.block,
+            # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
+            cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + QUERY_TILE, shape.keys))),
+        )
+
+    def _sequence(
+        self, call: Call, options: EagerOptions, b: int, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """One sequence of the batch; out [T, Hq, Dv] and lse [T, Hq] are written in place."""
+        shape, block = call.shape, options.plan.block
+        decode = call.path == "decode"
+        n_kv = call.kv_len[b].to(torch.int64)
+        n_kv_list: list[int] = n_kv.tolist()
+        keys = _tiles(call.k[b], block).transpose(2, 3).contiguous()  # [Hkv, tiles, Dk, block]
+        values = _tiles(call.v[b], block)  # [Hkv, tiles, block, Dv]
+        # Rows that follow the same head groups are launched together, in ascending n_kv.
+        by_groups: dict[tuple[int, ...], list[int]] = {}
+        kernel = f"eager[{options.label}]"
+        plans: dict[int, RowPlan] = {}
+        if decode:
+            tiles = [[row] for row in sorted(range(shape.rows), key=n_kv_list.__getitem__)]
+        else:
+            tiles = [
+                list(range(t, min(t + QUERY_TILE, shape.rows))) for t in range(0, shape.rows, QUERY_TILE)
+            ]
+            tiles.sort(key=lambda rows: max(n_kv_list[row] for row in rows))
+        tile_n_kv = [max(n_kv_list[row] for row in rows) for rows in tiles]
+        for i, n in enumerate(tile_n_kv):
+            if n not in plans:
+                plans[n] = plan_of_row(
+                    options.plan,
+                    shape,
+                    n,
+                    decode,
+                    sinks=call.sinks is not None,
+                    sliding_window=call.sliding_window is not None,
+                )
+            by_groups.setdefault(plans[n].head_groups, []).append(i)
+        tile_rows = 1 if decode else QUERY_TILE
+        for head_groups, members in by_groups.items():
+            most_parts = max(max(len(plans[tile_n_kv[i]].cuts) - 1, 1) for i in members)
+            floats_a_tile = most_parts * tile_rows * shape.q_heads * shape.v_size
+            at_once = max(_PARTIALS_AT_ONCE // floats_a_tile, 1)
+            for start in range(0, len(members), at_once):
+                chosen = members[start : start + at_once]
+                rows = torch.full((len(chosen), tile_rows), -1, dtype=torch.int64)
+                for i, tile in enumerate(chosen):
+                    rows[i, : len(tiles[tile])] = torch.tensor(tiles[tile])
+                rows = rows.to(call.q.device)
+                cuts = [plans[tile_n_kv[i]].cuts for i in chosen]
+                first_head = 0
+                for group in head_groups:
+                    heads = _heads(shape, first_head, group, call.q.device)
+                    part = _launch(call, options, b, rows, n_kv, cuts, heads, keys, values)
+                    live = rows.flatten() >= 0
+                    at = rows.flatten()[live][:, None], heads.flatten()
+                    out[at] = part.out[live]
+                    lse[at] = part.lse[live]
+                    first_head += group
+                for tile in chosen:
+                    plan = plans[tile_n_kv[tile]]
+                    signature = Signature(kernel, source_hash(), head_groups, plan.cuts, plan.launch)
+                    for row in tiles[tile]:
+                        self.trace.record(call.path, n_kv_list[row], signature, 1)
+
+
+def plan_of_row(
+    plan: Plan, shape: Shape, n_kv: int, decode: bool, *, sinks: bool = False, sliding_window: bool = False
+) -> RowPlan:
+    """The plan of a row of a call of this shape."""
+    return plan.at(
+        n_kv,
+        ratio=shape.ratio,
+        kv_heads=shape.kv_heads,
+        k_size=shape.k_size,
+        v_size=shape.v_size,
+        decode=decode,
+        sinks=sinks,
+        sliding_window=sliding_window,
+    )
+
+
+def _tiles(x: torch.Tensor, block: int) -> torch.Tensor:
+    """[S, H, D] as float32 tiles [H, ceil(S / block), block, D], the last padded with zeros."""
+    keys, heads, size = x.shape
+    tiles = -(-keys // block)
+    padded = x.new_zeros((tiles * block, heads, size), dtype=torch.float32)
+    padded[:keys] = x
+    return padded.view(tiles, block, heads, size).permute(2, 0, 1, 3).contiguous()
+
+
+def _heads(shape: Shape, first: int, group: int, device: torch.device) -> torch.Tensor:
+    """Query heads first .. first+group-1 of every KV head: [Hkv, group]."""
+    base = torch.arange(shape.kv_heads, device=device)[:, None] * shape.ratio
+    return base + torch.arange(first, first + group, device=device)
+
+
+def _launch(
+    call: Call,
+    options: EagerOptions,
+    b: int,
+    rows: torch.Tensor,
+    n_kv: torch.Tensor,
+    cuts: list[tuple[int, ...]],
+    heads: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> Part:
+    """One head group of every KV head over some matrix tiles of query rows.
+
+    rows [N, t]: row numbers of each matrix tile, -1 where it is padded, tiles in ascending n_kv;
+    cuts: KV part bounds of each tile; heads [Hkv, g]. Returns out [N*t, Hkv*g, Dv] and lse [N*t, Hkv*g].
+    """
+    n, t = rows.shape
+    kv_heads, g = heads.shape
+    block, size = options.plan.block, call.shape.v_size
+    device = call.q.device
+    p_type = _TORCH_TYPES[options.p]
+    used = t * g
+    height = -(-used // MMA_ROWS) * MMA_ROWS
+    visible = torch.where(rows >= 0, n_kv[rows.clamp(min=0)], 0)  # [N, t]
+    q = call.q.new_zeros((kv_heads, n, height, call.shape.k_size), dtype=torch.float32)
+    gathered = call.q[b][rows.clamp(min=0)][:, :, heads]  # [N, t, Hkv, g, Dk]
+    q[:, :, :used] = gathered.permute(2, 0, 1, 3, 4).reshape(kv_heads, n, used, -1)
+
+    m = q.new_full((kv_heads, n, used), -math.inf)
+    l = torch.zeros_like(m)
+    a = q.new_zeros((kv_heads, n, used, size))
+    most_parts = max(max(len(c) - 1 for c in cuts), 1)
+    outs = q.new_zeros((most_parts, kv_heads, n, used, size))
+    lses = q.new_full((most_parts, kv_heads, n, used), -math.inf)
+    last_tile = [-(-c[-1] // block) for c in cuts]
+    # Tiles at which a part of matrix tile i begins (the first part excepted), and which part ends there.
+    begins: dict[int, list[tuple[int, int]]] = {}
+    for i, c in enumerate(cuts):
+        for part, bound in enumerate(c[1:-1]):
+            begins.setdefault(bound // block, []).append((i, part))
+
+    def close(i: torch.Tensor, part: torch.Tensor) -> None:
+        """Store the running results of matrix tiles i [n'] as their parts `part` [n'], and start anew."""
+        li, mi = l[:, i], m[:, i]
+        empty = li == 0
+        o = a[:, i] / torch.where(empty, 1.0, li)[..., None]
+        outs[part, :, i] = o.transpose(0, 1)
+        lses[part, :, i] = torch.where(empty, -math.inf, mi + torch.log(li)).transpose(0, 1)
+        m[:, i], l[:, i], a[:, i] = -math.inf, 0.0, 0.0
+
+    width = torch.arange(block, device=device)
+    for j in range(max(last_tile)):
+        if j in begins:
+            which = torch.tensor(begins[j], device=device)
+            close(which[:, 0], which[:, 1])
+        # Tiles are in ascending n_kv: those that still see keys are the last ones.
+        active = slice(next(i for i, end in enumerate(last_tile) if end > j), n)
+        count = n - active.start
+        s = q.new_empty((kv_heads, count, height, block))
+        for h in range(kv_heads):
+            torch.bmm(q[h, active], keys[h, j].expand(count, -1, -1), out=s[h])
+        s = s[:, :, :used] * call.scale
+        s = s.view(kv_heads, count * t, g, block)
+        group_call = _of_heads(call, heads)
+        s = finish_logits(s, visible[active].reshape(-1), width + j * block, group_call)
+        s = s.view(kv_heads, count, used, block)
+        m_old = m[:, active]
+        m_new = torch.maximum(m_old, s.amax(-1))
+        shift = torch.where(torch.isneginf(m_new), 0.0, m_new)
+        p = torch.exp(s - shift[..., None])
+        rescale = torch.exp(m_old - shift)
+        l[:, active] = l[:, active] * rescale + p.sum(-1)
+        m[:, active] = m_new
+        padded = p.new_zeros((kv_heads, count, height, block))
+        padded[:, :, :used] = p.to(p_type)
+        _accumulate(a[:, active], rescale, padded, values[:, j], options.acc)
+    ends = torch.tensor([max(len(c) - 2, 0) for c in cuts], device=device)
+    close(torch.arange(n, device=device), ends)
+    parts = [Part(o, x) for o, x in zip(outs, lses, strict=True)]
+    if call.sinks is not None:
+        # A sink is one more part: a key whose logit is the sink and whose value is 0.
+        sink = call.sinks.float()[heads].view(kv_heads, 1, 1, g).expand(kv_heads, n, t, g)
+        parts.append(Part(torch.zeros_like(outs[0]), sink.reshape(kv_heads, n, used)))
+    result = merge_sequential(parts) if len(parts) > 1 else parts[0]
+    merged_out = result.out.view(kv_heads, n * t, g, size).transpose(0, 1)
+    merged_lse = result.lse.view(kv_heads, n * t, g).transpose(0, 1)
+    return Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))
+
+
+def _of_heads(call: Call, heads: torch.Tensor) -> Call:
+    """The call with its ALiBi slopes narrowed to these heads."""
+    if call.alibi_slopes is None:
+        return call
+    return replace(call, alibi_slopes=call.alibi_slopes[heads].flatten())
+
+
+def _accumulate(
+    a: torch.Tensor, rescale: torch.Tensor, p: torch.Tensor, values: torch.Tensor, acc: str
+) -> None:
+    """a = rescale * a + p @ values for one tile of keys, in place.
+
+    a [Hkv, N, used, Dv]; rescale [Hkv, N, used]; p [Hkv, N, height, block]; values [Hkv, block, Dv].
+    """
+    kv_heads, count, height, block = p.shape
+    used = a.shape[2]
+    grown = a * rescale[..., None]
+    product = p.new_empty((kv_heads, count, height, values.shape[-1]))
+    if acc == "f32":
+        for h in range(kv_heads):
+            torch.bmm(p[h], values[h].expand(count, -1, -1), out=product[h])
+        a.copy_(grown.add_(product[:, :, :used]))
+        return
+    grown = grown.half()
+    for first in range(0, block, MMA_KEYS):
+        step = slice(first, first + MMA_KEYS)
+        for h in range(kv_heads):
+            torch.bmm(p[h, :, :, step], values[h, step].expand(count, -1, -1), out=product[h])
+        grown = (grown.float() + product[:, :, :used]).half()
+    a.copy_(grown)
+
+
+assert FLOAT_TYPES.keys() == _TORCH_TYPES.keys()

@@ -1,0 +1,94 @@
+"""The oracle: softmax(scale * Q K^T) V in float64, nothing cut, nothing approximated.
+
+s_j = scale * <q, k_j>                                 logits, in float64
+s_j = softcap * tanh(s_j / softcap)                    if a softcap is given
+s_j = s_j + alibi_slope[h] * (j - (n_kv - 1))          if ALiBi slopes are given: 0 at the newest key
+visible: n_kv - sliding_window <= j < n_kv             the newest `sliding_window` keys
+L = ln(sum_j exp(s_j) + exp(sink[h]))                  the sink is one more key whose value is 0
+o = sum_j exp(s_j - L) v_j
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kernels.arithmetic import Arithmetic
+from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from kernels.trace import Signature
+
+# Logits held at once, in elements. A fixed rule of the shapes alone, so that no bit depends on free memory.
+_LOGITS_AT_ONCE = 1 << 23
+
+
+def exact_attention(call: Call) -> AttentionOutput:
+    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64."""
+    q, k, v, kv_len, scale, shape = call.q, call.k, call.v, call.kv_len, call.scale, call.shape
+    sinks = None if call.sinks is None else call.sinks.to(torch.float64)
+    r, heads = shape.ratio, shape.kv_heads
+    out = q.new_zeros((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float64)
+    lse = q.new_full((shape.batch, shape.rows, shape.q_heads), -math.inf, dtype=torch.float64)
+    chunk = max(_LOGITS_AT_ONCE // max(shape.q_heads * shape.keys, 1), 1)
+    if shape.keys == 0:
+        raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
+    for b in range(shape.batch):
+        keys = k[b].to(torch.float64).permute(1, 2, 0)  # [Hkv, Dk, S]
+        values = v[b].to(torch.float64).permute(1, 0, 2)  # [Hkv, S, Dv]
+        for first in range(0, shape.rows, chunk):
+            rows = slice(first, min(first + chunk, shape.rows))
+            n_kv = kv_len[b, rows]
+            last = max(int(n_kv.max()), 1)
+            queries = q[b, rows].to(torch.float64)  # [t, Hq, Dk]
+            t = queries.shape[0]
+            grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)
+            s = torch.bmm(grouped, keys[:, :, :last]).mul_(scale).view(heads, t, r, last)
+            s = finish_logits(s, n_kv, torch.arange(last, device=q.device), call)
+            top = s.amax(-1)
+            if sinks is not None:
+                top = torch.maximum(top, sinks.view(heads, 1, r))
+            shift = torch.where(torch.isneginf(top), 0.0, top)
+            p = s.sub_(shift[..., None]).exp_()
+            total = p.sum(-1)
+            if sinks is not None:
+                total = total + torch.exp(sinks.view(heads, 1, r) - shift)
+            o = torch.bmm(p.view(heads, t * r, last), values[:, :last]).view(heads, t, r, -1)
+            empty = total == 0
+            o = o / torch.where(empty, 1.0, total)[..., None]
+            log = torch.where(empty, -math.inf, shift + torch.log(total))
+            out[b, rows] = o.permute(1, 0, 2, 3).reshape(t, heads * r, -1)
+            lse[b, rows] = log.permute(1, 0, 2).reshape(t, heads * r)
+    return AttentionOutput(out, lse)
+
+
+def finish_logits(s: torch.Tensor, n_kv: torch.Tensor, positions: torch.Tensor, call: Call) -> torch.Tensor:
+    """Scaled products [Hkv, t, r, n] of t rows with keys `positions` [n], made into masked logits.
+
+    n_kv [t]: visible keys of each row; softcap, ALiBi slopes and sliding window are the call's. Works in the
+    dtype of `s`; keys that a row does not see become -inf.
+    """
+    heads, _, r, _ = s.shape
+    if call.softcap is not None:
+        s = call.softcap * torch.tanh(s / call.softcap)
+    n_kv = n_kv.view(1, -1, 1, 1)
+    if call.alibi_slopes is not None:
+        s = s + call.alibi_slopes.to(s.dtype).view(heads, 1, r, 1) * (positions - (n_kv - 1)).to(s.dtype)
+    hidden = positions >= n_kv
+    if call.sliding_window is not None:
+        hidden = hidden | (positions < n_kv - call.sliding_window)
+    return s.masked_fill(hidden, -math.inf)
+
+
+class ExactKernel(Kernel):
+    """`exact`: the oracle behind the contract, rounded once to float32."""
+
+    def run(self, call: Call) -> AttentionOutput:
+        result = exact_attention(call)
+        signature = Signature("exact", "float64", (), (), "one")
+        for n_kv, rows in zip(*(x.tolist() for x in call.kv_len.unique(return_counts=True)), strict=True):
+            self.trace.record(call.path, n_kv, signature, rows)
+        return AttentionOutput(result.out.float(), result.lse.float())
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        # Only the rounding of the result to float32 is left.
+        return Arithmetic(p="f32", block=max(shape.keys, 1), cuts_at=lambda n_kv: (0, n_kv))

@@ -1,0 +1,89 @@
+"""Every kernel by its name: building one from a specification, and listing what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from kernels.contract import Kernel
+from kernels.eager import EagerKernel, EagerOptions
+from kernels.errors import SpecError, nearest
+from kernels.exact import ExactKernel
+from kernels.flash import flash_kernel, why_not_cuda
+from kernels.foreign import FOREIGN_OPTIONS, ForeignKernel
+from kernels.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
+
+TILE_OPTIONS: dict[str, str] = {
+    **PLAN_OPTIONS,
+    "p": "type of P as it enters the second product: f16, bf16, f32; default f16",
+    "acc": "type of the output accumulators: f32, f16; default f32",
+    "out": "type of the result: f32, f16, bf16; default f32",
+}
+
+
+class Entry(NamedTuple):
+    """A kernel: its name, its options, how to build it, and why it cannot run here (None: it can)."""
+
+    name: str
+    summary: str
+    options: Mapping[str, str]
+    build: Callable[[Spec], Kernel]
+    why_not: Callable[[], str | None]
+
+
+def _eager_options(spec: Spec) -> EagerOptions:
+    return EagerOptions(
+        plan=parse_plan(spec),
+        p=choice(spec, "p", "f16", ("f16", "bf16", "f32")),
+        acc=choice(spec, "acc", "f32", ("f32", "f16")),
+        out=choice(spec, "out", "f32", ("f32", "f16", "bf16")),
+    )
+
+
+def _here() -> None:
+    return None
+
+
+ENTRIES: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("exact", "float64 softmax(QK)V: the oracle", {}, lambda s: ExactKernel(s.text), _here),
+        Entry(
+            "eager",
+            "tiled online softmax in plain torch, any plan, CPU or GPU",
+            TILE_OPTIONS,
+            lambda s: EagerKernel(s.text, _eager_options(s)),
+            _here,
+        ),
+        Entry(
+            "flash",
+            "our CUDA kernel; where it cannot run, `eager` runs in its place and the verdict says so",
+            TILE_OPTIONS,
+            lambda s: flash_kernel(s.text, _eager_options(s)),
+            why_not_cuda,
+        ),
+        Entry(
+            "py",
+            "your own: py:FILE.py::FUNCTION, run in a process of its own",
+            FOREIGN_OPTIONS,
+            ForeignKernel.from_spec,
+            _here,
+        ),
+    )
+}
+
+
+def build_kernel(text: str) -> Kernel:
+    """The kernel of a specification.
+
+    Raises SpecError, one line that names the specification and the nearest thing that is known.
+    """
+    spec = parse_spec(text)
+    entry = ENTRIES.get(spec.name)
+    if entry is None:
+        raise SpecError(
+            f"kernel {text!r}: unknown kernel {spec.name!r}{nearest(spec.name, ENTRIES)}"
+            f" (known: {', '.join(ENTRIES)})"
+        )
+    check_options(spec, entry.options)
+    return entry.build(spec)

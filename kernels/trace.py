@@ -1,0 +1,112 @@
+"""Launch traces: what a kernel really ran, recorded from inside the code that launches it.
+
+The request says what should run; only the trace says what did. A verdict about a changed path rests on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Signature(NamedTuple):
+    """What computed one row: two rows with equal signatures and inputs ran the same arithmetic.
+
+    kernel: name with its numerical options; binary: hash of the code that ran; head_groups: query heads that
+    each program handled; cuts: bounds 0 < ... < n_kv of the KV parts; launch: `one`, or `each` head group.
+    An implementation that cannot say leaves head_groups and cuts empty.
+    """
+
+    kernel: str
+    binary: str
+    head_groups: tuple[int, ...]
+    cuts: tuple[int, ...]
+    launch: str
+
+
+@dataclass
+class Coverage:
+    """Rows of one kind that ran: the line of a report's coverage table."""
+
+    path: str
+    kernel: str
+    binary: str
+    head_groups: tuple[int, ...]
+    parts: int
+    launch: str
+    rows: int
+    n_kv_min: int
+    n_kv_max: int
+    cuts_at_max: tuple[int, ...]
+
+
+@dataclass
+class LaunchTrace:
+    """Rows that ran, by path, n_kv and signature. Rows count attention rows: tokens times layers."""
+
+    rows: dict[tuple[str, int, Signature], int] = field(default_factory=dict)
+
+    def record(self, path: str, n_kv: int, signature: Signature, rows: int) -> None:
+        """Count `rows` query rows with `n_kv` visible keys that `signature` computed."""
+        key = (path, n_kv, signature)
+        self.rows[key] = self.rows.get(key, 0) + rows
+
+    def add(self, other: LaunchTrace) -> None:
+        for (path, n_kv, signature), rows in other.rows.items():
+            self.record(path, n_kv, signature, rows)
+
+    def at(self, n_kv: int) -> frozenset[tuple[str, Signature]]:
+        """Everything that ran at this n_kv, as (path, signature)."""
+        return self._by_n_kv().get(n_kv, frozenset())
+
+    def _by_n_kv(self) -> dict[int, frozenset[tuple[str, Signature]]]:
+        found: dict[int, set[tuple[str, Signature]]] = {}
+        for path, n_kv, signature in self.rows:
+            found.setdefault(n_kv, set()).add((path, signature))
+        return {n_kv: frozenset(kinds) for n_kv, kinds in found.items()}
+
+    def differs_from(self, other: LaunchTrace) -> frozenset[int]:
+        """The n_kv at which this trace ran something that `other` did not run there, or the reverse."""
+        mine, theirs = self._by_n_kv(), other._by_n_kv()
+        return frozenset(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+
+    def rows_at(self, n_kvs: Iterable[int]) -> int:
+        wanted = set(n_kvs)
+        return sum(rows for (_, n_kv, _), rows in self.rows.items() if n_kv in wanted)
+
+    @property
+    def total_rows(self) -> int:
+        return sum(self.rows.values())
+
+    def coverage(self) -> list[Coverage]:
+        """One line a kind of launch, rows added up, with its range of n_kv."""
+        lines: dict[tuple[object, ...], Coverage] = {}
+        for (path, n_kv, s), rows in sorted(self.rows.items()):
+            parts = max(len(s.cuts) - 1, 0)
+            key = (path, s.kernel, s.binary, s.head_groups, parts, s.launch)
+            line = lines.get(key)
+            if line is None:
+                lines[key] = Coverage(
+                    path, s.kernel, s.binary, s.head_groups, parts, s.launch, rows, n_kv, n_kv, s.cuts
+                )
+            else:
+                line.rows += rows
+                line.n_kv_min = min(line.n_kv_min, n_kv)
+                if n_kv >= line.n_kv_max:
+                    line.n_kv_max, line.cuts_at_max = n_kv, s.cuts
+        return list(lines.values())
+
+    def to_json(self) -> list[list[Any]]:
+        """A list that `from_json` reads back; signatures are written once a row kind and n_kv."""
+        return [
+            [path, n_kv, s.kernel, s.binary, list(s.head_groups), list(s.cuts), s.launch, rows]
+            for (path, n_kv, s), rows in sorted(self.rows.items())
+        ]
+
+    @classmethod
+    def from_json(cls, lines: Iterable[Sequence[Any]]) -> LaunchTrace:
+        trace = cls()
+        for path, n_kv, kernel, binary, groups, cuts, launch, rows in lines:
+            trace.record(path, n_kv, Signature(kernel, binary, tuple(groups), tuple(cuts), launch), rows)
+        return trace
