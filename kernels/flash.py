@@ -1,19 +1,181 @@
-"""`flash`: our flash-attention kernel on CUDA; `eager` where it cannot run, and then it says so."""
+"""`flash`: our flash-attention kernel on CUDA; `eager` where it cannot run, and then it says so.
+
+The device code is Triton (`flash_device`). With TRITON_INTERPRET=1 set before Triton is imported, a
+`FlashKernel` that is built directly interprets it on CPU tensors; `flash` itself never does.
+"""
 
 from __future__ import annotations
 
-from kernels.eager import EagerKernel, EagerOptions
+import functools
+import importlib.util
+from dataclasses import replace
+
+import torch
+
+from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
+from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from kernels.eager import EagerKernel, EagerOptions, plan_of_row
+from kernels.flash_launch import Prepared, check_supported, device_code, prepare, shares_memory
+from kernels.flash_tiles import Tiles, choose_tiles
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
+# Shared memory that a program may ask for on compute capability 9.0; what the interpreter pretends to have.
+NOMINAL_SHARED_BYTES = 232_448
+# Compute capability from which a dependent launch may begin while the one before it drains.
+_OVERLAP_FROM = (9, 0)
 
 
 def why_not_cuda() -> str | None:
     """The reason why the CUDA kernel cannot run here, or None if it can."""
-    return "this version has no CUDA kernel yet"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
 
 
-def flash_kernel(spec: str, options: EagerOptions) -> EagerKernel:
+@functools.cache
+def _limits(index: int) -> tuple[int, tuple[int, int]]:
+    """Shared memory a program may ask for, in bytes, and compute capability of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin, (properties.major, properties.minor)
+
+
+class FlashKernel(Kernel):
+    """The Triton kernel, on CUDA tensors (or interpreted, on CPU tensors).
+
+    tiles: fixed tile sizes instead of those chosen by the device, for measurements; overlap: whether the
+    combining launch may start early on devices that can do it.
+    """
+
+    def __init__(
+        self, spec: str, options: EagerOptions, *, tiles: Tiles | None = None, overlap: bool = True
+    ) -> None:
+        super().__init__(spec)
+        self.options = options
+        self.tiles = tiles
+        self.overlap = overlap
+        self._keys_used: set[int] = set()
+        self._shared_limit: int | None = None
+
+    def prepare(self, call: Call) -> Prepared | None:
+        """The call ready to be launched, many times if need be; None where no tile fits the device.
+
+        Raises ValueError on a dtype, a head size or head groups that the kernel does not have.
+        """
+        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        tiles = self.tiles or self._tiles(call.q.device, call, options)
+        if tiles is None:
+            return None
+        overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index)[1] >= _OVERLAP_FROM
+        return prepare(call, options, tiles, overlap=overlap)
+
+    def run(self, call: Call) -> AttentionOutput:
+        check_supported(call)
+        if not call.q.is_cuda and not device_code().INTERPRETED:
+            return self._fall_back(call, f"{FALLBACK_NOTE} (tensors on {call.q.device})")
+        while True:
+            prepared = self.prepare(call)
+            if prepared is None:
+                return self._fall_back(call, f"{FALLBACK_NOTE} ({self._too_small(call)})")
+            try:
+                result = prepared.launch()
+            except device_code().OutOfResources as error:
+                if self.tiles is not None or error.name != "shared memory":
+                    raise
+                # The estimate of shared memory was too low for this device's code: ask for less.
+                self._shared_limit = int(error.limit * error.limit / error.required) - 1
+                continue
+            break
+        prepared.record(self.trace, self.label(prepared))
+        self._keys_used.add(prepared.tiles.keys)
+        for note in prepared.notes:
+            self._note(note)
+        return result
+
+    def label(self, prepared: Prepared) -> str:
+        """The kernel's name in the launch trace, with everything that its arithmetic depends on."""
+        options, tiles = prepared.options, prepared.tiles
+        tile = "" if tiles.keys == options.plan.block else f",tile={tiles.keys}"
+        return f"flash[{options.label}{tile}]"
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        options, decode = self.options, path == "decode"
+        tiles = self.tiles or self._tiles_of(
+            self._limit(None), shape, decode, options.plan.block, item_size=2, v_is_k=False
+        )
+        rows = 64 if tiles is None else tiles.rows
+        keys = min({options.plan.block if tiles is None else tiles.keys} | self._keys_used)
+
+        def cuts(n_kv: int) -> tuple[int, ...]:
+            return plan_of_row(options.plan, shape, n_kv, decode).cuts
+
+        return Arithmetic(
+            p=options.p,
+            out=options.out,
+            acc=options.acc,
+            # Tensor cores truncate where float32 units round.
+            u=U_F32_TENSOR_CORE,
+            block=keys,
+            # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
+            cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + rows, shape.keys))),
+        )
+
+    def _tiles(self, device: torch.device, call: Call, options: EagerOptions) -> Tiles | None:
+        return self._tiles_of(
+            self._limit(device),
+            call.shape,
+            call.path == "decode",
+            options.plan.block,
+            item_size=call.q.element_size(),
+            v_is_k=shares_memory(call),
+        )
+
+    @staticmethod
+    def _tiles_of(
+        limit: int, shape: Shape, decode: bool, block: int, *, item_size: int, v_is_k: bool
+    ) -> Tiles | None:
+        return choose_tiles(
+            shape.ratio,
+            shape.k_size,
+            shape.v_size,
+            decode=decode,
+            block=block,
+            item_size=item_size,
+            v_is_k=v_is_k,
+            shared_limit=limit,
+        )
+
+    def _limit(self, device: torch.device | None) -> int:
+        if self._shared_limit is not None:
+            return self._shared_limit
+        if device is not None and device.type == "cuda":
+            return _limits(device.index)[0]
+        if device is None and torch.cuda.is_available():
+            return _limits(torch.cuda.current_device())[0]
+        return NOMINAL_SHARED_BYTES
+
+    def _too_small(self, call: Call) -> str:
+        sizes = f"head sizes {call.shape.k_size} and {call.shape.v_size}"
+        return f"no tile of {sizes} fits in {self._limit(call.q.device)} bytes of shared memory"
+
+    def _fall_back(self, call: Call, note: str) -> AttentionOutput:
+        self._note(note)
+        eager = EagerKernel(self.spec, self.options)
+        eager.trace = self.trace
+        return eager.run(call)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def flash_kernel(spec: str, options: EagerOptions) -> Kernel:
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
+    reason = why_not_cuda()
+    if reason is None:
+        sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        return FlashKernel(spec, replace(options, plan=options.plan.with_sms(sms)))
     kernel = EagerKernel(spec, options)
-    kernel.notes.append(f"{FALLBACK_NOTE} ({why_not_cuda()})")
+    kernel.notes.append(f"{FALLBACK_NOTE} ({reason})")
     return kernel

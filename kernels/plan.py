@@ -74,6 +74,10 @@ class KVCuts:
             raise SpecError(f"kv={text}: expected a number of parts from 1, size:KEYS, or auto")
         return cls(mode, value)
 
+    def parts_wanted(self, programs: int, sms: int) -> int:
+        """Parts of a row that is long enough for them (modes `parts` and `auto`; see `cuts`)."""
+        return self.value if self.mode == "parts" else max(sms // programs, 1)
+
     def cuts(self, n_kv: int, block: int, programs: int, sms: int) -> tuple[int, ...]:
         """Part bounds 0 < c1 < ... < n_kv, on tile edges; no part is empty; (0,) for n_kv = 0.
 
@@ -85,8 +89,7 @@ class KVCuts:
             tiles_a_part = -(-self.value // block)
             edges = [*range(0, tiles, tiles_a_part), tiles]
         else:
-            parts = self.value if self.mode == "parts" else max(sms // programs, 1)
-            parts = min(parts, tiles)
+            parts = min(self.parts_wanted(programs, sms), tiles)
             edges = [i * tiles // parts for i in range(parts + 1)] if parts else [0]
         bounds = sorted({min(edge * block, n_kv) for edge in edges})
         return tuple(bounds)

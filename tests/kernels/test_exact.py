@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.contract import Call, checked_call
+from kernels.exact import ExactKernel, exact_attention
+from support.problems import problem
+
+
+def by_hand(c: Call, b: int, t: int, h: int) -> tuple[list[float], float]:
+    """One row and head by the formula, in Python floats."""
+    n = int(c.kv_len[b, t])
+    kv = h // c.shape.ratio
+    first = max(n - (c.sliding_window or n), 0)
+    logits = []
+    for j in range(first, n):
+        s = float(c.scale * (c.q[b, t, h].double() @ c.k[b, j, kv].double()))
+        if c.softcap:
+            s = c.softcap * math.tanh(s / c.softcap)
+        if c.alibi_slopes is not None:
+            s += float(c.alibi_slopes[h]) * (j - (n - 1))
+        logits.append(s)
+    sink = [float(c.sinks[h])] if c.sinks is not None else []
+    total = math.fsum(math.exp(s) for s in logits + sink)
+    values = c.v[b, first:n, kv].double()
+    out = [
+        math.fsum(math.exp(s) * float(values[i, d]) for i, s in enumerate(logits)) / total
+        for d in range(values.shape[1])
+    ]
+    return out, math.log(total)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sliding_window": 5},
+        {"softcap": 2.0},
+        {"sinks": torch.linspace(-1, 2, 6)},
+        {"alibi_slopes": torch.linspace(0.1, 0.6, 6)},
+    ],
+    ids=lambda o: next(iter(o), "plain"),
+)
+def test_every_option_follows_its_formula(options: dict[str, object]) -> None:
+    call = problem(rows=20, size=8, **options)
+    result = exact_attention(call)
+    for t in (0, 4, 5, 19):
+        for h in range(6):
+            out, lse = by_hand(call, 0, t, h)
+            assert result.out[0, t, h].tolist() == pytest.approx(out, rel=1e-12, abs=1e-14)
+            assert result.lse[0, t, h].item() == pytest.approx(lse, rel=1e-12, abs=1e-14)
+
+
+def test_query_heads_read_their_own_kv_head() -> None:
+    call = problem(rows=1, kv_heads=3, ratio=2)
+    out = exact_attention(call).out[0, 0]
+    assert torch.equal(out, call.v[0, 0].double().repeat_interleave(2, 0))
+
+
+def test_an_empty_row_is_zero_with_lse_minus_infinity() -> None:
+    c = problem(rows=4)
+    none = torch.zeros_like(c.kv_len)
+    result = ExactKernel("exact").attend(c.q, c.k, c.v, kv_len=none, scale=c.scale)
+    assert not result.out.any()
+    assert (result.lse == -math.inf).all()
+
+
+def test_an_empty_row_with_a_sink_is_the_sink() -> None:
+    c = problem(rows=4)
+    sinks = torch.linspace(-2, 2, 6)
+    result = ExactKernel("exact").attend(
+        c.q, c.k, c.v, kv_len=torch.zeros_like(c.kv_len), scale=c.scale, sinks=sinks
+    )
+    assert not result.out.any()
+    assert torch.allclose(result.lse[0, 0], sinks)
+
+
+Q, K, V = torch.zeros(1, 6, 6, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 8)
+KV_LEN = torch.arange(1, 7, dtype=torch.int32)[None]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": Q[..., :5]}, "k: expected head size 5 as q has, got 8"),
+        ({"q": Q[:, :, :5]}, "q: 5 query heads are not a multiple of 2"),
+        ({"q": Q[0]}, r"q: expected 4 dimensions .* \[6, 6, 8\]"),
+        ({"k": K[:, :4]}, "v: expected"),
+        ({"k": K.expand(3, -1, -1, -1)}, "k, v: expected batch 1"),
+        ({"v": V.half()}, "one dtype, got torch.float32, torch.float32, torch.float16"),
+        ({"v": V.int()}, "v: expected a floating dtype"),
+        ({"kv_len": KV_LEN + 1}, "kv_len: expected values from 0 to S = 6, got 2 to 7"),
+        ({"kv_len": KV_LEN[:, :2]}, "kv_len: expected shape"),
+        ({"kv_len": KV_LEN.float()}, "kv_len: expected int32"),
+        ({"sliding_window": 0}, "sliding_window: expected at least 1, got 0"),
+        ({"softcap": -1.0}, "softcap: expected a positive number"),
+        ({"sinks": torch.zeros(5)}, r"sinks: expected shape \[Hq\] = \[6\]"),
+        ({"alibi_slopes": torch.zeros(2)}, "alibi_slopes: expected shape"),
+        ({"path": "train"}, "path: expected decode or prefill"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], named: str) -> None:
+    given: dict[str, Any] = {"q": Q, "k": K, "v": V, "kv_len": KV_LEN, "scale": 1.0} | change
+    with pytest.raises(ValueError, match=named):
+        checked_call(given.pop("q"), given.pop("k"), given.pop("v"), **given)

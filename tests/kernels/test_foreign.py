@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.problems import problem
+
+from kernels.errors import KernelFailure, SpecError
+from kernels.exact import exact_attention
+from kernels.registry import build_kernel
+
+FILE = Path(__file__).parents[1] / "support/user_kernels.py"
+
+
+@pytest.mark.parametrize("function", ["good", "finds_our_packages"])
+def test_a_right_kernel_agrees_with_exact(function: str) -> None:
+    call = problem(batch=2, rows=20)
+    kernel = build_kernel(f"py:{FILE}::{function}")
+    for _ in range(2):
+        result, oracle = kernel.run(call), exact_attention(call)
+        assert (result.out - oracle.out).abs().max() < 1e-5
+    assert kernel.trace.total_rows == 2 * 2 * 20
+    kernel.close()
+
+
+def test_it_is_told_the_path_only_if_it_asks() -> None:
+    call = problem(rows=5, path="prefill")
+    kernel = build_kernel(f"py:{FILE}::says_its_path")
+    assert (kernel.run(call).out - exact_attention(call).out - 1).abs().max() < 1e-5
+    kernel.close()
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "said"),
+    [
+        ("hangs,timeout=1", "hung", "no answer within 1 s"),
+        ("dies", "died", "killed by SIGKILL"),
+        ("raises", "raised", "RuntimeError: no such luck"),
+        ("wrong_shape", "shape", "expected [1, 5, 6, 32]"),
+        ("wrong_dtype", "dtype", "torch.int32"),
+        ("writes_inputs", "wrote-inputs", "its input q"),
+    ],
+)
+def test_every_way_to_fail_is_a_finding(function: str, kind: str, said: str) -> None:
+    kernel = build_kernel(f"py:{FILE}::{function}")
+    with pytest.raises(KernelFailure) as caught:
+        kernel.run(problem(rows=5))
+    assert caught.value.kind == kind
+    assert said in str(caught.value)
+    kernel.close()
+
+
+def test_an_option_that_it_does_not_take_is_refused_not_ignored() -> None:
+    kernel = build_kernel(f"py:{FILE}::good")
+    with pytest.raises(KernelFailure, match="does not take sinks"):
+        kernel.run(problem(rows=5, sinks=torch.zeros(6)))
+    kernel.close()
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("py:nowhere.py::f", "no such file"),
+        (f"py:{FILE}", "expected py:FILE.py::FUNCTION"),
+        (f"py:{FILE}::nothing", "has no function nothing"),
+        (f"py:{FILE}::wrong_signature", "expected (q, k, v, *, kv_len, scale)"),
+        (f"py:{FILE}::good,timeout=soon", "timeout=soon, expected a whole number"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line(spec: str, said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_kernel(spec)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_does_not_import(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    with pytest.raises(SpecError, match="does not import: ModuleNotFoundError"):
+        build_kernel(f"py:{broken}::f")

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.errors import SpecError
+from kernels.plan import KVCuts, Plan, parse_heads, powers_of_two
+from kernels.registry import build_kernel
+
+SHAPE = {"kv_heads": 8, "k_size": 128, "v_size": 128}
+cuts_rules = st.one_of(
+    st.builds(KVCuts, st.just("parts"), st.integers(1, 40)),
+    st.builds(KVCuts, st.just("size"), st.integers(1, 5000)),
+    st.just(KVCuts("auto", 0)),
+)
+
+
+@given(cuts_rules, st.integers(0, 20000), st.sampled_from([16, 64, 128]), st.integers(1, 64))
+def test_cuts_partition_the_range_once_on_tile_edges(rule: KVCuts, n_kv: int, block: int, programs: int) -> None:
+    cuts = rule.cuts(n_kv, block, programs, 132)
+    assert cuts[0] == 0
+    assert cuts[-1] == n_kv
+    assert list(cuts) == sorted(set(cuts))
+    assert all(c % block == 0 for c in cuts[:-1])
+
+
+def test_a_number_of_parts_is_that_number_where_there_are_tiles_for_it() -> None:
+    assert KVCuts("parts", 4).cuts(1024, 64, 1, 132) == (0, 256, 512, 768, 1024)
+    assert KVCuts("parts", 4).cuts(100, 64, 1, 132) == (0, 64, 100)
+
+
+def test_auto_moves_with_the_head_groups() -> None:
+    padded = Plan(kv=KVCuts("auto", 0)).at(8192, ratio=12, **SHAPE)
+    split = Plan(heads=(8, 4), kv=KVCuts("auto", 0)).at(8192, ratio=12, **SHAPE)
+    assert len(padded.cuts) > len(split.cuts) > 2
+
+
+@given(st.integers(1, 64))
+def test_split_is_powers_of_two_that_sum(r: int) -> None:
+    groups = powers_of_two(r)
+    assert sum(groups) == r
+    assert all(g & (g - 1) == 0 for g in groups)
+    assert list(groups) == sorted(groups, reverse=True)
+
+
+def test_head_groups_that_do_not_sum_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"heads=8\+4: sums to 12, expected r = 3"):
+        Plan(heads=(8, 4)).at(1, ratio=3, **SHAPE)
+
+
+@pytest.mark.parametrize("text", ["8+", "a", "0", "8+-1", ""])
+def test_head_groups_that_are_no_numbers_are_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="head groups"):
+        parse_heads(text)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("flahs", "unknown kernel 'flahs', did you mean 'flash'"),
+        ("flash:hads=8+4", "unknown option 'hads', did you mean 'heads'"),
+        ("flash:heads", "'heads' is not of the form option=value"),
+        ("flash:kv=0", "kv=0: expected a number of parts"),
+        ("flash:kv=1,kv=2", "option kv is given twice"),
+        ("flash:block=20", "multiple of 16"),
+        ("flash:p=f8", "p=f8, expected one of f16, bf16, f32"),
+        ("flash:policy=ik1183", "unknown policy, did you mean 'ik-1183'"),
+        ("flash:policy=ik-1183,heads=8+4", "heads is chosen by the policy"),
+        ("flash:threshold=5", "threshold needs policy"),
+        ("exact:heads=2", "unknown option 'heads'"),
+    ],
+)
+def test_specifications_that_cannot_be_built_say_why(spec: str, message: str) -> None:
+    with pytest.raises(SpecError, match="kernel|policy") as caught:
+        build_kernel(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

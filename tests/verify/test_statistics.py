@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from verify.statistics import CONFIDENCE, distance_ratio, paired_difference, window_interval
+
+
+def draw(windows: int, *, ratio: float, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Divergences of a candidate whose distance is `ratio` times its reference's."""
+    rng = np.random.default_rng(seed)
+    reference = np.exp(rng.normal(-14, 2, (windows, 255)))
+    return reference * ratio**2 * np.exp(rng.normal(0, spread, reference.shape)), reference
+
+
+@pytest.mark.parametrize("windows", [4, 12, 40])
+@pytest.mark.parametrize("ratio", [1.0, 1.5])
+def test_the_ratio_is_found_and_its_interval_covers_it(windows: int, ratio: float) -> None:
+    found = [distance_ratio(*draw(windows, ratio=ratio, seed=s)) for s in range(30)]
+    assert np.median([f.ratio for f in found]) == pytest.approx(ratio, rel=0.03)
+    # Nominally 1 in 1000 misses.
+    assert sum(not f.low <= ratio <= f.high for f in found) <= 1
+
+
+def test_exchanging_the_arms_inverts_the_ratio() -> None:
+    a, b = draw(4, ratio=1.3, seed=1)
+    there, back = distance_ratio(a, b), distance_ratio(b, a)
+    assert there.ratio == pytest.approx(1 / back.ratio)
+    assert there.low == pytest.approx(1 / back.high)
+
+
+def test_a_difference_of_the_detectable_size_is_mostly_detected() -> None:
+    reach = float(np.median([distance_ratio(*draw(12, ratio=1.0, seed=s)).detectable for s in range(20)]))
+    seen = sum(distance_ratio(*draw(12, ratio=reach, seed=100 + s)).low > 1 for s in range(40))
+    assert seen >= 28
+
+
+def test_more_windows_see_less() -> None:
+    few, many = (distance_ratio(*draw(n, ratio=1.0, seed=3)).detectable for n in (4, 64))
+    assert 1 < many < few
+
+
+def test_the_scope_says_what_the_interval_is_about() -> None:
+    assert window_interval(np.random.default_rng(0).normal(size=(4, 255))).scope == "this text only"
+    assert window_interval(np.random.default_rng(0).normal(size=(8, 255))).scope == "texts like this one"
+
+
+def test_one_short_window_promises_nothing() -> None:
+    interval = window_interval(np.ones((1, 30)))
+    assert interval.low == -math.inf
+    assert interval.high == math.inf
+
+
+def test_the_bootstrap_agrees_with_the_t_interval_where_both_hold() -> None:
+    values = np.random.default_rng(5).normal(size=(19, 255))
+    more = np.concatenate([values, values[:1]])
+    t, bootstrap = window_interval(values), window_interval(more)
+    assert bootstrap.high - bootstrap.low == pytest.approx(t.high - t.low, rel=0.35)
+    assert CONFIDENCE == 0.999
+
+
+def test_equal_divergences_are_a_ratio_of_one() -> None:
+    kld = np.full((4, 255), 1e-7)
+    assert distance_ratio(kld, kld).ratio == 1.0
+    zero = np.zeros((4, 255))
+    assert distance_ratio(zero, zero).ratio == 1.0
+
+
+def test_the_paired_error_is_that_of_the_differences() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(3, 2, (4, 255))
+    difference = paired_difference(base + rng.normal(1e-3, 1e-3, base.shape), base)
+    assert difference.mean == pytest.approx(1e-3, abs=4 * difference.se)
+    assert difference.se == pytest.approx(1e-3 / math.sqrt(4 * 255), rel=0.1)

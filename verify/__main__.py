@@ -1,0 +1,52 @@
+"""The command line: `verify COMMAND`. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+from verify.environment import prepare_variables
+
+# Before torch is loaded: its libraries read these when they start.
+prepare_variables()
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    import typer
+
+    from verify.commands import app
+    from verify.errors import INPUT_ERRORS
+    from verify.verdict import EXIT_INTERRUPTED, EXIT_VOID
+
+    try:
+        code = app(standalone_mode=False)
+    except INPUT_ERRORS as error:
+        code = _refuse(str(error))
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort, BrokenPipeError):
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        # The command line's own usage errors; typer may carry its click inside, so the class is not named.
+        if hasattr(error, "format_message"):
+            code = _refuse(error.format_message())
+        elif "--debug" in sys.argv:
+            raise
+        else:
+            said = f"{type(error).__name__}: {error}"
+            print(
+                f"verify: internal error, nothing was measured: {said} (--debug shows where)", file=sys.stderr
+            )
+            code = EXIT_VOID
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str) -> int:
+    from verify.verdict import EXIT_USAGE
+
+    print(f"verify: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    main()

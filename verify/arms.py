@@ -1,0 +1,212 @@
+"""Arms: one complete pass of the model each, by the role it has in a run.
+
+exact       float64 attention
+floor       exact * (1 + 2^-24 noise): how far apart two runs come to lie from one rounding alone
+baseline    the kernel that the candidate is compared with
+control     baseline again, by a second kernel of the same specification: must be equal to the bit
+candidate   the kernel under test
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from kernels.contract import Call, Kernel, checked_call
+from kernels.contract import Path as AttentionPath
+from kernels.errors import KernelFailure
+from kernels.exact import exact_attention
+from kernels.trace import LaunchTrace
+from model.runner import LayerCall
+
+Role = Literal["exact", "floor", "baseline", "control", "candidate"]
+FLOOR_NOISE = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the run something was seen; position and head are -1 where they do not apply."""
+
+    window: int
+    layer: int
+    position: int = -1
+    head: int = -1
+
+    def __str__(self) -> str:
+        words = [f"window {self.window + 1}", f"layer {self.layer}"]
+        if self.position >= 0:
+            words.append(f"position {self.position}")
+        if self.head >= 0:
+            words.append(f"head {self.head}")
+        return ", ".join(words)
+
+
+@dataclass
+class Findings:
+    """What went wrong in an arm, the first of each kind, and whether it stayed equal to its reference.
+
+    attention_equal: every attention output had the reference arm's bits; logits_equal: so had every logit.
+    """
+
+    failure: str | None = None
+    failure_place: Place | None = None
+    nonfinite_place: Place | None = None
+    nonfinite_rows: int = 0
+    attention_equal: bool = True
+    logits_equal: bool = True
+    first_difference: Place | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Findings:
+        places = ("failure_place", "nonfinite_place", "first_difference")
+        fields: dict[str, Any] = {k: Place(**v) if k in places and v else v for k, v in found.items()}
+        return cls(**fields)
+
+    def merge(self, later: Findings) -> None:
+        """Add the findings of a later group."""
+        if self.failure is None:
+            self.failure, self.failure_place = later.failure, later.failure_place
+        self.nonfinite_place = self.nonfinite_place or later.nonfinite_place
+        self.nonfinite_rows += later.nonfinite_rows
+        self.attention_equal &= later.attention_equal
+        self.logits_equal &= later.logits_equal
+        self.first_difference = self.first_difference or later.first_difference
+
+
+@dataclass
+class Arm:
+    """One arm of a run. `reference`: name of the arm that it is compared with, if any."""
+
+    name: str
+    role: Role
+    spec: str
+    path: AttentionPath
+    kernel: Kernel | None = None
+    reference: str | None = None
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def failed(self) -> bool:
+        return self.findings.failure is not None
+
+
+def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None = None) -> Call:
+    """The kernel's call of a layer; `rows` narrows it to some query rows."""
+    q, kv_len = call.q, call.kv_len
+    if rows is not None:
+        q, kv_len = q[:, rows].contiguous(), kv_len[:, rows].contiguous()
+    return checked_call(
+        q,
+        call.k,
+        call.v,
+        kv_len=kv_len,
+        scale=call.settings.scale,
+        path=path,
+        sliding_window=call.settings.sliding_window,
+        softcap=call.settings.softcap,
+    )
+
+
+def run_safely(kernel: Kernel, call: Call) -> tuple[torch.Tensor | None, str]:
+    """The kernel's output, or None and what it failed with: a finding about the kernel, not an error here."""
+    try:
+        return kernel.run(call).out, ""
+    except KernelFailure as failure:
+        return None, f"{failure.kind}: {failure}"
+    except Exception as error:
+        return None, f"raised: {type(error).__name__}: {error}"
+
+
+class ArmRunner:
+    """An arm as the model's runner sees it: attention, watched.
+
+    `board` holds, for the layer and window at hand, the outputs of arms that others are compared with.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        board: dict[str, torch.Tensor],
+        *,
+        seed: int = 0,
+        watch: Callable[[LayerCall, torch.Tensor], None] | None = None,
+    ) -> None:
+        self.arm, self.board, self.seed, self.watch = arm, board, seed, watch
+        self.name = arm.name
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        arm = self.arm
+        if arm.failed:
+            return None
+        if arm.kernel is None:
+            oracle = exact_attention(kernel_call(call, arm.path)).out
+            if self.watch is not None:
+                self.watch(call, oracle)
+            if arm.role == "floor":
+                oracle = oracle * (1 + FLOOR_NOISE * self._noise(call, oracle))
+            return oracle.float()
+        out, failure = run_safely(arm.kernel, kernel_call(call, arm.path))
+        if out is None:
+            arm.findings.failure = failure
+            arm.findings.failure_place = Place(call.window, call.layer)
+            self.board.pop(arm.name, None)
+            return None
+        self._note_nonfinite(call, out)
+        self._compare(call, out)
+        return out
+
+    def _noise(self, call: LayerCall, like: torch.Tensor) -> torch.Tensor:
+        """Standard normal numbers that depend on seed, window and layer alone."""
+        key = zlib.crc32(f"{self.seed}/{call.window}/{call.layer}".encode())
+        generator = torch.Generator().manual_seed(key)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+
+    def _note_nonfinite(self, call: LayerCall, out: torch.Tensor) -> None:
+        bad = ~torch.isfinite(out[0]).all(-1)  # [T, H]
+        if not bad.any():
+            return
+        findings = self.arm.findings
+        findings.nonfinite_rows += int(bad.any(-1).sum())
+        if findings.nonfinite_place is None:
+            position, head = (int(x) for x in bad.nonzero()[0])
+            findings.nonfinite_place = Place(call.window, call.layer, position, head)
+
+    def _compare(self, call: LayerCall, out: torch.Tensor) -> None:
+        self.board[self.arm.name] = out
+        reference = self.board.get(self.arm.reference or "")
+        if self.arm.reference is None:
+            return
+        if reference is not None and same_bits(out, reference):
+            return
+        findings = self.arm.findings
+        findings.attention_equal = False
+        if findings.first_difference is None and reference is not None:
+            differs = (out[0].view(torch.int32) != reference[0].view(torch.int32)).any(-1)
+            position, head = (int(x) for x in differs.nonzero()[0])
+            findings.first_difference = Place(call.window, call.layer, position, head)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit, NaN included. float32 tensors of one shape."""
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+class untraced:
+    """A kernel whose launches are not counted as coverage of the run: for checks beside it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __enter__(self) -> Kernel:
+        self.kept, self.kernel.trace = self.kernel.trace, LaunchTrace()
+        return self.kernel
+
+    def __exit__(self, *_: object) -> None:
+        self.kernel.trace = self.kept

@@ -1,0 +1,19 @@
+"""One module a command; `app` holds them all."""
+
+from __future__ import annotations
+
+import typer
+
+from verify.commands import doctor, kernel_list, ppl
+
+app = typer.Typer(
+    name="verify",
+    help="Evidence that a changed attention kernel is still right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("ppl", help=ppl.HELP)(ppl.command)
+app.command("list", help=kernel_list.HELP)(kernel_list.command)
+app.command("doctor", help=doctor.HELP)(doctor.command)

@@ -1,0 +1,34 @@
+"""`verify list`: kernels, their options, policies."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = "The kernels that can be named, their options, and the policies."
+
+
+def command() -> int:
+    """Print every kernel and option; exit 0."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kernels.policy import POLICIES
+    from kernels.registry import ENTRIES
+    from verify.console import PIPE_WIDTH
+    from verify.environment import on_terminal
+
+    console = Console(file=sys.stdout, width=None if on_terminal(sys.stdout) else PIPE_WIDTH, highlight=False)
+    for entry in ENTRIES.values():
+        why = entry.why_not()
+        console.print(f"{entry.name}  {entry.summary}" + (f"  [here: {why}]" if why else ""), markup=False)
+        if entry.options:
+            table = Table(box=None, show_header=False, pad_edge=False)
+            for name, text in entry.options.items():
+                table.add_row(f"    {name}", text)
+            console.print(table, markup=False)
+    console.print("policies (policy=NAME)")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for policy in POLICIES.values():
+        table.add_row(f"    {policy.name}", policy.summary)
+    console.print(table)
+    return 0

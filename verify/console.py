@@ -1,0 +1,176 @@
+"""What `verify ppl` shows: progress on a terminal, the running line, the table, the verdict in one line."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from model.runner import Progress as Step
+from verify.arms import Arm
+from verify.environment import on_terminal
+from verify.evidence import PairSummary
+from verify.experiment import Experiment, Outcome
+from verify.perplexity import final_line, running_line
+
+# Wide enough for the table in a pipe, where there is no terminal to ask.
+PIPE_WIDTH = 120
+
+
+class PplConsole:
+    """Results go to `out`, progress and notices to stderr; with `--json` everything but the JSON does."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.out: TextIO = sys.stderr if json else sys.stdout
+        self._progress: Progress | None = None
+        self._task = None
+        self._line_open = False
+
+    def notice(self, text: str) -> None:
+        self._end_line()
+        print(f"verify: {text}", file=sys.stderr)
+
+    def started(self, experiment: Experiment) -> None:
+        sizes, windows = experiment.architecture.sizes, experiment.windows
+        print(
+            f"model {experiment.file.path.name}: {experiment.file.architecture}, {sizes.layers} layers,"
+            f" {sizes.heads} heads over {sizes.kv_heads} KV heads (r = {sizes.ratio}),"
+            f" head size {sizes.k_size}\n"
+            f"text {experiment.corpus.name}: {windows.n_tokens_total} tokens, {windows.n_windows} windows of"
+            f" {windows.n_ctx}, {windows.scored_per_window} scored in each",
+            file=self.out,
+            flush=True,
+        )
+        for note in experiment.notes:
+            self.notice(note)
+        if on_terminal(sys.stderr):
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._progress.start()
+
+    def progress(self, first: int, last: int, windows: int) -> Step:
+        if self._progress is None:
+            return _silent
+        bar = self._progress
+        for task in bar.task_ids:
+            bar.remove_task(task)
+        task = bar.add_task(f"windows {first + 1} to {last} of {windows}", total=None)
+
+        def step(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return step
+
+    def windows_done(self, first: int, running: list[float]) -> None:
+        print(running_line(running, first), end="", file=self.out, flush=True)
+        self._line_open = True
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._end_line()
+
+    def outcome(self, experiment: Experiment, outcome: Outcome, folder: Path) -> None:
+        """The closing line of the baseline, the table, what ran, the verdict, and where the report lies."""
+        self.stop()
+        baseline = next(arm for arm in outcome.arms if arm.arm.role == "baseline")
+        line = final_line(
+            baseline.perplexity, n_ctx=experiment.windows.n_ctx, windows=experiment.windows.n_windows
+        )
+        print(line, file=self.out)
+        console = Console(file=self.out, width=None if on_terminal(self.out) else PIPE_WIDTH, highlight=False)
+        console.print(_table(outcome))
+        for text in _coverage(outcome):
+            console.print(text, markup=False)
+        verdict = outcome.verdict or "void"
+        print(f"verdict: {verdict}: {'; '.join(outcome.reasons)}", file=self.out)
+        for pair in outcome.pairs:
+            if len(outcome.pairs) > 1:
+                print(f"  {pair.candidate.name}: {pair.decision.verdict}", file=self.out)
+            if pair.distance is not None and outcome.verdict is not None:
+                print(_seen(pair), file=self.out)
+        for note in experiment.notes:
+            print(f"note: {note}", file=self.out)
+        print(f"report: {folder / 'report.md'}", file=self.out, flush=True)
+
+    def _end_line(self) -> None:
+        if self._line_open:
+            print(file=self.out)
+            self._line_open = False
+
+
+def _silent(done: int, total: int) -> None:
+    return None
+
+
+def _table(outcome: Outcome) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("arm", no_wrap=True)
+    table.add_column("kernel", overflow="fold", min_width=12)
+    numbers = ("PPL", "ln PPL - baseline", "KLD to exact", "KLD to baseline", "top-1 changes")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=name in numbers[:2])
+    pairs = {pair.candidate.name: pair for pair in outcome.pairs}
+    for summary in outcome.arms:
+        arm, ppl = summary.arm, summary.perplexity
+        pair = pairs.get(arm.name)
+        table.add_row(
+            arm.name,
+            arm.spec,
+            "failed" if arm.failed else f"{ppl.ppl:.4f} +/- {ppl.se:.5f}",
+            f"{pair.difference.mean:+.2e} +/- {pair.difference.se:.1e}" if pair else "",
+            "" if arm.role == "exact" or math.isnan(summary.kld_to_exact) else f"{summary.kld_to_exact:.2e}",
+            f"{pair.kld_mean:.2e}" if pair else ("0, bits equal" if _control_holds(arm) else ""),
+            f"{pair.top1_changes} of {pair.tokens}" if pair else "",
+        )
+    return table
+
+
+def _control_holds(arm: Arm) -> bool:
+    found = arm.findings
+    return arm.role == "control" and not arm.failed and found.attention_equal and found.logits_equal
+
+
+def _coverage(outcome: Outcome) -> list[str]:
+    lines = ["what ran:"]
+    for line in outcome.run["coverage"]:
+        if line["arm"].startswith("control"):
+            continue
+        groups = "+".join(map(str, line["head_groups"])) or "not known"
+        parts = line["parts"] or "not known"
+        lines.append(
+            f"  {line['arm']}: {line['kernel']}, head groups {groups}, KV parts {parts},"
+            f" {line['rows']} attention rows, n_kv {line['n_kv_min']} to {line['n_kv_max']}"
+        )
+    return lines
+
+
+def _seen(pair: PairSummary) -> str:
+    assert pair.distance is not None
+    return (
+        f"could have seen: {pair.candidate.spec} ({pair.candidate.path}) at a distance ratio from"
+        f" {pair.distance.detectable:.3g}, on {pair.tokens} tokens, about {pair.distance.scope};"
+        f" {pair.coverage:.1%} of them went through the changed plan"
+    )

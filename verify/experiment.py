@@ -1,0 +1,362 @@
+"""`verify ppl`: from a model file and a text to a verdict, a group of windows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from model.gguf_file import GGUFFile
+from model.locate import locate_model
+from model.tokenizer import Tokenizer
+
+from data import Corpus, Windows, cut_windows, load_corpus, read_text_file
+from kernels.contract import Kernel
+from kernels.contract import Path as AttentionPath
+from kernels.registry import build_kernel
+from model.architectures import architecture_of
+from model.architectures.architecture import Architecture
+from model.runner import ATTENTION_TYPES, Progress, Runner
+from verify import environment
+from verify.arms import Arm, untraced
+from verify.errors import UsageError
+from verify.evidence import (
+    ArmSummary,
+    PairSummary,
+    Scores,
+    arm_json,
+    coverage_lines,
+    layer_summary,
+    pair_json,
+    summarize_arm,
+    summarize_pair,
+)
+from verify.groups import GroupResult, join_groups, run_group
+from verify.perplexity import running_perplexity
+from verify.runfolder import RunFolder
+from verify.settings import PplSettings
+from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
+
+SCHEMA = 1
+# Tokens of a group where the weights are cheap to decode again: results then come often.
+GROUP_TOKENS = 2048
+SAMPLE_BYTES = 1 << 20
+
+
+class Listener(Protocol):
+    """What a console shows of a run while it goes on."""
+
+    def notice(self, text: str) -> None: ...
+    def started(self, experiment: Experiment) -> None: ...
+    def progress(self, first: int, last: int, windows: int) -> Progress: ...
+    def windows_done(self, first: int, running: list[float]) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """All that a run found. verdict is None where the run is void."""
+
+    arms: list[ArmSummary]
+    pairs: list[PairSummary]
+    verdict: Verdict | None
+    reasons: list[str]
+    exit_code: int
+    run: dict[str, Any]
+    joined: GroupResult
+
+
+class Experiment:
+    """One run of `verify ppl`. What can be refused is refused here, before anything is computed."""
+
+    def __init__(self, settings: PplSettings, listener: Listener) -> None:
+        self.settings, self.listener = settings, listener
+        self.device = _device(settings.device)
+        path = locate_model(settings.model)
+        self.file = GGUFFile.open(path)
+        self.architecture: Architecture = architecture_of(self.file)
+        self.arms = _build_arms(settings)
+        try:
+            self._try_kernels()
+            self.corpus = _corpus(settings)
+            if self.corpus.notice:
+                listener.notice(self.corpus.notice)
+            self.tokenizer = Tokenizer.from_gguf(self.file)
+            ids = self.tokenizer.encode(self.corpus.text)
+            bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+            self.windows: Windows = cut_windows(ids, n_ctx=settings.n_ctx, chunks=settings.chunks, bos_id=bos)
+        except BaseException:
+            self.close()
+            raise
+        if settings.n_ctx > self.architecture.sizes.context:
+            listener.notice(
+                f"-c {settings.n_ctx} is beyond the model's training context of"
+                f" {self.architecture.sizes.context}: perplexity will rise for that reason alone"
+            )
+        self.notes = sorted({note for arm in self.arms if arm.kernel for note in arm.kernel.notes})
+
+    def close(self) -> None:
+        for arm in self.arms:
+            if arm.kernel is not None:
+                arm.kernel.close()
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on with."""
+        return {
+            "model": fingerprint(self.file.paths),
+            "tokens": hashlib.sha256(np.ascontiguousarray(self.windows.tokens).tobytes()).hexdigest(),
+            "kernels": [_binary(arm.kernel) for arm in self.arms if arm.kernel],
+            "group_windows": self.group_windows,
+        }
+
+    @property
+    def group_windows(self) -> int:
+        """Windows of one group: as many as memory holds, fewer where decoding weights again is cheap."""
+        if not hasattr(self, "_group_windows"):
+            n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
+            memory = self.settings.memory or environment.available_memory() // 4
+            fitting = memory // (len(self.arms) * n_ctx * width * 4)
+            size = sum(p.stat().st_size for p in self.file.paths)
+            if self.settings.memory is None and size < environment.available_memory() // 2:
+                fitting = min(fitting, -(-GROUP_TOKENS // n_ctx))
+            self._group_windows = max(min(fitting, self.windows.n_windows), 1)
+        return self._group_windows
+
+    @group_windows.setter
+    def group_windows(self, value: int) -> None:
+        self._group_windows = value
+
+    def run(self, folder: RunFolder) -> Outcome:
+        """Run every group that the folder does not hold, and draw the conclusions.
+
+        A KeyboardInterrupt passes through; finished groups are in the folder then.
+        """
+        runner = Runner(self.architecture, device=self.device, attention_type=self.settings.cache_type)
+        self.listener.started(self)
+        results: list[GroupResult] = []
+        windows = self.windows.n_windows
+        baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
+        for first in range(0, windows, self.group_windows):
+            chosen = range(first, min(first + self.group_windows, windows))
+            result = folder.load_group(first)
+            if result is None:
+                result = run_group(
+                    runner,
+                    self.windows,
+                    chosen,
+                    self.arms,
+                    seed=self.settings.seed,
+                    progress=self.listener.progress(first, chosen.stop, windows),
+                )
+                folder.save_group(first, result)
+            for arm in self.arms:
+                arm.findings = result.findings[arm.name]
+            results.append(result)
+            nll = Scores(join_groups(results), self.windows.scored_per_window).column(baseline, "nll")
+            if len(nll) == chosen.stop:
+                self.listener.windows_done(first, running_perplexity(nll)[first:])
+        return self._conclude(join_groups(results))
+
+    def _conclude(self, joined: GroupResult) -> Outcome:
+        settings = self.settings
+        for arm in self.arms:
+            arm.findings = joined.findings[arm.name]
+        scores = Scores(joined, self.windows.scored_per_window)
+        arms = [summarize_arm(arm, scores) for arm in self.arms]
+        by_name = {arm.name: arm for arm in self.arms}
+        floor = next((arm.name for arm in self.arms if arm.role == "floor"), None)
+        positions = self.windows.scored_positions
+        pairs = [
+            summarize_pair(
+                arm,
+                by_name[arm.reference or ""],
+                joined,
+                scores,
+                scored_n_kv=range(positions.start + 1, positions.stop + 1),
+                floor=floor,
+                min_coverage=settings.min_coverage,
+                margin=settings.margin,
+                seed=settings.seed,
+            )
+            for arm in self.arms
+            if arm.role == "candidate"
+        ]
+        void = _void_reasons(self.arms)
+        verdict = None if void else overall([pair.decision for pair in pairs])
+        reasons = void or _reasons(pairs, verdict)
+        exit_code = EXIT_VOID if verdict is None else EXIT_CODES[verdict]
+        run = {
+            "schema": SCHEMA,
+            "command": "ppl",
+            "verdict": verdict or "void",
+            "exit_code": exit_code,
+            "reasons": reasons,
+            "notes": self.notes,
+            "settings": settings.to_json(),
+            "environment": environment.describe(str(self.device)),
+            "model": self._model_json(),
+            "corpus": self._corpus_json(),
+            "arms": [arm_json(summary) for summary in arms],
+            "pairs": [pair_json(pair) for pair in pairs],
+            "coverage": coverage_lines(self.arms, joined),
+            "in_place": [found for arm in self.arms if (found := layer_summary(arm, joined))],
+            "detectable": {
+                pair.candidate.name: pair.distance.detectable if pair.distance else None for pair in pairs
+            },
+            "speed": self._speed_json(joined),
+        }
+        return Outcome(arms, pairs, verdict, reasons, exit_code, run, joined)
+
+    def _model_json(self) -> dict[str, Any]:
+        sizes = self.architecture.sizes
+        return {
+            "path": str(self.file.path),
+            "name": self.file.metadata.get("general.name"),
+            "architecture": self.file.architecture,
+            "bytes": sum(p.stat().st_size for p in self.file.paths),
+            "fingerprint": fingerprint(self.file.paths),
+            "layers": sizes.layers,
+            "heads": sizes.heads,
+            "kv_heads": sizes.kv_heads,
+            "ratio": sizes.ratio,
+            "head_size": sizes.k_size,
+            "context": sizes.context,
+        }
+
+    def _corpus_json(self) -> dict[str, Any]:
+        corpus, windows = self.corpus, self.windows
+        return {
+            "name": corpus.name,
+            "source": corpus.source,
+            "bytes": corpus.n_bytes,
+            "sha256": corpus.sha256,
+            "notice": corpus.notice,
+            "tokens": windows.n_tokens_total,
+            "n_ctx": windows.n_ctx,
+            "windows": windows.n_windows,
+            "scored_per_window": windows.scored_per_window,
+        }
+
+    def _speed_json(self, joined: GroupResult) -> dict[str, Any]:
+        products = joined.seconds.get("products", 0.0)
+        return {
+            "seconds": joined.seconds,
+            "product_flop": joined.product_flop,
+            "product_flop_per_s": joined.product_flop / products if products else None,
+            "anonymous_bytes": joined.anonymous_bytes,
+            "group_windows": self.group_windows,
+        }
+
+    def _try_kernels(self) -> None:
+        """Run each of our kernels on one row of this model: a plan that does not fit is refused now."""
+        sizes, kind = self.architecture.sizes, ATTENTION_TYPES[self.settings.cache_type]
+        q = torch.zeros(1, 1, sizes.heads, sizes.k_size, dtype=kind, device=self.device)
+        k = torch.zeros(1, 1, sizes.kv_heads, sizes.k_size, dtype=kind, device=self.device)
+        v = torch.zeros(1, 1, sizes.kv_heads, sizes.v_size, dtype=kind, device=self.device)
+        one = torch.ones(1, 1, dtype=torch.int32, device=self.device)
+        for arm in self.arms:
+            if arm.kernel is None or arm.spec.startswith("py:"):
+                continue
+            with untraced(arm.kernel) as kernel:
+                try:
+                    kernel.attend(q, k, v, kv_len=one, scale=1.0, path=arm.path)
+                except ValueError as error:
+                    raise UsageError(f"kernel {arm.spec!r} does not fit this model: {error}") from None
+
+
+def default_folder() -> Path:
+    return Path("runs") / f"ppl-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Hash of the sizes, first and last mebibytes of a model's files: cheap, and enough to tell two apart."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as f:
+            digest.update(f.read(SAMPLE_BYTES))
+            f.seek(max(size - SAMPLE_BYTES, 0))
+            digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch sees no CUDA device here (verify doctor says why)")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return device
+
+
+def _corpus(settings: PplSettings) -> Corpus:
+    return read_text_file(settings.file) if settings.file else load_corpus(settings.corpus)
+
+
+def _build_arms(settings: PplSettings) -> list[Arm]:
+    """exact and floor once; baseline, control and every candidate on each path."""
+    arms = [
+        Arm("exact", "exact", "exact", settings.paths[0]),
+        Arm("floor", "floor", "exact", settings.paths[0]),
+    ]
+
+    def add(name: str, spec: str, path: AttentionPath, role: Any, reference: str | None) -> None:
+        arms.append(Arm(name, role, spec, path, build_kernel(spec), reference))
+
+    try:
+        for path in settings.paths:
+            suffix = f"/{path}" if len(settings.paths) > 1 else ""
+            baseline = f"baseline{suffix}"
+            add(baseline, settings.baseline, path, "baseline", None)
+            add(f"control{suffix}", settings.baseline, path, "control", baseline)
+            for i, spec in enumerate(settings.candidates):
+                number = f"-{i + 1}" if len(settings.candidates) > 1 else ""
+                add(f"candidate{number}{suffix}", spec, path, "candidate", baseline)
+    except BaseException:
+        for arm in arms:
+            if arm.kernel is not None:
+                arm.kernel.close()
+        raise
+    return arms
+
+
+def _binary(kernel: Kernel) -> str:
+    return f"{kernel.spec}@{getattr(kernel, 'binary', '')}"
+
+
+def _void_reasons(arms: Sequence[Arm]) -> list[str]:
+    """Why the run measured nothing: a control that is not its baseline."""
+    reasons = []
+    by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        if arm.role != "control":
+            continue
+        baseline, found = by_name[arm.reference or ""], arm.findings
+        if arm.failed and not baseline.failed:
+            reasons.append(f"control {arm.spec} failed where its baseline did not: {found.failure}")
+        elif not baseline.failed and not (found.attention_equal and found.logits_equal):
+            where = f", first at {found.first_difference}" if found.first_difference else ""
+            reasons.append(
+                f"the control arm differs from its baseline{where}: {arm.spec} does not give the same bits"
+                " twice, so no difference can be charged to the candidate"
+            )
+    return reasons
+
+
+def _reasons(pairs: Sequence[PairSummary], verdict: Verdict | None) -> list[str]:
+    """Reasons of the pairs that have the run's verdict; the candidate is named where there are several."""
+    several = len(pairs) > 1
+    return [
+        f"{pair.candidate.spec} ({pair.candidate.path}): {reason}" if several else reason
+        for pair in pairs
+        if pair.decision.verdict == verdict
+        for reason in pair.decision.reasons
+    ]

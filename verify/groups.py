@@ -1,0 +1,183 @@
+"""Running one group of windows: what the arms computed, what was seen, and what was launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from data import Windows
+from kernels.trace import LaunchTrace
+from model.runner import Progress, Runner
+from verify.arms import Arm, ArmRunner, Findings, same_bits
+from verify.environment import anonymous_memory
+from verify.inplace import HeadErrors, InPlace
+from verify.scoring import score_slice
+
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("window", pa.int32()),
+        ("position", pa.int32()),
+        ("n_kv", pa.int32()),
+        ("token", pa.int32()),
+        ("target", pa.int32()),
+        ("arm", pa.string()),
+        ("nll", pa.float64()),
+        ("kld_to_exact", pa.float64()),
+        ("kld_to_baseline", pa.float64()),
+        ("top1", pa.int32()),
+        ("target_logit", pa.float32()),
+        ("top1_margin", pa.float32()),
+    ]
+)
+_ARROW_TYPES = {int: pa.int32(), float: pa.float64(), str: pa.string()}
+LAYER_SCHEMA = pa.schema([(name, _ARROW_TYPES[kind]) for name, kind in get_type_hints(HeadErrors).items()])
+
+
+@dataclass
+class GroupResult:
+    """What one group left: everything that a verdict needs, and nothing of the model.
+
+    seconds: by kind of work; product_seconds, product_flop: weight products of all arms; anonymous_bytes: the
+    most anonymous memory seen.
+    """
+
+    tokens: pa.Table
+    layers: pa.Table
+    findings: dict[str, Findings]
+    traces: dict[str, LaunchTrace]
+    seconds: dict[str, float] = field(default_factory=dict)
+    product_flop: float = 0.0
+    anonymous_bytes: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "findings": {name: found.to_json() for name, found in self.findings.items()},
+            "traces": {name: trace.to_json() for name, trace in self.traces.items()},
+            "seconds": self.seconds,
+            "product_flop": self.product_flop,
+            "anonymous_bytes": self.anonymous_bytes,
+        }
+
+    @classmethod
+    def from_state(cls, tokens: pa.Table, layers: pa.Table, state: dict[str, Any]) -> GroupResult:
+        return cls(
+            tokens,
+            layers,
+            {name: Findings.from_json(found) for name, found in state["findings"].items()},
+            {name: LaunchTrace.from_json(lines) for name, lines in state["traces"].items()},
+            state["seconds"],
+            state["product_flop"],
+            state["anonymous_bytes"],
+        )
+
+
+def run_group(
+    runner: Runner,
+    windows: Windows,
+    chosen: range,
+    arms: Sequence[Arm],
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> GroupResult:
+    """Run the windows `chosen` through every arm.
+
+    Findings and traces of the arms start anew; an arm that failed in an earlier group does not run again.
+    """
+    for arm in arms:
+        arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
+        if arm.kernel is not None:
+            arm.kernel.trace = LaunchTrace()
+    runner.stopwatch.seconds.clear()
+    runner.stopwatch.flop = 0.0
+    in_place = InPlace(arms, seed=seed)
+    board: dict[str, torch.Tensor] = {}
+    watched = [
+        ArmRunner(arm, board, seed=seed, watch=in_place if arm.role == "exact" else None) for arm in arms
+    ]
+    most = anonymous_memory()
+
+    def step(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, anonymous_memory())
+        if progress:
+            progress(done, total)
+
+    tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
+    exact = next((arm.name for arm in arms if arm.role == "exact"), None)
+    by_name = {arm.name: arm for arm in arms}
+    baseline_of = {arm.name: arm.reference for arm in arms if arm.reference is not None}
+    tables = []
+    slices = runner.run_group(
+        tokens, watched, scored=windows.scored_positions, first_window=chosen.start, progress=step
+    )
+    for piece in slices:
+        for name, reference in baseline_of.items():
+            if name in piece.logits and reference in piece.logits:
+                same = same_bits(piece.logits[name], piece.logits[reference])
+                by_name[name].findings.logits_equal &= same
+        first = piece.positions.start - windows.first_scored
+        targets = windows.targets[piece.window, first : first + len(piece.positions)]
+        scores = score_slice(
+            piece.logits,
+            torch.from_numpy(targets.astype(np.int64)).to(runner.device),
+            exact=exact,
+            baseline_of=baseline_of,
+        )
+        positions = np.arange(piece.positions.start, piece.positions.stop)
+        inputs = windows.tokens[piece.window, positions]
+        for name in piece.logits:
+            columns = [
+                np.full(len(positions), piece.window),
+                positions,
+                positions + 1,
+                inputs,
+                targets,
+                np.full(len(positions), name),
+                *scores[name],
+            ]
+            arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, TOKEN_SCHEMA, strict=True)]
+            tables.append(pa.Table.from_arrays(arrays, schema=TOKEN_SCHEMA))
+        most = max(most, anonymous_memory())
+    layers = [pa.array(c).cast(f.type) for c, f in zip(_columns(in_place.rows), LAYER_SCHEMA, strict=True)]
+    return GroupResult(
+        pa.concat_tables(tables).combine_chunks() if tables else TOKEN_SCHEMA.empty_table(),
+        pa.Table.from_arrays(layers, schema=LAYER_SCHEMA),
+        {arm.name: arm.findings for arm in arms},
+        {arm.name: arm.kernel.trace for arm in arms if arm.kernel is not None},
+        dict(runner.stopwatch.seconds),
+        runner.stopwatch.flop,
+        most,
+    )
+
+
+def _columns(rows: Sequence[HeadErrors]) -> list[list[Any]]:
+    if not rows:
+        return [[] for _ in LAYER_SCHEMA]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
+    """All groups of a run as one."""
+    first = groups[0]
+    joined = GroupResult(
+        pa.concat_tables([g.tokens for g in groups]).combine_chunks(),
+        pa.concat_tables([g.layers for g in groups]).combine_chunks(),
+        {name: Findings() for name in first.findings},
+        {name: LaunchTrace() for name in first.traces},
+    )
+    for group in groups:
+        for name, found in group.findings.items():
+            joined.findings[name].merge(found)
+        for name, trace in group.traces.items():
+            joined.traces[name].add(trace)
+        for kind, seconds in group.seconds.items():
+            joined.seconds[kind] = joined.seconds.get(kind, 0.0) + seconds
+        joined.product_flop += group.product_flop
+        joined.anonymous_bytes = max(joined.anonymous_bytes, group.anonymous_bytes)
+    return joined

@@ -1,0 +1,129 @@
+"""The kernel's own error, in place: every layer, on the exact arm's q, k, v of the real text.
+
+An arm that runs freely drifts from exact for many reasons; here each kernel gets the same inputs as the
+oracle and answers for its own rounding alone. Some rows of every window are sampled: the first two, the
+last, and others drawn by seed. An error above its budget is a bug, whatever the perplexity says.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels.budget import Budget, error_budget
+from model.runner import LayerCall
+from verify.arms import Arm, Place, kernel_call, run_safely, untraced
+
+SAMPLED_ROWS = 8
+# Where the budget is vacuous (float16 accumulators, unknown arithmetic), an error above this share of
+# sum_j p_j |v_j| over a head is a bug all the same.
+LARGEST_RELATIVE_ERROR = 1.0 / 8.0
+
+
+class HeadErrors(NamedTuple):
+    """One row of layers.parquet: a kernel at one layer, window and head, over the sampled rows.
+
+    relative_rms: ||error|| / ||exact||; gain: <error, exact> / <exact, exact>, a scale error;
+    max_budget_ratio: largest |error| / budget where the budget is not vacuous; relative_max: largest
+    ||error|| / ||sum p|v||| of a row; vacuous: share of rows with a vacuous budget; position: of the worst
+    row.
+    """
+
+    window: int
+    layer: int
+    arm: str
+    path: str
+    head: int
+    relative_rms: float
+    gain: float
+    max_budget_ratio: float
+    relative_max: float
+    vacuous: float
+    nonfinite: int
+    position: int
+
+
+def sampled_rows(n_ctx: int, *, seed: int, window: int, layer: int) -> torch.Tensor:
+    """Positions that are checked, ascending: 0, 1, the last and others drawn by seed, window and layer."""
+    fixed = {0, min(1, n_ctx - 1), n_ctx - 1}
+    key = zlib.crc32(f"rows/{seed}/{window}/{layer}".encode())
+    drawn = torch.randperm(n_ctx, generator=torch.Generator().manual_seed(key)).tolist()
+    more = [row for row in drawn if row not in fixed][: max(SAMPLED_ROWS - len(fixed), 0)]
+    return torch.tensor(sorted(fixed | set(more)))
+
+
+class InPlace:
+    """Checks the kernels of some arms whenever the exact arm attends."""
+
+    def __init__(self, arms: Sequence[Arm], *, seed: int = 0) -> None:
+        self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
+        self.seed = seed
+        self.rows: list[HeadErrors] = []
+
+    def __call__(self, call: LayerCall, oracle: torch.Tensor) -> None:
+        """Check every kernel on this layer's exact inputs (`oracle` is not needed: rows are recomputed)."""
+        rows = sampled_rows(call.q.shape[1], seed=self.seed, window=call.window, layer=call.layer)
+        rows = rows.to(call.q.device)
+        for arm in self.arms:
+            if arm.failed or arm.kernel is None:
+                continue
+            small = kernel_call(call, arm.path, rows)
+            with untraced(arm.kernel) as kernel:
+                out, failure = run_safely(kernel, small)
+                arithmetic = kernel.arithmetic(small.shape, arm.path)
+            if out is None:
+                arm.findings.failure = failure
+                arm.findings.failure_place = Place(call.window, call.layer)
+                continue
+            self.rows += _by_head(call, arm, rows, out, error_budget(small, arithmetic))
+
+
+def _by_head(
+    call: LayerCall, arm: Arm, rows: torch.Tensor, out: torch.Tensor, budget: Budget
+) -> list[HeadErrors]:
+    exact, bound = budget.out[0], budget.bound[0]  # [rows, H, Dv]
+    error = out[0].double() - exact
+    bad = ~torch.isfinite(error).all(-1)  # [rows, H]
+    error = torch.where(bad[..., None], 0.0, error)
+    ratio = (error.abs() / bound).nan_to_num(nan=0.0).amax(-1)
+    vacuous = budget.vacuous[0]
+    ratio = torch.where(vacuous, 0.0, ratio)
+    relative = error.norm(dim=-1) / budget.size[0].norm(dim=-1).clamp(min=1e-300)
+    power = exact.square().sum((0, 2)).clamp(min=1e-300)
+    rms = (error.square().sum((0, 2)) / power).sqrt()
+    gain = (error * exact).sum((0, 2)) / power
+    worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio) + bad * 1e9
+    at = rows[worst.argmax(0)]
+    columns: list[list[Any]] = [
+        x.tolist()
+        for x in (
+            rms,
+            gain,
+            ratio.amax(0),
+            torch.where(vacuous, relative, 0.0).amax(0),
+            vacuous.double().mean(0),
+            bad.sum(0),
+            at,
+        )
+    ]
+    return [
+        HeadErrors(call.window, call.layer, arm.name, arm.path, head, *values)
+        for head, values in enumerate(zip(*columns, strict=True))
+    ]
+
+
+def fault_of(errors: HeadErrors) -> str | None:
+    """The sentence that makes an arm `broken`, or None."""
+    where = Place(errors.window, errors.layer, errors.position, errors.head)
+    if errors.nonfinite:
+        return f"NaN or Inf at {where}"
+    if errors.max_budget_ratio > 1:
+        return f"error is {errors.max_budget_ratio:.3g} times its rounding budget at {where}"
+    if errors.relative_max > LARGEST_RELATIVE_ERROR:
+        return (
+            f"error is {errors.relative_max:.1%} of sum p|v| at {where}, where no correct kernel exceeds 1/8"
+        )
+    return None

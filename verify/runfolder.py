@@ -1,0 +1,96 @@
+"""The folder of a run: settings, one sub-folder a finished group, and at the end the results.
+
+    settings.json                what was asked, and fingerprints of model and text
+    groups/00000/                tokens.parquet, layers.parquet, state.json of windows 0 ..
+    run.json  tokens.parquet  layers.parquet  report.md
+
+A group is written under another name and renamed when it is whole, so that a run that was cut off at any
+moment goes on from the last whole group.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from verify.errors import UsageError
+from verify.groups import GroupResult
+
+SETTINGS, GROUPS = "settings.json", "groups"
+
+
+class RunFolder:
+    """A run's folder. Raises UsageError where it cannot be written or read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        if (path / SETTINGS).exists():
+            raise UsageError(
+                f"--out {path}: holds a run already; go on with --resume {path}, or name another"
+            )
+        try:
+            (path / GROUPS).mkdir(parents=True, exist_ok=True)
+            probe = path / "writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        if not (path / SETTINGS).is_file():
+            raise UsageError(f"--resume {path}: no {SETTINGS} there, expected the folder of a run")
+        return cls(path)
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        self.write_json(SETTINGS, settings)
+
+    def read_settings(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--resume {self.path}: {SETTINGS} cannot be read: {error}") from None
+        return found
+
+    def save_group(self, first_window: int, result: GroupResult) -> None:
+        whole = self._group(first_window)
+        part = whole.with_name(whole.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        pq.write_table(result.tokens, part / "tokens.parquet")
+        pq.write_table(result.layers, part / "layers.parquet")
+        (part / "state.json").write_text(json.dumps(result.state()))
+        part.rename(whole)
+
+    def load_group(self, first_window: int) -> GroupResult | None:
+        """The finished group that starts at this window, or None."""
+        folder = self._group(first_window)
+        if not folder.is_dir():
+            return None
+        return GroupResult.from_state(
+            pq.read_table(folder / "tokens.parquet"),
+            pq.read_table(folder / "layers.parquet"),
+            json.loads((folder / "state.json").read_text()),
+        )
+
+    def write_results(self, result: GroupResult, run: dict[str, Any], report: str) -> None:
+        """The run's own files; the groups are kept until these are written."""
+        pq.write_table(result.tokens, self.path / "tokens.parquet")
+        pq.write_table(result.layers, self.path / "layers.parquet")
+        self.write_json("run.json", run)
+        (self.path / "report.md").write_text(report)
+        shutil.rmtree(self.path / GROUPS, ignore_errors=True)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
+
+    def _group(self, first_window: int) -> Path:
+        return self.path / GROUPS / f"{first_window:05d}"

@@ -1,0 +1,75 @@
+"""Settings of `verify ppl`: what the command line says, as one record that a run folder can hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from data.corpora import DEFAULT_CORPUS
+from kernels.contract import PATHS
+from kernels.contract import Path as AttentionPath
+from model.runner import ATTENTION_TYPES
+from verify.errors import UsageError
+from verify.verdict import DEFAULT_MARGIN
+
+DEFAULT_BASELINE = "flash"
+DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
+
+
+@dataclass(frozen=True)
+class PplSettings:
+    """memory: bytes that hidden states of one group may take, None for a share of what is free."""
+
+    model: str | None = None
+    file: str | None = None
+    corpus: str = DEFAULT_CORPUS
+    n_ctx: int = 512
+    chunks: int = 4
+    path: str = "decode"
+    baseline: str = DEFAULT_BASELINE
+    candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)
+    cache_type: str = "f16"
+    device: str = "cpu"
+    memory: int | None = None
+    min_coverage: float = 0.0
+    margin: float = DEFAULT_MARGIN
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.path not in (*PATHS, "both"):
+            raise UsageError(f"--path {self.path}: expected decode, prefill or both")
+        if self.cache_type not in ATTENTION_TYPES:
+            known = ", ".join(ATTENTION_TYPES)
+            raise UsageError(f"--cache-type {self.cache_type}: expected one of {known}")
+        if not 0 <= self.min_coverage <= 1:
+            raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
+        if not self.margin > 1:
+            raise UsageError(f"--margin {self.margin:g}: expected a ratio above 1")
+        if not self.candidates:
+            raise UsageError("--candidate: expected at least one")
+
+    @property
+    def paths(self) -> tuple[AttentionPath, ...]:
+        return PATHS if self.path == "both" else tuple(p for p in PATHS if p == self.path)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> PplSettings:
+        known = {f.name for f in fields(cls)}
+        given: dict[str, Any] = {k: v for k, v in stored.items() if k in known}
+        return cls(**{**given, "candidates": tuple(given["candidates"])})
+
+
+def parse_size(text: str) -> int:
+    """`8G`, `512M`, `2048K` or plain bytes. Raises UsageError."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in units else (text, "")
+    try:
+        size = float(number) * units.get(unit, 1)
+    except ValueError:
+        size = 0
+    if not size >= 1:
+        raise UsageError(f"--memory {text}: expected a size such as 8G or 512M")
+    return int(size)

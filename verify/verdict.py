@@ -1,0 +1,122 @@
+"""Verdicts: what the evidence about one pair of arms amounts to, and in which order the rules apply.
+
+    broken        a budget was exceeded, NaN or Inf appeared, the kernel failed       exit 1
+    inconclusive  the path under test did not run, or too little data                 exit 3
+    identical     every bit equal, though another plan or kernel ran                  exit 0
+    degraded      significantly farther from exact than the reference                 exit 1
+    improved      significantly closer                                                exit 0
+    round-off     differs, within budget, distance ratio inside the margin            exit 0
+
+The first that applies, from the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from verify.statistics import DistanceRatio
+
+Verdict = Literal["broken", "inconclusive", "identical", "degraded", "improved", "round-off"]
+PRECEDENCE: tuple[Verdict, ...] = (
+    "broken",
+    "inconclusive",
+    "identical",
+    "degraded",
+    "improved",
+    "round-off",
+)
+EXIT_CODES: dict[Verdict, int] = {
+    "broken": 1,
+    "inconclusive": 3,
+    "identical": 0,
+    "degraded": 1,
+    "improved": 0,
+    "round-off": 0,
+}
+EXIT_USAGE, EXIT_VOID, EXIT_INTERRUPTED = 2, 4, 130
+# `degraded` and `improved` need the whole interval beyond this ratio.
+SIGNIFICANT_RATIO = 1.10
+DEFAULT_MARGIN = 1.25
+
+
+@dataclass(frozen=True)
+class PairEvidence:
+    """Everything that decides about one candidate.
+
+    faults: failures, budget breaches and non-finite values, each a sentence; coverage: share of scored tokens
+    whose plan or kernel differed from the reference's; bitwise_equal: attention outputs of every layer and
+    logits; distance: None where there are no finite divergences.
+    """
+
+    faults: Sequence[str]
+    same_spec: bool
+    coverage: float
+    bitwise_equal: bool
+    distance: DistanceRatio | None
+    min_coverage: float = 0.0
+    margin: float = DEFAULT_MARGIN
+    why_uncovered: str = ""
+
+
+class Decision(NamedTuple):
+    """A verdict and the reasons for it, sentences."""
+
+    verdict: Verdict
+    reasons: list[str]
+
+
+@dataclass
+class Void:
+    """Why a run measured nothing; empty where it did."""
+
+    reasons: list[str] = field(default_factory=list)
+
+
+def decide(e: PairEvidence) -> Decision:
+    """The verdict on one pair."""
+    if e.faults:
+        return Decision("broken", list(e.faults))
+    if not e.same_spec and (e.coverage == 0 or e.coverage < e.min_coverage):
+        if e.coverage == 0:
+            return Decision(
+                "inconclusive",
+                ["the path under test did not run: at every n_kv the candidate launched what the baseline"
+                 f" launched{e.why_uncovered}"],
+            )  # fmt: skip
+        return Decision(
+            "inconclusive",
+            [f"{e.coverage:.1%} of the scored tokens went through the changed plan,"
+             f" --min-coverage asks for {e.min_coverage:.1%}"],
+        )  # fmt: skip
+    if e.bitwise_equal:
+        if e.same_spec:
+            return Decision("identical", ["every bit is equal; the two specifications are the same text"])
+        return Decision(
+            "identical",
+            [f"every bit is equal, and {e.coverage:.1%} of the scored tokens went through another plan"],
+        )
+    if e.distance is None:
+        return Decision("inconclusive", ["there is no scored token to measure a distance on"])
+    return _by_distance(e.distance, e.margin)
+
+
+def _by_distance(d: DistanceRatio, margin: float) -> Decision:
+    interval = f"99.9 % interval {d.low:.3g} to {d.high:.3g}"
+    said = f"distance to exact is {d.ratio:.3g} times the reference's ({interval})"
+    if d.low > SIGNIFICANT_RATIO:
+        return Decision("degraded", [f"{said}: farther, beyond {SIGNIFICANT_RATIO:g}"])
+    if d.high < 1 / SIGNIFICANT_RATIO:
+        return Decision("improved", [f"{said}: closer, beyond 1/{SIGNIFICANT_RATIO:g}"])
+    if d.high < margin:
+        return Decision("round-off", [f"{said}: inside the margin of {margin:g}"])
+    return Decision(
+        "inconclusive",
+        [f"{said}: it reaches the margin of {margin:g}; more windows (--chunks) narrow it"],
+    )
+
+
+def overall(decisions: Sequence[Decision]) -> Verdict:
+    """The verdict of a run with several pairs: the first of PRECEDENCE that any pair has."""
+    return min((d.verdict for d in decisions), key=PRECEDENCE.index)
