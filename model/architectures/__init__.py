@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-
 from model.architectures.architecture import Architecture
 from model.architectures.llama import Llama
+from model.errors import ModelError
+from model.gguf_file import GGUFFile
 
 ARCHITECTURES: dict[str, type[Architecture]] = {"llama": Llama}
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
-
 from model.products import Products
 
 Weights = Mapping[str, torch.Tensor]

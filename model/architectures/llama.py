@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import torch
-from model.dequantize import dequantize
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
 
 from model.architectures.architecture import (
     Architecture,
@@ -15,8 +12,10 @@ from model.architectures.architecture import (
     Weights,
 )
 from model.blocks import RopeKind, apply_rope, rms_norm, rope_angles, swiglu
+from model.dequantize import dequantize
+from model.errors import ModelError
+from model.gguf_file import GGUFFile
 from model.products import Products
-
 
 LAYER_TENSORS = (
     "attn_norm",
