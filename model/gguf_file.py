@@ -2,8 +2,8 @@
 
 The header is read here rather than by the `gguf` package, whose reader needs seconds for a large vocabulary
 and raises on tensor types that it does not know. Layout (little-endian): magic `GGUF`, version u32, tensor
-count u64, key count u64, the keys, the tensor table (name, dimensions innermost first, type, offset), then the
-tensors, aligned. Nothing is believed before it is checked against the size of the file.
+count u64, key count u64, the keys, the tensor table (name, dimensions innermost first, type, offset), then
+the tensors, aligned. Nothing is believed before it is checked against the size of the file.
 """
 
 from __future__ import annotations
@@ -243,16 +243,14 @@ def _read_tensor(cursor: _Cursor, alignment: int) -> TensorInfo:
         raise ModelError(f"{path}: tensor {name} has shape {dims[::-1]}, expected sizes from 1")
     kind = cursor.scalar("<I", f"type of {name}")
     if kind not in TENSOR_TYPES:
-        why = (
-            "is a row-interleaved type of ik_llama.cpp: use the plain file"
-            if kind in _INTERLEAVED
-            else ("is not known here")
-        )
+        why = "is not known here"
+        if kind in _INTERLEAVED:
+            why = "is a row-interleaved type of ik_llama.cpp: use the plain file"
         raise ModelError(f"{path}: tensor {name}: type id {kind} {why}")
     type_name, block, block_bytes = TENSOR_TYPES[kind]
     if dims[0] % block:
         raise ModelError(
-            f"{path}: tensor {name}: rows of {dims[0]} weights, expected a multiple of {block} for {type_name}"
+            f"{path}: tensor {name}: rows of {dims[0]}, expected a multiple of {block} for {type_name}"
         )
     offset = int(cursor.scalar("<Q", f"offset of {name}"))
     if offset % alignment:

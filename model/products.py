@@ -52,15 +52,22 @@ class Products:
     stopwatch: Stopwatch
 
     def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """`out`: a buffer for whole tiles, of which a view is returned."""
         rows, width = x.shape
         tiles = -(-rows // self.tile)
         if tiles * self.tile != rows:
             padded = x.new_zeros((tiles * self.tile, width))
             padded[:rows] = x
             x = padded
-        out = x.new_empty((tiles * self.tile, weight.shape[0]))
+        if out is None:
+            out = x.new_empty((tiles * self.tile, weight.shape[0]))
         with self.stopwatch.time("products"):
             for first in range(0, tiles * self.tile, self.tile):
                 rows_of_tile = slice(first, first + self.tile)

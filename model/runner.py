@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from model.dequantize import dequantize
 
 from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings
+from model.dequantize import dequantize
 from model.products import Products, Stopwatch, tile_rows
 
 ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -136,13 +136,16 @@ class Runner:
         live = {name: states for name, states in hidden.items() if states is not None}
         rows = min(LOGIT_ROWS, tile_rows(len(scored)))
         products = Products(rows, self.stopwatch)
+        buffers = {name: torch.empty((rows, output.shape[0]), device=self.device) for name in live}
         for w in range(windows):
             for first in range(0, len(scored), rows):
                 positions = scored[first : first + rows]
                 logits = {}
                 for name, states in live.items():
                     x = states[w][positions.start : positions.stop]
-                    logits[name] = products(self.architecture.final_norm(x, weights), output)
+                    logits[name] = products(
+                        self.architecture.final_norm(x, weights), output, out=buffers[name]
+                    )
                 yield LogitSlice(first_window + w, positions, logits)
 
     def _weights(self, tensors: dict[str, str]) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ _ADDS_BOS = {"llama": True, "gpt2": False}
 
 
 class Tokenizer:
-    """Text to ids and back. `kind` is `tokenizer.ggml.model`, `pre` the pre-tokenizer's name if there is one."""
+    """Text to ids and back. `kind` is `tokenizer.ggml.model`, `pre` the pre-tokenizer's name, if any."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.path = file.path

@@ -34,6 +34,8 @@ def prepare_torch() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
+    # Filling new memory would hide reads of it in tests only, at the price of a pass over every tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -16,7 +16,7 @@ from model.runner import Progress, Runner
 from verify.arms import Arm, ArmRunner, Findings, same_bits
 from verify.environment import anonymous_memory
 from verify.inplace import HeadErrors, InPlace
-from verify.scoring import score_slice
+from verify.scoring import Scorer
 
 TOKEN_SCHEMA = pa.schema(
     [
@@ -113,6 +113,7 @@ def run_group(
     by_name = {arm.name: arm for arm in arms}
     baseline_of = {arm.name: arm.reference for arm in arms if arm.reference is not None}
     tables = []
+    scorer = Scorer(exact=exact, baseline_of=baseline_of)
     slices = runner.run_group(
         tokens, watched, scored=windows.scored_positions, first_window=chosen.start, progress=step
     )
@@ -123,12 +124,7 @@ def run_group(
                 by_name[name].findings.logits_equal &= same
         first = piece.positions.start - windows.first_scored
         targets = windows.targets[piece.window, first : first + len(piece.positions)]
-        scores = score_slice(
-            piece.logits,
-            torch.from_numpy(targets.astype(np.int64)).to(runner.device),
-            exact=exact,
-            baseline_of=baseline_of,
-        )
+        scores = scorer.score(piece.logits, torch.from_numpy(targets.astype(np.int64)).to(runner.device))
         positions = np.arange(piece.positions.start, piece.positions.stop)
         inputs = windows.tokens[piece.window, positions]
         for name in piece.logits:

@@ -8,11 +8,12 @@ tokens hold most of the divergence, and symmetric where the two kernels are exch
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 # The one pre-declared test: two-sided, at 99.9 %.
 CONFIDENCE = 0.999
@@ -90,12 +91,23 @@ def distance_ratio(kld: np.ndarray, kld_reference: np.ndarray, seed: int = 0) ->
     theta = np.log(np.maximum(kld, SMALLEST_KLD) / np.maximum(kld_reference, SMALLEST_KLD))
     interval = window_interval(theta, seed)
     degrees = max(interval.degrees, 1)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) + stats.t.ppf(POWER, degrees)
+    reach = detectable_shift(degrees)
     low, mean, high, detectable = (
-        math.exp(min(x / 2, 300.0))
-        for x in (interval.low, interval.mean, interval.high, float(reach) * interval.se)
+        math.exp(min(x / 2, 300.0)) for x in (interval.low, interval.mean, interval.high, reach * interval.se)
     )
     return DistanceRatio(mean, low, high, detectable, interval.scope)
+
+
+@cache
+def detectable_shift(degrees: int) -> float:
+    """The shift of a mean, in standard errors, that the test finds with probability POWER.
+
+    Solves P(t' > t_crit) = POWER for the noncentrality of Student's t; for many degrees of freedom it is
+    z_{(1 + CONFIDENCE) / 2} + z_POWER.
+    """
+    critical = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
+    most = 4 * critical + 10
+    return float(optimize.brentq(lambda shift: stats.nct.sf(critical, degrees, shift) - POWER, 0.0, most))
 
 
 def paired_difference(nll: np.ndarray, nll_reference: np.ndarray) -> PairedDifference:

@@ -74,4 +74,7 @@ def test_a_wider_type_has_a_smaller_bound() -> None:
 
 
 def test_gamma_is_infinite_where_it_says_nothing() -> None:
-    assert gamma(torch.tensor([1.0, 4096.0], dtype=torch.float64), 2.0**-11).tolist() == [2.0**-11 / (1 - 2.0**-11), float("inf")]
+    assert gamma(torch.tensor([1.0, 4096.0], dtype=torch.float64), 2.0**-11).tolist() == [
+        2.0**-11 / (1 - 2.0**-11),
+        float("inf"),
+    ]

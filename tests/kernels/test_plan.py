@@ -17,7 +17,9 @@ cuts_rules = st.one_of(
 
 
 @given(cuts_rules, st.integers(0, 20000), st.sampled_from([16, 64, 128]), st.integers(1, 64))
-def test_cuts_partition_the_range_once_on_tile_edges(rule: KVCuts, n_kv: int, block: int, programs: int) -> None:
+def test_cuts_partition_the_range_once_on_tile_edges(
+    rule: KVCuts, n_kv: int, block: int, programs: int
+) -> None:
     cuts = rule.cuts(n_kv, block, programs, 132)
     assert cuts[0] == 0
     assert cuts[-1] == n_kv

@@ -1,0 +1,180 @@
+"""The flash kernel's own source, run by Triton's interpreter on CPU tensors; on a GPU, tests/cuda does it.
+
+Triton chooses to interpret when its functions are decorated, that is on import. The variable that tells it so
+is set for the import alone, so that nothing else in this process or its children sees it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.contract import checked_call
+from kernels.eager import EagerOptions
+from kernels.flash import FALLBACK_NOTE, FlashKernel, flash_kernel, why_not_cuda
+from kernels.plan import KVCuts, Plan
+from kernels.registry import build_kernel
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: its interpreter cannot run the kernel", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("a CUDA device is there: tests/cuda runs these laws on it", allow_module_level=True)
+if "triton" in sys.modules and "kernels.flash_device" not in sys.modules:
+    raise RuntimeError("triton was imported before tests/kernels/test_flash.py could ask for its interpreter")
+os.environ["TRITON_INTERPRET"] = "1"
+try:
+    import triton
+    import triton.language as tl
+
+    from kernels import flash_device
+finally:
+    del os.environ["TRITON_INTERPRET"]
+assert flash_device.INTERPRETED
+
+_spec = importlib.util.spec_from_file_location("flash_laws", Path(__file__).with_name("flash_laws.py"))
+assert _spec is not None and _spec.loader is not None
+laws = importlib.util.module_from_spec(_spec)
+sys.modules["flash_laws"] = laws
+_spec.loader.exec_module(laws)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", laws.CASES, ids=lambda case: case.name)
+def test_agrees_with_exact(case: object) -> None:
+    laws.agrees_with_exact(case, CPU)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.float16_accumulators_lose_precision,
+        laws.groupings_agree_to_the_bit,
+        laws.automatic_cuts_move_with_the_groups,
+        laws.a_row_alone_is_the_row_in_its_batch,
+        laws.a_policy_runs_each_row_by_its_own_length,
+        laws.strides_are_followed_or_copied_with_a_note,
+        laws.a_latent_cache_is_read_once_or_twice_alike,
+        laws.two_runs_give_the_same_bits,
+    ],
+    ids=lambda law: law.__name__,
+)
+def test_law(law: object) -> None:
+    law(CPU)  # type: ignore[operator]
+
+
+def test_chunks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    laws.chunks_of_rows_change_no_bit(CPU, monkeypatch)
+
+
+@triton.jit
+def _write_bounds(out, n_kv, parts, tiles_a_part, BLOCK: tl.constexpr):
+    part = tl.program_id(0)
+    first, end, count = flash_device.part_bounds(n_kv, part, parts, tiles_a_part, BLOCK)
+    tl.store(out + 3 * part, first)
+    tl.store(out + 3 * part + 1, end)
+    tl.store(out + 3 * part + 2, count)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("kv", ["1", "4", "33", "size:64", "size:200", "size:4096"])
+def test_cuts_on_the_device_are_those_of_the_plan(kv: str, block: int) -> None:
+    cuts = KVCuts.parse(kv)
+    parts = cuts.value if cuts.mode == "parts" else 0
+    tiles_a_part = -(-cuts.value // block) if cuts.mode == "size" else 0
+    for n_kv in (0, 1, block - 1, block, block + 1, 3 * block, 1000):
+        expected = cuts.cuts(n_kv, block, 1, 132)
+        n_parts = max(len(expected) - 1, 1)
+        found = torch.full((n_parts, 3), -1, dtype=torch.int32)
+        _write_bounds[(n_parts,)](found, n_kv, parts, tiles_a_part, BLOCK=block)
+        assert found[:, 2].tolist() == [n_parts] * n_parts
+        assert sorted(set(found[:, :2].flatten().tolist())) == list(expected)
+        assert found[1:, 0].tolist() == found[:-1, 1].tolist()
+
+
+def test_the_laws_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that never shows its rows the last key of a part breaks them."""
+    right = flash_device.part_bounds
+
+    def short(n_kv, part, parts, tiles_a_part, BLOCK):  # type: ignore[no-untyped-def]
+        first, end, count = right(n_kv, part, parts, tiles_a_part, BLOCK)
+        return first, end - 1, count
+
+    monkeypatch.setattr(flash_device, "part_bounds", short)
+    with pytest.raises(AssertionError, match="relative error"):
+        laws.agrees_with_exact(laws.Case("dropped", lengths=[[200]]), CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_size": 520, "v_size": 520}, "v: flash has head sizes 16 to 512 in steps of 8, got 520"),
+        ({"k_size": 8}, "k: flash has head sizes 16 to 576 in steps of 8, got 8"),
+        ({"k_size": 68}, "got 68"),
+        ({"dtype": torch.float64}, "q: flash computes float16, bfloat16 and float32, got torch.float64"),
+        ({"plan": Plan(heads=(2, 2))}, "heads=2+2: sums to 4, expected r = 3"),
+        ({"ratio": 65, "kv_heads": 1}, "heads=65: flash has groups of at most 64 heads"),
+    ],
+)
+def test_refuses_what_it_does_not_have(change: dict[str, object], message: str) -> None:
+    case = laws.Case("bad", **change)
+    x = laws.inputs(case, CPU)
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        laws.kernel(case).attend(x.q, x.k, x.v, **x.more)
+
+
+def test_without_cuda_flash_is_eager_and_says_so() -> None:
+    flash = build_kernel("flash:heads=2+1,kv=2")
+    assert flash.notes == [f"{FALLBACK_NOTE} (no CUDA device)"]
+    assert why_not_cuda() == "no CUDA device"
+    x = laws.inputs(laws.Case("eager"), CPU)
+    flash.attend(x.q, x.k, x.v, **x.more)
+    assert {signature.kernel for _, _, signature in flash.trace.rows} == {
+        "eager[block=64,p=f16,acc=f32,out=f32]"
+    }
+    assert flash_kernel("flash", EagerOptions()).spec == "flash"
+
+
+def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import flash
+
+    monkeypatch.setattr(flash, "NOMINAL_LIMITS", flash.Limits(16_384, (8, 6)))
+    case = laws.Case("small", 576, 512, 20, 1, [[65]])
+    x = laws.inputs(case, CPU)
+    kernel = laws.kernel(case)
+    kernel.attend(x.q, x.k, x.v, **x.more)
+    assert kernel.notes == [
+        f"{FALLBACK_NOTE} (no tile of head sizes 576 and 512 fits in 16384 bytes of shared memory)"
+    ]
+    assert [signature.kernel[:5] for _, _, signature in kernel.trace.rows] == ["eager"]
+
+
+def test_a_smaller_tile_keeps_the_cuts_and_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import flash
+
+    monkeypatch.setattr(flash, "NOMINAL_LIMITS", flash.Limits(40_000, (8, 6)))
+    case = laws.Case("smaller", 256, 256, 4, 1, [[200]], plan=Plan(kv=KVCuts("parts", 2)))
+    x = laws.inputs(case, CPU)
+    kernel = laws.kernel(case)
+    kernel.attend(x.q, x.k, x.v, **x.more)
+    ((_, _, signature),) = kernel.trace.rows
+    assert signature.kernel == "flash[block=64,p=f32,acc=f32,out=f32,tile=16]"
+    assert signature.cuts == (0, 128, 200)
+    shape = checked_call(x.q, x.k, x.v, **x.more).shape
+    assert kernel.arithmetic(shape, "decode").block == 16
+    assert kernel.arithmetic(shape, "decode").depths(200).tiles == 8
+    laws.agrees_with_exact(case, CPU)
+
+
+def test_arithmetic_is_that_of_tensor_cores() -> None:
+    kernel = FlashKernel("flash", EagerOptions(plan=Plan(kv=KVCuts("parts", 4))))
+    x = laws.inputs(laws.Case("arithmetic"), CPU)
+    arithmetic = kernel.arithmetic(checked_call(x.q, x.k, x.v, **x.more).shape, "decode")
+    assert (arithmetic.u, arithmetic.p, arithmetic.acc) == (2.0**-23, "f16", "f32")
+    depths = arithmetic.depths(1024)
+    assert (depths.parts, depths.tiles, depths.d_l, depths.d_m) == (4, 4, 72, 7)

@@ -1,0 +1,367 @@
+"""`verify ppl` from end to end, on a tiny model, as a user runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import pytest
+from support.tiny_model import write_text, write_tiny_model
+
+from verify.__main__ import main
+
+KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_tiny_model(folder / "tiny.gguf"), write_text(folder / "text.txt")
+
+
+def command(tiny: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    model, text = tiny
+    base = ["ppl", "-m", str(model), "-f", str(text), "-c", "64", "--chunks", "6"]
+    return [*base, "--device", "cpu", "--out", str(out), *more]
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def verify(*arguments: str) -> Done:
+    """`verify ARGUMENTS` in this process, which spares loading torch for every test."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        patch.setattr(sys, "argv", ["verify", *arguments])
+        main()
+    return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def verify_apart(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`verify ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "verify", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def run(tiny: tuple[Path, Path], out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
+    done = verify(*command(tiny, out, *more))
+    report = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
+    return done, report
+
+
+def test_a_round_off_run_shows_its_evidence(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(
+        tiny, tmp_path / "run", "--candidate", "eager:block=16,kv=2", "--baseline", "eager:block=16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert report["verdict"] == "round-off"
+    assert report["exit_code"] == 0
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("[1]") and "[6]" in line for line in lines)
+    assert any(line.startswith("Final estimate: PPL over 6 chunks for n_ctx=64 = ") for line in lines)
+    assert any(line.startswith("verdict: round-off: ") for line in lines)
+    assert lines[-1] == f"report: {tmp_path / 'run' / 'report.md'}"
+    by_name = {arm["name"]: arm for arm in report["arms"]}
+    assert set(by_name) == {"exact", "floor", "baseline", "control", "candidate"}
+    assert by_name["control"]["nll_mean"] == by_name["baseline"]["nll_mean"]
+    assert 0 < by_name["floor"]["kld_to_exact_mean"] < 1e-5
+    (pair,) = report["pairs"]
+    assert pair["tokens"] == 6 * 31
+    assert not pair["bitwise_equal"]
+    assert pair["coverage"] == 1.0
+    assert "round-off" in (tmp_path / "run/report.md").read_text()
+    tokens = pq.read_table(tmp_path / "run/tokens.parquet")
+    assert tokens.num_rows == 5 * 6 * 31
+    assert set(tokens["position"].to_pylist()) == set(range(32, 63))
+
+
+def test_coverage_is_what_ran_not_what_was_asked_for(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    _, report = run(
+        tiny, tmp_path / "run", "--baseline", "eager:block=48", "--candidate", "eager:block=48,kv=4"
+    )
+    lines = [line for line in report["coverage"] if line["arm"] == "candidate"]
+    # Up to 48 keys are one tile, which nothing can cut.
+    assert [(line["parts"], line["n_kv_min"], line["n_kv_max"]) for line in lines] == [
+        (1, 1, 48),
+        (2, 49, 64),
+    ]
+    assert sum(line["rows"] for line in lines) == 6 * 64 * 2
+    assert report["pairs"][0]["coverage"] == pytest.approx((63 - 48) / 31)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    hashes = []
+    for name in ("one", "two"):
+        assert verify_apart(*command(tiny, tmp_path / name)).returncode == 0
+        hashes.append(hashlib.sha256((tmp_path / name / "tokens.parquet").read_bytes()).hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    tables = []
+    for name, memory in (("small", "80K"), ("large", "8G")):
+        _, report = run(tiny, tmp_path / name, "--memory", memory)
+        assert report["speed"]["group_windows"] == (1 if name == "small" else 6)
+        tables.append(pq.read_table(tmp_path / name / "tokens.parquet"))
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("last_key_dropped", "failed|sum p|budget"),
+        ("heads_rotated", "of sum p|v|"),
+        ("nan_in_one_row", "NaN or Inf"),
+        ("hangs,timeout=1", "hung: hangs: no answer within 1 s"),
+        ("dies", "died: dies: its process was killed by SIGKILL"),
+        ("raises", "raised: raises: RuntimeError: no such luck"),
+        ("wrong_shape", "shape: wrong_shape"),
+        ("writes_inputs", "wrote-inputs"),
+    ],
+)
+def test_wrong_kernels_are_broken(tiny: tuple[Path, Path], tmp_path: Path, function: str, said: str) -> None:
+    done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::{function}")
+    assert done.returncode == 1, done.stderr
+    assert report["verdict"] == "broken"
+    assert any(word in " ".join(report["reasons"]) for word in said.split("|")), report["reasons"]
+    assert "layer" in " ".join(report["reasons"])
+    baseline = next(arm for arm in report["arms"] if arm["name"] == "baseline")
+    assert baseline["tokens"] == 6 * 31
+
+
+def test_a_scale_that_is_off_is_caught(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::scale_off")
+    assert done.returncode == 1
+    assert report["verdict"] in ("degraded", "broken")
+
+
+def test_one_failing_candidate_does_not_stop_the_others(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(
+        tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::raises", "--candidate", f"py:{KERNELS}::good"
+    )
+    assert done.returncode == 1
+    first, second = report["pairs"]
+    assert first["verdict"] == "broken"
+    assert second["verdict"] in ("round-off", "improved")
+    assert second["tokens"] == 6 * 31
+
+
+def test_the_same_specification_is_identical(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(tiny, tmp_path / "run", "--baseline", "flash", "--candidate", "flash")
+    assert done.returncode == 0
+    assert report["verdict"] == "identical"
+
+
+def test_other_head_groups_alone_are_identical(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    _, report = run(tiny, tmp_path / "run", "--baseline", "eager", "--candidate", "eager:heads=1+1")
+    assert report["verdict"] == "identical"
+    assert report["pairs"][0]["bitwise_equal"]
+
+
+def test_a_plan_that_never_differs_is_inconclusive(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(
+        tiny,
+        tmp_path / "run",
+        *("--baseline", "flash:policy=before", "--candidate", "flash:policy=ik-1183,threshold=8192"),
+    )
+    assert done.returncode == 3
+    assert report["verdict"] == "inconclusive"
+    assert "the path under test did not run" in report["reasons"][0]
+
+
+def test_coverage_can_be_a_gate(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(
+        tiny,
+        tmp_path / "run",
+        *("--baseline", "eager:block=48", "--candidate", "eager:block=48,kv=4", "--min-coverage", "0.9"),
+    )
+    assert done.returncode == 3
+    assert "--min-coverage" in report["reasons"][0]
+
+
+def test_a_baseline_that_gives_other_bits_each_time_voids_the_run(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    kernel = tmp_path / "restless.py"
+    kernel.write_text(
+        KERNELS.read_text()
+        + "\ndef restless(q, k, v, *, kv_len, scale):\n"
+        + "    return good(q, k, v, kv_len=kv_len, scale=scale)[0] * (1 + 1e-6 * torch.rand(()))\n"
+    )
+    done, report = run(tiny, tmp_path / "run", "--baseline", f"py:{kernel}::restless", "--candidate", "eager")
+    assert done.returncode == 4
+    assert report["verdict"] == "void"
+    assert "the control arm differs from its baseline" in report["reasons"][0]
+
+
+def test_both_paths_are_judged_apart(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    _, report = run(tiny, tmp_path / "run", "--path", "both", "--candidate", "flash:block=16,kv=2")
+    assert [pair["path"] for pair in report["pairs"]] == ["decode", "prefill"]
+    assert {line["path"] for line in report["coverage"]} == {"decode", "prefill"}
+
+
+def test_json_alone_goes_to_stdout(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, report = run(tiny, tmp_path / "run", "--json")
+    assert json.loads(done.stdout) == report
+    assert "Final estimate" in done.stderr
+
+
+def test_no_progress_bar_in_a_pipe(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, _ = run(tiny, tmp_path / "run")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+
+
+def test_a_run_that_was_interrupted_goes_on(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        KERNELS.read_text()
+        + "\ndef slow(q, k, v, *, kv_len, scale):\n"
+        + "    time.sleep(0.15)\n    return good(q, k, v, kv_len=kv_len, scale=scale)\n"
+    )
+    more = ("--memory", "80K", "--candidate", f"py:{slow}::slow")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny, whole, *more)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "verify", *command(tiny, parts, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if len(list(parts.glob("groups/*"))) >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: verify ppl --resume {parts}" in said
+    assert not (parts / "run.json").exists()
+    kept = len(list(parts.glob("groups/*/state.json")))
+    assert 1 <= kept < 6
+    done = verify("ppl", "--resume", str(parts))
+    assert done.returncode == json.loads((whole / "run.json").read_text())["exit_code"], done.stderr
+    assert (parts / "tokens.parquet").read_bytes() == (whole / "tokens.parquet").read_bytes()
+
+
+def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model.gguf")
+    out = tmp_path / "run"
+    run((model, tiny[1]), out)
+    write_tiny_model(model, seed=5)
+    done = verify("ppl", "--resume", str(out))
+    assert done.returncode == 2
+    assert "model changed since the run began" in done.stderr
+
+
+def assert_refused(done: Done, *said: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for words in said:
+        assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("-m", "nowhere.gguf"), "nowhere.gguf"),
+        (("-f", "nowhere.txt"), "nowhere.txt"),
+        (("--candidate", "flahs"), "did you mean 'flash'"),
+        (("--candidate", "flash:heds=2"), "did you mean 'heads'"),
+        (("--candidate", "flash:heads=8+4"), "sums to 12, expected r = 2"),
+        (("--path", "sideways"), "--path sideways"),
+        (("--chunks", "0"), "chunks"),
+        (("--chunks", "many"), "many"),
+        (("--cache-type", "q9"), "--cache-type q9"),
+        (("--memory", "lots"), "--memory lots"),
+        (("--device", "tpu"), "--device tpu"),
+        (("--margin", "0.5"), "--margin"),
+        (("--nonsense",), "--nonsense"),
+        (("-c", "4096"), "expected at least 8192"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny: tuple[Path, Path], tmp_path: Path, more: tuple[str, ...], said: str
+) -> None:
+    done, _ = run(tiny, tmp_path / "run", *more)
+    assert_refused(done, said)
+
+
+def test_an_unwritable_folder(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    done, _ = run(tiny, blocked / "run")
+    assert_refused(done, "--out", "cannot be written")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    before = (tmp_path / "run/run.json").read_bytes()
+    done, _ = run(tiny, tmp_path / "run")
+    assert_refused(done, "--resume")
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "mamba"}, "'mamba'"),
+        ({"pre": "klingon"}, "klingon"),
+        ({"drop": ("blk.1.ffn_up.weight",)}, "blk.1.ffn_up.weight is missing"),
+        ({"attention__head_count_kv": 3}, "not a multiple"),
+        ({"embedding_length": 32}, "expected [32]"),
+    ],
+)
+def test_models_that_cannot_be_run_are_named(
+    tiny: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    model = write_tiny_model(tmp_path / "odd.gguf", **change)
+    done, _ = run((model, tiny[1]), tmp_path / "run")
+    assert_refused(done, "odd.gguf", said)
+
+
+def test_a_truncated_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    whole = tiny[0].read_bytes()
+    cut.write_bytes(whole[: len(whole) - 5000])
+    done, _ = run((cut, tiny[1]), tmp_path / "run")
+    assert_refused(done, "cut.gguf")
+
+
+def test_a_file_that_is_no_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, _ = run((tiny[1], tiny[1]), tmp_path / "run")
+    assert_refused(done, "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("list", "ik-1183"), ("doctor", "kernel flash"), ("--help", "Commands")]
+)
+def test_commands_that_compare_nothing(name: str, said: str) -> None:
+    done = verify(name)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+def test_variables_that_the_user_set_are_kept() -> None:
+    done = verify_apart("doctor", env={**os.environ, "MKL_CBWR": "COMPATIBLE"})
+    assert "COMPATIBLE" in done.stdout
+    assert "STRICT" not in done.stdout
