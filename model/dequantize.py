@@ -39,6 +39,8 @@ def dequantize(
         start, stop, _ = rows.indices(shape[0])
         by_row = by_row[start * each : stop * each]
         shape = (max(stop - start, 0), *shape[1:])
+    if not by_row.size:
+        return torch.empty(shape, device=device)
     decode = _DECODERS.get(info.type_name)
     if decode is not None:
         return decode(_tensor(by_row).to(device)).view(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, settings
 from verify.environment import prepare_torch, prepare_variables
 
 prepare_variables()
+# Without a GPU, Triton's interpreter runs the kernels' source. Triton reads this when it is first imported,
+# which torch's own settings already do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 prepare_torch()
 
 settings.register_profile(

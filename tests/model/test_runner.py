@@ -1,0 +1,178 @@
+"""The runner against a forward pass written out here, token by token, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
+
+from kernels.contract import checked_call
+from kernels.exact import exact_attention
+from model.architectures import architecture_of
+from model.errors import ModelError
+from model.gguf_file import GGUFFile
+from model.products import Products, Stopwatch, tile_rows
+from model.runner import LayerCall, Runner
+
+
+class Exact:
+    """An arm with the oracle's attention."""
+
+    def __init__(self, name: str = "exact", *, fails_at: int | None = None) -> None:
+        self.name, self.fails_at = name, fails_at
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        if call.layer == self.fails_at:
+            return None
+        checked = checked_call(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.settings.scale)
+        return exact_attention(checked).out.float()
+
+
+def logits_of(
+    runner: Runner, tokens: np.ndarray, arms: list[Exact], scored: range
+) -> dict[str, torch.Tensor]:
+    """Name -> [windows, scored, vocabulary]."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for piece in runner.run_group(torch.from_numpy(tokens), arms, scored=scored):
+        for name, values in piece.logits.items():
+            found.setdefault(name, []).append(values.clone())
+    return {name: torch.cat(parts).view(len(tokens), len(scored), -1) for name, parts in found.items()}
+
+
+def forward(path: Path, tokens: np.ndarray, *, neighbours: bool = True) -> np.ndarray:
+    """Logits [T, vocabulary] by the formulas, a token and head at a time, sharing nothing with the product."""
+    reader = gguf.GGUFReader(path)
+    w = {t.name: t.data.astype(np.float64) for t in reader.tensors}
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean() + 1e-5) * weight
+
+    def rotate(x: np.ndarray, position: int) -> np.ndarray:
+        out = x.copy()
+        for i in range(SIZE // 2):
+            angle = position * 10000.0 ** (-2 * i / SIZE)
+            a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + SIZE // 2)
+            out[a] = x[a] * np.cos(angle) - x[b] * np.sin(angle)
+            out[b] = x[a] * np.sin(angle) + x[b] * np.cos(angle)
+        return out
+
+    states = [w["token_embd.weight"][t] for t in tokens]
+    for layer in range(LAYERS):
+        part = {k.split(".")[2]: v for k, v in w.items() if k.startswith(f"blk.{layer}.")}
+        keys, values, after = [], [], []
+        for position, x in enumerate(states):
+            h = norm(x, part["attn_norm"])
+            q = (part["attn_q"] @ h).reshape(HEADS, SIZE)
+            k = (part["attn_k"] @ h).reshape(KV_HEADS, SIZE)
+            q = np.array([rotate(row, position) for row in q])
+            keys.append(np.array([rotate(row, position) for row in k]))
+            values.append((part["attn_v"] @ h).reshape(KV_HEADS, SIZE))
+            out = []
+            for head in range(HEADS):
+                kv = head // (HEADS // KV_HEADS)
+                s = np.array([q[head] @ key[kv] / np.sqrt(SIZE) for key in keys])
+                p = np.exp(s - s.max())
+                out.append(sum(a * value[kv] for a, value in zip(p / p.sum(), values, strict=True)))
+            x = x + part["attn_output"] @ np.concatenate(out)
+            h = norm(x, part["ffn_norm"])
+            gate = part["ffn_gate"] @ h
+            after.append(x + part["ffn_down"] @ (gate / (1 + np.exp(-gate)) * (part["ffn_up"] @ h)))
+        states = after
+    return np.array([w["token_embd.weight"] @ norm(x, w["output_norm.weight"]) for x in states])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+TOKENS = np.random.default_rng(3).integers(0, 256, (3, 40)).astype(np.int32)
+CPU = torch.device("cpu")
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def test_logits_are_those_of_the_formulas(tiny: Path) -> None:
+    runner = Runner(architecture_of(GGUFFile.open(tiny)), device=CPU, attention_type="f32")
+    found = logits_of(runner, TOKENS, [Exact()], range(40))["exact"]
+    for w in range(3):
+        assert relative(found[w].numpy(), forward(tiny, TOKENS[w])) < 1e-5
+
+
+def test_a_flipped_rotation_would_be_seen(tiny: Path) -> None:
+    runner = Runner(architecture_of(GGUFFile.open(tiny)), device=CPU, attention_type="f32")
+    found = logits_of(runner, TOKENS[:1], [Exact()], range(40))["exact"]
+    assert relative(found[0].numpy(), forward(tiny, TOKENS[0], neighbours=False)) > 1e-3
+
+
+def test_float16_inputs_differ_by_their_rounding_and_no_more(tiny: Path) -> None:
+    architecture = architecture_of(GGUFFile.open(tiny))
+    f32, f16 = (
+        logits_of(Runner(architecture, device=CPU, attention_type=t), TOKENS[:1], [Exact()], range(40))[
+            "exact"
+        ]
+        for t in ("f32", "f16")
+    )
+    assert 0 < relative(f16.numpy(), f32.numpy()) < 5e-3
+
+
+def test_neither_group_nor_other_arms_change_a_bit(tiny: Path) -> None:
+    architecture = architecture_of(GGUFFile.open(tiny))
+    scored = range(20, 39)
+    together = logits_of(Runner(architecture, device=CPU), TOKENS, [Exact("a"), Exact("b")], scored)
+    assert torch.equal(together["a"], together["b"])
+    for w in range(3):
+        alone = logits_of(Runner(architecture, device=CPU), TOKENS[w : w + 1], [Exact("a")], scored)
+        assert torch.equal(alone["a"][0], together["a"][w])
+
+
+def test_an_arm_that_fails_leaves_the_others_alone(tiny: Path) -> None:
+    architecture = architecture_of(GGUFFile.open(tiny))
+    scored = range(20, 39)
+    found = logits_of(Runner(architecture, device=CPU), TOKENS, [Exact("a"), Exact("b", fails_at=1)], scored)
+    assert set(found) == {"a"}
+    assert torch.equal(
+        found["a"], logits_of(Runner(architecture, device=CPU), TOKENS, [Exact("a")], scored)["a"]
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
+def test_products_are_those_of_whole_tiles(rows: int) -> None:
+    x, weight, bias = torch.randn(rows, 8), torch.randn(5, 8), torch.randn(5)
+    stopwatch = Stopwatch(CPU)
+    out = Products(16, stopwatch)(x, weight, bias)
+    assert out.shape == (rows, 5)
+    assert torch.allclose(out, x @ weight.T + bias, atol=1e-5)
+    tiles = -(-rows // 16)
+    assert stopwatch.flop == 2 * tiles * 16 * 8 * 5
+
+
+@pytest.mark.parametrize(("n_ctx", "rows"), [(4, 16), (16, 16), (100, 112), (512, 512), (8192, 512)])
+def test_tiles_follow_the_window(n_ctx: int, rows: int) -> None:
+    assert tile_rows(n_ctx) == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "mamba"}, "general.architecture is 'mamba', expected one of: llama"),
+        ({"drop": ("output_norm.weight",)}, "tensor output_norm.weight is missing"),
+        ({"drop": ("token_embd.weight",)}, "tensor token_embd.weight is missing"),
+        ({"attention__head_count": 3}, "not a multiple|expected"),
+        ({"feed_forward_length": 95}, "expected [95, 64]"),
+        ({"block_count": 3}, "blk.2.attn_norm.weight is missing"),
+        ({"expert_count": 8}, "mixture of experts"),
+    ],
+)
+def test_models_that_contradict_themselves(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    path = write_tiny_model(tmp_path / "odd.gguf", **change)  # type: ignore[arg-type]
+    with pytest.raises(ModelError) as caught:
+        architecture_of(GGUFFile.open(path))
+    assert any(words in str(caught.value) for words in said.split("|")), caught.value
+    assert str(path) in str(caught.value)

@@ -1,0 +1,262 @@
+"""Laws of the flash kernel, run by `test_flash.py` on Triton's interpreter and by `tests/cuda` on a GPU.
+
+A law is a function of a device. Cases are small: the interpreter takes tens of milliseconds a program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels.contract import AttentionOutput, checked_call
+from kernels.eager import EagerOptions
+from kernels.exact import exact_attention
+from kernels.flash import FlashKernel
+from kernels.plan import KVCuts, Plan
+
+# Relative 2-norm of the error that a correct kernel stays under, by the type of P. With P in float32 tensor
+# cores reach 1.3e-7; a dropped key of 200 makes 5e-2, a scale off by 1e-5 makes 1e-5.
+RELATIVE = {"f32": 1e-6, "f16": 4e-4, "bf16": 3e-3}
+LSE = 4e-6
+# With 64 keys a tile: no key, one, tile - 1, tile, tile + 1, several tiles and a rest.
+LENGTHS = [[0, 1, 63], [64, 65, 200]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call; sizes as in `contract.Shape`, `call` what else `attend` takes, by name."""
+
+    name: str
+    k_size: int = 64
+    v_size: int = 64
+    ratio: int = 3
+    kv_heads: int = 2
+    lengths: list[list[int]] = field(default_factory=lambda: LENGTHS)
+    dtype: torch.dtype = torch.float16
+    path: str = "decode"
+    p: str = "f32"
+    plan: Plan = Plan()  # noqa: RUF009 (frozen)
+    call: tuple[str, ...] = ()
+
+
+def _sizes(k_size: int, v_size: int, ratio: int, **more: Any) -> Case:
+    return Case(f"{k_size}-{v_size}-r{ratio}", k_size, v_size, ratio, 1, [[65, 1]], **more)
+
+
+CASES = [
+    Case("plain"),
+    Case("f16-p", p="f16"),
+    Case("bf16-p", p="bf16"),
+    Case("bf16", dtype=torch.bfloat16),
+    Case("bf16-f16-p", dtype=torch.bfloat16, p="f16"),
+    Case("bf16-bf16-p", dtype=torch.bfloat16, p="bf16"),
+    Case("f32", dtype=torch.float32),
+    Case("parts", plan=Plan(kv=KVCuts("parts", 3))),
+    Case("more-parts-than-one-round", plan=Plan(kv=KVCuts("parts", 19), block=16)),
+    Case("part-size", plan=Plan(kv=KVCuts("size", 128))),
+    Case("block-32", plan=Plan(kv=KVCuts("parts", 2), block=32)),
+    Case("softcap", call=("softcap",)),
+    Case("window", plan=Plan(kv=KVCuts("parts", 2)), call=("sliding_window",)),
+    Case("sinks", call=("sinks",)),
+    Case("sinks-parts", plan=Plan(kv=KVCuts("parts", 2)), call=("sinks",)),
+    Case("alibi", call=("alibi_slopes",)),
+    Case("all", plan=Plan(kv=KVCuts("size", 64), heads=(2, 1)), call=("softcap", "sliding_window", "sinks")),
+    Case("prefill", path="prefill"),
+    Case("prefill-parts", path="prefill", plan=Plan(kv=KVCuts("parts", 3), heads=(2, 1)), call=("sinks",)),
+    Case("prefill-window", path="prefill", call=("sliding_window", "alibi_slopes", "softcap")),
+    Case("prefill-long", path="prefill", ratio=5, kv_heads=1, lengths=[list(range(3, 63))]),
+    _sizes(80, 80, 1),
+    _sizes(96, 96, 7),
+    _sizes(128, 128, 12),
+    _sizes(192, 128, 16),
+    _sizes(256, 256, 4),
+    _sizes(576, 512, 20),
+    _sizes(72, 40, 2),
+    _sizes(64, 64, 64),
+]  # fmt: skip
+
+
+@dataclass
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    more: dict[str, Any]
+
+
+def inputs(case: Case, device: torch.device) -> Inputs:
+    """Gaussian inputs of a case; keys that no row sees hold 6e4, which shows where it leaks in."""
+    generator = torch.Generator().manual_seed(len(case.name))
+    kv_len = torch.tensor(case.lengths, dtype=torch.int32)
+    batch, rows = kv_len.shape
+    keys, q_heads = int(kv_len.max()) + 3, case.ratio * case.kv_heads
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q = normal(batch, rows, q_heads, case.k_size)
+    k = normal(batch, keys, case.kv_heads, case.k_size)
+    v = normal(batch, keys, case.kv_heads, case.v_size)
+    for b in range(batch):
+        seen = int(kv_len[b].max())
+        k[b, seen:], v[b, seen:] = 6e4, 6e4
+    options: dict[str, Any] = {
+        "softcap": 3.0,
+        "sliding_window": 40,
+        "sinks": normal(q_heads).to(device),
+        "alibi_slopes": (normal(q_heads).abs() / 8).to(device),
+    }
+    more = {name: options[name] for name in case.call}
+    more |= {"kv_len": kv_len.to(device), "scale": case.k_size**-0.5, "path": case.path}
+    q, k, v = (x.to(case.dtype).to(device) for x in (q, k, v))
+    return Inputs(q, k, v, more)
+
+
+def kernel(case: Case, **options: Any) -> FlashKernel:
+    return FlashKernel("flash", EagerOptions(plan=case.plan, p=case.p, **options))
+
+
+def same_bits(a: AttentionOutput, b: AttentionOutput) -> bool:
+    return torch.equal(a.out, b.out) and torch.equal(a.lse, b.lse)
+
+
+def agrees_with_exact(case: Case, device: torch.device) -> None:
+    """Within rounding of the oracle; empty rows give (0, -inf), or (0, sink), to the bit."""
+    x = inputs(case, device)
+    exact = exact_attention(checked_call(x.q, x.k, x.v, **x.more))
+    flash = kernel(case)
+    found = flash.attend(x.q, x.k, x.v, **x.more)
+    error = float((found.out.double() - exact.out).norm() / exact.out.norm())
+    assert error <= RELATIVE[case.p], f"{case.name}: relative error {error:.3g} of {RELATIVE[case.p]:.3g}"
+    finite = torch.isfinite(exact.lse)
+    assert torch.equal(finite, torch.isfinite(found.lse))
+    lse_error = float((found.lse.double() - exact.lse)[finite].abs().max())
+    assert lse_error <= LSE, f"{case.name}: error of the lse {lse_error:.3g} of {LSE:.3g}"
+    empty = x.more["kv_len"] == 0
+    assert bool((found.out[empty] == 0).all())
+    assert flash.notes == []
+
+
+def float16_accumulators_lose_precision(device: torch.device) -> None:
+    case = Case("acc", p="f16", lengths=[[500]], kv_heads=1)
+    x = inputs(case, device)
+    exact = exact_attention(checked_call(x.q, x.k, x.v, **x.more)).out
+    errors = {
+        acc: float((kernel(case, acc=acc).attend(x.q, x.k, x.v, **x.more).out.double() - exact).norm())
+        for acc in ("f32", "f16")
+    }
+    assert 1.2 * errors["f32"] < errors["f16"] < 20 * errors["f32"], errors
+
+
+def groupings_agree_to_the_bit(device: torch.device, dtype: torch.dtype = torch.float16) -> None:
+    """Any head groups, in one launch or several: one binary, and so every bit equal (NUMERICS 4)."""
+    for path, kv in (("decode", KVCuts("parts", 3)), ("decode", KVCuts("size", 64)), ("prefill", KVCuts())):
+        case = Case("groups", ratio=12, kv_heads=2, lengths=[[130]], dtype=dtype, path=path, p="f16")
+        x = inputs(case, device)
+        plans = [Plan(kv=kv)]
+        plans += [Plan(kv=kv, heads=heads) for heads in ((8, 4), (4, 4, 4), (4, 8), (1, 11))]
+        plans += [Plan(kv=kv, heads=(8, 4), launch="each"), Plan(kv=kv, heads=(4, 8), launch="views")]
+        results, binaries, groups = [], set(), set()
+        for plan in plans:
+            flash = FlashKernel("flash", EagerOptions(plan=plan))
+            results.append(flash.attend(x.q, x.k, x.v, **x.more))
+            signatures = [signature for _, _, signature in flash.trace.rows]
+            binaries |= {signature.binary for signature in signatures}
+            groups |= {signature.head_groups for signature in signatures}
+        for plan, result in zip(plans, results, strict=True):
+            assert same_bits(results[0], result), f"{path}, {plan}"
+        assert len(binaries) == 1, binaries
+        assert groups == {(12,), (8, 4), (4, 4, 4), (4, 8), (1, 11)}
+
+
+def automatic_cuts_move_with_the_groups(device: torch.device) -> None:
+    """`kv=auto` cuts by head groups: other bits, and the trace shows why."""
+    case = Case("auto", ratio=12, kv_heads=1, lengths=[[700]], p="f16")
+    x = inputs(case, device)
+    cuts, results = [], []
+    for heads in ((12,), (8, 4)):
+        flash = FlashKernel("flash", EagerOptions(plan=Plan(heads=heads, kv=KVCuts("auto"), sms=6)))
+        results.append(flash.attend(x.q, x.k, x.v, **x.more))
+        ((_, _, signature),) = flash.trace.rows
+        cuts.append(signature.cuts)
+    assert [len(c) - 1 for c in cuts] == [6, 3]
+    assert not same_bits(*results)
+
+
+def a_row_alone_is_the_row_in_its_batch(device: torch.device) -> None:
+    """B windows x T rows in one launch are as many calls with T = 1, to the bit, sinks or not."""
+    for call in ((), ("sinks",)):
+        case = Case("alone", plan=Plan(kv=KVCuts("parts", 2)), call=call, p="f16")
+        x = inputs(case, device)
+        flash = kernel(case)
+        together = flash.attend(x.q, x.k, x.v, **x.more)
+        lengths = x.more["kv_len"]
+        for b in range(lengths.shape[0]):
+            for t in range(lengths.shape[1]):
+                more = {**x.more, "kv_len": lengths[b : b + 1, t : t + 1]}
+                alone = flash.attend(x.q[b : b + 1, t : t + 1], x.k[b : b + 1], x.v[b : b + 1], **more)
+                row = AttentionOutput(together.out[b, t][None, None], together.lse[b, t][None, None])
+                assert same_bits(alone, row), f"row {b}, {t} of n_kv {int(lengths[b, t])}"
+
+
+def a_policy_runs_each_row_by_its_own_length(device: torch.device) -> None:
+    """Rows on both sides of a threshold, in one call: each is traced, and is what it is alone."""
+    from kernels.policy import policy_named
+
+    policy = policy_named("ik-1183").with_threshold(256)
+    case = Case("policy", ratio=12, kv_heads=1, lengths=[[0, 200, 257]], p="f16", plan=Plan(policy=policy))
+    x = inputs(case, device)
+    flash = kernel(case)
+    together = flash.attend(x.q, x.k, x.v, **x.more)
+    seen = {n_kv: (s.head_groups, s.launch) for _, n_kv, s in flash.trace.rows}
+    assert seen == {0: ((4, 4, 4), "one"), 200: ((8, 4), "each"), 257: ((8, 4), "each")}
+    plain = kernel(Case("plain", p="f16")).attend(x.q, x.k, x.v, **x.more)
+    assert same_bits(together, plain)
+
+
+def strides_are_followed_or_copied_with_a_note(device: torch.device) -> None:
+    case = Case("strides", p="f16", call=("sinks",))
+    x = inputs(case, device)
+    expected = kernel(case).attend(x.q, x.k, x.v, **x.more)
+    by_head = x.k.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.stack((x.v, -x.v), dim=3).flatten(3)[..., : x.v.shape[3]]
+    assert not by_head.is_contiguous() and not wide.is_contiguous()
+    flash = kernel(case)
+    assert same_bits(expected, flash.attend(x.q, by_head, wide, **x.more))
+    assert flash.notes == []
+    by_column = x.v.transpose(2, 3).contiguous().transpose(2, 3)
+    assert same_bits(expected, flash.attend(x.q, x.k, by_column, **x.more))
+    assert [note[:10] for note in flash.notes] == ["v: strides"]
+
+
+def a_latent_cache_is_read_once_or_twice_alike(device: torch.device) -> None:
+    """v as the head of k's own memory (MLA), or as a copy: the same bits."""
+    case = Case("latent", 80, 64, 20, 1, [[130, 7]], p="f16")
+    x = inputs(case, device)
+    view = x.k[..., :64]
+    shared = kernel(case).attend(x.q, x.k, view, **x.more)
+    copied = kernel(case).attend(x.q, x.k, view.clone(), **x.more)
+    assert same_bits(shared, copied)
+
+
+def chunks_of_rows_change_no_bit(device: torch.device, monkeypatch: Any) -> None:
+    """Partial results are held for some rows at a time; how many is no matter."""
+    from kernels import flash_launch
+
+    for path in ("decode", "prefill"):
+        case = Case("chunks", plan=Plan(kv=KVCuts("parts", 2)), p="f16", path=path, ratio=20, kv_heads=1)
+        x = inputs(case, device)
+        expected = kernel(case).attend(x.q, x.k, x.v, **x.more)
+        for rows in (1, 4):
+            monkeypatch.setattr(flash_launch, "PARTIALS_AT_ONCE", rows * 2 * 20 * 64)
+            assert same_bits(expected, kernel(case).attend(x.q, x.k, x.v, **x.more))
+        monkeypatch.undo()
+
+
+def two_runs_give_the_same_bits(device: torch.device) -> None:
+    case = Case("twice", plan=Plan(kv=KVCuts("parts", 3)), p="f16")
+    x = inputs(case, device)
+    flash = kernel(case)
+    assert same_bits(*(flash.attend(x.q, x.k, x.v, **x.more) for _ in range(2)))

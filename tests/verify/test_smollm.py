@@ -1,0 +1,63 @@
+"""The whole way on a real model and real text, against figures of llama.cpp's family of programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verify.__main__ import main
+
+# SmolLM2-135M-Instruct.Q4_1 requantised to F32, f16 cache, WikiText-2, n_ctx 512: running perplexity after
+# each of four windows, and the error bar, as ik_llama.cpp's program prints them on a CPU.
+PUBLISHED = [12.9562, 21.3752, 22.5251, 22.7453]
+PUBLISHED_ERROR = 2.27495
+
+
+@pytest.fixture(scope="module")
+def smollm_run(
+    smollm: Path, wikitext: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str]:
+    out = tmp_path_factory.mktemp("smollm") / "run"
+    arguments = ["ppl", "-m", str(smollm), "-f", str(wikitext), "-c", "512", "--chunks", "4"]
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(said),
+        redirect_stderr(io.StringIO()),
+        pytest.raises(SystemExit),
+    ):
+        patch.setattr(sys, "argv", ["verify", *arguments, "--device", "cpu", "--out", str(out)])
+        main()
+    return json.loads((out / "run.json").read_text()), said.getvalue()
+
+
+def test_the_baseline_prints_the_published_perplexity(smollm_run: tuple[dict[str, Any], str]) -> None:
+    _, said = smollm_run
+    line = next(line for line in said.splitlines() if line.startswith("[1]"))
+    running = [float(piece.split("]")[1]) for piece in line.strip(",").split(",")]
+    assert running == pytest.approx(PUBLISHED, rel=2e-4)
+
+
+def test_the_error_bar_is_the_published_one(smollm_run: tuple[dict[str, Any], str]) -> None:
+    run, _ = smollm_run
+    baseline = next(arm for arm in run["arms"] if arm["name"] == "baseline")
+    assert baseline["ppl_se"] == pytest.approx(PUBLISHED_ERROR, rel=1e-3)
+
+
+def test_the_split_is_round_off(smollm_run: tuple[dict[str, Any], str]) -> None:
+    run, _ = smollm_run
+    assert run["verdict"] == "round-off"
+    assert run["exit_code"] == 0
+    assert run["pairs"][0]["coverage"] == 1.0
+    assert any("the CUDA kernel did not run" in note for note in run["notes"])
+
+
+def test_memory_stays_small(smollm_run: tuple[dict[str, Any], str]) -> None:
+    run, _ = smollm_run
+    assert 0 < run["speed"]["anonymous_bytes"] < 1.5e9
