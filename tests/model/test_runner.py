@@ -44,7 +44,7 @@ def logits_of(
 
 
 def forward(path: Path, tokens: np.ndarray, *, neighbours: bool = True) -> np.ndarray:
-    """Logits [T, vocabulary] by the formulas, a token and head at a time, sharing nothing with the product."""
+    """Logits [T, vocabulary] by the formulas, a token and head at a time, sharing no code."""
     reader = gguf.GGUFReader(path)
     w = {t.name: t.data.astype(np.float64) for t in reader.tensors}
 

@@ -49,7 +49,7 @@ def test_the_whole_of_wikitext_has_the_published_ids(smollm_tokenizer: Tokenizer
 
 
 def by_hand(text: str, expressions: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding in a few lines: cut, spell as byte symbols, merge the best pair while there is one."""
+    """Byte-pair encoding in a few lines: cut, spell as byte symbols, merge while a pair can be."""
     symbols = byte_symbols()
     pieces = [text]
     for expression in expressions:
