@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +20,8 @@ from kernels.flash_launch import Prepared, check_supported, device_code, prepare
 from kernels.flash_tiles import Tiles, choose_tiles
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
-# Shared memory that a program may ask for on compute capability 9.0; what the interpreter pretends to have.
-NOMINAL_SHARED_BYTES = 232_448
+# Compute capability from which Triton multiplies on tensor cores.
+_TENSOR_CORES_FROM = (8, 0)
 # Compute capability from which a dependent launch may begin while the one before it drains.
 _OVERLAP_FROM = (9, 0)
 
@@ -34,11 +35,23 @@ def why_not_cuda() -> str | None:
     return None
 
 
+class Limits(NamedTuple):
+    """Shared memory that a program may ask for, in bytes, and compute capability."""
+
+    shared_bytes: int
+    capability: tuple[int, int]
+
+
+# Those of an H100: what the interpreter pretends to have.
+NOMINAL_LIMITS = Limits(232_448, (9, 0))
+
+
 @functools.cache
-def _limits(index: int) -> tuple[int, tuple[int, int]]:
-    """Shared memory a program may ask for, in bytes, and compute capability of a CUDA device."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.shared_memory_per_block_optin, (properties.major, properties.minor)
+def _limits(index: int | None) -> Limits:
+    """The limits of a CUDA device (None: the current one)."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Limits(shared_bytes, (properties.major, properties.minor))
 
 
 class FlashKernel(Kernel):
@@ -67,26 +80,27 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
-        overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index)[1] >= _OVERLAP_FROM
+        overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
         return prepare(call, options, tiles, overlap=overlap)
 
     def run(self, call: Call) -> AttentionOutput:
         check_supported(call)
         if not call.q.is_cuda and not device_code().INTERPRETED:
             return self._fall_back(call, f"{FALLBACK_NOTE} (tensors on {call.q.device})")
+        from triton.runtime.errors import OutOfResources
+
         while True:
             prepared = self.prepare(call)
             if prepared is None:
                 return self._fall_back(call, f"{FALLBACK_NOTE} ({self._too_small(call)})")
             try:
                 result = prepared.launch()
-            except device_code().OutOfResources as error:
+                break
+            except OutOfResources as error:
                 if self.tiles is not None or error.name != "shared memory":
                     raise
                 # The estimate of shared memory was too low for this device's code: ask for less.
-                self._shared_limit = int(error.limit * error.limit / error.required) - 1
-                continue
-            break
+                self._shared_limit = error.limit * error.limit // error.required - 1
         prepared.record(self.trace, self.label(prepared))
         self._keys_used.add(prepared.tiles.keys)
         for note in prepared.notes:
@@ -133,7 +147,7 @@ class FlashKernel(Kernel):
 
     @staticmethod
     def _tiles_of(
-        limit: int, shape: Shape, decode: bool, block: int, *, item_size: int, v_is_k: bool
+        limit: Limits, shape: Shape, decode: bool, block: int, *, item_size: int, v_is_k: bool
     ) -> Tiles | None:
         return choose_tiles(
             shape.ratio,
@@ -143,21 +157,21 @@ class FlashKernel(Kernel):
             block=block,
             item_size=item_size,
             v_is_k=v_is_k,
-            shared_limit=limit,
+            shared_limit=limit.shared_bytes,
+            tensor_cores=limit.capability >= _TENSOR_CORES_FROM,
         )
 
-    def _limit(self, device: torch.device | None) -> int:
+    def _limit(self, device: torch.device | None) -> Limits:
+        """Of this tensor's device, or (None) of the device that calls will run on."""
+        on_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+        limits = _limits(None if device is None else device.index) if on_cuda else NOMINAL_LIMITS
         if self._shared_limit is not None:
-            return self._shared_limit
-        if device is not None and device.type == "cuda":
-            return _limits(device.index)[0]
-        if device is None and torch.cuda.is_available():
-            return _limits(torch.cuda.current_device())[0]
-        return NOMINAL_SHARED_BYTES
+            limits = limits._replace(shared_bytes=self._shared_limit)
+        return limits
 
     def _too_small(self, call: Call) -> str:
         sizes = f"head sizes {call.shape.k_size} and {call.shape.v_size}"
-        return f"no tile of {sizes} fits in {self._limit(call.q.device)} bytes of shared memory"
+        return f"no tile of {sizes} fits in {self._limit(call.q.device).shared_bytes} bytes of shared memory"
 
     def _fall_back(self, call: Call, note: str) -> AttentionOutput:
         self._note(note)

@@ -11,7 +11,8 @@ Options as they are written in a specification:
     kv=1 | 4 | size:4096 | auto         a number of parts, a part size in keys, or as many parts as fill the
                                         device's multiprocessors (so it moves when the head groups move)
     block=64                            keys a tile; cuts fall on tile edges
-    launch=one | each                   one launch for all head groups, or one a group
+    launch=one | each | views           one launch for all head groups, or one a group: on contiguous copies
+                                        of Q, or on views
     policy=ik-1183[,threshold=N]        the plan that a given engine would choose (see `policy`)
 """
 

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 from kernels.errors import SpecError, nearest
 
-Launch = Literal["one", "each"]
+# One launch for all head groups; or one a group, on contiguous copies of Q (`each`) or on views (`views`).
+Launch = Literal["one", "each", "views"]
 SplitMode = Literal["layer", "graph"]
 
 # Engines pad the visible keys of a call up to a multiple of this.
@@ -123,7 +124,7 @@ def _ik_1193(call: CallShape, threshold: int) -> bool:
     return call.k_size == 128 and _ratio_12_decode(call)
 
 
-_MLA_SPLIT = Rule(_ik_1182, (16, 4), "each", 8192)
+_MLA_SPLIT = Rule(_ik_1182, (16, 4), "views", 8192)
 _MLA_PADDED = Rule(_mla_20, (20,), "one")
 _SPLIT_ON_COPIES = Rule(_ik_1183, (8, 4), "each", 8192)
 _SPLIT_IN_BACKEND = Rule(_ik_1190, (8, 4), "each", 65536)

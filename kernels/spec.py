@@ -70,7 +70,7 @@ PLAN_OPTIONS: dict[str, str] = {
     "heads": "head groups: 12, 8+4, 4+4+4, split; default one group of all heads",
     "kv": "KV parts: a number, size:KEYS, auto; default 1 (with a policy: auto)",
     "block": "keys a tile, a multiple of 16; default 64",
-    "launch": "one launch for all head groups, or one for each; default one",
+    "launch": "one for all head groups; or one a group, on copies of Q (each) or on views; default one",
     "policy": f"the plan an engine would choose: {', '.join(POLICIES)}",
     "threshold": "moves the policy's threshold",
     "gpus": "GPUs that the policy's split mode shares the KV heads over; default 1",
@@ -95,7 +95,8 @@ def parse_plan(spec: Spec) -> Plan:
                 raise SpecError(f"kernel {spec.text!r}: {key} is chosen by the policy, leave one of them out")
         if "threshold" in options:
             policy = policy.with_threshold(number(spec, "threshold", 0, least=0))
-    launch: Launch = "each" if choice(spec, "launch", "one", ("one", "each")) == "each" else "one"
+    launches: dict[str, Launch] = {"one": "one", "each": "each", "views": "views"}
+    launch = launches[choice(spec, "launch", "one", tuple(launches))]
     by_graph = choice(spec, "split_mode", "layer", ("layer", "graph")) == "graph"
     split_mode: SplitMode = "graph" if by_graph else "layer"
     try:

@@ -1,18 +1,18 @@
 """The flash kernel's own source, run by Triton's interpreter on CPU tensors; on a GPU, tests/cuda does it.
 
 Triton chooses to interpret when its functions are decorated, that is on import. The variable that tells it so
-is set for the import alone, so that nothing else in this process or its children sees it.
+is set for that import and while these tests run, so that no other test and no child of one sees it.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import flash_laws as laws
 
 from kernels.contract import checked_call
 from kernels.eager import EagerOptions
@@ -24,25 +24,28 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: its interpreter cannot run the kernel", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("a CUDA device is there: tests/cuda runs these laws on it", allow_module_level=True)
-if "triton" in sys.modules and "kernels.flash_device" not in sys.modules:
-    raise RuntimeError("triton was imported before tests/kernels/test_flash.py could ask for its interpreter")
 os.environ["TRITON_INTERPRET"] = "1"
 try:
     import triton
     import triton.language as tl
 
+    # Torch may have imported Triton already, with its own library functions to be compiled: decorate those
+    # anew. Triton compiles nothing else in this process.
+    importlib.reload(tl.standard)
+    for _name in tl.__all__:
+        if hasattr(tl.standard, _name):
+            setattr(tl, _name, getattr(tl.standard, _name))
     from kernels import flash_device
 finally:
     del os.environ["TRITON_INTERPRET"]
-assert flash_device.INTERPRETED
-
-_spec = importlib.util.spec_from_file_location("flash_laws", Path(__file__).with_name("flash_laws.py"))
-assert _spec is not None and _spec.loader is not None
-laws = importlib.util.module_from_spec(_spec)
-sys.modules["flash_laws"] = laws
-_spec.loader.exec_module(laws)
+assert flash_device.INTERPRETED, "kernels.flash_device was imported by something before this test module"
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.mark.parametrize("case", laws.CASES, ids=lambda case: case.name)
@@ -72,8 +75,7 @@ def test_chunks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     laws.chunks_of_rows_change_no_bit(CPU, monkeypatch)
 
 
-@triton.jit
-def _write_bounds(out, n_kv, parts, tiles_a_part, BLOCK: tl.constexpr):
+def _write_bounds(out, n_kv, parts, tiles_a_part, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
     first, end, count = flash_device.part_bounds(n_kv, part, parts, tiles_a_part, BLOCK)
     tl.store(out + 3 * part, first)
@@ -84,6 +86,7 @@ def _write_bounds(out, n_kv, parts, tiles_a_part, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("kv", ["1", "4", "33", "size:64", "size:200", "size:4096"])
 def test_cuts_on_the_device_are_those_of_the_plan(kv: str, block: int) -> None:
+    write_bounds = triton.jit(_write_bounds)
     cuts = KVCuts.parse(kv)
     parts = cuts.value if cuts.mode == "parts" else 0
     tiles_a_part = -(-cuts.value // block) if cuts.mode == "size" else 0
@@ -91,7 +94,7 @@ def test_cuts_on_the_device_are_those_of_the_plan(kv: str, block: int) -> None:
         expected = cuts.cuts(n_kv, block, 1, 132)
         n_parts = max(len(expected) - 1, 1)
         found = torch.full((n_parts, 3), -1, dtype=torch.int32)
-        _write_bounds[(n_parts,)](found, n_kv, parts, tiles_a_part, BLOCK=block)
+        write_bounds[(n_parts,)](found, n_kv, parts, tiles_a_part, BLOCK=block)
         assert found[:, 2].tolist() == [n_parts] * n_parts
         assert sorted(set(found[:, :2].flatten().tolist())) == list(expected)
         assert found[1:, 0].tolist() == found[:-1, 1].tolist()

@@ -74,7 +74,7 @@ def test_head_groups_that_are_no_numbers_are_refused(text: str) -> None:
     ],
 )
 def test_specifications_that_cannot_be_built_say_why(spec: str, message: str) -> None:
-    with pytest.raises(SpecError, match="kernel|policy") as caught:
+    with pytest.raises(SpecError, match=r"kernel|policy") as caught:
         build_kernel(spec)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,370 @@
+"""The host side of `flash`: from a checked call to launches of `flash_device`, and what was launched.
+
+`prepare` does everything that needs the host once (plans, tiles, buffers); `Prepared.launch` only launches,
+so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+
+from kernels.contract import AttentionOutput, Call
+from kernels.eager import EagerOptions, plan_of_row
+from kernels.flash_tiles import (
+    LARGEST_GROUP,
+    LARGEST_K_HEAD,
+    LARGEST_V_HEAD,
+    SMALLEST_HEAD,
+    Tiles,
+    next_power_of_two,
+    split_head,
+)
+from kernels.plan import RowPlan
+from kernels.trace import LaunchTrace, Signature
+
+# Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
+PARTIALS_AT_ONCE = 1 << 28
+# Offsets inside a tile are 32 bits wide (a tile has at most 128 keys), all others 64.
+LARGEST_KEY_STRIDE = (1 << 31) // 256
+LOG2_E = math.log2(math.e)
+_TRITON_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+
+
+@functools.cache
+def device_code() -> Any:
+    """The module of kernels; importing it decides whether Triton compiles or interprets them."""
+    from kernels import flash_device
+
+    return flash_device
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash of the device code: the `binary` in the trace where Triton interprets it."""
+    return hashlib.sha256(FilePath(__file__).with_name("flash_device.py").read_bytes()).hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=256)
+def _groups_on(device: torch.device, head_groups: tuple[int, ...]) -> torch.Tensor:
+    """[G, 2] int32: first head and size of each group."""
+    firsts = [sum(head_groups[:i]) for i in range(len(head_groups))]
+    return torch.tensor(list(zip(firsts, head_groups, strict=True)), dtype=torch.int32, device=device)
+
+
+def parts_at_once(slots: int) -> int:
+    """Parts that the combining kernel loads at once: latency against registers, no matter of arithmetic."""
+    return min(max(next_power_of_two(slots), 4), 64)
+
+
+def _common_size(head_groups: tuple[int, ...]) -> int:
+    """The size of all groups but the last, which is no larger; 0 where they differ."""
+    first = head_groups[0]
+    return first if all(g == first for g in head_groups[:-1]) and head_groups[-1] <= first else 0
+
+
+def check_supported(call: Call) -> None:
+    """Raises ValueError, naming the argument, for a dtype or a head size that the kernel does not have."""
+    shape = call.shape
+    if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q: flash computes float16, bfloat16 and float32, got {call.q.dtype}")
+    for name, size, largest in (("k", shape.k_size, LARGEST_K_HEAD), ("v", shape.v_size, LARGEST_V_HEAD)):
+        if size % 8 or not SMALLEST_HEAD <= size <= largest:
+            raise ValueError(
+                f"{name}: flash has head sizes {SMALLEST_HEAD} to {largest} in steps of 8, got {size}"
+            )
+
+
+def shares_memory(call: Call) -> bool:
+    """Whether v is the first Dv numbers of each key, in the same memory (MLA's latent cache)."""
+    k, v = call.k, call.v
+    same_place = k.data_ptr() == v.data_ptr() and k.stride()[:3] == v.stride()[:3]
+    return same_place and split_head(call.shape.k_size).first == call.shape.v_size
+
+
+@dataclass
+class Launches:
+    """One bucket of rows that follow the same head groups: what is launched for it."""
+
+    head_groups: tuple[int, ...]
+    launch: str
+    parts: int
+    tiles_a_part: int
+    slots: int
+    kv_len: torch.Tensor
+    same_length: int
+    binaries: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Prepared:
+    """A call ready to launch: `launch()` writes `out` [B, T, Hq, Dv] and `lse` [B, T, Hq]."""
+
+    call: Call
+    options: EagerOptions
+    tiles: Tiles
+    overlap: bool
+    out: torch.Tensor
+    lse: torch.Tensor
+    launches: list[Launches]
+    plans: list[RowPlan]
+    row_launch: list[int]
+    notes: list[str]
+
+    def launch(self) -> AttentionOutput:
+        """Launch everything on the current stream; nothing here waits for the device."""
+        call = self.call
+        if self.out.numel() == 0:
+            return AttentionOutput(self.out, self.lse)
+        for item in self.launches:
+            for b, t in _chunks(call, item, self.tiles):
+                self._attend(item, b, t)
+        out = self.out
+        if self.options.out != "f32":
+            out = out.to(getattr(torch, _TRITON_TYPES[self.options.out])).float()
+        return AttentionOutput(out, self.lse)
+
+    def _attend(self, item: Launches, b: slice, t: slice) -> None:
+        """Rows t of sequences b; one of the two ranges is everything, so `out` of them is contiguous."""
+        call, shape, options = self.call, self.call.shape, self.options
+        code = device_code()
+        decode = call.path == "decode"
+        q, k, v = call.q[b, t], call.k[b], call.v[b]
+        kv_len = item.kv_len[b, t].contiguous()
+        out, lse = self.out[b, t], self.lse[b, t]
+        sequences, tokens = q.shape[:2]
+        tokens_a_tile = tile_tokens(call, self.tiles)
+        tiles = -(-tokens // tokens_a_tile)
+        combine = item.slots > 1 or call.sinks is not None
+        part_out, part_lse = out, lse
+        if combine:
+            part_out = out.new_empty((sequences, tokens, item.slots, shape.q_heads, shape.v_size))
+            part_lse = lse.new_empty((sequences, tokens, item.slots, shape.q_heads))
+        groups = _groups_on(q.device, item.head_groups)
+        sets = [(0, len(item.head_groups))]
+        if item.launch != "one":
+            sets = [(i, 1) for i in range(len(item.head_groups))]
+        dk, dv = split_head(shape.k_size), split_head(shape.v_size)
+        softcap = 1.0 if call.softcap is None else call.softcap
+        early = {"launch_pdl": True} if self.overlap else {}
+        names = []
+        for first_group, n_groups in sets:
+            group_q, q_ratio, q_shift = q, shape.ratio, 0
+            if item.launch == "each":
+                # As #1183 does: the heads of this launch are copied into a tensor of their own.
+                q_shift = sum(item.head_groups[:first_group])
+                q_ratio = item.head_groups[first_group]
+                by_head = q.unflatten(2, (shape.kv_heads, shape.ratio))
+                group_q = by_head[:, :, :, q_shift : q_shift + q_ratio].flatten(2, 3).contiguous()
+            compiled = code.attend_tiles[(sequences * tiles, shape.kv_heads * n_groups, item.slots)](
+                group_q,
+                k,
+                v,
+                kv_len,
+                groups,
+                call.alibi_slopes,
+                part_out,
+                part_lse,
+                tokens,
+                tokens_a_tile,
+                tiles,
+                shape.q_heads,
+                shape.ratio,
+                q_ratio,
+                q_shift,
+                first_group,
+                n_groups,
+                _common_size(item.head_groups),
+                item.same_length,
+                item.parts,
+                item.tiles_a_part,
+                item.slots,
+                call.scale * LOG2_E if call.softcap is None else call.scale / softcap,
+                softcap * LOG2_E,
+                call.sliding_window or 0,
+                *group_q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                DK=shape.k_size,
+                DK1=dk.first,
+                DK2=dk.rest,
+                DV=shape.v_size,
+                DV1=dv.first,
+                DV2=dv.rest,
+                V_IS_K=shares_memory(call),
+                M=self.tiles.rows,
+                TILE=self.tiles.keys,
+                BLOCK=options.plan.block,
+                DECODE=decode,
+                P_TYPE=getattr(code.tl, _TRITON_TYPES[options.p]),
+                ACC_F16=options.acc == "f16",
+                SOFTCAP=call.softcap is not None,
+                WINDOW=call.sliding_window is not None,
+                ALIBI=call.alibi_slopes is not None,
+                OVERLAP=self.overlap,
+                num_warps=self.tiles.warps,
+                num_stages=self.tiles.stages,
+                **early,
+            )
+            names.append(_binary_hash(compiled))
+        if combine:
+            width = next_power_of_two(shape.v_size)
+            compiled = code.combine_parts[(sequences * tokens, shape.q_heads)](
+                part_out,
+                part_lse,
+                kv_len,
+                call.sinks,
+                out,
+                lse,
+                shape.q_heads,
+                item.slots,
+                DV=shape.v_size,
+                DV1=width,
+                SINKS=call.sinks is not None,
+                OVERLAP=self.overlap,
+                AT_ONCE=parts_at_once(item.slots),
+                num_warps=min(max(width // 32, 1), 8),
+                **early,
+            )
+            names.append(_binary_hash(compiled))
+        item.binaries = sorted(set(names), key=names.index)
+
+    def record(self, trace: LaunchTrace, kernel: str) -> None:
+        """Enter what `launch` launched: call it after the launch, whose binaries it names."""
+        lengths: list[int] = self.call.kv_len.flatten().tolist()
+        for n_kv, plan, which in zip(lengths, self.plans, self.row_launch, strict=True):
+            item = self.launches[which]
+            binary = "+".join(item.binaries)
+            trace.record(
+                self.call.path, n_kv, Signature(kernel, binary, plan.head_groups, plan.cuts, plan.launch), 1
+            )
+
+
+def _binary_hash(compiled: Any) -> str:
+    """Hash of the machine code that was launched; of the source where Triton interprets it."""
+    if compiled is None:
+        return source_hash()
+    return hashlib.sha256(compiled.asm["cubin"]).hexdigest()[:12]
+
+
+def tile_tokens(call: Call, tiles: Tiles) -> int:
+    """Query tokens of one matrix tile. By r, not by head group: every grouping has the same tiles."""
+    return 1 if call.path == "decode" else max(tiles.rows // call.shape.ratio, 1)
+
+
+def _chunks(call: Call, item: Launches, tiles: Tiles) -> list[tuple[slice, slice]]:
+    """Ranges of sequences and rows whose partial results fit in PARTIALS_AT_ONCE.
+
+    Chunks end where matrix tiles end, so that they move no tile.
+    """
+    shape = call.shape
+    everything = slice(None), slice(None)
+    if item.slots == 1:
+        return [everything]
+    floats_a_row = item.slots * shape.q_heads * shape.v_size
+    rows_at_once = max(PARTIALS_AT_ONCE // floats_a_row, 1)
+    if rows_at_once >= shape.rows:
+        step = rows_at_once // max(shape.rows, 1)
+        return [(slice(b, b + step), slice(None)) for b in range(0, shape.batch, step)]
+    unit = tile_tokens(call, tiles)
+    step = max(rows_at_once // unit, 1) * unit
+    return [
+        (slice(b, b + 1), slice(t, t + step)) for b in range(shape.batch) for t in range(0, shape.rows, step)
+    ]
+
+
+def prepare(
+    call: Call,
+    options: EagerOptions,
+    tiles: Tiles,
+    *,
+    overlap: bool = False,
+) -> Prepared:
+    """Plans and buffers of a call. Raises ValueError where head groups do not sum to r or are too large."""
+    check_supported(call)
+    shape, plan = call.shape, options.plan
+    notes: list[str] = []
+    call = _contiguous_enough(call, notes)
+    lengths: list[int] = call.kv_len.flatten().tolist()
+    decode = call.path == "decode"
+    plan_at: Callable[[int], RowPlan] = functools.cache(
+        lambda n: plan_of_row(
+            plan,
+            shape,
+            n,
+            decode,
+            sinks=call.sinks is not None,
+            sliding_window=call.sliding_window is not None,
+        )
+    )
+    plans = [plan_at(n) for n in lengths]
+    if not decode and plans:
+        plans = _prefill_plans(lengths, shape.batch, shape.rows, tile_tokens(call, tiles), plan_at)
+    kinds = sorted({(p.head_groups, p.launch) for p in plans}) or [
+        ((shape.ratio,) if plan.policy else plan.groups(shape.ratio), plan.launch)
+    ]
+    kv_len = call.kv_len.to(torch.int32).contiguous()
+    row_launch = [kinds.index((p.head_groups, p.launch)) for p in plans]
+    launches = []
+    for index, (head_groups, launch) in enumerate(kinds):
+        if max(head_groups) > LARGEST_GROUP:
+            raise ValueError(
+                f"heads={'+'.join(map(str, head_groups))}: flash has groups of at most {LARGEST_GROUP} heads"
+            )
+        mine = kv_len
+        if len(kinds) > 1:
+            chosen = torch.tensor(row_launch, device=kv_len.device).view(kv_len.shape) == index
+            mine = torch.where(chosen, kv_len, -1)
+        slots = max([len(p.cuts) - 1 for p, i in zip(plans, row_launch, strict=True) if i == index] + [1])
+        parts, tiles_a_part = 0, 0
+        if plan.kv.mode == "size":
+            tiles_a_part = -(-plan.kv.value // plan.block)
+        elif plan.kv.mode == "parts":
+            parts = plan.kv.value
+        else:
+            parts = plan.kv.parts_wanted(shape.kv_heads * len(head_groups), plan.sms)
+        same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
+        launches.append(Launches(head_groups, launch, parts, tiles_a_part, slots, mine, same_length))
+    out = call.q.new_empty((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
+    lse = out.new_empty((shape.batch, shape.rows, shape.q_heads))
+    return Prepared(call, options, tiles, overlap, out, lse, launches, plans, row_launch, notes)
+
+
+def _prefill_plans(
+    lengths: list[int], batch: int, rows: int, tokens_a_tile: int, plan_at: Callable[[int], RowPlan]
+) -> list[RowPlan]:
+    """The plan of each row: that of the longest row of its tile."""
+    plans: list[RowPlan] = []
+    for b in range(batch):
+        of_b = lengths[b * rows : (b + 1) * rows]
+        for t in range(0, rows, tokens_a_tile):
+            tile = of_b[t : t + tokens_a_tile]
+            plans += [plan_at(max(tile))] * len(tile)
+    return plans
+
+
+def _contiguous_enough(call: Call, notes: list[str]) -> Call:
+    """The call with tensors whose last dimension is contiguous; a copy is noted."""
+    changed: dict[str, Any] = {}
+    for name in ("q", "k", "v"):
+        x: torch.Tensor = getattr(call, name)
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            changed[name] = x.contiguous()
+            notes.append(f"{name}: strides {x.stride()} were copied to contiguous memory")
+        elif x.stride(1) > LARGEST_KEY_STRIDE:
+            raise ValueError(
+                f"{name}: a stride of {x.stride(1)} numbers from key to key, flash reads at most"
+                f" {LARGEST_KEY_STRIDE}"
+            )
+    for name in ("sinks", "alibi_slopes"):
+        per_head = getattr(call, name)
+        if per_head is not None:
+            changed[name] = per_head.to(torch.float32).contiguous()
+    return replace(call, **changed) if changed else call

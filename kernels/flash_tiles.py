@@ -1,0 +1,94 @@
+"""Tile sizes of `flash`, chosen by what one call is and by how much shared memory the device has.
+
+The choice never looks at head groups, KV cuts, batch or lengths, so that every plan of a call runs the same
+binary. Keys a tile divide `block`, on whose multiples the plan cuts: a smaller tile changes the arithmetic
+(and the trace says so), never the cuts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SMALLEST_KEYS = 16
+SMALLEST_HEAD, LARGEST_K_HEAD, LARGEST_V_HEAD = 16, 576, 512
+LARGEST_GROUP = 64
+
+
+class HeadSplit(NamedTuple):
+    """A head size as a power of two and a rest that is padded to a power of two (0: no rest)."""
+
+    first: int
+    rest: int
+
+
+class Tiles(NamedTuple):
+    """rows: M of the matrix tile; keys a tile; warps a program; stages of the load pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def split_head(size: int) -> HeadSplit:
+    """80 as 64 + 16, 96 as 64 + 32, 192 as 128 + 64, 576 as 512 + 64; a power of two has no rest."""
+    first = 1 << (size.bit_length() - 1)
+    rest = size - first
+    return HeadSplit(first, max(next_power_of_two(rest), 16) if rest else 0)
+
+
+def shared_bytes(
+    tiles: Tiles, k_size: int, v_size: int, item_size: int, v_is_k: bool, *, tensor_cores: bool = True
+) -> int:
+    """Shared memory that a program needs, from above: the load pipeline, q and P where they pass through it.
+
+    Tested against what Triton compiles for several devices.
+    """
+    k_padded, v_padded = sum(split_head(k_size)), sum(split_head(v_size))
+    if not tensor_cores:
+        # Products are float32 sums over operands that pass through shared memory in float32.
+        widest = max(split_head(k_size).first, split_head(v_size).first)
+        return 4 * (tiles.rows + tiles.keys) * max(k_padded, widest) + 1024
+    key_bytes = (k_padded + (0 if v_is_k else v_padded)) * item_size
+    # Warpgroup products (from 64 rows, compute capability 9.0) hold a stage's operands while they run.
+    buffers = tiles.stages if tiles.rows >= 64 else max(tiles.stages - 1, 1)
+    q_and_p = tiles.rows * (k_padded + tiles.keys) * item_size
+    return buffers * tiles.keys * key_bytes + q_and_p + 1024
+
+
+def choose_tiles(
+    ratio: int,
+    k_size: int,
+    v_size: int,
+    *,
+    decode: bool,
+    block: int,
+    item_size: int,
+    v_is_k: bool,
+    shared_limit: int,
+    tensor_cores: bool = True,
+) -> Tiles | None:
+    """The largest tiles that fit in `shared_limit` bytes; None where not even the smallest do.
+
+    ratio: query heads a KV head, 1 to 64; block: keys a tile at most; item_size: bytes a number of the cache;
+    tensor_cores: whether Triton multiplies on them (from compute capability 8.0).
+    """
+    widest = max(k_size, v_size)
+    fewest = max(next_power_of_two(ratio), 16)
+    rows = fewest if decode else max(fewest, 128 if widest <= 128 else 64)
+    while rows >= fewest:
+        warps = 8 if rows * widest >= 128 * 128 or widest > 256 else 4
+        keys = block & -block
+        while keys >= SMALLEST_KEYS:
+            for stages in (4, 3, 2) if keys * widest <= 64 * 128 else (3, 2):
+                tiles = Tiles(rows, keys, warps, stages)
+                need = shared_bytes(tiles, k_size, v_size, item_size, v_is_k, tensor_cores=tensor_cores)
+                if need <= shared_limit:
+                    return tiles
+            keys //= 2
+        rows //= 2
+    return None

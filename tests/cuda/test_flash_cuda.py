@@ -1,0 +1,140 @@
+"""The flash kernel on a CUDA device: the laws of the interpreter's tests, and what only a device can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from support import flash_laws as laws
+
+from kernels.contract import checked_call
+from kernels.eager import EagerKernel, EagerOptions
+from kernels.exact import exact_attention
+from kernels.flash import FlashKernel
+from kernels.plan import KVCuts, Plan
+from kernels.registry import build_kernel
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("case", laws.CASES, ids=lambda case: case.name)
+def test_agrees_with_exact(case: laws.Case) -> None:
+    laws.agrees_with_exact(case, CUDA)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        laws.float16_accumulators_lose_precision,
+        laws.groupings_agree_to_the_bit,
+        laws.automatic_cuts_move_with_the_groups,
+        laws.a_row_alone_is_the_row_in_its_batch,
+        laws.a_policy_runs_each_row_by_its_own_length,
+        laws.strides_are_followed_or_copied_with_a_note,
+        laws.a_latent_cache_is_read_once_or_twice_alike,
+        laws.two_runs_give_the_same_bits,
+    ],
+    ids=lambda law: law.__name__,
+)
+def test_law(law: Callable[[torch.device], None]) -> None:
+    law(CUDA)
+
+
+def test_chunks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    laws.chunks_of_rows_change_no_bit(CUDA, monkeypatch)
+
+
+def test_bfloat16_groupings_agree_to_the_bit() -> None:
+    laws.groupings_agree_to_the_bit(CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 4, 7, 8, 12, 16, 20, 32, 48, 64])
+@pytest.mark.parametrize(
+    ("k_size", "v_size"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+)
+def test_every_ratio_and_head_size(r: int, k_size: int, v_size: int) -> None:
+    case = laws.Case("sweep", k_size, v_size, r, 1, [[0, 1, 333]], plan=Plan(kv=KVCuts("parts", 3)))
+    laws.agrees_with_exact(case, CUDA)
+
+
+def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
+    """A window of a long context, every bit; one binary whatever the cuts."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 48, 24, 128, dtype=torch.float16, device=CUDA)
+    k = torch.randn(2, 3000, 2, 128, dtype=torch.float16, device=CUDA)
+    v = torch.randn_like(k)
+    kv_len = torch.randint(0, 3001, (2, 48), dtype=torch.int32, device=CUDA)
+    binaries = set()
+    for kv in (KVCuts(), KVCuts("parts", 5), KVCuts("parts", 17), KVCuts("size", 512), KVCuts("auto")):
+        flash = FlashKernel("flash", EagerOptions(plan=Plan(kv=kv)))
+        together = flash.attend(q, k, v, kv_len=kv_len, scale=0.09)
+        for t in range(48):
+            alone = flash.attend(q[1:, t : t + 1], k[1:], v[1:], kv_len=kv_len[1:, t : t + 1], scale=0.09)
+            assert torch.equal(alone.out[0, 0], together.out[1, t])
+            assert torch.equal(alone.lse[0, 0], together.lse[1, t])
+        binaries |= {signature.binary.split("+")[0] for _, _, signature in flash.trace.rows}
+    assert len(binaries) == 1
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Keys whose offset passes 2^31 numbers, in k and v: the same bits as a copy of them alone."""
+    heads, size = 8, 128
+    keys = (1 << 31) // (heads * size) + 64
+    need = 2 * 2 * keys * heads * size + (2 << 30)
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need >> 30} GiB of device memory")
+    cache = torch.empty(2, 1, keys, heads, size, dtype=torch.float16, device=CUDA)
+    cache[:, :, -512:] = torch.randn(2, 1, 512, heads, size, dtype=torch.float16, device=CUDA)
+    q = torch.randn(1, 1, 12 * heads, size, dtype=torch.float16, device=CUDA)
+    last = keys // 64 * 64
+    more = {"scale": 0.09, "sliding_window": 200}
+    flash = FlashKernel("flash", EagerOptions())
+    n_kv = torch.tensor([[last]], dtype=torch.int32, device=CUDA)
+    found = flash.attend(q, cache[0], cache[1], kv_len=n_kv, **more)
+    near = cache[:, :, last - 256 : last].clone()
+    n_kv = torch.full_like(n_kv, 256)
+    expected = flash.attend(q, near[0], near[1], kv_len=n_kv, **more)
+    assert laws.same_bits(found, expected)
+
+
+def test_flash_is_the_cuda_kernel_and_says_what_it_launched() -> None:
+    x = laws.inputs(laws.Case("trace", ratio=12, p="f16"), CUDA)
+    flash = build_kernel("flash:heads=8+4,kv=2")
+    assert isinstance(flash, FlashKernel) and flash.notes == []
+    flash.attend(x.q, x.k, x.v, **x.more)
+    at_200 = [signature for path, n_kv, signature in flash.trace.rows if n_kv == 200]
+    assert [(s.kernel, s.head_groups, s.cuts, s.launch) for s in at_200] == [
+        ("flash[block=64,p=f16,acc=f32,out=f32]", (8, 4), (0, 128, 200), "one")
+    ]
+    assert len(at_200[0].binary.split("+")) == 2
+
+
+def test_cpu_tensors_run_as_eager_with_a_note() -> None:
+    x = laws.inputs(laws.Case("cpu", p="f16"), torch.device("cpu"))
+    flash = build_kernel("flash")
+    found = flash.attend(x.q, x.k, x.v, **x.more)
+    assert laws.same_bits(found, EagerKernel("eager", EagerOptions()).attend(x.q, x.k, x.v, **x.more))
+    assert len(flash.notes) == 1 and "did not run" in flash.notes[0]
+
+
+def test_float16_accumulators_degrade_with_the_length_of_a_part() -> None:
+    """About as the square root of the keys a part holds; more parts, less error."""
+    torch.manual_seed(0)
+    keys = 65_536
+    q = torch.randn(1, 1, 12, 128, dtype=torch.float16, device=CUDA)
+    k = torch.randn(1, keys, 1, 128, dtype=torch.float16, device=CUDA)
+    v = torch.randn_like(k)
+
+    def error(n_kv: int, parts: int) -> float:
+        more = {"kv_len": torch.tensor([[n_kv]], dtype=torch.int32, device=CUDA), "scale": 128**-0.5}
+        exact = exact_attention(checked_call(q, k, v, **more)).out
+        flash = FlashKernel("flash", EagerOptions(plan=Plan(kv=KVCuts("parts", parts)), acc="f16"))
+        return float((flash.attend(q, k, v, **more).out.double() - exact).norm() / exact.norm())
+
+    by_length = [error(n, 1) for n in (4096, 16_384, 65_536)]
+    assert all(1.3 < b / a < 3.5 for a, b in pairwise(by_length)), by_length
+    by_parts = [error(65_536, parts) for parts in (1, 4, 16)]
+    assert by_parts[0] > 1.3 * by_parts[1] > 1.3**2 * by_parts[2], by_parts

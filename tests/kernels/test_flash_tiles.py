@@ -1,0 +1,103 @@
+"""Tile sizes by device limits: the estimate of shared memory against what Triton compiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.flash_tiles import choose_tiles, split_head
+
+# Shared memory that a program may ask for, by compute capability: an RTX 8000, an RTX 3090, an H100.
+SHARED_BYTES = {75: 65_536, 86: 101_376, 90: 232_448}
+# ratio, k size, v size, decode
+SHAPES = [(12, 128, 128, True), (4, 80, 80, True), (20, 576, 512, True), (12, 128, 128, False)]
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import flash_device as code
+from kernels.flash_tiles import choose_tiles, shared_bytes, split_head
+
+for capability, ratio, k_size, v_size, decode, limit in json.loads(sys.argv[1]):
+    cores = capability >= 80
+    tiles = choose_tiles(ratio, k_size, v_size, decode=decode, block=64, item_size=2, v_is_k=False,
+                         shared_limit=limit, tensor_cores=cores)
+    if tiles is None:
+        print(json.dumps([capability, k_size, decode, None, None, None]))
+        continue
+    dk, dv = split_head(k_size), split_head(v_size)
+    constants = dict(DK=k_size, DK1=dk.first, DK2=dk.rest, DV=v_size, DV1=dv.first, DV2=dv.rest, V_IS_K=False,
+                     M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=decode, P_TYPE=code.tl.float16,
+                     ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
+    names = code.attend_tiles.arg_names
+    types = {"kv_len": "*i32", "groups": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    types |= {name: "*fp16" for name in "qkv"} | {name: "*fp32" for name in ("alibi", "out", "lse")}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {"q", "k", "v", "out"} | {f"{x}_{y}" for x in "qkv" for y in "bths"}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned}
+    source = ASTSource(fn=code.attend_tiles, signature=signature, attrs=attrs,
+                       constexprs={(names.index(name),): value for name, value in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options={"num_warps": tiles.warps, "num_stages": tiles.stages})
+    estimate = shared_bytes(tiles, k_size, v_size, 2, False, tensor_cores=cores)
+    print(json.dumps([capability, k_size, decode, list(tiles), compiled.metadata.shared, estimate]))
+"""
+
+
+def test_head_sizes_are_split_into_powers_of_two() -> None:
+    sizes = (64, 72, 80, 96, 128, 192, 256, 576)
+    assert [tuple(split_head(size)) for size in sizes] == [
+        (64, 0), (64, 16), (64, 16), (64, 32), (128, 0), (128, 64), (256, 0), (512, 64)
+    ]  # fmt: skip
+
+
+def test_tiles_do_not_depend_on_what_a_plan_varies() -> None:
+    """Head groups, cuts and lengths are not even asked for; the block bounds the keys a tile."""
+    for block, keys in ((16, 16), (48, 16), (64, 64), (96, 32)):
+        tiles = choose_tiles(
+            12, 128, 128, decode=True, block=block, item_size=2, v_is_k=False, shared_limit=SHARED_BYTES[90]
+        )
+        assert tiles is not None
+        assert (tiles.rows, tiles.keys) == (16, keys)
+        assert block % tiles.keys == 0
+
+
+@pytest.mark.parametrize(("ratio", "rows"), [(1, 16), (12, 16), (16, 16), (17, 32), (20, 32), (33, 64)])
+def test_rows_of_a_decode_tile_are_the_ratio_padded(ratio: int, rows: int) -> None:
+    tiles = choose_tiles(
+        ratio, 64, 64, decode=True, block=64, item_size=2, v_is_k=False, shared_limit=SHARED_BYTES[86]
+    )
+    assert tiles is not None and tiles.rows == rows
+
+
+def test_compiles_for_turing_ampere_and_hopper_within_their_shared_memory(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: nothing can be compiled")
+    wanted = [[capability, *shape, limit] for capability, limit in SHARED_BYTES.items() for shape in SHAPES]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    source = tmp_path / "compile_flash.py"
+    source.write_text(COMPILE)
+    found = subprocess.run(
+        [sys.executable, str(source), json.dumps(wanted)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(lines) == len(wanted)
+    for capability, k_size, decode, tiles, shared, estimate in lines:
+        if tiles is None:
+            # MLA's tiles do not fit a Turing GPU: `flash` runs as `eager` there, with a note.
+            assert (capability, k_size, decode) == (75, 576, True)
+            continue
+        assert shared <= SHARED_BYTES[capability], (capability, k_size, tiles)
+        # What is chosen by the estimate would otherwise be refused by the device, or waste half of it.
+        assert shared <= estimate + 2048, (capability, k_size, tiles, shared, estimate)
