@@ -27,7 +27,7 @@ from verify.experiment import Experiment, Outcome
 from verify.perplexity import final_line, running_line
 
 # Wide enough for the table in a pipe, where there is no terminal to ask.
-PIPE_WIDTH = 120
+PIPE_WIDTH = 132
 
 
 class PplConsole:
@@ -103,14 +103,9 @@ class PplConsole:
         console = Console(file=self.out, width=None if on_terminal(self.out) else PIPE_WIDTH, highlight=False)
         console.print(_table(outcome))
         for text in _coverage(outcome):
-            console.print(text, markup=False)
-        verdict = outcome.verdict or "void"
-        print(f"verdict: {verdict}: {'; '.join(outcome.reasons)}", file=self.out)
-        for pair in outcome.pairs:
-            if len(outcome.pairs) > 1:
-                print(f"  {pair.candidate.name}: {pair.decision.verdict}", file=self.out)
-            if pair.distance is not None and outcome.verdict is not None:
-                print(_seen(pair), file=self.out)
+            console.print(text, markup=False, soft_wrap=True)
+        for line in _verdict(outcome):
+            print(line, file=self.out)
         for note in experiment.notes:
             print(f"note: {note}", file=self.out)
         print(f"report: {folder / 'report.md'}", file=self.out, flush=True)
@@ -136,14 +131,15 @@ def _table(outcome: Outcome) -> Table:
     for summary in outcome.arms:
         arm, ppl = summary.arm, summary.perplexity
         pair = pairs.get(arm.name)
+        finite = pair is not None and not math.isnan(pair.kld_mean)
         table.add_row(
             arm.name,
             arm.spec,
             "failed" if arm.failed else f"{ppl.ppl:.4f} +/- {ppl.se:.5f}",
-            f"{pair.difference.mean:+.2e} +/- {pair.difference.se:.1e}" if pair else "",
+            f"{pair.difference.mean:+.2e} +/- {pair.difference.se:.1e}" if pair and finite else "",
             "" if arm.role == "exact" or math.isnan(summary.kld_to_exact) else f"{summary.kld_to_exact:.2e}",
-            f"{pair.kld_mean:.2e}" if pair else ("0, bits equal" if _control_holds(arm) else ""),
-            f"{pair.top1_changes} of {pair.tokens}" if pair else "",
+            f"{pair.kld_mean:.2e}" if pair and finite else ("0, bits equal" if _control_holds(arm) else ""),
+            f"{pair.top1_changes} of {pair.tokens}" if pair and pair.tokens else "",
         )
     return table
 
@@ -167,10 +163,26 @@ def _coverage(outcome: Outcome) -> list[str]:
     return lines
 
 
+def _verdict(outcome: Outcome) -> list[str]:
+    """The verdict in one line, then each pair's own where there are several, and what would have shown."""
+    several = len(outcome.pairs) > 1 and outcome.verdict is not None
+    if several:
+        lines = [f"verdict: {outcome.verdict}: the gravest of {len(outcome.pairs)} pairs"]
+    else:
+        lines = [f"verdict: {outcome.verdict or 'void'}: {'; '.join(outcome.reasons)}"]
+    for pair in outcome.pairs if outcome.verdict is not None else []:
+        if several:
+            decision = pair.decision
+            lines.append(f"{pair.candidate.name}: {decision.verdict}: {'; '.join(decision.reasons)}")
+        if pair.distance is not None:
+            lines.append(_seen(pair))
+    return lines
+
+
 def _seen(pair: PairSummary) -> str:
+    """What this run would have seen of a pair."""
     assert pair.distance is not None
     return (
-        f"could have seen: {pair.candidate.spec} ({pair.candidate.path}) at a distance ratio from"
-        f" {pair.distance.detectable:.3g}, on {pair.tokens} tokens, about {pair.distance.scope};"
-        f" {pair.coverage:.1%} of them went through the changed plan"
+        f"  could have seen a distance ratio from {pair.distance.detectable:.3g}, on {pair.tokens} tokens,"
+        f" about {pair.distance.scope}; {pair.coverage:.1%} of them went through the changed plan"
     )

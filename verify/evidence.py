@@ -17,9 +17,6 @@ from verify.perplexity import Perplexity, perplexity
 from verify.statistics import DistanceRatio, PairedDifference, distance_ratio, paired_difference
 from verify.verdict import Decision, PairEvidence, decide
 
-# Faults of one kind are many where a kernel is wrong: this many of the worst are named.
-NAMED_FAULTS = 3
-
 
 class ArmSummary(NamedTuple):
     arm: Arm
@@ -97,7 +94,7 @@ def summarize_pair(
     coverage = sum(n in changed for n in scored_n_kv) / max(len(scored_n_kv), 1)
     faults = [
         *_faults(candidate, "candidate", result, nll),
-        *_faults(reference, "baseline", result, nll_reference),
+        *_faults(reference, f"baseline {reference.spec}", result, nll_reference),
     ]
     decision = decide(
         PairEvidence(
@@ -128,29 +125,26 @@ def summarize_pair(
 
 
 def _faults(arm: Arm, called: str, result: GroupResult, nll: np.ndarray) -> list[str]:
-    """What makes an arm `broken`, as sentences that name it."""
+    """What makes an arm `broken`, as sentences that begin with `called`."""
     found = result.findings[arm.name]
-    who = f"{called} {arm.spec} ({arm.path})"
     faults = []
     if found.failure is not None:
-        faults.append(f"{who} failed at {found.failure_place}: {found.failure}")
+        faults.append(f"{called} failed at {found.failure_place}: {found.failure}")
     if found.nonfinite_place is not None:
         faults.append(
-            f"{who}: NaN or Inf in {found.nonfinite_rows} attention rows, first at {found.nonfinite_place}"
+            f"{called}: NaN or Inf in {found.nonfinite_rows} attention rows, first at {found.nonfinite_place}"
         )
     elif not np.isfinite(nll).all():
-        faults.append(f"{who}: NaN or Inf in the logits")
+        faults.append(f"{called}: NaN or Inf in the logits")
     table = result.layers.filter(pc.equal(result.layers["arm"], arm.name))
-    wrong = []
-    for row in table.to_pylist():
-        errors = HeadErrors(**row)
-        if sentence := fault_of(errors):
-            severity = math.inf if errors.nonfinite else max(errors.max_budget_ratio, errors.relative_max)
-            wrong.append((severity, sentence))
-    wrong.sort(key=lambda x: -x[0])
-    faults += [f"{who}, on the exact arm's own inputs: {sentence}" for _, sentence in wrong[:NAMED_FAULTS]]
-    if len(wrong) > NAMED_FAULTS:
-        faults.append(f"{who}: {len(wrong)} of {table.num_rows} checks of a layer and head failed in all")
+    checks = [HeadErrors(**row) for row in table.to_pylist()]
+    wrong = [errors for errors in checks if fault_of(errors)]
+    if wrong:
+        worst = max(wrong, key=lambda e: (e.nonfinite > 0, max(e.max_budget_ratio, e.relative_max)))
+        faults.append(
+            f"{called}: {fault_of(worst)}, on the exact arm's own q, k and v"
+            f" ({len(wrong)} of {len(checks)} checks of a layer and head failed)"
+        )
     return faults
 
 

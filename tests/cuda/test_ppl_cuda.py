@@ -25,9 +25,11 @@ def test_control_equals_baseline_and_the_same_command_gives_the_same_bytes(
         command += ["-c", "100", "--chunks", "6", "--device", "cuda", "--out", str(out)]
         command += ["--baseline", f"{baseline}:block=16", "--candidate", f"{baseline}:block=16,kv=3"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        # A tiny model scores too few tokens for a narrow interval: 3 is an honest answer here.
+        assert done.returncode in (0, 3), done.stdout + done.stderr
         run = json.loads((out / "run.json").read_text())
-        assert run["verdict"] in ("round-off", "improved")
+        assert run["verdict"] in ("round-off", "inconclusive")
+        assert not any("broken" in pair["verdict"] for pair in run["pairs"])
         by_name = {arm["name"]: arm for arm in run["arms"]}
         assert by_name["control"]["nll_mean"] == by_name["baseline"]["nll_mean"]
         tokens.append((out / "tokens.parquet").read_bytes())
