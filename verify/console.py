@@ -106,8 +106,6 @@ class PplConsole:
             console.print(text, markup=False, soft_wrap=True)
         for line in _verdict(outcome):
             print(line, file=self.out)
-        for note in experiment.notes:
-            print(f"note: {note}", file=self.out)
         print(f"report: {folder / 'report.md'}", file=self.out, flush=True)
 
     def _end_line(self) -> None:
@@ -166,10 +164,9 @@ def _coverage(outcome: Outcome) -> list[str]:
 def _verdict(outcome: Outcome) -> list[str]:
     """The verdict in one line, then each pair's own where there are several, and what would have shown."""
     several = len(outcome.pairs) > 1 and outcome.verdict is not None
-    if several:
-        lines = [f"verdict: {outcome.verdict}: the gravest of {len(outcome.pairs)} pairs"]
-    else:
-        lines = [f"verdict: {outcome.verdict or 'void'}: {'; '.join(outcome.reasons)}"]
+    reasons = [f"the gravest of {len(outcome.pairs)} pairs"] if several else outcome.reasons
+    # What did not run belongs to the verdict itself, not below it.
+    lines = [f"verdict: {outcome.verdict or 'void'}: {'; '.join([*reasons, *outcome.run['notes']])}"]
     for pair in outcome.pairs if outcome.verdict is not None else []:
         if several:
             decision = pair.decision
