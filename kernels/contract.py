@@ -16,6 +16,7 @@ query token against its own prefix. On the prefill path rows share tiles.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -121,6 +122,10 @@ class Kernel(ABC):
     @abstractmethod
     def run(self, call: Call) -> AttentionOutput:
         """What an implementation provides: compute the call, and record in `trace` what was launched."""
+
+    def launcher(self, call: Call) -> Callable[[], AttentionOutput]:
+        """The call, ready to be launched many times; host work that need not be repeated is done here."""
+        return lambda: self.run(call)
 
     @abstractmethod
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:

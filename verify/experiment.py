@@ -11,9 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from model.gguf_file import GGUFFile
-from model.locate import locate_model
-from model.tokenizer import Tokenizer
 
 from data import Corpus, Windows, cut_windows, load_corpus, read_text_file
 from kernels.contract import Kernel
@@ -21,9 +18,13 @@ from kernels.contract import Path as AttentionPath
 from kernels.registry import build_kernel
 from model.architectures import architecture_of
 from model.architectures.architecture import Architecture
+from model.gguf_file import GGUFFile
+from model.locate import locate_model
 from model.runner import ATTENTION_TYPES, Progress, Runner
+from model.tokenizer import Tokenizer
 from verify import environment
 from verify.arms import Arm, untraced
+from verify.devices import chosen_device
 from verify.errors import UsageError
 from verify.evidence import (
     ArmSummary,
@@ -75,7 +76,7 @@ class Experiment:
 
     def __init__(self, settings: PplSettings, listener: Listener) -> None:
         self.settings, self.listener = settings, listener
-        self.device = _device(settings.device)
+        self.device = chosen_device(settings.device)
         path = locate_model(settings.model)
         self.file = GGUFFile.open(path)
         self.architecture: Architecture = architecture_of(self.file)
@@ -283,18 +284,6 @@ def fingerprint(paths: Sequence[Path]) -> str:
             f.seek(max(size - SAMPLE_BYTES, 0))
             digest.update(f.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch sees no CUDA device here (verify doctor says why)")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return device
 
 
 def _corpus(settings: PplSettings) -> Corpus:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
-
-from verify.__main__ import main
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -33,32 +30,6 @@ def command(tiny: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     model, text = tiny
     base = ["ppl", "-m", str(model), "-f", str(text), "-c", "64", "--chunks", "6"]
     return [*base, "--device", "cpu", "--out", str(out), *more]
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def verify(*arguments: str) -> Done:
-    """`verify ARGUMENTS` in this process, which spares loading torch for every test."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(out),
-        redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):
-        patch.setattr(sys, "argv", ["verify", *arguments])
-        main()
-    return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
-
-
-def verify_apart(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`verify ARGUMENTS` in a process of its own."""
-    command = [sys.executable, "-m", "verify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
 def run(tiny: tuple[Path, Path], out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
@@ -271,14 +242,6 @@ def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_
     done = verify("ppl", "--resume", str(out))
     assert done.returncode == 2
     assert "model changed since the run began" in done.stderr
-
-
-def assert_refused(done: Done, *said: str) -> None:
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    for words in said:
-        assert words in lines[0]
 
 
 @pytest.mark.parametrize(

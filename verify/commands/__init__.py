@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from verify.commands import doctor, kernel_list, ppl
+from verify.commands import bench, doctor, kernel_list, ppl
 
 app = typer.Typer(
     name="verify",
@@ -15,5 +15,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("ppl", help=ppl.HELP)(ppl.command)
+app.command("bench", help=bench.HELP)(bench.command)
 app.command("list", help=kernel_list.HELP)(kernel_list.command)
 app.command("doctor", help=doctor.HELP)(doctor.command)

@@ -68,6 +68,7 @@ def command(
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from verify.console import PplConsole
+    from verify.devices import default_device
     from verify.environment import prepare_torch
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
@@ -91,7 +92,7 @@ def command(
             baseline=baseline,
             candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
             cache_type=_one_cache_type(cache_type, cache_type_k, cache_type_v),
-            device=device or _default_device(),
+            device=device or default_device(),
             memory=parse_size(memory) if memory else None,
             min_coverage=min_coverage,
             margin=margin,
@@ -126,12 +127,6 @@ def command(
         json.dump(outcome.run, sys.stdout, indent=1)
         print()
     return outcome.exit_code
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _one_cache_type(both: str, k: str | None, v: str | None) -> str:

@@ -1,0 +1,170 @@
+"""Decode time of kernels against n_kv, beside what the machine's memory can deliver.
+
+One query token reads the whole KV cache once, so its time has a floor: bytes of K and V over the read
+bandwidth, which is measured in the same run. On CUDA, calls are replayed from a graph over inputs that exceed
+the level-2 cache; on a CPU, where nothing is claimed, they are timed one by one.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kernels.contract import Call, Kernel, checked_call
+from kernels.registry import build_kernel
+from kernels.shapes import ModelShape
+from kernels.timing import input_sets, read_bandwidth, time_calls
+
+CPU_CALLS = 5
+CPU_READ_BYTES = 1 << 28
+# A split pays where it is faster than the first kernel by more than this share of its time.
+PAYS = 0.01
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One kernel at one n_kv. gb_s counts K and V once; share is of the read bandwidth of the same run."""
+
+    shape: str
+    n_kv: int
+    spec: str
+    us: float | None
+    gb_s: float | None
+    share: float | None
+    graph: bool
+    launched: str
+    notes: list[str]
+    failed: str | None = None
+
+
+def measure(
+    shapes: Sequence[ModelShape], n_kvs: Sequence[int], specs: Sequence[str], device: torch.device
+) -> tuple[dict[str, float], Iterator[Measurement]]:
+    """The machine's bandwidth in GB/s, and the measurements one by one."""
+    for spec in specs:
+        build_kernel(spec).close()  # a specification that cannot be built is refused before anything runs
+    bandwidth = read_bandwidth() if device.type == "cuda" else _cpu_bandwidth()
+
+    def each() -> Iterator[Measurement]:
+        for shape in shapes:
+            for n_kv in n_kvs:
+                for spec in specs:
+                    yield _measure_one(shape, n_kv, spec, device, bandwidth["read"])
+
+    return bandwidth, each()
+
+
+def crossovers(found: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """For each shape and kernel but the first: the n_kv from which it is faster than the first, or None.
+
+    `from` a length means at that and every longer one that was measured.
+    """
+    first = found[0].spec if found else ""
+    lines = []
+    for shape, spec in dict.fromkeys((m.shape, m.spec) for m in found if m.spec != first):
+        times = {m.n_kv: m.us for m in found if m.shape == shape and m.spec == spec}
+        base = {m.n_kv: m.us for m in found if m.shape == shape and m.spec == first}
+        pays_from = None
+        for n_kv in sorted(times, reverse=True):
+            mine, theirs = times[n_kv], base.get(n_kv)
+            if mine is None or theirs is None or mine >= theirs * (1 - PAYS):
+                break
+            pays_from = n_kv
+        ratios = {n: base[n] / t for n, t in times.items() if t and base.get(n)}  # type: ignore[operator]
+        lines.append(
+            {"shape": shape, "spec": spec, "against": first, "pays_from": pays_from, "speedup": ratios}
+        )
+    return lines
+
+
+def to_json(found: Sequence[Measurement]) -> list[dict[str, Any]]:
+    return [asdict(m) for m in found]
+
+
+def _measure_one(
+    shape: ModelShape, n_kv: int, spec: str, device: torch.device, read_gb_s: float
+) -> Measurement:
+    kernel = build_kernel(spec)
+    size = shape.cache_bytes(n_kv)
+    try:
+        us, graph = _time(kernel, shape, n_kv, device)
+    except Exception as error:
+        # What one kernel cannot do is a line of the table; the others are still measured.
+        said = " ".join(str(error).split())[:160]
+        return Measurement(
+            str(shape),
+            n_kv,
+            spec,
+            None,
+            None,
+            None,
+            False,
+            "",
+            kernel.notes,
+            f"{type(error).__name__}: {said}",
+        )
+    finally:
+        kernel.close()
+    rate = size / us / 1e3
+    kinds = {(line.kernel, line.head_groups, line.parts, line.launch) for line in kernel.trace.coverage()}
+    launched = "; ".join(
+        f"{name}, heads {'+'.join(map(str, groups)) or 'not known'}, KV parts {parts or 'not known'}, {how}"
+        for name, groups, parts, how in sorted(kinds)
+    )
+    return Measurement(
+        str(shape), n_kv, spec, us, rate, rate / read_gb_s, graph, launched, list(kernel.notes)
+    )
+
+
+def _time(kernel: Kernel, shape: ModelShape, n_kv: int, device: torch.device) -> tuple[float, bool]:
+    """Microseconds a call, and whether it was replayed from a CUDA graph."""
+    if device.type != "cuda":
+        launch = kernel.launcher(_call(shape, n_kv, device, 0))
+        return _time_one_by_one(launch, lambda: None), False
+    sets = input_sets(shape.cache_bytes(n_kv), device)
+    launches = [kernel.launcher(_call(shape, n_kv, device, i)) for i in range(sets)]
+    try:
+        return time_calls(launches).median_us, True
+    except RuntimeError:
+        # A kernel that waits for the device in the middle of a call cannot be captured.
+        torch.cuda.synchronize()
+        return _time_one_by_one(launches[0], torch.cuda.synchronize), False
+
+
+def _time_one_by_one(launch: Callable[[], object], wait: Callable[[], None]) -> float:
+    launch()
+    times = []
+    for _ in range(CPU_CALLS):
+        wait()
+        started = time.perf_counter()
+        launch()
+        wait()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
+
+
+def _call(shape: ModelShape, n_kv: int, device: torch.device, seed: int) -> Call:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int, heads: int, size: int) -> torch.Tensor:
+        return torch.randn(1, rows, heads, size, generator=generator, device=device, dtype=torch.float16)
+
+    k = draw(n_kv, shape.kv_heads, shape.k_size)
+    v = k[..., : shape.v_size] if shape.v_in_k else draw(n_kv, shape.kv_heads, shape.v_size)
+    return checked_call(
+        draw(1, shape.q_heads, shape.k_size),
+        k,
+        v,
+        kv_len=torch.full((1, 1), n_kv, dtype=torch.int32, device=device),
+        scale=shape.k_size**-0.5,
+    )
+
+
+def _cpu_bandwidth() -> dict[str, float]:
+    x = torch.ones(CPU_READ_BYTES // 4)
+    return {"read": x.nbytes / _time_one_by_one(lambda: x.sum(), lambda: None) / 1e3}
