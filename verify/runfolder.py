@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from verify.errors import UsageError
 from verify.groups import GroupResult
 
-SETTINGS, GROUPS = "settings.json", "groups"
+SETTINGS, GROUPS, RESULT, REPORT = "settings.json", "groups", "run.json", "report.md"
 
 
 class RunFolder:
@@ -48,6 +48,8 @@ class RunFolder:
     def reopen(cls, path: Path) -> RunFolder:
         if not (path / SETTINGS).is_file():
             raise UsageError(f"--resume {path}: no {SETTINGS} there, expected the folder of a run")
+        if (path / RESULT).is_file() and not (path / GROUPS).is_dir():
+            raise UsageError(f"--resume {path}: that run is finished, see {path / REPORT}")
         return cls(path)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
@@ -85,8 +87,8 @@ class RunFolder:
         """The run's own files; the groups are kept until these are written."""
         pq.write_table(result.tokens, self.path / "tokens.parquet")
         pq.write_table(result.layers, self.path / "layers.parquet")
-        self.write_json("run.json", run)
-        (self.path / "report.md").write_text(report)
+        self.write_json(RESULT, run)
+        (self.path / REPORT).write_text(report)
         shutil.rmtree(self.path / GROUPS, ignore_errors=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -196,6 +198,24 @@ def test_json_alone_goes_to_stdout(tiny: tuple[Path, Path], tmp_path: Path) -> N
     assert "Final estimate" in done.stderr
 
 
+def test_a_progress_bar_on_a_terminal(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "verify", *command(tiny, tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the terminal closes with its last writer
+        while piece := os.read(ours, 4096):
+            seen += piece
+    process.wait(timeout=60)
+    os.close(ours)
+    assert b"windows 1 to 6 of 6" in seen
+
+
 def test_no_progress_bar_in_a_pipe(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     done, _ = run(tiny, tmp_path / "run")
     assert "\x1b" not in done.stdout + done.stderr
@@ -234,10 +254,20 @@ def test_a_run_that_was_interrupted_goes_on(tiny: tuple[Path, Path], tmp_path: P
     assert (parts / "tokens.parquet").read_bytes() == (whole / "tokens.parquet").read_bytes()
 
 
+def test_a_finished_run_is_not_run_again(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    assert_refused(verify("ppl", "--resume", str(tmp_path / "run")), "is finished")
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    assert_refused(verify("ppl", "--resume", str(tmp_path)), "expected the folder of a run")
+
+
 def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model.gguf")
     out = tmp_path / "run"
     run((model, tiny[1]), out)
+    (out / "groups").mkdir()
     write_tiny_model(model, seed=5)
     done = verify("ppl", "--resume", str(out))
     assert done.returncode == 2
