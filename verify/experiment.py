@@ -98,7 +98,11 @@ class Experiment:
                 f"-c {settings.n_ctx} is beyond the model's training context of"
                 f" {self.architecture.sizes.context}: perplexity will rise for that reason alone"
             )
-        self.notes = sorted({note for arm in self.arms if arm.kernel for note in arm.kernel.notes})
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
+        return sorted({note for arm in self.arms if arm.kernel for note in arm.kernel.notes})
 
     def close(self) -> None:
         for arm in self.arms:
@@ -139,6 +143,7 @@ class Experiment:
         runner = Runner(self.architecture, device=self.device, attention_type=self.settings.cache_type)
         self.listener.started(self)
         results: list[GroupResult] = []
+        nll: list[np.ndarray] = []
         windows = self.windows.n_windows
         baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
         for first in range(0, windows, self.group_windows):
@@ -157,9 +162,9 @@ class Experiment:
             for arm in self.arms:
                 arm.findings = result.findings[arm.name]
             results.append(result)
-            nll = Scores(join_groups(results), self.windows.scored_per_window).column(baseline, "nll")
-            if len(nll) == chosen.stop:
-                self.listener.windows_done(first, running_perplexity(nll)[first:])
+            nll.append(Scores(result, self.windows.scored_per_window).column(baseline, "nll"))
+            if all(map(len, nll)):
+                self.listener.windows_done(first, running_perplexity(np.concatenate(nll))[first:])
         return self._conclude(join_groups(results))
 
     def _conclude(self, joined: GroupResult) -> Outcome:

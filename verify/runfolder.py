@@ -11,6 +11,7 @@ moment goes on from the last whole group.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ from verify.errors import UsageError
 from verify.groups import GroupResult
 
 SETTINGS, GROUPS, RESULT, REPORT = "settings.json", "groups", "run.json", "report.md"
+
+
+def to_json_text(content: Any) -> str:
+    """JSON that every reader takes: numbers that are NaN or infinite become null."""
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 class RunFolder:
@@ -92,7 +106,7 @@ class RunFolder:
         shutil.rmtree(self.path / GROUPS, ignore_errors=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=1, allow_nan=True) + "\n")
+        (self.path / name).write_text(to_json_text(content))
 
     def _group(self, first_window: int) -> Path:
         return self.path / GROUPS / f"{first_window:05d}"

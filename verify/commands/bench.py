@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +39,7 @@ def command(
     from verify.devices import chosen_device, default_device
     from verify.environment import describe, prepare_torch
     from verify.errors import UsageError
+    from verify.runfolder import to_json_text
 
     prepare_torch()
     chosen = chosen_device(device or default_device())
@@ -74,11 +74,11 @@ def command(
     for note in sorted({note for m in found for note in m.notes}):
         print(f"note: {note}", file=screen)
     if out is not None:
-        (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "bench.json").write_text(to_json_text(result))
         plot(found, bandwidth["read"], out / "bench.svg")
         print(f"written: {out / 'bench.json'}, {out / 'bench.svg'}", file=screen)
     if json_:
-        print(json.dumps(result, indent=1))
+        print(to_json_text(result), end="")
     return 0
 
 

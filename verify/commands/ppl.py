@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +72,7 @@ def command(
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
     from verify.report import report_markdown
-    from verify.runfolder import RunFolder
+    from verify.runfolder import RunFolder, to_json_text
 
     prepare_torch()
     console = PplConsole(json=json_)
@@ -124,8 +123,7 @@ def command(
     folder.write_results(outcome.joined, outcome.run, report_markdown(outcome.run))
     console.outcome(experiment, outcome, folder.path)
     if json_:
-        json.dump(outcome.run, sys.stdout, indent=1)
-        print()
+        print(to_json_text(outcome.run), end="")
     return outcome.exit_code
 
 
