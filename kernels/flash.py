@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
+from kernels.cache import dequantise, quantise, through_cache
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.eager import EagerKernel, EagerOptions, plan_of_row
-from kernels.flash_launch import Prepared, check_supported, device_code, prepare, shares_memory
+from kernels.flash_launch import (
+    FUSED_TYPES,
+    Prepared,
+    check_supported,
+    device_code,
+    planes_of,
+    prepare,
+    shares_memory,
+)
 from kernels.flash_tiles import Tiles, choose_tiles
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
+# Relative error of `flash_device.tanh`: largest just above 0.25, where 1 - 2 / (exp(2 x) + 1) cancels.
+U_TANH = 2.0**-19
 # Compute capability from which Triton multiplies on tensor cores.
 _TENSOR_CORES_FROM = (8, 0)
 # Compute capability from which a dependent launch may begin while the one before it drains.
@@ -33,6 +45,14 @@ def why_not_cuda() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None
+
+
+def reads_planes(call: Call, options: EagerOptions) -> bool:
+    """Whether the kernel that reads quantised caches itself has what this call asks for."""
+    plain = call.softcap is None and call.sliding_window is None and call.alibi_slopes is None
+    shape = call.shape
+    sizes = shape.k_size == shape.v_size and shape.k_size in (64, 128, 256)
+    return plain and sizes and call.path == "decode" and (options.p, options.acc) == ("f16", "f32")
 
 
 class Limits(NamedTuple):
@@ -62,10 +82,19 @@ class FlashKernel(Kernel):
     """
 
     def __init__(
-        self, spec: str, options: EagerOptions, *, tiles: Tiles | None = None, overlap: bool = True
+        self,
+        spec: str,
+        options: EagerOptions,
+        *,
+        cache: str = "f16",
+        expand: str = "fused",
+        tiles: Tiles | None = None,
+        overlap: bool = True,
     ) -> None:
         super().__init__(spec)
         self.options = options
+        self.cache = cache
+        self.expand = expand
         self.tiles = tiles
         self.overlap = overlap
         self._keys_used: set[int] = set()
@@ -77,11 +106,22 @@ class FlashKernel(Kernel):
         Raises ValueError on a dtype, a head size or head groups that the kernel does not have.
         """
         options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
+        planes = None
+        if self.cache != "f16":
+            k, v = quantise(call.k, self.cache), quantise(call.v, self.cache)
+            if self.cache in FUSED_TYPES and call.q.dtype == torch.float16 and call.shape.k_size % 64 == 0:
+                planes = planes_of(k, v)
+            call = replace(call, k=dequantise(k).to(call.k.dtype), v=dequantise(v).to(call.v.dtype))
+        fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
-        overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
-        return prepare(call, options, tiles, overlap=overlap)
+        if fused:
+            tiles = self.tiles or tiles._replace(warps=4, stages=4)
+        prepared = prepare(call, options, tiles, overlap=overlap)
+        prepared.planes, prepared.expand = planes, not fused
+        return prepared
 
     def run(self, call: Call) -> AttentionOutput:
         check_supported(call)
@@ -107,11 +147,20 @@ class FlashKernel(Kernel):
             self._note(note)
         return result
 
+    def launcher(self, call: Call) -> Callable[[], AttentionOutput]:
+        self.run(call)  # compiles, finds what fits the device, and records the launch once
+        prepared = self.prepare(call)
+        return super().launcher(call) if prepared is None else prepared.launch
+
     def label(self, prepared: Prepared) -> str:
         """The kernel's name in the launch trace, with everything that its arithmetic depends on."""
         options, tiles = prepared.options, prepared.tiles
         tile = "" if tiles.keys == options.plan.block else f",tile={tiles.keys}"
-        return f"flash[{options.label}{tile}]"
+        cache = ""
+        if self.cache != "f16":
+            fused = prepared.planes is not None and not prepared.expand
+            cache = f",cache={self.cache},expand={'fused' if fused else 'f16'}"
+        return f"flash[{options.label}{tile}{cache}]"
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         options, decode = self.options, path == "decode"
@@ -133,6 +182,10 @@ class FlashKernel(Kernel):
             block=keys,
             # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
             cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + rows, shape.keys))),
+            u_tanh=U_TANH,
+            # Numbers of a quantised cache are rounded to float16 where they are expanded.
+            u_k=2.0**-11 if self.cache != "f16" else 0.0,
+            u_v=2.0**-11 if self.cache != "f16" else 0.0,
         )
 
     def _tiles(self, device: torch.device, call: Call, options: EagerOptions) -> Tiles | None:
@@ -175,7 +228,7 @@ class FlashKernel(Kernel):
 
     def _fall_back(self, call: Call, note: str) -> AttentionOutput:
         self._note(note)
-        eager = EagerKernel(self.spec, self.options)
+        eager = EagerOverCache(self.spec, self.options, self.cache)
         eager.trace = self.trace
         return eager.run(call)
 
@@ -184,12 +237,26 @@ class FlashKernel(Kernel):
             self.notes.append(note)
 
 
-def flash_kernel(spec: str, options: EagerOptions) -> Kernel:
+class EagerOverCache(EagerKernel):
+    """`eager` on keys and values as they come back from a quantised cache."""
+
+    def __init__(self, spec: str, options: EagerOptions, cache: str) -> None:
+        super().__init__(spec, options)
+        self.cache = cache
+
+    def run(self, call: Call) -> AttentionOutput:
+        if self.cache != "f16":
+            call = replace(call, k=through_cache(call.k, self.cache), v=through_cache(call.v, self.cache))
+        return super().run(call)
+
+
+def flash_kernel(spec: str, options: EagerOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
     reason = why_not_cuda()
     if reason is None:
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        return FlashKernel(spec, replace(options, plan=options.plan.with_sms(sms)))
-    kernel = EagerKernel(spec, options)
+        on_device = replace(options, plan=options.plan.with_sms(sms))
+        return FlashKernel(spec, on_device, cache=cache, expand=expand)
+    kernel = EagerOverCache(spec, options, cache)
     kernel.notes.append(f"{FALLBACK_NOTE} ({reason})")
     return kernel

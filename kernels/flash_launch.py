@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from kernels.cache import Quantised
 from kernels.contract import AttentionOutput, Call
-from kernels.eager import EagerOptions, plan_of_row
+from kernels.eager import EagerOptions
+from kernels.flash_rows import RowPlans, plans_of_rows
 from kernels.flash_tiles import (
     LARGEST_GROUP,
     LARGEST_K_HEAD,
@@ -27,7 +28,6 @@ from kernels.flash_tiles import (
     next_power_of_two,
     split_head,
 )
-from kernels.plan import RowPlan
 from kernels.trace import LaunchTrace, Signature
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
@@ -89,6 +89,52 @@ def shares_memory(call: Call) -> bool:
     return same_place and split_head(call.shape.k_size).first == call.shape.v_size
 
 
+class Planes(NamedTuple):
+    """A quantised k and v as `flash_quantised` reads them (its module's text has the layout)."""
+
+    bits: int
+    k_codes: torch.Tensor
+    k_scales: torch.Tensor
+    v_codes: torch.Tensor
+    v_scales: torch.Tensor
+
+
+# Cache types that the kernel reads itself, and bits of their codes.
+FUSED_TYPES = {"q8_0": 8, "q4_0": 4}
+
+
+@functools.cache
+def quantised_code() -> Any:
+    """The module of kernels that read quantised caches."""
+    from kernels import flash_quantised
+
+    return flash_quantised
+
+
+def planes_of(k: Quantised, v: Quantised) -> Planes:
+    """Planes of codes [B, Hkv, S, D] (4 bits: half as wide) and of scales [B, Hkv, D / 32, S]."""
+    bits = FUSED_TYPES[k.type]
+    planes = []
+    for x in (k, v):
+        codes = x.codes.permute(0, 2, 1, 3)
+        if bits == 4:
+            half = codes.shape[-1] // 2
+            codes = codes[..., :half] | codes[..., half:] << 4
+        planes += [codes.contiguous(), x.scale.permute(0, 2, 3, 1).contiguous()]
+    return Planes(bits, *planes)
+
+
+def expanded(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """A plane of codes and one of scales as float16 [B, S, Hkv, D]: a view of [B, Hkv, S, D]."""
+    batch, heads, keys, width = codes.shape
+    size = width * 8 // bits
+    out = torch.empty((batch, heads, keys, size), dtype=torch.float16, device=codes.device)
+    quantised_code().expand_planes[(-(-keys // 64), batch * heads)](
+        codes, scales, out, keys, D=size, BITS=bits, TILE=64
+    )
+    return out.transpose(1, 2)
+
+
 @dataclass
 class Launches:
     """One bucket of rows that follow the same head groups: what is launched for it."""
@@ -114,15 +160,22 @@ class Prepared:
     out: torch.Tensor
     lse: torch.Tensor
     launches: list[Launches]
-    plans: list[RowPlan]
-    row_launch: list[int]
+    lengths: tuple[int, ...]
+    rows: RowPlans
     notes: list[str]
+    planes: Planes | None = None
+    expand: bool = False
 
     def launch(self) -> AttentionOutput:
         """Launch everything on the current stream; nothing here waits for the device."""
         call = self.call
         if self.out.numel() == 0:
             return AttentionOutput(self.out, self.lse)
+        if self.planes is not None and self.expand:
+            # As engines do it: the whole cache becomes float16 at every call.
+            bits, *planes = self.planes
+            k, v = expanded(planes[0], planes[1], bits), expanded(planes[2], planes[3], bits)
+            self.call = replace(call, k=k, v=v)
         for item in self.launches:
             for b, t in _chunks(call, item, self.tiles):
                 self._attend(item, b, t)
@@ -151,7 +204,7 @@ class Prepared:
         sets = [(0, len(item.head_groups))]
         if item.launch != "one":
             sets = [(i, 1) for i in range(len(item.head_groups))]
-        dk, dv = split_head(shape.k_size), split_head(shape.v_size)
+        dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
         softcap = 1.0 if call.softcap is None else call.softcap
         early = {"launch_pdl": True} if self.overlap else {}
         names = []
@@ -163,6 +216,24 @@ class Prepared:
                 q_ratio = item.head_groups[first_group]
                 by_head = q.unflatten(2, (shape.kv_heads, shape.ratio))
                 group_q = by_head[:, :, :, q_shift : q_shift + q_ratio].flatten(2, 3).contiguous()
+            if self.planes is not None and not self.expand:
+                names.append(
+                    self._attend_planes(
+                        item,
+                        first_group,
+                        n_groups,
+                        b,
+                        group_q,
+                        q_ratio,
+                        q_shift,
+                        kv_len,
+                        groups,
+                        part_out,
+                        part_lse,
+                        early,
+                    )
+                )
+                continue
             compiled = code.attend_tiles[(sequences * tiles, shape.kv_heads * n_groups, item.slots)](
                 group_q,
                 k,
@@ -236,12 +307,66 @@ class Prepared:
             names.append(_binary_hash(compiled))
         item.binaries = sorted(set(names), key=names.index)
 
+    def _attend_planes(
+        self,
+        item: Launches,
+        first_group: int,
+        n_groups: int,
+        b: slice,
+        q: torch.Tensor,
+        q_ratio: int,
+        q_shift: int,
+        kv_len: torch.Tensor,
+        groups: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        early: dict[str, bool],
+    ) -> str:
+        """One launch over a quantised cache; returns the hash of its binary."""
+        assert self.planes is not None
+        shape = self.call.shape
+        sequences, tokens = q.shape[:2]
+        compiled = quantised_code().attend_quantised[
+            (sequences * tokens, shape.kv_heads * n_groups, item.slots)
+        ](
+            q,
+            *(plane[b] for plane in self.planes[1:]),
+            kv_len,
+            groups,
+            out,
+            lse,
+            tokens,
+            shape.keys,
+            shape.q_heads,
+            shape.kv_heads,
+            shape.ratio,
+            q_ratio,
+            q_shift,
+            first_group,
+            n_groups,
+            _common_size(item.head_groups),
+            item.same_length,
+            item.parts,
+            item.tiles_a_part,
+            item.slots,
+            self.call.scale * LOG2_E,
+            *q.stride()[:3],
+            D=shape.k_size,
+            BITS=self.planes.bits,
+            M=self.tiles.rows,
+            TILE=self.tiles.keys,
+            BLOCK=self.options.plan.block,
+            OVERLAP=self.overlap,
+            num_warps=self.tiles.warps,
+            num_stages=self.tiles.stages,
+            **early,
+        )
+        return _binary_hash(compiled)
+
     def record(self, trace: LaunchTrace, kernel: str) -> None:
         """Enter what `launch` launched: call it after the launch, whose binaries it names."""
-        lengths: list[int] = self.call.kv_len.flatten().tolist()
-        for n_kv, plan, which in zip(lengths, self.plans, self.row_launch, strict=True):
-            item = self.launches[which]
-            binary = "+".join(item.binaries)
+        for n_kv, plan, which in zip(self.lengths, self.rows.plans, self.rows.kind_of_row, strict=True):
+            binary = "+".join(self.launches[which].binaries)
             trace.record(
                 self.call.path, n_kv, Signature(kernel, binary, plan.head_groups, plan.cuts, plan.launch), 1
             )
@@ -292,62 +417,39 @@ def prepare(
     shape, plan = call.shape, options.plan
     notes: list[str] = []
     call = _contiguous_enough(call, notes)
-    lengths: list[int] = call.kv_len.flatten().tolist()
+    lengths: tuple[int, ...] = tuple(call.kv_len.flatten().tolist())
     decode = call.path == "decode"
-    plan_at: Callable[[int], RowPlan] = functools.cache(
-        lambda n: plan_of_row(
-            plan,
-            shape,
-            n,
-            decode,
-            sinks=call.sinks is not None,
-            sliding_window=call.sliding_window is not None,
-        )
+    rows = plans_of_rows(
+        plan,
+        shape,
+        lengths,
+        1 if decode else tile_tokens(call, tiles),
+        decode,
+        sinks=call.sinks is not None,
+        sliding_window=call.sliding_window is not None,
     )
-    plans = [plan_at(n) for n in lengths]
-    if not decode and plans:
-        plans = _prefill_plans(lengths, shape.batch, shape.rows, tile_tokens(call, tiles), plan_at)
-    kinds = sorted({(p.head_groups, p.launch) for p in plans}) or [
-        ((shape.ratio,) if plan.policy else plan.groups(shape.ratio), plan.launch)
-    ]
     kv_len = call.kv_len.to(torch.int32).contiguous()
-    row_launch = [kinds.index((p.head_groups, p.launch)) for p in plans]
     launches = []
-    for index, (head_groups, launch) in enumerate(kinds):
-        if max(head_groups) > LARGEST_GROUP:
-            raise ValueError(
-                f"heads={'+'.join(map(str, head_groups))}: flash has groups of at most {LARGEST_GROUP} heads"
-            )
+    for index, kind in enumerate(rows.kinds):
+        if max(kind.head_groups) > LARGEST_GROUP:
+            written = "+".join(map(str, kind.head_groups))
+            raise ValueError(f"heads={written}: flash has groups of at most {LARGEST_GROUP} heads")
         mine = kv_len
-        if len(kinds) > 1:
-            chosen = torch.tensor(row_launch, device=kv_len.device).view(kv_len.shape) == index
+        if len(rows.kinds) > 1:
+            chosen = torch.tensor(rows.kind_of_row, device=kv_len.device).view(kv_len.shape) == index
             mine = torch.where(chosen, kv_len, -1)
-        slots = max([len(p.cuts) - 1 for p, i in zip(plans, row_launch, strict=True) if i == index] + [1])
         parts, tiles_a_part = 0, 0
         if plan.kv.mode == "size":
             tiles_a_part = -(-plan.kv.value // plan.block)
-        elif plan.kv.mode == "parts":
-            parts = plan.kv.value
         else:
-            parts = plan.kv.parts_wanted(shape.kv_heads * len(head_groups), plan.sms)
+            parts = plan.kv.parts_wanted(shape.kv_heads * len(kind.head_groups), plan.sms)
         same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
-        launches.append(Launches(head_groups, launch, parts, tiles_a_part, slots, mine, same_length))
+        launches.append(
+            Launches(kind.head_groups, kind.launch, parts, tiles_a_part, kind.slots, mine, same_length)
+        )
     out = call.q.new_empty((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
     lse = out.new_empty((shape.batch, shape.rows, shape.q_heads))
-    return Prepared(call, options, tiles, overlap, out, lse, launches, plans, row_launch, notes)
-
-
-def _prefill_plans(
-    lengths: list[int], batch: int, rows: int, tokens_a_tile: int, plan_at: Callable[[int], RowPlan]
-) -> list[RowPlan]:
-    """The plan of each row: that of the longest row of its tile."""
-    plans: list[RowPlan] = []
-    for b in range(batch):
-        of_b = lengths[b * rows : (b + 1) * rows]
-        for t in range(0, rows, tokens_a_tile):
-            tile = of_b[t : t + tokens_a_tile]
-            plans += [plan_at(max(tile))] * len(tile)
-    return plans
+    return Prepared(call, options, tiles, overlap, out, lse, launches, lengths, rows, notes)
 
 
 def _contiguous_enough(call: Call, notes: list[str]) -> Call:

@@ -34,11 +34,17 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def split_head(size: int) -> HeadSplit:
-    """80 as 64 + 16, 96 as 64 + 32, 192 as 128 + 64, 576 as 512 + 64; a power of two has no rest."""
-    first = 1 << (size.bit_length() - 1)
-    rest = size - first
-    return HeadSplit(first, max(next_power_of_two(rest), 16) if rest else 0)
+def split_head(size: int, rows: int = 16) -> HeadSplit:
+    """80 as 64 + 16, 96 as 64 + 32, 192 as 128 + 64, 576 as 512 + 64; a power of two has no rest.
+
+    In tiles of 64 rows or more no piece is narrower than 64 (80 is 64 + 64, of which 48 are padding): with
+    narrower ones Triton 3.6 gave wrong results from warpgroup products on compute capability 9.0 (decode with
+    48 and 64 heads a group, head sizes 80 and 96: relative errors of 0.1 to 0.5).
+    """
+    narrowest = 64 if rows >= 64 else 16
+    first = max(1 << (size.bit_length() - 1), narrowest)
+    rest = max(size - first, 0)
+    return HeadSplit(first, max(next_power_of_two(rest), narrowest) if rest else 0)
 
 
 def shared_bytes(
@@ -48,10 +54,10 @@ def shared_bytes(
 
     Tested against what Triton compiles for several devices.
     """
-    k_padded, v_padded = sum(split_head(k_size)), sum(split_head(v_size))
+    k_padded, v_padded = sum(split_head(k_size, tiles.rows)), sum(split_head(v_size, tiles.rows))
     if not tensor_cores:
         # Products are float32 sums over operands that pass through shared memory in float32.
-        widest = max(split_head(k_size).first, split_head(v_size).first)
+        widest = max(split_head(k_size, tiles.rows).first, split_head(v_size, tiles.rows).first)
         return 4 * (tiles.rows + tiles.keys) * max(k_padded, widest) + 1024
     key_bytes = (k_padded + (0 if v_is_k else v_padded)) * item_size
     # Warpgroup products (from 64 rows, compute capability 9.0) hold a stage's operands while they run.
@@ -81,7 +87,7 @@ def choose_tiles(
     fewest = max(next_power_of_two(ratio), 16)
     rows = fewest if decode else max(fewest, 128 if widest <= 128 else 64)
     while rows >= fewest:
-        warps = 8 if rows * widest >= 128 * 128 or widest > 256 else 4
+        warps = 8 if rows >= 128 or rows * widest >= 128 * 128 or widest > 256 else 4
         keys = block & -block
         while keys >= SMALLEST_KEYS:
             for stages in (4, 3, 2) if keys * widest <= 64 * 128 else (3, 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from kernels.cache import CACHE_TYPES
 from kernels.contract import Kernel
 from kernels.eager import EagerKernel, EagerOptions
 from kernels.errors import SpecError, nearest
@@ -18,6 +19,13 @@ TILE_OPTIONS: dict[str, str] = {
     "p": "type of P as it enters the second product: f16, bf16, f32; default f16",
     "acc": "type of the output accumulators: f32, f16; default f32",
     "out": "type of the result: f32, f16, bf16; default f32",
+}
+
+
+FLASH_OPTIONS: dict[str, str] = {
+    **TILE_OPTIONS,
+    "cache": f"type of the KV cache: f16 (as given), {', '.join(CACHE_TYPES)}; default f16",
+    "expand": "a quantised cache: fused (in the kernel, where it can) or f16 (before it); default fused",
 }
 
 
@@ -58,8 +66,13 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             "flash",
             "our CUDA kernel; where it cannot run, `eager` runs in its place and the verdict says so",
-            TILE_OPTIONS,
-            lambda s: flash_kernel(s.text, _eager_options(s)),
+            FLASH_OPTIONS,
+            lambda s: flash_kernel(
+                s.text,
+                _eager_options(s),
+                cache=choice(s, "cache", "f16", ("f16", *CACHE_TYPES)),
+                expand=choice(s, "expand", "fused", ("fused", "f16")),
+            ),
             why_not_cuda,
         ),
         Entry(

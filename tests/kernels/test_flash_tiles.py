@@ -32,7 +32,7 @@ for capability, ratio, k_size, v_size, decode, limit in json.loads(sys.argv[1]):
     if tiles is None:
         print(json.dumps([capability, k_size, decode, None, None, None]))
         continue
-    dk, dv = split_head(k_size), split_head(v_size)
+    dk, dv = split_head(k_size, tiles.rows), split_head(v_size, tiles.rows)
     constants = dict(DK=k_size, DK1=dk.first, DK2=dk.rest, DV=v_size, DV1=dv.first, DV2=dv.rest, V_IS_K=False,
                      M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=decode, P_TYPE=code.tl.float16,
                      ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
@@ -55,6 +55,9 @@ def test_head_sizes_are_split_into_powers_of_two() -> None:
     sizes = (64, 72, 80, 96, 128, 192, 256, 576)
     assert [tuple(split_head(size)) for size in sizes] == [
         (64, 0), (64, 16), (64, 16), (64, 32), (128, 0), (128, 64), (256, 0), (512, 64)
+    ]  # fmt: skip
+    assert [tuple(split_head(size, rows=64)) for size in (32, 64, 80, 96, 128, 192, 576)] == [
+        (64, 0), (64, 0), (64, 64), (64, 64), (128, 0), (128, 64), (512, 64)
     ]  # fmt: skip
 
 

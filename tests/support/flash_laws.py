@@ -74,6 +74,12 @@ CASES = [
     _sizes(256, 256, 4),
     _sizes(576, 512, 20),
     _sizes(72, 40, 2),
+    _sizes(80, 80, 48),
+    _sizes(96, 40, 64),
+    Case("prefill-80", 80, 80, path="prefill"),
+    Case("prefill-96", 96, 32, path="prefill", p="f16"),
+    Case("prefill-256", 256, 256, 4, 1, [[65, 66, 67]], path="prefill"),
+    Case("prefill-mla", 576, 512, 20, 1, [[65, 66, 67]], path="prefill", p="f16"),
     _sizes(64, 64, 64),
 ]  # fmt: skip
 
@@ -260,3 +266,39 @@ def two_runs_give_the_same_bits(device: torch.device) -> None:
     x = inputs(case, device)
     flash = kernel(case)
     assert same_bits(*(flash.attend(x.q, x.k, x.v, **x.more) for _ in range(2)))
+
+
+def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None:
+    """Fused and expanded agree with the oracle on the cache's own numbers; the trace says which ran."""
+    from kernels.cache import CACHE_TYPES, through_cache
+
+    for cache in CACHE_TYPES:
+        for size in (64, 128) if cache in ("q8_0", "q4_0") else (64,):
+            case = Case(
+                f"{cache}-{size}", size, size, 3, 2, [[0, 65, 130]], p="f16", plan=Plan(kv=KVCuts("parts", 2))
+            )
+            x = inputs(case, device)
+            seen = [through_cache(y, cache) for y in (x.k, x.v)]
+            exact = exact_attention(checked_call(x.q, *seen, **x.more)).out
+            for expand in ("fused", "f16"):
+                flash = FlashKernel("flash", EagerOptions(plan=case.plan), cache=cache, expand=expand)
+                found = flash.attend(x.q, x.k, x.v, **x.more).out
+                error = float((found.double() - exact).norm() / exact.norm())
+                assert error <= 8e-4, f"{cache}, {expand}, {size}: {error:.3g}"
+                ran = "fused" if cache in ("q8_0", "q4_0") and expand == "fused" else "f16"
+                label = f"flash[block=64,p=f16,acc=f32,out=f32,cache={cache},expand={ran}]"
+                assert {signature.kernel for _, _, signature in flash.trace.rows} == {label}
+
+
+def a_quantised_row_alone_is_the_row_in_its_batch(device: torch.device) -> None:
+    case = Case("q", 64, 64, 3, 2, [[1, 65, 130]], p="f16", plan=Plan(kv=KVCuts("parts", 2)))
+    x = inputs(case, device)
+    for heads in (None, (2, 1)):
+        plan = Plan(kv=KVCuts("parts", 2), heads=heads)
+        flash = FlashKernel("flash", EagerOptions(plan=plan), cache="q8_0")
+        together = flash.attend(x.q, x.k, x.v, **x.more)
+        lengths = x.more["kv_len"]
+        for t in range(3):
+            more = {**x.more, "kv_len": lengths[:, t : t + 1]}
+            alone = flash.attend(x.q[:, t : t + 1], x.k, x.v, **more)
+            assert torch.equal(alone.out[0, 0], together.out[0, t])
