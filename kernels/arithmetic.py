@@ -6,6 +6,7 @@ float32 that rounds to nearest and 2^-23 for tensor cores, which truncate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,16 +29,25 @@ FLOAT_TYPES: dict[str, FloatType] = {
     # Rounding to float32 is counted with the accumulators; below 2^-149 nothing is left to lose.
     "f32": FloatType(0.0, 0.0),
 }
+# P leaves the exponential as float32, whose subnormals a GPU's fast exponential turns into 0: whatever type
+# it is rounded to afterwards, this much of it may be lost.
+EXP_UNDERFLOW = 2.0**-126
+# Keys that one matrix instruction adds up before a float16 accumulator is rounded.
+MMA_KEYS = 16
 
 
 class Depths(NamedTuple):
-    """Additions that one term can pass: in the denominator (d_l), the numerator (d_n), the merge (d_m)."""
+    """Roundings that one term can pass: in the denominator (d_l), the numerator (d_n), the merge (d_m).
+
+    parts, tiles: KV parts of the row, and tiles of its longest part; longest: keys of its longest part.
+    """
 
     parts: int
     tiles: int
     d_l: int
     d_n: int
     d_m: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,9 @@ class Arithmetic:
     result; acc: type of the output accumulators; u_q, u_k, u_v: roundings of the inputs inside the kernel;
     u_part: rounding of stored partial results; cuts_at: part bounds of a row with n_kv keys, None where they
     are not known; block: keys a tile, None where it is not known; l_from_rounded_p: the denominator sums P
-    after it was rounded.
+    after it was rounded; p_shift: P is exp(s - m - p_shift), so that much sooner it underflows; u_tanh:
+    relative error of the softcap's tanh; stale_maximum: the running maximum may lag behind, so that the
+    largest P is not 1.
     """
 
     p: str = "f16"
@@ -62,18 +74,34 @@ class Arithmetic:
     block: int | None = 64
     cuts_at: Callable[[int], tuple[int, ...]] | None = None
     l_from_rounded_p: bool = False
+    p_shift: float = 0.0
+    u_tanh: float = 2 * U_F32
+    stale_maximum: bool = False
+
+    @property
+    def u_acc(self) -> float:
+        """Unit roundoff of the output accumulators."""
+        return FLOAT_TYPES["f16"].u if self.acc == "f16" else self.u
+
+    @property
+    def tau_p(self) -> float:
+        """What a P that underflows may lose, in units of exp(s - m)."""
+        return max(FLOAT_TYPES[self.p].tau, EXP_UNDERFLOW) * math.exp(self.p_shift)
 
     def depths(self, n_kv: int) -> Depths:
         """Depths of a row with n_kv keys; the loosest order of summation where the plan is not known."""
         if self.block is None or self.cuts_at is None:
+            # A key at a time, rescaled after each; parts of 16 keys.
             parts = max(-(-n_kv // 16), 1)
-            return Depths(parts, n_kv, n_kv, n_kv, parts + 3)
+            return Depths(parts, n_kv, 2 * n_kv, 2 * n_kv, parts + 3, n_kv)
         cuts = self.cuts_at(n_kv)
         parts = max(len(cuts) - 1, 1)
         longest = max((b - a for a, b in pairwise(cuts)), default=0)
         tiles = -(-longest // self.block)
-        depth = self.block + 2 * tiles
-        return Depths(parts, tiles, depth, depth, parts + 3 if parts > 1 else 0)
+        d_l = self.block + 2 * tiles
+        # A float16 accumulator is rounded once a matrix instruction and once a rescale, in every tile.
+        d_n = d_l if self.acc == "f32" else tiles * (-(-self.block // MMA_KEYS) + 1) + 1
+        return Depths(parts, tiles, d_l, d_n, parts + 3 if parts > 1 else 0, longest)
 
 
 def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:
@@ -87,5 +115,5 @@ def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:
     acc = acc or ("f16" if input_type == "f16" else "f32")
     return Arithmetic(
         p=input_type, out=input_type, acc=acc, u=U_F32_TENSOR_CORE, u_q=u, u_part=u, block=None, cuts_at=None,
-        l_from_rounded_p=True,
+        l_from_rounded_p=True, u_tanh=max(2.0**-11, u),
     )  # fmt: skip

@@ -14,7 +14,8 @@ class KernelFailure(RuntimeError):
     """A kernel that raised, hung, died, or returned something other than attention.
 
     It is a finding about the kernel under test (`broken`), never an error of the tool. `kind` is one of
-    `raised`, `hung`, `died`, `shape`, `dtype`, `device`, `wrote-inputs`.
+    `raised`, `hung`, `died`, `shape`, `dtype`, `device`, `wrote-inputs`, or `unsupported` where the call asks
+    for something that the kernel does not take.
     """
 
     def __init__(self, kind: str, message: str) -> None:

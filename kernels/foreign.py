@@ -167,7 +167,7 @@ class ForeignKernel(Kernel):
         for name in _OPTIONAL:
             given = question["tensors"].get(name) if name in ("sinks", "alibi_slopes") else question[name]
             if given is not None and name not in self._takes:
-                raise KernelFailure("raised", f"{self.function}: does not take {name}, which is needed")
+                raise KernelFailure("unsupported", f"{self.function}: does not take {name}, which is needed")
         try:
             self._to.write(json.dumps(question).encode() + b"\n")
         except BrokenPipeError:

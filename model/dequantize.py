@@ -1,107 +1,142 @@
-"""Tensors of a file as float32, a slice of rows at a time.
+"""Stored weights to float32.
 
-F32, F16, BF16 and the legacy block types that small models come in are decoded by torch; all others by the
-`gguf` package, which is the oracle for these too (a test compares them bit by bit).
+Plain types and the commonest block types are decoded in torch, on the device asked for; every other type that
+the `gguf` package decodes is decoded by it, in numpy, and moved. Both ways give the same bits.
 """
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
+from functools import cache
 
-import gguf
 import numpy as np
 import torch
 
 from model.errors import ModelError
-from model.gguf_file import TENSOR_TYPES, GGUFFile
+from model.gguf_file import TENSOR_TYPES, GGUFFile, TensorInfo
 
-BLOCK = 32
+PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Weights decoded at a time, so that what lies between the bytes and the result stays in a CPU's cache.
+_TORCH_CHUNK = 1 << 19
+_GGUF_CHUNK = 1 << 18
 
 
 def dequantize(
-    file: GGUFFile, name: str, *, rows: slice | None = None, device: str | torch.device = "cpu"
+    file: GGUFFile, name: str, *, rows: slice | None = None, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The tensor in float32, shape outermost first; `rows` selects along the first dimension.
+    """A tensor's weights, float32, in torch's order of dimensions; always memory of its own.
 
-    Raises ModelError if it is missing, or of a type that cannot be decoded.
+    rows: a slice of the first dimension, cut to its length as Python does; other rows are not read. Raises
+    ModelError for a tensor that is not there or of a type that is not decoded, ValueError for rows with a
+    step or of a tensor without dimensions.
     """
-    raw = file.raw(name)
-    info = file.tensors[name]
-    shape = info.shape
-    _, block, block_bytes = TENSOR_TYPES[info.type_id]
-    by_row = raw.reshape(math.prod(shape[:-1]), shape[-1] // block * block_bytes)
-    if rows is not None:
-        if len(shape) == 1:
-            raise ModelError(f"{file.path}: tensor {name} has one dimension, rows of it cannot be selected")
-        each = math.prod(shape[1:-1])
-        start, stop, _ = rows.indices(shape[0])
-        by_row = by_row[start * each : stop * each]
-        shape = (max(stop - start, 0), *shape[1:])
-    if not by_row.size:
-        return torch.empty(shape, device=device)
-    decode = _DECODERS.get(info.type_name)
-    if decode is not None:
-        return decode(_tensor(by_row).to(device)).view(shape)
+    info = file.tensor(name)
+    if not type_is_supported(info.type_name):
+        raise ModelError(f"{info.path}: tensor {name}: weights of type {info.type_name} are not decoded")
+    if rows is None:
+        return _decode(file.raw(name), info, device).view(info.shape)
+    if not info.shape or rows.step not in (None, 1):
+        raise ValueError(f"rows of {name}: expected a slice without a step of a tensor with rows, got {rows}")
+    first, last, _ = rows.indices(info.shape[0])
+    last = max(first, last)
+    if len(info.shape) == 1 and info.type_name not in PLAIN_TYPES:
+        # Its only row is one run of blocks, which begin where `rows` need not.
+        return _decode(file.raw(name), info, device)[first:last].clone()
+    row_bytes = info.n_bytes // info.shape[0] if info.shape[0] else 0
+    data = file.raw(name)[first * row_bytes : last * row_bytes]
+    return _decode(data, info, device).view(last - first, *info.shape[1:])
+
+
+@cache
+def type_is_supported(type_name: str) -> bool:
+    """Whether weights of a type (`Q4_1`, as in TensorInfo.type_name) can be decoded."""
+    if type_name in PLAIN_TYPES or type_name in _DECODERS:
+        return True
+    found = next((kind for kind in TENSOR_TYPES.values() if kind.name == type_name), None)
+    if found is None:
+        return False
     try:
-        values = gguf.quants.dequantize(by_row, gguf.GGMLQuantizationType(info.type_id))
-    except NotImplementedError:
-        raise ModelError(
-            f"{file.path}: tensor {name}: type {info.type_name} cannot be decoded here"
-        ) from None
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(shape).to(device)
+        _by_gguf(np.zeros(found.block_bytes, np.uint8), type_name)
+    except (KeyError, NotImplementedError):
+        return False
+    return True
 
 
-def _tensor(raw: np.ndarray) -> torch.Tensor:
-    """A view of the mapped file; torch warns that it must not be written to, which nothing here does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(raw)
+def _decode(data: np.ndarray, info: TensorInfo, device: torch.device | str) -> torch.Tensor:
+    """float32 [weights] of consecutive rows of a tensor, given their bytes."""
+    if not data.size:  # no stride that torch could see other numbers in
+        return torch.empty(0, dtype=torch.float32, device=device)
+    if info.type_name not in PLAIN_TYPES and info.type_name not in _DECODERS:
+        return torch.from_numpy(_by_gguf(data, info.type_name)).to(device)
+    # torch warns of memory that cannot be written, as the file's map; a copy of the bytes costs little.
+    stored = torch.from_numpy(data.copy()).to(device)
+    if info.type_name in PLAIN_TYPES:
+        return stored.view(PLAIN_TYPES[info.type_name]).to(torch.float32)
+    return _by_torch(stored, info)
 
 
-def _plain(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    def decode(raw: torch.Tensor) -> torch.Tensor:
-        # A copy: what is handed out must not change with the file, nor be read-only.
-        return raw.contiguous().view(dtype).to(torch.float32, copy=True)
-
-    return decode
-
-
-def _blocks(raw: torch.Tensor, block_bytes: int) -> torch.Tensor:
-    return raw.reshape(-1, block_bytes)
-
-
-def _halves(columns: torch.Tensor) -> torch.Tensor:
-    """[blocks, 2] bytes as float16 [blocks, 1] in float32."""
-    return columns.contiguous().view(torch.float16).float()
+def _by_torch(stored: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    kind = TENSOR_TYPES[info.type_id]
+    blocks = stored.view(-1, kind.block_bytes)
+    out = torch.empty((blocks.shape[0], kind.block_size), dtype=torch.float32, device=stored.device)
+    decode = _DECODERS[info.type_name]
+    step = _TORCH_CHUNK // kind.block_size if stored.device.type == "cpu" else max(blocks.shape[0], 1)
+    for first in range(0, blocks.shape[0], step):
+        decode(blocks[first : first + step], out[first : first + step])
+    return out.view(-1)
 
 
-def _nibbles(quants: torch.Tensor) -> torch.Tensor:
-    """[blocks, 16] bytes as [blocks, 32]: the low nibbles, then the high ones."""
-    return torch.cat((quants & 15, quants >> 4), 1)
+def _by_gguf(data: np.ndarray, type_name: str) -> np.ndarray:
+    """float32 [weights] by the gguf package. Raises KeyError, NotImplementedError for types it has not."""
+    import gguf  # here, because few models need it and it is slow to import
+
+    kind = gguf.GGMLQuantizationType[type_name]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    n_blocks, step = data.size // block_bytes, _GGUF_CHUNK // block_size
+    out = np.empty((n_blocks, block_size), dtype=np.float32)
+    # Its decoders go row by row, which is slow where rows are short: a run of blocks is as good as a row.
+    with np.errstate(all="ignore"):
+        for first in range(0, n_blocks, step):
+            run = data[first * block_bytes : (first + step) * block_bytes]
+            out[first : first + step] = gguf.quants.dequantize(run, kind).reshape(-1, block_size)
+    return out.reshape(-1)
 
 
-def _q4_0(raw: torch.Tensor) -> torch.Tensor:
-    blocks = _blocks(raw, 18)
-    return _halves(blocks[:, :2]) * (_nibbles(blocks[:, 2:]).to(torch.int8) - 8).float()
+def _halves(stored: torch.Tensor) -> torch.Tensor:
+    """float32 of f16 numbers, [blocks, 2n] uint8 to [blocks, n]."""
+    return stored.contiguous().view(torch.float16).to(torch.float32)
 
 
-def _q4_1(raw: torch.Tensor) -> torch.Tensor:
-    blocks = _blocks(raw, 20)
-    scaled = _halves(blocks[:, :2]) * _nibbles(blocks[:, 4:]).float()
-    return scaled.add_(_halves(blocks[:, 2:4]))
+def _nibbles(stored: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The 4-bit numbers of [blocks, 16] bytes, written to out [blocks, 32]: low halves first, then high."""
+    pairs = out.view(-1, 2, 16)
+    pairs[:, 0] = stored & 15
+    pairs[:, 1] = stored >> 4
+    return out
 
 
-def _q8_0(raw: torch.Tensor) -> torch.Tensor:
-    blocks = _blocks(raw, 34)
-    return blocks[:, 2:].contiguous().view(torch.int8).float() * _halves(blocks[:, :2])
+# Each takes blocks [n, block_bytes] uint8 and fills out [n, block_size] float32. A product and a sum are two
+# steps, two roundings, as in the gguf package; a fused multiply-add would be another number.
 
 
-_DECODERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "F32": _plain(torch.float32),
-    "F16": _plain(torch.float16),
-    "BF16": _plain(torch.bfloat16),
+def _q4_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """d * (q - 8): d f16, 32 q of 4 bits."""
+    _nibbles(blocks[:, 2:], out).sub_(8).mul_(_halves(blocks[:, :2]))
+
+
+def _q4_1(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """d * q + m: d, m f16, 32 q of 4 bits."""
+    scales = _halves(blocks[:, :4])
+    _nibbles(blocks[:, 4:], out).mul_(scales[:, :1]).add_(scales[:, 1:])
+
+
+def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
+    """d * q: d f16, 32 q int8."""
+    out.copy_(blocks[:, 2:].view(torch.int8)).mul_(_halves(blocks[:, :2]))
+
+
+_DECODERS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q8_0": _q8_0,

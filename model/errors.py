@@ -1,5 +1,8 @@
-"""Bad models: one clear line that names the file, the field and what was expected."""
+"""The one error of this package."""
 
 
 class ModelError(ValueError):
-    """A model file that cannot be read, or that says something it should not."""
+    """A model file, or a part of one, that cannot be used.
+
+    The message is one line: the file, the field, and what was expected there.
+    """

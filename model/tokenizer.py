@@ -1,142 +1,231 @@
-"""The tokenizer of a model, built from its GGUF metadata on the `tokenizers` library.
+"""Text to token ids and back, built from a GGUF file's own metadata on the `tokenizers` library.
 
-`gpt2` files hold byte-level byte-pair encoding with its merges; `llama` files hold scores, from which the
-merges follow. A corpus is text: control tokens that stand in it are cut like any other characters.
+`gpt2` is byte-pair merging of bytes, with the merges in the file; `llama` is SentencePiece's merging of
+characters, with a score a token from which the merges follow. A corpus is text: what stands in it and looks
+like a control token is text too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import Regex
-from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers.decoders import ByteFallback, ByteLevel, Fuse, Replace
-from tokenizers.decoders import Sequence as Decoders
-from tokenizers.models import BPE
-from tokenizers.normalizers import Prepend
-from tokenizers.normalizers import Replace as ReplaceText
-from tokenizers.normalizers import Sequence as Normalizers
-from tokenizers.pre_tokenizers import ByteLevel as ByteLevelCut
-from tokenizers.pre_tokenizers import PreTokenizer, Split
-from tokenizers.pre_tokenizers import Sequence as Cuts
+import tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
-from model.pretokenizers import WHOLE_WORDS, pretokenizer_named
+from model.pretokenizers import PreTokenizer, pretokenizer_named
 
-SPACE = "▁"
-# Of the token types that a file gives, the ones that never come from plain text.
-_CONTROL, _USER_DEFINED = 3, 4
-# BOS is added unless the file says otherwise.
-_ADDS_BOS = {"llama": True, "gpt2": False}
+KINDS = ("gpt2", "llama")
+# Kinds of tokens in `tokenizer.ggml.token_type`; 1 is an ordinary token, 5 an unused one.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+# What SentencePiece writes for a space.
+_SPACE = "▁"
 
 
 class Tokenizer:
-    """Text to ids and back. `kind` is `tokenizer.ggml.model`, `pre` the pre-tokenizer's name, if any."""
+    """The tokenizer of one model. kind: `gpt2` or `llama`; pre: the pre-tokenizer's name, None for `llama`.
+
+    bos_id, eos_id: None where the model has no such token. add_bos: whether an engine puts BOS first.
+    """
+
+    kind: str
+    pre: str | None
+    bos_id: int | None
+    eos_id: int | None
+    add_bos: bool
 
     def __init__(self, file: GGUFFile) -> None:
+        self.kind = file.require("tokenizer.ggml.model", str)
+        if self.kind not in KINDS:
+            raise ModelError(
+                f"{file.path}: metadata key tokenizer.ggml.model is {self.kind!r:.80},"
+                f" expected one of: {', '.join(KINDS)}"
+            )
         self.path = file.path
-        self.kind: str = file.require("tokenizer.ggml.model", str)
-        self._tokens: list[str] = file.require("tokenizer.ggml.tokens", list)
-        if len(set(self._tokens)) != len(self._tokens):
-            raise ModelError(f"{file.path}: tokenizer.ggml.tokens: a token is there twice")
-        self.pre: str | None = None
+        self._tokens = _tokens(file)
+        self._types = _per_token(file, "tokenizer.ggml.token_type", len(self._tokens))
         if self.kind == "gpt2":
-            self.pre = file.metadata.get("tokenizer.ggml.pre", "default")
-            self._library = _byte_level(file, self._tokens, str(self.pre))
-        elif self.kind == "llama":
-            self._library = _sentence_piece(file, self._tokens)
+            self.pre = file.require("tokenizer.ggml.pre", str)
+            pretokenizer = pretokenizer_named(self.pre, file.path)
+            self._library = _byte_pairs(file, self._tokens, pretokenizer)
+            self._prefixed, add_bos, bos, eos = False, pretokenizer.add_bos, None, None
         else:
-            raise ModelError(f"{file.path}: tokenizer.ggml.model is {self.kind!r}, expected gpt2 or llama")
-        self.bos_id = _token_id(file, "bos", len(self._tokens))
-        self.eos_id = _token_id(file, "eos", len(self._tokens))
-        adds = _ADDS_BOS[self.kind] or self.pre == "llama-bpe"
-        self.add_bos = bool(file.metadata.get("tokenizer.ggml.add_bos_token", adds))
+            self.pre = None
+            self._prefixed = file.optional("tokenizer.ggml.add_space_prefix", bool, True)
+            self._library = _sentence_piece(file, self._tokens, self._types, self._prefixed)
+            add_bos, bos, eos = True, 1, 2
+        # Only these are cut out of a text as they stand; a control token never comes from text.
+        own = [self._tokens[i] for i in np.flatnonzero(self._types == _USER_DEFINED)]
+        self._library.add_tokens([AddedToken(token, normalized=False) for token in own])
+        self.bos_id = _token_id(file, "bos", len(self._tokens), bos)
+        self.eos_id = _token_id(file, "eos", len(self._tokens), eos)
+        self.add_bos = file.optional("tokenizer.ggml.add_bos_token", bool, add_bos)
         if self.add_bos and self.bos_id is None:
             raise ModelError(
-                f"{file.path}: metadata key tokenizer.ggml.bos_token_id is missing, BOS is added"
+                f"{file.path}: metadata key tokenizer.ggml.bos_token_id is missing, expected a token id,"
+                " because BOS is added"
             )
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """Raises ModelError naming the key that is missing or not understood."""
+        """The tokenizer that the file describes.
+
+        Raises ModelError, naming file and key, for a key that is missing, of another kind or at odds with
+        another, and for a tokenizer or pre-tokenizer that is not known here.
+        """
         return cls(file)
 
     @property
     def n_vocab(self) -> int:
+        """Number of token ids."""
         return len(self._tokens)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids [n] int32 of a text, without BOS; control tokens in it are text."""
+        """Token ids of a text, int32 [n]; no BOS is added.
+
+        A byte that has no token, in a `gpt2` vocabulary, gives none, as in the engines. Raises ModelError for
+        half a surrogate pair, which is what Python makes of bytes that are no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ModelError(
+                f"text: expected Unicode, character {error.start} is {text[error.start]!r}"
+            ) from None
         return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
-    def decode(self, ids: np.ndarray | list[int]) -> str:
-        return self._library.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, control tokens as they are written; bytes that are no text become U+FFFD.
 
-    def token_text(self, token: int) -> str:
-        """A token as the vocabulary writes it."""
-        return self._tokens[token]
+        Raises ValueError for an id outside the vocabulary.
+        """
+        text = b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
+        # The space that `encode` has put in front is not of the text.
+        return text[1:] if self._prefixed and text.startswith(" ") else text
 
+    def token_text(self, token_id: int) -> str:
+        r"""The text of one token, to be shown: bytes that are no whole character are written as `\xe2`.
 
-def _byte_level(file: GGUFFile, tokens: list[str], pre: str) -> LibraryTokenizer:
-    merges = file.require("tokenizer.ggml.merges", list)
-    pairs = []
-    for merge in merges:
-        # A symbol may itself begin with a space: the cut is the first one after position 0.
-        cut = merge.find(" ", 1)
-        if cut < 0:
-            raise ModelError(f"{file.path}: tokenizer.ggml.merges: {merge!r} is not two symbols")
-        pairs.append((merge[:cut], merge[cut + 1 :]))
-    expressions = pretokenizer_named(pre, file.path)
-    ids = {token: i for i, token in enumerate(tokens)}
-    try:
-        library = LibraryTokenizer(BPE(ids, pairs, ignore_merges=pre in WHOLE_WORDS))
-    except Exception as error:
-        raise ModelError(f"{file.path}: tokenizer.ggml.merges: {error}") from None
-    cuts: list[PreTokenizer] = [Split(Regex(e), "isolated") for e in expressions]
-    library.pre_tokenizer = Cuts([*cuts, ByteLevelCut(add_prefix_space=False, use_regex=False)])
-    library.decoder = ByteLevel()
-    return library
+        Raises ValueError for an id outside the vocabulary.
+        """
+        return self._bytes(token_id).decode("utf-8", "backslashreplace")
 
-
-def _sentence_piece(file: GGUFFile, tokens: list[str]) -> LibraryTokenizer:
-    """Merges of a vocabulary with scores: every split of a token into two, best score first."""
-    scores = file.require("tokenizer.ggml.scores", np.ndarray)
-    if len(scores) != len(tokens):
-        raise ModelError(f"{file.path}: tokenizer.ggml.scores: {len(scores)} scores for {len(tokens)} tokens")
-    ids = {token: i for i, token in enumerate(tokens)}
-    types = file.metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
-    unknown = _token_id(file, "unknown", len(tokens))
-    found = []
-    for token, i in ids.items():
-        if types[i] in (_CONTROL, _USER_DEFINED) or (token.startswith("<0x") and token.endswith(">")):
-            continue
-        for cut in range(1, len(token)):
-            a, b = ids.get(token[:cut]), ids.get(token[cut:])
-            if a is not None and b is not None:
-                found.append((-float(scores[i]), a, b))
-    found.sort()
-    model: Any = BPE(
-        ids,
-        [(tokens[a], tokens[b]) for _, a, b in found],
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token=tokens[unknown] if unknown is not None else None,
-    )
-    library = LibraryTokenizer(model)
-    spaces = ReplaceText(" ", SPACE)
-    prefixed = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    library.normalizer = Normalizers([Prepend(SPACE), spaces]) if prefixed else spaces
-    library.decoder = Decoders([Replace(SPACE, " "), ByteFallback(), Fuse()])
-    return library
+    def _bytes(self, token_id: int) -> bytes:
+        if not 0 <= token_id < len(self._tokens):
+            raise ValueError(f"{self.path}: expected a token id below {len(self._tokens)}, got {token_id}")
+        token, kind = self._tokens[token_id], self._types[token_id]
+        if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN):
+            return token.encode()
+        if self.kind == "llama":
+            return bytes([int(token[3:5], 16)]) if kind == _BYTE else token.replace(_SPACE, " ").encode()
+        try:
+            return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
+        except KeyError:
+            return token.encode()
 
 
-def _token_id(file: GGUFFile, which: str, n_vocab: int) -> int | None:
+def _tokens(file: GGUFFile) -> list[str]:
+    key = "tokenizer.ggml.tokens"
+    tokens = file.require(key, list)
+    seen: set[str] = set()
+    for i, token in enumerate(tokens):
+        if not isinstance(token, str):
+            raise ModelError(f"{file.path}: metadata key {key}: expected a list of texts")
+        if token in seen:
+            raise ModelError(f"{file.path}: metadata key {key}: token {i} is {token!r:.80}, as one before it")
+        seen.add(token)
+    return tokens
+
+
+def _per_token(file: GGUFFile, key: str, n_vocab: int) -> np.ndarray:
+    """The numbers of a key that holds one for each token."""
+    numbers = file.require(key, np.ndarray)
+    if numbers.size != n_vocab:
+        raise ModelError(
+            f"{file.path}: metadata key {key}: expected {n_vocab} numbers, one a token, got {numbers.size}"
+        )
+    return numbers
+
+
+def _token_id(file: GGUFFile, which: str, n_vocab: int, default: int | None) -> int | None:
     key = f"tokenizer.ggml.{which}_token_id"
-    value = file.metadata.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or not 0 <= value < n_vocab:
-        raise ModelError(f"{file.path}: {key} is {value!r}, expected an id below {n_vocab}")
-    return value
+    token_id = file.optional(key, int, default)
+    if token_id is not None and not 0 <= token_id < n_vocab:
+        raise ModelError(
+            f"{file.path}: metadata key {key}: expected a token id below {n_vocab}, got {token_id}"
+        )
+    return token_id
+
+
+def _byte_pairs(file: GGUFFile, tokens: list[str], pretokenizer: PreTokenizer) -> tokenizers.Tokenizer:
+    """`gpt2`: bytes, written as symbols, merged in the order of the file's merges."""
+    key = "tokenizer.ggml.merges"
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for i, merge in enumerate(file.require(key, list)):
+        # A symbol can begin with a space of its own: the cut is the first space after that.
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut < 0 or any(token not in ids for token in (left, right, left + right)):
+            raise ModelError(
+                f"{file.path}: metadata key {key}: merge {i} is {merge!r:.80}, expected two tokens, a space"
+                " between them, that make a third"
+            )
+        merges.append((left, right))
+    library = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=pretokenizer.ignore_merges))
+    cuts: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pretokenizer.patterns
+    ]
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    missing = [symbol for symbol in _BYTE_OF_SYMBOL if symbol not in ids]
+    if missing:
+        # The library would drop these itself, but merge what stood on either side.
+        cuts.append(pre_tokenizers.Split(Regex(f"[{re.escape(''.join(missing))}]"), "removed"))
+    library.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    return library
+
+
+def _sentence_piece(
+    file: GGUFFile, tokens: list[str], types: np.ndarray, prefixed: bool
+) -> tokenizers.Tokenizer:
+    """`llama`: characters, merged to whichever token has the best score; bytes for what is no token."""
+    scores = _per_token(file, "tokenizer.ggml.scores", len(tokens))
+    unknown = _token_id(file, "unknown", len(tokens), 0) or 0
+    ids = {token: i for i, token in enumerate(tokens)}
+    # The pairs that make a token, and are tokens: what merges best comes first.
+    order: list[tuple[float, int, int]] = []
+    for i, token in enumerate(tokens):
+        if types[i] in (_UNKNOWN, _CONTROL, _BYTE):
+            continue
+        score = -float(scores[i])
+        for cut in range(1, len(token)):
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                order.append((score, left, right))
+    order.sort()
+    library = tokenizers.Tokenizer(
+        models.BPE(
+            ids,
+            [(tokens[left], tokens[right]) for _, left, right in order],
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    library.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces] if prefixed else [spaces])
+    return library
+
+
+def _symbols() -> dict[str, int]:
+    """The symbols that `gpt2` vocabularies write bytes as: a byte that prints, in Latin-1, is its own
+    character; the others are the characters from 256 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_SYMBOL = _symbols()

@@ -136,7 +136,7 @@ class ArmRunner:
         board: dict[str, torch.Tensor],
         *,
         seed: int = 0,
-        watch: Callable[[LayerCall, torch.Tensor], None] | None = None,
+        watch: Callable[[LayerCall], None] | None = None,
     ) -> None:
         self.arm, self.board, self.seed, self.watch = arm, board, seed, watch
         self.name = arm.name
@@ -148,7 +148,7 @@ class ArmRunner:
         if arm.kernel is None:
             oracle = exact_attention(kernel_call(call, arm.path)).out
             if self.watch is not None:
-                self.watch(call, oracle)
+                self.watch(call)
             if arm.role == "floor":
                 oracle = oracle * (1 + FLOOR_NOISE * self._noise(call, oracle))
             return oracle.float()

@@ -24,6 +24,7 @@ from model.runner import ATTENTION_TYPES, Progress, Runner
 from model.tokenizer import Tokenizer
 from verify import environment
 from verify.arms import Arm, untraced
+from verify.captured import capture_to, parse_layers
 from verify.devices import chosen_device
 from verify.errors import UsageError
 from verify.evidence import (
@@ -80,6 +81,8 @@ class Experiment:
         path = locate_model(settings.model)
         self.file = GGUFFile.open(path)
         self.architecture: Architecture = architecture_of(self.file)
+        layers = self.architecture.sizes.layers
+        self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
         self.arms = _build_arms(settings)
         try:
             self._try_kernels()
@@ -140,6 +143,7 @@ class Experiment:
 
         A KeyboardInterrupt passes through; finished groups are in the folder then.
         """
+        watch = capture_to(folder.path, self.captured) if self.captured else None
         runner = Runner(self.architecture, device=self.device, attention_type=self.settings.cache_type)
         self.listener.started(self)
         results: list[GroupResult] = []
@@ -156,6 +160,7 @@ class Experiment:
                     chosen,
                     self.arms,
                     seed=self.settings.seed,
+                    capture=watch,
                     progress=self.listener.progress(first, chosen.stop, windows),
                 )
                 folder.save_group(first, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -12,7 +12,7 @@ import torch
 
 from data import Windows
 from kernels.trace import LaunchTrace
-from model.runner import Progress, Runner
+from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm, ArmRunner, Findings, same_bits
 from verify.environment import anonymous_memory
 from verify.inplace import HeadErrors, InPlace
@@ -83,11 +83,13 @@ def run_group(
     arms: Sequence[Arm],
     *,
     seed: int,
+    capture: Callable[[LayerCall], None] | None = None,
     progress: Progress | None = None,
 ) -> GroupResult:
     """Run the windows `chosen` through every arm.
 
-    Findings and traces of the arms start anew; an arm that failed in an earlier group does not run again.
+    capture: called with every layer's inputs of the exact arm. Findings and traces of the arms start anew; an
+    arm that failed in an earlier group does not run again.
     """
     for arm in arms:
         arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
@@ -96,10 +98,14 @@ def run_group(
     runner.stopwatch.seconds.clear()
     runner.stopwatch.flop = 0.0
     in_place = InPlace(arms, seed=seed)
+
+    def watch(call: LayerCall) -> None:
+        in_place(call)
+        if capture is not None:
+            capture(call)
+
     board: dict[str, torch.Tensor] = {}
-    watched = [
-        ArmRunner(arm, board, seed=seed, watch=in_place if arm.role == "exact" else None) for arm in arms
-    ]
+    watched = [ArmRunner(arm, board, seed=seed, watch=watch if arm.role == "exact" else None) for arm in arms]
     most = anonymous_memory()
 
     def step(done: int, total: int) -> None:

@@ -44,13 +44,14 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        if (path / SETTINGS).exists():
+    def create(cls, path: Path, *, groups: bool = True) -> RunFolder:
+        """A new folder; `groups`: for a run that goes on a group at a time."""
+        if (path / SETTINGS).exists() or (path / RESULT).exists():
             raise UsageError(
                 f"--out {path}: holds a run already; go on with --resume {path}, or name another"
             )
         try:
-            (path / GROUPS).mkdir(parents=True, exist_ok=True)
+            (path / GROUPS if groups else path).mkdir(parents=True, exist_ok=True)
             probe = path / "writable"
             probe.touch()
             probe.unlink()
@@ -102,11 +103,14 @@ class RunFolder:
         pq.write_table(result.tokens, self.path / "tokens.parquet")
         pq.write_table(result.layers, self.path / "layers.parquet")
         self.write_json(RESULT, run)
-        (self.path / REPORT).write_text(report)
+        self.write_text(REPORT, report)
         shutil.rmtree(self.path / GROUPS, ignore_errors=True)
 
+    def write_text(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text)
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.path / name).write_text(to_json_text(content))
+        self.write_text(name, to_json_text(content))
 
     def _group(self, first_window: int) -> Path:
         return self.path / GROUPS / f"{first_window:05d}"

@@ -34,6 +34,7 @@ class PplSettings:
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
     seed: int = 0
+    capture: str | None = None
 
     def __post_init__(self) -> None:
         if self.path not in (*PATHS, "both"):

@@ -86,14 +86,23 @@ def window_interval(values: np.ndarray, seed: int = 0) -> Interval:
     )
 
 
+def ratio_of_samples(log_squares: np.ndarray, scope: str = "these inputs") -> DistanceRatio:
+    """Distance ratio from independent samples of ln(square error / square error of the reference)."""
+    return _ratio(_t_interval(log_squares, float(log_squares.mean()), 1.0, scope))
+
+
 def distance_ratio(kld: np.ndarray, kld_reference: np.ndarray, seed: int = 0) -> DistanceRatio:
     """Distance ratio of two arms from their divergences to exact, both [windows, tokens]."""
     theta = np.log(np.maximum(kld, SMALLEST_KLD) / np.maximum(kld_reference, SMALLEST_KLD))
-    interval = window_interval(theta, seed)
-    degrees = max(interval.degrees, 1)
-    reach = detectable_shift(degrees)
+    return _ratio(window_interval(theta, seed))
+
+
+def _ratio(interval: Interval) -> DistanceRatio:
+    """exp(theta / 2) of an interval of theta."""
+    reach = detectable_shift(max(interval.degrees, 1))
     low, mean, high, detectable = (
-        math.exp(min(x / 2, 300.0)) for x in (interval.low, interval.mean, interval.high, reach * interval.se)
+        math.exp(min(max(x / 2, -300.0), 300.0))
+        for x in (interval.low, interval.mean, interval.high, reach * interval.se)
     )
     return DistanceRatio(mean, low, high, detectable, interval.scope)
 

@@ -1,80 +1,237 @@
+"""Decoded weights: bit by bit against the gguf package, blocks worked out by hand, and rows."""
+
 from __future__ import annotations
 
+import struct
+import tracemalloc
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 
-from model.dequantize import dequantize
+from model.dequantize import dequantize, type_is_supported
 from model.errors import ModelError
-from model.gguf_file import GGUFFile
+from model.gguf_file import TENSOR_TYPES, GGUFFile
 
-KINDS = [
-    gguf.GGMLQuantizationType[name]
-    for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL")
-]
-
-
-def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
-    """Random bytes of a type; as float16 scales may be NaN there, exponents are kept below the largest."""
-    rng = np.random.default_rng(int(kind))
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    if block == 1:
-        values = rng.standard_normal((rows, columns)).astype(np.float32)
-        return gguf.quants.quantize(values, kind).view(np.uint8)
-    raw = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
-    # The high byte of every float16 that a block may hold: 0x3f leaves 11 exponents below 2.
-    for at in (1, 3, size - 1):
-        raw[..., at] &= 0x3F
-    return raw.reshape(rows, -1)
+FAST = ["Q4_0", "Q4_1", "Q8_0"]
+OTHERS = [
+    "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+    "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+]  # fmt: skip
+# A slice's ends, as [first:last].
+ROWS = [slice(*ends) for ends in [(2, 5), (None, None), (4, None), (-1, None), (3, 3), (5, 2), (1, 99)]]
+VIEWS = {"F32": np.float32, "F16": np.float16}
+Stored = dict[str, tuple[np.ndarray, str]]
+Write = Callable[[Stored], GGUFFile]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
-def test_bit_equal_to_the_gguf_package(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
-    raw = random_blocks(kind, 6, 512)
-    path = tmp_path / "t.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("t", raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = GGUFFile.open(path)
-    assert file.tensors["t"].shape == (6, 512)
-    expected = gguf.quants.dequantize(raw, kind).astype(np.float32).reshape(6, 512)
-    assert np.isfinite(expected).all()
-    found = dequantize(file, "t")
-    assert found.dtype == torch.float32
-    assert torch.equal(found, torch.from_numpy(expected))
-    assert torch.equal(dequantize(file, "t", rows=slice(2, 5)), torch.from_numpy(expected[2:5]))
-    assert dequantize(file, "t", rows=slice(5, 2)).shape == (0, 512)
+@pytest.fixture
+def stored(tmp_path: Path) -> Write:
+    """Writes tensors, name -> (array, type), and opens the file; block types as uint8 rows of bytes."""
+
+    def write(tensors: Stored) -> GGUFFile:
+        path = tmp_path / "weights.gguf"
+        writer = gguf.GGUFWriter(path, "test")
+        for name, (array, kind) in tensors.items():
+            writer.add_tensor(name, array, raw_dtype=Kind[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return GGUFFile.open(path)
+
+    return write
 
 
-def test_what_is_handed_out_can_be_written_to(tmp_path: Path) -> None:
-    path = tmp_path / "t.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("t", np.ones((2, 4), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = GGUFFile.open(path)
-    dequantize(file, "t").zero_()
-    assert dequantize(file, "t").sum() == 8
+def random_rows(kind: str, rows: tuple[int, ...], blocks: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of blocks, uint8 [*rows, bytes of a row]: every scale there is, NaN and infinity too."""
+    size = next(found.block_bytes for found in TENSOR_TYPES.values() if found.name == kind)
+    return np.random.default_rng(seed).integers(0, 256, (*rows, blocks * size), dtype=np.uint8)
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "t.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("t", np.ones(4, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = GGUFFile.open(path)
-    with pytest.raises(ModelError, match="tensor nothing is missing"):
-        dequantize(file, "nothing")
-    with pytest.raises(ModelError, match="one dimension"):
-        dequantize(file, "t", rows=slice(0, 1))
+def expected_weights(raw: np.ndarray, kind: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(raw, Kind[kind])
+
+
+def check_same_bits(got: torch.Tensor, expected: np.ndarray) -> None:
+    """Equal in every bit, but for which of the many NaNs a NaN is."""
+    assert got.dtype == torch.float32 and got.device.type == "cpu" and got.is_contiguous()
+    assert tuple(got.shape) == expected.shape
+    values = got.numpy()
+    assert np.array_equal(np.isnan(values), np.isnan(expected))
+    numbers = ~np.isnan(expected)
+    assert np.array_equal(values[numbers].view(np.int32), expected[numbers].view(np.int32))
+
+
+@pytest.mark.parametrize("kind", FAST + OTHERS)
+def test_every_bit_is_as_in_the_gguf_package(stored: Write, kind: str) -> None:
+    raw = random_rows(kind, (37,), 3)
+    check_same_bits(dequantize(stored({"t": (raw, kind)}), "t"), expected_weights(raw, kind))
+
+
+@pytest.mark.parametrize("kind", [*FAST, "Q6_K"])
+def test_a_tensor_larger_than_what_is_decoded_at_a_time(stored: Write, kind: str) -> None:
+    size = next(found.block_size for found in TENSOR_TYPES.values() if found.name == kind)
+    raw = random_rows(kind, (3,), (1 << 19) // size + 5)
+    check_same_bits(dequantize(stored({"t": (raw, kind)}), "t"), expected_weights(raw, kind))
+
+
+def test_blocks_worked_out_by_hand(stored: Write) -> None:
+    nibbles = bytes(low | (15 - low) << 4 for low in range(16))
+    half = struct.pack("<e", 0.5)
+    q4_0 = np.frombuffer(half + nibbles, np.uint8)[None]
+    q4_1 = np.frombuffer(half + struct.pack("<e", -3) + nibbles, np.uint8)[None]
+    q8_0 = np.frombuffer(half + struct.pack("<32b", *range(-16, 16)), np.uint8)[None]
+    file = stored({"a": (q4_0, "Q4_0"), "b": (q4_1, "Q4_1"), "c": (q8_0, "Q8_0")})
+    up, down = list(range(16)), list(range(15, -1, -1))
+    assert dequantize(file, "a").tolist() == [[0.5 * (q - 8) for q in up + down]]
+    assert dequantize(file, "b").tolist() == [[0.5 * q - 3 for q in up + down]]
+    assert dequantize(file, "c").tolist() == [[0.5 * q for q in range(-16, 16)]]
+
+
+def test_plain_types(stored: Write) -> None:
+    values = np.array([[1.5, -0.0, 65504.0], [2.0**-24, np.inf, 1 / 3]], dtype=np.float32)
+    halves = values.astype(np.float16)
+    shorts = torch.from_numpy(values).to(torch.bfloat16)
+    file = stored(
+        {
+            "f32": (values, "F32"),
+            "f16": (halves, "F16"),
+            "bf16": (shorts.view(torch.uint8).numpy(), "BF16"),
+        }
+    )
+    check_same_bits(dequantize(file, "f32"), values)
+    check_same_bits(dequantize(file, "f16"), halves.astype(np.float32))
+    check_same_bits(dequantize(file, "bf16"), shorts.float().numpy())
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", *FAST, "Q4_K"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_are_those_of_the_whole(stored: Write, kind: str, rows: slice) -> None:
+    blocks = 2 if kind != "F32" else 8
+    matrix, cube = random_rows(kind, (6,), blocks), random_rows(kind, (6, 3), blocks, seed=1)
+    if kind == "F32":
+        matrix, cube = matrix.view(np.float32), cube.view(np.float32)
+    file = stored({"matrix": (matrix, kind), "cube": (cube, kind)})
+    for name in ("matrix", "cube"):
+        whole = dequantize(file, name)
+        check_same_bits(dequantize(file, name, rows=rows), whole[rows].numpy())
+
+
+def test_rows_of_a_vector(stored: Write) -> None:
+    plain, blocks = np.arange(64, dtype=np.float32), random_rows("Q8_0", (), 2)
+    blocks[1::34] = 0x20  # small scales, no NaN
+    file = stored({"plain": (plain, "F32"), "blocks": (blocks, "Q8_0")})
+    assert dequantize(file, "plain", rows=slice(3, 6)).tolist() == [3, 4, 5]
+    assert torch.equal(dequantize(file, "blocks", rows=slice(30, 35)), dequantize(file, "blocks")[30:35])
+
+
+@pytest.mark.parametrize(("kind", "width"), [("F16", 512), ("Q4_1", 512), ("Q6_K", 512)])
+def test_rows_are_read_without_the_others(tmp_path: Path, stored: Write, kind: str, width: int) -> None:
+    """Of a file of 2^28 rows, 80 GB or more with a hole in it, a few rows are decoded."""
+    number, found = next((i, found) for i, found in TENSOR_TYPES.items() if found.name == kind)
+    row_bytes = width // found.block_size * found.block_bytes
+    row = (
+        random_rows(kind, (), width // found.block_size)
+        if kind != "F16"
+        else np.arange(1024).astype(np.uint8)
+    )
+    n_rows, at = 1 << 28, (1 << 28) - 3
+    name = b"t"
+    table = struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, width, n_rows, number, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + table
+    head += bytes(-len(head) % 32)
+    path = tmp_path / "sparse.gguf"
+    with path.open("wb") as file:
+        file.write(head)
+        file.seek(len(head) + at * row_bytes)
+        file.write(row.tobytes())
+        try:
+            file.truncate(len(head) + n_rows * row_bytes)
+        except OSError as error:
+            pytest.skip(f"this file system holds no such file: {error}")
+    opened = GGUFFile.open(path)
+    assert opened.tensors["t"].shape == (n_rows, width)
+    tracemalloc.start()
+    rows = dequantize(opened, "t", rows=slice(at, at + 2))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    expected = row.view(np.float16).astype(np.float32) if kind == "F16" else expected_weights(row, kind)
+    check_same_bits(rows[0], expected)
+    assert not rows[1].any()
+    assert peak < 32 << 20
+
+
+def test_rows_that_cannot_be(stored: Write) -> None:
+    file = stored({"t": (np.zeros((4, 2), np.float32), "F32")})
+    with pytest.raises(ValueError, match="without a step"):
+        dequantize(file, "t", rows=slice(0, 4, 2))
+    with pytest.raises(ValueError, match="without a step"):
+        dequantize(file, "t", rows=slice(None, None, -1))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_1", "Q6_K"])
+def test_the_result_is_memory_of_its_own(stored: Write, kind: str) -> None:
+    raw = np.zeros_like(random_rows(kind, (4,), 256 if kind in ("F32", "F16") else 1))
+    array = raw.view(np.float32) if kind == "F32" else raw.view(np.float16) if kind == "F16" else raw
+    file = stored({"t": (array, kind)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = dequantize(file, "t")
+        first.fill_(7)
+        second = dequantize(file, "t", rows=slice(1, 3))
+        second.fill_(7)
+    assert not dequantize(file, "t").any()
+
+
+def test_the_device_is_the_one_asked_for(stored: Write) -> None:
+    kinds = ("F16", "Q4_1", "Q6_K")
+    file = stored(
+        {kind: (random_rows(kind, (2,), 2).view(VIEWS.get(kind, np.uint8)), kind) for kind in kinds}
+    )
+    for name in kinds:
+        assert dequantize(file, name, device="meta").device.type == "meta"
+        assert dequantize(file, name, device=torch.device("cpu")).device.type == "cpu"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *FAST, "Q4_K"])
+def test_the_bits_are_the_same_on_a_gpu(stored: Write, kind: str) -> None:
+    raw = random_rows(kind, (64,), 64)
+    file = stored({"t": (raw.view(VIEWS.get(kind, np.uint8)), kind)})
+    check_same_bits(dequantize(file, "t", device="cuda").cpu(), dequantize(file, "t").numpy())
+
+
+def test_a_type_that_is_not_decoded_is_named(stored: Write) -> None:
+    file = stored({"ids": (np.arange(4, dtype=np.int32), "I32")})
+    with pytest.raises(ModelError, match=r"weights\.gguf: tensor ids: weights of type I32 are not decoded"):
+        dequantize(file, "ids")
+
+
+def test_a_tensor_that_is_not_there_is_named(stored: Write) -> None:
+    file = stored({"t": (np.zeros(4, np.float32), "F32")})
+    with pytest.raises(ModelError, match=r"weights\.gguf: tensor u is missing"):
+        dequantize(file, "u")
+
+
+def test_which_types_are_decoded() -> None:
+    assert all(type_is_supported(kind) for kind in ["F32", "F16", "BF16", *FAST, *OTHERS])
+    assert not any(
+        type_is_supported(kind) for kind in ["I8", "I32", "F64", "IQ4_K", "Q6_0", "Q4_0_R8", "", "f32"]
+    )
+
+
+def test_a_real_file_decodes_as_with_the_gguf_package(smollm: Path) -> None:
+    file = GGUFFile.open(smollm)
+    for name in ("token_embd.weight", "blk.0.attn_norm.weight", "blk.29.ffn_down.weight"):
+        info = file.tensor(name)
+        rows = slice(0, min(300, info.shape[0]))
+        raw = file.raw(name).reshape(info.shape[0], -1)[rows]
+        expected = expected_weights(raw, info.type_name).reshape(-1, *info.shape[1:])
+        check_same_bits(dequantize(file, name, rows=rows), expected)

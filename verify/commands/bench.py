@@ -45,7 +45,7 @@ def command(
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
     shapes = [shape_named(s) for s in (shape or ("glm-4.5-air" if on_cuda else "smollm2")).split(",")]
-    lengths = _lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))
+    lengths = parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,8 @@ def command(
     return 0
 
 
-def _lengths(text: str) -> list[int]:
+def parse_lengths(text: str) -> list[int]:
+    """`512,8192` ascending, each once. Raises UsageError."""
     from verify.errors import UsageError
 
     try:

@@ -55,6 +55,10 @@ def command(
     margin: Annotated[
         float, typer.Option("--margin", help="distance ratio that still is round-off")
     ] = DEFAULT_MARGIN,
+    capture: Annotated[
+        str | None,
+        typer.Option("--capture", help="write q, k, v of these layers: all, or 0,5"),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
@@ -96,6 +100,7 @@ def command(
             min_coverage=min_coverage,
             margin=margin,
             seed=seed,
+            capture=capture,
         )
         folder = RunFolder.create(out or default_folder())
         stored = {}

@@ -1,0 +1,145 @@
+"""`verify diff` from end to end, on small shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cli import Done, assert_refused, verify
+from support.tiny_model import write_text, write_tiny_model
+
+KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+PLAIN = "gaussian,needles,gaps,rising,falling,one-sign"
+
+
+def run(out: Path, *more: str, n_kv: str = "130", inputs: str = PLAIN) -> tuple[Done, dict[str, Any]]:
+    base = ["diff", "--device", "cpu", "--shape", "6/2x32", "--n-kv", n_kv, "--inputs", inputs]
+    done = verify(*base, "--out", str(out), *more)
+    report = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
+    return done, report
+
+
+def test_a_split_is_round_off_with_its_evidence(tmp_path: Path) -> None:
+    done, report = run(
+        tmp_path / "d", "--baseline", "eager", "--candidate", "eager:kv=2", "--seeds", "3", "--margin", "2"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report["verdict"] in ("round-off", "improved")
+    assert len(report["cells"]) == 6 * 3
+    assert all(0 < cell["max_budget_ratio"] <= 1 for cell in report["cells"])
+    assert all(cell["rms_ratio"] < 1.3 for cell in report["cells"])
+    assert {line["spec"] for line in report["coverage"]} == {"eager", "eager:kv=2"}
+    assert "err/budget" in (tmp_path / "d/report.md").read_text()
+    page = (tmp_path / "d/report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("https://", "http://").split("<body>")[1].split("</h1>")[0]
+
+
+@pytest.mark.parametrize("function", ["last_key_dropped", "heads_rotated", "nan_in_one_row", "raises"])
+def test_wrong_kernels_are_broken(tmp_path: Path, function: str) -> None:
+    done, report = run(tmp_path / "d", "--candidate", f"py:{KERNELS}::{function}")
+    assert done.returncode == 1
+    assert report["verdict"] == "broken"
+    words = ("budget", "NaN", "raised", "sum p|v|")
+    assert any(word in reason for word in words for reason in report["reasons"]), report["reasons"]
+
+
+def test_float16_accumulators_are_degraded_and_the_other_way_round_improved(tmp_path: Path) -> None:
+    more = ("--seeds", "4", "--baseline", "eager", "--candidate", "eager:acc=f16")
+    done, report = run(tmp_path / "a", *more, n_kv="600")
+    assert (done.returncode, report["verdict"]) == (1, "degraded")
+    assert report["pairs"][0]["distance_ratio_ci"][0] > 1.1
+    done, report = run(
+        tmp_path / "b", "--seeds", "4", "--baseline", "eager:acc=f16", "--candidate", "eager", n_kv="600"
+    )
+    assert (done.returncode, report["verdict"]) == (0, "improved")
+
+
+def test_an_overflow_is_broken(tmp_path: Path) -> None:
+    _, report = run(
+        tmp_path / "d", "--baseline", "eager", "--candidate", "eager:acc=f16", inputs="near-overflow,gaussian"
+    )
+    assert report["verdict"] == "broken"
+    assert any("only at inputs near-overflow" in reason for reason in report["reasons"])
+
+
+def test_a_fault_at_one_length_is_localised(tmp_path: Path) -> None:
+    kernel = tmp_path / "long.py"
+    kernel.write_text(
+        KERNELS.read_text()
+        + "\ndef wrong_when_long(q, k, v, *, kv_len, scale):\n"
+        + "    return good(q, k, v, kv_len=kv_len - (kv_len > 150).int(), scale=scale)\n"
+    )
+    _, report = run(tmp_path / "d", "--candidate", f"py:{kernel}::wrong_when_long", n_kv="100,200")
+    assert report["verdict"] == "broken"
+    assert any("only at n_kv 200" in reason for reason in report["reasons"])
+    assert {cell["n_kv"] for cell in report["cells"] if cell["verdict"] == "broken"} == {200}
+
+
+def test_the_same_plan_is_inconclusive_and_the_same_text_identical(tmp_path: Path) -> None:
+    done, report = run(tmp_path / "a", "--baseline", "eager:kv=2", "--candidate", "eager:kv=2", n_kv="60")
+    assert (done.returncode, report["verdict"]) == (0, "identical")
+    done, report = run(tmp_path / "b", "--baseline", "eager", "--candidate", "eager:kv=2", n_kv="60")
+    assert (done.returncode, report["verdict"]) == (3, "inconclusive")
+
+
+def test_head_groups_alone_are_identical(tmp_path: Path) -> None:
+    _, report = run(tmp_path / "d", "--baseline", "eager", "--candidate", "eager:heads=2+1")
+    assert report["verdict"] == "identical"
+
+
+def test_inputs_that_a_kernel_does_not_take_are_left_out_with_a_note(tmp_path: Path) -> None:
+    done, report = run(
+        tmp_path / "d", "--baseline", "eager", "--candidate", f"py:{KERNELS}::good", inputs="gaussian,sinks"
+    )
+    assert {cell["family"] for cell in report["cells"]} == {"gaussian"}
+    assert any("does not take what inputs 'sinks' need" in note for note in report["notes"])
+    assert done.returncode in (0, 3)
+
+
+def test_the_worst_cell_can_be_made_again(tmp_path: Path) -> None:
+    _, report = run(tmp_path / "a", "--baseline", "eager", "--candidate", "eager:kv=2", "--seeds", "2")
+    worst = max(report["cells"], key=lambda cell: cell["max_budget_ratio"])
+    words = [w.strip("'") for w in worst["again"].split()[1:]]
+    assert verify(*words, "--out", str(tmp_path / "b")).returncode in (0, 3)
+    (again,) = json.loads((tmp_path / "b/run.json").read_text())["cells"]
+    assert again["worst"] == worst["worst"]
+    assert again["worst_values"] == worst["worst_values"]
+
+
+def test_layers_captured_from_a_run(tmp_path: Path) -> None:
+    model, text = write_tiny_model(tmp_path / "tiny.gguf"), write_text(tmp_path / "text.txt")
+    ppl = tmp_path / "ppl"
+    base = ("ppl", "-m", str(model), "-f", str(text), "-c", "128", "--chunks", "2", "--device", "cpu")
+    verify(*base, "--capture", "1", "--out", str(ppl))
+    out = tmp_path / "diff"
+    done = verify(
+        *("diff", "--device", "cpu", "--captured-from", str(ppl), "--out", str(out)),
+        *("--baseline", "eager", "--candidate", "eager:kv=2"),
+    )
+    assert done.returncode in (0, 3), done.stderr
+    (cell,) = json.loads((out / "run.json").read_text())["cells"]
+    assert cell["family"] == "layer 1"
+    assert cell["n_kv"] == 128
+    assert cell["max_budget_ratio"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--shape", "nope"), "unknown shape"),
+        (("--n-kv", "0"), "--n-kv 0"),
+        (("--inputs", "gausian"), "--inputs gausian"),
+        (("--candidate", "flahs"), "did you mean 'flash'"),
+        (("--candidate", "eager:heads=8+4"), "sums to 12, expected r = 3"),
+        (("--path", "both"), "--path both"),
+        (("--margin", "1"), "--margin"),
+        (("--seeds", "0"), "--seeds"),
+        (("--captured-from", "nowhere"), "no captured layers there"),
+    ],
+)
+def test_bad_input(tmp_path: Path, more: tuple[str, ...], said: str) -> None:
+    done, _ = run(tmp_path / "d", *more)
+    assert_refused(done, said)

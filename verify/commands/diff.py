@@ -1,0 +1,102 @@
+"""`verify diff`: the kernel diff report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
+from verify.verdict import DEFAULT_MARGIN
+
+HELP = "The kernel diff report: candidates against a baseline over shapes, lengths and families of inputs."
+# On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
+CPU_SHAPE, CPU_N_KV = "glm-4.5-air@8", "512,2048,8192"
+CUDA_SHAPE, CUDA_N_KV = "glm-4.5-air", "512,8192,32768,131072"
+
+
+def command(
+    shape: Annotated[
+        str,
+        typer.Option("--shape", help="names, comma between; NAME@4 is one GPU of 4"),
+    ] = "",
+    n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = "",
+    baseline: Annotated[str, typer.Option("--baseline", help="kernel specification")] = DEFAULT_BASELINE,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", help=f"may be repeated; default {DEFAULT_CANDIDATE}"),
+    ] = None,
+    inputs: Annotated[str, typer.Option("--inputs", help="families, comma between, or all")] = "all",
+    captured_from: Annotated[
+        str | None,
+        typer.Option("--captured-from", help="run folder of verify ppl --capture"),
+    ] = None,
+    path: Annotated[str, typer.Option("--path", help="decode or prefill")] = "decode",
+    seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
+    first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
+    margin: Annotated[
+        float, typer.Option("--margin", help="error ratio that still is round-off")
+    ] = DEFAULT_MARGIN,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="default runs/diff-TIME")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="run.json alone to stdout")] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> int:
+    """Run the command; returns the exit code of the verdict."""
+    from kernels.contract import PATHS
+    from kernels.families import FAMILIES
+    from verify.commands.bench import parse_lengths
+    from verify.devices import chosen_device, default_device
+    from verify.diff import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
+    from verify.diff_report import diff_html, diff_markdown, print_outcome
+    from verify.environment import prepare_torch
+    from verify.errors import UsageError
+    from verify.runfolder import RunFolder, to_json_text
+
+    prepare_torch()
+    chosen = chosen_device(device or default_device())
+    on_cuda = chosen.type == "cuda"
+    found_path = next((p for p in PATHS if p == path), None)
+    if found_path is None:
+        raise UsageError(f"--path {path}: expected decode or prefill")
+    settings = DiffSettings(
+        shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")),
+        n_kvs=tuple(parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))),
+        families=tuple(FAMILIES) if inputs == "all" else tuple(inputs.split(",")),
+        baseline=baseline,
+        candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
+        device=str(chosen),
+        path=found_path,
+        seeds=seeds,
+        first_seed=first_seed,
+        margin=margin,
+        captured_from=captured_from,
+    )
+    check_settings(settings)
+    folder = RunFolder.create(out or Path("runs") / f"diff-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
+    screen = sys.stderr if json_ else sys.stdout
+    outcome = run_diff(settings, chosen, _shown(all_inputs(settings, chosen), count_inputs(settings)))
+    folder.write_json("run.json", outcome.run)
+    folder.write_text("report.md", diff_markdown(outcome))
+    folder.write_text("report.html", diff_html(outcome))
+    print_outcome(outcome, screen)
+    print(f"report: {folder.path / 'report.html'}", file=screen, flush=True)
+    if json_:
+        print(to_json_text(outcome.run), end="")
+    return outcome.exit_code
+
+
+def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:
+    """The same, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from verify.environment import on_terminal
+
+    if not on_terminal(sys.stderr):
+        return each
+    return iter(track(each, description="cells", total=total, console=Console(stderr=True), transient=True))

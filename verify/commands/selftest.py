@@ -1,0 +1,114 @@
+"""`verify selftest`: the mutation score of this machine's detectors, and what the gates of others see."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from verify.selftest import SelftestResult, Subject
+
+HELP = "Runs every known fault and every clean variant past every detector: the mutation score."
+
+
+def command(
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="seeds to draw inputs with")] = 2,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
+    ] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="print the matrix as JSON to stdout, all else to stderr")
+    ] = False,
+) -> int:
+    """Run the command. Exit 0 if every fault is caught with every seed and no clean variant is, else 1."""
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+
+    from verify.console import PIPE_WIDTH
+    from verify.environment import on_terminal, prepare_torch
+    from verify.selftest import run_selftest
+
+    prepare_torch()
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out = sys.stderr if json_ else sys.stdout
+    console = Console(file=out, width=None if on_terminal(out) else PIPE_WIDTH, highlight=False)
+    stderr = Console(stderr=True)
+    with stderr.status("selftest") as status:
+        result = run_selftest(seeds, device=chosen, progress=lambda text: status.update(escape(text)))
+    console.print(_table(result, "fault"))
+    console.print(_table(result, "clean"))
+    for line in _summary(result):
+        console.print(line, markup=False, soft_wrap=True)
+    if json_:
+        json.dump(result.to_json(), sys.stdout, indent=1)
+        print()
+    return result.exit_code
+
+
+def _table(result: SelftestResult, kind: str) -> Table:
+    from rich.table import Table
+
+    from kernels.detectors import DETECTORS
+    from kernels.gates import GATES
+
+    title = {"fault": "known faults", "clean": "clean variants: nothing but ? may stand here"}[kind]
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    table.add_column("", no_wrap=True)
+    short = {"quadrature": "quadr.", "determinism": "determ."}
+    for detector in DETECTORS:
+        table.add_column(short.get(detector, detector), justify="center")
+    table.add_column("|", justify="center")
+    for gate in GATES:
+        table.add_column(gate.name, justify="center")
+    for subject in result.subjects:
+        if subject.kind == kind:
+            table.add_row(*_row(result, subject))
+    return table
+
+
+def _row(result: SelftestResult, subject: Subject) -> list[str]:
+    from kernels.detectors import DETECTORS, SUSPICIONS
+    from kernels.gates import GATES
+
+    if subject.skipped:
+        return [subject.name, subject.skipped]
+    row = [subject.name]
+    for detector in DETECTORS:
+        count = subject.detectors[detector]
+        mark = "?" if detector in SUSPICIONS else "x"
+        row.append("" if not count else mark if count == result.seeds else f"{count}/{result.seeds}")
+    row.append("|")
+    for gate in GATES:
+        # On Gaussian inputs, as their tests are; in brackets: only on other families.
+        everywhere, gaussian = subject.gates_any[gate.name], subject.gates[gate.name]
+        row.append("x" if gaussian == result.seeds else "(x)" if everywhere else "")
+    return row
+
+
+def _summary(result: SelftestResult) -> list[str]:
+    from kernels.gates import GATES
+
+    faults = len(result.faults)
+    lines = [
+        "",
+        f"mutation score: {faults - len(result.missed)} of {faults} faults caught with every seed"
+        f" ({result.score:.1%}), {result.seeds} seeds, {result.seconds:.0f} s",
+    ]
+    for gate in GATES:
+        lines.append(
+            f"  {gate.name} ({gate.rule}): {result.gate_score(gate.name)} on Gaussian inputs,"
+            f" {result.gate_score(gate.name, everywhere=True)} on all families"
+        )
+    for subject in result.subjects:
+        if subject.skipped:
+            lines.append(f"not run: {subject.name}: {subject.skipped}")
+    lines += [f"missed: {s.name}: caught with {s.caught} of {result.seeds} seeds" for s in result.missed]
+    for subject in result.false_alarms:
+        lines += [f"false alarm: {subject.name}: {said}" for said in subject.said.values()]
+    return lines

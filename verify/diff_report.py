@@ -1,0 +1,168 @@
+"""The kernel diff report: on the screen, as Markdown for a pull request, as one HTML file with pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from verify.cells import Cell
+from verify.console import PIPE_WIDTH
+from verify.diff import CandidateResult, DiffOutcome, Line, command_of
+from verify.environment import on_terminal
+from verify.report import TEMPLATES, flat
+
+
+def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
+    """One row a shape and length, in the order they ran: the worst of each figure over the inputs."""
+    return [_row(line) for line in result.lines]
+
+
+def _row(line: Line) -> dict[str, Any]:
+    cells = [c.candidate for c in line.cells]
+    worst = max(line.cells, key=lambda c: c.candidate.severity)
+    return {
+        "shape": worst.inputs.shape,
+        "n_kv": worst.inputs.n_kv,
+        "verdict": line.decision.verdict,
+        "budget": worst.candidate.max_budget_ratio,
+        "budget_family": worst.inputs.family,
+        "lse": _largest([c.lse_budget_ratio for c in cells]),
+        "rms": _largest([c.rms_ratio for c in cells]),
+        "gain": _largest([abs(c.gain) for c in cells]),
+        "nmse": _largest([c.nmse for c in cells]),
+        "ratio": line.ratio.ratio if line.ratio else math.nan,
+        "cells": len(cells),
+        "covered": sum(c.covered for c in line.cells),
+    }
+
+
+def _largest(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return max(known) if known else math.nan
+
+
+def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
+    """A table a candidate, its verdict and why."""
+    console = Console(file=to, width=None if on_terminal(to) else PIPE_WIDTH, highlight=False)
+    for result in outcome.candidates:
+        table = Table(box=None, pad_edge=False, header_style="bold", title=None)
+        table.add_column("shape", overflow="fold")
+        for name in ("n_kv", "err/budget", "worst inputs", "lse/budget", "rms/expected", "gain", "NMSE"):
+            table.add_column(name, justify="left" if name == "worst inputs" else "right", no_wrap=True)
+        table.add_column("rms ratio", justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for line in summary_lines(result):
+            table.add_row(
+                escape(line["shape"]),
+                str(line["n_kv"]),
+                _figure(line["budget"]),
+                line["budget_family"],
+                _figure(line["lse"]),
+                _figure(line["rms"]),
+                f"{line['gain']:.1e}",
+                f"{line['nmse']:.1e}",
+                _figure(line["ratio"]),
+                line["verdict"],
+            )
+        console.print(f"{result.spec} against {outcome.run['settings']['baseline']}", markup=False)
+        console.print(table)
+        reasons = "; ".join([*result.reasons, *outcome.notes])
+        console.print(f"verdict: {result.verdict}: {reasons}", markup=False, soft_wrap=True)
+        if result.cells:
+            worst = max(result.cells, key=lambda c: c.candidate.severity)
+            again = command_of(outcome.settings, worst)
+            console.print(f"worst element again: {again}", markup=False, soft_wrap=True)
+        if result.ratio is not None:
+            seen = f"could have seen an rms ratio from {result.ratio.detectable:.3g}"
+            console.print(f"{seen}, and any error beyond its budget", markup=False, soft_wrap=True)
+
+
+def _figure(x: float) -> str:
+    return "-" if math.isnan(x) else f"{x:.3g}"
+
+
+def diff_markdown(outcome: DiffOutcome) -> str:
+    """The report for a pull request."""
+    return TEMPLATES.get_template("diff.md.j2").render(**_content(outcome))
+
+
+def diff_html(outcome: DiffOutcome) -> str:
+    """One self-contained file: the tables, and a picture of each candidate's errors."""
+    pictures = [_picture(result) for result in outcome.candidates]
+    return TEMPLATES.get_template("diff.html.j2").render(**_content(outcome), pictures=pictures)
+
+
+def _content(outcome: DiffOutcome) -> dict[str, Any]:
+    return {
+        "run": outcome.run,
+        "results": outcome.candidates,
+        "tables": [summary_lines(result) for result in outcome.candidates],
+        "environment": list(flat(outcome.run["environment"])),
+        "figure": _figure,
+    }
+
+
+def _picture(result: CandidateResult) -> str:
+    """err/budget by head and inputs, error against n_kv, elements by err/budget: a PNG in base64."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (heat, lengths, histogram) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    cells = [c for c in result.cells if c.candidate.heat.size]
+    if cells:
+        _draw_heat(figure, heat, cells)
+        _draw_histogram(histogram, cells)
+    drawn = [_draw_lengths(lengths, name, cells) for name in ("baseline", "candidate")]
+    if any(drawn):
+        lengths.set(xscale="log", yscale="log")
+        lengths.legend()
+    lengths.set(title="median relative error", xlabel="n_kv")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_heat(figure: Any, axis: Any, cells: Sequence[Cell]) -> None:
+    """Largest err/budget of each query head and family, at the first shape."""
+    shape = cells[0].inputs.shape
+    found: dict[str, list[np.ndarray]] = {}
+    for c in cells:
+        if c.inputs.shape == shape:
+            found.setdefault(c.inputs.family, []).append(c.candidate.heat.max(0))
+    rows = np.array([np.max(heads, axis=0) for heads in found.values()])
+    image = axis.imshow(rows, aspect="auto", vmin=0, vmax=max(1.0, float(rows.max())), cmap="magma")
+    axis.set(title=f"err / budget, {shape}", xlabel="query head", yticks=range(len(rows)))
+    axis.set_yticklabels(list(found), fontsize="small")
+    figure.colorbar(image, ax=axis)
+
+
+def _draw_histogram(axis: Any, cells: Sequence[Cell]) -> None:
+    values = np.concatenate([c.candidate.ratios for c in cells])
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size:
+        axis.hist(np.log10(values), bins=80, log=True)
+    axis.axvline(0.0, color="red", linestyle="--")
+    axis.set(title="elements by err / budget", xlabel="log10(err / budget); the budget is at 0")
+
+
+def _draw_lengths(axis: Any, name: str, cells: Sequence[Cell]) -> bool:
+    """Whether there was an error to draw: an exact kernel has none, and a logarithm of 0 neither."""
+    found: dict[int, list[float]] = {}
+    for c in cells:
+        nmse = getattr(c, name).nmse
+        if nmse > 0:
+            found.setdefault(c.inputs.n_kv, []).append(math.sqrt(nmse))
+    points = [(n, float(np.median(errors))) for n, errors in sorted(found.items())]
+    axis.plot([n for n, _ in points], [error for _, error in points], marker="o", label=name)
+    return bool(points)

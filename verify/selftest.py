@@ -1,0 +1,242 @@
+"""The mutation score: which of our detectors sees which known fault, and whether any sees a clean kernel.
+
+Every fault of `kernels.faults` and every clean variant runs over every input family and every probe, with as
+many seeds as asked for. A fault is caught if some detector that is sure by itself objects with every seed; a
+clean variant must make none of them object. The gates of other projects are asked about the same results: on
+Gaussian inputs, which is what they are run on, and on all families.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels.arithmetic import Arithmetic
+from kernels.budget import Budget, error_budget
+from kernels.contract import AttentionOutput, Call, Kernel
+from kernels.detectors import (
+    DETECTORS,
+    SUSPICIONS,
+    Detector,
+    determinism_finding,
+    findings,
+    measure,
+    trace_finding,
+)
+from kernels.eager import EagerKernel
+from kernels.families import FAMILIES, Sizes, draw
+from kernels.faults import FAULTS, VARIANTS
+from kernels.faults.tile_kernel import TileKernel
+from kernels.gates import GATES, plain_attention, verdicts
+from kernels.gates import Compared as GateInput
+from kernels.plan import RowPlan
+from kernels.probes import Probe, check, far_offsets, standard_probes
+
+DEFAULT_SEEDS = 2
+# Two sequences; rows that end inside a tile, on its edge, one key after it, and one that sees nothing.
+SIZES = Sizes(n_kv=(257, 200, 64, 1, 0), batch=2)
+# Another head size, and values of another size than keys.
+OTHER_SIZES = Sizes(n_kv=(97, 33), kv_heads=1, k_size=128, v_size=32, edges=(32, 64))
+# Enough keys for accumulators to lose what they lose.
+LONG_SIZES = Sizes(n_kv=(2048,), kv_heads=1, edges=(64, 1024))
+OTHER_FAMILIES = ("gaussian", "needles")
+
+
+@dataclass
+class Subject:
+    """A fault or a clean variant, and what was found. Counts are of seeds.
+
+    detectors: seeds with which each objected; caught: seeds with which a sure one did; gates: seeds with
+    which each gate refused it on Gaussian inputs; gates_any: on any family; said: each detector's first
+    objection and the input it was about; skipped: why it did not run.
+    """
+
+    name: str
+    kind: str
+    what: str
+    references: tuple[str, ...] = ()
+    plan: str = ""
+    detectors: dict[Detector, int] = field(default_factory=dict)
+    caught: int = 0
+    gates: dict[str, int] = field(default_factory=dict)
+    gates_any: dict[str, int] = field(default_factory=dict)
+    said: dict[Detector, str] = field(default_factory=dict)
+    skipped: str = ""
+
+
+@dataclass
+class SelftestResult:
+    """All subjects, and what they amount to."""
+
+    seeds: int
+    seconds: float
+    subjects: list[Subject]
+
+    @property
+    def faults(self) -> list[Subject]:
+        return [s for s in self.subjects if s.kind == "fault" and not s.skipped]
+
+    @property
+    def missed(self) -> list[Subject]:
+        """Faults that some seed does not show."""
+        return [s for s in self.faults if s.caught < self.seeds]
+
+    @property
+    def false_alarms(self) -> list[Subject]:
+        """Clean variants that a sure detector objects to."""
+        return [s for s in self.subjects if s.kind == "clean" and s.caught]
+
+    @property
+    def score(self) -> float:
+        """Share of the faults that ran which every seed caught."""
+        return 1 - len(self.missed) / max(len(self.faults), 1)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.missed or self.false_alarms else 0
+
+    def gate_score(self, name: str, *, everywhere: bool = False) -> int:
+        """Faults that a gate refuses with every seed: on Gaussian inputs, or on any family."""
+        return sum((s.gates_any if everywhere else s.gates)[name] == self.seeds for s in self.faults)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "command": "selftest",
+            "exit_code": self.exit_code,
+            "mutation_score": self.score,
+            "seeds": self.seeds,
+            "seconds": self.seconds,
+            "faults": len(self.faults),
+            "missed": [s.name for s in self.missed],
+            "false_alarms": [s.name for s in self.false_alarms],
+            "foreign_gates": {
+                g.name: {
+                    "rule": g.rule,
+                    "faults_on_gaussian": self.gate_score(g.name),
+                    "faults_on_all_families": self.gate_score(g.name, everywhere=True),
+                }
+                for g in GATES
+            },
+            "subjects": [dataclasses.asdict(s) for s in self.subjects],
+        }
+
+
+class _Input:
+    """One call, with everything about it that does not depend on the kernel."""
+
+    def __init__(self, family: str, sizes: Sizes, seed: int, device: torch.device | str) -> None:
+        self.family, self.name = family, f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.k_size}"
+        self.call: Call = draw(family, sizes, seed, device=device)
+        self.distinct = FAMILIES[family].distinct
+        self.plain = plain_attention(self.call)
+        self._budgets: dict[Any, Budget] = {}
+
+    def budget(self, arithmetic: Arithmetic) -> Budget:
+        """Kernels that round alike at these n_kv share a budget."""
+        lengths = self.call.kv_len.unique().tolist()
+        depths = tuple(arithmetic.depths(n) for n in lengths)
+        key = (dataclasses.replace(arithmetic, cuts_at=None, block=None), depths)
+        if key not in self._budgets:
+            self._budgets[key] = error_budget(self.call, arithmetic)
+        return self._budgets[key]
+
+
+def run_selftest(
+    seeds: int = DEFAULT_SEEDS,
+    *,
+    device: torch.device | str = "cpu",
+    only: Callable[[str], bool] = lambda name: True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> SelftestResult:
+    """Run every fault and every variant (`only`: those whose name it accepts) with seeds 0 .. seeds-1."""
+    began = time.monotonic()
+    on_gpu = torch.device(device).type == "cuda"
+    pairs: list[tuple[Subject, Callable[[], Kernel], tuple[str, ...]]] = []
+    for fault in FAULTS:
+        subject = Subject(fault.name, "fault", fault.what, fault.references, fault.plan)
+        if fault.needs == "cuda" and not on_gpu:
+            subject.skipped = "needs a GPU"
+        pairs.append((subject, fault.build, ()))
+    pairs += [(Subject(v.name, "clean", v.what), v.build, v.without) for v in VARIANTS]
+    pairs = [pair for pair in pairs if only(pair[0].name)]
+    for subject, _, _ in pairs:
+        subject.detectors = dict.fromkeys(DETECTORS, 0)
+        subject.gates = {g.name: 0 for g in GATES}
+        subject.gates_any = dict(subject.gates)
+    probes = standard_probes(SIZES, device=device) + standard_probes(OTHER_SIZES, device=device)
+    for seed in range(seeds):
+        inputs = list(_inputs(seed, device))
+        for subject, build, without in pairs:
+            if subject.skipped:
+                continue
+            progress(f"seed {seed + 1} of {seeds}: {subject.name}")
+            kernel = build()
+            used = [x for x in inputs if x.family not in without]
+            chosen = probes
+            if subject.kind == "fault" and subject.name == "offset wraps at 2^31":
+                chosen = [far_offsets(SIZES, device=device)]
+            _one_seed(subject, kernel, used, chosen)
+    return SelftestResult(seeds, time.monotonic() - began, [subject for subject, _, _ in pairs])
+
+
+def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
+    for family in FAMILIES:
+        yield _Input(family, SIZES, seed, device)
+    for family in OTHER_FAMILIES:
+        yield _Input(family, OTHER_SIZES, seed, device)
+    yield _Input("gaussian", LONG_SIZES, seed, device)
+
+
+def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: list[Probe]) -> None:
+    objected: set[Detector] = set()
+
+    def object_to(detector: Detector, said: str, where: str) -> None:
+        objected.add(detector)
+        subject.said.setdefault(detector, f"{said} ({where})" if where else said)
+
+    for probe in probes:
+        for failure in check(probe, kernel, most=1):
+            object_to("probe", str(failure), "")
+    refused: set[str] = set()
+    refused_gaussian: set[str] = set()
+    for x in inputs:
+        result: AttentionOutput = kernel.run(x.call)
+        arithmetic = kernel.arithmetic(x.call.shape, x.call.path)
+        budget = x.budget(arithmetic)
+        for finding in findings(measure(x.call, result, arithmetic, distinct=x.distinct, budget=budget)):
+            object_to(finding.detector, finding.said, x.name)
+        if x.family == "gaussian":
+            wrong = determinism_finding(kernel, x.call, result)
+            if wrong is not None:
+                object_to(wrong.detector, wrong.said, x.name)
+            wrong = trace_finding(kernel.trace, x.call, _asked(kernel, x.call))
+            if wrong is not None:
+                object_to(wrong.detector, wrong.said, x.name)
+        passed = verdicts(GateInput(result.out.double(), budget.out, x.plain, x.call.q.dtype))
+        failed = {name for name, ok in passed.items() if not ok}
+        refused |= failed
+        if x.family == "gaussian":
+            refused_gaussian |= failed
+    for detector in objected:
+        subject.detectors[detector] += 1
+    subject.caught += bool(objected - SUSPICIONS)
+    for name in refused:
+        subject.gates_any[name] += 1
+    for name in refused_gaussian:
+        subject.gates[name] += 1
+
+
+def _asked(kernel: Kernel, call: Call) -> Callable[[int], RowPlan]:
+    """The plan that the kernel was asked for, by n_kv."""
+    shape = call.shape
+    assert isinstance(kernel, TileKernel | EagerKernel)
+    plan = kernel.plan if isinstance(kernel, TileKernel) else kernel.options.plan
+    return lambda n: plan.at(
+        n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size
+    )
