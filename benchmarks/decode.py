@@ -26,7 +26,7 @@ from peers import PEERS
 from kernels.cache import bits_per_number
 from kernels.contract import checked_call
 from kernels.exact import exact_attention
-from kernels.flash import FlashKernel
+from kernels.flash.kernel import FlashKernel
 from kernels.registry import build_kernel
 from kernels.timing import Timing, input_sets, read_bandwidth, time_calls
 

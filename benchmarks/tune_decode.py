@@ -1,4 +1,4 @@
-"""Times tile sizes of the decode kernel on the device at hand: what `kernels.flash_tiles` was chosen by.
+"""Times tile sizes of the decode kernel on the device at hand: what `kernels.flash.tiles` was chosen by.
 
 python benchmarks/tune_decode.py [--heads 96 --kv-heads 8 --head-size 128] [--n-kv 8192,65536] [--out FILE]
 """
@@ -15,8 +15,8 @@ import torch
 
 from kernels.contract import checked_call
 from kernels.eager import EagerOptions
-from kernels.flash import FlashKernel
-from kernels.flash_tiles import Tiles, next_power_of_two, shared_bytes
+from kernels.flash.kernel import FlashKernel
+from kernels.flash.tiles import Tiles, next_power_of_two, shared_bytes
 from kernels.plan import KVCuts, Plan
 from kernels.timing import input_sets, read_bandwidth, time_calls
 

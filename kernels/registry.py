@@ -10,7 +10,7 @@ from kernels.contract import Kernel
 from kernels.eager import EagerKernel, EagerOptions
 from kernels.errors import SpecError, nearest
 from kernels.exact import ExactKernel
-from kernels.flash import flash_kernel, why_not_cuda
+from kernels.flash.kernel import flash_kernel, why_not_cuda
 from kernels.foreign import FOREIGN_OPTIONS, ForeignKernel
 from kernels.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
 

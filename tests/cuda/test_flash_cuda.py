@@ -12,7 +12,7 @@ from support import flash_laws as laws
 from kernels.contract import checked_call
 from kernels.eager import EagerKernel, EagerOptions
 from kernels.exact import exact_attention
-from kernels.flash import FlashKernel
+from kernels.flash.kernel import FlashKernel
 from kernels.plan import KVCuts, Plan
 from kernels.registry import build_kernel
 

@@ -16,7 +16,7 @@ from support import flash_laws as laws
 
 from kernels.contract import checked_call
 from kernels.eager import EagerOptions
-from kernels.flash import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel, why_not_cuda
+from kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel, why_not_cuda
 from kernels.plan import KVCuts, Plan
 from kernels.registry import build_kernel
 
@@ -35,10 +35,10 @@ try:
     for _name in tl.__all__:
         if hasattr(tl.standard, _name):
             setattr(tl, _name, getattr(tl.standard, _name))
-    from kernels import flash_device
+    from kernels.flash import device as flash_device
 finally:
     del os.environ["TRITON_INTERPRET"]
-assert flash_device.INTERPRETED, "kernels.flash_device was imported by something before this test module"
+assert flash_device.INTERPRETED, "kernels.flash.device was imported by something before this test module"
 
 CPU = torch.device("cpu")
 
@@ -162,7 +162,7 @@ def test_without_cuda_flash_is_eager_and_says_so() -> None:
 
 
 def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import flash
+    from kernels.flash import kernel as flash
 
     monkeypatch.setattr(flash, "NOMINAL_LIMITS", flash.Limits(16_384, (8, 6)))
     case = laws.Case("small", 576, 512, 20, 1, [[65]])
@@ -176,7 +176,7 @@ def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest
 
 
 def test_a_smaller_tile_keeps_the_cuts_and_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import flash
+    from kernels.flash import kernel as flash
 
     monkeypatch.setattr(flash, "NOMINAL_LIMITS", flash.Limits(40_000, (8, 6)))
     case = laws.Case("smaller", 256, 256, 4, 1, [[200]], plan=Plan(kv=KVCuts("parts", 2)))

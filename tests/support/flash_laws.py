@@ -13,7 +13,7 @@ import torch
 from kernels.contract import AttentionOutput, checked_call
 from kernels.eager import EagerOptions
 from kernels.exact import exact_attention
-from kernels.flash import FlashKernel
+from kernels.flash.kernel import FlashKernel
 from kernels.plan import KVCuts, Plan
 
 # Relative 2-norm of the error that a correct kernel stays under, by the type of P. With P in float32 tensor
@@ -249,7 +249,7 @@ def a_latent_cache_is_read_once_or_twice_alike(device: torch.device) -> None:
 
 def chunks_of_rows_change_no_bit(device: torch.device, monkeypatch: Any) -> None:
     """Partial results are held for some rows at a time; how many is no matter."""
-    from kernels import flash_launch
+    from kernels.flash import launch as flash_launch
 
     for path in ("decode", "prefill"):
         case = Case("chunks", plan=Plan(kv=KVCuts("parts", 2)), p="f16", path=path, ratio=20, kv_heads=1)

@@ -1,6 +1,6 @@
 """The device code of `flash` over a quantised cache: dequantisation inside the decode kernel.
 
-A program does what one of `flash_device.attend_tiles` does, over a plane of codes and a plane of scales for
+A program does what one of `device.attend_tiles` does, over a plane of codes and a plane of scales for
 keys and for values, in blocks of 32 numbers along the head. A key block's scale is applied after the product
 with its codes,
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.flash_device import _INTERPRETED, _LN_2, part_bounds, product
+from kernels.flash.device import _INTERPRETED, _LN_2, part_bounds, product
 
 _BYTES = tl.constexpr(
     "{ .reg .b32 u, a, b, z; xor.b32 u, $2, 0x80808080; mov.b32 z, 0x64806480;"
@@ -108,7 +108,7 @@ def attend_quantised(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (sequences * tokens, KV heads * n_groups, slots); arguments as in `flash_device.attend_tiles`."""
+    """Grid (sequences * tokens, KV heads * n_groups, slots); arguments as in `device.attend_tiles`."""
     BLOCKS: tl.constexpr = D // 32
     WIDTH: tl.constexpr = D * BITS // 8
     CHUNKS: tl.constexpr = WIDTH // 32

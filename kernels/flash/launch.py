@@ -1,4 +1,4 @@
-"""The host side of `flash`: from a checked call to launches of `flash_device`, and what was launched.
+"""The host side of `flash`: from a checked call to launches of `device`, and what was launched.
 
 `prepare` does everything that needs the host once (plans, tiles, buffers); `Prepared.launch` only launches,
 so that it can be captured in a CUDA graph.
@@ -18,8 +18,8 @@ import torch
 from kernels.cache import Quantised
 from kernels.contract import AttentionOutput, Call
 from kernels.eager import EagerOptions
-from kernels.flash_rows import RowPlans, plans_of_rows
-from kernels.flash_tiles import (
+from kernels.flash.rows import RowPlans, plans_of_rows
+from kernels.flash.tiles import (
     LARGEST_GROUP,
     LARGEST_K_HEAD,
     LARGEST_V_HEAD,
@@ -41,7 +41,7 @@ _TRITON_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 @functools.cache
 def device_code() -> Any:
     """The module of kernels; importing it decides whether Triton compiles or interprets them."""
-    from kernels import flash_device
+    from kernels.flash import device as flash_device
 
     return flash_device
 
@@ -49,7 +49,7 @@ def device_code() -> Any:
 @functools.cache
 def source_hash() -> str:
     """Hash of the device code: the `binary` in the trace where Triton interprets it."""
-    return hashlib.sha256(FilePath(__file__).with_name("flash_device.py").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(FilePath(__file__).with_name("device.py").read_bytes()).hexdigest()[:12]
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,7 +90,7 @@ def shares_memory(call: Call) -> bool:
 
 
 class Planes(NamedTuple):
-    """A quantised k and v as `flash_quantised` reads them (its module's text has the layout)."""
+    """A quantised k and v as `quantised` reads them (its module's text has the layout)."""
 
     bits: int
     k_codes: torch.Tensor
@@ -106,7 +106,7 @@ FUSED_TYPES = {"q8_0": 8, "q4_0": 4}
 @functools.cache
 def quantised_code() -> Any:
     """The module of kernels that read quantised caches."""
-    from kernels import flash_quantised
+    from kernels.flash import quantised as flash_quantised
 
     return flash_quantised
 

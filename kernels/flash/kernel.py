@@ -1,6 +1,6 @@
 """`flash`: our flash-attention kernel on CUDA; `eager` where it cannot run, and then it says so.
 
-The device code is Triton (`flash_device`). With TRITON_INTERPRET=1 set before Triton is imported, a
+The device code is Triton (`device`). With TRITON_INTERPRET=1 set before Triton is imported, a
 `FlashKernel` that is built directly interprets it on CPU tensors; `flash` itself never does.
 """
 
@@ -18,7 +18,7 @@ from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
 from kernels.cache import dequantise, quantise, through_cache
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.eager import EagerKernel, EagerOptions, plan_of_row
-from kernels.flash_launch import (
+from kernels.flash.launch import (
     FUSED_TYPES,
     Prepared,
     check_supported,
@@ -27,10 +27,10 @@ from kernels.flash_launch import (
     prepare,
     shares_memory,
 )
-from kernels.flash_tiles import Tiles, choose_tiles
+from kernels.flash.tiles import Tiles, choose_tiles
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
-# Relative error of `flash_device.tanh`: largest just above 0.25, where 1 - 2 / (exp(2 x) + 1) cancels.
+# Relative error of `device.tanh`: largest just above 0.25, where 1 - 2 / (exp(2 x) + 1) cancels.
 U_TANH = 2.0**-19
 # Compute capability from which Triton multiplies on tensor cores.
 _TENSOR_CORES_FROM = (8, 0)

@@ -1,0 +1,50 @@
+"""An arm with the oracle's attention, and the logits of a runner's windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kernels.contract import checked_call
+from kernels.exact import exact_attention
+from model.runner import LayerCall, Runner
+
+
+class ExactArm:
+    """float64 attention; returns None in the layer `fails_at`."""
+
+    def __init__(self, name: str = "exact", *, fails_at: int | None = None) -> None:
+        self.name, self.fails_at = name, fails_at
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        if call.layer == self.fails_at:
+            return None
+        checked = checked_call(
+            call.q,
+            call.k,
+            call.v,
+            kv_len=call.kv_len,
+            scale=call.settings.scale,
+            sliding_window=call.settings.sliding_window,
+            softcap=call.settings.softcap,
+        )
+        return exact_attention(checked).out.float()
+
+
+def logits_of(
+    runner: Runner, tokens: np.ndarray, arms: Sequence[ExactArm], scored: range
+) -> dict[str, torch.Tensor]:
+    """Name -> [windows, scored, vocabulary]."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for piece in runner.run_group(torch.from_numpy(tokens), arms, scored=scored):
+        for name, values in piece.logits.items():
+            found.setdefault(name, []).append(values.clone())
+    return {name: torch.cat(parts).view(len(tokens), len(scored), -1) for name, parts in found.items()}
+
+
+def relative(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> float:
+    """Greatest difference over the greatest magnitude of b."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.abs(a - b).max() / np.abs(b).max())
