@@ -15,18 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.budget import Budget, budget_ratio, error_budget
+from kernels.budget import budget_ratio, error_budget
 from kernels.contract import AttentionOutput, Call, Kernel
+from kernels.detectors import (
+    LARGEST_RELATIVE_ERROR,
+    SUSPICIONS,
+    Finding,
+    Measures,
+    findings,
+    measure,
+)
 from kernels.errors import KernelFailure
 from kernels.families import FAMILIES
+from kernels.gates import compared, nmse, verdicts
 from kernels.trace import LaunchTrace
 from verify.arms import same_bits
-from verify.inplace import LARGEST_RELATIVE_ERROR
 from verify.statistics import DistanceRatio, ratio_of_samples
 from verify.verdict import Decision, PairEvidence, decide
 
-# rms(err / expected size) of a correct kernel stays below this where logits are distinct.
-LARGEST_RMS_RATIO = 1.3
 # From this many cells, a cell is one sample; of fewer, each row and head is.
 FEWEST_CELLS = 5
 # A mean square error that is this small share of the exact output's is the oracle's own rounding.
@@ -48,24 +54,19 @@ class Inputs:
 class KernelEvidence:
     """One kernel's errors in one cell.
 
-    max_budget_ratio: largest |error| / budget; rms_ratio: rms of error / expected size; quadrature_ratio:
-    largest |error| / quadrature; gain: <error, exact> / <exact, exact>; lse_budget_ratio: of lse, NaN if the
-    kernel returns none; nmse: mean square error over mean square of exact; vacuous: share of rows and heads
-    whose budget says nothing; worst: [row, head, element] of the largest ratio; row_square [T * Hq]: square
-    error a row and head; heat [T, Hq]: largest ratio of each.
+    failure: what it failed with instead of a result; measures and findings: of `kernels.detectors`; gates:
+    what the gates of others say; nmse: square error over the square of exact; worst: [b, row, head, element]
+    of the largest |error| / budget, worst_values: got and exact there; row_square [T * Hq]: square error a
+    row and head; heat [T, Hq] and ratios: |error| / budget, the largest of each row and head, and all.
     """
 
     spec: str
     failure: str | None = None
-    max_budget_ratio: float = math.nan
-    rms_ratio: float = math.nan
-    quadrature_ratio: float = math.nan
-    gain: float = math.nan
-    lse_budget_ratio: float = math.nan
+    measures: Measures | None = None
+    findings: list[Finding] = field(default_factory=list)
+    gates: dict[str, bool] = field(default_factory=dict)
+    probes_failed: list[str] = field(default_factory=list)
     nmse: float = math.nan
-    relative_max: float = math.nan
-    vacuous: float = 0.0
-    nonfinite: int = 0
     worst: tuple[int, ...] = ()
     worst_values: tuple[float, float] = (math.nan, math.nan)
     row_square: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -77,19 +78,32 @@ class KernelEvidence:
     @property
     def severity(self) -> float:
         """How far beyond right, to find the worst: infinite for a kernel that failed."""
-        if self.failure is not None or self.nonfinite:
+        if self.failure is not None or self.probes_failed:
             return math.inf
-        return max(self.max_budget_ratio, self.relative_max / LARGEST_RELATIVE_ERROR)
+        m = self.measures
+        if m is None:
+            return 0.0
+        return math.inf if m.nonfinite else max(m.budget, m.relative / LARGEST_RELATIVE_ERROR)
+
+    def figure(self, name: str) -> float:
+        """A figure of `measures`, NaN where there are none."""
+        return float(getattr(self.measures, name)) if self.measures is not None else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        plain = ("max_budget_ratio", "rms_ratio", "quadrature_ratio", "gain", "lse_budget_ratio", "nmse")
-        return {name: getattr(self, name) for name in plain} | {
-            "relative_max": self.relative_max,
-            "vacuous": self.vacuous,
-            "nonfinite": self.nonfinite,
+        return {
+            "max_budget_ratio": self.figure("budget"),
+            "rms_ratio": self.figure("rms"),
+            "quadrature_ratio": self.figure("quadrature"),
+            "gain": self.figure("gain"),
+            "lse_budget_ratio": self.figure("lse"),
+            "nmse": self.nmse,
+            "vacuous": self.figure("vacuous"),
+            "probes_failed": self.probes_failed,
+            "findings": [f"{f.detector}: {f.said}" for f in self.findings],
             "failure": self.failure,
             "worst": list(self.worst),
             "worst_values": list(self.worst_values),
+            "foreign_gates": self.gates,
         }
 
 
@@ -133,48 +147,27 @@ def examine(kernel: Kernel, inputs: Inputs) -> KernelEvidence | None:
     finally:
         found.trace, kernel.trace = kernel.trace, kept
     found.output = output
-    budget = error_budget(call, kernel.arithmetic(call.shape, call.path))
+    arithmetic = kernel.arithmetic(call.shape, call.path)
+    budget = error_budget(call, arithmetic)
+    has_lse = not bool(output.lse.isnan().all())
+    judged = output if has_lse else AttentionOutput(output.out, budget.lse)
+    family = FAMILIES.get(inputs.family)
+    distinct = family is not None and family.distinct
+    found.measures = measure(call, judged, arithmetic, distinct=distinct, budget=budget)
+    found.findings = findings(found.measures)
+    found.gates = verdicts(compared(call, output.out, budget.out))
     error = output.out.double() - budget.out
-    found.nonfinite = int((~torch.isfinite(error)).any(-1).sum())
-    _measure(found, error, budget)
-    lse_error = output.lse.double() - budget.lse
-    # Equal infinities (an empty row) leave NaN; so does a kernel that returns no lse.
-    known = torch.isfinite(lse_error)
-    if known.any():
-        found.lse_budget_ratio = float((lse_error.abs() / budget.lse_bound)[known].max())
-    return found
-
-
-def _measure(found: KernelEvidence, error: torch.Tensor, budget: Budget) -> None:
-    ratio = budget_ratio(error, budget.bound)
-    judged = torch.where(budget.vacuous[..., None], 0.0, ratio)
-    flat = int(judged.argmax())
-    place = np.unravel_index(flat, tuple(judged.shape))
-    found.worst = tuple(int(i) for i in place[1:])
-    exact_value = float(budget.out.flatten()[flat])
-    found.worst_values = (exact_value + float(error.flatten()[flat]), exact_value)
-    found.max_budget_ratio = float(judged.max())
-    found.vacuous = float(budget.vacuous.double().mean())
     clean = torch.where(torch.isfinite(error), error, 0.0)
-    relative = clean.norm(dim=-1) / budget.size.norm(dim=-1).clamp(min=1e-300)
-    found.relative_max = float(torch.where(budget.vacuous, relative, 0.0).max())
-    expected = budget.expected
-    known = expected > 0
-    if known.any():
-        # Unit the row and head: one heavy element must not stand for all.
-        scaled = torch.where(known, clean / expected.clamp(min=1e-300), 0.0).square()
-        found.rms_ratio = float((scaled.sum() / known.sum()).sqrt())
-        quadrature = torch.where(
-            budget.quadrature > 0, clean.abs() / budget.quadrature.clamp(min=1e-300), 0.0
-        )
-        found.quadrature_ratio = float(quadrature.max())
-    power = float(budget.out.square().sum())
-    if power > 0:
-        found.gain = float((clean * budget.out).sum()) / power
-        found.nmse = float(clean.square().sum()) / power
+    found.nmse = nmse(output.out, budget.out)
+    place = found.measures.worst
+    found.worst = place
+    found.worst_values = (float(output.out[place]), float(budget.out[place]))
+    ratio = budget_ratio(error, budget.bound)
+    ratio = torch.where(budget.vacuous[..., None] & torch.isfinite(error), 0.0, ratio)
     found.row_square = clean.square().sum(-1).flatten().cpu().numpy()
-    found.heat = judged[0].amax(-1).cpu().numpy()
-    found.ratios = judged.flatten().cpu().numpy()
+    found.heat = ratio[0].amax(-1).cpu().numpy()
+    found.ratios = ratio.flatten().cpu().numpy()
+    return found
 
 
 def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:
@@ -240,30 +233,24 @@ def pooled(cells: Sequence[Cell]) -> DistanceRatio | None:
 
 def faults_of(found: KernelEvidence, called: str) -> list[str]:
     """What makes a kernel `broken` in a cell, as sentences that begin with `called`."""
-    faults = []
     if found.failure is not None:
         return [f"{called} failed: {found.failure}"]
-    row, head, element = found.worst
-    got, exact = found.worst_values
-    if found.nonfinite:
-        faults.append(f"{called}: NaN or Inf in {found.nonfinite} rows and heads")
-    elif found.max_budget_ratio > 1:
-        faults.append(
-            f"{called}: error is {found.max_budget_ratio:.3g} times its rounding budget at row {row},"
-            f" head {head}, element {element}: {got:.9g}, exact {exact:.9g}"
-        )
-    if found.relative_max > LARGEST_RELATIVE_ERROR:
-        faults.append(
-            f"{called}: error is {found.relative_max:.1%} of sum p|v|, where no correct kernel exceeds 1/8"
-        )
-    if found.lse_budget_ratio > 1:
-        faults.append(f"{called}: lse is off by {found.lse_budget_ratio:.3g} times its budget")
+    if found.probes_failed:
+        more = f" ({len(found.probes_failed)} probes failed)" if len(found.probes_failed) > 1 else ""
+        return [f"{called}: {found.probes_failed[0]}{more}"]
+    faults = []
+    for finding in found.findings:
+        if finding.detector in SUSPICIONS:
+            continue
+        where = ""
+        if finding.detector == "budget":
+            _, row, head, element = found.worst
+            got, exact = found.worst_values
+            where = f" at row {row}, head {head}, element {element}: {got:.9g}, exact {exact:.9g}"
+        faults.append(f"{called}: {finding.said}{where}")
     return faults
 
 
-def suspicions(found: KernelEvidence, family: str) -> list[str]:
-    """What is odd without being a fault: errors larger than rounding usually makes them."""
-    known = FAMILIES.get(family)
-    if known is not None and known.distinct and found.rms_ratio > LARGEST_RMS_RATIO:
-        return [f"errors are {found.rms_ratio:.2g} times their expected size"]
-    return []
+def suspicions(found: KernelEvidence) -> list[str]:
+    """What is odd without being a fault."""
+    return [finding.said for finding in found.findings if finding.detector in SUSPICIONS]

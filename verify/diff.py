@@ -19,6 +19,7 @@ from verify import environment
 from verify.captured import captured_inputs
 from verify.cells import Cell, Inputs, compare, examine, judge, suspicions
 from verify.errors import UsageError
+from verify.probing import PROBES, Probing, probe_kernels
 from verify.statistics import DistanceRatio
 from verify.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 
@@ -44,9 +45,10 @@ class DiffSettings:
     captured_from: str | None = None
 
     def __post_init__(self) -> None:
-        unknown = [f for f in self.families if f not in FAMILIES]
+        known = (PROBES, *FAMILIES)
+        unknown = [f for f in self.families if f not in known]
         if unknown:
-            raise UsageError(f"--inputs {unknown[0]}: expected all or any of {', '.join(FAMILIES)}")
+            raise UsageError(f"--inputs {unknown[0]}: expected all or any of {', '.join(known)}")
         if not self.margin > 1:
             raise UsageError(f"--margin {self.margin:g}: expected a ratio above 1")
         if self.seeds < 1:
@@ -84,7 +86,7 @@ class DiffOutcome:
     run: dict[str, Any]
 
 
-def all_inputs(settings: DiffSettings, device: torch.device) -> Iterator[Inputs]:
+def all_inputs(settings: DiffSettings, device: torch.device) -> Iterator[Inputs | Probing]:
     """The inputs of every cell, one at a time. Raises SpecError, UsageError."""
     if settings.captured_from is not None:
         yield from captured_inputs(settings.captured_from, settings.path, device)
@@ -94,6 +96,9 @@ def all_inputs(settings: DiffSettings, device: torch.device) -> Iterator[Inputs]
         for n_kv in settings.n_kvs:
             sizes = _sizes(settings, shape, n_kv)
             for family in settings.families:
+                if family == PROBES:
+                    yield Probing(shape.name, n_kv, sizes)
+                    continue
                 for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
                     yield Inputs(shape.name, n_kv, family, seed, draw(family, sizes, seed, device=device))
 
@@ -102,7 +107,8 @@ def count_inputs(settings: DiffSettings) -> int | None:
     """How many cells there will be, None where a folder decides."""
     if settings.captured_from is not None:
         return None
-    return len(settings.shapes) * len(settings.n_kvs) * len(settings.families) * settings.seeds
+    drawn = sum(settings.seeds if family != PROBES else 1 for family in settings.families)
+    return len(settings.shapes) * len(settings.n_kvs) * drawn
 
 
 def check_settings(settings: DiffSettings) -> None:
@@ -124,25 +130,30 @@ def check_settings(settings: DiffSettings) -> None:
             kernel.close()
 
 
-def run_diff(settings: DiffSettings, device: torch.device, inputs: Iterator[Inputs]) -> DiffOutcome:
+def run_diff(settings: DiffSettings, device: torch.device, inputs: Iterator[Inputs | Probing]) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate."""
     baseline = build_kernel(settings.baseline)
     candidates = [build_kernel(spec) for spec in settings.candidates]
     cells: list[list[Cell]] = [[] for _ in candidates]
     traces = [LaunchTrace() for _ in candidates]
     base_trace = LaunchTrace()
-    skipped: set[str] = set()
+    left_out: dict[str, set[str]] = {}
     try:
         for each in inputs:
+            if isinstance(each, Probing):
+                probed = probe_kernels([baseline, *candidates], each, device)
+                for i, evidence in enumerate(probed[1:]):
+                    cells[i].append(compare(each.inputs, probed[0], evidence))
+                continue
             reference = examine(baseline, each)
             if reference is None:
-                skipped.add(f"{baseline.spec} does not take what inputs {each.family!r} need")
+                left_out.setdefault(baseline.spec, set()).add(each.family)
                 continue
             base_trace.add(reference.trace)
             for i, kernel in enumerate(candidates):
                 found = examine(kernel, each)
                 if found is None:
-                    skipped.add(f"{kernel.spec} does not take what inputs {each.family!r} need")
+                    left_out.setdefault(kernel.spec, set()).add(each.family)
                     continue
                 traces[i].add(found.trace)
                 cell = compare(each, reference, found)
@@ -158,7 +169,11 @@ def run_diff(settings: DiffSettings, device: torch.device, inputs: Iterator[Inpu
         for kernel, of_kernel, trace in zip(candidates, cells, traces, strict=True)
     ]
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
-    notes = sorted({*skipped, *(note for kernel in (baseline, *candidates) for note in kernel.notes)})
+    notes = sorted({note for kernel in (baseline, *candidates) for note in kernel.notes})
+    notes += [
+        f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
+        for spec, families in left_out.items()
+    ]
     run = _run_json(settings, results, base_trace, verdict, notes, str(device))
     return DiffOutcome(settings, results, verdict, EXIT_CODES[verdict], notes, run)
 
@@ -319,7 +334,7 @@ def _cell_json(settings: DiffSettings, cell: Cell) -> dict[str, Any]:
         "verdict": decision.verdict,
         "distance_ratio": ratio.ratio if ratio else None,
         "faults": cell.faults,
-        "suspicions": suspicions(cell.candidate, i.family),
+        "suspicions": suspicions(cell.candidate),
         "covered": cell.covered,
         "bitwise_equal": cell.bitwise_equal,
         "again": command_of(settings, cell),

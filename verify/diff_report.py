@@ -32,11 +32,11 @@ def _row(line: Line) -> dict[str, Any]:
         "shape": worst.inputs.shape,
         "n_kv": worst.inputs.n_kv,
         "verdict": line.decision.verdict,
-        "budget": worst.candidate.max_budget_ratio,
+        "budget": worst.candidate.figure("budget"),
         "budget_family": worst.inputs.family,
-        "lse": _largest([c.lse_budget_ratio for c in cells]),
-        "rms": _largest([c.rms_ratio for c in cells]),
-        "gain": _largest([abs(c.gain) for c in cells]),
+        "lse": _largest([c.figure("lse") for c in cells]),
+        "rms": _largest([c.figure("rms") for c in cells]),
+        "gain": _largest([abs(c.figure("gain")) for c in cells]),
         "nmse": _largest([c.nmse for c in cells]),
         "ratio": line.ratio.ratio if line.ratio else math.nan,
         "cells": len(cells),
@@ -74,8 +74,7 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
             )
         console.print(f"{result.spec} against {outcome.run['settings']['baseline']}", markup=False)
         console.print(table)
-        reasons = "; ".join([*result.reasons, *outcome.notes])
-        console.print(f"verdict: {result.verdict}: {reasons}", markup=False, soft_wrap=True)
+        console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", markup=False, soft_wrap=True)
         if result.cells:
             worst = max(result.cells, key=lambda c: c.candidate.severity)
             again = command_of(outcome.settings, worst)
@@ -83,6 +82,9 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
         if result.ratio is not None:
             seen = f"could have seen an rms ratio from {result.ratio.detectable:.3g}"
             console.print(f"{seen}, and any error beyond its budget", markup=False, soft_wrap=True)
+    if len(outcome.candidates) > 1 or outcome.notes:
+        said = "; ".join([f"verdict: {outcome.verdict}", *outcome.notes])
+        console.print(said, markup=False, soft_wrap=True)
 
 
 def _figure(x: float) -> str:

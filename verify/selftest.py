@@ -104,6 +104,10 @@ class SelftestResult:
         """Faults that a gate refuses with every seed: on Gaussian inputs, or on any family."""
         return sum((s.gates_any if everywhere else s.gates)[name] == self.seeds for s in self.faults)
 
+    def gate_false_alarms(self, name: str) -> int:
+        """Clean variants that a gate refuses, with any seed, on Gaussian inputs."""
+        return sum(s.gates[name] > 0 for s in self.subjects if s.kind == "clean")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": 1,
@@ -120,6 +124,7 @@ class SelftestResult:
                     "rule": g.rule,
                     "faults_on_gaussian": self.gate_score(g.name),
                     "faults_on_all_families": self.gate_score(g.name, everywhere=True),
+                    "clean_variants_refused": self.gate_false_alarms(g.name),
                 }
                 for g in GATES
             },
@@ -155,6 +160,21 @@ def run_selftest(
     progress: Callable[[str], None] = lambda text: None,
 ) -> SelftestResult:
     """Run every fault and every variant (`only`: those whose name it accepts) with seeds 0 .. seeds-1."""
+    threads = torch.get_num_threads()
+    # Tensors are small here: threads would mostly wait for each other.
+    torch.set_num_threads(1)
+    try:
+        return _run(seeds, device, only, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    seeds: int,
+    device: torch.device | str,
+    only: Callable[[str], bool],
+    progress: Callable[[str], None],
+) -> SelftestResult:
     began = time.monotonic()
     on_gpu = torch.device(device).type == "cuda"
     pairs: list[tuple[Subject, Callable[[], Kernel], tuple[str, ...]]] = []

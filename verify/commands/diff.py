@@ -55,6 +55,7 @@ def command(
     from verify.diff_report import diff_html, diff_markdown, print_outcome
     from verify.environment import prepare_torch
     from verify.errors import UsageError
+    from verify.probing import PROBES
     from verify.runfolder import RunFolder, to_json_text
 
     prepare_torch()
@@ -66,7 +67,7 @@ def command(
     settings = DiffSettings(
         shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")),
         n_kvs=tuple(parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))),
-        families=tuple(FAMILIES) if inputs == "all" else tuple(inputs.split(",")),
+        families=(PROBES, *FAMILIES) if inputs == "all" else tuple(inputs.split(",")),
         baseline=baseline,
         candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
         device=str(chosen),

@@ -94,7 +94,7 @@ def _row(result: SelftestResult, subject: Subject) -> list[str]:
 def _summary(result: SelftestResult) -> list[str]:
     from kernels.gates import GATES
 
-    faults = len(result.faults)
+    faults, clean = len(result.faults), sum(s.kind == "clean" for s in result.subjects)
     lines = [
         "",
         f"mutation score: {faults - len(result.missed)} of {faults} faults caught with every seed"
@@ -103,7 +103,8 @@ def _summary(result: SelftestResult) -> list[str]:
     for gate in GATES:
         lines.append(
             f"  {gate.name} ({gate.rule}): {result.gate_score(gate.name)} on Gaussian inputs,"
-            f" {result.gate_score(gate.name, everywhere=True)} on all families"
+            f" {result.gate_score(gate.name, everywhere=True)} on all families;"
+            f" refuses {result.gate_false_alarms(gate.name)} of {clean} clean variants"
         )
     for subject in result.subjects:
         if subject.skipped:

@@ -1,0 +1,87 @@
+"""`verify selftest`: a few faults and variants through the whole matrix, and the command's exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kernels.faults import FAULTS, VARIANTS
+from verify import selftest
+from verify.commands import selftest as command
+from verify.selftest import run_selftest
+
+SOME = {"base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain", "bf16 P"}
+
+
+@pytest.fixture(scope="module")
+def result() -> selftest.SelftestResult:
+    return run_selftest(1, only=lambda name: name in SOME | {"offset wraps at 2^31"})
+
+
+def test_faults_are_caught_and_clean_kernels_are_not(result: selftest.SelftestResult) -> None:
+    assert [s.name for s in result.missed] == []
+    assert [s.name for s in result.false_alarms] == []
+    assert result.exit_code == 0
+    assert result.score == 1
+
+
+def test_each_fault_is_seen_by_those_who_can_see_it(result: selftest.SelftestResult) -> None:
+    by = {s.name: {d for d, count in s.detectors.items() if count} for s in result.subjects}
+    assert by["never ran"] == {"trace"}
+    assert by["base-2 lse"] == {"probe", "lse"}
+    assert by["f16 overflow"] == {"budget"}
+    assert by["plain"] == set()
+    assert {"probe", "budget", "rms"} <= by["base-2 merge"]
+    assert "budget" not in by["wrong by 2e-4"]
+    assert "gain" in by["wrong by 2e-4"]
+
+
+def test_what_needs_a_gpu_is_listed_and_not_counted(result: selftest.SelftestResult) -> None:
+    (far,) = [s for s in result.subjects if s.name == "offset wraps at 2^31"]
+    assert far.skipped == "needs a GPU"
+    assert far not in result.faults
+
+
+def test_a_missed_fault_and_a_false_alarm_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean kernel in the place of a fault is missed; a fault in the place of a clean kernel alarms."""
+    harmless = FAULTS[0]._replace(name="harmless", build=VARIANTS[0].build)
+    broken = VARIANTS[0]._replace(name="broken", build=FAULTS[0].build)
+    monkeypatch.setattr(selftest, "FAULTS", (harmless,))
+    monkeypatch.setattr(selftest, "VARIANTS", (broken,))
+    found = run_selftest(1)
+    assert [s.name for s in found.missed] == ["harmless"]
+    assert [s.name for s in found.false_alarms] == ["broken"]
+    assert found.exit_code == 1
+    lines = "\n".join(command._summary(found))
+    assert "missed: harmless" in lines and "false alarm: broken" in lines
+
+
+def test_json_is_all_that_stdout_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selftest, "FAULTS", FAULTS[:1])
+    monkeypatch.setattr(selftest, "VARIANTS", VARIANTS[:1])
+    assert command.command(seeds=1, device="cpu", json_=True) == 0
+    written = capsys.readouterr()
+    found = json.loads(written.out)
+    assert found["mutation_score"] == 1
+    assert found["subjects"][0]["references"] == list(FAULTS[0].references)
+    assert "known faults" in written.err
+
+
+def test_bad_seeds_are_refused_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "verify", "selftest", "--seeds", "0"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "seeds" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_corpus_over_20_seeds() -> None:
+    found = run_selftest(20)
+    assert [s.name for s in found.missed] == []
+    assert [s.name for s in found.false_alarms] == []
