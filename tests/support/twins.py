@@ -63,6 +63,8 @@ _LATENT: dict[str, Any] = {
     "qk_nope_head_dim": NOPE,
     "v_head_dim": VALUE,
     "num_key_value_heads": HEADS,
+    # transformers' norms inside MLA always take this one, whatever the model's is.
+    "rms_norm_eps": 1e-6,
 }
 _LATENT_KEYS: dict[str, Any] = {
     "attention.kv_lora_rank": LATENT,
@@ -72,6 +74,7 @@ _LATENT_KEYS: dict[str, Any] = {
     "attention.value_length": LATENT,
     "attention.key_length_mla": NOPE + ROPE,
     "attention.value_length_mla": VALUE,
+    "attention.layer_norm_rms_epsilon": 1e-6,
     "rope.dimension_count": ROPE,
 }
 _YARN_KEYS: dict[str, Any] = {
@@ -119,7 +122,7 @@ class Twin:
     """A case: transformers' classes by the first part of their name, and what differs from the common sizes.
 
     keys: metadata of the file, without the architecture. older: MLA in the layout of older files. fused: q, k
-    and v, and the experts' gate and up, as one tensor each.
+    and v as one tensor; fused_experts: the experts' gate and up as one.
     """
 
     architecture: str
@@ -128,6 +131,7 @@ class Twin:
     keys: dict[str, Any] = field(default_factory=dict)
     older: bool = False
     fused: bool = False
+    fused_experts: bool = False
 
     def build(self, path: Path, seed: int = 0) -> torch.nn.Module:
         """Write the file and return transformers' model, in evaluation mode."""
@@ -184,7 +188,7 @@ class Twin:
                 yield f"{prefix}exp_probs_b.bias", value
             elif rest.endswith("experts.gate_up_proj"):
                 gate, up = value.chunk(2, 1)
-                if self.fused:
+                if self.fused_experts:
                     yield f"{prefix}ffn_gate_up_exps.weight", value
                 else:
                     yield f"{prefix}ffn_gate_exps.weight", gate
@@ -290,6 +294,9 @@ TWINS: dict[str, Twin] = {
         {"attention_bias": True, "use_qk_norm": False, **_MIXTURE},
         {"rope.dimension_count": SIZE // 2, **_MIXTURE_KEYS},
     ),
+    "deepseek2-fused": Twin(
+        "deepseek2", "DeepseekV3", _LATENT | _MIXTURE, _LATENT_KEYS | _MIXTURE_KEYS, fused_experts=True
+    ),
     "deepseek2": Twin("deepseek2", "DeepseekV3", _LATENT | _MIXTURE, _LATENT_KEYS | _MIXTURE_KEYS),
     "deepseek2-older": Twin(
         "deepseek2",
@@ -300,6 +307,7 @@ TWINS: dict[str, Twin] = {
             "attention.head_count_kv": HEADS,
             "attention.key_length": NOPE + ROPE,
             "attention.value_length": VALUE,
+            "attention.layer_norm_rms_epsilon": 1e-6,
             "rope.dimension_count": ROPE,
             **_MIXTURE_KEYS,
         },

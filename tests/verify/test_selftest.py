@@ -81,6 +81,7 @@ def test_bad_seeds_are_refused_in_one_line() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_corpus_over_20_seeds() -> None:
     found = run_selftest(20)
     assert [s.name for s in found.missed] == []

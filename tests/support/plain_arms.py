@@ -1,4 +1,4 @@
-"""An arm with the oracle's attention, and the logits of a runner's windows."""
+"""Arms without evidence: the oracle's attention, a kernel's; and the logits of a runner's windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from kernels.contract import checked_call
 from kernels.exact import exact_attention
-from model.runner import LayerCall, Runner
+from kernels.registry import build_kernel
+from model.runner import Arm, LayerCall, Runner
 
 
 class ExactArm:
@@ -34,7 +35,7 @@ class ExactArm:
 
 
 def logits_of(
-    runner: Runner, tokens: np.ndarray, arms: Sequence[ExactArm], scored: range
+    runner: Runner, tokens: np.ndarray, arms: Sequence[Arm], scored: range
 ) -> dict[str, torch.Tensor]:
     """Name -> [windows, scored, vocabulary]."""
     found: dict[str, list[torch.Tensor]] = {}
@@ -48,3 +49,23 @@ def relative(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> floa
     """Greatest difference over the greatest magnitude of b."""
     a, b = np.asarray(a), np.asarray(b)
     return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+class KernelArm:
+    """A kernel of ours by its specification, on the decode or the prefill path."""
+
+    def __init__(self, spec: str, path: str) -> None:
+        self.name, self.path, self.kernel = f"{spec} {path}", path, build_kernel(spec)
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        checked = checked_call(
+            call.q,
+            call.k,
+            call.v,
+            kv_len=call.kv_len,
+            scale=call.settings.scale,
+            path=self.path,
+            sliding_window=call.settings.sliding_window,
+            softcap=call.settings.softcap,
+        )
+        return self.kernel.run(checked).out

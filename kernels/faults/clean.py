@@ -1,0 +1,123 @@
+"""Clean variants: correct kernels that round differently. Whoever calls one of them broken is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kernels.arithmetic import Arithmetic
+from kernels.contract import Call, Kernel, Path, Shape
+from kernels.eager import EagerKernel, EagerOptions
+from kernels.faults.record import Variant
+from kernels.faults.tile_kernel import Row, State, TileKernel
+from kernels.merge import Part, merge_tree
+from kernels.plan import KVCuts, Plan
+
+
+class ReversedTiles(TileKernel):
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        return super().tiles(start, stop)[::-1]
+
+
+class ReversedParts(TileKernel):
+    def part_bounds(self, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
+        return super().part_bounds(cuts)[::-1]
+
+
+class TreeMerge(TileKernel):
+    def merge(self, parts: list[Part]) -> Part:
+        return merge_tree(parts)
+
+
+class Exp2(TileKernel):
+    def exp(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp2(x * (1 / math.log(2.0)))
+
+
+class ScaledQuery(TileKernel):
+    """q is multiplied by scale * log2 e and rounded to float16 before the product."""
+
+    def query(self, call: Call, b: int, t: torch.Tensor) -> torch.Tensor:
+        return (call.q[b, t].float() * (call.scale / math.log(2.0))).half().float()
+
+    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thd,nhd->thn", row.q, k) * math.log(2.0)
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        return replace(super().arithmetic(shape, path), u_q=2.0**-11)
+
+
+class RoundedDenominator(TileKernel):
+    """l sums P as it was rounded for the second product."""
+
+    def summed(self, p: torch.Tensor) -> torch.Tensor:
+        return p.half().float().sum(-1)
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        return replace(super().arithmetic(shape, path), l_from_rounded_p=True)
+
+
+class HalfParts(TileKernel):
+    """Partial results are stored as float16."""
+
+    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+        return [Part(part.out.half().float(), part.lse) for part in parts]
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        return replace(super().arithmetic(shape, path), u_part=2.0**-11)
+
+
+class LazyRescale(TileKernel):
+    """The maximum is moved only when it grows by more than 8 in base 2, as some kernels save work."""
+
+    def rescaled(self, state: State, m: torch.Tensor) -> None:
+        keep = (m - state.m <= 8 * math.log(2.0)) & ~torch.isneginf(state.m)
+        super().rescaled(state, torch.where(keep, state.m, m))
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        return replace(super().arithmetic(shape, path), stale_maximum=True)
+
+
+class CompensatedSum(TileKernel):
+    """l in float64."""
+
+    def summed(self, p: torch.Tensor) -> torch.Tensor:
+        return p.double().sum(-1).float()
+
+
+def _tile(name: str, kind: type[TileKernel] = TileKernel, **options: object) -> Callable[[], Kernel]:
+    return lambda: kind(name, **options)  # type: ignore[arg-type]
+
+
+def _eager(name: str, **options: object) -> Callable[[], Kernel]:
+    return lambda: EagerKernel(name, EagerOptions(**options))  # type: ignore[arg-type]
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("plain", "one part, tiles of 64 keys", _tile("plain")),
+    Variant("tiles of 16", "smaller tiles", _tile("tiles of 16", block=16)),
+    Variant("tiles of 128", "larger tiles", _tile("tiles of 128", block=128)),
+    Variant("3 parts", "the KV range cut in three", _tile("3 parts", kv=3)),
+    Variant("8 parts", "the KV range cut in eight", _tile("8 parts", kv=8, block=16)),
+    Variant("heads 4+2", "two head groups", _tile("heads 4+2", heads=(4, 2), kv=2)),
+    Variant("bf16 P", "P rounded to bfloat16", _tile("bf16 P", p="bf16", kv=2)),
+    Variant("f32 P", "P not rounded", _tile("f32 P", p="f32", kv=2)),
+    Variant("f16 output", "the result rounded to float16", _tile("f16 output", out="f16")),
+    Variant("bf16 output", "the result rounded to bfloat16", _tile("bf16 output", out="bf16")),
+    Variant("f16 accumulator", "declared, and so charged to its own budget",
+            _tile("f16 accumulator", acc="f16"), without=("near-overflow",)),
+    Variant("reversed tiles", "newest keys first", _tile("reversed tiles", ReversedTiles)),
+    Variant("reversed parts", "parts merged from the last", _tile("reversed parts", ReversedParts, kv=3)),
+    Variant("tree merge", "parts merged in pairs", _tile("tree merge", TreeMerge, kv=5, block=32)),
+    Variant("exp2", "exp(x) as 2^(x log2 e)", _tile("exp2", Exp2, kv=2)),
+    Variant("scaled q", "q pre-scaled and rounded to float16", _tile("scaled q", ScaledQuery)),
+    Variant("l of rounded P", "the denominator sums rounded P", _tile("l of rounded P", RoundedDenominator)),
+    Variant("f16 parts", "partial results stored as float16", _tile("f16 parts", HalfParts, kv=3)),
+    Variant("lazy rescale", "the maximum moves in steps of 8 octaves", _tile("lazy rescale", LazyRescale)),
+    Variant("l in float64", "a more exact denominator", _tile("l in float64", CompensatedSum, kv=3)),
+    Variant("eager", "the project's own `eager`, three parts",
+            _eager("eager", plan=Plan(kv=KVCuts("parts", 3)))),
+)  # fmt: skip

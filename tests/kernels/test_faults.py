@@ -1,0 +1,82 @@
+"""The corpus: every known bug is in it, and clean variants are what they claim to be."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from kernels.budget import budget_ratio, error_budget
+from kernels.families import FAMILIES, Sizes, draw
+from kernels.faults import FAULTS, VARIANTS, Fault, Variant
+from kernels.faults.tile_kernel import TileKernel
+from kernels.registry import build_kernel
+
+SIZES = Sizes(n_kv=(161, 97, 0), batch=2)
+# One reference of every line of the list of real bugs that the corpus grew from.
+KNOWN = [
+    "SGLang #40903", "llama.cpp #19092", "llama.cpp #18487", "PyTorch #191937", "FlashInfer #4051",
+    "llama.cpp #17746", "ik #2144", "llama.cpp #14840", "llama.cpp #17089", "FlagGems #5235", "ik #1183",
+    "ik #2087", "ik #1452", "ik #1206", "ik #1104", "ik #1973",
+]  # fmt: skip
+
+
+def test_every_known_bug_has_its_fault() -> None:
+    referenced = {reference for fault in FAULTS for reference in fault.references}
+    assert set(KNOWN) <= referenced
+    names = {fault.name for fault in FAULTS}
+    # Two lines of the list have no issue of their own.
+    assert {"accumulator not rescaled", "wrong by 2 %"} <= names
+    assert len(names) == len(FAULTS) >= 24
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS) >= 12
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
+def test_faults_say_where_they_were_seen(fault: Fault) -> None:
+    for reference in fault.references:
+        assert reference == "emulated" or re.fullmatch(r"[\w. -]+ #\d+", reference)
+    assert fault.what and fault.plan
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_variants_stay_within_their_own_budget(variant: Variant) -> None:
+    for family in FAMILIES:
+        if family in variant.without:
+            continue
+        call = draw(family, SIZES, seed=5)
+        kernel = variant.build()
+        result = kernel.run(call)
+        budget = error_budget(call, kernel.arithmetic(call.shape, call.path))
+        assert float(budget_ratio(result.out - budget.out, budget.bound).max()) <= 1, family
+        empty = call.kv_len == 0
+        assert bool((result.out[empty] == 0).all())
+
+
+def test_variants_do_round_differently() -> None:
+    """Were two the same kernel, one of them would prove nothing."""
+    call = draw("gaussian", SIZES, seed=1)
+    plain = VARIANTS[0].build().run(call)
+    same = []
+    for variant in VARIANTS[1:]:
+        result = variant.build().run(call)
+        if torch.equal(result.out, plain.out) and torch.equal(result.lse, plain.lse):
+            same.append(variant.name)
+    assert same == []
+
+
+def test_the_tile_kernel_is_eager_in_other_words() -> None:
+    call = draw("gaussian", Sizes(n_kv=(200, 64)), seed=2)
+    tile, eager = TileKernel("tile", kv=2).run(call), build_kernel("eager:kv=2").run(call)
+    assert float((tile.out - eager.out).abs().max()) < 1e-4
+    assert float((tile.lse - eager.lse).abs().max()) < 1e-5
+
+
+def test_what_ran_is_in_the_trace() -> None:
+    call = draw("gaussian", SIZES, seed=0)
+    kernel = TileKernel("tile", kv=3, heads=(4, 2))
+    kernel.run(call)
+    ((_, signature),) = kernel.trace.at(161)
+    assert signature.head_groups == (4, 2)
+    assert signature.cuts == (0, 64, 128, 161)
+    assert kernel.trace.total_rows == 6

@@ -1,0 +1,54 @@
+"""The gates of others, against results whose error is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels.exact import exact_attention
+from kernels.families import FAMILIES, Sizes, draw
+from kernels.gates import GATES, NMSE_LIMIT, compared, nmse, plain_attention, verdicts
+
+CALL = draw("gaussian", Sizes(n_kv=(200, 65)), 0)
+EXACT = exact_attention(CALL).out
+
+
+def test_the_exact_result_passes_every_gate() -> None:
+    assert verdicts(compared(CALL, EXACT, EXACT)) == {gate.name: True for gate in GATES}
+
+
+def test_two_per_cent_pass_the_nmse_of_llama_cpp_and_three_do_not() -> None:
+    """0.02^2 = 4e-4 lies under 5e-4: a kernel that is wrong by 2 % everywhere passes."""
+    assert nmse(1.02 * EXACT, EXACT) == pytest.approx(4e-4)
+    assert verdicts(compared(CALL, 1.02 * EXACT, EXACT))["llama.cpp"]
+    assert not verdicts(compared(CALL, 1.03 * EXACT, EXACT))["llama.cpp"]
+    assert NMSE_LIMIT == 5e-4
+
+
+def test_elementwise_gates_at_their_tolerance() -> None:
+    for gate, inside, outside in (("vLLM, FlashInfer", 5e-4, 3e-3), ("assert_close", 0.0, 1e-3)):
+        for error, passes in ((inside, True), (outside, False)):
+            assert verdicts(compared(CALL, EXACT + error, EXACT))[gate] is passes, (gate, error)
+
+
+def test_twice_the_error_of_plain_attention_is_flash_attentions_limit() -> None:
+    largest = float((plain_attention(CALL) - EXACT).abs().max())
+    assert verdicts(compared(CALL, EXACT + 1.9 * largest, EXACT))["FlashAttention"]
+    assert not verdicts(compared(CALL, EXACT + 2.2 * largest + 1e-5, EXACT))["FlashAttention"]
+
+
+def test_a_nan_fails_every_gate() -> None:
+    out = EXACT.clone()
+    out[0, 0, 0, 0] = math.nan
+    assert not any(verdicts(compared(CALL, out, EXACT)).values())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_plain_attention_is_attention(family: str) -> None:
+    call = draw(family, Sizes(n_kv=(100, 7, 0)), 1)
+    exact = exact_attention(call).out
+    plain = plain_attention(call)
+    assert torch.isfinite(plain).all()
+    assert float((plain - exact).norm()) <= 0.03 * float(exact.norm())
