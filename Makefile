@@ -10,7 +10,7 @@ ppl: $(VENV)/.installed $(VENV)/.model
 	$(VENV)/bin/verify ppl $(ARGS)
 
 test: check $(VENV)/.model
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 slow: $(VENV)/.installed-test $(VENV)/.model
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -16,6 +16,8 @@ from model.architectures.architecture import Architecture, AttentionInputs, Atte
 from model.dequantize import dequantize
 from model.products import Products, Stopwatch, tile_rows
 
+# Window of the group, name of the arm.
+State = tuple[int, str]
 ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 # Rows of logits held at once for every arm, and rows of the embedding matrix decoded at once.
 LOGIT_ROWS = 128
@@ -88,10 +90,12 @@ class Runner:
         products = Products(tile_rows(n_ctx), self.stopwatch)
         positions = torch.arange(n_ctx, device=self.device)
         kv_len = torch.arange(1, n_ctx + 1, dtype=torch.int32, device=self.device)[None]
-        hidden: dict[str, list[torch.Tensor] | None] = {}
-        start = self._embed(tokens)
-        for arm in arms:
-            hidden[arm.name] = [start[w].clone() for w in range(windows)]
+        live = [arm.name for arm in arms]
+        # Hidden states by window and arm; those of an arm that fails are dropped.
+        hidden: dict[State, torch.Tensor] = {}
+        for w, start in enumerate(self._embed(tokens)):
+            for name in live:
+                hidden[w, name] = start.clone()
         steps = (sizes.layers * windows + windows) * len(arms)
         done = 0
         for layer in range(sizes.layers):
@@ -100,11 +104,10 @@ class Runner:
             settings = self.architecture.attention_settings(layer)
             for w in range(windows):
                 for arm in arms:
-                    states = hidden[arm.name]
                     done += 1
-                    if states is None:
+                    if arm.name not in live:
                         continue
-                    x = states[w]
+                    x = hidden[w, arm.name]
                     rounded = round_inputs(
                         self.architecture.attention_inputs(layer, x, positions, weights, products),
                         self.attention_type,
@@ -114,18 +117,21 @@ class Runner:
                     with self.stopwatch.time("attention"):
                         o = arm.attend(call)
                     if o is None:
-                        hidden[arm.name] = None
+                        live.remove(arm.name)
+                        hidden = {state: kept for state, kept in hidden.items() if state[1] != arm.name}
                         continue
-                    states[w] = self.architecture.after_attention(layer, x, o[0], weights, products)
+                    hidden[w, arm.name] = self.architecture.after_attention(layer, x, o[0], weights, products)
                 if progress:
                     progress(done, steps)
-        yield from self._logits(hidden, scored, first_window, windows)
+            self.architecture.feed_forward(layer, hidden, weights, products)
+        yield from self._logits(hidden, live, scored, first_window, windows)
         if progress:
             progress(steps, steps)
 
     def _logits(
         self,
-        hidden: dict[str, list[torch.Tensor] | None],
+        hidden: dict[State, torch.Tensor],
+        live: Sequence[str],
         scored: range,
         first_window: int,
         windows: int,
@@ -133,7 +139,6 @@ class Runner:
         with self.stopwatch.time("weights"):
             weights = self._weights(self.architecture.norm_tensors)
             output = dequantize(self.architecture.file, self.architecture.output_tensor, device=self.device)
-        live = {name: states for name, states in hidden.items() if states is not None}
         rows = min(LOGIT_ROWS, tile_rows(len(scored)))
         products = Products(rows, self.stopwatch)
         buffers = {name: torch.empty((rows, output.shape[0]), device=self.device) for name in live}
@@ -141,8 +146,8 @@ class Runner:
             for first in range(0, len(scored), rows):
                 positions = scored[first : first + rows]
                 logits = {}
-                for name, states in live.items():
-                    x = states[w][positions.start : positions.stop]
+                for name in live:
+                    x = hidden[w, name][positions.start : positions.stop]
                     logits[name] = products(
                         self.architecture.final_norm(x, weights), output, out=buffers[name]
                     )
@@ -162,7 +167,7 @@ class Runner:
             if chosen.any():
                 part = dequantize(self.architecture.file, name, rows=slice(first, last))
                 out[chosen] = part[tokens[chosen].long() - first]
-        return out.to(self.device)
+        return out.to(self.device) * self.architecture.embedding_scale
 
 
 def round_inputs(inputs: AttentionInputs, to: torch.dtype) -> AttentionInputs:

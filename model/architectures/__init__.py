@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from model.architectures.architecture import Architecture
+from model.architectures.deepseek2 import Deepseek2
+from model.architectures.gemma3 import Gemma3
+from model.architectures.glm4 import Glm4
+from model.architectures.glm4moe import Glm4Moe
 from model.architectures.llama import Llama
+from model.architectures.qwen2 import Qwen2
+from model.architectures.qwen3 import Qwen3
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 
-ARCHITECTURES: dict[str, type[Architecture]] = {"llama": Llama}
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "gemma3": Gemma3,
+    "glm4": Glm4,
+    "glm4moe": Glm4Moe,
+    "deepseek2": Deepseek2,
+}
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
-    """The architecture of a file, its metadata read and checked. Raises ModelError."""
+    """The architecture of a file, its metadata and tensors checked. Raises ModelError."""
     found = ARCHITECTURES.get(file.architecture)
     if found is None:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
             f"{file.path}: general.architecture is {file.architecture!r}, expected one of: {known}"
         )
-    return found(file)
+    architecture = found(file)
+    architecture.check()
+    return architecture

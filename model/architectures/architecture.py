@@ -1,24 +1,32 @@
-"""What an architecture provides: tensors of a layer, and the two halves of a layer around attention.
+"""What an architecture provides: tensors of a layer, and the parts of a layer around attention.
 
-    x, weights --attention_inputs--> q, k, v  --attention (the caller's)-->  o  --after_attention--> x
+    x --attention_inputs--> q, k, v --attention (the caller's)--> o --after_attention--> x --feed_forward--> x
 
-Both drivers use the same two halves: whole windows a layer at a time, and token by token with a cache.
+The feed-forward takes the hidden states of all windows and arms at once, so that an expert is decoded once
+for all of them. Both drivers use the same parts: whole windows a layer at a time, and token by token with a
+cache.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from model.architectures.feed_forward import FeedForward, Key, Shapes
+from model.architectures.metadata import Metadata
+from model.blocks import rms_norm
+from model.dequantize import dequantize
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products
 
 Weights = Mapping[str, torch.Tensor]
+# Tensors that some converters leave in a layer and that nothing needs: positions' frequencies.
+_UNUSED = ("attn_rot_embd.weight", "attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
 
 
 class AttentionInputs(NamedTuple):
@@ -31,7 +39,7 @@ class AttentionInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What attention of a layer takes beside q, k, v."""
+    """What attention of a layer takes beside q, k, v. sliding_window: keys with 0 <= q - k < window."""
 
     scale: float
     sliding_window: int | None = None
@@ -40,7 +48,7 @@ class AttentionSettings:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model, as its metadata gives them."""
+    """Sizes of a model, as its metadata gives them; heads are those of the layer with the most."""
 
     layers: int
     width: int
@@ -57,16 +65,43 @@ class Sizes:
 
 
 class Architecture(ABC):
-    """One model: its sizes, the tensors that each layer needs, and how a layer computes."""
+    """One model: its sizes, the tensors that each layer needs, and how a layer computes.
+
+    blocks: as many as the file holds; layers: as many as run (those that predict further tokens do not).
+    embedding_scale: multiplies the embeddings. feed_forwards: one a layer.
+    """
 
     sizes: Sizes
+    embedding_scale: float = 1.0
+    feed_forwards: list[FeedForward]
+    # Names of norms: before the feed-forward, and on the outputs of the two branches where there are any.
+    ffn_norm: str = "ffn_norm"
+    post_attention_norm: str | None = None
+    post_ffn_norm: str | None = None
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
+        self.metadata = Metadata(file)
+        self.blocks = self.metadata.whole("block_count")
+        self.layers = self.blocks - self.metadata.whole("nextn_predict_layers", 0, least=0)
+        if self.layers < 1:
+            raise ModelError(
+                f"{file.path}: metadata key {self.metadata.name('nextn_predict_layers')}:"
+                f" expected less than block_count, {self.blocks}"
+            )
+        self.width = self.metadata.whole("embedding_length")
+        self.eps = self.metadata.number("attention.layer_norm_rms_epsilon")
+        embedding = file.tensors.get(self.embedding_tensor)
+        if embedding is None:
+            raise ModelError(f"{file.path}: tensor {self.embedding_tensor} is missing")
+        self.vocabulary = embedding.shape[0]
 
     @abstractmethod
-    def layer_tensors(self, layer: int) -> dict[str, str]:
-        """Short name -> tensor name in the file, for every tensor of this layer that the file has."""
+    def attention_shapes(self, layer: int) -> tuple[Shapes, Shapes]:
+        """Tensors of the attention branch, its norm left out, that must be there, and ones that may be.
+
+        Short name -> shape. A short name is the tensor's without `blk.N.` and `.weight`.
+        """
 
     @abstractmethod
     def attention_settings(self, layer: int) -> AttentionSettings: ...
@@ -77,15 +112,56 @@ class Architecture(ABC):
     ) -> AttentionInputs:
         """x [T, width] of consecutive tokens at `positions` [T]."""
 
-    @abstractmethod
+    def attention_output(
+        self, layer: int, o: torch.Tensor, weights: Weights, products: Products
+    ) -> torch.Tensor:
+        """The attention's output o [T, H, Dv] to the branch's output [T, width]."""
+        return products(o.flatten(1), weights["attn_output"], weights.get("attn_output.bias"))
+
     def after_attention(
         self, layer: int, x: torch.Tensor, o: torch.Tensor, weights: Weights, products: Products
     ) -> torch.Tensor:
-        """x [T, width] and the attention's output o [T, H, Dv] to the next layer's x [T, width]."""
+        """x [T, width] and the attention's output o [T, H, Dv] to x with the attention branch added."""
+        branch = self.attention_output(layer, o, weights, products)
+        if self.post_attention_norm is not None:
+            branch = rms_norm(branch, weights[self.post_attention_norm], self.eps)
+        return x + branch
 
-    @abstractmethod
+    def feed_forward(
+        self, layer: int, states: MutableMapping[Key, torch.Tensor], weights: Weights, products: Products
+    ) -> None:
+        """Replace each hidden state [T, width] by what the next layer takes.
+
+        Keys are the caller's. A state's result does not depend on which others are there.
+        """
+
+        def pull(short: str, expert: int) -> torch.Tensor:
+            name, device = self.tensor_name(layer, short), weights["attn_norm"].device
+            return dequantize(self.file, name, rows=slice(expert, expert + 1), device=device)[0]
+
+        norm = weights[self.ffn_norm]
+        inputs = ((key, rms_norm(states[key], norm, self.eps)) for key in list(states))
+        for key, branch in self.feed_forwards[layer](inputs, weights, products, pull):
+            if self.post_ffn_norm is not None:
+                branch = rms_norm(branch, weights[self.post_ffn_norm], self.eps)
+            states[key] = states[key] + branch
+
     def final_norm(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
         """The last hidden states, ready for the output matrix."""
+        return rms_norm(x, weights["output_norm"], self.eps)
+
+    def layer_tensors(self, layer: int) -> dict[str, str]:
+        """Short name -> tensor name, for every tensor of a layer that is held while it runs."""
+        required, optional = self._held(layer)
+        there = {short: self.tensor_name(layer, short) for short in (*required, *optional)}
+        return {short: name for short, name in there.items() if name in self.file.tensors}
+
+    def has(self, layer: int, short: str) -> bool:
+        return self.tensor_name(layer, short) in self.file.tensors
+
+    @staticmethod
+    def tensor_name(layer: int, short: str) -> str:
+        return f"blk.{layer}.{short}" + ("" if short.endswith(".bias") else ".weight")
 
     @property
     def embedding_tensor(self) -> str:
@@ -100,25 +176,44 @@ class Architecture(ABC):
     def norm_tensors(self) -> dict[str, str]:
         return {"output_norm": "output_norm.weight"}
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number of the metadata, `A.key` with A the architecture. Raises ModelError if it is missing."""
-        full = f"{self.file.architecture}.{key}"
-        value = self.file.metadata.get(full, default)
-        if value is None:
-            raise ModelError(f"{self.file.path}: metadata key {full} is missing, expected a number")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ModelError(f"{self.file.path}: metadata key {full}: expected a number, got {value!r:.60}")
-        return value
+    @property
+    def global_tensors(self) -> Shapes:
+        """Tensors outside the layers that may be there, beside the embeddings, the output and its norm."""
+        return {}
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 of the metadata."""
-        value = self.number(key, default)
-        if value != int(value) or value < 1:
-            raise ModelError(
-                f"{self.file.path}: metadata key {self.file.architecture}.{key}:"
-                f" expected a whole number from 1, got {value}"
-            )
-        return int(value)
+    def check(self) -> None:
+        """Every tensor that is needed is there in its shape, and there is none that would be passed over.
+
+        Raises ModelError naming the tensor.
+        """
+        outside = {
+            "output_norm.weight": (self.width,),
+            self.embedding_tensor: (self.vocabulary, self.width),
+            self.output_tensor: (self.vocabulary, self.width),
+        }
+        known = set(outside)
+        for name, shape in outside.items():
+            self.expect_shape(name, shape)
+        for name, shape in self.global_tensors.items():
+            if name in self.file.tensors:
+                self.expect_shape(name, shape)
+            known.add(name)
+        for layer in range(self.layers):
+            required, optional = self._held(layer)
+            for short, shape in (required | self.feed_forwards[layer].streamed).items():
+                self.expect_shape(self.tensor_name(layer, short), shape)
+                known.add(self.tensor_name(layer, short))
+            for short, shape in optional.items():
+                name = self.tensor_name(layer, short)
+                known.add(name)
+                if name in self.file.tensors:
+                    self.expect_shape(name, shape)
+        for name in self.file.tensors:
+            if name not in known and not self._passed_over(name):
+                raise ModelError(
+                    f"{self.file.path}: tensor {name} is not known in {self.file.architecture!r} files,"
+                    " and to pass over it could change what the model computes"
+                )
 
     def expect_shape(self, tensor: str, shape: tuple[int, ...]) -> None:
         """Raises ModelError if the tensor is missing or has another shape."""
@@ -129,3 +224,18 @@ class Architecture(ABC):
             raise ModelError(
                 f"{self.file.path}: tensor {tensor} has shape {list(info.shape)}, expected {list(shape)}"
             )
+
+    def _held(self, layer: int) -> tuple[Shapes, Shapes]:
+        """Tensors that are held while a layer runs: those it must have, those it may have."""
+        required, optional = self.attention_shapes(layer)
+        norms = ("attn_norm", self.ffn_norm, self.post_attention_norm, self.post_ffn_norm)
+        named: Shapes = {norm: (self.width,) for norm in norms if norm is not None}
+        block = self.feed_forwards[layer]
+        return named | required | block.shapes, optional
+
+    def _passed_over(self, name: str) -> bool:
+        """Whether a tensor is rightly not used: of a layer that does not run, or of no effect."""
+        part, _, rest = name.removeprefix("blk.").partition(".")
+        if name.startswith("blk.") and part.isdigit() and self.layers <= int(part) < self.blocks:
+            return True
+        return rest in _UNUSED or name.startswith("rope_factors_")

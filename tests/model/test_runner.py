@@ -8,39 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
 
-from kernels.contract import checked_call
-from kernels.exact import exact_attention
 from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products, Stopwatch, tile_rows
-from model.runner import LayerCall, Runner
-
-
-class Exact:
-    """An arm with the oracle's attention."""
-
-    def __init__(self, name: str = "exact", *, fails_at: int | None = None) -> None:
-        self.name, self.fails_at = name, fails_at
-
-    def attend(self, call: LayerCall) -> torch.Tensor | None:
-        if call.layer == self.fails_at:
-            return None
-        checked = checked_call(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.settings.scale)
-        return exact_attention(checked).out.float()
-
-
-def logits_of(
-    runner: Runner, tokens: np.ndarray, arms: list[Exact], scored: range
-) -> dict[str, torch.Tensor]:
-    """Name -> [windows, scored, vocabulary]."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for piece in runner.run_group(torch.from_numpy(tokens), arms, scored=scored):
-        for name, values in piece.logits.items():
-            found.setdefault(name, []).append(values.clone())
-    return {name: torch.cat(parts).view(len(tokens), len(scored), -1) for name, parts in found.items()}
+from model.runner import Runner
 
 
 def forward(path: Path, tokens: np.ndarray, *, neighbours: bool = True) -> np.ndarray:
@@ -94,27 +69,23 @@ TOKENS = np.random.default_rng(3).integers(0, 256, (3, 40)).astype(np.int32)
 CPU = torch.device("cpu")
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
-
-
 def test_logits_are_those_of_the_formulas(tiny: Path) -> None:
     runner = Runner(architecture_of(GGUFFile.open(tiny)), device=CPU, attention_type="f32")
-    found = logits_of(runner, TOKENS, [Exact()], range(40))["exact"]
+    found = logits_of(runner, TOKENS, [ExactArm()], range(40))["exact"]
     for w in range(3):
         assert relative(found[w].numpy(), forward(tiny, TOKENS[w])) < 1e-5
 
 
 def test_a_flipped_rotation_would_be_seen(tiny: Path) -> None:
     runner = Runner(architecture_of(GGUFFile.open(tiny)), device=CPU, attention_type="f32")
-    found = logits_of(runner, TOKENS[:1], [Exact()], range(40))["exact"]
+    found = logits_of(runner, TOKENS[:1], [ExactArm()], range(40))["exact"]
     assert relative(found[0].numpy(), forward(tiny, TOKENS[0], neighbours=False)) > 1e-3
 
 
 def test_float16_inputs_differ_by_their_rounding_and_no_more(tiny: Path) -> None:
     architecture = architecture_of(GGUFFile.open(tiny))
     f32, f16 = (
-        logits_of(Runner(architecture, device=CPU, attention_type=t), TOKENS[:1], [Exact()], range(40))[
+        logits_of(Runner(architecture, device=CPU, attention_type=t), TOKENS[:1], [ExactArm()], range(40))[
             "exact"
         ]
         for t in ("f32", "f16")
@@ -125,20 +96,22 @@ def test_float16_inputs_differ_by_their_rounding_and_no_more(tiny: Path) -> None
 def test_neither_group_nor_other_arms_change_a_bit(tiny: Path) -> None:
     architecture = architecture_of(GGUFFile.open(tiny))
     scored = range(20, 39)
-    together = logits_of(Runner(architecture, device=CPU), TOKENS, [Exact("a"), Exact("b")], scored)
+    together = logits_of(Runner(architecture, device=CPU), TOKENS, [ExactArm("a"), ExactArm("b")], scored)
     assert torch.equal(together["a"], together["b"])
     for w in range(3):
-        alone = logits_of(Runner(architecture, device=CPU), TOKENS[w : w + 1], [Exact("a")], scored)
+        alone = logits_of(Runner(architecture, device=CPU), TOKENS[w : w + 1], [ExactArm("a")], scored)
         assert torch.equal(alone["a"][0], together["a"][w])
 
 
 def test_an_arm_that_fails_leaves_the_others_alone(tiny: Path) -> None:
     architecture = architecture_of(GGUFFile.open(tiny))
     scored = range(20, 39)
-    found = logits_of(Runner(architecture, device=CPU), TOKENS, [Exact("a"), Exact("b", fails_at=1)], scored)
+    found = logits_of(
+        Runner(architecture, device=CPU), TOKENS, [ExactArm("a"), ExactArm("b", fails_at=1)], scored
+    )
     assert set(found) == {"a"}
     assert torch.equal(
-        found["a"], logits_of(Runner(architecture, device=CPU), TOKENS, [Exact("a")], scored)["a"]
+        found["a"], logits_of(Runner(architecture, device=CPU), TOKENS, [ExactArm("a")], scored)["a"]
     )
 
 
@@ -167,7 +140,7 @@ def test_tiles_follow_the_window(n_ctx: int, rows: int) -> None:
         ({"attention__head_count": 3}, "not a multiple|expected"),
         ({"feed_forward_length": 95}, "expected [95, 64]"),
         ({"block_count": 3}, "blk.2.attn_norm.weight is missing"),
-        ({"expert_count": 8}, "mixture of experts"),
+        ({"expert_count": 8}, "llama.expert_used_count is missing"),
     ],
 )
 def test_models_that_contradict_themselves(tmp_path: Path, change: dict[str, object], said: str) -> None:

@@ -1,0 +1,167 @@
+"""`deepseek2`: multi-head latent attention (MLA); DeepSeek V2 and V3, GLM-4.7-Flash.
+
+    c = rms(latent part of kv_a x) [512], r = rope(the rest) [64];  of each head q = [q_nope | q_rope]
+    score = q_nope . (k_b^T c) + q_rope . r = (k_b q_nope) . c + q_rope . r
+    out   = v_b (sum of p c)
+
+so that one KV head with K = [r | c] and V = c serves all query heads ("absorbed", as engines run it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from model.architectures.architecture import (
+    Architecture,
+    AttentionInputs,
+    AttentionSettings,
+    Sizes,
+    Weights,
+)
+from model.architectures.experts import Experts, Gating
+from model.architectures.feed_forward import Dense, FeedForward, Shapes
+from model.architectures.grouped_query import rope_of
+from model.architectures.mixture import experts_of
+from model.blocks import rms_norm
+from model.errors import ModelError
+from model.gguf_file import GGUFFile
+from model.products import Products
+
+# Block counts of GLM-4.7-Flash, whose files may leave the gating function out.
+_FLASH_BLOCKS = (47, 48)
+
+
+class Deepseek2(Architecture):
+    """Both layouts of files: with `attn_k_b` and `attn_v_b`, and the older one with `attn_kv_b`.
+
+    nope, rope_size, value: sizes of a head's parts before absorption; latent: kv_lora_rank.
+    """
+
+    def __init__(self, file: GGUFFile) -> None:
+        super().__init__(file)
+        read = self.metadata
+        self.heads = read.whole("attention.head_count")
+        self.latent = read.whole("attention.kv_lora_rank")
+        self.query_rank = read.whole("attention.q_lora_rank", 0, least=0)
+        self.rope_size = read.whole("rope.dimension_count")
+        newer = read.get("attention.key_length_mla") is not None
+        suffix = "_mla" if newer else ""
+        head = read.whole(f"attention.key_length{suffix}")
+        self.value = read.whole(f"attention.value_length{suffix}")
+        self.nope = head - self.rope_size
+        if self.nope < 1:
+            raise ModelError(
+                f"{file.path}: metadata key {read.name(f'attention.key_length{suffix}')} is {head},"
+                f" expected more than the {self.rope_size} rotated dimensions"
+            )
+        self.sizes = Sizes(
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            kv_heads=1,
+            k_size=self.rope_size + self.latent,
+            v_size=self.latent,
+            vocabulary=self.vocabulary,
+            context=read.whole("context_length"),
+        )
+        if newer:
+            for key, expected in (("key_length", self.sizes.k_size), ("value_length", self.latent)):
+                found = read.whole(f"attention.{key}", expected)
+                if found != expected:
+                    raise ModelError(
+                        f"{file.path}: metadata key {read.name(f'attention.{key}')} is {found},"
+                        f" expected {expected}, the latent head"
+                    )
+        self._read_rope(head)
+        self.feed_forwards = [self.feed_forward_of(layer) for layer in range(self.layers)]
+
+    def _read_rope(self, head: int) -> None:
+        """Rotation and scale. With YaRN the scale takes the factor m^2 that the rotation would have brought.
+
+        m = 1 + yarn_log_multiplier * ln(factor); the rotation itself then has magnitude one, as in the
+        published models, where the two multipliers are equal.
+        """
+        self.rope = rope_of(self, self.rope_size, "norm", default_size=self.rope_size)
+        self.scale = head**-0.5
+        if self.rope.original_context is not None:
+            log_factor = math.log(self.rope.factor)
+            m = 1 + self.metadata.number("rope.scaling.yarn_log_multiplier", 0.0) * log_factor
+            attn_factor = self.metadata.number("rope.scaling.attn_factor", 1.0)
+            self.scale *= m * m
+            self.rope = replace(self.rope, magnitude=attn_factor)
+
+    def feed_forward_of(self, layer: int) -> FeedForward:
+        read = self.metadata
+        if layer < read.whole("leading_dense_block_count", 0, least=0) or not read.get("expert_count"):
+            return Dense(self.width, read.per_layer("feed_forward_length", self.blocks)[layer])
+        gating: Gating = "sigmoid" if self.blocks in _FLASH_BLOCKS else "softmax"
+        experts: Experts = experts_of(self, layer, default_gating=gating)
+        return experts
+
+    def attention_settings(self, layer: int) -> AttentionSettings:
+        return AttentionSettings(self.scale)
+
+    def attention_shapes(self, layer: int) -> tuple[Shapes, Shapes]:
+        heads, width, latent = self.heads, self.width, self.latent
+        q_rows = heads * (self.nope + self.rope_size)
+        required: Shapes = {
+            "attn_kv_a_mqa": (latent + self.rope_size, width),
+            "attn_kv_a_norm": (latent,),
+            "attn_output": (width, heads * self.value),
+        }
+        if self.query_rank:
+            required["attn_q_a"] = (self.query_rank, width)
+            required["attn_q_a_norm"] = (self.query_rank,)
+            required["attn_q_b"] = (q_rows, self.query_rank)
+        else:
+            required["attn_q"] = (q_rows, width)
+        if self.has(layer, "attn_kv_b"):
+            required["attn_kv_b"] = (heads * (self.nope + self.value), latent)
+        else:
+            required["attn_k_b"] = (heads, latent, self.nope)
+            required["attn_v_b"] = (heads, self.value, latent)
+        return required, {}
+
+    def attention_inputs(
+        self, layer: int, x: torch.Tensor, positions: torch.Tensor, weights: Weights, products: Products
+    ) -> AttentionInputs:
+        h = rms_norm(x, weights["attn_norm"], self.eps)
+        if self.query_rank:
+            low = rms_norm(products(h, weights["attn_q_a"]), weights["attn_q_a_norm"], self.eps)
+            q = products(low, weights["attn_q_b"])
+        else:
+            q = products(h, weights["attn_q"])
+        q = q.view(len(x), self.heads, self.nope + self.rope_size)
+        q_nope, q_rope = q.split([self.nope, self.rope_size], -1)
+        k_b = self._k_b(weights)
+        absorbed = torch.stack([products(q_nope[:, i], k_b[i]) for i in range(self.heads)], 1)
+        kv = products(h, weights["attn_kv_a_mqa"])
+        latent = rms_norm(kv[:, : self.latent], weights["attn_kv_a_norm"], self.eps)[:, None]
+        k_rope = self.rope(kv[:, None, self.latent :], positions)
+        return AttentionInputs(
+            torch.cat((self.rope(q_rope, positions), absorbed), -1), torch.cat((k_rope, latent), -1), latent
+        )
+
+    def attention_output(
+        self, layer: int, o: torch.Tensor, weights: Weights, products: Products
+    ) -> torch.Tensor:
+        v_b = self._v_b(weights)
+        values = torch.cat([products(o[:, i], v_b[i]) for i in range(self.heads)], -1)
+        return products(values, weights["attn_output"])
+
+    def _k_b(self, weights: Weights) -> torch.Tensor:
+        """[H, latent, nope]."""
+        if "attn_k_b" in weights:
+            return weights["attn_k_b"]
+        return self._kv_b(weights)[:, : self.nope].transpose(1, 2)
+
+    def _v_b(self, weights: Weights) -> torch.Tensor:
+        """[H, value, latent]."""
+        return weights["attn_v_b"] if "attn_v_b" in weights else self._kv_b(weights)[:, self.nope :]
+
+    def _kv_b(self, weights: Weights) -> torch.Tensor:
+        """Of each head first the rows of k, then those of v: [H, nope + value, latent]."""
+        return weights["attn_kv_b"].view(self.heads, self.nope + self.value, self.latent)

@@ -1,0 +1,70 @@
+"""The gated feed-forward of a layer: what every architecture has where it has no experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar
+
+import torch
+
+from model.blocks import Gate, swiglu
+from model.products import Products
+
+Key = TypeVar("Key", bound=Hashable)
+Shapes = dict[str, tuple[int, ...]]
+# Short name of a tensor with an expert in its first dimension, and which one -> that expert's part of it.
+Pull = Callable[[str, int], torch.Tensor]
+
+
+class FeedForward(Protocol):
+    """A feed-forward between a norm and a residual.
+
+    shapes: tensors that are held while a layer runs, short name -> shape; streamed: ones too large for that,
+    which are pulled an expert at a time.
+    """
+
+    @property
+    def shapes(self) -> Shapes: ...
+
+    @property
+    def streamed(self) -> Shapes: ...
+
+    def __call__(
+        self,
+        inputs: Iterable[tuple[Key, torch.Tensor]],
+        weights: Mapping[str, torch.Tensor],
+        products: Products,
+        pull: Pull,
+    ) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Normed hidden states [T, E] by key to what is added to the residual, in the same order."""
+        ...
+
+
+class Dense:
+    """down(gate_function(gate(x), up(x))). fused: gate and up are one tensor `ffn_up`, the gate first."""
+
+    def __init__(self, width: int, inner: int, *, gate: Gate = swiglu, fused: bool = False) -> None:
+        self.width, self.inner, self.gate, self.fused = width, inner, gate, fused
+
+    @property
+    def shapes(self) -> Shapes:
+        down = {"ffn_down": (self.width, self.inner)}
+        if self.fused:
+            return {"ffn_up": (2 * self.inner, self.width), **down}
+        return {"ffn_gate": (self.inner, self.width), "ffn_up": (self.inner, self.width), **down}
+
+    @property
+    def streamed(self) -> Shapes:
+        return {}
+
+    def __call__(
+        self,
+        inputs: Iterable[tuple[Key, torch.Tensor]],
+        weights: Mapping[str, torch.Tensor],
+        products: Products,
+        pull: Pull,
+    ) -> Iterator[tuple[Key, torch.Tensor]]:
+        for key, h in inputs:
+            up = products(h, weights["ffn_up"])
+            gate, up = up.chunk(2, -1) if self.fused else (products(h, weights["ffn_gate"]), up)
+            yield key, products(self.gate(gate, up), weights["ffn_down"])

@@ -1,0 +1,24 @@
+"""`glm4moe`: NEOX rotation of half of each head, experts with sigmoid scores and a bias that only chooses."""
+
+from __future__ import annotations
+
+from model.architectures.experts import Experts
+from model.architectures.feed_forward import Dense, FeedForward
+from model.architectures.grouped_query import GroupedQuery
+from model.architectures.mixture import experts_of
+
+
+class Glm4Moe(GroupedQuery):
+    """GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7. The norm before the feed-forward is `post_attention_norm`."""
+
+    rope_kind = "neox"
+    rotated = 0.5
+    biases = "optional"
+    head_norms = "optional"
+    ffn_norm = "post_attention_norm"
+
+    def feed_forward_of(self, layer: int) -> FeedForward:
+        if layer < self.metadata.whole("leading_dense_block_count", 0, least=0):
+            return Dense(self.width, self.inner(layer))
+        experts: Experts = experts_of(self, layer, default_gating="sigmoid")
+        return experts

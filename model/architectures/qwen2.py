@@ -1,0 +1,12 @@
+"""`qwen2`: NEOX rotation, biases on q, k and v."""
+
+from __future__ import annotations
+
+from model.architectures.grouped_query import GroupedQuery
+
+
+class Qwen2(GroupedQuery):
+    """Qwen 2 and 2.5, dense."""
+
+    rope_kind = "neox"
+    biases = "required"

@@ -1,0 +1,210 @@
+"""Models that contradict themselves are refused by name: the key or the tensor, and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.plain_arms import ExactArm, logits_of, relative
+from support.rewrite import rewrite
+from support.twins import EXPERTS, HEADS, INNER, KV_HEADS, SIZE, VOCABULARY, WIDTH
+
+from model.architectures import architecture_of
+from model.dequantize import dequantize
+from model.errors import ModelError
+from model.gguf_file import GGUFFile
+from model.runner import Runner
+
+TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, (1, 16)).astype(np.int32)
+
+
+FileOf = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def file_of(twin: Callable[[str], Any]) -> FileOf:
+    return lambda name: twin(name).path
+
+
+def logits(path: Path) -> torch.Tensor:
+    runner = Runner(architecture_of(GGUFFile.open(path)), device=torch.device("cpu"), attention_type="f32")
+    return logits_of(runner, TOKENS, [ExactArm()], range(16))["exact"]
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"architecture": "mamba"}, "general.architecture is 'mamba', expected one of: llama, qwen2"),
+    ("qwen2", {"drop": ["blk.1.attn_q.bias"]}, "tensor blk.1.attn_q.bias is missing"),
+    ("qwen3", {"drop": ["blk.1.attn_k_norm.weight"]}, "tensor blk.1.attn_k_norm.weight is missing"),
+    ("glm4moe", {"drop": ["blk.1.attn_k_norm.weight"]}, "tensor blk.1.attn_k_norm.weight is missing"),
+    ("glm4moe", {"drop": ["blk.1.ffn_up_exps.weight"]}, "tensor blk.1.ffn_up_exps.weight is missing"),
+    ("glm4moe", {"drop": ["blk.1.ffn_up_shexp.weight"]}, "tensor blk.1.ffn_up_shexp.weight is missing"),
+    ("gemma3", {"drop": ["blk.6.post_ffw_norm.weight"]}, "tensor blk.6.post_ffw_norm.weight is missing"),
+    ("gemma3", {"drop": ["attention.sliding_window"]}, "gemma3.attention.sliding_window is missing"),
+    ("deepseek2", {"drop": ["blk.0.attn_k_b.weight"]}, "tensor blk.0.attn_k_b.weight is missing"),
+    ("deepseek2", {"drop": ["attention.kv_lora_rank"]}, "deepseek2.attention.kv_lora_rank is missing"),
+    ("llama", {"keys": {"attention.head_count_kv": 3}}, "layer 0: 4 query heads are not a multiple of 3"),
+    (
+        "llama",
+        {"keys": {"attention.head_count_kv": 4}},
+        "attn_k.weight has shape [32, 64], expected [64, 64]",
+    ),
+    (
+        "llama",
+        {"keys": {"attention.head_count": [4, 4, 4]}},
+        "has 3 values, expected one for each of 2 blocks",
+    ),
+    ("llama", {"keys": {"attention.head_count_kv": [2]}}, "has 1 values, expected one for each of 2 blocks"),
+    ("llama", {"keys": {"feed_forward_length": [96] * 4}}, "llama.feed_forward_length has 4 values"),
+    ("llama", {"keys": {"attention.head_count": [4, 0]}}, "expected a whole number from 1, got 0"),
+    ("llama", {"keys": {"feed_forward_length": [96, 64]}}, "blk.1.ffn_gate.weight has shape [96, 64]"),
+    (
+        "llama",
+        {"keys": {"attention.head_count": 3, "attention.head_count_kv": 1}, "drop": ["attention.key_length"]},
+        "embedding_length 64 is not a multiple of 3 heads, and llama.attention.key_length is missing",
+    ),
+    (
+        "llama",
+        {"keys": {"rope.dimension_count": 7}},
+        "expected an even number up to the head size of 16, got 7",
+    ),
+    ("llama", {"keys": {"rope.dimension_count": 18}}, "expected an even number up to the head size of 16"),
+    (
+        "qwen2",
+        {"keys": {"rope.scaling.type": "longrope", "rope.scaling.factor": 2.0}},
+        "qwen2.rope.scaling.type is 'longrope', expected none, linear or yarn",
+    ),
+    ("qwen2", {"keys": {"rope.scaling.type": "linear"}}, "qwen2.rope.scaling.factor is missing"),
+    ("glm4moe", {"keys": {"nextn_predict_layers": 2}}, "expected less than block_count, 2"),
+    ("glm4moe", {"keys": {"expert_used_count": 9}}, "is 9, expected at most the 8 experts"),
+    ("glm4moe", {"keys": {"expert_gating_func": 3}}, "is 3, expected 1 (softmax) or 2 (sigmoid)"),
+    ("glm4moe", {"keys": {"expert_weights_norm": 3}}, "expected true or false, got 3"),
+    (
+        "deepseek2",
+        {"keys": {"expert_group_count": 4, "expert_group_used_count": 2}},
+        "experts chosen by groups are not known",
+    ),
+    (
+        "glm4moe",
+        {"keys": {"expert_count": 4}},
+        "blk.1.ffn_gate_inp.weight has shape [8, 64], expected [4, 64]",
+    ),
+    ("deepseek2", {"keys": {"attention.key_length": 40}}, "attention.key_length is 40, expected 48"),
+    ("deepseek2", {"keys": {"attention.key_length_mla": 16}}, "expected more than the 16 rotated dimensions"),
+    (
+        "llama",
+        {"tensors": {"blk.0.attn_sinks.weight": np.ones(HEADS)}},
+        "tensor blk.0.attn_sinks.weight is not known in 'llama' files",
+    ),
+    (
+        "llama",
+        {"tensors": {"rope_freqs.weight": np.ones(5)}},
+        "rope_freqs.weight has shape [5], expected [8]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "said"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)])
+def test_contradictions_are_refused_by_name(
+    file_of: FileOf, tmp_path: Path, name: str, change: dict[str, Any], said: str
+) -> None:
+    path = rewrite(file_of(name), tmp_path / "odd.gguf", **change)
+    with pytest.raises(ModelError) as caught:
+        architecture_of(GGUFFile.open(path))
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_layers_may_differ_in_heads_and_inner_size(file_of: FileOf, tmp_path: Path) -> None:
+    """A second layer with half of the heads and a smaller feed-forward equals one where the rest is zero."""
+    source = file_of("llama")
+    file = GGUFFile.open(source)
+    part = {
+        name: dequantize(file, f"blk.1.{name}.weight").numpy()
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    q_rows, kv_rows, inner = HEADS // 2 * SIZE, KV_HEADS // 2 * SIZE, INNER - 32
+    zeroed = {name: part[name].copy() for name in ("attn_output", "ffn_down")}
+    zeroed["attn_output"][:, q_rows:] = 0
+    zeroed["ffn_down"][:, inner:] = 0
+    whole = rewrite(
+        source, tmp_path / "whole.gguf", tensors={f"blk.1.{n}.weight": v for n, v in zeroed.items()}
+    )
+    smaller = {
+        "attn_q": part["attn_q"][:q_rows],
+        "attn_k": part["attn_k"][:kv_rows],
+        "attn_v": part["attn_v"][:kv_rows],
+        "attn_output": part["attn_output"][:, :q_rows],
+        "ffn_gate": part["ffn_gate"][:inner],
+        "ffn_up": part["ffn_up"][:inner],
+        "ffn_down": part["ffn_down"][:, :inner],
+    }
+    keys = {
+        "attention.head_count": [HEADS, HEADS // 2],
+        "attention.head_count_kv": [KV_HEADS, KV_HEADS // 2],
+        "feed_forward_length": [INNER, inner],
+    }
+    cut = rewrite(
+        source, tmp_path / "cut.gguf", keys=keys, tensors={f"blk.1.{n}.weight": v for n, v in smaller.items()}
+    )
+    assert relative(logits(cut), logits(whole)) < 1e-5
+    assert relative(logits(cut), logits(source)) > 1e-3
+
+
+def test_layers_that_predict_further_tokens_do_not_run(file_of: FileOf, tmp_path: Path) -> None:
+    source = file_of("glm4moe")
+    more = {
+        "blk.2.nextn.eh_proj.weight": np.ones((WIDTH, 2 * WIDTH)),
+        "blk.2.attn_norm.weight": np.ones(WIDTH),
+    }
+    keys = {"block_count": 3, "nextn_predict_layers": 1}
+    path = rewrite(source, tmp_path / "nextn.gguf", keys=keys, tensors=more)
+    assert architecture_of(GGUFFile.open(path)).sizes.layers == 2
+    assert torch.equal(logits(path), logits(source))
+
+
+def test_frequencies_of_a_file_divide_the_angles(file_of: FileOf, tmp_path: Path) -> None:
+    """Divisors that are all 8 are linear scaling by 8."""
+    source = file_of("llama")
+    divided = rewrite(
+        source, tmp_path / "divided.gguf", tensors={"rope_freqs.weight": np.full(SIZE // 2, 8.0)}
+    )
+    scaled = rewrite(
+        source, tmp_path / "scaled.gguf", keys={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    )
+    assert relative(logits(divided), logits(scaled)) < 1e-6
+    assert relative(logits(divided), logits(source)) > 1e-3
+
+
+def test_a_missing_gating_function_is_softmax_but_in_flash(file_of: FileOf, tmp_path: Path) -> None:
+    source = file_of("deepseek2")
+    path = rewrite(source, tmp_path / "none.gguf", drop=["expert_gating_func"])
+    assert relative(logits(path), logits(source)) > 1e-3
+    softmax = rewrite(source, tmp_path / "softmax.gguf", keys={"expert_gating_func": 1})
+    assert torch.equal(logits(path), logits(softmax))
+
+
+def test_only_chosen_experts_are_read(file_of: FileOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert at a time, and each of them once for all windows and arms."""
+    from model.architectures import architecture as module
+
+    read: list[tuple[str, int]] = []
+    plain = dequantize
+
+    def watched(file: GGUFFile, name: str, *, rows: slice | None = None, device: Any = "cpu") -> torch.Tensor:
+        if "_exps" in name:
+            assert rows is not None
+            assert rows.stop - rows.start == 1
+            read.append((name, rows.start))
+        return plain(file, name, rows=rows, device=device)
+
+    monkeypatch.setattr(module, "dequantize", watched)
+    monkeypatch.setattr("model.runner.dequantize", watched)
+    architecture = architecture_of(GGUFFile.open(file_of("glm4moe")))
+    runner = Runner(architecture, device=torch.device("cpu"))
+    logits_of(runner, np.repeat(TOKENS, 2, 0), [ExactArm("a"), ExactArm("b")], range(16))
+    assert len(read) == len(set(read)) <= 3 * EXPERTS
+    assert read
