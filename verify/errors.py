@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from model.errors import ModelError
-
 from data import CorpusError
 from kernels.errors import SpecError
+from model.errors import ModelError
 
 
 class UsageError(ValueError):

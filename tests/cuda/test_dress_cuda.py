@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.plain_arms import ExactArm, KernelArm, logits_of
 
 from model.architectures import architecture_of
 from model.dress import Dress, dress
 from model.gguf_file import GGUFFile
 from model.runner import Arm, Runner
+from support.plain_arms import ExactArm, KernelArm, logits_of
 
 GLM = Dress(to="glm4moe", copies=4, kv_heads=8, live=(0, 4, 7), head_size=128, experts="halves")
 IDS = np.random.default_rng(9).integers(0, 40_000, (2, 128)).astype(np.int32)

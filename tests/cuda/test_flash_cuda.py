@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support import flash_laws as laws
 
 from kernels.contract import checked_call
 from kernels.eager import EagerKernel, EagerOptions
@@ -15,6 +14,7 @@ from kernels.exact import exact_attention
 from kernels.flash.kernel import FlashKernel
 from kernels.plan import KVCuts, Plan
 from kernels.registry import build_kernel
+from support import flash_laws as laws
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support.tiny_model import write_text, write_tiny_model
 
 pytestmark = pytest.mark.cuda

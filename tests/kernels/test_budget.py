@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.problems import problem
 
 from kernels.arithmetic import Arithmetic, loosest
 from kernels.budget import error_budget, gamma
 from kernels.registry import build_kernel
+from support.problems import problem
 
 
 def largest_ratio(spec: str, sharpness: float, seed: int, rows: int) -> float:

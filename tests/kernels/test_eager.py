@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.problems import problem
 
 from kernels.budget import error_budget
 from kernels.contract import AttentionOutput, Call
 from kernels.exact import exact_attention
 from kernels.registry import build_kernel
+from support.problems import problem
 
 SPECS = (
     "eager",

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.problems import problem
 
 from kernels.contract import Call, checked_call
 from kernels.exact import ExactKernel, exact_attention
+from support.problems import problem
 
 
 def by_hand(c: Call, b: int, t: int, h: int) -> tuple[list[float], float]:

@@ -12,13 +12,13 @@ import os
 
 import pytest
 import torch
-from support import flash_laws as laws
 
 from kernels.contract import checked_call
 from kernels.eager import EagerOptions
 from kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel, why_not_cuda
 from kernels.plan import KVCuts, Plan
 from kernels.registry import build_kernel
+from support import flash_laws as laws
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: its interpreter cannot run the kernel", allow_module_level=True)

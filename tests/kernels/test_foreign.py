@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.problems import problem
 
 from kernels.errors import KernelFailure, SpecError
 from kernels.exact import exact_attention
 from kernels.registry import build_kernel
+from support.problems import problem
 
 FILE = Path(__file__).parents[1] / "support/user_kernels.py"
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+
 from support.twins import TWINS, VOCABULARY
 
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, (2, 24)).astype(np.int32)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.plain_arms import ExactArm, logits_of, relative
-from support.rewrite import rewrite
-from support.twins import EXPERTS, HEADS, INNER, KV_HEADS, SIZE, VOCABULARY, WIDTH
 
 from model.architectures import architecture_of
 from model.dequantize import dequantize
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.runner import Runner
+from support.plain_arms import ExactArm, logits_of, relative
+from support.rewrite import rewrite
+from support.twins import EXPERTS, HEADS, INNER, KV_HEADS, SIZE, VOCABULARY, WIDTH
 
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, (1, 16)).astype(np.int32)
 

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support.plain_arms import ExactArm, KernelArm, logits_of, relative
-from support.tiny_model import write_tiny_model
 
 from data.embedded import embedded_corpus
 from model.architectures import architecture_of
@@ -21,6 +19,8 @@ from model.gguf_file import GGUFFile
 from model.reshape_heads import HeadShape, unequal_shares
 from model.runner import Arm, Runner
 from model.tokenizer import Tokenizer
+from support.plain_arms import ExactArm, KernelArm, logits_of, relative
+from support.tiny_model import write_tiny_model
 
 CPU = torch.device("cpu")
 # 9 heads over 3 KV heads of 64 become 96 over 8 of 128, as GLM-4.5 has them: 12 query heads a KV head.

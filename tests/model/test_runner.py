@@ -8,14 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support.plain_arms import ExactArm, logits_of, relative
-from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
 
 from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products, Stopwatch, tile_rows
 from model.runner import Runner
+from support.plain_arms import ExactArm, logits_of, relative
+from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
 
 
 def forward(path: Path, tokens: np.ndarray, *, neighbours: bool = True) -> np.ndarray:

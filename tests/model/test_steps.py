@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.plain_arms import ExactArm, logits_of, relative
-from support.twins import VOCABULARY
 
 from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.runner import LayerCall, Runner
 from model.steps import Stepper
+from support.plain_arms import ExactArm, logits_of, relative
+from support.twins import VOCABULARY
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, 20).astype(np.int32)

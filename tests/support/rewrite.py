@@ -8,10 +8,10 @@ from typing import Any
 
 import gguf
 import numpy as np
-from support.twins import add_key
 
 from model.dequantize import dequantize
 from model.gguf_file import GGUFFile
+from support.twins import add_key
 
 
 def rewrite(

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.cli import assert_refused, verify
 
+from support.cli import assert_refused, verify
 from verify.bench import Measurement, crossovers
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
 

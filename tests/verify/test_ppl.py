@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
 from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
 

@@ -13,10 +13,10 @@ OUR_PACKAGES = ("verify", "kernels", "model", "data")
 def command() -> int:
     """Print what was found; exit 0."""
     import torch
-    from model.errors import ModelError
-    from model.locate import locate_model
 
     from kernels.registry import ENTRIES
+    from model.errors import ModelError
+    from model.locate import locate_model
     from verify.environment import describe
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
