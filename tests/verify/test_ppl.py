@@ -238,6 +238,8 @@ def test_a_run_that_was_interrupted_goes_on(tiny: tuple[Path, Path], tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if len(list(parts.glob("groups/*"))) >= 2:
