@@ -40,6 +40,21 @@ class Coverage:
     n_kv_max: int
     cuts_at_max: tuple[int, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """As reports list it; `kv_cuts` are those of the longest row."""
+        return {
+            "path": self.path,
+            "kernel": self.kernel,
+            "binary": self.binary,
+            "launch": self.launch,
+            "head_groups": list(self.head_groups),
+            "parts": self.parts,
+            "kv_cuts": list(self.cuts_at_max),
+            "rows": self.rows,
+            "n_kv_min": self.n_kv_min,
+            "n_kv_max": self.n_kv_max,
+        }
+
 
 @dataclass
 class LaunchTrace:
@@ -70,10 +85,6 @@ class LaunchTrace:
         """The n_kv at which this trace ran something that `other` did not run there, or the reverse."""
         mine, theirs = self._by_n_kv(), other._by_n_kv()
         return frozenset(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-
-    def rows_at(self, n_kvs: Iterable[int]) -> int:
-        wanted = set(n_kvs)
-        return sum(rows for (_, n_kv, _), rows in self.rows.items() if n_kv in wanted)
 
     @property
     def total_rows(self) -> int:

@@ -303,17 +303,7 @@ def _run_json(
             for r in results
         ],
         "coverage": [
-            {
-                "spec": spec,
-                "path": line.path,
-                "kernel": line.kernel,
-                "binary": line.binary,
-                "head_groups": list(line.head_groups),
-                "kv_cuts": list(line.cuts_at_max),
-                "rows": line.rows,
-                "n_kv_min": line.n_kv_min,
-                "n_kv_max": line.n_kv_max,
-            }
+            {"spec": spec, **line.to_json()}
             for spec, trace in [(settings.baseline, base_trace), *((r.spec, r.trace) for r in results)]
             for line in trace.coverage()
         ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,30 +166,12 @@ def layer_summary(arm: Arm, result: GroupResult) -> dict[str, Any]:
 
 def coverage_lines(arms: Sequence[Arm], result: GroupResult) -> list[dict[str, Any]]:
     """What every kernel launched, as `run.json` lists it."""
-    lines = []
-    for arm in arms:
-        trace = result.traces.get(arm.name)
-        if trace is None:
-            continue
-        for line in trace.coverage():
-            found = asdict(line)
-            lines.append(
-                {
-                    "arm": arm.name,
-                    "spec": arm.spec,
-                    "path": found["path"],
-                    "kernel": found["kernel"],
-                    "binary": found["binary"],
-                    "launch": found["launch"],
-                    "head_groups": list(found["head_groups"]),
-                    "parts": found["parts"],
-                    "kv_cuts": list(found["cuts_at_max"]),
-                    "rows": found["rows"],
-                    "n_kv_min": found["n_kv_min"],
-                    "n_kv_max": found["n_kv_max"],
-                }
-            )
-    return lines
+    return [
+        {"arm": arm.name, "spec": arm.spec, **line.to_json()}
+        for arm in arms
+        if arm.name in result.traces
+        for line in result.traces[arm.name].coverage()
+    ]
 
 
 def arm_json(summary: ArmSummary) -> dict[str, Any]:

@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.budget import Budget, error_budget
+from kernels.budget import Budget, budget_ratio, error_budget
+from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
 from verify.arms import Arm, Place, kernel_call, run_safely, untraced
 
 SAMPLED_ROWS = 8
-# Where the budget is vacuous (float16 accumulators, unknown arithmetic), an error above this share of
-# sum_j p_j |v_j| over a head is a bug all the same.
-LARGEST_RELATIVE_ERROR = 1.0 / 8.0
 
 
 class HeadErrors(NamedTuple):
@@ -88,7 +86,7 @@ def _by_head(
     error = out[0].double() - exact
     bad = ~torch.isfinite(error).all(-1)  # [rows, H]
     error = torch.where(bad[..., None], 0.0, error)
-    ratio = (error.abs() / bound).nan_to_num(nan=0.0).amax(-1)
+    ratio = budget_ratio(error, bound).amax(-1)
     vacuous = budget.vacuous[0]
     ratio = torch.where(vacuous, 0.0, ratio)
     relative = error.norm(dim=-1) / budget.size[0].norm(dim=-1).clamp(min=1e-300)

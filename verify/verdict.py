@@ -13,7 +13,7 @@ The first that applies, from the top.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from verify.statistics import DistanceRatio
@@ -65,13 +65,6 @@ class Decision(NamedTuple):
 
     verdict: Verdict
     reasons: list[str]
-
-
-@dataclass
-class Void:
-    """Why a run measured nothing; empty where it did."""
-
-    reasons: list[str] = field(default_factory=list)
 
 
 def decide(e: PairEvidence) -> Decision:

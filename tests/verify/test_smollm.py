@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from verify.__main__ import main
+from support.cli import verify
 
 # SmolLM2-135M-Instruct.Q4_1 requantised to F32, f16 cache, WikiText-2, n_ctx 512: running perplexity after
 # each of four windows, and the error bar, as ik_llama.cpp's program prints them on a CPU.
@@ -25,16 +22,8 @@ def smollm_run(
 ) -> tuple[dict[str, Any], str]:
     out = tmp_path_factory.mktemp("smollm") / "run"
     arguments = ["ppl", "-m", str(smollm), "-f", str(wikitext), "-c", "512", "--chunks", "4"]
-    said = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        redirect_stdout(said),
-        redirect_stderr(io.StringIO()),
-        pytest.raises(SystemExit),
-    ):
-        patch.setattr(sys, "argv", ["verify", *arguments, "--device", "cpu", "--out", str(out)])
-        main()
-    return json.loads((out / "run.json").read_text()), said.getvalue()
+    done = verify(*arguments, "--device", "cpu", "--out", str(out))
+    return json.loads((out / "run.json").read_text()), done.stdout
 
 
 def test_the_baseline_prints_the_published_perplexity(smollm_run: tuple[dict[str, Any], str]) -> None:
