@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from kernels.arithmetic import Arithmetic
+from kernels.capabilities import Capabilities
 from kernels.plan import Plan
 from kernels.trace import LaunchTrace
 
@@ -130,6 +131,10 @@ class Kernel(ABC):
     @abstractmethod
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         """The roundings of this kernel at this shape: what its error budget is derived from."""
+
+    def capabilities(self) -> Capabilities:
+        """What this kernel can be asked for. An implementation that has less than everything says so."""
+        return Capabilities()
 
     def close(self) -> None:
         """Give back what the kernel holds outside this process."""

@@ -15,6 +15,7 @@ import math
 import torch
 
 from kernels.arithmetic import Arithmetic
+from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.trace import Signature
 
@@ -92,3 +93,7 @@ class ExactKernel(Kernel):
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         # Only the rounding of the result to float32 is left.
         return Arithmetic(p="f32", block=max(shape.keys, 1), cuts_at=lambda n_kv: (0, n_kv))
+
+    def capabilities(self) -> Capabilities:
+        # Products of many rows at once: other shapes, other bits.
+        return Capabilities(plans=False, head_groups=False, row_alone=False)

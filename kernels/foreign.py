@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from kernels.arithmetic import Arithmetic, loosest
+from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.errors import KernelFailure, SpecError
 from kernels.spec import Spec, choice, number
@@ -71,6 +72,18 @@ class ForeignKernel(Kernel):
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         return loosest("f16", acc=self.acc)
+
+    def capabilities(self) -> Capabilities:
+        # Whether it returns the lse, it shows when it runs.
+        return Capabilities(
+            sliding_window="sliding_window" in self._takes,
+            softcap="softcap" in self._takes,
+            sinks="sinks" in self._takes,
+            alibi="alibi_slopes" in self._takes,
+            plans=False,
+            head_groups=False,
+            row_alone=False,
+        )
 
     def run(self, call: Call) -> AttentionOutput:
         inputs = {"q": call.q, "k": call.k, "v": call.v, "kv_len": call.kv_len.to(torch.int32)}

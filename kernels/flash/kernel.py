@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
-from kernels.cache import dequantise, quantise, through_cache
+from kernels.cache import CACHE_TYPES, dequantise, quantise, through_cache
+from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.eager import EagerKernel, EagerOptions, plan_of_row
 from kernels.flash.launch import (
@@ -188,6 +189,9 @@ class FlashKernel(Kernel):
             u_v=2.0**-11 if self.cache != "f16" else 0.0,
         )
 
+    def capabilities(self) -> Capabilities:
+        return Capabilities(caches=tuple(CACHE_TYPES))
+
     def _tiles(self, device: torch.device, call: Call, options: EagerOptions) -> Tiles | None:
         return self._tiles_of(
             self._limit(device),
@@ -248,6 +252,9 @@ class EagerOverCache(EagerKernel):
         if self.cache != "f16":
             call = replace(call, k=through_cache(call.k, self.cache), v=through_cache(call.v, self.cache))
         return super().run(call)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(caches=tuple(CACHE_TYPES))
 
 
 def flash_kernel(spec: str, options: EagerOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:

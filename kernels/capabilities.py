@@ -1,0 +1,101 @@
+"""What a kernel can be asked for: stated by the kernel, read by laws, reports and whoever draws problems.
+
+A kernel that lacks something is not wrong; it is only not judged by what needs it. `lacks` says why in words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from kernels.contract import Call
+
+Promise = Literal[
+    "lse", "sliding_window", "softcap", "sinks", "alibi", "plans", "head_groups", "empty_rows", "ragged",
+    "deterministic", "row_alone", "v_size",
+]  # fmt: skip
+# What a kernel without one of them is said to lack.
+WORDS: dict[Promise, str] = {
+    "lse": "returns no log-sum-exp",
+    "sliding_window": "has no sliding window",
+    "softcap": "has no softcap",
+    "sinks": "has no sinks",
+    "alibi": "has no ALiBi slopes",
+    "plans": "takes no plan: how it cuts a call cannot be chosen",
+    "head_groups": "takes no head groups",
+    "empty_rows": "takes no row that sees no key",
+    "ragged": "takes one kv_len a call",
+    "deterministic": "does not promise the same bits twice",
+    "row_alone": "does not promise that a row alone has the bits of the row in a batch",
+    "v_size": "needs values of the size of keys",
+}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kernel has. The defaults are those of a kernel of our own.
+
+    lse: returns it; sliding_window, softcap, sinks, alibi: takes them; plans: obeys `Call.plan` whole;
+    head_groups: obeys the head groups of `Call.plan` (implied by `plans`); empty_rows: rows of kv_len 0;
+    ragged: rows of different kv_len in one call; deterministic: the same call gives the same bits;
+    row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
+    head size than keys; paths, dtypes, devices: which of them; k_sizes, ratios: the head sizes and ratios it
+    has, None for all; caches: quantised cache types that the option `cache=` of its specification takes.
+    """
+
+    lse: bool = True
+    sliding_window: bool = True
+    softcap: bool = True
+    sinks: bool = True
+    alibi: bool = True
+    plans: bool = True
+    head_groups: bool = True
+    empty_rows: bool = True
+    ragged: bool = True
+    deterministic: bool = True
+    row_alone: bool = True
+    v_size: bool = True
+    paths: tuple[str, ...] = ("decode", "prefill")
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    k_sizes: tuple[int, ...] | None = None
+    ratios: tuple[int, ...] | None = None
+    caches: tuple[str, ...] = ()
+
+    def lacks(self, *promises: Promise) -> str | None:
+        """Why a kernel cannot be asked for all of these, or None if it can."""
+        missing = [WORDS[name] for name in promises if not getattr(self, name)]
+        return "; ".join(missing) or None
+
+    def refuses(self, call: Call) -> str | None:
+        """Why a call is beyond this kernel, or None if it is not."""
+        shape, lengths = call.shape, call.kv_len
+        wanted: list[Promise] = []
+        if call.sliding_window is not None:
+            wanted.append("sliding_window")
+        if call.softcap is not None:
+            wanted.append("softcap")
+        if call.sinks is not None:
+            wanted.append("sinks")
+        if call.alibi_slopes is not None:
+            wanted.append("alibi")
+        if shape.v_size != shape.k_size:
+            wanted.append("v_size")
+        if lengths.numel() and int(lengths.min()) == 0:
+            wanted.append("empty_rows")
+        if lengths.numel() and int(lengths.min()) != int(lengths.max()):
+            wanted.append("ragged")
+        missing = [WORDS[name] for name in wanted if not getattr(self, name)]
+        for what, value, allowed in (
+            ("path", call.path, self.paths),
+            ("dtype", call.q.dtype, self.dtypes),
+            ("device", call.q.device.type, self.devices),
+            ("head size", shape.k_size, self.k_sizes),
+            ("ratio", shape.ratio, self.ratios),
+        ):
+            if allowed is not None and value not in allowed:
+                missing.append(f"has no {what} {value} (has {', '.join(map(str, allowed))})")
+        return "; ".join(missing) or None

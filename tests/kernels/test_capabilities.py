@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kernels.capabilities import WORDS, Capabilities
+from kernels.registry import build_kernel
+from support.problems import problem
+
+
+def test_a_kernel_says_in_words_what_it_lacks() -> None:
+    has_all = Capabilities()
+    assert has_all.lacks(*WORDS) is None
+    for name, words in WORDS.items():
+        assert replace(has_all, **{name: False}).lacks(name) == words
+    few = replace(has_all, sinks=False, softcap=False)
+    assert few.lacks("lse", "sinks", "softcap") == "has no sinks; has no softcap"
+
+
+def test_a_call_beyond_a_kernel_is_refused_with_what_it_needs() -> None:
+    call = problem(rows=3, sinks=torch.zeros(6), sliding_window=2)
+    assert Capabilities().refuses(call) is None
+    narrow = Capabilities(sinks=False, ragged=False, paths=("prefill",), k_sizes=(64, 128))
+    assert narrow.refuses(call) == (
+        "has no sinks; takes one kv_len a call; has no path decode (has prefill);"
+        " has no head size 32 (has 64, 128)"
+    )
+
+
+def test_our_kernels_state_theirs() -> None:
+    assert build_kernel("eager").capabilities() == Capabilities()
+    assert "q8_0" in build_kernel("flash").capabilities().caches
+    assert not build_kernel("exact").capabilities().plans
+    mine = build_kernel("py:tests/support/user_kernels.py::good").capabilities()
+    assert mine.lacks("sinks", "plans") is not None
+    assert mine.lacks("ragged", "empty_rows") is None
