@@ -35,10 +35,10 @@ def command(
 
     from kernels.shapes import shape_named
     from verify.bench import crossovers, measure, to_json
-    from verify.bench_report import crossover_lines, plot, table
     from verify.devices import chosen_device, default_device
     from verify.environment import describe, prepare_torch
     from verify.errors import UsageError
+    from verify.reports.bench import crossover_lines, plot, table
     from verify.runfolder import to_json_text
 
     prepare_torch()

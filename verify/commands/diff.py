@@ -52,10 +52,10 @@ def command(
     from verify.commands.bench import parse_lengths
     from verify.devices import chosen_device, default_device
     from verify.diff import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
-    from verify.diff_report import diff_html, diff_markdown, print_outcome
     from verify.environment import prepare_torch
     from verify.errors import UsageError
     from verify.probing import PROBES
+    from verify.reports.diff import diff_html, diff_markdown, print_outcome
     from verify.runfolder import RunFolder, to_json_text
 
     prepare_torch()

@@ -75,7 +75,7 @@ def command(
     from verify.environment import prepare_torch
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
-    from verify.report import report_markdown
+    from verify.reports.ppl import report_markdown
     from verify.runfolder import RunFolder, to_json_text
 
     prepare_torch()

@@ -17,7 +17,7 @@ from verify.cells import Cell
 from verify.console import PIPE_WIDTH
 from verify.diff import CandidateResult, DiffOutcome, Line, command_of
 from verify.environment import on_terminal
-from verify.report import TEMPLATES, flat
+from verify.reports.templating import TEMPLATES, flat
 
 
 def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What commands leave on screen and paper: tables, Markdown for a pull request, pages with pictures."""
