@@ -25,7 +25,11 @@ EMBEDDING_ROWS = 8192
 
 
 class LayerCall(NamedTuple):
-    """One attention call of one window: q [1, T, H, Dk], k and v [1, T, Hkv, D] already rounded."""
+    """One attention call of one window: q [1, T, H, Dk], k and v [1, T, Hkv, D] already rounded.
+
+    unrounded: the same before they were; x [T, width]: the residual stream that enters the layer. None in
+    drivers that keep neither.
+    """
 
     layer: int
     window: int
@@ -34,6 +38,8 @@ class LayerCall(NamedTuple):
     v: torch.Tensor
     kv_len: torch.Tensor
     settings: AttentionSettings
+    unrounded: AttentionInputs | None = None
+    x: torch.Tensor | None = None
 
 
 class Arm(Protocol):
@@ -108,12 +114,9 @@ class Runner:
                     if arm.name not in live:
                         continue
                     x = hidden[w, arm.name]
-                    rounded = round_inputs(
-                        self.architecture.attention_inputs(layer, x, positions, weights, products),
-                        self.attention_type,
-                    )
-                    q, k, v = (t[None] for t in rounded)
-                    call = LayerCall(layer, first_window + w, q, k, v, kv_len, settings)
+                    inputs = self.architecture.attention_inputs(layer, x, positions, weights, products)
+                    q, k, v = (t[None] for t in round_inputs(inputs, self.attention_type))
+                    call = LayerCall(layer, first_window + w, q, k, v, kv_len, settings, inputs, x)
                     with self.stopwatch.time("attention"):
                         o = arm.attend(call)
                     if o is None:
