@@ -21,13 +21,10 @@ from rich.table import Table
 
 from model.runner import Progress as Step
 from verify.arms import Arm
-from verify.environment import on_terminal
+from verify.environment import PIPE_WIDTH, on_terminal
 from verify.evidence import PairSummary
 from verify.experiment import Experiment, Outcome
 from verify.perplexity import final_line, running_line
-
-# Wide enough for the table in a pipe, where there is no terminal to ask.
-PIPE_WIDTH = 132
 
 
 class PplConsole:

@@ -113,6 +113,10 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(_cpu_info().get("flags", "").split())
 
 
+# Wide enough for our tables in a pipe, where there is no terminal to ask.
+PIPE_WIDTH = 132
+
+
 def on_terminal(stream: Any = None) -> bool:
     stream = sys.stderr if stream is None else stream
     return bool(getattr(stream, "isatty", lambda: False)())

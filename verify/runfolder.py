@@ -11,7 +11,6 @@ moment goes on from the last whole group.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,9 @@ import pyarrow.parquet as pq
 
 from verify.errors import UsageError
 from verify.groups import GroupResult
+from verify.jsontext import to_json_text
 
 SETTINGS, GROUPS, RESULT, REPORT = "settings.json", "groups", "run.json", "report.md"
-
-
-def to_json_text(content: Any) -> str:
-    """JSON that every reader takes: numbers that are NaN or infinite become null."""
-    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [_finite(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 class RunFolder:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.corpora import DEFAULT_CORPUS
-from kernels.contract import PATHS
-from kernels.contract import Path as AttentionPath
-from model.runner import ATTENTION_TYPES
 from verify.errors import UsageError
 from verify.verdict import DEFAULT_MARGIN
+
+if TYPE_CHECKING:
+    # The command line is built from this module: commands that need no torch do not load it.
+    from kernels.contract import Path as AttentionPath
 
 DEFAULT_BASELINE = "flash"
 DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
@@ -37,6 +38,9 @@ class PplSettings:
     capture: str | None = None
 
     def __post_init__(self) -> None:
+        from kernels.contract import PATHS
+        from model.runner import ATTENTION_TYPES
+
         if self.path not in (*PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, prefill or both")
         if self.cache_type not in ATTENTION_TYPES:
@@ -51,6 +55,8 @@ class PplSettings:
 
     @property
     def paths(self) -> tuple[AttentionPath, ...]:
+        from kernels.contract import PATHS
+
         return PATHS if self.path == "both" else tuple(p for p in PATHS if p == self.path)
 
     def to_json(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from verify.commands import bench, diff, doctor, kernel_list, ppl, selftest
+from verify.commands import bench, diff, doctor, kernel_list, kld, ppl, selftest
 
 app = typer.Typer(
     name="verify",
@@ -18,5 +18,6 @@ app.command("ppl", help=ppl.HELP)(ppl.command)
 app.command("bench", help=bench.HELP)(bench.command)
 app.command("diff", help=diff.HELP)(diff.command)
 app.command("selftest", help=selftest.HELP)(selftest.command)
+app.command("kld", help=kld.HELP)(kld.command)
 app.command("list", help=kernel_list.HELP)(kernel_list.command)
 app.command("doctor", help=doctor.HELP)(doctor.command)

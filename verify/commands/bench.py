@@ -38,8 +38,8 @@ def command(
     from verify.devices import chosen_device, default_device
     from verify.environment import describe, prepare_torch
     from verify.errors import UsageError
+    from verify.jsontext import to_json_text
     from verify.reports.bench import crossover_lines, plot, table
-    from verify.runfolder import to_json_text
 
     prepare_torch()
     chosen = chosen_device(device or default_device())

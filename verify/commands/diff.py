@@ -54,9 +54,10 @@ def command(
     from verify.diff import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
     from verify.environment import prepare_torch
     from verify.errors import UsageError
+    from verify.jsontext import to_json_text
     from verify.probing import PROBES
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
-    from verify.runfolder import RunFolder, to_json_text
+    from verify.runfolder import RunFolder
 
     prepare_torch()
     chosen = chosen_device(device or default_device())

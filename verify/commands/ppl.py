@@ -75,8 +75,9 @@ def command(
     from verify.environment import prepare_torch
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
+    from verify.jsontext import to_json_text
     from verify.reports.ppl import report_markdown
-    from verify.runfolder import RunFolder, to_json_text
+    from verify.runfolder import RunFolder
 
     prepare_torch()
     console = PplConsole(json=json_)

@@ -1,0 +1,228 @@
+"""Two logits files, token by token: nll, divergence, the most likely tokens, and what 16 bits can resolve.
+
+For a scored position with codes a and b, ln p_i = s a_i + m in the base and ln q_i = t b_i + n in the other:
+
+    KLD = sum_i p_i (ln p_i - ln q_i)      over ln p_i > -16, as llama-perplexity sums it
+
+The difference of logarithms is taken as (s - t) a_i + t (a_i - b_i) + (m - n): codes subtract exactly, so
+that float32 does not add a rounding of its own to a difference of 1e-6 between numbers of 20.
+
+The floor: each logarithm was rounded to its step, an error uniform over one step, so a difference of two has
+the variance (s^2 + t^2) / 12, and a divergence, to first order, sum_i p_i^2 (s^2 + t^2) / 12. That is from
+above: the largest logarithm lies on the grid.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from verify.errors import UsageError
+from verify.formats.logits_file import CLIP_WIDTHS, LARGEST_CODE, LogitsFile, Records
+
+# llama-perplexity leaves out what is less likely than exp(-16).
+SMALLEST_LOG_PROB = -16.0
+# A clipped record spans its width up to float32's rounding of numbers of 20 or so.
+CLIP_TOLERANCE = 1e-4
+MOST_THREADS = 4
+
+Progress = Callable[[int, int], None]
+
+
+class FileScores(NamedTuple):
+    """One file's own columns, arrays [windows, scored].
+
+    nll: of the token that came; top1: the most likely token; margin: its distance in nats to the second;
+    step: of the record's codes, in nats; clipped: the token that came lies at the bottom of a clipped record,
+    its nll is a lower bound; finite: scale and offset are numbers; squares: sum of p^2.
+    """
+
+    nll: np.ndarray
+    top1: np.ndarray
+    margin: np.ndarray
+    step: np.ndarray
+    clipped: np.ndarray
+    finite: np.ndarray
+    squares: np.ndarray
+
+
+class PairScores(NamedTuple):
+    """Another file against the base, arrays [windows, scored]. kld is NaN where a record is not finite.
+
+    same: the two records are equal to the bit.
+    """
+
+    base: FileScores
+    other: FileScores
+    kld: np.ndarray
+    same: np.ndarray
+
+    @property
+    def nll_floor(self) -> np.ndarray:
+        """Standard deviation of one token's nll difference that the rounding alone makes."""
+        return np.sqrt((self.base.step**2 + self.other.step**2) / 12)
+
+    @property
+    def kld_floor(self) -> np.ndarray:
+        """Standard deviation of one token's divergence that the rounding alone makes."""
+        return self.nll_floor * np.sqrt(self.base.squares)
+
+
+def check_same_text(base: LogitsFile, other: LogitsFile) -> None:
+    """Raises UsageError with the first difference where two files are not of the same tokens."""
+    for field in ("n_vocab", "n_ctx", "n_chunk"):
+        a, b = getattr(base.layout, field), getattr(other.layout, field)
+        if a != b:
+            raise UsageError(f"{other.path}: {field} is {b}, expected {a} as in {base.path}")
+    check_tokens(other, base.tokens, str(base.path))
+
+
+def check_tokens(file: LogitsFile, tokens: np.ndarray, where: str) -> None:
+    """Raises UsageError with the first token that is not that of tokens [windows, n_ctx]."""
+    differs = file.tokens != tokens
+    if differs.any():
+        window, position = (int(x) for x in np.argwhere(differs)[0])
+        raise UsageError(
+            f"{file.path}: token {position} of window {window + 1} is {int(file.tokens[window, position])},"
+            f" expected {int(tokens[window, position])} as in {where}"
+            f" ({int(differs.sum())} of {tokens.size} tokens differ)"
+        )
+
+
+def score_file(file: LogitsFile, progress: Progress | None = None) -> FileScores:
+    """Columns of one file."""
+    return _score(file, None, progress)[0]
+
+
+def score_pair(base: LogitsFile, other: LogitsFile, progress: Progress | None = None) -> PairScores:
+    """Columns of two files of the same text (see `check_same_text`)."""
+    found, more, kld, same = _score(base, other, progress)
+    assert more is not None
+    return PairScores(found, more, kld, same)
+
+
+def clip_width(scores: FileScores) -> float | None:
+    """The clip width that the file was written with, 24 or 16; None where no record reached one."""
+    span = scores.step * LARGEST_CODE
+    widest = float(np.nanmax(span, initial=0.0))
+    return next((w for w in CLIP_WIDTHS.values() if abs(widest - w) <= CLIP_TOLERANCE * w), None)
+
+
+def _score(
+    base: LogitsFile, other: LogitsFile | None, progress: Progress | None
+) -> tuple[FileScores, FileScores | None, np.ndarray, np.ndarray]:
+    shape = (base.layout.n_chunk, base.layout.scored)
+    found = _empty(shape)
+    more = _empty(shape) if other is not None else None
+    kld, same = np.full(shape, np.nan), np.zeros(shape, bool)
+    threads = max(min(len(os.sched_getaffinity(0)), MOST_THREADS), 1)
+    done, total = 0, shape[0] * shape[1]
+    with ThreadPoolExecutor(threads) as pool:
+        for block in base.blocks():
+            theirs = other.read(block.window, block.row, len(block.scale)) if other is not None else None
+            at = block.window, slice(block.row, block.row + len(block.scale))
+            targets = base.targets[at]
+            _own_columns(found, block, targets, at)
+            if more is not None and theirs is not None:
+                _own_columns(more, theirs, targets, at)
+            rows = np.array_split(np.arange(len(block.scale)), threads)
+            for part in pool.map(lambda mine: _rows(block, theirs, mine), rows):  # noqa: B023
+                for i, top1, second, squares, top1_theirs, second_theirs, divergence, equal in part:
+                    place = block.window, block.row + i
+                    found.top1[place], found.squares[place] = top1, squares
+                    found.margin[place] = second * found.step[place]
+                    if more is not None:
+                        more.top1[place] = top1_theirs
+                        more.margin[place] = second_theirs * more.step[place]
+                        kld[place], same[place] = divergence, equal
+            done += len(block.scale)
+            if progress:
+                progress(done, total)
+    return found, more, kld, same
+
+
+def _empty(shape: tuple[int, int]) -> FileScores:
+    return FileScores(
+        np.zeros(shape),
+        np.zeros(shape, np.int32),
+        np.zeros(shape),
+        np.zeros(shape),
+        np.zeros(shape, bool),
+        np.zeros(shape, bool),
+        np.full(shape, np.nan),
+    )
+
+
+def _own_columns(found: FileScores, block: Records, targets: np.ndarray, at: tuple[int, slice]) -> None:
+    codes = block.codes[np.arange(len(targets)), targets]
+    with np.errstate(invalid="ignore"):
+        # In float32, as the programs decode; then exact.
+        found.nll[at] = -(block.scale * codes + block.low)
+    found.step[at] = block.scale
+    span = block.scale.astype(np.float64) * LARGEST_CODE
+    at_width = [np.abs(span - w) <= CLIP_TOLERANCE * w for w in CLIP_WIDTHS.values()]
+    found.clipped[at] = (codes == 0) & np.logical_or.reduce(at_width)
+    found.finite[at] = np.isfinite(block.scale) & np.isfinite(block.low) & (block.scale >= 0)
+
+
+def _rows(
+    block: Records, theirs: Records | None, rows: np.ndarray
+) -> list[tuple[int, int, int, float, int, int, float, bool]]:
+    """(row, top1, codes to the second, sum p^2, and the other's top1, codes to its second, KLD, equal)."""
+    found = []
+    n_vocab = block.codes.shape[1]
+    p, difference, moved = (np.empty(n_vocab, np.float32) for _ in range(3))
+    for i in rows:
+        a = block.codes[i]
+        scale, low = float(block.scale[i]), float(block.low[i])
+        finite = np.isfinite(scale) and np.isfinite(low)
+        squares = np.nan
+        if finite:
+            _probabilities(scale, low).take(a, out=p, mode="clip")
+            squares = float(np.dot(p, p))
+        if theirs is None:
+            found.append((int(i), *_top(a), squares, 0, 0, np.nan, False))
+            continue
+        b = theirs.codes[i]
+        other_scale, other_low = float(theirs.scale[i]), float(theirs.low[i])
+        divergence = np.nan
+        if finite and np.isfinite(other_scale) and np.isfinite(other_low):
+            np.copyto(moved, a)
+            np.copyto(difference, b)
+            np.subtract(moved, difference, out=difference)
+            difference *= np.float32(other_scale)
+            moved *= np.float32(scale - other_scale)
+            difference += moved
+            difference += np.float32(low - other_low)
+            divergence = float(np.dot(p, difference))
+        equal = scale == other_scale and low == other_low and bool(np.array_equal(a, b))
+        found.append((int(i), *_top(a), squares, *_top(b), divergence, equal))
+    return found
+
+
+def _probabilities(scale: float, low: float) -> np.ndarray:
+    """exp(scale * code + low) [65536] float32 of every code, 0 below SMALLEST_LOG_PROB.
+
+    A product of two short tables: exp is what costs here, and two records rarely share a scale.
+    """
+    steps = np.arange(256) * scale
+    coarse, fine = (np.exp(x).astype(np.float32) for x in (256 * steps + low, steps))
+    flat: np.ndarray = np.multiply.outer(coarse, fine).ravel()
+    if scale > 0:
+        flat[: max(min(int(np.floor((SMALLEST_LOG_PROB - low) / scale)) + 1, LARGEST_CODE + 1), 0)] = 0
+    return flat
+
+
+def _top(codes: np.ndarray) -> tuple[int, int]:
+    """The first of the largest codes, and how many codes lie between it and the second largest."""
+    top = int(codes.argmax())
+    largest = codes[top]
+    # In the reader's own buffer, and put back.
+    codes[top] = 0
+    second = int(codes.max())
+    codes[top] = largest
+    return top, int(largest) - second
