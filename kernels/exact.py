@@ -11,6 +11,7 @@ o = sum_j exp(s_j - L) v_j
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -19,18 +20,56 @@ from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.trace import Signature
 
-# Logits held at once, in elements. A fixed rule of the shapes alone, so that no bit depends on free memory.
-_LOGITS_AT_ONCE = 1 << 23
+# Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
+_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 25
+# On a GPU, calls of at least so many rows take several sequences at once.
+_ROWS_OF_MANY = 64
 
 
 def exact_attention(call: Call) -> AttentionOutput:
     """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64."""
+    shape = call.shape
+    logits = shape.q_heads * shape.keys * shape.rows
+    if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
+        return _attention(call)
+    if not bool((call.kv_len == call.kv_len[:1]).all()):
+        return _attention(call)
+    return _sequences_together(call, _LOGITS_AT_ONCE_CUDA // logits)
+
+
+def _sequences_together(call: Call, count: int) -> AttentionOutput:
+    """Sequences of equal lengths, `count` at a time, as further KV heads of one.
+
+    There are always `count`, the last ones repeated if need be: a product of fewer could have other bits.
+    """
+    outs, lses = [], []
+    for first in range(0, call.shape.batch, count):
+        which = torch.arange(first, first + count, device=call.q.device).clamp(max=call.shape.batch - 1)
+        q, k, v = (x[which].transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
+        shape = call.shape._replace(
+            batch=1, q_heads=count * call.shape.q_heads, kv_heads=count * call.shape.kv_heads
+        )
+        sinks, slopes = (
+            None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
+        )
+        together = replace(
+            call, q=q, k=k, v=v, kv_len=call.kv_len[:1], shape=shape, sinks=sinks, alibi_slopes=slopes
+        )
+        found = _attention(together)
+        wanted = slice(0, min(count, call.shape.batch - first))
+        outs.append(found.out[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
+        lses.append(found.lse[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
+    return AttentionOutput(torch.cat(outs), torch.cat(lses))
+
+
+def _attention(call: Call) -> AttentionOutput:
     q, k, v, kv_len, scale, shape = call.q, call.k, call.v, call.kv_len, call.scale, call.shape
     sinks = None if call.sinks is None else call.sinks.to(torch.float64)
     r, heads = shape.ratio, shape.kv_heads
     out = q.new_zeros((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float64)
     lse = q.new_full((shape.batch, shape.rows, shape.q_heads), -math.inf, dtype=torch.float64)
-    chunk = max(_LOGITS_AT_ONCE // max(shape.q_heads * shape.keys, 1), 1)
+    at_once = _LOGITS_AT_ONCE_CUDA if q.is_cuda else _LOGITS_AT_ONCE
+    chunk = max(at_once // max(shape.q_heads * shape.keys, 1), 1)
     if shape.keys == 0:
         raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
     for b in range(shape.batch):

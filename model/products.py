@@ -1,55 +1,71 @@
 """Matrix products with weights, on row tiles of one fixed shape.
 
 A BLAS picks its kernel by the shape of the product, so the same row gives other bits in a batch of 7 than
-in one of 512. Here every product has `tile` rows, the last tile padded with zeros, and tiles start where a
-window starts: the bits of a row depend on nothing but its place in its window.
+in one of 512. Here every product has `tile` rows, the last tile padded with zeros: how many windows there are
+changes no bit.
+
+On a CPU tiles start where a window starts, and a row's bits depend on nothing but its place in its window. A
+GPU needs more rows than a short window has, so there a tile holds several windows, side by side. Which ones
+depends on the group; `moves_no_bit` is what that rests on, and the first product of each shape tries it.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
+from model.stopwatch import Stopwatch
+
 MOST_ROWS = 512
+# Numbers of a tile's input on a GPU: enough rows to fill it at any width.
+_NUMBERS_A_TILE = 1 << 23
+_FEWEST_GPU_ROWS, _MOST_GPU_ROWS = 2048, 16384
+
+
+class Tiling(NamedTuple):
+    """rows: of a tile of the products; windows: how many are computed side by side."""
+
+    rows: int
+    windows: int
 
 
 def tile_rows(n_ctx: int) -> int:
-    """Rows a tile for windows of n_ctx tokens: n_ctx rounded up to 16, at most MOST_ROWS."""
+    """Rows a tile on a CPU for windows of n_ctx tokens: n_ctx rounded up to 16, at most MOST_ROWS."""
     return min(-(-n_ctx // 16) * 16, MOST_ROWS)
 
 
-@dataclass
-class Stopwatch:
-    """Seconds by kind of work (`products`, `attention`, `weights`), and operations of the products."""
+def tiling_of(n_ctx: int, width: int, device: torch.device) -> Tiling:
+    """By the shapes and the kind of device alone: neither groups nor free memory move a tile."""
+    if device.type == "cpu":
+        return Tiling(tile_rows(n_ctx), 1)
+    rows = 1 << max(_NUMBERS_A_TILE // width, 1).bit_length()
+    rows = min(max(rows, _FEWEST_GPU_ROWS), _MOST_GPU_ROWS)
+    return Tiling(rows, max(rows // n_ctx, 1))
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-    flop: float = 0.0
 
-    @contextmanager
-    def time(self, kind: str) -> Iterator[None]:
-        started = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + self._now() - started
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+def moves_no_bit(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a row has the same bits wherever it lies in a product of this shape."""
+    by = x.shape[0] // 3 + 1
+    there = torch.mm(x.roll(by, 0), weight.T).roll(-by, 0)
+    return torch.equal(torch.mm(x, weight.T), there)
 
 
 @dataclass
 class Products:
-    """x [rows, in] @ weight [out, in]^T in float32, tile by tile."""
+    """x [rows, in] @ weight [out, in]^T, tile by tile, in the type of its operands (float32 or float64).
+
+    checked: shapes whose products were tried on a GPU, and whether they move no bit.
+    """
 
     tile: int
     stopwatch: Stopwatch
+    checked: dict[tuple[int, ...], bool] = field(default_factory=dict)
+
+    def with_tile(self, rows: int) -> Products:
+        """The same on tiles of other rows."""
+        return replace(self, tile=rows)
 
     def __call__(
         self,
@@ -68,6 +84,10 @@ class Products:
             x = padded
         if out is None:
             out = x.new_empty((tiles * self.tile, weight.shape[0]))
+        if x.is_cuda and rows:
+            shape = (self.tile, *weight.shape, *weight.stride())
+            if shape not in self.checked:
+                self.checked[shape] = moves_no_bit(x[: self.tile], weight)
         with self.stopwatch.time("products"):
             for first in range(0, tiles * self.tile, self.tile):
                 rows_of_tile = slice(first, first + self.tile)

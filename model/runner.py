@@ -2,7 +2,8 @@
 
 For each layer the weights are dequantized once, applied to every arm and window, and dropped. Everything but
 attention is float32 on fixed row tiles; attention is each arm's own. q, k and v are rounded once, by
-`round_inputs`, to the run's attention type: what an engine's cast does, and the same for every arm.
+`round_inputs`, to the run's attention type: what an engine's cast does, and the same for every arm. The
+output matrix comes in slices of its rows, so that logits of the whole vocabulary never lie in memory.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import torch
 
 from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings
 from model.dequantize import dequantize
-from model.products import Products, Stopwatch, tile_rows
+from model.products import Products, Tiling, tile_rows, tiling_of
+from model.stopwatch import Stopwatch
 
-# Window of the group, name of the arm.
+# First window of a slab, name of the arm.
 State = tuple[int, str]
 ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-# Rows of logits held at once for every arm, and rows of the embedding matrix decoded at once.
-LOGIT_ROWS = 128
-EMBEDDING_ROWS = 8192
+# Rows of a tile of logits at most, and rows of the embedding or output matrix decoded at once.
+CPU_LOGIT_ROWS, GPU_LOGIT_ROWS = 128, 2048
+VOCABULARY_ROWS = 8192
 
 
 class LayerCall(NamedTuple):
-    """One attention call of one window: q [1, T, H, Dk], k and v [1, T, Hkv, D] already rounded.
+    """One attention call of B consecutive windows, `window` the number of the first in the run.
 
-    unrounded: the same before they were; x [T, width]: the residual stream that enters the layer. None in
-    drivers that keep neither.
+    q [B, T, H, Dk], k and v [B, T, Hkv, D] already rounded, kv_len [B, T]. unrounded: q, k and v, of the same
+    shapes, before they were; x [B, T, width]: the residual stream that enters the layer. None in drivers that
+    keep neither.
     """
 
     layer: int
@@ -43,7 +46,7 @@ class LayerCall(NamedTuple):
 
 
 class Arm(Protocol):
-    """One pass of the model. `attend` returns [1, T, H, Dv] float32, or None where the arm has failed."""
+    """One pass of the model. `attend` returns [B, T, H, Dv] float32, or None where the arm has failed."""
 
     name: str
 
@@ -51,14 +54,17 @@ class Arm(Protocol):
 
 
 class LogitSlice(NamedTuple):
-    """Logits of some scored positions of one window: arm name -> [rows, vocabulary] float32.
+    """Logits of some scored positions for some of the vocabulary: arm name -> [tile, vocabulary].
 
-    window: index in the whole run; positions: the scored positions. The tensors are overwritten by the next
-    slice.
+    The group's scored positions, window by window, are its rows; `rows` are the ones of this slice, and
+    tensors have as many rows as a tile, those beyond len(rows) of no meaning. block: number of the row range,
+    the same for each part of the vocabulary; all row ranges come before the next part. The tensors are
+    overwritten by the next slice.
     """
 
-    window: int
-    positions: range
+    block: int
+    rows: range
+    vocabulary: range
     logits: dict[str, torch.Tensor]
 
 
@@ -76,6 +82,11 @@ class Runner:
         self.device = device
         self.attention_type = ATTENTION_TYPES[attention_type]
         self.stopwatch = Stopwatch(device)
+        self.products = Products(0, self.stopwatch)
+
+    def tiling(self, n_ctx: int) -> Tiling:
+        """How windows of n_ctx tokens are computed together."""
+        return tiling_of(n_ctx, self.architecture.sizes.width, self.device)
 
     def run_group(
         self,
@@ -85,92 +96,141 @@ class Runner:
         scored: range,
         first_window: int = 0,
         progress: Progress | None = None,
+        whole_vocabulary: bool = False,
+        tiling: Tiling | None = None,
     ) -> Iterator[LogitSlice]:
         """Run every arm over windows [W, T] of tokens, then give their logits at the scored positions.
 
         An arm whose `attend` returns None takes no further part. first_window: number of the group's first
-        window in the run, passed on in calls and slices.
+        window in the run, passed on in calls. whole_vocabulary: one slice holds it all, whatever memory that
+        takes. tiling: instead of the device's own.
         """
         windows, n_ctx = tokens.shape
         sizes = self.architecture.sizes
-        products = Products(tile_rows(n_ctx), self.stopwatch)
-        positions = torch.arange(n_ctx, device=self.device)
-        kv_len = torch.arange(1, n_ctx + 1, dtype=torch.int32, device=self.device)[None]
+        tiling = tiling or self.tiling(n_ctx)
+        products = self.products.with_tile(tiling.rows)
+        slabs = [
+            range(first, min(first + tiling.windows, windows)) for first in range(0, windows, tiling.windows)
+        ]
+        positions, kv_lens = self._positions(slabs, n_ctx)
         live = [arm.name for arm in arms]
-        # Hidden states by window and arm; those of an arm that fails are dropped.
+        # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
         hidden: dict[State, torch.Tensor] = {}
-        for w, start in enumerate(self._embed(tokens)):
+        for slab, start in zip(slabs, self._embed(tokens.to(self.device), slabs), strict=True):
             for name in live:
-                hidden[w, name] = start.clone()
+                hidden[slab.start, name] = start
         steps = (sizes.layers * windows + windows) * len(arms)
         done = 0
         for layer in range(sizes.layers):
             with self.stopwatch.time("weights"):
                 weights = self._weights(self.architecture.layer_tensors(layer))
             settings = self.architecture.attention_settings(layer)
-            for w in range(windows):
+            for slab in slabs:
+                count = len(slab)
                 for arm in arms:
-                    done += 1
+                    done += count
                     if arm.name not in live:
                         continue
-                    x = hidden[w, arm.name]
-                    inputs = self.architecture.attention_inputs(layer, x, positions, weights, products)
-                    q, k, v = (t[None] for t in round_inputs(inputs, self.attention_type))
-                    call = LayerCall(layer, first_window + w, q, k, v, kv_len, settings, inputs, x)
-                    with self.stopwatch.time("attention"):
+                    x = hidden[slab.start, arm.name]
+                    inputs = AttentionInputs(
+                        *(
+                            t.unflatten(0, (count, n_ctx))
+                            for t in self.architecture.attention_inputs(
+                                layer, x, positions[count], weights, products
+                            )
+                        )
+                    )
+                    q, k, v = round_inputs(inputs, self.attention_type)
+                    x_in = x.unflatten(0, (count, n_ctx))
+                    call = LayerCall(
+                        layer, first_window + slab.start, q, k, v, kv_lens[count], settings, inputs, x_in
+                    )
+                    with self.stopwatch.time(f"attention {arm.name}"):
                         o = arm.attend(call)
                     if o is None:
                         live.remove(arm.name)
                         hidden = {state: kept for state, kept in hidden.items() if state[1] != arm.name}
                         continue
-                    hidden[w, arm.name] = self.architecture.after_attention(layer, x, o[0], weights, products)
+                    hidden[slab.start, arm.name] = self.architecture.after_attention(
+                        layer, x, o.flatten(0, 1), weights, products
+                    )
                 if progress:
                     progress(done, steps)
             self.architecture.feed_forward(layer, hidden, weights, products)
-        yield from self._logits(hidden, live, scored, first_window, windows)
+        yield from self._logits(hidden, live, scored, slabs, n_ctx, whole_vocabulary)
         if progress:
             progress(steps, steps)
+
+    def _positions(
+        self, slabs: Sequence[range], n_ctx: int
+    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """Positions [B * T] and visible keys [B, T] of slabs of B windows, by B."""
+        one = torch.arange(n_ctx, device=self.device)
+        counts = sorted({len(slab) for slab in slabs})
+        positions = {count: one.repeat(count) for count in counts}
+        kv_lens = {count: (one + 1).to(torch.int32).expand(count, -1).contiguous() for count in counts}
+        return positions, kv_lens
 
     def _logits(
         self,
         hidden: dict[State, torch.Tensor],
         live: Sequence[str],
         scored: range,
-        first_window: int,
-        windows: int,
+        slabs: Sequence[range],
+        n_ctx: int,
+        whole_vocabulary: bool,
     ) -> Iterator[LogitSlice]:
+        architecture = self.architecture
         with self.stopwatch.time("weights"):
-            weights = self._weights(self.architecture.norm_tensors)
-            output = dequantize(self.architecture.file, self.architecture.output_tensor, device=self.device)
-        rows = min(LOGIT_ROWS, tile_rows(len(scored)))
-        products = Products(rows, self.stopwatch)
-        buffers = {name: torch.empty((rows, output.shape[0]), device=self.device) for name in live}
-        for w in range(windows):
-            for first in range(0, len(scored), rows):
-                positions = scored[first : first + rows]
-                logits = {}
+            weights = self._weights(architecture.norm_tensors)
+        normed: dict[str, list[torch.Tensor]] = {name: [] for name in live}
+        for slab in slabs:
+            for name in live:
+                x = hidden.pop((slab.start, name)).unflatten(0, (len(slab), n_ctx))
+                x = x[:, scored.start : scored.stop].flatten(0, 1)
+                normed[name].append(architecture.final_norm(x, weights))
+        rows_of = {name: torch.cat(parts) for name, parts in normed.items()}
+        del normed
+        total = len(scored) * (slabs[-1].stop if slabs else 0)
+        if self.device.type == "cpu":
+            # Tiles of one window each, as everywhere on a CPU.
+            tile = min(CPU_LOGIT_ROWS, tile_rows(len(scored)))
+            spans = [range(first, first + len(scored)) for first in range(0, total, len(scored))]
+        else:
+            tile, spans = GPU_LOGIT_ROWS, [range(total)]
+        blocks = [span[first : first + tile] for span in spans for first in range(0, len(span), tile)]
+        products = self.products.with_tile(tile)
+        vocabulary = architecture.sizes.vocabulary
+        at_once = vocabulary if whole_vocabulary else VOCABULARY_ROWS
+        for first in range(0, vocabulary, at_once):
+            part = range(first, min(first + at_once, vocabulary))
+            with self.stopwatch.time("weights"):
+                output = self._decoded(architecture.output_tensor, slice(part.start, part.stop))
+            buffers = {name: output.new_empty((tile, len(part))) for name in live}
+            for block, rows in enumerate(blocks):
                 for name in live:
-                    x = hidden[w, name][positions.start : positions.stop]
-                    logits[name] = products(
-                        self.architecture.final_norm(x, weights), output, out=buffers[name]
-                    )
-                yield LogitSlice(first_window + w, positions, logits)
+                    products(rows_of[name][rows.start : rows.stop], output, out=buffers[name])
+                yield LogitSlice(block, rows, part, buffers)
 
     def _weights(self, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
-        file = self.architecture.file
-        return {short: dequantize(file, name, device=self.device) for short, name in tensors.items()}
+        return {short: self._decoded(name) for short, name in tensors.items()}
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding matrix [W, T, width], decoding a slice of the matrix at a time."""
-        name, sizes = self.architecture.embedding_tensor, self.architecture.sizes
-        out = torch.empty((*tokens.shape, sizes.width), dtype=torch.float32)
-        for first in range(0, sizes.vocabulary, EMBEDDING_ROWS):
-            last = min(first + EMBEDDING_ROWS, sizes.vocabulary)
-            chosen = (tokens >= first) & (tokens < last)
-            if chosen.any():
-                part = dequantize(self.architecture.file, name, rows=slice(first, last))
-                out[chosen] = part[tokens[chosen].long() - first]
-        return out.to(self.device) * self.architecture.embedding_scale
+    def _decoded(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        return dequantize(self.architecture.file, name, rows=rows, device=self.device)
+
+    def _embed(self, tokens: torch.Tensor, slabs: Sequence[range]) -> list[torch.Tensor]:
+        """Rows of the embedding matrix [B * T, width] by slab, decoding a slice of the matrix at a time."""
+        name, sizes, n_ctx = self.architecture.embedding_tensor, self.architecture.sizes, tokens.shape[1]
+        found, place = tokens.flatten().long().unique(return_inverse=True)
+        parts = []
+        with self.stopwatch.time("weights"):
+            for first in range(0, sizes.vocabulary, VOCABULARY_ROWS):
+                mine = found[(found >= first) & (found < first + VOCABULARY_ROWS)]
+                if len(mine):
+                    part = self._decoded(name, slice(first, first + VOCABULARY_ROWS))
+                    parts.append(part[mine - first])
+        rows = torch.cat(parts) * self.architecture.embedding_scale
+        return [rows[place[slab.start * n_ctx : slab.stop * n_ctx]] for slab in slabs]
 
 
 def round_inputs(inputs: AttentionInputs, to: torch.dtype) -> AttentionInputs:

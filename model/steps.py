@@ -15,8 +15,9 @@ import torch
 from model.architectures.architecture import Architecture
 from model.dequantize import dequantize
 from model.errors import ModelError
-from model.products import Products, Stopwatch, tile_rows
+from model.products import Products, tile_rows
 from model.runner import ATTENTION_TYPES, LayerCall, round_inputs
+from model.stopwatch import Stopwatch
 
 Attend = Callable[[LayerCall], torch.Tensor]
 
@@ -41,6 +42,7 @@ class Stepper:
         self.attention_type = ATTENTION_TYPES[attention_type]
         self.keep_weights = keep_weights
         self.stopwatch = Stopwatch(device)
+        self.products = Products(0, self.stopwatch)
         self.length = 0
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
@@ -53,7 +55,7 @@ class Stepper:
         architecture, n = self.architecture, len(tokens)
         if n == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= architecture.sizes.vocabulary:
             raise ModelError(f"tokens: expected at least one, all below {architecture.sizes.vocabulary}")
-        products = Products(tile_rows(n), self.stopwatch)
+        products = self.products.with_tile(tile_rows(n))
         positions = torch.arange(self.length, self.length + n, device=self.device)
         kv_len = (positions + 1).to(torch.int32)[None]
         x = self._rows_of_embedding(tokens) * architecture.embedding_scale

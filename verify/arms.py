@@ -163,20 +163,22 @@ class ArmRunner:
         return out
 
     def _noise(self, call: LayerCall, like: torch.Tensor) -> torch.Tensor:
-        """Standard normal numbers that depend on seed, window and layer alone."""
-        key = zlib.crc32(f"{self.seed}/{call.window}/{call.layer}".encode())
-        generator = torch.Generator().manual_seed(key)
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+        """Standard normal numbers that depend on seed, window and layer alone (and on the kind of device)."""
+        noise = torch.empty_like(like)
+        generator = torch.Generator(like.device)
+        for i, of_window in enumerate(noise):
+            generator.manual_seed(zlib.crc32(f"{self.seed}/{call.window + i}/{call.layer}".encode()))
+            of_window.normal_(generator=generator)
+        return noise
 
     def _note_nonfinite(self, call: LayerCall, out: torch.Tensor) -> None:
-        bad = ~torch.isfinite(out[0]).all(-1)  # [T, H]
+        bad = ~torch.isfinite(out).all(-1)  # [B, T, H]
         if not bad.any():
             return
         findings = self.arm.findings
         findings.nonfinite_rows += int(bad.any(-1).sum())
         if findings.nonfinite_place is None:
-            position, head = (int(x) for x in bad.nonzero()[0])
-            findings.nonfinite_place = Place(call.window, call.layer, position, head)
+            findings.nonfinite_place = _first(call, bad)
 
     def _compare(self, call: LayerCall, out: torch.Tensor) -> None:
         self.board[self.arm.name] = out
@@ -188,9 +190,15 @@ class ArmRunner:
         findings = self.arm.findings
         findings.attention_equal = False
         if findings.first_difference is None and reference is not None:
-            differs = (out[0].view(torch.int32) != reference[0].view(torch.int32)).any(-1)
-            position, head = (int(x) for x in differs.nonzero()[0])
-            findings.first_difference = Place(call.window, call.layer, position, head)
+            findings.first_difference = _first(
+                call, (out.view(torch.int32) != reference.view(torch.int32)).any(-1)
+            )
+
+
+def _first(call: LayerCall, where: torch.Tensor) -> Place:
+    """The first place of a call at which `where` [B, T, H] holds."""
+    window, position, head = (int(x) for x in where.nonzero()[0])
+    return Place(call.window + window, call.layer, position, head)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

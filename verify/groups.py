@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -13,10 +13,10 @@ import torch
 from data import Windows
 from kernels.trace import LaunchTrace
 from model.runner import LayerCall, Progress, Runner
-from verify.arms import Arm, ArmRunner, Findings, same_bits
+from verify.arms import Arm, ArmRunner, Findings
 from verify.environment import anonymous_memory
 from verify.inplace import HeadErrors, InPlace
-from verify.scoring import Scorer
+from verify.scoring import Scorer, TokenScores
 
 TOKEN_SCHEMA = pa.schema(
     [
@@ -95,12 +95,12 @@ def run_group(
         arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
         if arm.kernel is not None:
             arm.kernel.trace = LaunchTrace()
-    runner.stopwatch.seconds.clear()
-    runner.stopwatch.flop = 0.0
-    in_place = InPlace(arms, seed=seed)
+    runner.stopwatch.reset()
+    in_place = InPlace(arms, seed=seed, windows_at_once=runner.tiling(windows.n_ctx).windows)
 
     def watch(call: LayerCall) -> None:
-        in_place(call)
+        with runner.stopwatch.time("in place"):
+            in_place(call)
         if capture is not None:
             capture(call)
 
@@ -118,44 +118,62 @@ def run_group(
     exact = next((arm.name for arm in arms if arm.role == "exact"), None)
     by_name = {arm.name: arm for arm in arms}
     baseline_of = {arm.name: arm.reference for arm in arms if arm.reference is not None}
-    tables = []
-    scorer = Scorer(exact=exact, baseline_of=baseline_of)
+    targets = windows.targets[chosen.start : chosen.stop].astype(np.int64)
+    scorer = Scorer(
+        exact=exact, baseline_of=baseline_of, targets=torch.from_numpy(targets.ravel()).to(runner.device)
+    )
     slices = runner.run_group(
         tokens, watched, scored=windows.scored_positions, first_window=chosen.start, progress=step
     )
     for piece in slices:
-        for name, reference in baseline_of.items():
-            if name in piece.logits and reference in piece.logits:
-                same = same_bits(piece.logits[name], piece.logits[reference])
-                by_name[name].findings.logits_equal &= same
-        first = piece.positions.start - windows.first_scored
-        targets = windows.targets[piece.window, first : first + len(piece.positions)]
-        scores = scorer.score(piece.logits, torch.from_numpy(targets.astype(np.int64)).to(runner.device))
-        positions = np.arange(piece.positions.start, piece.positions.stop)
-        inputs = windows.tokens[piece.window, positions]
-        for name in piece.logits:
-            columns = [
-                np.full(len(positions), piece.window),
-                positions,
-                positions + 1,
-                inputs,
-                targets,
-                np.full(len(positions), name),
-                *scores[name],
-            ]
-            arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, TOKEN_SCHEMA, strict=True)]
-            tables.append(pa.Table.from_arrays(arrays, schema=TOKEN_SCHEMA))
+        with runner.stopwatch.time("scoring"):
+            scorer.add(piece)
         most = max(most, anonymous_memory())
+    for name, same in scorer.logits_equal.items():
+        by_name[name].findings.logits_equal &= same
     layers = [pa.array(c).cast(f.type) for c, f in zip(_columns(in_place.rows), LAYER_SCHEMA, strict=True)]
     return GroupResult(
-        pa.concat_tables(tables).combine_chunks() if tables else TOKEN_SCHEMA.empty_table(),
+        _token_table(windows, chosen, [arm.name for arm in arms], scorer.scores()),
         pa.Table.from_arrays(layers, schema=LAYER_SCHEMA),
         {arm.name: arm.findings for arm in arms},
         {arm.name: arm.kernel.trace for arm in arms if arm.kernel is not None},
-        dict(runner.stopwatch.seconds),
+        runner.stopwatch.seconds,
         runner.stopwatch.flop,
         most,
     )
+
+
+def _token_table(
+    windows: Windows, chosen: range, arms: Sequence[str], scores: Mapping[str, TokenScores]
+) -> pa.Table:
+    """Rows by window, then arm, then position: the order of a run's file does not depend on its groups."""
+    live = [name for name in arms if name in scores]
+    if not live:
+        return TOKEN_SCHEMA.empty_table()
+    scored = np.arange(windows.scored_positions.start, windows.scored_positions.stop)
+    shape = len(chosen), len(live), len(scored)
+
+    def of_position(values: np.ndarray) -> np.ndarray:
+        """[windows, scored] to all rows."""
+        return np.broadcast_to(values[:, None], shape).ravel()
+
+    tokens, targets = (x[chosen.start : chosen.stop] for x in (windows.tokens, windows.targets))
+    by_arm = [
+        np.stack([column.reshape(len(chosen), -1) for column in columns], 1).ravel()
+        for columns in zip(*(scores[name] for name in live), strict=True)
+    ]
+    number = np.broadcast_to(np.arange(len(live), dtype=np.int32)[None, :, None], shape).ravel()
+    columns = [
+        np.broadcast_to(np.asarray(chosen)[:, None, None], shape).ravel(),
+        of_position(np.broadcast_to(scored, (len(chosen), len(scored)))),
+        of_position(np.broadcast_to(scored + 1, (len(chosen), len(scored)))),
+        of_position(tokens[:, scored]),
+        of_position(targets),
+        pa.DictionaryArray.from_arrays(number, live),
+        *by_arm,
+    ]
+    arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, TOKEN_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=TOKEN_SCHEMA)
 
 
 def _columns(rows: Sequence[HeadErrors]) -> list[list[Any]]:

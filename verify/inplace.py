@@ -2,7 +2,8 @@
 
 An arm that runs freely drifts from exact for many reasons; here each kernel gets the same inputs as the
 oracle and answers for its own rounding alone. Some rows of every window are sampled: the first two, the
-last, and others drawn by seed. An error above its budget is a bug, whatever the perplexity says.
+last, and others drawn by seed; windows that are computed side by side share them. An error above its budget
+is a bug, whatever the perplexity says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.budget import Budget, budget_ratio, error_budget
+from kernels.contract import Call, checked_call
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
 from verify.arms import Arm, Place, kernel_call, run_safely, untraced
@@ -44,26 +46,33 @@ class HeadErrors(NamedTuple):
     position: int
 
 
-def sampled_rows(n_ctx: int, *, seed: int, window: int, layer: int) -> torch.Tensor:
-    """Positions that are checked, ascending: 0, 1, the last and others drawn by seed, window and layer."""
+def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> torch.Tensor:
+    """Positions that are checked, ascending: 0, 1, the last and others drawn by seed, slab and layer.
+
+    slab: number of the windows that are computed together; on a CPU, the window's.
+    """
     fixed = {0, min(1, n_ctx - 1), n_ctx - 1}
-    key = zlib.crc32(f"rows/{seed}/{window}/{layer}".encode())
+    key = zlib.crc32(f"rows/{seed}/{slab}/{layer}".encode())
     drawn = torch.randperm(n_ctx, generator=torch.Generator().manual_seed(key)).tolist()
     more = [row for row in drawn if row not in fixed][: max(SAMPLED_ROWS - len(fixed), 0)]
     return torch.tensor(sorted(fixed | set(more)))
 
 
 class InPlace:
-    """Checks the kernels of some arms whenever the exact arm attends."""
+    """Checks the kernels of some arms whenever the exact arm attends.
 
-    def __init__(self, arms: Sequence[Arm], *, seed: int = 0) -> None:
+    windows_at_once: how many windows a device computes together.
+    """
+
+    def __init__(self, arms: Sequence[Arm], *, seed: int = 0, windows_at_once: int = 1) -> None:
         self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
-        self.seed = seed
+        self.seed, self.windows_at_once = seed, windows_at_once
         self.rows: list[HeadErrors] = []
 
     def __call__(self, call: LayerCall) -> None:
         """Check every kernel on this layer's exact inputs."""
-        rows = sampled_rows(call.q.shape[1], seed=self.seed, window=call.window, layer=call.layer)
+        slab = call.window // self.windows_at_once
+        rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
         rows = rows.to(call.q.device)
         for arm in self.arms:
             if arm.failed or arm.kernel is None:
@@ -76,15 +85,17 @@ class InPlace:
                 arm.findings.failure = failure
                 arm.findings.failure_place = Place(call.window, call.layer)
                 continue
-            self.rows += _by_head(call, arm, rows, out, error_budget(small, arithmetic))
+            budget = error_budget(_as_one_sequence(small), arithmetic)
+            self.rows += _by_head(call, arm, rows, out.transpose(0, 1).flatten(1, 2), budget)
 
 
 def _by_head(
     call: LayerCall, arm: Arm, rows: torch.Tensor, out: torch.Tensor, budget: Budget
 ) -> list[HeadErrors]:
-    exact, bound = budget.out[0], budget.bound[0]  # [rows, H, Dv]
-    error = out[0].double() - exact
-    bad = ~torch.isfinite(error).all(-1)  # [rows, H]
+    """out [rows, B * H, Dv], as the budget of `_as_one_sequence` has it."""
+    exact, bound = budget.out[0], budget.bound[0]  # [rows, B * H, Dv]
+    error = out.double() - exact
+    bad = ~torch.isfinite(error).all(-1)  # [rows, B * H]
     error = torch.where(bad[..., None], 0.0, error)
     ratio = budget_ratio(error, bound).amax(-1)
     vacuous = budget.vacuous[0]
@@ -107,10 +118,26 @@ def _by_head(
             at,
         )
     ]
+    heads = call.q.shape[2]
     return [
-        HeadErrors(call.window, call.layer, arm.name, arm.path, head, *values)
-        for head, values in enumerate(zip(*columns, strict=True))
+        HeadErrors(call.window + i // heads, call.layer, arm.name, arm.path, i % heads, *values)
+        for i, values in enumerate(zip(*columns, strict=True))
     ]
+
+
+def _as_one_sequence(call: Call) -> Call:
+    """Sequences of equal lengths as further KV heads of one: [B, T, H, D] becomes [1, T, B * H, D]."""
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
+    return checked_call(
+        q,
+        k,
+        v,
+        kv_len=call.kv_len[:1],
+        scale=call.scale,
+        path=call.path,
+        sliding_window=call.sliding_window,
+        softcap=call.softcap,
+    )
 
 
 def fault_of(errors: HeadErrors) -> str | None:

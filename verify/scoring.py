@@ -2,22 +2,31 @@
 
 nll  = lse(l) - l[target]                      in float64, from float32 logits
 KLD(P, Q) = sum_i P_i (ln P_i - ln Q_i)        P: exact, or the baseline; Q: the arm
+
+Logits arrive a part of the vocabulary at a time and are never kept. With m the largest logit so far, each row
+keeps Z = sum_i exp(l_i - m) and, for each pair of arms, D = sum_i exp(l^P_i - m^P) (l^P_i - l^Q_i); both are
+multiplied by exp(m - m') where m grows to m'. In the end
+
+    lse = m + ln Z          KLD(P, Q) = D / Z^P - (lse^P - lse^Q)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# Rows of float64 probabilities held at once.
-_ROWS = 16
+from model.runner import GPU_LOGIT_ROWS, LogitSlice
+
+# Rows of float64 numbers held at once on a CPU, for its caches' sake; a GPU takes whole tiles.
+_CPU_ROWS = 16
 
 
 class TokenScores(NamedTuple):
-    """Per scored token of one slice: arrays [rows]; KLDs are NaN where there is no arm to compare with."""
+    """Per scored token of a group: arrays [rows]; KLDs are NaN where there is no arm to compare with."""
 
     nll: np.ndarray
     kld_to_exact: np.ndarray
@@ -27,66 +36,141 @@ class TokenScores(NamedTuple):
     top1_margin: np.ndarray
 
 
-class Scorer:
-    """Scores slices of logits of one vocabulary, in buffers that are kept: float64 rows are large.
+@dataclass
+class _Rows:
+    """What is known so far of some consecutive rows: arrays [rows], of which the first `used` are wanted.
 
-    exact: name of the oracle's arm; baseline_of: arm -> the arm that it is compared with.
+    top, second: the two largest logits; best: the vocabulary index of the first; moments: reference -> D.
     """
 
-    def __init__(self, *, exact: str | None, baseline_of: Mapping[str, str]) -> None:
-        self.exact, self.baseline_of = exact, baseline_of
-        self.references = sorted({*baseline_of.values(), *([exact] if exact else [])})
-        self._buffers: dict[str, torch.Tensor] = {}
+    used: int
+    top: torch.Tensor
+    second: torch.Tensor
+    best: torch.Tensor
+    total: torch.Tensor
+    target: torch.Tensor
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def score(self, logits: Mapping[str, torch.Tensor], targets: torch.Tensor) -> dict[str, TokenScores]:
-        """Scores of each arm. logits: name -> [rows, vocabulary] float32; targets [rows]."""
-        found: dict[str, list[list[torch.Tensor]]] = {name: [] for name in logits}
-        for first in range(0, len(targets), _ROWS):
-            part = slice(first, min(first + _ROWS, len(targets)))
-            live = [name for name in self.references if name in logits]
-            for name in live:
-                log_p = self._log_softmax(logits[name][part], f"log {name}")
-                torch.exp(log_p, out=self._buffer(f"p {name}", log_p))
-            for name, x in logits.items():
-                raw, chosen = x[part], targets[part, None]
-                own = self._buffers.get(f"log {name}")
-                own = own[: len(raw)] if own is not None else self._log_softmax(raw, "own")
-                top2 = raw.topk(2, -1)
-                found[name].append(
-                    [
-                        -own.gather(1, chosen)[:, 0],
-                        self._kld(self.exact, own, live),
-                        self._kld(self.baseline_of.get(name), own, live),
-                        top2.indices[:, 0],
-                        raw.gather(1, chosen)[:, 0],
-                        top2.values[:, 0] - top2.values[:, 1],
-                    ]
-                )
+
+class Scorer:
+    """Scores the logits of one group.
+
+    exact: name of the oracle's arm; baseline_of: arm -> the arm that it is compared with; targets [rows]: the
+    token after each scored position.
+    """
+
+    def __init__(self, *, exact: str | None, baseline_of: Mapping[str, str], targets: torch.Tensor) -> None:
+        self.exact, self.baseline_of = exact, baseline_of
+        # Tiles may reach beyond the last row.
+        self.targets = torch.nn.functional.pad(targets, (0, GPU_LOGIT_ROWS))
+        # By arm and first row.
+        self._rows: dict[tuple[str, int], _Rows] = {}
+        self._equal: dict[str, torch.Tensor] = {}
+
+    def add(self, piece: LogitSlice) -> None:
+        """Take in some rows' logits for some of the vocabulary."""
+        tile = next((len(x) for x in piece.logits.values()), 1)
+        step = _CPU_ROWS if self.targets.device.type == "cpu" else tile
+        for first in range(0, len(piece.rows), step):
+            rows = piece.rows[first : first + step]
+            self._add(rows, piece.vocabulary, {n: x[first : first + step] for n, x in piece.logits.items()})
+
+    @property
+    def logits_equal(self) -> dict[str, bool]:
+        """Arm -> whether every logit has the bits of the arm that it is compared with."""
+        return {name: bool(same) for name, same in self._equal.items()}
+
+    def scores(self) -> dict[str, TokenScores]:
+        """Of each arm, once the whole vocabulary was seen."""
+        names = sorted({name for name, _ in self._rows})
+        whole = {name: self._joined(name) for name in names}
+        lse = {name: rows.top.double() + torch.log(rows.total) for name, rows in whole.items()}
+
+        def kld(name: str, reference: str | None) -> torch.Tensor:
+            if reference not in whole:
+                return torch.full_like(lse[name], torch.nan)
+            if reference == name:
+                return torch.where(torch.isnan(lse[name]), torch.nan, 0.0)
+            p = whole[reference]
+            return whole[name].moments[reference] / p.total - (lse[reference] - lse[name])
+
         return {
-            name: TokenScores(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
-            for name, parts in found.items()
+            name: TokenScores(
+                *(
+                    x.cpu().numpy()
+                    for x in (
+                        lse[name] - rows.target.double(),
+                        kld(name, self.exact),
+                        kld(name, self.baseline_of.get(name)),
+                        rows.best,
+                        rows.target,
+                        rows.top - rows.second,
+                    )
+                )
+            )
+            for name, rows in whole.items()
         }
 
-    def _kld(self, reference: str | None, own: torch.Tensor, live: Sequence[str]) -> torch.Tensor:
-        """sum_i P_i (ln P_i - ln Q_i) of each row, NaN without a reference."""
-        if reference is None or reference not in live:
-            return own.new_full(own.shape[:1], torch.nan)
-        rows = len(own)
-        work = self._buffer("work", own)
-        torch.sub(self._buffers[f"log {reference}"][:rows], own, out=work)
-        return work.mul_(self._buffers[f"p {reference}"][:rows]).sum(-1)
+    def _add(self, rows: range, vocabulary: range, logits: Mapping[str, torch.Tensor]) -> None:
+        """Logits [as many rows as a step has, len(vocabulary)]."""
+        wide: dict[str, torch.Tensor] = {}
+        grown: dict[str, torch.Tensor] = {}
+        # References first: the others are measured against their exponentials.
+        references = self._references(logits)
+        for name in [*references, *(name for name in logits if name not in references)]:
+            x = logits[name]
+            state = self._state(name, rows, len(x))
+            top, best = x.max(-1)
+            second = x.scatter(-1, best[:, None], -torch.inf).amax(-1)
+            new = torch.maximum(state.top, top)
+            state.second = torch.maximum(torch.minimum(state.top, top), torch.maximum(state.second, second))
+            state.best = torch.where(top > state.top, best + vocabulary.start, state.best)
+            # Before the first part both may be -inf, and there is nothing to rescale.
+            rescale = torch.where(new == state.top, 1.0, torch.exp((state.top - new).double()))
+            state.top = new
+            e = torch.sub(x, new.double()[:, None]).exp_()
+            state.total = state.total * rescale + e.sum(-1)
+            if name in references:
+                wide[name], grown[name] = e, rescale
+            for reference in self._compared(name, logits):
+                more = torch.sub(logits[reference].double(), x).mul_(wide[reference]).sum(-1)
+                state.moments[reference] = state.moments.get(reference, 0.0) * grown[reference] + more
+            at = self.targets[rows.start : rows.start + len(x)] - vocabulary.start
+            inside = (at >= 0) & (at < len(vocabulary))
+            found = x.gather(1, at.clamp(0, len(vocabulary) - 1)[:, None])[:, 0]
+            state.target = torch.where(inside, found, state.target)
+            other = self.baseline_of.get(name)
+            if other is not None and other in logits:
+                same = (x.view(torch.int32) == logits[other].view(torch.int32)).all()
+                self._equal[name] = self._equal[name] & same if name in self._equal else same
 
-    def _log_softmax(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """ln softmax of float32 rows, in float64."""
-        y = self._buffer(name, x).copy_(x)
-        y.sub_(y.amax(-1, keepdim=True))
-        work = self._buffer("work", x)
-        return y.sub_(torch.exp(y, out=work).sum(-1, keepdim=True).log_())
+    def _references(self, logits: Mapping[str, torch.Tensor]) -> list[str]:
+        named = {*self.baseline_of.values(), *([self.exact] if self.exact else [])}
+        return sorted(named & logits.keys(), key=lambda name: (name != self.exact, name))
 
-    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """float64 rows of this name, as many as `like` has."""
-        if name not in self._buffers:
-            self._buffers[name] = torch.empty(
-                (_ROWS, like.shape[-1]), dtype=torch.float64, device=like.device
-            )
-        return self._buffers[name][: len(like)]
+    def _compared(self, name: str, logits: Mapping[str, torch.Tensor]) -> Sequence[str]:
+        """The other arms that this one is measured against."""
+        both = dict.fromkeys((self.exact, self.baseline_of.get(name)))
+        return [other for other in both if other is not None and other != name and other in logits]
+
+    def _state(self, name: str, rows: range, size: int) -> _Rows:
+        key = name, rows.start
+        if key not in self._rows:
+            lowest = torch.full((size,), -torch.inf, device=self.targets.device)
+            none = torch.zeros_like(lowest, dtype=torch.int64)
+            self._rows[key] = _Rows(len(rows), lowest, lowest, none, none.double(), lowest)
+        return self._rows[key]
+
+    def _joined(self, name: str) -> _Rows:
+        """All rows of an arm, without those that only fill a tile."""
+        mine = [rows for (arm, _), rows in sorted(self._rows.items(), key=lambda x: x[0]) if arm == name]
+
+        def whole(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([x[: rows.used] for x, rows in zip(values, mine, strict=True)])
+
+        top, second, best, total, target = (
+            whole([getattr(rows, kind) for rows in mine])
+            for kind in ("top", "second", "best", "total", "target")
+        )
+        moments = {other: whole([rows.moments[other] for rows in mine]) for other in mine[0].moments}
+        return _Rows(len(top), top, second, best, total, target, moments)

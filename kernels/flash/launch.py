@@ -365,11 +365,10 @@ class Prepared:
 
     def record(self, trace: LaunchTrace, kernel: str) -> None:
         """Enter what `launch` launched: call it after the launch, whose binaries it names."""
-        for n_kv, plan, which in zip(self.lengths, self.rows.plans, self.rows.kind_of_row, strict=True):
+        for (n_kv, plan, which), rows in self.rows.counts.items():
             binary = "+".join(self.launches[which].binaries)
-            trace.record(
-                self.call.path, n_kv, Signature(kernel, binary, plan.head_groups, plan.cuts, plan.launch), 1
-            )
+            signature = Signature(kernel, binary, plan.head_groups, plan.cuts, plan.launch)
+            trace.record(self.call.path, n_kv, signature, rows)
 
 
 def _binary_hash(compiled: Any) -> str:

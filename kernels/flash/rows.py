@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,11 +22,15 @@ class Kind(NamedTuple):
 
 
 class RowPlans(NamedTuple):
-    """plans and kind_of_row [B * T]: the plan of each row, and which of `kinds` it belongs to."""
+    """plans and kind_of_row [B * T]: the plan of each row, and which of `kinds` it belongs to.
+
+    counts: how many rows have this n_kv, plan and kind.
+    """
 
     plans: tuple[RowPlan, ...]
     kinds: tuple[Kind, ...]
     kind_of_row: tuple[int, ...]
+    counts: Mapping[tuple[int, RowPlan, int], int]
 
 
 @lru_cache(maxsize=16)
@@ -66,4 +72,4 @@ def plans_of_rows(
     for p, i in zip(plans, kind_of_row, strict=True):
         slots[i] = max(slots[i], len(p.cuts) - 1)
     kinds = tuple(Kind(groups, launch, slots[i]) for i, (groups, launch) in enumerate(chosen))
-    return RowPlans(plans, kinds, kind_of_row)
+    return RowPlans(plans, kinds, kind_of_row, Counter(zip(lengths, plans, kind_of_row, strict=True)))

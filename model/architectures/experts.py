@@ -5,8 +5,8 @@
     weights  = s (without the bias) of the chosen, divided by their sum if `normalised`, times `scale`
     out      = shared expert + sum over the chosen of weight * expert
 
-Experts are decoded one at a time and applied to the rows that chose them, each window by itself and on row
-tiles of one size, so that a row's bits depend on nothing beside its own window.
+Experts are decoded one at a time and applied to the rows that chose them, each state by itself and on row
+tiles of one size, so that how many states there are changes no bit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from model.products import Products
 Gating = Literal["softmax", "sigmoid"]
 # Values of `expert_gating_func`.
 GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid"}
-# Rows a tile: a window of 512 with 8 experts of 128 gives an expert 32 rows in the mean.
-EXPERT_ROWS = 64
+# Rows a tile: a window of 512 with 8 experts of 128 gives an expert 32 rows in the mean. A GPU is given many
+# windows at once, and needs more rows.
+EXPERT_ROWS, GPU_EXPERT_ROWS = 64, 256
 
 
 def route(
@@ -109,21 +110,26 @@ class Experts:
                 )
             )
             sums.append(self._shared_expert(h, weights, products))
-        tiles = Products(EXPERT_ROWS, products.stopwatch)
+        tiles = products.with_tile(GPU_EXPERT_ROWS if weights["ffn_gate_inp"].is_cuda else EXPERT_ROWS)
+        places = [self._places(chosen) for chosen, _ in routes]
         for expert in range(self.count):
-            # Rows that chose this expert, and the slot in which each of them did.
-            places = [(chosen == expert).nonzero() for chosen, _ in routes]
-            if not any(map(len, places)):
+            if not any(len(place[expert]) for place in places):
                 continue
             with products.stopwatch.time("weights"):
                 part = {name: pull(name, expert) for name in self.streamed}
             for (_, h), (_, shares), place, total in zip(states, routes, places, sums, strict=True):
-                if len(place):
-                    rows, slots = place.unbind(1)
+                if len(place[expert]):
+                    rows, slots = place[expert] // self.used, place[expert] % self.used
                     out = self._expert(h[rows], part, tiles)
                     total[rows] += out * shares[rows, slots][:, None]
         for (key, _), total in zip(states, sums, strict=True):
             yield key, total
+
+    def _places(self, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of each expert the entries of chosen [T, used], flattened, that name it, in their order."""
+        flat = chosen.flatten()
+        order = torch.sort(flat, stable=True).indices
+        return order.split(torch.bincount(flat.cpu(), minlength=self.count).tolist())
 
     def _shared_expert(
         self, h: torch.Tensor, weights: Mapping[str, torch.Tensor], products: Products

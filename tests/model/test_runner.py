@@ -12,8 +12,9 @@ import torch
 from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
-from model.products import Products, Stopwatch, tile_rows
+from model.products import Products, tile_rows
 from model.runner import Runner
+from model.stopwatch import Stopwatch
 from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +36,14 @@ class ExactArm:
 
 
 def logits_of(
-    runner: Runner, tokens: np.ndarray, arms: Sequence[Arm], scored: range
+    runner: Runner, tokens: np.ndarray, arms: Sequence[Arm], scored: range, **options: Any
 ) -> dict[str, torch.Tensor]:
     """Name -> [windows, scored, vocabulary]."""
     found: dict[str, list[torch.Tensor]] = {}
-    for piece in runner.run_group(torch.from_numpy(tokens), arms, scored=scored):
+    slices = runner.run_group(torch.from_numpy(tokens), arms, scored=scored, whole_vocabulary=True, **options)
+    for piece in slices:
         for name, values in piece.logits.items():
-            found.setdefault(name, []).append(values.clone())
+            found.setdefault(name, []).append(values[: len(piece.rows)].clone())
     return {name: torch.cat(parts).view(len(tokens), len(scored), -1) for name, parts in found.items()}
 
 

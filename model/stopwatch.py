@@ -1,0 +1,71 @@
+"""Seconds by kind of work. On a GPU they are the device's own, and measuring waits for nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Measurements that are kept before the device is asked for them.
+_MOST_PENDING = 8192
+
+
+class Stopwatch:
+    """Seconds by kind (`products`, `weights`, ...), and operations of the products.
+
+    Kinds nest: what an inner one takes is not counted in the outer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flop = 0.0
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._pending: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far; waits for the device."""
+        self._settle()
+        return dict(self._seconds)
+
+    def reset(self) -> None:
+        self._settle()
+        self._seconds.clear()
+        self.flop = 0.0
+
+    @contextmanager
+    def time(self, kind: str) -> Iterator[None]:
+        outer = self._open[-1] if self._open else None
+        self._open.append(kind)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            begin = torch.cuda.Event(enable_timing=True)
+            begin.record()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._open.pop()
+            if on_gpu:
+                end = torch.cuda.Event(enable_timing=True)
+                end.record()
+                self._pending.append((kind, outer, begin, end))
+                if len(self._pending) > _MOST_PENDING:
+                    self._settle()
+            else:
+                self._add(kind, outer, time.perf_counter() - started)
+
+    def _settle(self) -> None:
+        if self._pending:
+            torch.cuda.synchronize(self.device)
+            for kind, outer, begin, end in self._pending:
+                self._add(kind, outer, begin.elapsed_time(end) / 1000)
+            self._pending.clear()
+
+    def _add(self, kind: str, outer: str | None, seconds: float) -> None:
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+        if outer is not None:
+            self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds
