@@ -40,7 +40,7 @@ def tiling_of(n_ctx: int, width: int, device: torch.device) -> Tiling:
     """By the shapes and the kind of device alone: neither groups nor free memory move a tile."""
     if device.type == "cpu":
         return Tiling(tile_rows(n_ctx), 1)
-    rows = 1 << max(_NUMBERS_A_TILE // width, 1).bit_length()
+    rows = 1 << max(_NUMBERS_A_TILE // width - 1, 0).bit_length()
     rows = min(max(rows, _FEWEST_GPU_ROWS), _MOST_GPU_ROWS)
     return Tiling(rows, max(rows // n_ctx, 1))
 

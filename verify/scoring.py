@@ -126,7 +126,7 @@ class Scorer:
             state.second = torch.maximum(torch.minimum(state.top, top), torch.maximum(state.second, second))
             state.best = torch.where(top > state.top, best + vocabulary.start, state.best)
             # Before the first part both may be -inf, and there is nothing to rescale.
-            rescale = torch.where(new == state.top, 1.0, torch.exp((state.top - new).double()))
+            rescale = torch.where(new == state.top, 1.0, torch.exp(state.top.double() - new.double()))
             state.top = new
             e = torch.sub(x, new.double()[:, None]).exp_()
             state.total = state.total * rescale + e.sum(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,11 +14,12 @@ import torch
 from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
-from model.products import Products, tile_rows
+from model.products import Products, Tiling, tile_rows, tiling_of
 from model.runner import Runner
 from model.stopwatch import Stopwatch
 from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
+from support.twins import VOCABULARY
 
 
 def forward(path: Path, tokens: np.ndarray, *, neighbours: bool = True) -> np.ndarray:
@@ -102,6 +105,32 @@ def test_neither_group_nor_other_arms_change_a_bit(tiny: Path) -> None:
     for w in range(3):
         alone = logits_of(Runner(architecture, device=CPU), TOKENS[w : w + 1], [ExactArm("a")], scored)
         assert torch.equal(alone["a"][0], together["a"][w])
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4moe", "deepseek2"])
+def test_windows_side_by_side_give_the_bits_of_windows_alone(name: str, twin: Callable[[str], Any]) -> None:
+    """As a GPU computes them: a tile of the products holds several windows, the last tile padded."""
+    architecture = architecture_of(GGUFFile.open(twin(name).path))
+    tokens = np.random.default_rng(4).integers(0, VOCABULARY, (5, 16)).astype(np.int32)
+    scored = range(8, 15)
+
+    def found(tiling: Tiling) -> torch.Tensor:
+        runner = Runner(architecture, device=CPU)
+        return logits_of(runner, tokens, [ExactArm(), ExactArm("b")], scored, tiling=tiling)["b"]
+
+    together, alone = found(Tiling(48, 3)), found(Tiling(48, 1))
+    assert relative(together, alone) < 1e-5
+    if name != "glm4moe":  # its experts' tiles hold the rows of a whole slab
+        assert torch.equal(together, alone)
+
+
+def test_a_gpu_has_wider_tiles_by_the_shapes_alone() -> None:
+    gpu = torch.device("cuda")
+    assert tiling_of(512, 576, CPU) == Tiling(512, 1)
+    assert tiling_of(512, 576, gpu) == Tiling(16384, 32)
+    assert tiling_of(8192, 576, gpu) == Tiling(16384, 2)
+    assert tiling_of(512, 4096, gpu) == Tiling(2048, 4)
+    assert tiling_of(65536, 4096, gpu) == Tiling(2048, 1)
 
 
 def test_an_arm_that_fails_leaves_the_others_alone(tiny: Path) -> None:
