@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kernels.policy import POLICIES
+from kernels.shapes import shape_named
+from support.cli import assert_refused, verify
+from support.tiny_model import write_tiny_model
+from verify.engines.plans import Setting, find_shape, plan_at, stretches
+
+
+@pytest.mark.parametrize(("gpus", "threshold"), [(1, 8192), (2, 16_384), (4, 32_768), (8, 65_536)])
+def test_the_split_of_glm_starts_later_on_more_gpus(gpus: int, threshold: int) -> None:
+    done = verify(
+        *("plan", "--arch", "glm4moe", "--gpus", str(gpus), "--split-mode", "graph", "--json"),
+        *("--n-kv", f"{threshold - 256},{threshold}"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {p["policy"]: p for p in json.loads(done.stdout)["policies"]}
+    for name in ("ik-1183", "ik-1190", "ik-1192"):
+        _, start = found[name]["starts"]
+        assert (start["padded"], start["from_n_kv"]) == (threshold, threshold - 255)
+        assert start["plan"] == "8+4, 2 launches on copies of Q"
+        below, at = found[name]["plans"]
+        assert (below["plan"], below["walks"]) == ("4+4+4, one launch", 3)
+        assert (at["plan"], at["walks"]) == ("8+4, 2 launches on copies of Q", 2)
+    assert f"from n_kv {threshold} ({threshold - 255} unpadded) 8+4" in done.stderr
+
+
+def test_glm_flash_splits_above_8192() -> None:
+    setting = Setting(shape_named("glm-4.7-flash"))
+    _, start = stretches(POLICIES["ik-1182"], setting)
+    assert (start.from_n_kv, start.head_groups, start.launch) == (8193, (16, 4), "views")
+    (only,) = stretches(POLICIES["ik-1192"], setting)
+    assert only.name == "20 padded to 32, one launch"
+
+
+def test_padded_plans_and_their_waste() -> None:
+    setting = Setting(shape_named("glm-4.5-air"))
+    padded = plan_at(POLICIES["ik-1193"], setting, 32_768)
+    assert (padded.name, padded.waste, padded.walks) == ("12 padded to 16, one launch", 0.25, 1)
+    mainline = plan_at(POLICIES["mainline"], setting, 32_768)
+    assert (mainline.name, mainline.waste) == ("8+4 padded to 8+8, one launch", 0.25)
+    assert plan_at(POLICIES["before"], setting, 32_768).waste == 0
+
+
+def test_predicted_bytes_by_hand() -> None:
+    # 2 of 8 KV heads, 1,000 keys padded to 1,024, K and V of 128 numbers: 524,288 numbers.
+    setting = Setting(shape_named("glm-4.5-air"), gpus=4, split_mode="graph")
+    found = plan_at(POLICIES["before"], setting, 1000)
+    assert (found.bytes_read, found.bytes_written) == (3 * 2 * 524_288, 0)
+    found = plan_at(POLICIES["before"], setting._replace(cache_type="q8_0"), 1000)
+    assert found.bytes_written == 2 * 524_288
+    assert found.bytes_read == 3 * 2 * 524_288 + 524_288 * 34 // 32
+    # MLA reads K alone: V lies in it.
+    found = plan_at(POLICIES["ik-1192"], Setting(shape_named("glm-4.7-flash")), 256)
+    assert found.bytes_read == 2 * 256 * 576
+
+
+def test_a_quantised_cache_never_splits_before_1190() -> None:
+    setting = Setting(shape_named("glm-4.5-air"), cache_type="q8_0")
+    assert len(stretches(POLICIES["ik-1183"], setting)) == 1
+    assert len(stretches(POLICIES["ik-1190"], setting)) == 2
+
+
+def test_a_file_gives_its_own_shape(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    shape = find_shape(str(path))
+    assert (shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size) == (4, 2, 16, 16)
+    assert find_shape("96/8x128").ratio == find_shape("glm4moe").ratio == 12
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--arch", "glm5moe"), "did you mean 'glm4moe'"),
+        (("--arch", "none.gguf"), "none.gguf"),
+        (("--cache-type", "q9"), "--cache-type q9: expected one of"),
+        (("--gpus", "0"), "--gpus 0"),
+        (("--gpus", "3", "--split-mode", "graph"), "8 KV heads cannot be shared out over 3 GPUs"),
+        (("--split-mode", "row"), "--split-mode row: expected layer or graph"),
+        (("--policy", "ik-1"), "did you mean"),
+        (("--n-kv", "0"), "--n-kv 0"),
+    ],
+)
+def test_bad_input(more: tuple[str, ...], said: str) -> None:
+    assert_refused(verify("plan", *more), said)

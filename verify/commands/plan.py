@@ -1,0 +1,59 @@
+"""`verify plan`: which plan every policy runs at which length."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from verify.engines.plans import Setting
+
+HELP = "Which attention plan each version of an engine runs, by shape, cache, GPUs, split mode and n_kv."
+DEFAULT_N_KV = "4096,8192,16384,32768,65536"
+
+
+def command(
+    arch: Annotated[
+        str,
+        typer.Option("--arch", "--shape", "-m", help="glm4moe, glm-4.5-air, 96/8x128, or a GGUF file"),
+    ] = "glm4moe",
+    n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = DEFAULT_N_KV,
+    cache_type: Annotated[str, typer.Option("--cache-type", "-ctk", help="f16, q8_0, q4_0 ...")] = "f16",
+    gpus: Annotated[int, typer.Option("--gpus", help="GPUs that share the model")] = 1,
+    split_mode: Annotated[
+        str, typer.Option("--split-mode", "-sm", help="layer, or graph, which shares the KV heads out")
+    ] = "layer",
+    policy: Annotated[list[str] | None, typer.Option("--policy", help="may be repeated; default all")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout")] = False,
+) -> int:
+    """Print; exit 0."""
+    from verify.commands.bench import parse_lengths
+    from verify.engines.plans import chosen_policies, plans_json
+    from verify.jsontext import to_json_text
+    from verify.reports.plan import print_plans
+
+    setting = setting_of(arch, cache_type, gpus, split_mode)
+    policies, lengths = chosen_policies(policy), parse_lengths(n_kv)
+    print_plans(setting, policies, lengths, sys.stderr if json_ else sys.stdout)
+    if json_:
+        print(to_json_text(plans_json(setting, policies, lengths)), end="")
+    return 0
+
+
+def setting_of(arch: str, cache_type: str, gpus: int, split_mode: str) -> Setting:
+    """The setting that options name. Raises UsageError, SpecError or ModelError."""
+    from verify.engines.plans import CACHE_BITS, Setting, find_shape
+    from verify.errors import UsageError
+
+    if cache_type not in CACHE_BITS:
+        raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(CACHE_BITS)}")
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus}: expected at least 1")
+    if split_mode not in ("layer", "graph"):
+        raise UsageError(f"--split-mode {split_mode}: expected layer or graph")
+    shape = find_shape(arch)
+    if split_mode == "graph" and shape.kv_heads % gpus and shape.kv_heads > 1:
+        raise UsageError(f"--gpus {gpus}: {shape.kv_heads} KV heads cannot be shared out over {gpus} GPUs")
+    return Setting(shape, cache_type, gpus, "graph" if split_mode == "graph" else "layer")

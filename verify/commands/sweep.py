@@ -1,0 +1,84 @@
+"""`verify sweep`: speed logs of sweep-bench compared."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HELP = (
+    "Logs of sweep-bench: where the speed departs from the first file's, and whether a policy splits there."
+)
+
+
+def command(
+    logs: Annotated[list[str], typer.Argument(help="logs, Markdown or JSONL; the first is compared with")],
+    policy: Annotated[str | None, typer.Option("--policy", help="ik-1183, say: needs --arch")] = None,
+    arch: Annotated[
+        str | None, typer.Option("--arch", "-m", help="glm4moe, glm-4.5-air, 96/8x128, or a GGUF file")
+    ] = None,
+    cache_type: Annotated[str, typer.Option("--cache-type", "-ctk", help="f16, q8_0 ...")] = "f16",
+    gpus: Annotated[int, typer.Option("--gpus", help="GPUs that share the model")] = 1,
+    split_mode: Annotated[str, typer.Option("--split-mode", "-sm", help="layer or graph")] = "layer",
+    out: Annotated[Path | None, typer.Option("--out", help="picture, sweep.png or sweep.svg")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout")] = False,
+) -> int:
+    """Compare; exit 1 for a significant slowdown, else 0."""
+    from kernels.policy import policy_named
+    from verify.commands.plan import setting_of
+    from verify.engines.sweep import (
+        COLUMNS,
+        check_comparable,
+        compare,
+        fit_line,
+        medians,
+        split_starts,
+        to_json,
+    )
+    from verify.errors import UsageError
+    from verify.formats.sweep_log import read_sweep
+    from verify.jsontext import to_json_text
+    from verify.reports.sweep import compared_lines, line_text, plot, policy_lines, print_times
+
+    if (policy is None) != (arch is None):
+        raise UsageError("--policy and --arch: expected both or neither")
+    if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--out {out}: expected a file name that ends in .png, .svg or .pdf")
+    chosen = policy_named(policy) if policy else None
+    setting = setting_of(arch, cache_type, gpus, split_mode) if arch else None
+    found = [read_sweep(path) for path in logs]
+    if len({log.label for log in found}) < len(found):
+        # The same name in two folders: the folder tells them apart.
+        found = [log._replace(label=str(log.path)) for log in found]
+    check_comparable(found)
+    screen = sys.stderr if json_ else sys.stdout
+    compared = [compare(found[0], other, column) for other in found[1:] for column in COLUMNS]
+    lines = {
+        (log.label, column): fit_line(list(times := medians(log, column)), list(times.values()))
+        for log in found
+        for column in COLUMNS
+    }
+    print_times(found, compared, screen)
+    for (label, column), line in lines.items():
+        if line is not None and column == "t_tg":
+            print(line_text(label, column, line), file=screen)
+    for c in compared:
+        for text in compared_lines(c, found[0].label):
+            print(text, file=screen)
+    starts = []
+    if chosen is not None and setting is not None:
+        starts = split_starts(chosen, setting, found[0])
+        for text in policy_lines(chosen, setting, starts, compared):
+            print(text, file=screen)
+    if out is not None:
+        try:
+            plot(found, compared, starts, out)
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+        print(f"picture: {out}", file=screen)
+    exit_code = 1 if any(c.slower for c in compared) else 0
+    if json_:
+        print(to_json_text(to_json(found, lines, compared, starts, exit_code)), end="")
+    return exit_code

@@ -1,0 +1,271 @@
+"""Speed logs compared: ratios by depth, a line a file, and whether and where the ratio changes.
+
+The line is T = a + b N_KV by Theil and Sen: b the median of the slopes of all pairs, with the interval of
+Kendall's test (Sen 1968); a the median of T - b N_KV, its interval from the ends of b's.
+
+The change point is the depth k that minimises the squares of a ratio that is constant before k and a line
+from k on, with at least two depths on either side. It is believed if three things hold:
+
+    chance     of 20,000 series of normal noise at these depths, fewer than 1 in 100 reach its F statistic
+    not drift  one straight line through all depths fits worse, by a difference of BIC of more than 6
+    it stays   every ratio after it lies on the same side of every ratio before it
+
+Repeats of a depth count as their median.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from kernels.policy import Policy
+from verify.engines.plans import Setting, Stretch, stretches
+from verify.errors import UsageError
+from verify.formats.sweep_log import SweepLog
+
+Column = Literal["t_tg", "t_pp"]
+COLUMNS: dict[Column, str] = {"t_tg": "T_TG", "t_pp": "T_PP"}
+LINE_CONFIDENCE = 0.95
+FEWEST_EACH_SIDE = 2
+SERIES, MOST_BY_CHANCE = 20000, 0.01
+BIC_NEEDED = 6.0
+# A slowdown below this is not worth an exit code.
+SLOWDOWN = 1.01
+SLOWDOWN_CONFIDENCE = 0.99
+
+
+class Line(NamedTuple):
+    """T = a + b N_KV: seconds, and seconds a cached token, each with its interval."""
+
+    a: float
+    a_low: float
+    a_high: float
+    b: float
+    b_low: float
+    b_high: float
+
+
+class ChangePoint(NamedTuple):
+    """The best candidate for a change of the ratio, and whether it is believed; reasons: why not.
+
+    before: mean ratio before it; first, last: ratios at it and at the end; by_chance: share of series of
+    noise with as large a statistic; bic: how much better it is than one straight line.
+    """
+
+    n_kv: int
+    before: float
+    first: float
+    last: float
+    by_chance: float
+    bic: float
+    stays: bool
+
+    @property
+    def reasons(self) -> list[str]:
+        found = []
+        if self.by_chance > MOST_BY_CHANCE:
+            found.append(f"{self.by_chance:.1%} of noise shows as much")
+        if self.bic <= BIC_NEEDED:
+            found.append("one straight line explains it as well")
+        if not self.stays:
+            found.append("ratios after it fall back among those before it")
+        return found
+
+    @property
+    def believed(self) -> bool:
+        return not self.reasons
+
+
+class Compared(NamedTuple):
+    """One column of one file against the first file's.
+
+    mean, mean_low, mean_high: of the ratio over the depths, with its interval at SLOWDOWN_CONFIDENCE.
+    """
+
+    label: str
+    column: Column
+    depths: list[int]
+    ratios: list[float]
+    change: ChangePoint | None
+    mean: float
+    mean_low: float
+    mean_high: float
+
+    @property
+    def slower(self) -> bool:
+        """A significant slowdown: from a change point on, or all over."""
+        later = self.change is not None and self.change.believed and self.change.last > SLOWDOWN
+        return (later and self.change.last > self.change.before) or self.mean_low > SLOWDOWN  # type: ignore[union-attr]
+
+    @property
+    def peak(self) -> tuple[int, float]:
+        """The depth whose ratio is farthest from 1, and that ratio."""
+        return max(zip(self.depths, self.ratios, strict=True), key=lambda x: abs(x[1] - 1))
+
+
+class SplitStart(NamedTuple):
+    """Where a policy changes its plan, and the first row of the logs that runs the new one."""
+
+    stretch: Stretch
+    before: Stretch
+    row: int | None
+
+
+def medians(log: SweepLog, column: Column) -> dict[int, float]:
+    """Depth -> the median of its repeats."""
+    found: dict[int, list[float]] = {}
+    for row in log.rows:
+        found.setdefault(row.n_kv, []).append(getattr(row, column))
+    return {n_kv: float(np.median(times)) for n_kv, times in found.items()}
+
+
+def check_comparable(logs: Sequence[SweepLog]) -> None:
+    """Raises UsageError where logs do not measure the same work, or share no depth."""
+    first = logs[0]
+    work = {row.n_kv: (row.pp, row.tg) for row in first.rows}
+    for log in logs[1:]:
+        shared = [row for row in log.rows if row.n_kv in work]
+        if not shared:
+            raise UsageError(f"{log.path}: N_KV: no depth in common with {first.path}")
+        for row in shared:
+            if (row.pp, row.tg) != work[row.n_kv]:
+                pp, tg = work[row.n_kv]
+                raise UsageError(
+                    f"{log.path}: N_KV {row.n_kv}: PP {row.pp} and TG {row.tg},"
+                    f" expected {pp} and {tg} as in {first.path}"
+                )
+
+
+def fit_line(depths: Sequence[int], times: Sequence[float]) -> Line | None:
+    """None for fewer than three depths."""
+    if len(depths) < 3:
+        return None
+    x, y = np.array(depths, float), np.array(times)
+    fit = stats.theilslopes(y, x, LINE_CONFIDENCE)
+    b, low, high = float(fit[0]), float(fit[2]), float(fit[3])
+    a = float(np.median(y - b * x))
+    ends = sorted(float(np.median(y - slope * x)) for slope in (low, high))
+    return Line(a, ends[0], ends[1], b, low, high)
+
+
+def compare(main: SweepLog, other: SweepLog, column: Column) -> Compared:
+    """Ratios of the times of `other` to those of `main`, at the depths that both have."""
+    base, theirs = medians(main, column), medians(other, column)
+    depths = sorted(base.keys() & theirs.keys())
+    ratios = [theirs[n] / base[n] for n in depths]
+    mean = float(np.mean(ratios))
+    reach = math.inf
+    if len(ratios) > 1:
+        t = float(stats.t.ppf((1 + SLOWDOWN_CONFIDENCE) / 2, len(ratios) - 1))
+        reach = t * float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios))
+    return Compared(
+        other.label, column, depths, ratios, change_point(depths, ratios), mean, mean - reach, mean + reach
+    )
+
+
+def change_point(depths: Sequence[int], ratios: Sequence[float], seed: int = 0) -> ChangePoint | None:
+    """None where there are too few depths for one, or all ratios are the same."""
+    x, y = np.array(depths, float), np.array(ratios)
+    n = len(x)
+    if n < 2 * FEWEST_EACH_SIDE + 1 or np.ptp(y) == 0:
+        return None
+    cuts = range(FEWEST_EACH_SIDE, n - FEWEST_EACH_SIDE + 1)
+    # Residuals of the two-piece model are linear in y: one projection a cut, for all series at once.
+    residual = [_residual_maker(x, k) for k in cuts]
+    total = float(((y - y.mean()) ** 2).sum())
+    squares = np.array([float((r @ y) @ y) for r in residual])
+    best = int(squares.argmin())
+    k = cuts[best]
+    noise = np.random.default_rng(seed).standard_normal((SERIES, n))
+    noise -= noise.mean(1, keepdims=True)
+    least = np.min([((noise @ r) * noise).sum(1) for r in residual], axis=0)
+    # F grows as the share of the squares that is left falls: that share is the statistic.
+    reached = int((least / (noise**2).sum(1) <= squares[best] / total).sum())
+    straight = float((_line_residual(x) @ y) @ y)
+    floor = 1e-12 * total
+    bic = n * math.log(max(straight, floor) / max(squares[best], floor)) - 2 * math.log(n)
+    before, after = y[:k], y[k:]
+    stays = bool(after.min() > before.max() or after.max() < before.min())
+    return ChangePoint(
+        int(depths[k]),
+        float(before.mean()),
+        float(after[0]),
+        float(after[-1]),
+        (reached + 1) / (SERIES + 1),
+        bic,
+        stays,
+    )
+
+
+def split_starts(policy: Policy, setting: Setting, log: SweepLog) -> list[SplitStart]:
+    """Every change of a policy's plan, with the first row whose generation runs the new one."""
+    plans = stretches(policy, setting)
+    rows = sorted({(row.n_kv, row.tg) for row in log.rows})
+    found = []
+    for before, stretch in pairwise(plans):
+        # A row generates with N_KV + 1 ... N_KV + TG visible keys.
+        row = next((n for n, tg in rows if n + tg >= stretch.from_n_kv), None)
+        found.append(SplitStart(stretch, before, row))
+    return found
+
+
+def to_json(
+    logs: Sequence[SweepLog],
+    lines: dict[tuple[str, Column], Line | None],
+    compared: Sequence[Compared],
+    starts: Sequence[SplitStart],
+    exit_code: int,
+) -> dict[str, Any]:
+    """Everything, as `verify sweep --json` prints it."""
+    return {
+        "schema": 1,
+        "command": "sweep",
+        "exit_code": exit_code,
+        "logs": [
+            {
+                "label": log.label,
+                "path": str(log.path),
+                "rows": [row._asdict() for row in log.rows],
+                "lines": {c: line._asdict() if (line := lines[log.label, c]) else None for c in COLUMNS},
+            }
+            for log in logs
+        ],
+        "compared": [
+            {
+                **c._asdict(),
+                "change": {**c.change._asdict(), "believed": c.change.believed, "reasons": c.change.reasons}
+                if c.change
+                else None,
+                "slower": c.slower,
+            }
+            for c in compared
+        ],
+        "split_starts": [
+            {
+                "from_n_kv": s.stretch.from_n_kv,
+                "padded": s.stretch.padded,
+                "plan": s.stretch.name,
+                "row": s.row,
+            }
+            for s in starts
+        ],
+    }
+
+
+def _residual_maker(x: np.ndarray, k: int) -> np.ndarray:
+    """[n, n] projection on what a constant before index k and a line from k on leave of y."""
+    before = (np.arange(len(x)) < k).astype(float)
+    return _residual(np.stack([before, 1 - before, (1 - before) * (x - x[k])], 1))
+
+
+def _line_residual(x: np.ndarray) -> np.ndarray:
+    return _residual(np.stack([np.ones_like(x), x - x.mean()], 1))
+
+
+def _residual(design: np.ndarray) -> np.ndarray:
+    return np.eye(len(design)) - design @ np.linalg.pinv(design)
