@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -90,11 +91,37 @@ def read_bandwidth(gigabytes: float = 4.0) -> dict[str, float]:
     x = torch.empty(int(gigabytes * 1e9) // 4, dtype=torch.float32, device="cuda").normal_()
     y = torch.empty_like(x)
     found = {"copy": 2 * x.nbytes / time_calls([lambda: y.copy_(x)]).median_us / 1e3}
-    ways = {
-        "sum": lambda: torch.sum(x),
-        "max": lambda: torch.amax(x),
-        "rows": lambda: torch.sum(x[: x.numel() // 65536 * 65536].view(-1, 65536), dim=1),
+    found |= {
+        f"read_{name}": x.nbytes / time_calls([partial(way, x)]).median_us / 1e3
+        for name, way in _WAYS_TO_READ.items()
     }
-    found |= {f"read_{name}": x.nbytes / time_calls([way]).median_us / 1e3 for name, way in ways.items()}
     found["read"] = max(value for name, value in found.items() if name.startswith("read_"))
     return found
+
+
+def read_time(n_bytes: int, replays: int = REPLAYS) -> float:
+    """Microseconds to read n_bytes that are not in the level-2 cache: the best of several ways, a call each.
+
+    What `read_bandwidth` cannot say: a read of some megabytes ends before memory has reached full speed.
+    """
+    inputs = [
+        torch.empty(n_bytes // 4, dtype=torch.float32, device="cuda").normal_()
+        for _ in range(input_sets(n_bytes))
+    ]
+    times = [
+        time_calls([partial(way, x) for x in inputs], replays=replays).median_us
+        for way in _WAYS_TO_READ.values()
+    ]
+    return min(times)
+
+
+def _sum_of_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.sum(x[: x.numel() // width * width].view(-1, width), dim=1)
+
+
+_WAYS_TO_READ: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": torch.sum,
+    "max": torch.amax,
+    "rows": lambda x: _sum_of_rows(x, 65_536),
+    "short_rows": lambda x: _sum_of_rows(x, 16_384),
+}
