@@ -90,7 +90,8 @@ def choose_tiles(
         warps = 8 if rows >= 128 or rows * widest >= 128 * 128 or widest > 256 else 4
         keys = block & -block
         while keys >= SMALLEST_KEYS:
-            for stages in (4, 3, 2) if keys * widest <= 64 * 128 else (3, 2):
+            # Deep enough to hide memory, and no deeper: a fourth stage of 16 KiB costs 1 % (H100).
+            for stages in (4, 3, 2) if keys * widest < 64 * 128 else (3, 2):
                 tiles = Tiles(rows, keys, warps, stages)
                 need = shared_bytes(tiles, k_size, v_size, item_size, v_is_k, tensor_cores=tensor_cores)
                 if need <= shared_limit:
