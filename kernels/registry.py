@@ -11,7 +11,7 @@ from kernels.eager import EagerKernel, EagerOptions
 from kernels.errors import SpecError, nearest
 from kernels.exact import ExactKernel
 from kernels.flash.kernel import flash_kernel, why_not_cuda
-from kernels.foreign import FOREIGN_OPTIONS, ForeignKernel
+from kernels.foreign.python_kernel import PYTHON_OPTIONS, PythonKernel
 from kernels.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
 
 TILE_OPTIONS: dict[str, str] = {
@@ -78,8 +78,8 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             "py",
             "your own: py:FILE.py::FUNCTION, run in a process of its own",
-            FOREIGN_OPTIONS,
-            ForeignKernel.from_spec,
+            PYTHON_OPTIONS,
+            PythonKernel.from_spec,
             _here,
         ),
     )

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Signature(NamedTuple):
     """What computed one row: two rows with equal signatures and inputs ran the same arithmetic.
@@ -66,6 +68,11 @@ class LaunchTrace:
         """Count `rows` query rows with `n_kv` visible keys that `signature` computed."""
         key = (path, n_kv, signature)
         self.rows[key] = self.rows.get(key, 0) + rows
+
+    def record_rows(self, path: str, kv_len: torch.Tensor, signature: Signature) -> None:
+        """Count every row of a call, kv_len [B, T], as computed by one signature."""
+        for n_kv, rows in zip(*(x.tolist() for x in kv_len.unique(return_counts=True)), strict=True):
+            self.record(path, n_kv, signature, rows)
 
     def add(self, other: LaunchTrace) -> None:
         for (path, n_kv, signature), rows in other.rows.items():

@@ -31,8 +31,9 @@ def test_imports_go_downwards(path: Path) -> None:
         assert FLOORS[other] < FLOORS[own], f"{path.relative_to(ROOT)} imports {other}"
 
 
-def test_the_worker_of_foreign_kernels_imports_nothing_of_ours() -> None:
-    assert not imported(ROOT / "kernels/foreign_worker.py")
+@pytest.mark.parametrize("name", ["worker", "python_servant"])
+def test_the_worker_of_foreign_kernels_imports_nothing_of_ours(name: str) -> None:
+    assert not imported(ROOT / f"kernels/foreign/{name}.py")
 
 
 def test_every_package_is_listed_explicitly() -> None:

@@ -1,48 +1,45 @@
-"""The process in which a user's kernel runs. A script: it imports nothing of ours.
-
-Arguments: file descriptor to read questions from, one to write answers to, one of the shared memory, the
-user's file, its function. Questions and answers are lines of JSON; the first answer says whether the function
-could be loaded, and which optional arguments it takes.
-"""
+"""The servant of `py:` kernels: a user's function, loaded and called. Imports nothing of ours."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
+import math
 import mmap
-import os
-import signal
 import sys
-import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from worker import Refusal  # type: ignore[import-not-found]
 
+Answer = Callable[[dict[str, Any], mmap.mmap], dict[str, Any]]
 ALWAYS = ("q", "k", "v", "kv_len", "scale")
 OPTIONAL = ("path", "sliding_window", "softcap", "sinks", "alibi_slopes")
 
 
-class Unusable(Exception):
-    """The file or its function cannot be used: the message is the whole story."""
+def load(arguments: dict[str, str]) -> tuple[dict[str, Any], Answer]:
+    """The greeting says which of OPTIONAL the function takes."""
+    function, takes = load_function(arguments["file"], arguments["function"])
+    return {"takes": takes}, lambda question, memory: answer_call(function, takes, question, memory)
 
 
-def load(file: str, name: str) -> tuple[Any, list[str]]:
-    """The function, and which of OPTIONAL it takes."""
+def load_function(file: str, name: str) -> tuple[Any, list[str]]:
+    """The function, and which of OPTIONAL it takes. Raises Refusal."""
     sys.path.insert(0, str(Path(file).parent))
     spec = importlib.util.spec_from_file_location("user_kernel", file)
     if spec is None or spec.loader is None:
-        raise Unusable(f"{file} is not a Python file")
+        raise Refusal(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules["user_kernel"] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise Unusable(f"{file} does not import: {type(error).__name__}: {error}") from error
+        raise Refusal(f"{file} does not import: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise Unusable(f"{file} has no function {name}")
+        raise Refusal(f"{file} has no function {name}")
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return function, list(OPTIONAL)
@@ -50,7 +47,7 @@ def load(file: str, name: str) -> tuple[Any, list[str]]:
     unknown = [n for n in needed[3:] if n not in (*ALWAYS, *OPTIONAL)]
     missing = [n for n in ("kv_len", "scale") if n not in parameters]
     if len(needed) < 3 or unknown or missing:
-        raise Unusable(
+        raise Refusal(
             f"{name}{inspect.signature(function)}: expected (q, k, v, *, kv_len, scale) and any of"
             f" {', '.join(OPTIONAL)}"
         )
@@ -82,7 +79,7 @@ def answer_call(
             **{name: options[name] for name in takes},
         )
     out, lse = result if isinstance(result, (tuple, list)) and len(result) == 2 else (result, None)
-    expected = question["out_shape"]
+    (expected, out_offset), (_, lse_offset) = (question["results"][name] for name in ("out", "lse"))
     for name, x, shape in (("out", out, expected), ("lse", lse, expected[:3])):
         if x is None and name == "lse":
             continue
@@ -94,43 +91,13 @@ def answer_call(
             return {"failure": "dtype", "message": f"{name} is {x.dtype}, expected a float dtype"}
         if x.device != tensors["q"].device:
             return {"failure": "device", "message": f"{name} is on {x.device}, expected {device}"}
-    count = out.numel()
-    both = count + count // max(expected[3], 1)
-    target = torch.frombuffer(memory, dtype=torch.float32, count=both, offset=question["out_offset"])
-    target[:count] = out.detach().reshape(-1).float().cpu()
-    if lse is None:
-        target[count:] = float("nan")
-    else:
-        target[count:] = lse.detach().reshape(-1).float().cpu()
-    return {"dtype": str(out.dtype).removeprefix("torch."), "lse": lse is not None}
+    put(memory, out, out_offset)
+    put(memory, torch.full(expected[:3], math.nan) if lse is None else lse, lse_offset)
+    return {}
 
 
-def main() -> None:
-    questions = os.fdopen(int(sys.argv[1]), "rb")
-    answers = os.fdopen(int(sys.argv[2]), "wb", buffering=0)
-    shared, file, name = int(sys.argv[3]), sys.argv[4], sys.argv[5]
-    # The tool decides what a Ctrl-C means; it ends this process by closing the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer).encode() + b"\n")
-
-    try:
-        function, takes = load(file, name)
-    except Unusable as error:
-        say({"failure": "import", "message": str(error)})
-        return
-    say({"takes": takes})
-    for line in questions:
-        question = json.loads(line)
-        memory = mmap.mmap(shared, question["bytes"])
-        try:
-            answer = answer_call(function, takes, question, memory)
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"failure": "raised", "message": f"{type(error).__name__}: {error}"}
-        say(answer)
-
-
-if __name__ == "__main__":
-    main()
+def put(memory: mmap.mmap, x: torch.Tensor, offset: int) -> None:
+    """Write x as float32."""
+    if x.numel():
+        target = torch.frombuffer(memory, dtype=torch.float32, count=x.numel(), offset=offset)
+        target.copy_(x.detach().reshape(-1))

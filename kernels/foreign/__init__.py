@@ -1,0 +1,7 @@
+"""Kernels of users and of others that run in a process of their own.
+
+process           our side: the worker process, questions and answers, limits, what its death means
+worker            the other side: a loop that answers questions; imports nothing of ours
+python_kernel     `py:FILE.py::FUNCTION`, with python_servant on the other side
+ggml_kernel       `ggml:lib=FILE`, with ggml_servant on the other side
+"""
