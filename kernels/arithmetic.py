@@ -60,7 +60,7 @@ class Arithmetic:
     are not known; block: keys a tile, None where it is not known; l_from_rounded_p: the denominator sums P
     after it was rounded; p_shift: P is exp(s - m - p_shift), so that much sooner it underflows; u_tanh:
     relative error of the softcap's tanh; stale_maximum: the running maximum may lag behind, so that the
-    largest P is not 1.
+    largest P is not 1; q_blocks: q is quantised to blocks of q8_0 before the product.
     """
 
     p: str = "f16"
@@ -77,6 +77,7 @@ class Arithmetic:
     p_shift: float = 0.0
     u_tanh: float = 2 * U_F32
     stale_maximum: bool = False
+    q_blocks: bool = False
 
     @property
     def u_acc(self) -> float:

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.arithmetic import FLOAT_TYPES, U_F32, Arithmetic, Depths
+from kernels.cache import q8_0_error
 from kernels.contract import Call
 from kernels.exact import finish_logits
 
@@ -281,7 +282,7 @@ class _Rows:
         return eta + self.split * (2 * u * sum_of_logits + 4 * u * log_n + 6 * u)
 
     def _underflow(self, k: torch.Tensor) -> torch.Tensor:
-        """Error of the logits where q or k underflow in a cast to float16: [Hkv, t, r, n]."""
+        """Error of the logits where q or k underflow in a cast, or q becomes blocks: [Hkv, t, r, n]."""
         a, tau, scale = self.a, FLOAT_TYPES["f16"].tau, abs(self.call.scale)
         error = self.q.new_zeros((1, 1, 1, 1))
         if a.u_q:
@@ -289,6 +290,8 @@ class _Rows:
             error = error + tau * max(scale, 1.0) * k.abs().sum(1)[:, None, None]
         if a.u_k:
             error = error + tau * scale * self.q.abs().sum(-1, keepdim=True)
+        if a.q_blocks:
+            error = error + scale * self._products(q8_0_error(self.q), k.abs())
         return error
 
     def _eta(

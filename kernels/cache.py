@@ -105,6 +105,38 @@ def dequantise(x: Quantised) -> torch.Tensor:
     return numbers.flatten(-2)
 
 
+def ggml_blocks(x: Quantised) -> torch.Tensor:
+    """The bytes [..., D / 32 * block] in which ggml keeps these numbers: scale, minimum, high bits, codes.
+
+    Two codes of 4 bits share a byte, number i of a block with number i + 16; the fifth bits of q5 types are
+    32 bits of their own.
+    """
+    codes = x.codes.unflatten(-1, (-1, BLOCK))
+    fields = [
+        scale[..., None].contiguous().view(torch.uint8) for scale in (x.scale, x.minimum) if scale is not None
+    ]
+    if x.type == "q8_0":
+        fields.append(codes.view(torch.uint8))
+    else:
+        if CACHE_TYPES[x.type].codes == 32:
+            bits = (codes >> 4 & 1).unflatten(-1, (4, 8)) << torch.arange(8, device=codes.device)
+            fields.append(bits.sum(-1).to(torch.uint8))
+        low = codes & 15
+        fields.append((low[..., :16] | low[..., 16:] << 4).view(torch.uint8))
+    return torch.cat(fields, dim=-1).flatten(-2)
+
+
+def q8_0_error(x: torch.Tensor) -> torch.Tensor:
+    """What each number of x [..., D] may lose when it is quantised to q8_0, in float64.
+
+    Half a step of amax / 127, a little more where a product takes the place of the division, and 127 times
+    what the step loses when it is rounded to float16.
+    """
+    largest = x.double().unflatten(-1, (-1, BLOCK)).abs().amax(-1, keepdim=True)
+    lost = largest / 254 * (1 + 2.0**-10) + largest * 2.0**-11 + 127 * 2.0**-25
+    return lost.expand(*lost.shape[:-1], BLOCK).flatten(-2)
+
+
 def through_cache(x: torch.Tensor, cache_type: str) -> torch.Tensor:
     """x as it comes back from a cache of this type that is expanded to x's own type."""
     return dequantise(quantise(x, cache_type)).to(x.dtype)

@@ -136,6 +136,14 @@ class Kernel(ABC):
         """What this kernel can be asked for. An implementation that has less than everything says so."""
         return Capabilities()
 
+    def held(self, call: Call) -> Call:
+        """The call with keys and values as this kernel's own cache holds them: what its budget is for.
+
+        A kernel whose specification has a quantised `cache=` answers for its arithmetic on these numbers.
+        What quantising them costs is measured as distance to `call`, and judged as such.
+        """
+        return call
+
     def close(self) -> None:
         """Give back what the kernel holds outside this process."""
         return None

@@ -11,6 +11,7 @@ from kernels.eager import EagerKernel, EagerOptions
 from kernels.errors import SpecError, nearest
 from kernels.exact import ExactKernel
 from kernels.flash.kernel import flash_kernel, why_not_cuda
+from kernels.foreign.ggml_kernel import GGML_OPTIONS, GgmlKernel
 from kernels.foreign.python_kernel import PYTHON_OPTIONS, PythonKernel
 from kernels.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
 
@@ -82,8 +83,19 @@ ENTRIES: dict[str, Entry] = {
             PythonKernel.from_spec,
             _here,
         ),
+        Entry(
+            "ggml",
+            "ggml_flash_attn_ext of a built llama.cpp or ik_llama.cpp, run in a process of its own",
+            GGML_OPTIONS,
+            GgmlKernel.from_spec,
+            _here,
+        ),
     )
 }
+
+
+# Kernels that run in a process of their own: starting one costs seconds, and how it cuts a call is not known.
+IN_OWN_PROCESS = frozenset({"py", "ggml"})
 
 
 def build_kernel(text: str) -> Kernel:

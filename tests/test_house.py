@@ -31,7 +31,7 @@ def test_imports_go_downwards(path: Path) -> None:
         assert FLOORS[other] < FLOORS[own], f"{path.relative_to(ROOT)} imports {other}"
 
 
-@pytest.mark.parametrize("name", ["worker", "python_servant"])
+@pytest.mark.parametrize("name", ["worker", "python_servant", "ggml_servant"])
 def test_the_worker_of_foreign_kernels_imports_nothing_of_ours(name: str) -> None:
     assert not imported(ROOT / f"kernels/foreign/{name}.py")
 

@@ -11,7 +11,7 @@ import torch
 from kernels.contract import Path as AttentionPath
 from kernels.contract import Shape
 from kernels.families import FAMILIES, Sizes, draw
-from kernels.registry import build_kernel
+from kernels.registry import IN_OWN_PROCESS, build_kernel
 from kernels.shapes import ModelShape, shape_named
 from kernels.spec import parse_spec
 from kernels.trace import LaunchTrace
@@ -120,8 +120,6 @@ def check_settings(settings: DiffSettings) -> None:
     for spec in (settings.baseline, *settings.candidates):
         kernel = build_kernel(spec)
         try:
-            if parse_spec(spec).name == "py":
-                continue
             for shape in shapes:
                 kernel.arithmetic(_shape_of(shape, 1), settings.path).depths(1)
         except ValueError as error:
@@ -246,7 +244,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int) -> Sizes:
 def _edges(settings: DiffSettings, shape: ModelShape, n_kv: int) -> tuple[int, ...]:
     found: set[int] = set()
     for spec in (settings.baseline, *settings.candidates):
-        if parse_spec(spec).name == "py":
+        if parse_spec(spec).name in IN_OWN_PROCESS:
             continue
         kernel = build_kernel(spec)
         cuts_at = kernel.arithmetic(_shape_of(shape, n_kv), settings.path).cuts_at

@@ -13,6 +13,7 @@ from kernels.cache import (
     IQ4_NL_VALUES,
     bits_per_number,
     dequantise,
+    ggml_blocks,
     quantise,
     through_cache,
 )
@@ -31,37 +32,21 @@ def numbers() -> torch.Tensor:
     return torch.cat((gaussian, awkward[None], -awkward[None])).to(torch.float16)
 
 
-def ggml_bytes(cache_type: str, x: torch.Tensor) -> np.ndarray:
-    """The numbers in ggml's own blocks, laid out here from our codes."""
-    found = quantise(x, cache_type)
-    codes = found.codes.view(-1, BLOCK).numpy()
-    fields = [found.scale.view(-1, 1).numpy().view(np.uint8)]
-    if found.minimum is not None:
-        fields.append(found.minimum.view(-1, 1).numpy().view(np.uint8))
-    if cache_type == "q8_0":
-        fields.append(codes.view(np.uint8))
-    else:
-        if CACHE_TYPES[cache_type].codes == 32:
-            fields.append(np.packbits(codes >> 4 & 1, axis=1, bitorder="little"))
-        low = codes & 15
-        fields.append((low[:, :16] | low[:, 16:] << 4).astype(np.uint8))
-    return np.concatenate(fields, axis=1).reshape(x.shape[0], -1)
-
-
 @pytest.mark.parametrize("cache_type", BY_GGUF)
 def test_quantises_to_the_bytes_of_gguf(cache_type: str) -> None:
     kind = gguf.GGMLQuantizationType[cache_type.upper()]
     expected = gguf.quantize(numbers().float().numpy(), kind)
-    assert np.array_equal(ggml_bytes(cache_type, numbers()), expected)
+    assert np.array_equal(ggml_blocks(quantise(numbers(), cache_type)).numpy(), expected)
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)
 def test_dequantises_to_the_bits_of_gguf(cache_type: str) -> None:
     kind = gguf.GGMLQuantizationType[cache_type.upper()]
-    expected = gguf.dequantize(ggml_bytes(cache_type, numbers()), kind)
+    expected = gguf.dequantize(ggml_blocks(quantise(numbers(), cache_type)).numpy(), kind)
     found = dequantise(quantise(numbers(), cache_type)).numpy()
     assert np.array_equal(found.view(np.uint32) << 1, expected.view(np.uint32) << 1)  # -0 is 0
-    assert bits_per_number(cache_type) * numbers().shape[1] / 8 == ggml_bytes(cache_type, numbers()).shape[1]
+    blocks = ggml_blocks(quantise(numbers(), cache_type))
+    assert bits_per_number(cache_type) * numbers().shape[1] / 8 == blocks.shape[1]
 
 
 @pytest.mark.parametrize("cache_type", CACHE_TYPES)

@@ -1,0 +1,153 @@
+"""`ggml:lib=FILE`: the real ggml_flash_attn_ext of a built llama.cpp or ik_llama.cpp.
+
+It runs in a process of its own. FILE is an unmodified shared library: libggml.so or libllama.so of a build
+with shared libraries, or any file that exports ggml's functions. Two builds can stand against each other, and
+one against itself with its query heads cut up: each head group is a call of its own on a contiguous copy of
+its queries, which is what ik_llama.cpp #1183 made of one call at r = 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+import torch
+
+from kernels.arithmetic import Arithmetic, loosest
+from kernels.cache import BLOCK, dequantise, ggml_blocks, quantise
+from kernels.capabilities import Capabilities
+from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from kernels.errors import KernelFailure, SpecError
+from kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
+from kernels.plan import Plan, parse_heads
+from kernels.spec import Spec, choice, number
+from kernels.trace import Signature
+
+# With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
+# keeps sums of q in float16, and no budget has been derived for that.
+GGML_CACHES = ("q8_0", "q4_0", "q5_0", "iq4_nl")
+GGML_OPTIONS: dict[str, str] = {
+    "lib": "the shared library: libggml.so, libllama.so",
+    "backend": "cpu or cuda; default cpu",
+    "heads": "head groups, each a call of its own: 12, 8+4, 4+4+4, split; default one call",
+    "cache": f"type of the KV cache: f16 (as given), {', '.join(GGML_CACHES)}; default f16",
+    "prec": "the operator's precision flag: f32 (as llama.cpp sets it) or default; default f32",
+    "threads": "threads of the cpu backend, which cuts the KV range by them; default 1",
+    "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
+}
+GGML_CAPABILITIES = Capabilities(
+    lse=False, alibi=False, plans=False, dtypes=(torch.float16,), caches=GGML_CACHES
+)  # fmt: skip
+
+
+class GgmlKernel(Kernel):
+    """The operator of one library on one of its backends."""
+
+    def __init__(
+        self,
+        spec: str,
+        lib: FilePath,
+        *,
+        backend: str = "cpu",
+        plan: Plan | None = None,
+        cache: str = "f16",
+        prec: str = "f32",
+        threads: int = 1,
+        limit_s: int = CALL_LIMIT_S,
+    ) -> None:
+        super().__init__(spec)
+        self.backend, self.cache, self.prec, self.threads = backend, cache, prec, threads
+        self.plan, self.limit_s = plan or Plan(), limit_s
+        arguments = {"lib": str(lib.resolve()), "backend": backend, "threads": threads, "prec": prec}
+        self._worker = WorkerProcess(spec, lib.name, "ggml_servant.py", arguments)
+        said = self._worker.greeting
+        version = f"ggml {said['version']}".strip()
+        threads_word = f",threads={threads}" if backend == "cpu" else ""
+        self.label = f"{version}[{said['backend']},cache={cache},prec={prec}{threads_word}]"
+        self.binary: str = said["binary"]
+        self._sinks: bool = said["sinks"]
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> GgmlKernel:
+        """Raises SpecError, one line, if the library cannot be used."""
+        if "lib" not in spec.options:
+            raise SpecError(f"kernel {spec.text!r}: expected ggml:lib=FILE, a shared library of llama.cpp")
+        lib = FilePath(spec.options["lib"])
+        if not lib.is_file():
+            raise SpecError(f"kernel {spec.text!r}: {lib}: no such file")
+        try:
+            plan = Plan(heads=parse_heads(spec.options["heads"]) if "heads" in spec.options else None)
+        except SpecError as error:
+            raise SpecError(f"kernel {spec.text!r}: {error}") from None
+        return cls(
+            spec.text,
+            lib,
+            backend=choice(spec, "backend", "cpu", ("cpu", "cuda")),
+            plan=plan,
+            cache=choice(spec, "cache", "f16", ("f16", *GGML_CACHES)),
+            prec=choice(spec, "prec", "f32", ("f32", "default")),
+            threads=number(spec, "threads", 1),
+            limit_s=number(spec, "timeout", CALL_LIMIT_S),
+        )
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        self.plan.groups(shape.ratio)  # refuses groups that do not sum to r
+        quantised = self.cache != "f16"
+        # The CPU adds up float16 values in float16, a key at a time, and quantised ones in float32.
+        on_cpu = self.backend == "cpu"
+        acc = "f32" if quantised and on_cpu else "f16"
+        return replace(
+            loosest("f16", acc=acc),
+            out="f32",
+            q_blocks=quantised,
+            u_k=2.0**-11 if quantised and not on_cpu else 0.0,
+            u_v=2.0**-11 if quantised and not on_cpu else 0.0,
+        )
+
+    def capabilities(self) -> Capabilities:
+        return replace(GGML_CAPABILITIES, sinks=self._sinks)
+
+    def held(self, call: Call) -> Call:
+        if self.cache == "f16":
+            return call
+        k, v = (dequantise(quantise(x, self.cache)) for x in (call.k, call.v))
+        return replace(call, q=call.q.float(), k=k, v=v)
+
+    def run(self, call: Call) -> AttentionOutput:
+        reason = self.capabilities().refuses(call)
+        if reason is not None:
+            raise KernelFailure("unsupported", f"{self.spec}: {reason}")
+        if self.cache != "f16" and (call.shape.k_size % BLOCK or call.shape.v_size % BLOCK):
+            raise KernelFailure("unsupported", f"{self.spec}: head sizes are not multiples of {BLOCK}")
+        groups = (call.plan or self.plan).groups(call.shape.ratio)
+        k, v = call.k, call.v
+        if self.cache != "f16":
+            k, v = (ggml_blocks(quantise(x, self.cache)) for x in (k, v))
+        inputs = {"q": call.q, "k": k, "v": v, "kv_len": call.kv_len.to(torch.int32)}
+        if call.sinks is not None:
+            inputs["sinks"] = call.sinks.float()
+        found = self._worker.ask(
+            {
+                "scale": call.scale,
+                "path": call.path,
+                "sliding_window": call.sliding_window,
+                "softcap": call.softcap,
+                "cache": self.cache,
+                "groups": groups,
+            },
+            {name: x.detach().cpu().contiguous() for name, x in inputs.items()},
+            {"out": (*call.q.shape[:3], call.shape.v_size)},
+            self.limit_s,
+        )
+        launch = "each" if len(groups) > 1 else "one"
+        # Where the KV range is cut is the library's secret.
+        self.trace.record_rows(call.path, call.kv_len, Signature(self.label, self.binary, groups, (), launch))
+        lse = call.q.new_full(call.q.shape[:3], torch.nan, dtype=torch.float32)
+        return AttentionOutput(found["out"].to(call.q.device), lse)
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_worker"):
+            self.close()

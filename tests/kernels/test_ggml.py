@@ -1,0 +1,238 @@
+"""`ggml:`: the operator of two real builds, against the oracle and against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.budget import error_budget
+from kernels.contract import AttentionOutput, Call
+from kernels.detectors import measure
+from kernels.errors import KernelFailure, SpecError
+from kernels.exact import exact_attention
+from kernels.families import FAMILIES, Sizes, draw
+from kernels.foreign import process, worker
+from kernels.foreign.ggml_kernel import GGML_CACHES, GgmlKernel
+from kernels.plan import Plan
+from kernels.registry import build_kernel
+from support.ggml_builds import ggml_library
+from support.problems import problem
+from verify.arms import same_bits
+
+# The shape of GLM on one GPU of eight: 12 query heads over one KV head.
+GLM = Sizes(n_kv=(300, 256, 1), ratio=12, kv_heads=1, k_size=128, v_size=128)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[dict[str, GgmlKernel]]:
+    """Kernels of both builds that were asked for, by options; closed at the end."""
+    kept: dict[str, GgmlKernel] = {}
+    yield kept
+    for kernel in kept.values():
+        kernel.close()
+
+
+def kernel_of(kept: dict[str, GgmlKernel], build: str, options: str = "") -> GgmlKernel:
+    key = build + options
+    if key not in kept:
+        built = build_kernel(f"ggml:lib={ggml_library(build)}{options}")
+        assert isinstance(built, GgmlKernel)
+        kept[key] = built
+    return kept[key]
+
+
+def relative_error(kernel: GgmlKernel, call: Call) -> float:
+    """Of the output to exact, on the keys and values that the kernel's cache holds."""
+    due = exact_attention(kernel.held(call)).out
+    return float((kernel.run(call).out - due).norm() / due.norm())
+
+
+@pytest.mark.parametrize("build", ["A", "B"])
+@pytest.mark.parametrize("family", ["gaussian", "needles", "window", "softcap", "sinks"])
+def test_it_is_attention_within_its_budget(kernels: dict[str, GgmlKernel], build: str, family: str) -> None:
+    kernel = kernel_of(kernels, build)
+    for path in ("decode", "prefill"):
+        call = draw(family, replace(GLM, kv_heads=2, path=path), 0)
+        budget = error_budget(call, kernel.arithmetic(call.shape, call.path))
+        result = kernel.run(call)
+        assert bool(result.lse.isnan().all())
+        found = measure(
+            call,
+            AttentionOutput(result.out, budget.lse),
+            kernel.arithmetic(call.shape, call.path),
+            distinct=FAMILIES[family].distinct,
+            budget=budget,
+        )
+        # Float16 sums have no bound that says much at these lengths; a dropped key or a wrong head is far
+        # beyond what they lose.
+        assert found.budget <= 1 and found.nonfinite == 0
+        assert found.relative < 0.01
+        assert found.rms < found.rms_limit
+
+
+@pytest.mark.parametrize("cache", GGML_CACHES)
+def test_quantised_caches_are_attention_over_what_they_hold(
+    kernels: dict[str, GgmlKernel], cache: str
+) -> None:
+    call = draw("gaussian", GLM, 0)
+    kernel = kernel_of(kernels, "A", f",cache={cache}")
+    held = kernel.held(call)
+    budget = error_budget(held, kernel.arithmetic(call.shape, call.path))
+    error = (kernel.run(call).out.double() - budget.out).abs()
+    assert float((error / budget.bound).max()) <= 1
+    # q is quantised to q8_0 as well: that is most of this error, and far less than the cache's own.
+    assert relative_error(kernel, call) < 0.02
+    assert relative_error(kernel, call) < float(
+        (budget.out - exact_attention(call).out).norm() / budget.out.norm()
+    )
+
+
+def test_two_builds_and_head_groups_agree_to_the_bit_and_say_what_ran(kernels: dict[str, GgmlKernel]) -> None:
+    """On one thread a head's arithmetic depends neither on the build nor on the heads beside it."""
+    call = draw("gaussian", replace(GLM, n_kv=(700,)), 0)
+    a, b = kernel_of(kernels, "A"), kernel_of(kernels, "B")
+    split = kernel_of(kernels, "A", ",heads=8+4")
+    due = a.run(call).out
+    for other in (b, split):
+        assert same_bits(other.run(call).out, due)
+    assert same_bits(a.run(replace(call, plan=Plan(heads=(8, 4)))).out, due)
+    seen = {kernel.spec: {s for _, _, s in kernel.trace.rows} for kernel in (b, split)}
+    assert {(s.head_groups, s.launch) for s in seen[b.spec]} == {((12,), "one")}
+    assert {(s.head_groups, s.launch) for s in seen[split.spec]} == {((8, 4), "each")}
+    assert a.binary != b.binary and len(a.binary) == 12
+    assert split.binary == a.binary
+    assert a.label.startswith("ggml 0.") and "CPU" in a.label
+
+
+def test_threads_cut_the_keys_and_so_move_the_bits(kernels: dict[str, GgmlKernel]) -> None:
+    call = draw("gaussian", replace(GLM, n_kv=(2000,)), 0)
+    one, two = kernel_of(kernels, "A"), kernel_of(kernels, "A", ",threads=2")
+    assert not same_bits(one.run(call).out, two.run(call).out)
+    assert relative_error(two, call) < relative_error(one, call)
+
+
+def test_float16_sums_lose_precision_as_the_row_grows(kernels: dict[str, GgmlKernel]) -> None:
+    kernel = kernel_of(kernels, "A")
+    short, long = (relative_error(kernel, draw("gaussian", replace(GLM, n_kv=(n,)), 0)) for n in (256, 4096))
+    assert long > 2.5 * short
+    quantised = kernel_of(kernels, "A", ",cache=q8_0")
+    assert relative_error(quantised, draw("gaussian", replace(GLM, n_kv=(4096,)), 0)) < long
+
+
+def test_a_row_that_sees_nothing_is_zero(kernels: dict[str, GgmlKernel]) -> None:
+    call = problem(rows=3, size=64)
+    empty = replace(call, kv_len=torch.tensor([[0, 2, 0]], dtype=torch.int32))
+    found = kernel_of(kernels, "A").run(empty).out
+    assert bool((found[0, [0, 2]] == 0).all()) and bool((found[0, 1] != 0).any())
+
+
+def test_rows_and_sequences_are_told_apart(kernels: dict[str, GgmlKernel]) -> None:
+    """More rows than one graph holds, and two sequences: each row has the bits it has alone."""
+    kernel = kernel_of(kernels, "B")
+    call = problem(batch=2, rows=40, size=64)
+    together = kernel.run(call).out
+    for b, t in ((0, 3), (1, 39)):
+        alone = replace(
+            call, q=call.q[b : b + 1, t : t + 1], k=call.k[b : b + 1], v=call.v[b : b + 1],
+            kv_len=call.kv_len[b : b + 1, t : t + 1], shape=call.shape._replace(batch=1, rows=1),
+        )  # fmt: skip
+        assert same_bits(kernel.run(alone).out[0, 0], together[b, t])
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "said"),
+    [
+        ("", problem(rows=2, alibi_slopes=torch.ones(6)), "has no ALiBi slopes"),
+        ("", problem(rows=2, dtype=torch.bfloat16), "has no dtype torch.bfloat16"),
+        (",cache=q8_0", problem(rows=2, size=80), "not multiples of 32"),
+    ],
+)
+def test_what_it_lacks_is_refused(
+    kernels: dict[str, GgmlKernel], options: str, call: Call, said: str
+) -> None:
+    with pytest.raises(KernelFailure, match=said) as caught:
+        kernel_of(kernels, "A", options).run(call)
+    assert caught.value.kind == "unsupported"
+
+
+def test_head_groups_must_sum_to_the_ratio(kernels: dict[str, GgmlKernel]) -> None:
+    call = problem(rows=2)
+    with pytest.raises(ValueError, match="sums to 12, expected r = 3"):
+        kernel_of(kernels, "A", ",heads=8+4").arithmetic(call.shape, "decode")
+
+
+def other_machine(folder: Path) -> Path:
+    """A library built for another processor: the machine in its header is changed."""
+    found = folder / "other.so"
+    shutil.copy(ggml_library("A"), found)
+    with found.open("r+b") as file:
+        file.seek(18)
+        machine = int.from_bytes(file.read(2), "little")
+        file.seek(18)
+        file.write((62 if machine == 183 else 183).to_bytes(2, "little"))  # x86-64, AArch64
+    return found
+
+
+def test_libraries_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("not a library\n")
+    other = importlib.util.find_spec("_ctypes")
+    assert other is not None and other.origin is not None
+    for spec, said in (
+        ("ggml:", "expected ggml:lib=FILE"),
+        ("ggml:lib=nowhere.so", "nowhere.so: no such file"),
+        (f"ggml:lib={text}", "text.so does not load: (file too short|invalid ELF header)"),
+        (f"ggml:lib={other_machine(tmp_path)}", r"built for another machine \(ELF machine \d+, this one is"),
+        (f"ggml:lib={other.origin}", "lacks ggml_init and .* more: expected a shared library of llama.cpp"),
+        (f"ggml:lib={ggml_library('A')},backend=cuda", "has no backend cuda, or finds no device for it"),
+        (f"ggml:lib={ggml_library('A')},heads=8+x", "expected head groups such as 12, 8\\+4"),
+        (f"ggml:lib={ggml_library('A')},cache=q4_1", "cache=q4_1, expected one of f16, q8_0"),
+    ):
+        with pytest.raises(SpecError, match=said) as caught:
+            build_kernel(spec)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def servant(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that runs in the worker, here."""
+    monkeypatch.setitem(sys.modules, "worker", worker)
+    file = Path(process.__file__).with_name("ggml_servant.py")
+    spec = importlib.util.spec_from_file_location("ggml_servant", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_library_of_the_same_names_and_another_meaning_is_refused(servant: Any) -> None:
+    class Transposed:
+        """As if the arguments had changed places: finite numbers, but not attention."""
+
+        lib = SimpleNamespace(file="libggml.so")
+
+        def __call__(self, x: Any, decode: bool) -> np.ndarray:
+            return np.broadcast_to(x.v[:200].astype(np.float32).mean(0).repeat(2, 0), x.q.shape)
+
+    with pytest.raises(worker.Refusal, match="something other than attention: another version"):
+        servant.check_it_attends(Transposed())
+
+
+def test_backends_that_are_loaded_at_run_time(servant: Any) -> None:
+    """A build without ggml_backend_cpu_init is asked through its registry, threads included."""
+    lib = servant.Library(str(ggml_library("A")))
+    lib.ggml_backend_cpu_init = lib.ggml_backend_cpu_set_n_threads = None
+    attention = servant.Attention(lib, lib.backend("cpu", 1), "f32")
+    servant.check_it_attends(attention)
+    assert math.isfinite(float(attention.precision))
