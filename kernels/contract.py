@@ -24,6 +24,7 @@ import torch
 
 from kernels.arithmetic import Arithmetic
 from kernels.capabilities import Capabilities
+from kernels.lengths import lengths_of
 from kernels.plan import Plan
 from kernels.trace import LaunchTrace
 
@@ -191,7 +192,7 @@ def checked_call(
     if kv_len.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"kv_len: expected int32, got {kv_len.dtype}")
     if kv_len.numel():
-        low, high = int(kv_len.min()), int(kv_len.max())
+        _, low, high = lengths_of(kv_len)
         if low < 0 or high > k.shape[1]:
             raise ValueError(f"kv_len: expected values from 0 to S = {k.shape[1]}, got {low} to {high}")
     if path not in PATHS:

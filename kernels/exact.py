@@ -18,12 +18,14 @@ import torch
 from kernels.arithmetic import Arithmetic
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from kernels.lengths import lengths_of
 from kernels.trace import Signature
 
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
-_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 25
-# On a GPU, calls of at least so many rows take several sequences at once.
-_ROWS_OF_MANY = 64
+_LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
+# On a GPU, calls of at least so many rows take several sequences at once, in steps of rows that leave out
+# most keys that no row sees.
+_ROWS_OF_MANY, _ROW_STEPS = 64, 4
 
 
 def exact_attention(call: Call) -> AttentionOutput:
@@ -32,9 +34,10 @@ def exact_attention(call: Call) -> AttentionOutput:
     logits = shape.q_heads * shape.keys * shape.rows
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
         return _attention(call)
-    if not bool((call.kv_len == call.kv_len[:1]).all()):
+    lengths = lengths_of(call.kv_len).of_rows
+    if lengths != lengths[: shape.rows] * shape.batch:
         return _attention(call)
-    return _sequences_together(call, _LOGITS_AT_ONCE_CUDA // logits)
+    return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1)
 
 
 def _sequences_together(call: Call, count: int) -> AttentionOutput:
@@ -42,7 +45,7 @@ def _sequences_together(call: Call, count: int) -> AttentionOutput:
 
     There are always `count`, the last ones repeated if need be: a product of fewer could have other bits.
     """
-    outs, lses = [], []
+    outs, lses, kv_len = [], [], call.kv_len[:1]
     for first in range(0, call.shape.batch, count):
         which = torch.arange(first, first + count, device=call.q.device).clamp(max=call.shape.batch - 1)
         q, k, v = (x[which].transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
@@ -52,9 +55,7 @@ def _sequences_together(call: Call, count: int) -> AttentionOutput:
         sinks, slopes = (
             None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
         )
-        together = replace(
-            call, q=q, k=k, v=v, kv_len=call.kv_len[:1], shape=shape, sinks=sinks, alibi_slopes=slopes
-        )
+        together = replace(call, q=q, k=k, v=v, kv_len=kv_len, shape=shape, sinks=sinks, alibi_slopes=slopes)
         found = _attention(together)
         wanted = slice(0, min(count, call.shape.batch - first))
         outs.append(found.out[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
@@ -70,6 +71,9 @@ def _attention(call: Call) -> AttentionOutput:
     lse = q.new_full((shape.batch, shape.rows, shape.q_heads), -math.inf, dtype=torch.float64)
     at_once = _LOGITS_AT_ONCE_CUDA if q.is_cuda else _LOGITS_AT_ONCE
     chunk = max(at_once // max(shape.q_heads * shape.keys, 1), 1)
+    if q.is_cuda and shape.rows >= _ROWS_OF_MANY:
+        chunk = min(chunk, -(-shape.rows // _ROW_STEPS))
+    lengths = lengths_of(kv_len).of_rows
     if shape.keys == 0:
         raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
     for b in range(shape.batch):
@@ -78,7 +82,7 @@ def _attention(call: Call) -> AttentionOutput:
         for first in range(0, shape.rows, chunk):
             rows = slice(first, min(first + chunk, shape.rows))
             n_kv = kv_len[b, rows]
-            last = max(int(n_kv.max()), 1)
+            last = max(*lengths[b * shape.rows + rows.start : b * shape.rows + rows.stop], 1)
             queries = q[b, rows].to(torch.float64)  # [t, Hq, Dk]
             t = queries.shape[0]
             grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)

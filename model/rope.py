@@ -63,7 +63,7 @@ class Rope:
         else:
             a, b = rotated[..., :half], rotated[..., half:]
             turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-        return torch.cat((turned, rest), -1)
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
     def _tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of every angle times the magnitude, [T, 1, size/2] float32."""

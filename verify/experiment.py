@@ -38,6 +38,7 @@ from verify.evidence import (
     summarize_arm,
     summarize_pair,
 )
+from verify.grouping import Grouping, group_windows, uncovered
 from verify.groups import GroupResult, join_groups, run_group
 from verify.perplexity import running_perplexity
 from verify.runfolder import RunFolder
@@ -45,8 +46,6 @@ from verify.settings import PplSettings
 from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
 
 SCHEMA = 1
-# Tokens of a group where the weights are cheap to decode again: results then come often.
-GROUP_TOKENS = 2048
 SAMPLE_BYTES = 1 << 20
 
 
@@ -84,6 +83,10 @@ class Experiment:
         layers = self.architecture.sizes.layers
         self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
         self.arms = _build_arms(settings)
+        self._nll: list[np.ndarray] = []
+        self.grouping = Grouping(1, 0)
+        # Shapes of products that depend on where a row lies.
+        self._moved: list[tuple[int, ...]] = []
         try:
             self._try_kernels()
             self.corpus = _corpus(settings)
@@ -105,7 +108,13 @@ class Experiment:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        return sorted({note for arm in self.arms if arm.kernel for note in arm.kernel.notes})
+        notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
+        if self._moved:
+            notes.add(
+                f"products of {len(self._moved)} shapes give a row other bits in another place here: results"
+                " may depend on the size of the groups"
+            )
+        return sorted(notes)
 
     def close(self) -> None:
         for arm in self.arms:
@@ -118,25 +127,7 @@ class Experiment:
             "model": fingerprint(self.file.paths),
             "tokens": hashlib.sha256(np.ascontiguousarray(self.windows.tokens).tobytes()).hexdigest(),
             "kernels": [_binary(arm.kernel) for arm in self.arms if arm.kernel],
-            "group_windows": self.group_windows,
         }
-
-    @property
-    def group_windows(self) -> int:
-        """Windows of one group: as many as memory holds, fewer where decoding weights again is cheap."""
-        if not hasattr(self, "_group_windows"):
-            n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
-            memory = self.settings.memory or environment.available_memory() // 4
-            fitting = memory // (len(self.arms) * n_ctx * width * 4)
-            size = sum(p.stat().st_size for p in self.file.paths)
-            if self.settings.memory is None and size < environment.available_memory() // 2:
-                fitting = min(fitting, -(-GROUP_TOKENS // n_ctx))
-            self._group_windows = max(min(fitting, self.windows.n_windows), 1)
-        return self._group_windows
-
-    @group_windows.setter
-    def group_windows(self, value: int) -> None:
-        self._group_windows = value
 
     def run(self, folder: RunFolder) -> Outcome:
         """Run every group that the folder does not hold, and draw the conclusions.
@@ -145,15 +136,15 @@ class Experiment:
         """
         watch = capture_to(folder.path, self.captured) if self.captured else None
         runner = Runner(self.architecture, device=self.device, attention_type=self.settings.cache_type)
+        self.grouping = self._grouping(runner)
         self.listener.started(self)
-        results: list[GroupResult] = []
-        nll: list[np.ndarray] = []
         windows = self.windows.n_windows
-        baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
-        for first in range(0, windows, self.group_windows):
-            chosen = range(first, min(first + self.group_windows, windows))
-            result = folder.load_group(first)
-            if result is None:
+        results = {first: folder.load_group(first) for first in folder.finished_groups()}
+        for first, result in sorted(results.items()):
+            self._take_in(first, result)
+        while left := uncovered({first: len(r.windows) for first, r in results.items()}, windows):
+            chosen = left[0][: self.grouping.windows]
+            try:
                 result = run_group(
                     runner,
                     self.windows,
@@ -161,16 +152,45 @@ class Experiment:
                     self.arms,
                     seed=self.settings.seed,
                     capture=watch,
-                    progress=self.listener.progress(first, chosen.stop, windows),
+                    progress=self.listener.progress(chosen.start, chosen.stop, windows),
                 )
-                folder.save_group(first, result)
-            for arm in self.arms:
-                arm.findings = result.findings[arm.name]
-            results.append(result)
-            nll.append(Scores(result, self.windows.scored_per_window).column(baseline, "nll"))
-            if all(map(len, nll)):
-                self.listener.windows_done(first, running_perplexity(np.concatenate(nll))[first:])
-        return self._conclude(join_groups(results))
+            except torch.cuda.OutOfMemoryError:
+                if self.grouping.windows == 1:
+                    raise
+                self.grouping = self.grouping.halved()
+                torch.cuda.empty_cache()
+                self.listener.notice(
+                    f"{self.device} has too little memory for {len(chosen)} windows:"
+                    f" groups of {self.grouping.windows} from here on"
+                )
+                continue
+            folder.save_group(chosen.start, result)
+            results[chosen.start] = result
+            self._take_in(chosen.start, result)
+        self._moved = [shape for shape, same in runner.products.checked.items() if not same]
+        return self._conclude(join_groups([results[first] for first in sorted(results)]))
+
+    def _grouping(self, runner: Runner) -> Grouping:
+        n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
+        return group_windows(
+            windows=self.windows.n_windows,
+            at_once=runner.tiling(n_ctx).windows,
+            n_ctx=n_ctx,
+            state_bytes=len(self.arms) * n_ctx * width * 4,
+            model_bytes=sum(p.stat().st_size for p in self.file.paths),
+            memory=self.settings.memory,
+            device=self.device,
+        )
+
+    def _take_in(self, first: int, result: GroupResult) -> None:
+        """A finished group's findings, and its part of the running perplexity if all before it is there."""
+        for arm in self.arms:
+            arm.findings = result.findings[arm.name]
+        baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
+        nll = Scores(result, self.windows.scored_per_window).column(baseline, "nll")
+        if first == sum(map(len, self._nll)) and len(nll):
+            self._nll.append(nll)
+            self.listener.windows_done(first, running_perplexity(np.concatenate(self._nll))[first:])
 
     def _conclude(self, joined: GroupResult) -> Outcome:
         settings = self.settings
@@ -259,7 +279,8 @@ class Experiment:
             "product_flop": joined.product_flop,
             "product_flop_per_s": joined.product_flop / products if products else None,
             "anonymous_bytes": joined.anonymous_bytes,
-            "group_windows": self.group_windows,
+            "group_windows": self.grouping.windows,
+            "groups": joined.groups,
         }
 
     def _try_kernels(self) -> None:

@@ -42,8 +42,8 @@ LAYER_SCHEMA = pa.schema([(name, _ARROW_TYPES[kind]) for name, kind in get_type_
 class GroupResult:
     """What one group left: everything that a verdict needs, and nothing of the model.
 
-    seconds: by kind of work; product_seconds, product_flop: weight products of all arms; anonymous_bytes: the
-    most anonymous memory seen.
+    windows: those that it ran; seconds: by kind of work; product_flop: operations of the weight products of
+    all arms; anonymous_bytes: the most anonymous memory seen; groups: how many this is, joined ones included.
     """
 
     tokens: pa.Table
@@ -53,6 +53,8 @@ class GroupResult:
     seconds: dict[str, float] = field(default_factory=dict)
     product_flop: float = 0.0
     anonymous_bytes: int = 0
+    windows: range = range(0)
+    groups: int = 1
 
     def state(self) -> dict[str, Any]:
         return {
@@ -61,6 +63,7 @@ class GroupResult:
             "seconds": self.seconds,
             "product_flop": self.product_flop,
             "anonymous_bytes": self.anonymous_bytes,
+            "windows": [self.windows.start, self.windows.stop],
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class GroupResult:
             state["seconds"],
             state["product_flop"],
             state["anonymous_bytes"],
+            range(*state["windows"]),
         )
 
 
@@ -140,6 +144,7 @@ def run_group(
         runner.stopwatch.seconds,
         runner.stopwatch.flop,
         most,
+        chosen,
     )
 
 
@@ -190,6 +195,8 @@ def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
         pa.concat_tables([g.layers for g in groups]).combine_chunks(),
         {name: Findings() for name in first.findings},
         {name: LaunchTrace() for name in first.traces},
+        windows=range(first.windows.start, groups[-1].windows.stop),
+        groups=len(groups),
     )
     for group in groups:
         for name, found in group.findings.items():

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from verify.groups import GroupResult
 from verify.jsontext import to_json_text
 
 SETTINGS, GROUPS, RESULT, REPORT = "settings.json", "groups", "run.json", "report.md"
+# Ends the name of what is being written.
+PART = ".part"
 
 
 class RunFolder:
@@ -66,38 +70,69 @@ class RunFolder:
 
     def save_group(self, first_window: int, result: GroupResult) -> None:
         whole = self._group(first_window)
-        part = whole.with_name(whole.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        pq.write_table(result.tokens, part / "tokens.parquet")
-        pq.write_table(result.layers, part / "layers.parquet")
-        (part / "state.json").write_text(json.dumps(result.state()))
-        part.rename(whole)
+        part = whole.with_name(whole.name + PART)
+        with self._writing():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            pq.write_table(result.tokens, part / "tokens.parquet")
+            pq.write_table(result.layers, part / "layers.parquet")
+            (part / "state.json").write_text(json.dumps(result.state()))
+            part.rename(whole)
 
-    def load_group(self, first_window: int) -> GroupResult | None:
-        """The finished group that starts at this window, or None."""
+    def finished_groups(self) -> list[int]:
+        """First windows of the groups that are there, in order."""
+        return sorted(int(f.name) for f in (self.path / GROUPS).glob("*") if f.name.isdigit())
+
+    def load_group(self, first_window: int) -> GroupResult:
+        """A finished group. Raises UsageError where it cannot be read."""
         folder = self._group(first_window)
-        if not folder.is_dir():
-            return None
-        return GroupResult.from_state(
-            pq.read_table(folder / "tokens.parquet"),
-            pq.read_table(folder / "layers.parquet"),
-            json.loads((folder / "state.json").read_text()),
-        )
+        try:
+            return GroupResult.from_state(
+                pq.read_table(folder / "tokens.parquet"),
+                pq.read_table(folder / "layers.parquet"),
+                json.loads((folder / "state.json").read_text()),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--resume {self.path}: {folder.name} of {GROUPS} cannot be read ({type(error).__name__}):"
+                " remove it, and its windows are run again"
+            ) from None
 
     def write_results(self, result: GroupResult, run: dict[str, Any], report: str) -> None:
         """The run's own files; the groups are kept until these are written."""
-        pq.write_table(result.tokens, self.path / "tokens.parquet")
-        pq.write_table(result.layers, self.path / "layers.parquet")
-        self.write_json(RESULT, run)
+        with self._writing():
+            for table, name in ((result.tokens, "tokens.parquet"), (result.layers, "layers.parquet")):
+                part = self.path / (name + PART)
+                pq.write_table(table, part)
+                part.rename(self.path / name)
         self.write_text(REPORT, report)
-        shutil.rmtree(self.path / GROUPS, ignore_errors=True)
+        self.write_json(RESULT, run)
+        # Renamed first: a run that is killed here is finished, not one whose groups are broken.
+        gone = self.path / (GROUPS + PART)
+        (self.path / GROUPS).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def write_text(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text)
+        """The file is there whole, or not at all."""
+        part = self.path / (name + PART)
+        with self._writing():
+            part.write_text(text)
+            part.rename(self.path / name)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_text(name, to_json_text(content))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            for part in [*self.path.glob("*" + PART), *self.path.glob(f"{GROUPS}/*{PART}")]:
+                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            raise UsageError(
+                f"--out {self.path}: cannot be written: {error.strerror or error};"
+                f" what was finished is kept, go on with --resume {self.path}"
+            ) from None
 
     def _group(self, first_window: int) -> Path:
         return self.path / GROUPS / f"{first_window:05d}"

@@ -28,6 +28,7 @@ from kernels.flash.tiles import (
     next_power_of_two,
     split_head,
 )
+from kernels.lengths import lengths_of
 from kernels.trace import LaunchTrace, Signature
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
@@ -416,7 +417,7 @@ def prepare(
     shape, plan = call.shape, options.plan
     notes: list[str] = []
     call = _contiguous_enough(call, notes)
-    lengths: tuple[int, ...] = tuple(call.kv_len.flatten().tolist())
+    lengths = lengths_of(call.kv_len).of_rows
     decode = call.path == "decode"
     rows = plans_of_rows(
         plan,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels.contract import Call, checked_call
-from kernels.exact import ExactKernel, exact_attention
+from kernels.exact import ExactKernel, _sequences_together, exact_attention
 from support.problems import problem
 
 
@@ -107,3 +107,17 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], named: str)
     given: dict[str, Any] = {"q": Q, "k": K, "v": V, "kv_len": KV_LEN, "scale": 1.0} | change
     with pytest.raises(ValueError, match=named):
         checked_call(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_sequences_together_are_those_alone(count: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(3, 5, 6, 16, generator=generator)
+    k, v = (torch.randn(3, 9, 2, 16, generator=generator) for _ in range(2))
+    call = checked_call(
+        q, k, v, kv_len=torch.tensor([[0, 3, 9, 4, 1]] * 3), scale=0.3, sliding_window=4, softcap=2.0,
+        sinks=torch.randn(6, generator=generator), alibi_slopes=torch.rand(6, generator=generator),
+    )  # fmt: skip
+    together, alone = _sequences_together(call, count), exact_attention(call)
+    assert torch.allclose(together.out, alone.out, rtol=1e-13)
+    assert torch.allclose(together.lse, alone.lse, rtol=1e-13)

@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+import model.runner
+from model.products import Tiling
 from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
 
@@ -97,6 +99,21 @@ def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Pa
         assert report["speed"]["group_windows"] == (1 if name == "small" else 6)
         files.append((tmp_path / name / "tokens.parquet").read_bytes())
     assert files[0] == files[1]
+
+
+def test_windows_side_by_side_change_no_bit(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU computes them, here with the tiles of a CPU."""
+    more = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
+    run(tiny, tmp_path / "alone", *more)
+    monkeypatch.setattr(model.runner, "tiling_of", lambda n_ctx, width, device: Tiling(n_ctx, 4))
+    done, report = run(tiny, tmp_path / "together", *more)
+    assert report["speed"]["group_windows"] == 6
+    assert report["in_place"][0]["checks"] == 6 * 2 * 4
+    assert report["in_place"][0]["max_budget_ratio"] < 1
+    alone, together = ((tmp_path / name / "tokens.parquet").read_bytes() for name in ("alone", "together"))
+    assert alone == together, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -85,6 +86,8 @@ def command(
         folder = RunFolder.reopen(resume)
         stored = folder.read_settings()
         settings = PplSettings.from_json(stored["settings"])
+        if memory:
+            settings = replace(settings, memory=parse_size(memory))
     else:
         settings = PplSettings(
             model=model,
@@ -108,7 +111,6 @@ def command(
     experiment = Experiment(settings, console)
     try:
         if stored:
-            experiment.group_windows = stored["identity"]["group_windows"]
             for what, value in experiment.identity().items():
                 if stored["identity"][what] != value:
                     raise UsageError(f"--resume {resume}: {what} changed since the run began")
