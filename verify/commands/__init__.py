@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from verify.commands import bench, diff, doctor, kernel_list, kld, plan, ppl, selftest, sweep
+from verify.commands import bench, diff, doctor, engines, kernel_list, kld, plan, ppl, selftest, sweep
 
 app = typer.Typer(
     name="verify",
@@ -19,6 +19,7 @@ app.command("bench", help=bench.HELP)(bench.command)
 app.command("diff", help=diff.HELP)(diff.command)
 app.command("selftest", help=selftest.HELP)(selftest.command)
 app.command("kld", help=kld.HELP)(kld.command)
+app.command("engines", help=engines.HELP)(engines.command)
 app.command("sweep", help=sweep.HELP)(sweep.command)
 app.command("plan", help=plan.HELP)(plan.command)
 app.command("list", help=kernel_list.HELP)(kernel_list.command)
