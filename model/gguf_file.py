@@ -1,84 +1,28 @@
-"""GGUF files, versions 2 and 3: the header read at once, the tensors left where they are, memory-mapped.
+"""GGUF files: the header read at once (`model.gguf_header`), the tensors left where they are, memory-mapped.
 
-A file is the magic `GGUF`, version u32, tensor count u64, key count u64, the keys with their values, the
-tensor table (name, dimensions innermost first, type, offset) and the tensors, aligned; little-endian. A split
-file (`NAME-00001-of-0000N.gguf`) is one GGUFFile, whichever of its shards is opened. Nothing here decodes a
-weight (`model.dequantize`) or knows an architecture.
+A split file (`NAME-00001-of-0000N.gguf`) is one GGUFFile, whichever of its shards is opened. Nothing here
+decodes a weight (`model.dequantize`) or knows an architecture.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import re
 import stat
-import struct
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from model.errors import ModelError
+from model.errors import ModelError, short
+from model.gguf_header import TensorInfo, read_header
 
 T = TypeVar("T")
 D = TypeVar("D")
-
-
-class TensorType(NamedTuple):
-    """How a type stores a row: row_header bytes, then block_bytes for every block_size weights."""
-
-    name: str
-    block_size: int
-    block_bytes: int
-    row_header: int = 0
-
-
-# ggml's types by id. From 133 on they are ik_llama.cpp's own.
-TENSOR_TYPES: dict[int, TensorType] = {
-    0: TensorType("F32", 1, 4), 1: TensorType("F16", 1, 2), 2: TensorType("Q4_0", 32, 18),
-    3: TensorType("Q4_1", 32, 20), 6: TensorType("Q5_0", 32, 22), 7: TensorType("Q5_1", 32, 24),
-    8: TensorType("Q8_0", 32, 34), 10: TensorType("Q2_K", 256, 84), 11: TensorType("Q3_K", 256, 110),
-    12: TensorType("Q4_K", 256, 144), 13: TensorType("Q5_K", 256, 176), 14: TensorType("Q6_K", 256, 210),
-    16: TensorType("IQ2_XXS", 256, 66), 17: TensorType("IQ2_XS", 256, 74),
-    18: TensorType("IQ3_XXS", 256, 98), 19: TensorType("IQ1_S", 256, 50), 20: TensorType("IQ4_NL", 32, 18),
-    21: TensorType("IQ3_S", 256, 110), 22: TensorType("IQ2_S", 256, 82), 23: TensorType("IQ4_XS", 256, 136),
-    24: TensorType("I8", 1, 1), 25: TensorType("I16", 1, 2), 26: TensorType("I32", 1, 4),
-    27: TensorType("I64", 1, 8), 28: TensorType("F64", 1, 8), 29: TensorType("IQ1_M", 256, 56),
-    30: TensorType("BF16", 1, 2), 34: TensorType("TQ1_0", 256, 54), 35: TensorType("TQ2_0", 256, 66),
-    39: TensorType("MXFP4", 32, 17), 40: TensorType("NVFP4", 64, 36), 133: TensorType("Q6_0", 32, 26),
-    137: TensorType("IQ2_K", 256, 76), 138: TensorType("IQ3_K", 256, 110),
-    139: TensorType("IQ4_K", 256, 144), 140: TensorType("IQ5_K", 256, 176),
-    141: TensorType("IQ6_K", 256, 212), 144: TensorType("IQ4_KS", 256, 136, 4),
-    145: TensorType("IQ2_KS", 256, 70, 2), 146: TensorType("IQ4_KSS", 256, 128, 4),
-    152: TensorType("IQ5_KS", 256, 168, 4), 153: TensorType("IQ2_KT", 256, 68, 4),
-    154: TensorType("IQ3_KT", 256, 100, 4), 155: TensorType("IQ4_KT", 256, 128, 4),
-    156: TensorType("IQ3_KS", 256, 102, 2), 157: TensorType("IQ2_KL", 256, 86, 2),
-    158: TensorType("IQ1_KT", 256, 56, 4),
-}  # fmt: skip
-
-# ik_llama.cpp's row-interleaved types: the id is that of the plain type and 200, except for the named.
-INTERLEAVED_IDS = range(202, 400)
-_INTERLEAVED_NAMES = {335: "IQ2_BN", 398: "Q8_KV", 399: "Q8_K"}
-
-_SUPPORTED_VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT = 32
-_MOST_DIMENSIONS = 4
-_MOST_NESTED_LISTS = 4
-# The fewest bytes that a tensor takes in the table, a key with its value, and a value in a list (an empty
-# text is its length, an empty list its type and length).
-_LEAST_TENSOR, _LEAST_KEY, _LEAST_VALUE = 24, 13, 8
-
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-# Kinds of values by id; numpy's names for the numbers.
-_NUMBERS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
-    12: "<f8",
-}  # fmt: skip
-_STRING, _LIST = 8, 9
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -90,27 +34,6 @@ _NOUNS: dict[type, str] = {
     list: "a list of texts",
     np.ndarray: "a list of numbers",
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies, and how.
-
-    shape: outermost dimension first, as torch has it (the reverse of GGUF's). n_bytes, offset: of its data,
-    from the start of the file `path`, which may be any shard of a split file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    type_name: str
-    n_bytes: int
-    path: Path
-    offset: int
-
-    @property
-    def n_elements(self) -> int:
-        return math.prod(self.shape)
 
 
 class GGUFFile:
@@ -136,7 +59,7 @@ class GGUFFile:
                     other = self.tensors[info.name].path.name
                     raise ModelError(f"{info.path}: tensor {info.name} is in {other} as well, expected once")
                 self.tensors[info.name] = info
-        self._data: dict[Path, np.ndarray] | None = {shard.path: shard.data for shard in shards}
+        self._maps: dict[Path, mmap.mmap] | None = {shard.path: shard.data for shard in shards}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -147,28 +70,26 @@ class GGUFFile:
         that are missing, doubled or of different files.
         """
         path = Path(path)
-        names = shard_names(path.name)
-        if len(names) == 1:
-            shard = _read_shard(path)
-            count = shard.metadata.get("split.count", 1)
-            if count not in (0, 1):
+        opened = _read_shard(path)
+        count = opened.metadata.get("split.count", 1)
+        if _count_in(path.name) == 1:
+            if type(count) is not int or count not in (0, 1):
                 raise ModelError(
-                    f"{path}: metadata key split.count is {_short(count)}, expected a name that ends in"
+                    f"{path}: metadata key split.count is {short(count)}, expected a name that ends in"
                     " -NNNNN-of-NNNNN.gguf, which leads to the other shards"
                 )
-            return cls([shard])
-        _expect_file(path)
-        paths = [path.with_name(name) for name in names]
-        missing = [p.name for p in paths if not p.is_file()]
+            return cls([opened])
+        # First of all: a number in a name is not enough to go and look for as many files.
+        _expect_count(opened, _count_in(path.name))
+        present = {other.name for other in path.parent.iterdir()}
+        missing = _some(name for name in _beside(path.name) if name not in present)
         if missing:
-            raise ModelError(
-                f"{path}: expected {len(names)} shards beside each other, missing: {_some(missing)}"
-            )
-        return cls(_checked([_read_shard(p) for p in paths]))
+            raise ModelError(f"{path}: expected {count} shards beside each other, missing: {missing}")
+        return cls(_checked([_read_shard(path.with_name(name)) for name in _beside(path.name)]))
 
     def close(self) -> None:
         """Let go of the maps. An array from `raw` stays good; its file is unmapped with the last of them."""
-        self._data = None
+        self._maps = None
 
     def __enter__(self) -> Self:
         return self
@@ -195,7 +116,7 @@ class GGUFFile:
             value = float(value)
         # A bool is an int to Python, and is not one to a reader of files.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ModelError(f"{self.path}: metadata key {key}: expected {_noun(kind)}, got {_short(value)}")
+            raise ModelError(f"{self.path}: metadata key {key}: expected {_noun(kind)}, got {short(value)}")
         return value
 
     def optional(self, key: str, kind: type[T], default: D) -> T | D:
@@ -213,15 +134,27 @@ class GGUFFile:
             raise ModelError(f"{self.path}: tensor {name} is missing")
         return info
 
-    def raw(self, name: str) -> np.ndarray:
+    def raw(self, name: str, rows: range | None = None) -> np.ndarray:
         """The stored bytes of a tensor, uint8 [n_bytes]: a read-only view of the map, nothing copied.
 
-        Raises ModelError for a tensor that is not there, and after `close`.
+        rows: only those of a range of the first dimension, of step 1. Raises ModelError for a tensor that is
+        not there, after `close`, and where the file has become shorter since it was opened: to touch what is
+        no longer there would end the process.
         """
         info = self.tensor(name)
-        if self._data is None:
+        if self._maps is None:
             raise ModelError(f"{self.path}: tensor {name} cannot be read: the file has been closed")
-        return self._data[info.path][info.offset : info.offset + info.n_bytes]
+        held = self._maps[info.path]
+        if held.size() < info.offset + info.n_bytes:
+            raise ModelError(
+                f"{info.path}: is cut off: it has {held.size()} bytes now, and had more when it was opened:"
+                f" tensor {name} ends at byte {info.offset + info.n_bytes}"
+            )
+        data = np.frombuffer(held, np.uint8, info.n_bytes, info.offset)
+        if rows is None:
+            return data
+        row_bytes = info.n_bytes // info.shape[0]
+        return data[rows.start * row_bytes : rows.stop * row_bytes]
 
 
 def shard_names(name: str) -> list[str]:
@@ -232,49 +165,69 @@ def shard_names(name: str) -> list[str]:
     >>> shard_names("m.gguf")
     ['m.gguf']
     """
+    return list(_beside(name))
+
+
+def _count_in(name: str) -> int:
+    """How many shards there are by the name of one; 1 for another name."""
     found = _SHARD_NAME.fullmatch(name)
-    if not found or not 1 <= int(found["number"]) <= int(found["count"]):
-        return [name]
-    stem, count = found["stem"], int(found["count"])
-    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    count = int(found["count"]) if found else 1
+    return count if found and 1 <= int(found["number"]) <= count else 1
+
+
+def _beside(name: str) -> Iterator[str]:
+    """`shard_names`, one by one: a name may lead to very many."""
+    found, count = _SHARD_NAME.fullmatch(name), _count_in(name)
+    if not found or count == 1:
+        yield name
+        return
+    stem = found["stem"]
+    for number in range(1, count + 1):
+        yield f"{stem}-{number:05}-of-{count:05}.gguf"
 
 
 class _Shard(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
-    data: np.ndarray
+    data: mmap.mmap
+
+
+def _expect_count(shard: _Shard, count: int) -> None:
+    if _whole(shard, "split.count") != count:
+        raise ModelError(
+            f"{shard.path}: metadata key split.count is {shard.metadata['split.count']},"
+            f" expected {count} as in the name"
+        )
+
+
+def _whole(shard: _Shard, key: str) -> int:
+    value = shard.metadata.get(key)
+    if type(value) is not int:
+        raise ModelError(
+            f"{shard.path}: metadata key {key}: expected a whole number in a shard, got {short(value)}"
+        )
+    return value
 
 
 def _checked(shards: list[_Shard]) -> list[_Shard]:
     """The shards, if their own numbers say that they are all of one file, in this order."""
     for shard in shards:
-        for key in ("split.no", "split.count"):
-            if type(shard.metadata.get(key)) is not int:
-                got = _short(shard.metadata.get(key))
-                raise ModelError(
-                    f"{shard.path}: metadata key {key}: expected a whole number in a shard, got {got}"
-                )
-        count = shard.metadata["split.count"]
-        if count != len(shards):
-            raise ModelError(
-                f"{shard.path}: metadata key split.count is {count}, expected {len(shards)} as in the name"
-            )
-    times = Counter(shard.metadata["split.no"] for shard in shards)
-    for index, shard in enumerate(shards):
-        number = shard.metadata["split.no"]
-        if times[number] > 1:
-            same = [other.path.name for other in shards if other.metadata["split.no"] == number]
-            raise ModelError(f"{shard.path}: split.no {number} is there more than once, in {_some(same)}")
+        _expect_count(shard, len(shards))
+    numbers = [_whole(shard, "split.no") for shard in shards]
+    for index, (shard, number) in enumerate(zip(shards, numbers, strict=True)):
+        if numbers.count(number) > 1:
+            same = _some(other.path.name for other, n in zip(shards, numbers, strict=True) if n == number)
+            raise ModelError(f"{shard.path}: split.no {number} is there more than once, in {same}")
         if number != index:
             raise ModelError(
                 f"{shard.path}: metadata key split.no is {number}, expected {index} as in the name"
             )
     expected = shards[0].metadata.get("split.tensors.count")
     present = sum(len(shard.tensors) for shard in shards)
-    if expected is not None and expected != present:
+    if expected is not None and _whole(shards[0], "split.tensors.count") != present:
         raise ModelError(
-            f"{shards[0].path}: metadata key split.tensors.count is {_short(expected)},"
+            f"{shards[0].path}: metadata key split.tensors.count is {expected},"
             f" but the shards hold {present} tensors"
         )
     return shards
@@ -305,191 +258,24 @@ def _read_shard(path: Path) -> _Shard:
     except OSError as error:
         raise ModelError(f"{path}: expected a readable GGUF file: {_reason(error)}") from None
     try:
-        metadata, tensors = _Header(path, data).read()
+        metadata, tensors = read_header(path, data)
     except BaseException:
         # A caught error keeps these frames alive, and with them the map and its file descriptor.
         data.close()
         raise
-    return _Shard(path, metadata, tensors, np.frombuffer(data, dtype=np.uint8))
-
-
-class _Header:
-    """Reads a header from front to back. Every step is first checked against the end of the file, so that no
-    length or count in a broken file leads to a large allocation."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.size, self.at = path, data, len(data), 0
-
-    def read(self) -> tuple[dict[str, Any], list[TensorInfo]]:
-        self._magic()
-        tensor_count = self._number(_U64, "the tensor count")
-        key_count = self._number(_U64, "the key count")
-        self._expect(tensor_count * _LEAST_TENSOR, f"the table of {tensor_count} tensors")
-        self._expect(key_count * _LEAST_KEY, f"the metadata of {key_count} keys")
-        metadata: dict[str, Any] = {}
-        for index in range(key_count):
-            key = self._string(f"the name of metadata key {index}")
-            if key in metadata:
-                self._fail(f"metadata key {key} is there twice, expected once")
-            kind = self._number(_U32, f"the type of metadata key {key}")
-            metadata[key] = self._value(kind, f"metadata key {key}")
-        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            self._fail(f"metadata key general.alignment: expected a power of two, got {_short(alignment)}")
-        tensors: dict[str, TensorInfo] = {}
-        for index in range(tensor_count):
-            info = self._tensor(index, alignment)
-            if info.name in tensors:
-                self._fail(f"tensor {info.name} is there twice, expected once")
-            tensors[info.name] = info
-        start = -(-self.at // alignment) * alignment
-        return metadata, [self._placed(info, start) for info in tensors.values()]
-
-    def _magic(self) -> None:
-        first = self.data[:4]
-        if first == b"FUGG":
-            self._fail("is big-endian, expected a little-endian GGUF file")
-        if first != b"GGUF":
-            hint = " (a pointer of git-lfs: fetch the file itself)" if first == b"vers" else ""
-            self._fail(f"is not a GGUF file: it starts with {first!r}, expected b'GGUF'{hint}")
-        self.at = 4
-        version = self._number(_U32, "the version")
-        if version and not version & 0xFFFF:
-            self._fail("is big-endian, expected a little-endian GGUF file")
-        if version not in _SUPPORTED_VERSIONS:
-            expected = " or ".join(map(str, _SUPPORTED_VERSIONS))
-            self._fail(f"GGUF version {version} is not read, expected version {expected}")
-
-    def _tensor(self, index: int, alignment: int) -> TensorInfo:
-        """One entry of the tensor table, its offset still relative to the start of the data."""
-        name = self._string(f"the name of tensor {index}")
-        rank = self._number(_U32, f"the dimensions of tensor {name}")
-        if rank > _MOST_DIMENSIONS:
-            self._fail(f"tensor {name}: expected at most {_MOST_DIMENSIONS} dimensions, got {rank}")
-        sizes = [self._number(_U64, f"the dimensions of tensor {name}") for _ in range(rank)]
-        type_id = self._number(_U32, f"the type of tensor {name}")
-        offset = self._number(_U64, f"the offset of tensor {name}")
-        found = TENSOR_TYPES.get(type_id)
-        if found is None:
-            self._fail(f"tensor {name}: {_unknown_type(type_id)}")
-        width, rows = (sizes or [1])[0], math.prod(sizes[1:])
-        if width % found.block_size:
-            self._fail(
-                f"tensor {name}: expected rows of a multiple of {found.block_size} weights of {found.name},"
-                f" got {width}"
-            )
-        if offset % alignment:
-            self._fail(f"tensor {name}: expected an offset that is a multiple of {alignment}, got {offset}")
-        n_bytes = rows * (found.row_header + width // found.block_size * found.block_bytes)
-        return TensorInfo(name, tuple(reversed(sizes)), type_id, found.name, n_bytes, self.path, offset)
-
-    def _placed(self, info: TensorInfo, start: int) -> TensorInfo:
-        offset = start + info.offset
-        if offset + info.n_bytes > self.size:
-            self._fail(
-                f"is cut off: tensor {info.name} needs {info.n_bytes} bytes from byte {offset} on,"
-                f" present are {max(self.size - offset, 0)} (of a file of {self.size} bytes)"
-            )
-        return replace(info, offset=offset)
-
-    def _value(self, kind: int, what: str, depth: int = 0) -> Any:
-        if kind in _NUMBERS:
-            return self._numbers(kind, 1, what)[0].item()
-        if kind == _STRING:
-            return self._string(what)
-        if kind != _LIST:
-            self._fail(f"{what}: expected a value of a type of GGUF, got type {kind}")
-        if depth == _MOST_NESTED_LISTS:
-            self._fail(f"{what}: expected at most {depth} lists in each other")
-        kind = self._number(_U32, f"the type in the list of {what}")
-        count = self._number(_U64, f"the length of the list of {what}")
-        if kind in _NUMBERS:
-            return self._numbers(kind, count, what)
-        self._expect(count * _LEAST_VALUE, f"the list of {count} values of {what}")
-        if kind == _STRING:
-            return self._strings(count, what)
-        return [self._value(kind, what, depth + 1) for _ in range(count)]
-
-    def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
-        stored = np.dtype(_NUMBERS[kind])
-        return np.frombuffer(self._take(count * stored.itemsize, what), stored)
-
-    def _strings(self, count: int, what: str) -> list[str]:
-        # A vocabulary has some 100,000 of these: the loop is flat, with one check a string.
-        data, at, end, length_at = self.data, self.at, self.size, _U64.unpack_from
-        strings: list[str] = []
-        try:
-            for _ in range(count):
-                (length,) = length_at(data, at)
-                at += 8
-                stop = at + length
-                if stop > end:
-                    self.at = at
-                    self._expect(length, f"value {len(strings)} of {what}")
-                strings.append(data[at:stop].decode())
-                at = stop
-        except struct.error:
-            self.at = at
-            self._expect(8, f"the length of value {len(strings)} of {what}")
-        except UnicodeDecodeError as error:
-            self._fail(f"{what}: expected UTF-8, value {len(strings)} is {_short(error.object)}")
-        self.at = at
-        return strings
-
-    def _string(self, what: str) -> str:
-        raw = self._take(self._number(_U64, f"the length of {what}"), what)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            self._fail(f"{what}: expected UTF-8, got {_short(raw)}")
-
-    def _number(self, form: struct.Struct, what: str) -> int:
-        return cast(int, form.unpack(self._take(form.size, what))[0])
-
-    def _take(self, n_bytes: int, what: str) -> bytes:
-        self._expect(n_bytes, what)
-        start, self.at = self.at, self.at + n_bytes
-        return self.data[start : self.at]
-
-    def _expect(self, n_bytes: int, what: str) -> None:
-        if self.at + n_bytes > self.size:
-            self._fail(
-                f"the header is broken, or cut off, at byte {self.at}: {what} should take {n_bytes} bytes"
-                f" or more, {self.size - self.at} are left"
-            )
-
-    def _fail(self, message: str) -> NoReturn:
-        raise ModelError(f"{self.path}: {message}")
-
-
-def _unknown_type(type_id: int) -> str:
-    if type_id not in INTERLEAVED_IDS:
-        return f"type {type_id} is not a tensor type known here"
-    plain = TENSOR_TYPES.get(type_id - 200)
-    name = plain.name if plain else _INTERLEAVED_NAMES.get(type_id, "a type")
-    return (
-        f"type {type_id} is {name} with its rows interleaved (ik_llama.cpp's _R4, _R8 and _R16 types),"
-        " which is not read: use the plain file"
-    )
+    return _Shard(path, metadata, tensors, data)
 
 
 def _noun(kind: type) -> str:
     return _NOUNS.get(kind, kind.__name__)
 
 
-def _short(value: object) -> str:
-    """A value as an error quotes it: never long."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, list | np.ndarray):
-        return f"a list of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _some(names: Iterable[str], most: int = 4) -> str:
+    """The first few names, and how many more there are; empty where there are none."""
+    left = iter(names)
+    text = ", ".join(islice(left, most))
+    more = sum(1 for _ in left)
+    return f"{text} and {more} more" if more else text
 
 
 def _reason(error: Exception) -> str:

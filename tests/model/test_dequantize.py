@@ -1,7 +1,8 @@
-"""Decoded weights: bit by bit against the gguf package, blocks worked out by hand, and rows."""
+"""Decoded weights: bit by bit against the decoders of others, blocks worked out by hand, and rows."""
 
 from __future__ import annotations
 
+import re
 import struct
 import tracemalloc
 import warnings
@@ -14,15 +15,26 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from model.dequantize import dequantize, type_is_supported
+from model.dequantize import decode, dequantize, type_is_supported
 from model.errors import ModelError
-from model.gguf_file import TENSOR_TYPES, GGUFFile
+from model.gguf_file import GGUFFile
+from model.tensor_types import TENSOR_TYPES, TYPES_BY_NAME
+from support.gguf_bytes import entry, file_bytes
 
-FAST = ["Q4_0", "Q4_1", "Q8_0"]
-OTHERS = [
-    "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
-    "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+STANDARD = [
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M",
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
 ]  # fmt: skip
+IK = [
+    "Q6_0", "IQ2_K", "IQ3_K", "IQ4_K", "IQ5_K", "IQ6_K", "IQ2_KS", "IQ3_KS", "IQ4_KS", "IQ5_KS", "IQ4_KSS",
+    "IQ2_KL", "IQ1_KT", "IQ2_KT", "IQ3_KT", "IQ4_KT",
+]  # fmt: skip
+PLAIN = ["F32", "F16", "BF16"]
+NOT_WEIGHTS = ["I8", "I16", "I32", "I64", "F64"]
+# A row of every type of ik_llama.cpp's with what its own CPU decoder makes of it, and a larger set.
+ORACLE = Path(__file__).parent / "oracles/ik_types.npz"
+LARGE_ORACLE = Path(__file__).parents[3] / "shared/data/tensor-types/ik_types.npz"
+DOCUMENT = Path(__file__).parents[2] / "docs/tensor-types.md"
 # A slice's ends, as [first:last].
 ROWS = [slice(*ends) for ends in [(2, 5), (None, None), (4, None), (-1, None), (3, 3), (5, 2), (1, 99)]]
 VIEWS = {"F32": np.float32, "F16": np.float16}
@@ -36,13 +48,15 @@ def stored(tmp_path: Path) -> Write:
 
     def write(tensors: Stored) -> GGUFFile:
         path = tmp_path / "weights.gguf"
-        writer = gguf.GGUFWriter(path, "test")
+        entries, data = [], b""
         for name, (array, kind) in tensors.items():
-            writer.add_tensor(name, array, raw_dtype=Kind[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+            number, found = next((i, found) for i, found in TENSOR_TYPES.items() if found.name == kind)
+            sizes = list(reversed(array.shape))
+            if found.block_size > 1 or kind == "BF16":
+                sizes[0] = (sizes[0] - found.row_header) // found.block_bytes * found.block_size
+            entries.append(entry(name, sizes, number, len(data)))
+            data += array.tobytes() + bytes(-array.nbytes % 32)
+        path.write_bytes(file_bytes([], entries, data))
         return GGUFFile.open(path)
 
     return write
@@ -50,8 +64,9 @@ def stored(tmp_path: Path) -> Write:
 
 def random_rows(kind: str, rows: tuple[int, ...], blocks: int, seed: int = 0) -> np.ndarray:
     """Random bytes of blocks, uint8 [*rows, bytes of a row]: every scale there is, NaN and infinity too."""
-    size = next(found.block_bytes for found in TENSOR_TYPES.values() if found.name == kind)
-    return np.random.default_rng(seed).integers(0, 256, (*rows, blocks * size), dtype=np.uint8)
+    found = TYPES_BY_NAME[kind]
+    size = found.row_header + blocks * found.block_bytes
+    return np.random.default_rng(seed).integers(0, 256, (*rows, size), dtype=np.uint8)
 
 
 def expected_weights(raw: np.ndarray, kind: str) -> np.ndarray:
@@ -69,17 +84,62 @@ def check_same_bits(got: torch.Tensor, expected: np.ndarray) -> None:
     assert np.array_equal(values[numbers].view(np.int32), expected[numbers].view(np.int32))
 
 
-@pytest.mark.parametrize("kind", FAST + OTHERS)
+@pytest.mark.parametrize("kind", STANDARD)
 def test_every_bit_is_as_in_the_gguf_package(stored: Write, kind: str) -> None:
-    raw = random_rows(kind, (37,), 3)
+    raw = random_rows(kind, (67,), 3)
     check_same_bits(dequantize(stored({"t": (raw, kind)}), "t"), expected_weights(raw, kind))
 
 
-@pytest.mark.parametrize("kind", [*FAST, "Q6_K"])
-def test_a_tensor_larger_than_what_is_decoded_at_a_time(stored: Write, kind: str) -> None:
-    size = next(found.block_size for found in TENSOR_TYPES.values() if found.name == kind)
-    raw = random_rows(kind, (3,), (1 << 19) // size + 5)
-    check_same_bits(dequantize(stored({"t": (raw, kind)}), "t"), expected_weights(raw, kind))
+def check_oracle(stored: Write, kind: str, path: Path) -> None:
+    number = next(i for i, found in TENSOR_TYPES.items() if found.name == kind)
+    with np.load(path) as held:
+        raw = held[f"{number}_{kind.lower()}_bytes"]
+        expected = held[f"{number}_{kind.lower()}_float32"]
+    check_same_bits(dequantize(stored({"t": (raw, kind)}), "t"), expected)
+
+
+@pytest.mark.parametrize("kind", IK)
+def test_every_bit_is_as_in_the_decoder_of_ik_llama_cpp(stored: Write, kind: str) -> None:
+    check_oracle(stored, kind, ORACLE)
+
+
+@pytest.mark.parametrize("kind", IK)
+def test_more_rows_are_as_in_the_decoder_of_ik_llama_cpp(stored: Write, kind: str) -> None:
+    if not LARGE_ORACLE.is_file():
+        pytest.skip("the larger set of ik_llama.cpp's types is not beside this checkout")
+    check_oracle(stored, kind, LARGE_ORACLE)
+
+
+def test_no_type_is_left_out() -> None:
+    """Every type that a file may have is in one of the lists above, and in the document."""
+    lists = STANDARD + IK + PLAIN + NOT_WEIGHTS
+    assert sorted(lists) == sorted(found.name for found in TENSOR_TYPES.values())
+    decoded = [kind for kind in lists if type_is_supported(kind)]
+    assert decoded == STANDARD + IK + PLAIN
+    rows = re.findall(r"^\| ([A-Z0-9_]+) \|", DOCUMENT.read_text(), flags=re.M)
+    assert sorted(rows) == sorted(decoded)
+
+
+@pytest.mark.parametrize("kind", STANDARD + IK)
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (1, 2), (5, 1)])
+def test_a_block_does_not_depend_on_those_around_it(stored: Write, kind: str, rows: int, blocks: int) -> None:
+    raw = random_rows(kind, (8,), 2)
+    whole = dequantize(stored({"t": (raw, kind)}), "t").numpy()
+    found = TYPES_BY_NAME[kind]
+    part = np.ascontiguousarray(raw[:rows, : found.row_bytes(blocks * found.block_size)])
+    expected = whole[:rows, : blocks * found.block_size]
+    check_same_bits(dequantize(stored({"t": (part, kind)}), "t"), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "IQ2_KS"])
+@pytest.mark.parametrize("chunk", [1, 1024, 1500])
+def test_a_tensor_larger_than_what_is_decoded_at_a_time(
+    stored: Write, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
+) -> None:
+    file = stored({"t": (random_rows(kind, (7,), 3), kind)})
+    whole = dequantize(file, "t").numpy()
+    monkeypatch.setattr("model.dequantize.CPU_CHUNK", chunk)
+    check_same_bits(dequantize(file, "t"), whole)
 
 
 def test_blocks_worked_out_by_hand(stored: Write) -> None:
@@ -111,7 +171,7 @@ def test_plain_types(stored: Write) -> None:
     check_same_bits(dequantize(file, "bf16"), shorts.float().numpy())
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16", *FAST, "Q4_K"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_0", "Q8_0", "Q4_K", "IQ3_S", "IQ2_KS", "IQ1_KT"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_are_those_of_the_whole(stored: Write, kind: str, rows: slice) -> None:
     blocks = 2 if kind != "F32" else 8
@@ -200,14 +260,6 @@ def test_the_device_is_the_one_asked_for(stored: Write) -> None:
         assert dequantize(file, name, device=torch.device("cpu")).device.type == "cpu"
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *FAST, "Q4_K"])
-def test_the_bits_are_the_same_on_a_gpu(stored: Write, kind: str) -> None:
-    raw = random_rows(kind, (64,), 64)
-    file = stored({"t": (raw.view(VIEWS.get(kind, np.uint8)), kind)})
-    check_same_bits(dequantize(file, "t", device="cuda").cpu(), dequantize(file, "t").numpy())
-
-
 def test_a_type_that_is_not_decoded_is_named(stored: Write) -> None:
     file = stored({"ids": (np.arange(4, dtype=np.int32), "I32")})
     with pytest.raises(ModelError, match=r"weights\.gguf: tensor ids: weights of type I32 are not decoded"):
@@ -220,11 +272,17 @@ def test_a_tensor_that_is_not_there_is_named(stored: Write) -> None:
         dequantize(file, "u")
 
 
-def test_which_types_are_decoded() -> None:
-    assert all(type_is_supported(kind) for kind in ["F32", "F16", "BF16", *FAST, *OTHERS])
-    assert not any(
-        type_is_supported(kind) for kind in ["I8", "I32", "F64", "IQ4_K", "Q6_0", "Q4_0_R8", "", "f32"]
-    )
+def test_names_that_are_no_type() -> None:
+    assert not any(type_is_supported(name) for name in ["Q4_0_R8", "IQ1_BN", "", "f32"])
+
+
+@pytest.mark.parametrize("kind", STANDARD + IK + PLAIN)
+def test_bytes_on_a_device_are_decoded_there(kind: str) -> None:
+    found = TYPES_BY_NAME[kind]
+    width = 4 * found.block_size
+    meta = torch.empty(3 * found.row_bytes(width), dtype=torch.uint8, device="meta")
+    weights = decode(meta, kind, width)
+    assert weights.device.type == "meta" and weights.shape == (3 * width,)
 
 
 def test_a_real_file_decodes_as_with_the_gguf_package(smollm: Path) -> None:
