@@ -103,7 +103,7 @@ class PplConsole:
             console.print(text, markup=False, soft_wrap=True)
         for line in _verdict(outcome):
             print(line, file=self.out)
-        print(f"report: {folder / 'report.md'}", file=self.out, flush=True)
+        print(f"report: {folder / 'report.html'}", file=self.out, flush=True)
 
     def _end_line(self) -> None:
         if self._line_open:

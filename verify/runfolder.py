@@ -2,7 +2,7 @@
 
     settings.json                what was asked, and fingerprints of model and text
     groups/00000/                tokens.parquet, layers.parquet, state.json of windows 0 ..
-    run.json  tokens.parquet  layers.parquet  report.md
+    run.json  tokens.parquet  layers.parquet  report.md  report.html
 
 A group is written under another name and renamed when it is whole, so that a run that was cut off at any
 moment goes on from the last whole group.
@@ -23,7 +23,8 @@ from verify.errors import UsageError
 from verify.groups import GroupResult
 from verify.jsontext import to_json_text
 
-SETTINGS, GROUPS, RESULT, REPORT = "settings.json", "groups", "run.json", "report.md"
+SETTINGS, GROUPS, RESULT = "settings.json", "groups", "run.json"
+REPORT, PAGE = "report.md", "report.html"
 # Ends the name of what is being written.
 PART = ".part"
 
@@ -55,7 +56,7 @@ class RunFolder:
         if not (path / SETTINGS).is_file():
             raise UsageError(f"--resume {path}: no {SETTINGS} there, expected the folder of a run")
         if (path / RESULT).is_file() and not (path / GROUPS).is_dir():
-            raise UsageError(f"--resume {path}: that run is finished, see {path / REPORT}")
+            raise UsageError(f"--resume {path}: that run is finished, see {path / PAGE}")
         return cls(path)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
@@ -98,14 +99,13 @@ class RunFolder:
                 " remove it, and its windows are run again"
             ) from None
 
-    def write_results(self, result: GroupResult, run: dict[str, Any], report: str) -> None:
+    def write_results(self, result: GroupResult, run: dict[str, Any]) -> None:
         """The run's own files; the groups are kept until these are written."""
         with self._writing():
             for table, name in ((result.tokens, "tokens.parquet"), (result.layers, "layers.parquet")):
                 part = self.path / (name + PART)
                 pq.write_table(table, part)
                 part.rename(self.path / name)
-        self.write_text(REPORT, report)
         self.write_json(RESULT, run)
         # Renamed first: a run that is killed here is finished, not one whose groups are broken.
         gone = self.path / (GROUPS + PART)

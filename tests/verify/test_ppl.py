@@ -54,7 +54,7 @@ def test_a_round_off_run_shows_its_evidence(tiny: tuple[Path, Path], tmp_path: P
     assert any(line.startswith("[1]") and "[6]" in line for line in lines)
     assert any(line.startswith("Final estimate: PPL over 6 chunks for n_ctx=64 = ") for line in lines)
     assert any(line.startswith("verdict: round-off: ") for line in lines)
-    assert lines[-1] == f"report: {tmp_path / 'run' / 'report.md'}"
+    assert lines[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
     by_name = {arm["name"]: arm for arm in report["arms"]}
     assert set(by_name) == {"exact", "floor", "baseline", "control", "candidate"}
     assert by_name["control"]["nll_mean"] == by_name["baseline"]["nll_mean"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from verify.commands import bench, diff, doctor, engines, kernel_list, kld, plan, ppl, selftest, sweep
+from verify.commands import bench, diff, doctor, engines, kernel_list, kld, plan, ppl, report, selftest, sweep
 
 app = typer.Typer(
     name="verify",
@@ -22,5 +22,6 @@ app.command("kld", help=kld.HELP)(kld.command)
 app.command("engines", help=engines.HELP)(engines.command)
 app.command("sweep", help=sweep.HELP)(sweep.command)
 app.command("plan", help=plan.HELP)(plan.command)
+app.command("report", help=report.HELP)(report.command)
 app.command("list", help=kernel_list.HELP)(kernel_list.command)
 app.command("doctor", help=doctor.HELP)(doctor.command)

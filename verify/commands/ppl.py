@@ -77,7 +77,7 @@ def command(
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
     from verify.jsontext import to_json_text
-    from verify.reports.ppl import report_markdown
+    from verify.reports.writing import write_reports
     from verify.runfolder import RunFolder
 
     prepare_torch()
@@ -128,7 +128,8 @@ def command(
     finally:
         console.stop()
         experiment.close()
-    folder.write_results(outcome.joined, outcome.run, report_markdown(outcome.run))
+    folder.write_results(outcome.joined, outcome.run)
+    write_reports(folder.path)
     console.outcome(experiment, outcome, folder.path)
     if json_:
         print(to_json_text(outcome.run), end="")

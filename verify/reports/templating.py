@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
+
+
+def figure(x: float | None, form: str = "%.3g") -> str:
+    """A number as it is printed; `-` where it is not known (JSON has null for NaN and infinity)."""
+    return "-" if x is None or math.isnan(x) else form % x
+
+
+def interval(limits: Sequence[float | None] | None) -> str:
+    """`0.885 to 1.08`; a limit that is not known is one without end."""
+    if limits is None:
+        return "-"
+    low, high = (figure(x) for x in limits)
+    return f"{low if low != '-' else '0'} to {high if high != '-' else 'any'}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def seen(by: Mapping[str, bool]) -> str:
+    """The detectors that saw something."""
+    return ", ".join(name for name, saw in by.items() if saw) or "nothing"
+
+
+def cell(text: object) -> str:
+    """Text within a cell of a Markdown table."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything that is known, nested names joined by a blank."""
+    for key, value in environment.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key} ")
+        elif value is not None:
+            yield f"{prefix}{key}", value
 
 
 def _is_page(name: str | None) -> bool:
@@ -18,13 +55,6 @@ TEMPLATES = jinja2.Environment(
     autoescape=_is_page,
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
+    trim_blocks=False,
 )
-
-
-def flat(environment: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of everything that is known, nested names joined by a blank."""
-    for key, value in environment.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key} ")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell)}

@@ -1,0 +1,45 @@
+"""`verify report`: the reports of a run again, or two runs side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HELP = "Makes report.md and report.html again from a run's folder; two folders: side by side."
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]", help="folder of a run")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the comparison; default runs/report-TIME")
+    ] = None,
+) -> int:
+    """Run the command; exit 0."""
+    from datetime import datetime
+
+    from verify.errors import UsageError
+    from verify.reports.comparison import comparison_html, comparison_markdown
+    from verify.reports.record import RunRecord
+    from verify.reports.writing import write_reports
+    from verify.runfolder import PAGE, REPORT, RunFolder
+
+    if len(runs) > 2:
+        raise UsageError(f"report: expected one run or two, got {len(runs)}")
+    if len(runs) == 1:
+        if out is not None:
+            raise UsageError(f"--out {out}: is for two runs; the reports of one go into its folder")
+        record = write_reports(runs[0])
+        reasons = "; ".join(record.run["reasons"])
+        print(f"verdict: {record.run['verdict']}: {reasons}\nreport: {runs[0] / PAGE}", file=sys.stdout)
+        return 0
+    first, second = (RunRecord.load(run) for run in runs)
+    text = comparison_markdown(first, second)
+    page = comparison_html(first, second)
+    folder = RunFolder.create(out or Path("runs") / f"report-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
+    folder.write_text(REPORT, text)
+    folder.write_text(PAGE, page)
+    print(f"{text}\nreport: {folder.path / PAGE}", file=sys.stdout)
+    return 0

@@ -1,0 +1,292 @@
+"""Pictures of a run of `verify ppl`, as SVG that stands inside a page.
+
+Each is drawn from a run's record and is None where the run has nothing to draw it from. The same record gives
+the same text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from verify.reports.drawing import (
+    Picture,
+    finish,
+    legend,
+    new_figure,
+    plain_powers,
+    plain_ratios,
+    with_prefix,
+)
+from verify.reports.record import RunRecord
+from verify.verdict import DEFAULT_MARGIN, SIGNIFICANT_RATIO
+
+COLOURS = {"exact": "#000000", "floor": "#9a9a9a", "baseline": "#1f5fa8", "control": "#1f5fa8"}
+CANDIDATES = ("#c2410c", "#0f766e", "#7e22ce", "#a16207", "#be185d")
+NOISE = "#c9d3df"
+BLOCK_TOKENS = 32
+RANGES = 8
+FROZEN = "/frozen"
+
+
+def pictures(record: RunRecord, *, prefix: str = "") -> dict[str, Picture]:
+    """Every picture that this run has the data for, by name.
+
+    prefix: goes before ids in the SVG, where pictures of several runs stand in one page.
+    """
+    drawers: tuple[Callable[[RunRecord], Picture | None], ...] = (
+        distance_ratios,
+        drift,
+        drift_by_position,
+        own_error,
+        nll_differences,
+        divergence_by_length,
+        noise,
+    )
+    found = (draw(record) for draw in drawers)
+    return {picture.name: with_prefix(picture, prefix) for picture in found if picture is not None}
+
+
+def distance_ratios(record: RunRecord) -> Picture | None:
+    """Each candidate's distance ratio with its interval, the limits of the verdicts beside it."""
+    pairs = [p for p in record.run["pairs"] if p.get("distance_ratio") and p.get("distance_ratio_ci")]
+    if not pairs:
+        return None
+    margin = record.run["settings"].get("margin", DEFAULT_MARGIN)
+    figure, axis = new_figure(height=1.0 + 0.35 * len(pairs))
+    axis.axvspan(1 / SIGNIFICANT_RATIO, SIGNIFICANT_RATIO, color="#e5ecf4", lw=0)
+    axis.axvline(1, color="#666666", lw=0.8)
+    axis.axvline(margin, color="#b00020", lw=0.8, ls="--")
+    for i, pair in enumerate(pairs):
+        low, high = (math.inf if x is None else x for x in pair["distance_ratio_ci"])
+        ratio, colour = pair["distance_ratio"], _colour(record, pair["candidate"])
+        axis.plot([max(low, 1e-3), min(high, 1e6)], [i, i], color=colour, lw=2)
+        axis.plot([ratio], [i], "o", color=colour)
+    axis.set(xscale="log", xlabel="distance to exact, over the baseline's", ylim=(len(pairs) - 0.5, -0.5))
+    axis.set_yticks(range(len(pairs)), [p["candidate"] for p in pairs])
+    plain_ratios(axis)
+    return finish(
+        "distance",
+        figure,
+        "Distance ratio and its 99.9 % interval. Shaded: within 1.10 either way."
+        f" Dashed: the margin, {margin:g}.",
+    )
+
+
+def drift(record: RunRecord) -> Picture | None:
+    """How far the residual stream of each arm is from the exact arm's, after each layer."""
+    arms = [a for a in (record.run.get("drift") or {}).get("arms", []) if a.get("layers")]
+    lines = {
+        a["arm"]: ([x["layer"] for x in a["layers"]], [x["relative"] for x in a["layers"]]) for a in arms
+    }
+    return _lines(
+        record,
+        "drift",
+        lines,
+        xlabel="layer entered",
+        ylabel="relative distance",
+        caption="Distance of each arm's residual stream to the exact arm's, layer by layer. Dashed: the same"
+        " kernel's error alone, with casts frozen.",
+    )
+
+
+def drift_by_position(record: RunRecord) -> Picture | None:
+    """The same at the last layer, along the window."""
+    found = record.run.get("drift") or {}
+    edges = found.get("edges") or []
+    middle = [(a + b - 1) / 2 for a, b in pairwise(edges)]
+    lines = {
+        a["arm"]: (middle, a["layers"][-1]["by_position"])
+        for a in found.get("arms", [])
+        if a.get("layers") and len(a["layers"][-1].get("by_position") or []) == len(middle) > 1
+    }
+    return _lines(
+        record,
+        "drift by position",
+        lines,
+        xlabel="position in the window",
+        ylabel="relative distance",
+        caption="The same before the last layer, along the window.",
+    )
+
+
+def own_error(record: RunRecord) -> Picture | None:
+    """Relative error of each kernel on the exact arm's q, k and v, by layer."""
+    lines = {}
+    for arm in record.arms:
+        layer, error = (record.layer_column(arm["name"], c) for c in ("layer", "relative_rms"))
+        if not error.size or arm["role"] not in ("baseline", "candidate"):
+            continue
+        layers = np.unique(layer)
+        rms = [float(np.sqrt(np.nanmean(np.square(error[layer == x])))) for x in layers]
+        lines[arm["name"]] = (layers.tolist(), rms)
+    return _lines(
+        record,
+        "own error",
+        lines,
+        xlabel="layer",
+        ylabel="relative rms error",
+        caption="Each kernel's own error by layer, on the exact arm's q, k and v: nothing has drifted yet.",
+    )
+
+
+def nll_differences(record: RunRecord) -> Picture | None:
+    """Candidate minus baseline, block by block of the text, in the band that rounding alone spans."""
+    exact, floor = record.arm_of("exact"), record.arm_of("floor")
+    if exact is None or floor is None:
+        return None
+    noise_of_blocks = _blocks(record.column(floor, "nll"), record.column(exact, "nll"))
+    drawn = {}
+    for pair in record.run["pairs"]:
+        nll = record.column(pair["candidate"], "nll")
+        reference = record.column(pair["reference"], "nll")
+        if len(nll) == len(reference) > 0:
+            drawn[pair["candidate"]] = _blocks(nll, reference)
+    if not drawn or not noise_of_blocks.size:
+        return None
+    figure, axis = new_figure()
+    band = 2 * float(np.sqrt(np.mean(np.square(noise_of_blocks))))
+    axis.axhspan(-band, band, color=NOISE, lw=0)
+    axis.axhline(0, color="#666666", lw=0.8)
+    most = max(len(values) for values in drawn.values())
+    for name, values in drawn.items():
+        x = (np.arange(len(values)) + 0.5) * BLOCK_TOKENS
+        axis.plot(
+            x, values, "." if most > 60 else ".-", color=_colour(record, name), ms=4, lw=0.8, label=name
+        )
+    axis.set(xlabel="scored token", ylabel="nats a token")
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    legend(axis, len(drawn))
+    return finish(
+        "nll",
+        figure,
+        f"NLL of candidate minus baseline, means of {BLOCK_TOKENS} tokens. Band: twice what one rounding of"
+        " noise in the exact arm does to such means.",
+    )
+
+
+def divergence_by_length(record: RunRecord) -> Picture | None:
+    """KLD to exact against n_kv, frozen casts where the run has them, and where the plans differ."""
+    lines = {}
+    for arm in record.arms:
+        if arm["role"] in ("floor", "baseline", "candidate"):
+            for name in (arm["name"], arm["name"] + FROZEN):
+                lines[name] = _by_length(record.column(name, "n_kv"), record.column(name, "kld_to_exact"))
+    changed = [pair["changed_n_kv"] for pair in record.run["pairs"] if pair.get("changed_n_kv")]
+
+    def shade(axis: Any) -> None:
+        low, high = axis.get_xlim()
+        for first, last in changed:
+            axis.axvspan(max(first, low), min(last, high), color="#fdf1e3", lw=0, zorder=0)
+        axis.set_xlim(low, high)
+
+    return _lines(
+        record,
+        "kld",
+        {name: points for name, points in lines.items() if points[0]},
+        xlabel="n_kv",
+        ylabel="mean KLD to exact, nats",
+        caption="KL divergence to exact against the number of visible keys."
+        + (" Shaded: where the candidate ran another plan." if changed else "")
+        + (" Dashed: casts frozen." if any(FROZEN in n and p[0] for n, p in lines.items()) else ""),
+        also=shade if changed else None,
+    )
+
+
+def noise(record: RunRecord) -> Picture | None:
+    """The candidates among arms whose cuts were moved at random."""
+    groups = [g for g in record.run.get("noise") or [] if g.get("arms")]
+    if not groups:
+        return None
+    figure, axis = new_figure(height=1.4 + 0.45 * len(groups))
+    for i, group in enumerate(groups):
+        axis.plot([a["theta"] for a in group["arms"]], [i] * len(group["arms"]), "o", color="#8aa0b8", ms=5)
+        if group.get("theta_limits"):
+            axis.plot(group["theta_limits"], [i, i], "|-", color="#8aa0b8", lw=1, ms=14)
+        for c in group.get("candidates") or []:
+            axis.plot([c["theta"]], [i], "D", color=_colour(record, c["candidate"]), label=c["candidate"])
+    axis.set_yticks(range(len(groups)), [g["reference"] for g in groups])
+    # Room above for the legend.
+    axis.set(xlabel="theta, mean of ln(KLD / KLD of the baseline)", ylim=(len(groups) - 0.5, -1.3))
+    legend(axis, 1)
+    return finish(
+        "noise",
+        figure,
+        "Dots: the baseline with its KV cuts moved at random. Bar: where 99.9 % of such arms lie."
+        " Diamonds: the candidates.",
+    )
+
+
+def _lines(
+    record: RunRecord,
+    name: str,
+    lines: dict[str, tuple[list[Any], list[Any]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    also: Callable[[Any], None] | None = None,
+) -> Picture | None:
+    """One logarithmic plot, a line an arm; values that are missing or not positive are left out."""
+    figure, axis = new_figure()
+    drawn = 0
+    for arm, (xs, ys) in lines.items():
+        points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y > 0]
+        base = arm.removesuffix(FROZEN)
+        role = next((a["role"] for a in record.arms if a["name"] == base), "")
+        if not points or role in ("exact", "control"):
+            continue
+        is_noise = role == "noise"
+        axis.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            marker="." if len(points) < 20 else "",
+            ls="--" if arm.endswith(FROZEN) else "-",
+            lw=0.8 if is_noise else 1.3,
+            zorder=1 if is_noise else 2,
+            color=NOISE if is_noise else _colour(record, base),
+            label="_" if is_noise or (arm != base and base in lines) else base,
+        )
+        drawn += 1
+    if not drawn:
+        return None
+    axis.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    plain_powers(axis)
+    if also is not None:
+        also(axis)
+    legend(axis, drawn)
+    return finish(name, figure, caption)
+
+
+def _by_length(n_kv: np.ndarray, values: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean n_kv and mean value in RANGES ranges of n_kv with as many tokens each."""
+    known = np.isfinite(values)
+    n_kv, values = n_kv[known], values[known]
+    if not values.size:
+        return [], []
+    order = np.argsort(n_kv, kind="stable")
+    parts = [p for p in np.array_split(order, min(RANGES, len(order))) if p.size]
+    return [float(n_kv[p].mean()) for p in parts], [float(values[p].mean()) for p in parts]
+
+
+def _blocks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Means of a - b over consecutive blocks; a short rest is left out unless it is all there is."""
+    difference = a - b if len(a) == len(b) else np.empty(0)
+    whole = len(difference) // BLOCK_TOKENS * BLOCK_TOKENS
+    if whole == 0:
+        return difference.mean(keepdims=True) if difference.size else difference
+    means: np.ndarray = difference[:whole].reshape(-1, BLOCK_TOKENS).mean(1)
+    return means
+
+
+def _colour(record: RunRecord, arm: str) -> str:
+    role = next((a["role"] for a in record.arms if a["name"] == arm), "")
+    if role in COLOURS:
+        return COLOURS[role]
+    names = [a["name"] for a in record.arms if a["role"] == "candidate"]
+    return CANDIDATES[names.index(arm) % len(CANDIDATES)] if arm in names else NOISE
