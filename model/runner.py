@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings
-from model.dequantize import dequantize
 from model.products import Products, Tiling, tile_rows, tiling_of
 from model.stopwatch import Stopwatch
+from model.stream import Piece, Share, TensorStream
 
 # First window of a slab, name of the arm.
 State = tuple[int, str]
@@ -77,12 +77,20 @@ class Progress(Protocol):
 class Runner:
     """One model on one device."""
 
-    def __init__(self, architecture: Architecture, *, device: torch.device, attention_type: str = "f16"):
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        device: torch.device,
+        attention_type: str = "f16",
+        share: Share | None = None,
+    ) -> None:
         self.architecture = architecture
         self.device = device
         self.attention_type = ATTENTION_TYPES[attention_type]
         self.stopwatch = Stopwatch(device)
         self.products = Products(0, self.stopwatch)
+        self.stream = TensorStream(architecture.file, device, self.stopwatch, share=share)
 
     def tiling(self, n_ctx: int) -> Tiling:
         """How windows of n_ctx tokens are computed together."""
@@ -113,6 +121,8 @@ class Runner:
             range(first, min(first + tiling.windows, windows)) for first in range(0, windows, tiling.windows)
         ]
         positions, kv_lens = self._positions(slabs, n_ctx)
+        output_rows = sizes.vocabulary if whole_vocabulary else VOCABULARY_ROWS
+        self.stream.forget()
         live = [arm.name for arm in arms]
         # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
         hidden: dict[State, torch.Tensor] = {}
@@ -122,8 +132,8 @@ class Runner:
         steps = (sizes.layers * windows + windows) * len(arms)
         done = 0
         for layer in range(sizes.layers):
-            with self.stopwatch.time("weights"):
-                weights = self._weights(self.architecture.layer_tensors(layer))
+            weights = self._weights(self.architecture.layer_tensors(layer))
+            self._read_ahead(layer + 1, output_rows)
             settings = self.architecture.attention_settings(layer)
             for slab in slabs:
                 count = len(slab)
@@ -156,8 +166,8 @@ class Runner:
                     )
                 if progress:
                     progress(done, steps)
-            self.architecture.feed_forward(layer, hidden, weights, products)
-        yield from self._logits(hidden, live, scored, slabs, n_ctx, whole_vocabulary)
+            self.architecture.feed_forward(layer, hidden, weights, products, self.stream)
+        yield from self._logits(hidden, live if slabs else [], scored, slabs, n_ctx, output_rows)
         if progress:
             progress(steps, steps)
 
@@ -178,11 +188,10 @@ class Runner:
         scored: range,
         slabs: Sequence[range],
         n_ctx: int,
-        whole_vocabulary: bool,
+        output_rows: int,
     ) -> Iterator[LogitSlice]:
         architecture = self.architecture
-        with self.stopwatch.time("weights"):
-            weights = self._weights(architecture.norm_tensors)
+        weights = self._weights(architecture.norm_tensors)
         normed: dict[str, list[torch.Tensor]] = {name: [] for name in live}
         for slab in slabs:
             for name in live:
@@ -201,11 +210,9 @@ class Runner:
         blocks = [span[first : first + tile] for span in spans for first in range(0, len(span), tile)]
         products = self.products.with_tile(tile)
         vocabulary = architecture.sizes.vocabulary
-        at_once = vocabulary if whole_vocabulary else VOCABULARY_ROWS
-        for first in range(0, vocabulary, at_once):
-            part = range(first, min(first + at_once, vocabulary))
-            with self.stopwatch.time("weights"):
-                output = self._decoded(architecture.output_tensor, slice(part.start, part.stop))
+        for first in range(0, vocabulary, output_rows):
+            part = range(first, min(first + output_rows, vocabulary))
+            output = self.stream.take(architecture.output_tensor, slice(part.start, part.stop))
             buffers = {name: output.new_empty((tile, len(part))) for name in live}
             for block, rows in enumerate(blocks):
                 for name in live:
@@ -213,22 +220,36 @@ class Runner:
                 yield LogitSlice(block, rows, part, buffers)
 
     def _weights(self, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
-        return {short: self._decoded(name) for short, name in tensors.items()}
+        return {short: self.stream.take(name) for short, name in tensors.items()}
 
-    def _decoded(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        return dequantize(self.architecture.file, name, rows=rows, device=self.device)
+    def _read_ahead(self, layer: int, output_rows: int) -> None:
+        """Announce what is taken after a layer: the next one's tensors, or the output matrix in parts."""
+        architecture = self.architecture
+        if layer < architecture.sizes.layers:
+            self.stream.ahead(Piece(name) for name in architecture.layer_tensors(layer).values())
+            return
+        vocabulary = architecture.sizes.vocabulary
+        self.stream.ahead(
+            [
+                *(Piece(name) for name in architecture.norm_tensors.values()),
+                *(
+                    Piece(architecture.output_tensor, (first, min(first + output_rows, vocabulary)))
+                    for first in range(0, vocabulary, output_rows)
+                ),
+            ]
+        )
 
     def _embed(self, tokens: torch.Tensor, slabs: Sequence[range]) -> list[torch.Tensor]:
         """Rows of the embedding matrix [B * T, width] by slab, decoding a slice of the matrix at a time."""
         name, sizes, n_ctx = self.architecture.embedding_tensor, self.architecture.sizes, tokens.shape[1]
         found, place = tokens.flatten().long().unique(return_inverse=True)
         parts = []
-        with self.stopwatch.time("weights"):
-            for first in range(0, sizes.vocabulary, VOCABULARY_ROWS):
-                mine = found[(found >= first) & (found < first + VOCABULARY_ROWS)]
-                if len(mine):
-                    part = self._decoded(name, slice(first, first + VOCABULARY_ROWS))
-                    parts.append(part[mine - first])
+        for first in range(0, sizes.vocabulary, VOCABULARY_ROWS):
+            mine = found[(found >= first) & (found < first + VOCABULARY_ROWS)]
+            # Processes that share their reading may need different rows: then all are read.
+            if len(mine) or self.stream.share is not None:
+                part = self.stream.take(name, slice(first, first + VOCABULARY_ROWS))
+                parts.append(part[mine - first])
         rows = torch.cat(parts) * self.architecture.embedding_scale
         return [rows[place[slab.start * n_ctx : slab.stop * n_ctx]] for slab in slabs]
 

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 
 from model.architectures.architecture import Architecture
-from model.dequantize import dequantize
 from model.errors import ModelError
 from model.products import Products, tile_rows
 from model.runner import ATTENTION_TYPES, LayerCall, round_inputs
 from model.stopwatch import Stopwatch
+from model.stream import TensorStream
 
 Attend = Callable[[LayerCall], torch.Tensor]
 
@@ -43,6 +43,7 @@ class Stepper:
         self.keep_weights = keep_weights
         self.stopwatch = Stopwatch(device)
         self.products = Products(0, self.stopwatch)
+        self.stream = TensorStream(architecture.file, device, self.stopwatch)
         self.length = 0
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
@@ -69,7 +70,7 @@ class Stepper:
             )
             x = architecture.after_attention(layer, x, self.attend(call)[0], weights, products)
             states = {0: x}
-            architecture.feed_forward(layer, states, weights, products)
+            architecture.feed_forward(layer, states, weights, products, self.stream)
             x = states[0]
         self.length += n
         ends = self._weights("ends", architecture.norm_tensors | {"output": architecture.output_tensor})
@@ -87,15 +88,12 @@ class Stepper:
     def _weights(self, group: str, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
         if group in self._kept:
             return self._kept[group]
-        with self.stopwatch.time("weights"):
-            file = self.architecture.file
-            found = {short: dequantize(file, name, device=self.device) for short, name in tensors.items()}
+        found = {short: self.stream.take(name) for short, name in tensors.items()}
         if self.keep_weights:
             self._kept[group] = found
         return found
 
     def _rows_of_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, width], decoding the rows of these tokens alone."""
-        file, name = self.architecture.file, self.architecture.embedding_tensor
-        rows = [dequantize(file, name, rows=slice(t, t + 1)) for t in tokens.tolist()]
-        return torch.cat(rows).to(self.device)
+        name = self.architecture.embedding_tensor
+        return torch.cat([self.stream.take(name, slice(t, t + 1)) for t in tokens.tolist()])

@@ -101,6 +101,7 @@ class PplConsole:
         console.print(_table(outcome))
         for text in _coverage(outcome):
             console.print(text, markup=False, soft_wrap=True)
+        print(_read(outcome), file=self.out)
         for line in _verdict(outcome):
             print(line, file=self.out)
         print(f"report: {folder / 'report.html'}", file=self.out, flush=True)
@@ -156,6 +157,14 @@ def _coverage(outcome: Outcome) -> list[str]:
             f" {line['rows']} attention rows, n_kv {line['n_kv_min']} to {line['n_kv_max']}"
         )
     return lines
+
+
+def _read(outcome: Outcome) -> str:
+    """How often the model was read, and how much of it."""
+    speed, model = outcome.run["speed"], outcome.run["model"]
+    groups = f"{speed['groups']} group{'s' if speed['groups'] > 1 else ''}"
+    read, size = speed["read_bytes"] / 1e6, model["bytes"] / 1e6
+    return f"read: {read:.0f} MB of a model of {size:.0f} MB, in {groups} of {speed['group_windows']} windows"
 
 
 def _verdict(outcome: Outcome) -> list[str]:

@@ -281,6 +281,7 @@ class Experiment:
             "anonymous_bytes": joined.anonymous_bytes,
             "group_windows": self.grouping.windows,
             "groups": joined.groups,
+            "read_bytes": joined.read_bytes.total(),
         }
 
     def _try_kernels(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -43,7 +44,8 @@ class GroupResult:
     """What one group left: everything that a verdict needs, and nothing of the model.
 
     windows: those that it ran; seconds: by kind of work; product_flop: operations of the weight products of
-    all arms; anonymous_bytes: the most anonymous memory seen; groups: how many this is, joined ones included.
+    all arms; anonymous_bytes: the most anonymous memory seen; groups: how many this is, joined ones included;
+    read_bytes: of the model's file, by tensor.
     """
 
     tokens: pa.Table
@@ -55,6 +57,7 @@ class GroupResult:
     anonymous_bytes: int = 0
     windows: range = range(0)
     groups: int = 1
+    read_bytes: Counter[str] = field(default_factory=Counter)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -64,6 +67,7 @@ class GroupResult:
             "product_flop": self.product_flop,
             "anonymous_bytes": self.anonymous_bytes,
             "windows": [self.windows.start, self.windows.stop],
+            "read_bytes": self.read_bytes,
         }
 
     @classmethod
@@ -77,6 +81,7 @@ class GroupResult:
             state["product_flop"],
             state["anonymous_bytes"],
             range(*state["windows"]),
+            read_bytes=Counter(state["read_bytes"]),
         )
 
 
@@ -100,6 +105,7 @@ def run_group(
         if arm.kernel is not None:
             arm.kernel.trace = LaunchTrace()
     runner.stopwatch.reset()
+    runner.stream.read_bytes.clear()
     in_place = InPlace(arms, seed=seed, windows_at_once=runner.tiling(windows.n_ctx).windows)
 
     def watch(call: LayerCall) -> None:
@@ -145,6 +151,7 @@ def run_group(
         runner.stopwatch.flop,
         most,
         chosen,
+        read_bytes=Counter(runner.stream.read_bytes),
     )
 
 
@@ -206,5 +213,6 @@ def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
         for kind, seconds in group.seconds.items():
             joined.seconds[kind] = joined.seconds.get(kind, 0.0) + seconds
         joined.product_flop += group.product_flop
+        joined.read_bytes.update(group.read_bytes)
         joined.anonymous_bytes = max(joined.anonymous_bytes, group.anonymous_bytes)
     return joined

@@ -10,7 +10,7 @@ cache.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +19,10 @@ import torch
 from model.architectures.feed_forward import FeedForward, Key, Shapes
 from model.architectures.metadata import Metadata
 from model.blocks import rms_norm
-from model.dequantize import dequantize
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products
+from model.stream import Piece, TensorStream
 
 Weights = Mapping[str, torch.Tensor]
 # Tensors that some converters leave in a layer and that nothing needs: positions' frequencies.
@@ -128,17 +128,19 @@ class Architecture(ABC):
         return x + branch
 
     def feed_forward(
-        self, layer: int, states: MutableMapping[Key, torch.Tensor], weights: Weights, products: Products
+        self,
+        layer: int,
+        states: MutableMapping[Key, torch.Tensor],
+        weights: Weights,
+        products: Products,
+        stream: TensorStream,
     ) -> None:
         """Replace each hidden state [T, width] by what the next layer takes.
 
         Keys are the caller's. A state's result does not depend on which others are there.
         """
 
-        def pull(short: str, expert: int) -> torch.Tensor:
-            name, device = self.tensor_name(layer, short), weights["attn_norm"].device
-            return dequantize(self.file, name, rows=slice(expert, expert + 1), device=device)[0]
-
+        pull = _Experts(self, layer, stream)
         norm = weights[self.ffn_norm]
         inputs = ((key, rms_norm(states[key], norm, self.eps)) for key in list(states))
         for key, branch in self.feed_forwards[layer](inputs, weights, products, pull):
@@ -239,3 +241,20 @@ class Architecture(ABC):
         if name.startswith("blk.") and part.isdigit() and self.layers <= int(part) < self.blocks:
             return True
         return rest in _UNUSED or name.startswith("rope_factors_")
+
+
+class _Experts:
+    """The `Pull` of a layer: parts of its tensors from a stream."""
+
+    def __init__(self, architecture: Architecture, layer: int, stream: TensorStream) -> None:
+        self.architecture, self.layer, self.stream = architecture, layer, stream
+
+    def announce(self, names: Iterable[str], experts: Iterable[int]) -> Sequence[int]:
+        wanted = self.stream.agreed(experts)
+        full = [self.architecture.tensor_name(self.layer, name) for name in names]
+        self.stream.ahead(Piece(name, (expert, expert + 1)) for expert in wanted for name in full)
+        return wanted
+
+    def __call__(self, name: str, expert: int) -> torch.Tensor:
+        full = self.architecture.tensor_name(self.layer, name)
+        return self.stream.take(full, slice(expert, expert + 1))[0]

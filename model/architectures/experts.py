@@ -112,11 +112,9 @@ class Experts:
             sums.append(self._shared_expert(h, weights, products))
         tiles = products.with_tile(GPU_EXPERT_ROWS if weights["ffn_gate_inp"].is_cuda else EXPERT_ROWS)
         places = [self._places(chosen) for chosen, _ in routes]
-        for expert in range(self.count):
-            if not any(len(place[expert]) for place in places):
-                continue
-            with products.stopwatch.time("weights"):
-                part = {name: pull(name, expert) for name in self.streamed}
+        wanted = [expert for expert in range(self.count) if any(len(place[expert]) for place in places)]
+        for expert in pull.announce(self.streamed, wanted):
+            part = {name: pull(name, expert) for name in self.streamed}
             for (_, h), (_, shares), place, total in zip(states, routes, places, sums, strict=True):
                 if len(place[expert]):
                     rows, slots = place[expert] // self.used, place[expert] % self.used

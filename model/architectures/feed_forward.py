@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -12,8 +12,21 @@ from model.products import Products
 
 Key = TypeVar("Key", bound=Hashable)
 Shapes = dict[str, tuple[int, ...]]
-# Short name of a tensor with an expert in its first dimension, and which one -> that expert's part of it.
-Pull = Callable[[str, int], torch.Tensor]
+
+
+class Pull(Protocol):
+    """Experts of a layer, one at a time."""
+
+    def announce(self, names: Iterable[str], experts: Iterable[int]) -> Sequence[int]:
+        """Say which experts' parts of which tensors will be pulled, in this order, and get them back.
+
+        Where processes share their reading, these are the experts that any of them named: all are pulled.
+        """
+        ...
+
+    def __call__(self, name: str, expert: int) -> torch.Tensor:
+        """An expert's part of a tensor that has the experts in its first dimension, by its short name."""
+        ...
 
 
 class FeedForward(Protocol):

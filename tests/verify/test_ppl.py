@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import model.runner
+from model.gguf_file import GGUFFile
 from model.products import Tiling
 from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
@@ -94,11 +95,20 @@ def test_the_same_command_twice_gives_the_same_bytes(tiny: tuple[Path, Path], tm
 
 def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     files = []
-    for name, memory in (("small", "80K"), ("large", "8G")):
-        _, report = run(tiny, tmp_path / name, "--memory", memory)
-        assert report["speed"]["group_windows"] == (1 if name == "small" else 6)
-        files.append((tmp_path / name / "tokens.parquet").read_bytes())
-    assert files[0] == files[1]
+    for memory, windows in (("80K", 1), ("330K", 4), ("8G", 6)):
+        out = tmp_path / memory
+        done, report = run(tiny, out, "--memory", memory)
+        groups = -(-6 // windows)
+        speed = report["speed"]
+        assert (speed["group_windows"], speed["groups"]) == (windows, groups)
+        # Every tensor once a group for all arms; the embedding, which is the output matrix too, twice.
+        with GGUFFile.open(tiny[0]) as file:
+            once = sum(info.n_bytes for info in file.tensors.values())
+            assert speed["read_bytes"] == groups * (once + file.tensor("token_embd.weight").n_bytes)
+        assert f"in {groups} group" in done.stdout
+        assert f"in {groups} group" in (out / "report.md").read_text()
+        files.append((out / "tokens.parquet").read_bytes())
+    assert len(set(files)) == 1
 
 
 def test_windows_side_by_side_change_no_bit(
