@@ -1,4 +1,4 @@
-"""Input families: inputs on which attention kernels differ, each a plain function of a seeded generator.
+"""Input families: inputs on which attention kernels differ, each a plain function of seeded random numbers.
 
 Random Gaussian inputs give every key 1/n_kv of the weight and hide almost every fault. A family puts the
 weight, the running maximum, the magnitudes or an option of the call where kernels go wrong. Keys that no row
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.contract import Call, Path, checked_call
+from kernels.counter_random import CounterRandom
 
 # Finite in float16, so that a zero weight hides it; NaN would show in kernels that are right (0 * NaN).
 POISON = 6e4
@@ -51,7 +52,11 @@ class Sizes:
 
 @dataclass
 class Draft:
-    """Inputs before they are rounded: q [B, T, Hkv, r, Dk], k [B, S, Hkv, Dk], v [B, S, Hkv, Dv]."""
+    """Inputs before they are rounded: q [B, T, Hkv, r, Dk], k [B, S, Hkv, Dk], v [B, S, Hkv, Dv].
+
+    k and v lie on the device that the call is for; q and what is a number a head or a key are small, and are
+    computed on the CPU: sums and exponentials there give one result for every device.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -59,7 +64,7 @@ class Draft:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-Draw = Callable[[torch.Generator, Sizes], Draft]
+Draw = Callable[[CounterRandom, Sizes], Draft]
 
 
 class Family(NamedTuple):
@@ -71,22 +76,13 @@ class Family(NamedTuple):
     distinct: bool = True
 
 
-def _normal(g: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=g)
-
-
-def _spread(g: torch.Generator, *shape: int) -> torch.Tensor:
-    """Uniform in [0, 1)."""
-    return torch.rand(*shape, generator=g)
-
-
-def gaussian(g: torch.Generator, sizes: Sizes) -> Draft:
+def gaussian(g: CounterRandom, sizes: Sizes) -> Draft:
     """q, k, v standard normal: what the tests of others draw."""
     b, t, s, h = sizes.batch, len(sizes.n_kv), sizes.keys, sizes.kv_heads
     return Draft(
-        _normal(g, b, t, h, sizes.ratio, sizes.k_size),
-        _normal(g, b, s, h, sizes.k_size),
-        _normal(g, b, s, h, sizes.v_size),
+        g.normal(b, t, h, sizes.ratio, sizes.k_size, device="cpu"),
+        g.normal(b, s, h, sizes.k_size),
+        g.normal(b, s, h, sizes.v_size),
     )
 
 
@@ -95,22 +91,22 @@ def _add_logits(draft: Draft, sizes: Sizes, logits: torch.Tensor) -> Draft:
     amplitude = sizes.k_size**0.5
     draft.q[..., 0] = amplitude
     # scale * amplitude * k = k
-    draft.k[..., 0] = logits.view(1, -1, 1)
+    draft.k[..., 0] = logits.to(draft.k.device).view(1, -1, 1)
     return draft
 
 
-def needles(g: torch.Generator, sizes: Sizes) -> Draft:
+def needles(g: CounterRandom, sizes: Sizes) -> Draft:
     """Each row and KV head has one heavy key: the last one, the first, or one beside an edge."""
     draft = gaussian(g, sizes)
     edges = [edge + side for edge in sizes.edges for side in (-1, 0)]
-    turn = int(torch.randint(0, 1 << 20, (1,), generator=g))
+    turn = g.integer(1 << 20)
     for t, n in enumerate(sizes.n_kv):
         places = [n - 1, *(e for e in edges if 0 <= e < n), 0]
         for h in range(sizes.kv_heads):
             if n == 0:
                 continue
             place = places[0] if (t + h) % 2 == 0 else places[(turn + t + h) % len(places)]
-            base = draft.k[:, place, h]  # [B, Dk]
+            base = draft.k[:, place, h].cpu()  # [B, Dk]
             size = base.square().sum(-1, keepdim=True)
             # scale * <q, k_place> = ln n + 4: a few times the weight of all other keys together.
             draft.q[:, t, h] = 0.3 * draft.q[:, t, h]
@@ -119,41 +115,41 @@ def needles(g: torch.Generator, sizes: Sizes) -> Draft:
     return draft
 
 
-def gaps(g: torch.Generator, sizes: Sizes) -> Draft:
+def gaps(g: CounterRandom, sizes: Sizes) -> Draft:
     """The parts between edges differ in their softmax sums: by 0 to 12 nats, the heaviest moving about."""
     draft = gaussian(g, sizes)
     logits = torch.zeros(sizes.keys)
     bounds = [0, *sizes.edges, sizes.keys]
     for low, high in pairwise(bounds):
-        logits[low:high] = -12.0 * float(_spread(g, 1))
+        logits[low:high] = -12.0 * float(g.uniform(1, device="cpu"))
     return _add_logits(draft, sizes, logits)
 
 
-def peaked(g: torch.Generator, sizes: Sizes) -> Draft:
+def peaked(g: CounterRandom, sizes: Sizes) -> Draft:
     """Logits of standard deviation 8: a few keys hold all the weight."""
     draft = gaussian(g, sizes)
     draft.q *= 8
     return draft
 
 
-def flat(g: torch.Generator, sizes: Sizes) -> Draft:
+def flat(g: CounterRandom, sizes: Sizes) -> Draft:
     """All logits 0: every key weighs the same, in every key's own rounding."""
     draft = gaussian(g, sizes)
     draft.q.zero_()
     return draft
 
 
-def rising(g: torch.Generator, sizes: Sizes) -> Draft:
+def rising(g: CounterRandom, sizes: Sizes) -> Draft:
     """Logits rise by 24 nats over the row: the running maximum moves in every tile, up to the last key."""
     return _add_logits(gaussian(g, sizes), sizes, torch.linspace(-24, 0, sizes.keys))
 
 
-def falling(g: torch.Generator, sizes: Sizes) -> Draft:
+def falling(g: CounterRandom, sizes: Sizes) -> Draft:
     """Logits fall by 24 nats: the maximum is found at once, later keys only add small terms."""
     return _add_logits(gaussian(g, sizes), sizes, torch.linspace(0, -24, sizes.keys))
 
 
-def one_sign(g: torch.Generator, sizes: Sizes) -> Draft:
+def one_sign(g: CounterRandom, sizes: Sizes) -> Draft:
     """V about 1: nothing cancels, accumulators grow with every key."""
     draft = gaussian(g, sizes)
     draft.q *= 0.25
@@ -161,17 +157,18 @@ def one_sign(g: torch.Generator, sizes: Sizes) -> Draft:
     return draft
 
 
-def near_overflow(g: torch.Generator, sizes: Sizes) -> Draft:
+def near_overflow(g: CounterRandom, sizes: Sizes) -> Draft:
     """K and V near the largest float16, q so small that logits stay ordinary."""
     draft = gaussian(g, sizes)
     draft.k = (draft.k * 1.2e4).clamp(-6e4, 6e4)
     draft.q *= 2.0**-12
-    signs = torch.where(torch.arange(sizes.v_size) % 2 == 0, 1.0, draft.v.sign())
-    draft.v = signs * (3e4 + 3e4 * _spread(g, *draft.v.shape))
+    even = torch.arange(sizes.v_size, device=draft.v.device) % 2 == 0
+    signs = torch.where(even, 1.0, draft.v.sign())
+    draft.v = signs * (3e4 + 3e4 * g.uniform(*draft.v.shape))
     return draft
 
 
-def denormal(g: torch.Generator, sizes: Sizes) -> Draft:
+def denormal(g: CounterRandom, sizes: Sizes) -> Draft:
     """V, and half of K's columns, among the subnormal numbers of float16."""
     draft = gaussian(g, sizes)
     draft.v *= 2.0**-19
@@ -179,7 +176,7 @@ def denormal(g: torch.Generator, sizes: Sizes) -> Draft:
     return draft
 
 
-def tiny(g: torch.Generator, sizes: Sizes) -> Draft:
+def tiny(g: CounterRandom, sizes: Sizes) -> Draft:
     """All of q, k, v about 1e-3: nearly flat rows and small results."""
     draft = gaussian(g, sizes)
     draft.q *= 1e-3
@@ -188,23 +185,23 @@ def tiny(g: torch.Generator, sizes: Sizes) -> Draft:
     return draft
 
 
-def sinks(g: torch.Generator, sizes: Sizes) -> Draft:
+def sinks(g: CounterRandom, sizes: Sizes) -> Draft:
     """A sink of its own for every head, from nothing to most of the weight."""
     draft = gaussian(g, sizes)
     heads = sizes.kv_heads * sizes.ratio
     level = math.log(max(*sizes.n_kv, 2))
-    draft.options["sinks"] = level + torch.linspace(-6, 3, heads)[torch.randperm(heads, generator=g)]
+    draft.options["sinks"] = level + torch.linspace(-6, 3, heads)[g.permutation(heads)]
     return draft
 
 
-def window(g: torch.Generator, sizes: Sizes) -> Draft:
+def window(g: CounterRandom, sizes: Sizes) -> Draft:
     """A sliding window that ends inside a tile and leaves whole parts unseen."""
     draft = gaussian(g, sizes)
     draft.options["sliding_window"] = max(min(sizes.n_kv[0] // 3, 100), 1)
     return draft
 
 
-def softcap(g: torch.Generator, sizes: Sizes) -> Draft:
+def softcap(g: CounterRandom, sizes: Sizes) -> Draft:
     """A softcap of 5 over logits of standard deviation 6."""
     draft = gaussian(g, sizes)
     draft.q *= 6
@@ -212,7 +209,7 @@ def softcap(g: torch.Generator, sizes: Sizes) -> Draft:
     return draft
 
 
-def alibi(g: torch.Generator, sizes: Sizes) -> Draft:
+def alibi(g: CounterRandom, sizes: Sizes) -> Draft:
     """ALiBi slopes from steep to flat, a power of two apart."""
     draft = gaussian(g, sizes)
     heads = sizes.kv_heads * sizes.ratio
@@ -247,8 +244,8 @@ def draw(name: str, sizes: Sizes, seed: int, *, device: torch.device | str = "cp
 
     Raises KeyError for a family that does not exist.
     """
-    generator = torch.Generator().manual_seed(seed * 1009 + sum(name.encode()))
-    draft = FAMILIES[name].draw(generator, sizes)
+    random = CounterRandom(seed * 1009 + sum(name.encode()), device)
+    draft = FAMILIES[name].draw(random, sizes)
     return finish(draft, sizes, device=device)
 
 

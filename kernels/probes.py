@@ -16,13 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from kernels.arithmetic import FLOAT_TYPES, Arithmetic
-from kernels.budget import error_budget, gamma
+from kernels.budget import Budget, error_budget
+from kernels.budget_sums import gamma
 from kernels.contract import AttentionOutput, Call, Kernel, checked_call
+from kernels.counter_random import CounterRandom
 from kernels.errors import KernelFailure
 from kernels.families import POISON, Sizes
 from kernels.plan import Plan
@@ -33,6 +36,8 @@ AMPLITUDE = 64.0
 GAP = 116.0
 # Logits of keys that a probe does not mean, below the ones it does.
 LOW = -128.0
+# Rows of the one-hot probe of strides.
+STRIDED_ROWS = 128
 
 
 class ProbeFailure(NamedTuple):
@@ -78,50 +83,63 @@ class Probe:
     bound: Callable[[Call, Arithmetic], torch.Tensor] | None = None
 
 
-def code_words(count: int, size: int, *, first: int = 0) -> torch.Tensor:
+def code_words(count: int, size: int, *, first: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
     """Words first .. first+count-1 of RM(2, m), 2^m <= size, as +-1 in [count, size], 0 beyond 2^m.
 
     Two words differ in at least 2^m / 4 places. Raises ValueError if the code has fewer words.
     """
     m = size.bit_length() - 1
-    columns = torch.arange(1 << m)
-    bits = (columns[:, None] >> torch.arange(m)) & 1  # [2^m, m]
+    columns = torch.arange(1 << m, device=device)
+    bits = (columns[:, None] >> torch.arange(m, device=device)) & 1  # [2^m, m]
     pairs = [bits[:, i] & bits[:, j] for i in range(m) for j in range(i)]
-    rows = torch.stack([*bits.T, *pairs, torch.ones(1 << m, dtype=torch.int64)]).float()
+    rows = torch.stack([*bits.T, *pairs, torch.ones_like(columns)]).float()
     if first + count > 1 << len(rows):
         raise ValueError(f"head size {size}: {1 << len(rows)} code words, expected {first + count}")
-    index = torch.arange(first, first + count)
-    chosen = ((index[:, None] >> torch.arange(len(rows))) & 1).float()
-    words = torch.zeros(count, size)
+    index = torch.arange(first, first + count, device=device)
+    chosen = ((index[:, None] >> torch.arange(len(rows), device=device)) & 1).float()
+    words = torch.zeros(count, size, device=device)
     words[:, : 1 << m] = 1 - 2 * torch.remainder(chosen @ rows, 2)
     return words
 
 
-def tags(keys: int, kv_heads: int, size: int) -> torch.Tensor:
-    """Values that name their key and head, exact in float16 and bfloat16-safe digits: [keys, kv_heads, size].
+def tags(keys: int, kv_heads: int, size: int, *, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Values that name their key and head, float32 [keys, kv_heads, size], whole numbers from -64 to 64.
 
-    Columns repeat: key's low digit, high digit, head, column; digits are below 2^8, so exact in every type.
+    Columns repeat: key's low digit, high digit, rest, and head with column; exact in every type. Signs go
+    + - - + over the keys, so that sums over neighbours stay small: weights are 0 in the end, but equal ones
+    until then, and an accumulator in float16 would overflow at a thousand keys of one sign.
     """
-    key = torch.arange(keys)[:, None, None]
-    head = torch.arange(kv_heads)[None, :, None]
-    column = torch.arange(size)[None, None, :]
-    digits = (key % 128, key // 128 % 128, key // (128 * 128) + 1, (head * 16 + column // 4 % 16) % 128)
+    key = torch.arange(keys, device=device, dtype=torch.int32)[:, None]
+    column = torch.arange(size, device=device, dtype=torch.int32)
+    head = torch.arange(kv_heads, device=device, dtype=torch.int32)[:, None]
     kind = column % 4
-    value = sum(torch.where(kind == i, digit, 0) for i, digit in enumerate(digits))
-    return (torch.as_tensor(value) - 64).float()
+    of_key = torch.where(kind == 0, key % 128, torch.where(kind == 1, key // 128 % 128, key // 128**2 + 1))
+    of_head = (head * 16 + column // 4 % 16) % 128
+    value = torch.where(kind == 3, of_head, of_key[:, None])
+    sign = 1 - 2 * ((key + key // 2) % 2)
+    return ((value - 64) * sign[..., None]).float()
 
 
-def one_hot(sizes: Sizes, *, device: torch.device | str = "cpu", strided: bool = False) -> Probe:
+def one_hot(
+    sizes: Sizes,
+    *,
+    device: torch.device | str = "cpu",
+    strided: bool = False,
+    most_rows: int | None = None,
+) -> Probe:
     """Every key of the longest row, by some query head of every KV head; demands bits.
 
     sizes.n_kv gives the longest row alone: the probe makes as many rows as the keys need, each head of a
-    group asking for another key. Rows all see n_kv keys.
+    group asking for another key. Rows all see n_kv keys. most_rows: of more rows, about so many are taken,
+    the first and the last among them, the others evenly between.
     """
     n, r, heads = max(sizes.n_kv), sizes.ratio, sizes.kv_heads
-    rows = -(-n // r)
+    rows = torch.arange(-(-n // r), device=device)
+    if most_rows is not None and len(rows) > most_rows:
+        rows = torch.cat((rows[:: -(-len(rows) // most_rows)], rows[-1:])).unique()
     # Query (row t, head g) asks for key t * r + g, so neighbouring heads ask for neighbouring keys; the last
     # ones wrap round to the first keys.
-    wanted = (torch.arange(rows)[:, None] * r + torch.arange(r)) % n  # [T, r]
+    wanted = (rows[:, None] * r + torch.arange(r, device=device)) % n  # [T, r]
     return _one_hot("one-hot", sizes, n, wanted.repeat(1, heads)[None], device, strided=strided)
 
 
@@ -135,7 +153,7 @@ def one_hot_edges(
         for turn in range(len(keys)):
             asked.append([keys[(turn + h) % len(keys)] for h in range(sizes.kv_heads * sizes.ratio)])
             lengths.append(n)
-    wanted = torch.tensor(asked)[None].expand(sizes.batch, -1, -1)
+    wanted = torch.tensor(asked, device=device)[None].expand(sizes.batch, -1, -1)
     return _one_hot(name, replace(sizes, n_kv=tuple(lengths)), None, wanted, device)
 
 
@@ -151,28 +169,32 @@ def _one_hot(
     """wanted [B or 1, T, Hq]: the key that each query asks for."""
     keys, heads, r = sizes.keys, sizes.kv_heads, sizes.ratio
     batch, rows = sizes.batch, wanted.shape[1]
-    words = code_words(keys, sizes.k_size)
+    words = code_words(keys, sizes.k_size, device=device).to(sizes.dtype)
     m = 1 << (sizes.k_size.bit_length() - 1)
     if AMPLITUDE * m / 2 * sizes.scale < GAP:
         raise ValueError(f"head size {sizes.k_size}: expected at least 16 for a one-hot probe")
     # Sequences differ in their tags only, so that a key of another sequence shows.
     k = words[None, :, None].expand(batch, -1, heads, -1).contiguous()
-    v = torch.stack([tags(keys, heads, sizes.v_size).roll(b, 0) for b in range(batch)])
+    values = tags(keys, heads, sizes.v_size, device=device).to(sizes.dtype)
+    v = torch.stack([values.roll(b, 0) for b in range(batch)])
     longest = max(sizes.n_kv)
     # Beyond the longest row lie keys that would win against any other, with poison as values.
     k[:, longest:], v[:, longest:] = 0.0, POISON
     wanted = wanted.expand(batch, -1, -1)
     q = AMPLITUDE * words[wanted]
-    head = torch.arange(heads * r) // r
+    head = torch.arange(heads * r, device=device) // r
     out = torch.stack([v[b][wanted[b], head] for b in range(batch)]).double()
     lengths = torch.tensor(sizes.n_kv) if n_kv is None else torch.full((rows,), n_kv)
     call = _call(q, k, v, lengths.expand(batch, -1), sizes, device, strided=strided)
-    return Probe(name, "bits", call, out.to(device), None, wanted.to(device))
+    return Probe(name, "bits", call, out, None, wanted)
 
 
 def strided_one_hot(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
-    """One-hot over K and V that lie head by head, two elements off alignment; demands bits."""
-    probe = one_hot(sizes, device=device, strided=True)
+    """One-hot over K and V that lie head by head, two elements off alignment; demands bits.
+
+    A wrong stride shows at nearly every key, so at most `STRIDED_ROWS` rows are asked.
+    """
+    probe = one_hot(sizes, device=device, strided=True, most_rows=STRIDED_ROWS)
     return replace(probe, name="one-hot strided")
 
 
@@ -201,18 +223,18 @@ def counted(
 
 def constant_v(sizes: Sizes, *, seed: int = 0, device: torch.device | str = "cpu") -> Probe:
     """One value in every key, over Gaussian logits: only the denominator and rounding can spoil it."""
-    generator = torch.Generator().manual_seed(seed)
+    random = CounterRandom(seed, device)
     shape = (sizes.batch, len(sizes.n_kv), sizes.kv_heads * sizes.ratio, sizes.k_size)
-    q = torch.randn(shape, generator=generator)
-    k = torch.randn(sizes.batch, sizes.keys, sizes.kv_heads, sizes.k_size, generator=generator)
-    column = (torch.arange(sizes.v_size) % 16 - 7.5) / 4
+    q = random.normal(*shape)
+    k = random.normal(sizes.batch, sizes.keys, sizes.kv_heads, sizes.k_size)
+    column = (torch.arange(sizes.v_size, device=device) % 16 - 7.5) / 4
     v = column.expand(sizes.batch, sizes.keys, sizes.kv_heads, -1).clone()
     longest = max(sizes.n_kv)
     k[:, longest:], v[:, longest:] = POISON, POISON
     lengths = torch.tensor(sizes.n_kv).expand(sizes.batch, -1)
     call = _call(q, k, v, lengths, sizes, device)
     seen = (call.kv_len > 0)[..., None, None].double()
-    out = seen * column.double().to(device).expand(*shape[:3], -1)
+    out = seen * column.double().expand(*shape[:3], -1)
     return Probe("constant V", "budget", call, out, None, None, constant_bound)
 
 
@@ -222,7 +244,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
     |err| <= |o| (x + g (1 + x)), x = max(u_p, n tau_p) (0 if l sums rounded P),
     g = gamma_dn + gamma_dl + 2 gamma_dm + 3u + u_v + u_part, then the rounding of the result.
     """
-    depths = [[a.depths(int(n)) for n in row] for row in call.kv_len]
+    depths = [[a.depths(n) for n in row] for row in call.kv_len.tolist()]
 
     def per_row(name: str) -> torch.Tensor:
         values = [[float(getattr(d, name)) for d in row] for row in depths]
@@ -337,28 +359,34 @@ def far_offsets(sizes: Sizes, *, device: torch.device | str) -> Probe:
 
 def standard_probes(sizes: Sizes, *, device: torch.device | str = "cpu") -> list[Probe]:
     """Every probe at these sizes. sizes.n_kv: its longest row is probed, the others at the edges too."""
+    return [make() for make in probe_makers(sizes, device=device)]
+
+
+def probe_makers(sizes: Sizes, *, device: torch.device | str = "cpu") -> list[Callable[[], Probe]]:
+    """What makes each of the standard probes, for where they are too large to be held together."""
     n = max(sizes.n_kv)
     edges = [e for e in sizes.edges if 0 < e < n]
     long = replace(sizes, batch=1, n_kv=(n,))
-    probes = [
-        one_hot(long, device=device),
-        strided_one_hot(long, device=device),
-        one_hot_edges(replace(sizes, n_kv=tuple(x for x in sizes.n_kv if x) or (1,)), edges, device=device),
-        last_key_edge(sizes, device=device),
-        empty_rows(sizes, device=device),
-        empty_rows(sizes, device=device, sinks=True),
-        constant_v(sizes, device=device),
-        sink_weights(sizes, device=device),
-        softcap_edge(sizes, device=device),
-        alibi_edge(sizes, device=device),
+    seeing = replace(sizes, n_kv=tuple(x for x in sizes.n_kv if x) or (1,))
+    makers: list[Callable[[], Probe]] = [
+        partial(one_hot, long, device=device),
+        partial(strided_one_hot, long, device=device),
+        partial(one_hot_edges, seeing, edges, device=device),
+        partial(last_key_edge, sizes, device=device),
+        partial(empty_rows, sizes, device=device),
+        partial(empty_rows, sizes, device=device, sinks=True),
+        partial(constant_v, sizes, device=device),
+        partial(sink_weights, sizes, device=device),
+        partial(softcap_edge, sizes, device=device),
+        partial(alibi_edge, sizes, device=device),
     ]
     windows = sorted({1, max(n // 3, 1), max(n - 1, 1)})
-    probes += [window_edge(long, w, device=device) for w in windows]
+    makers += [partial(window_edge, long, w, device=device) for w in windows]
     for i, cut in enumerate(edges):
         a, b = ((1, 3), (3, 1), (5, 11))[i % 3]
-        probes.append(counted(long, cut, min(a, cut), min(b, n - cut), device=device))
-    probes.append(counted(long, n, min(3, n), 0, device=device))
-    return probes
+        makers.append(partial(counted, long, cut, min(a, cut), min(b, n - cut), device=device))
+    makers.append(partial(counted, long, n, min(3, n), 0, device=device))
+    return makers
 
 
 def check(probe: Probe, kernel: Kernel, *, plan: Plan | None = None, most: int = 8) -> list[ProbeFailure]:
@@ -375,9 +403,14 @@ def check(probe: Probe, kernel: Kernel, *, plan: Plan | None = None, most: int =
 
 
 def judge(
-    probe: Probe, result: AttentionOutput, arithmetic: Arithmetic, *, most: int = 8
+    probe: Probe,
+    result: AttentionOutput,
+    arithmetic: Arithmetic,
+    *,
+    most: int = 8,
+    budget: Budget | None = None,
 ) -> list[ProbeFailure]:
-    """What is wrong with the result of a probe."""
+    """What is wrong with the result of a probe. budget: of the probe's call, if it is known already."""
     call, got = probe.call, result.out.double()
     out, lse = probe.out, probe.lse
     lse_wrong = torch.zeros(result.lse.shape, dtype=torch.bool, device=got.device)
@@ -390,7 +423,7 @@ def judge(
             near = (result.lse.double() - lse).abs() <= 2.0**-20 * (1 + lse.abs())
             lse_wrong = ~((result.lse.double() == lse) | (torch.isfinite(lse) & near))
     else:
-        budget = error_budget(call, arithmetic)
+        budget = budget or error_budget(call, arithmetic)
         out, lse = budget.out if out is None else out, budget.lse
         bound = budget.bound if probe.bound is None else probe.bound(call, arithmetic)
         wrong = ~((got - out).abs() <= bound)
@@ -443,14 +476,15 @@ def _levels(
 ) -> Probe:
     """Keys with given logits [S] for every query; v [S] in every column, or tags."""
     batch, heads = sizes.batch, sizes.kv_heads
-    q = torch.zeros(batch, len(sizes.n_kv), heads * sizes.ratio, sizes.k_size)
+    q = torch.zeros(batch, len(sizes.n_kv), heads * sizes.ratio, sizes.k_size, device=device)
     q[..., -1] = AMPLITUDE
-    k = torch.zeros(batch, sizes.keys, heads, sizes.k_size)
-    k[..., -1] = (levels / (AMPLITUDE * sizes.scale)).view(1, -1, 1)
+    k = torch.zeros(batch, sizes.keys, heads, sizes.k_size, dtype=sizes.dtype, device=device)
+    k[..., -1] = (levels / (AMPLITUDE * sizes.scale)).to(k).view(1, -1, 1)
     if v is None:
-        values = tags(sizes.keys, heads, sizes.v_size).expand(batch, -1, -1, -1).clone()
+        values = tags(sizes.keys, heads, sizes.v_size, device=device).to(sizes.dtype)
+        values = values.expand(batch, -1, -1, -1).clone()
     else:
-        values = v.view(1, -1, 1, 1).expand(batch, -1, heads, sizes.v_size).clone()
+        values = v.to(k).view(1, -1, 1, 1).expand(batch, -1, heads, sizes.v_size).clone()
     values[:, max(sizes.n_kv) :] = POISON
     lengths = torch.tensor(sizes.n_kv).expand(batch, -1)
     return Probe(name, demand, _call(q, k, values, lengths, sizes, device, **options))

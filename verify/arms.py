@@ -18,10 +18,9 @@ import torch
 
 from kernels.contract import Call, Kernel, checked_call
 from kernels.contract import Path as AttentionPath
-from kernels.errors import KernelFailure
 from kernels.exact import exact_attention
-from kernels.trace import LaunchTrace
 from model.runner import LayerCall
+from verify.attempt import attempt
 
 Role = Literal["exact", "floor", "baseline", "control", "candidate"]
 FLOOR_NOISE = 2.0**-24
@@ -114,16 +113,6 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
     )
 
 
-def run_safely(kernel: Kernel, call: Call) -> tuple[torch.Tensor | None, str]:
-    """The kernel's output, or None and what it failed with: a finding about the kernel, not an error here."""
-    try:
-        return kernel.run(call).out, ""
-    except KernelFailure as failure:
-        return None, f"{failure.kind}: {failure}"
-    except Exception as error:
-        return None, f"raised: {type(error).__name__}: {error}"
-
-
 class ArmRunner:
     """An arm as the model's runner sees it: attention, watched.
 
@@ -152,12 +141,14 @@ class ArmRunner:
             if arm.role == "floor":
                 oracle = oracle * (1 + FLOOR_NOISE * self._noise(call, oracle))
             return oracle.float()
-        out, failure = run_safely(arm.kernel, kernel_call(call, arm.path))
-        if out is None:
-            arm.findings.failure = failure
+        tried = attempt(arm.kernel, kernel_call(call, arm.path))
+        arm.kernel.trace.add(tried.trace)
+        if tried.output is None:
+            arm.findings.failure = tried.failure
             arm.findings.failure_place = Place(call.window, call.layer)
             self.board.pop(arm.name, None)
             return None
+        out = tried.output.out
         self._note_nonfinite(call, out)
         self._compare(call, out)
         return out
@@ -204,17 +195,3 @@ def _first(call: LayerCall, where: torch.Tensor) -> Place:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, NaN included. float32 tensors of one shape."""
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
-
-
-class untraced:
-    """A kernel whose launches are not counted as coverage of the run: for checks beside it."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-
-    def __enter__(self) -> Kernel:
-        self.kept, self.kernel.trace = self.kernel.trace, LaunchTrace()
-        return self.kernel
-
-    def __exit__(self, *_: object) -> None:
-        self.kernel.trace = self.kept

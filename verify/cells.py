@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.budget import budget_ratio, error_budget
+from kernels.arithmetic import Arithmetic
+from kernels.budget import Budget, budget_ratio, error_budgets
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.detectors import (
     LARGEST_RELATIVE_ERROR,
@@ -25,11 +26,12 @@ from kernels.detectors import (
     findings,
     measure,
 )
-from kernels.errors import KernelFailure
 from kernels.families import FAMILIES
-from kernels.gates import compared, nmse, verdicts
+from kernels.gates import Compared, nmse, plain_attention, verdicts
 from kernels.trace import LaunchTrace
 from verify.arms import same_bits
+from verify.attempt import attempt
+from verify.stages import StageClock
 from verify.statistics import DistanceRatio, ratio_of_samples
 from verify.verdict import Decision, PairEvidence, decide
 
@@ -93,6 +95,7 @@ class KernelEvidence:
         return {
             "max_budget_ratio": self.figure("budget"),
             "rms_ratio": self.figure("rms"),
+            "rms_limit": self.figure("rms_limit"),
             "quadrature_ratio": self.figure("quadrature"),
             "gain": self.figure("gain"),
             "lse_budget_ratio": self.figure("lse"),
@@ -126,36 +129,59 @@ class Cell:
     log_ratio: np.ndarray | None
 
 
-def examine(kernel: Kernel, inputs: Inputs) -> KernelEvidence | None:
-    """Run a kernel on a cell's inputs and hold its errors against its own arithmetic.
+def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> list[KernelEvidence | None]:
+    """Run kernels on a cell's inputs and hold the errors of each against its own arithmetic.
 
-    None where the kernel does not take what the inputs ask for (sinks, say): no evidence either way.
+    None for a kernel that does not take what the inputs ask for (sinks, say): no evidence either way. What
+    kernels share is computed once: the exact result, budgets of like arithmetics, plain attention.
     """
     call = inputs.call
-    found = KernelEvidence(kernel.spec)
-    kept, kernel.trace = kernel.trace, LaunchTrace()
-    try:
-        output = kernel.run(call)
-    except KernelFailure as failure:
-        if failure.kind == "unsupported":
-            return None
-        found.failure = f"{failure.kind}: {failure}"
-        return found
-    except Exception as raised:
-        found.failure = f"raised: {type(raised).__name__}: {raised}"
-        return found
-    finally:
-        found.trace, kernel.trace = kernel.trace, kept
+    tried = []
+    for kernel in kernels:
+        with clock.stage(kernel.spec, inputs.n_kv):
+            tried.append(attempt(kernel, call))
+    ran = [i for i, each in enumerate(tried) if each.output is not None]
+    arithmetics = {i: kernels[i].arithmetic(call.shape, call.path) for i in ran}
+    budgets: dict[int, Budget] = {}
+    plain = None
+    if ran:
+        with clock.stage("budgets", inputs.n_kv):
+            budgets = dict(zip(ran, error_budgets(call, list(arithmetics.values())), strict=True))
+        with clock.stage("plain attention", inputs.n_kv):
+            plain = plain_attention(call)
+    found: list[KernelEvidence | None] = []
+    for i, (kernel, each) in enumerate(zip(kernels, tried, strict=True)):
+        if each.unsupported:
+            found.append(None)
+            continue
+        evidence = KernelEvidence(kernel.spec, trace=each.trace)
+        if each.output is None:
+            evidence.failure = each.failure
+        elif plain is not None:
+            with clock.stage("figures", inputs.n_kv):
+                _hold(evidence, inputs, each.output, arithmetics[i], budgets[i], plain)
+        found.append(evidence)
+    return found
+
+
+def _hold(
+    found: KernelEvidence,
+    inputs: Inputs,
+    output: AttentionOutput,
+    arithmetic: Arithmetic,
+    budget: Budget,
+    plain: torch.Tensor,
+) -> None:
+    """Fill in a kernel's evidence: its output against the budget, and what the gates of others say."""
+    call = inputs.call
     found.output = output
-    arithmetic = kernel.arithmetic(call.shape, call.path)
-    budget = error_budget(call, arithmetic)
     has_lse = not bool(output.lse.isnan().all())
     judged = output if has_lse else AttentionOutput(output.out, budget.lse)
     family = FAMILIES.get(inputs.family)
     distinct = family is not None and family.distinct
     found.measures = measure(call, judged, arithmetic, distinct=distinct, budget=budget)
     found.findings = findings(found.measures)
-    found.gates = verdicts(compared(call, output.out, budget.out))
+    found.gates = verdicts(Compared(output.out.double(), budget.out, plain, call.q.dtype))
     error = output.out.double() - budget.out
     clean = torch.where(torch.isfinite(error), error, 0.0)
     found.nmse = nmse(output.out, budget.out)
@@ -167,7 +193,6 @@ def examine(kernel: Kernel, inputs: Inputs) -> KernelEvidence | None:
     found.row_square = clean.square().sum(-1).flatten().cpu().numpy()
     found.heat = ratio[0].amax(-1).cpu().numpy()
     found.ratios = ratio.flatten().cpu().numpy()
-    return found
 
 
 def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:

@@ -20,6 +20,7 @@ from verify.captured import captured_inputs
 from verify.cells import Cell, Inputs, compare, examine, judge, suspicions
 from verify.errors import UsageError
 from verify.probing import PROBES, Probing, probe_kernels
+from verify.stages import StageClock
 from verify.statistics import DistanceRatio
 from verify.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 
@@ -78,15 +79,18 @@ class CandidateResult:
 
 @dataclass
 class DiffOutcome:
+    """The results, `run.json`, and one line that says where the time went."""
+
     settings: DiffSettings
     candidates: list[CandidateResult]
     verdict: Verdict
     exit_code: int
     notes: list[str]
     run: dict[str, Any]
+    seconds: str
 
 
-def all_inputs(settings: DiffSettings, device: torch.device) -> Iterator[Inputs | Probing]:
+def all_inputs(settings: DiffSettings, device: torch.device, clock: StageClock) -> Iterator[Inputs | Probing]:
     """The inputs of every cell, one at a time. Raises SpecError, UsageError."""
     if settings.captured_from is not None:
         yield from captured_inputs(settings.captured_from, settings.path, device)
@@ -100,7 +104,9 @@ def all_inputs(settings: DiffSettings, device: torch.device) -> Iterator[Inputs 
                     yield Probing(shape.name, n_kv, sizes)
                     continue
                 for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
-                    yield Inputs(shape.name, n_kv, family, seed, draw(family, sizes, seed, device=device))
+                    with clock.stage("inputs drawn", n_kv):
+                        call = draw(family, sizes, seed, device=device)
+                    yield Inputs(shape.name, n_kv, family, seed, call)
 
 
 def count_inputs(settings: DiffSettings) -> int | None:
@@ -128,7 +134,9 @@ def check_settings(settings: DiffSettings) -> None:
             kernel.close()
 
 
-def run_diff(settings: DiffSettings, device: torch.device, inputs: Iterator[Inputs | Probing]) -> DiffOutcome:
+def run_diff(
+    settings: DiffSettings, device: torch.device, inputs: Iterator[Inputs | Probing], clock: StageClock
+) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate."""
     baseline = build_kernel(settings.baseline)
     candidates = [build_kernel(spec) for spec in settings.candidates]
@@ -139,17 +147,16 @@ def run_diff(settings: DiffSettings, device: torch.device, inputs: Iterator[Inpu
     try:
         for each in inputs:
             if isinstance(each, Probing):
-                probed = probe_kernels([baseline, *candidates], each, device)
+                probed = probe_kernels([baseline, *candidates], each, device, clock)
                 for i, evidence in enumerate(probed[1:]):
                     cells[i].append(compare(each.inputs, probed[0], evidence))
                 continue
-            reference = examine(baseline, each)
+            reference, *others = examine([baseline, *candidates], each, clock)
             if reference is None:
                 left_out.setdefault(baseline.spec, set()).add(each.family)
                 continue
             base_trace.add(reference.trace)
-            for i, kernel in enumerate(candidates):
-                found = examine(kernel, each)
+            for i, (kernel, found) in enumerate(zip(candidates, others, strict=True)):
                 if found is None:
                     left_out.setdefault(kernel.spec, set()).add(each.family)
                     continue
@@ -173,7 +180,8 @@ def run_diff(settings: DiffSettings, device: torch.device, inputs: Iterator[Inpu
         for spec, families in left_out.items()
     ]
     run = _run_json(settings, results, base_trace, verdict, notes, str(device))
-    return DiffOutcome(settings, results, verdict, EXIT_CODES[verdict], notes, run)
+    run["seconds"] = clock.to_json()
+    return DiffOutcome(settings, results, verdict, EXIT_CODES[verdict], notes, run, str(clock))
 
 
 def command_of(settings: DiffSettings, cell: Cell) -> str:

@@ -23,7 +23,8 @@ from model.locate import locate_model
 from model.runner import ATTENTION_TYPES, Progress, Runner
 from model.tokenizer import Tokenizer
 from verify import environment
-from verify.arms import Arm, untraced
+from verify.arms import Arm
+from verify.attempt import untraced
 from verify.captured import capture_to, parse_layers
 from verify.devices import chosen_device
 from verify.errors import UsageError

@@ -18,7 +18,8 @@ from kernels.budget import Budget, budget_ratio, error_budget
 from kernels.contract import Call, checked_call
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
-from verify.arms import Arm, Place, kernel_call, run_safely, untraced
+from verify.arms import Arm, Place, kernel_call
+from verify.attempt import attempt
 
 SAMPLED_ROWS = 8
 
@@ -78,15 +79,14 @@ class InPlace:
             if arm.failed or arm.kernel is None:
                 continue
             small = kernel_call(call, arm.path, rows)
-            with untraced(arm.kernel) as kernel:
-                out, failure = run_safely(kernel, small)
-                arithmetic = kernel.arithmetic(small.shape, arm.path)
-            if out is None:
-                arm.findings.failure = failure
+            tried = attempt(arm.kernel, small)
+            if tried.output is None:
+                arm.findings.failure = tried.failure
                 arm.findings.failure_place = Place(call.window, call.layer)
                 continue
-            budget = error_budget(_as_one_sequence(small), arithmetic)
-            self.rows += _by_head(call, arm, rows, out.transpose(0, 1).flatten(1, 2), budget)
+            arithmetic = arm.kernel.arithmetic(small.shape, arm.path)
+            out = tried.output.out.transpose(0, 1).flatten(1, 2)
+            self.rows += _by_head(call, arm, rows, out, error_budget(_as_one_sequence(small), arithmetic))
 
 
 def _by_head(

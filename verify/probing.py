@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.budget import Budget, error_budgets
 from kernels.contract import AttentionOutput, Kernel
-from kernels.errors import KernelFailure
-from kernels.exact import exact_attention
 from kernels.families import Sizes, draw
-from kernels.probes import Probe, judge, standard_probes
-from kernels.trace import LaunchTrace
+from kernels.probes import Probe, judge, probe_makers
+from verify.attempt import Attempt, attempt
 from verify.cells import Inputs, KernelEvidence
+from verify.stages import StageClock
 
 PROBES = "probes"
 # Failures of one probe that are kept: the first says what is wrong.
@@ -34,29 +34,41 @@ class Probing(NamedTuple):
         return Inputs(self.shape, self.n_kv, PROBES, 0, draw("gaussian", one, 0))
 
 
-def probe_kernels(kernels: Sequence[Kernel], probing: Probing, device: torch.device) -> list[KernelEvidence]:
+def probe_kernels(
+    kernels: Sequence[Kernel], probing: Probing, device: torch.device, clock: StageClock
+) -> list[KernelEvidence]:
     """What each kernel's failed probes say; those that ask for an option a kernel lacks are left out."""
     found = [KernelEvidence(kernel.spec) for kernel in kernels]
-    for probe in standard_probes(probing.sizes, device=device):
-        for kernel, evidence in zip(kernels, found, strict=True):
-            evidence.probes_failed += _failures(kernel, probe)
+    for make in probe_makers(probing.sizes, device=device):
+        with clock.stage("probes made", probing.n_kv):
+            probe = make()
+        tried = []
+        for kernel in kernels:
+            with clock.stage(f"probes of {kernel.spec}", probing.n_kv):
+                tried.append(attempt(kernel, probe.call))
+        with clock.stage("probes judged", probing.n_kv):
+            for evidence, failures in zip(found, _failures(kernels, probe, tried), strict=True):
+                evidence.probes_failed += failures
     return found
 
 
-def _failures(kernel: Kernel, probe: Probe) -> list[str]:
-    kept, kernel.trace = kernel.trace, LaunchTrace()
-    try:
-        result = kernel.run(probe.call)
-    except KernelFailure as failure:
-        if failure.kind == "unsupported":
-            return []
-        return [f"probe {probe.name}: {failure.kind}: {failure}"]
-    except Exception as error:
-        return [f"probe {probe.name}: raised {type(error).__name__}: {error}"]
-    finally:
-        kernel.trace = kept
-    if bool(result.lse.isnan().all()):
-        # A kernel that returns no lse is not judged by it.
-        result = AttentionOutput(result.out, exact_attention(probe.call).lse)
-    arithmetic = kernel.arithmetic(probe.call.shape, probe.call.path)
-    return [str(failure) for failure in judge(probe, result, arithmetic, most=MOST_FAILURES)]
+def _failures(kernels: Sequence[Kernel], probe: Probe, tried: Sequence[Attempt]) -> list[list[str]]:
+    """What is wrong with each kernel's result. Kernels that round alike share a budget."""
+    call = probe.call
+    arithmetics = [kernel.arithmetic(call.shape, call.path) for kernel in kernels]
+    budgets: Sequence[Budget | None] = [None] * len(kernels)
+    if probe.demand == "budget":
+        budgets = error_budgets(call, arithmetics)
+    failures = []
+    for each, arithmetic, budget in zip(tried, arithmetics, budgets, strict=True):
+        if each.output is None:
+            failures.append([] if each.unsupported else [f"probe {probe.name}: {each.failure}"])
+            continue
+        result = each.output
+        if bool(result.lse.isnan().all()):
+            # A kernel that returns no lse is not judged by it.
+            due = budget.lse if budget is not None else probe.lse
+            result = AttentionOutput(result.out, result.lse if due is None else due)
+        wrong = judge(probe, result, arithmetic, most=MOST_FAILURES, budget=budget)
+        failures.append([str(failure) for failure in wrong])
+    return failures

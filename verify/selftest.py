@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kernels.arithmetic import Arithmetic
-from kernels.budget import Budget, error_budget
+from kernels.budget import Budget, error_budget, rounding_key
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.detectors import (
     DETECTORS,
@@ -144,9 +144,7 @@ class _Input:
 
     def budget(self, arithmetic: Arithmetic) -> Budget:
         """Kernels that round alike at these n_kv share a budget."""
-        lengths = self.call.kv_len.unique().tolist()
-        depths = tuple(arithmetic.depths(n) for n in lengths)
-        key = (dataclasses.replace(arithmetic, cuts_at=None, block=None), depths)
+        key = rounding_key(arithmetic, self.call.kv_len.unique().tolist())
         if key not in self._budgets:
             self._budgets[key] = error_budget(self.call, arithmetic)
         return self._budgets[key]

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.arithmetic import Arithmetic, loosest
-from kernels.budget import error_budget, gamma
+from kernels.budget import error_budget
+from kernels.budget_sums import gamma
 from kernels.registry import build_kernel
 from support.problems import problem
 

@@ -30,7 +30,7 @@ def test_a_split_is_round_off_with_its_evidence(tmp_path: Path) -> None:
     assert report["verdict"] in ("round-off", "improved")
     assert len(report["cells"]) == 6 * 3
     assert all(0 < cell["max_budget_ratio"] <= 1 for cell in report["cells"])
-    assert all(cell["rms_ratio"] < 1.3 for cell in report["cells"])
+    assert all(cell["rms_ratio"] < cell["rms_limit"] < 2 for cell in report["cells"])
     assert {line["spec"] for line in report["coverage"]} == {"eager", "eager:kv=2"}
     assert "err/budget" in (tmp_path / "d/report.md").read_text()
     page = (tmp_path / "d/report.html").read_text()

@@ -58,6 +58,7 @@ def command(
     from verify.probing import PROBES
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
     from verify.runfolder import RunFolder
+    from verify.stages import StageClock
 
     prepare_torch()
     chosen = chosen_device(device or default_device())
@@ -81,11 +82,14 @@ def command(
     check_settings(settings)
     folder = RunFolder.create(out or Path("runs") / f"diff-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
     screen = sys.stderr if json_ else sys.stdout
-    outcome = run_diff(settings, chosen, _shown(all_inputs(settings, chosen), count_inputs(settings)))
+    clock = StageClock(chosen)
+    inputs_ = _shown(all_inputs(settings, chosen, clock), count_inputs(settings))
+    outcome = run_diff(settings, chosen, inputs_, clock)
     folder.write_json("run.json", outcome.run)
     folder.write_text("report.md", diff_markdown(outcome))
     folder.write_text("report.html", diff_html(outcome))
     print_outcome(outcome, screen)
+    print(outcome.seconds, file=screen)
     print(f"report: {folder.path / 'report.html'}", file=screen, flush=True)
     if json_:
         print(to_json_text(outcome.run), end="")

@@ -1,0 +1,46 @@
+"""One run of a kernel: whatever goes wrong in it is a finding about the kernel and not an error here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kernels.contract import AttentionOutput, Call, Kernel
+from kernels.errors import KernelFailure
+from kernels.trace import LaunchTrace
+
+
+class Attempt(NamedTuple):
+    """output, or None and the failure in words. unsupported: the kernel does not take what the call asks for
+    (sinks, say), which is no evidence either way; trace: what it launched."""
+
+    output: AttentionOutput | None
+    failure: str
+    unsupported: bool
+    trace: LaunchTrace
+
+
+def attempt(kernel: Kernel, call: Call) -> Attempt:
+    """Run a kernel once. Its own trace stays as it was: who counts the launches adds the attempt's."""
+    with untraced(kernel) as traced:
+        output, failure, unsupported = None, "", False
+        try:
+            output = traced.run(call)
+        except KernelFailure as failed:
+            failure, unsupported = f"{failed.kind}: {failed}", failed.kind == "unsupported"
+        except Exception as raised:
+            failure = f"raised: {type(raised).__name__}: {raised}"
+        return Attempt(output, failure, unsupported, traced.trace)
+
+
+class untraced:
+    """A kernel whose launches are not counted as coverage of the run: for checks beside it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __enter__(self) -> Kernel:
+        self.kept, self.kernel.trace = self.kernel.trace, LaunchTrace()
+        return self.kernel
+
+    def __exit__(self, *_: object) -> None:
+        self.kernel.trace = self.kept
