@@ -1,45 +1,62 @@
-"""A trained model in a large one's shape has its perplexity on the GPU too."""
+"""The trained model in every dress has its perplexity on the GPU too, in decode and in prefill.
+
+The dressed files are made here, on the machine with the GPU: two of all layers (about 2.5 GB each), the
+others of six layers, each gone when its test ends.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from model.architectures import architecture_of
 from model.dress import Dress, dress
-from model.gguf_file import GGUFFile
-from model.runner import Arm, Runner
-from support.plain_arms import ExactArm, KernelArm, logits_of
+from support.dresses import DRESSES, GLM, perplexity
+from support.plain_arms import ExactArm, KernelArm
 
-GLM = Dress(to="glm4moe", copies=4, kv_heads=8, live=(0, 4, 7), head_size=128, experts="halves")
+pytestmark = pytest.mark.cuda
+
 IDS = np.random.default_rng(9).integers(0, 40_000, (2, 128)).astype(np.int32)
+# The chain llama r = 3 -> llama r = 12 -> glm4moe r = 12 keeps all layers.
+WHOLE = ("llama-r12", "glm-halves")
+FEW = 6
 
 
-def perplexity(path: Path, arm: Arm, *, attention_type: str = "f32") -> float:
-    """exp of the mean negative log-likelihood of the windows' second halves."""
-    architecture = architecture_of(GGUFFile.open(path))
-    runner = Runner(architecture, device=torch.device("cuda"), attention_type=attention_type)
-    scored = range(64, 127)
-    logits = next(iter(logits_of(runner, IDS, [arm], scored).values()))
-    targets = torch.from_numpy(IDS[:, 65:128]).long().to(logits.device)[..., None]
-    return float((-logits.double().log_softmax(-1).gather(-1, targets)).mean().exp())
+@pytest.fixture(scope="module")
+def expected(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """The perplexity of the original, of all its layers or of the first `layers`."""
+
+    @cache
+    def of(layers: int | None) -> float:
+        if layers is None:
+            path = smollm
+        else:
+            path = dress(smollm, tmp_path_factory.mktemp("cut") / "cut.gguf", Dress(layers=layers))
+        return perplexity(path, IDS, [ExactArm()], device="cuda")["exact"]
+
+    yield of
 
 
-@pytest.mark.cuda
-def test_the_perplexity_of_the_whole_model_stays(smollm: Path, tmp_path: Path) -> None:
-    dressed = dress(smollm, tmp_path / "glm.gguf", GLM)
-    assert perplexity(dressed, ExactArm()) == pytest.approx(perplexity(smollm, ExactArm()), rel=1e-5)
+@pytest.mark.parametrize("name", DRESSES)
+def test_every_dress_keeps_the_perplexity(smollm: Path, tmp_path: Path, expected, name: str) -> None:  # type: ignore[no-untyped-def]
+    layers = None if name in WHOLE else FEW
+    dressed = dress(smollm, tmp_path / "dressed.gguf", replace(DRESSES[name], layers=layers))
+    arms = [ExactArm(), KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2", "prefill")]
+    found = perplexity(dressed, IDS, arms, device="cuda")
+    dressed.unlink()
+    assert len(found) == 3
+    assert found == pytest.approx(dict.fromkeys(found, expected(layers)), rel=1e-5)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("path", ["decode", "prefill"])
-def test_the_kernel_runs_the_large_shape(smollm: Path, tmp_path: Path, path: str) -> None:
-    """float16 attention: the two models round other numbers, so they agree to what that rounding costs."""
-    dressed = dress(smollm, tmp_path / "glm.gguf", replace(GLM, layers=6))
-    expected = perplexity(dressed, ExactArm(), attention_type="f16")
-    found = perplexity(dressed, KernelArm("flash:heads=8+4", path), attention_type="f16")
-    assert found == pytest.approx(expected, rel=1e-3)
+def test_the_cuda_kernel_runs_the_large_shape(smollm: Path, tmp_path: Path) -> None:
+    """float16 attention: kernel and oracle round other numbers, so they agree to what that rounding costs."""
+    dressed = dress(smollm, tmp_path / "dressed.gguf", replace(GLM, layers=FEW))
+    arms = [ExactArm(), KernelArm("flash:heads=8+4", "decode"), KernelArm("flash:heads=8+4", "prefill")]
+    found = perplexity(dressed, IDS, arms, device="cuda", attention_type="f16")
+    dressed.unlink()
+    assert len(found) == 3
+    assert found == pytest.approx(dict.fromkeys(found, found["exact"]), rel=1e-3)

@@ -19,7 +19,6 @@ from kernels.probes import (
     constant_v,
     counted,
     empty_rows,
-    far_offsets,
     last_key_edge,
     one_hot,
     one_hot_edges,
@@ -156,25 +155,3 @@ def test_a_failing_kernel_is_a_failure_and_no_error() -> None:
 
     (failure,) = check(last_key_edge(SIZES), Dies("dies", build_kernel("eager").options))  # type: ignore[attr-defined]
     assert "it died" in str(failure) and math.isnan(failure.got)
-
-
-@pytest.mark.cuda
-@pytest.mark.slow
-def test_offsets_beyond_32_bits_are_followed_and_wrapped_ones_seen() -> None:
-    probe = far_offsets(Sizes(kv_heads=8, ratio=2), device="cuda")
-    assert check(probe, build_kernel("flash:kv=16")) == []
-    kernel = next(f for f in FAULTS if f.name == "offset wraps at 2^31").build()
-    assert check(probe, kernel)
-
-
-@pytest.mark.cuda
-def test_every_key_of_65536_is_probed_within_seconds() -> None:
-    import time
-
-    probe = one_hot(Sizes(n_kv=(65536,), kv_heads=1, ratio=12, k_size=128, v_size=128), device="cuda")
-    kernel = build_kernel("flash:kv=4")
-    check(probe, kernel)
-    torch.cuda.synchronize()
-    began = time.monotonic()
-    assert check(probe, kernel) == []
-    assert time.monotonic() - began < 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,33 +19,12 @@ from model.gguf_file import GGUFFile
 from model.reshape_heads import HeadShape, unequal_shares
 from model.runner import Arm, Runner
 from model.tokenizer import Tokenizer
+from support.dresses import DRESSES, GLM, perplexity
 from support.plain_arms import ExactArm, KernelArm, logits_of, relative
 from support.tiny_model import write_tiny_model
 
 CPU = torch.device("cpu")
-# 9 heads over 3 KV heads of 64 become 96 over 8 of 128, as GLM-4.5 has them: 12 query heads a KV head.
-WIDE = Dress(copies=4, kv_heads=8, live=(0, 4, 7), head_size=128)
-GLM = replace(WIDE, to="glm4moe", experts="halves")
-DRESSES = {
-    "llama-r12": WIDE,
-    "llama-experts": replace(WIDE, experts="cancel"),
-    "qwen2": Dress(to="qwen2"),
-    "glm-halves": GLM,
-    "glm-cancel": replace(GLM, experts="cancel", dense_first=0),
-    "glm-shared": replace(GLM, experts="shared"),
-}
-
-
-def perplexity(path: Path, ids: np.ndarray, arms: Sequence[Arm]) -> dict[str, float]:
-    """exp of the mean negative log-likelihood of the second halves of windows ids [W, T], by arm."""
-    n_ctx = ids.shape[1]
-    scored = range(n_ctx // 2, n_ctx - 1)
-    runner = Runner(architecture_of(GGUFFile.open(path)), device=CPU, attention_type="f32")
-    targets = torch.from_numpy(ids[:, scored.start + 1 : scored.stop + 1]).long()[..., None]
-    return {
-        name: float((-logits.double().log_softmax(-1).gather(-1, targets)).mean().exp())
-        for name, logits in logits_of(runner, ids, arms, scored).items()
-    }
+PATHS: list[Arm] = [KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2", "prefill")]
 
 
 class Cut(NamedTuple):
@@ -65,11 +44,8 @@ def cut(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Cut:
 
 @pytest.mark.parametrize("name", ["llama-r12", "glm-halves"])
 def test_the_perplexity_of_the_first_layers_stays(smollm: Path, cut: Cut, tmp_path: Path, name: str) -> None:
-    arms: list[Arm] = [ExactArm()]
-    if name == "glm-halves":
-        arms += [KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2,heads=split", "prefill")]
     dressed = dress(smollm, tmp_path / "dressed.gguf", replace(DRESSES[name], layers=2))
-    found = perplexity(dressed, cut.ids, arms)
+    found = perplexity(dressed, cut.ids, [ExactArm(), *PATHS])
     dressed.unlink()
     assert found == pytest.approx(dict.fromkeys(found, cut.expected), rel=1e-5)
 
@@ -122,6 +98,9 @@ def logits(path: Path, spoil: Callable[[torch.Tensor], torch.Tensor] | None = No
 def test_logits_of_a_tiny_model_stay(tiny: Path, tmp_path: Path, to: Dress) -> None:
     path = dress(tiny, tmp_path / "dressed.gguf", to)
     assert relative(logits(path), logits(tiny)) < 1e-5
+    runner = Runner(architecture_of(GGUFFile.open(path)), device=CPU, attention_type="f32")
+    for name, found in logits_of(runner, TOKENS, PATHS, range(32)).items():
+        assert relative(found, logits(tiny)) < 1e-5, name
 
 
 def test_float16_rounds_what_is_rewritten(tiny: Path, tmp_path: Path) -> None:
@@ -255,11 +234,9 @@ def test_the_perplexity_of_the_whole_model_stays(
     expected = perplexity(smollm, ids, [ExactArm()])["exact"]
     dressed = dress(smollm, tmp_path / "dressed.gguf", DRESSES[name])
     assert perplexity(dressed, ids, [ExactArm()])["exact"] == pytest.approx(expected, rel=1e-5)
-    if name == "glm-halves":
-        short = ids[:1, :128]
-        expected = perplexity(smollm, short, [ExactArm()])["exact"]
-        arms = [KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32", "prefill")]
-        found = perplexity(dressed, short, arms)
-        assert found == pytest.approx(dict.fromkeys(found, expected), rel=1e-5)
+    short = ids[:1, :128]
+    expected = perplexity(smollm, short, [ExactArm()])["exact"]
+    found = perplexity(dressed, short, PATHS)
+    assert found == pytest.approx(dict.fromkeys(found, expected), rel=1e-5)
     # The file is large: it goes at once rather than with the session's folder.
     dressed.unlink()
