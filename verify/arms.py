@@ -5,6 +5,7 @@ floor       exact * (1 + 2^-24 noise): how far apart two runs come to lie from o
 baseline    the kernel that the candidate is compared with
 control     baseline again, by a second kernel of the same specification: must be equal to the bit
 candidate   the kernel under test
+engine      an engine's own logits file: scored, never run
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kernels.exact import exact_attention
 from model.runner import LayerCall
 from verify.attempt import attempt
 
-Role = Literal["exact", "floor", "baseline", "control", "candidate"]
+Role = Literal["exact", "floor", "baseline", "control", "candidate", "engine"]
 FLOOR_NOISE = 2.0**-24
 
 

@@ -42,6 +42,7 @@ from verify.evidence import (
 from verify.grouping import Grouping, group_windows, uncovered
 from verify.groups import GroupResult, join_groups, run_group
 from verify.perplexity import running_perplexity
+from verify.referee import LogitsFiles, engine_findings
 from verify.runfolder import RunFolder
 from verify.settings import PplSettings
 from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
@@ -97,6 +98,12 @@ class Experiment:
             ids = self.tokenizer.encode(self.corpus.text)
             bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
             self.windows: Windows = cut_windows(ids, n_ctx=settings.n_ctx, chunks=settings.chunks, bos_id=bos)
+            self.logits_files = LogitsFiles(
+                self.windows,
+                self.architecture.sizes.vocabulary,
+                against={arm.name: arm.spec for arm in self.arms if arm.role == "engine"},
+                save=settings.save_logits,
+            )
         except BaseException:
             self.close()
             raise
@@ -121,6 +128,8 @@ class Experiment:
         for arm in self.arms:
             if arm.kernel is not None:
                 arm.kernel.close()
+        if hasattr(self, "logits_files"):
+            self.logits_files.close()
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on with."""
@@ -138,6 +147,7 @@ class Experiment:
         watch = capture_to(folder.path, self.captured) if self.captured else None
         runner = Runner(self.architecture, device=self.device, attention_type=self.settings.cache_type)
         self.grouping = self._grouping(runner)
+        self.logits_files.begin(resume=bool(folder.finished_groups()))
         self.listener.started(self)
         windows = self.windows.n_windows
         results = {first: folder.load_group(first) for first in folder.finished_groups()}
@@ -154,6 +164,7 @@ class Experiment:
                     seed=self.settings.seed,
                     capture=watch,
                     progress=self.listener.progress(chosen.start, chosen.stop, windows),
+                    logits_files=self.logits_files or None,
                 )
             except torch.cuda.OutOfMemoryError:
                 if self.grouping.windows == 1:
@@ -221,13 +232,20 @@ class Experiment:
         verdict = None if void else overall([pair.decision for pair in pairs])
         reasons = void or _reasons(pairs, verdict)
         exit_code = EXIT_VOID if verdict is None else EXIT_CODES[verdict]
+        engines = engine_findings(
+            self.logits_files,
+            {summary.arm.name: summary.kld_to_exact for summary in arms},
+            next(arm.name for arm in self.arms if arm.role == "baseline"),
+            [tensor.type_name for tensor in self.file.tensors.values()],
+        )
         run = {
             "schema": SCHEMA,
             "command": "ppl",
             "verdict": verdict or "void",
             "exit_code": exit_code,
             "reasons": reasons,
-            "notes": self.notes,
+            "notes": [*self.notes, *(engine["said"] for engine in engines)],
+            "engines": engines,
             "settings": settings.to_json(),
             "environment": environment.describe(str(self.device)),
             "model": self._model_json(),
@@ -342,6 +360,9 @@ def _build_arms(settings: PplSettings) -> list[Arm]:
             for i, spec in enumerate(settings.candidates):
                 number = f"-{i + 1}" if len(settings.candidates) > 1 else ""
                 add(f"candidate{number}{suffix}", spec, path, "candidate", baseline)
+        for i, file in enumerate(settings.against):
+            number = f"-{i + 1}" if len(settings.against) > 1 else ""
+            arms.append(Arm(f"engine{number}", "engine", file, settings.paths[0]))
     except BaseException:
         for arm in arms:
             if arm.kernel is not None:

@@ -17,6 +17,7 @@ from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm, ArmRunner, Findings
 from verify.environment import anonymous_memory
 from verify.inplace import HeadErrors, InPlace
+from verify.referee import LogitsFiles
 from verify.scoring import Scorer, TokenScores
 
 TOKEN_SCHEMA = pa.schema(
@@ -94,11 +95,13 @@ def run_group(
     seed: int,
     capture: Callable[[LayerCall], None] | None = None,
     progress: Progress | None = None,
+    logits_files: LogitsFiles | None = None,
 ) -> GroupResult:
     """Run the windows `chosen` through every arm.
 
-    capture: called with every layer's inputs of the exact arm. Findings and traces of the arms start anew; an
-    arm that failed in an earlier group does not run again.
+    capture: called with every layer's inputs of the exact arm; logits_files: where logits are saved, and
+    engines' come from. Findings and traces of the arms start anew; an arm that failed in an earlier group
+    does not run again.
     """
     for arm in arms:
         arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
@@ -115,7 +118,11 @@ def run_group(
             capture(call)
 
     board: dict[str, torch.Tensor] = {}
-    watched = [ArmRunner(arm, board, seed=seed, watch=watch if arm.role == "exact" else None) for arm in arms]
+    watched = [
+        ArmRunner(arm, board, seed=seed, watch=watch if arm.role == "exact" else None)
+        for arm in arms
+        if arm.role != "engine"
+    ]
     most = anonymous_memory()
 
     def step(done: int, total: int) -> None:
@@ -133,9 +140,16 @@ def run_group(
         exact=exact, baseline_of=baseline_of, targets=torch.from_numpy(targets.ravel()).to(runner.device)
     )
     slices = runner.run_group(
-        tokens, watched, scored=windows.scored_positions, first_window=chosen.start, progress=step
+        tokens,
+        watched,
+        scored=windows.scored_positions,
+        first_window=chosen.start,
+        progress=step,
+        whole_vocabulary=logits_files is not None,
     )
     for piece in slices:
+        if logits_files is not None:
+            piece = logits_files.pass_through(piece, chosen.start)
         with runner.stopwatch.time("scoring"):
             scorer.add(piece)
         most = max(most, anonymous_memory())

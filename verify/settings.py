@@ -36,6 +36,8 @@ class PplSettings:
     margin: float = DEFAULT_MARGIN
     seed: int = 0
     capture: str | None = None
+    save_logits: str | None = None
+    against: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         from kernels.contract import PATHS
@@ -66,7 +68,9 @@ class PplSettings:
     def from_json(cls, stored: dict[str, Any]) -> PplSettings:
         known = {f.name for f in fields(cls)}
         given: dict[str, Any] = {k: v for k, v in stored.items() if k in known}
-        return cls(**{**given, "candidates": tuple(given["candidates"])})
+        return cls(
+            **{**given, "candidates": tuple(given["candidates"]), "against": tuple(given.get("against", ()))}
+        )
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.cli import verify
@@ -22,7 +23,8 @@ def smollm_run(
 ) -> tuple[dict[str, Any], str]:
     out = tmp_path_factory.mktemp("smollm") / "run"
     arguments = ["ppl", "-m", str(smollm), "-f", str(wikitext), "-c", "512", "--chunks", "4"]
-    done = verify(*arguments, "--device", "cpu", "--out", str(out))
+    more = ("--device", "cpu", "--out", str(out), "--save-logits", str(out.parent / "exact.kld"))
+    done = verify(*arguments, *more)
     return json.loads((out / "run.json").read_text()), done.stdout
 
 
@@ -50,3 +52,24 @@ def test_the_split_is_round_off(smollm_run: tuple[dict[str, Any], str]) -> None:
 def test_memory_stays_small(smollm_run: tuple[dict[str, Any], str]) -> None:
     run, _ = smollm_run
     assert 0 < run["speed"]["anonymous_bytes"] < 1.5e9
+
+
+def test_the_saved_logits_have_the_size_header_and_records_of_the_format(
+    smollm_run: tuple[dict[str, Any], str],
+) -> None:
+    run, _ = smollm_run
+    raw = Path(run["settings"]["save_logits"]).read_bytes()
+    assert len(raw) == 20 + 4 * 4 * 512 + 4 * 255 * 2 * (49152 + 4)
+    assert raw[:8] == b"_logits_"
+    assert np.frombuffer(raw, "<i4", 3, 8).tolist() == [512, 49152, 4]
+    tokens = np.frombuffer(raw, "<i4", 4 * 512, 20).reshape(4, 512)
+    records = np.frombuffer(raw, "<u2", offset=20 + 4 * 4 * 512).reshape(4, 255, 4 + 49152)
+    head = np.ascontiguousarray(records[..., :4]).view("<f4")
+    targets = tokens[:, 257:]
+    codes = np.take_along_axis(records[..., 4:], targets[..., None].astype(int), -1)[..., 0]
+    nll = -(head[..., 0] * codes + head[..., 1])
+    exact = next(arm for arm in run["arms"] if arm["name"] == "exact")
+    # A step is 24/65535 at most: the mean over 1,020 tokens is a thirtieth of it off.
+    assert nll.mean() == pytest.approx(exact["nll_mean"], abs=2e-5)
+    first = head[0, 0, 0] * records[0, 0, 4:] + head[0, 0, 1]
+    assert np.exp(first.astype(float)).sum() == pytest.approx(1, abs=1e-3)

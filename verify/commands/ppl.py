@@ -60,6 +60,14 @@ def command(
         str | None,
         typer.Option("--capture", help="write q, k, v of these layers: all, or 0,5"),
     ] = None,
+    save_logits: Annotated[
+        str | None,
+        typer.Option("--save-logits", help="write exact's logits, a --kl-divergence-base file"),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="an engine's logits file as one more arm; may be repeated"),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
@@ -105,6 +113,8 @@ def command(
             margin=margin,
             seed=seed,
             capture=capture,
+            save_logits=save_logits,
+            against=tuple(against or ()),
         )
         folder = RunFolder.create(out or default_folder())
         stored = {}
