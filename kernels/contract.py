@@ -25,6 +25,7 @@ import torch
 from kernels.arithmetic import Arithmetic
 from kernels.capabilities import Capabilities
 from kernels.lengths import lengths_of
+from kernels.merge import Merge
 from kernels.plan import Plan
 from kernels.trace import LaunchTrace
 
@@ -144,6 +145,10 @@ class Kernel(ABC):
         What quantising them costs is measured as distance to `call`, and judged as such.
         """
         return call
+
+    def merger(self) -> Merge | None:
+        """The merge that this kernel combines its parts by, where it can be called by itself."""
+        return None
 
     def close(self) -> None:
         """Give back what the kernel holds outside this process."""

@@ -26,7 +26,7 @@ import torch
 from kernels.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.exact import finish_logits
-from kernels.merge import Part, merge_sequential
+from kernels.merge import Merge, Part, merge_sequential
 from kernels.plan import Plan, RowPlan
 from kernels.trace import Signature
 
@@ -97,6 +97,9 @@ class EagerKernel(Kernel):
             # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
             cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + QUERY_TILE, shape.keys))),
         )
+
+    def merger(self) -> Merge:
+        return merge_sequential
 
     def _sequence(
         self, call: Call, options: EagerOptions, b: int, out: torch.Tensor, lse: torch.Tensor

@@ -17,7 +17,7 @@ where it enters: weights computed in the wrong base are right for parts of equal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,10 @@ class Part(NamedTuple):
 
     out: torch.Tensor
     lse: torch.Tensor
+
+
+# Combines parts in the order given.
+Merge = Callable[[Sequence[Part]], Part]
 
 
 def empty_part(like: Part) -> Part:

@@ -40,6 +40,16 @@ def parse_spec(text: str) -> Spec:
     return Spec(text, name, target, options)
 
 
+def with_options(text: str, options: Mapping[str, str]) -> str:
+    """The same specification with these options set, over what it said of them. Raises SpecError."""
+    spec = parse_spec(text)
+    written = ",".join(f"{key}={value}" for key, value in {**spec.options, **options}.items())
+    head = f"{spec.name}:{spec.target}" if spec.target else spec.name
+    if not written:
+        return head
+    return f"{head}{',' if spec.target else ':'}{written}"
+
+
 def check_options(spec: Spec, known: Mapping[str, str]) -> None:
     """Raises SpecError for an option that is not known, with the nearest one that is."""
     for key in spec.options:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 from verify.environment import prepare_torch, prepare_variables
+from verify.laws.run import register_profiles
 
 prepare_variables()
 # Without a GPU, Triton's interpreter runs the kernels' source. Triton reads this when it is first imported,
@@ -18,11 +19,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 prepare_torch()
 
-settings.register_profile(
-    "fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
-settings.register_profile("night", max_examples=10_000, deadline=None)
-settings.load_profile("fast")
+register_profiles()
+settings.load_profile("cuda" if torch.cuda.is_available() else "ci")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

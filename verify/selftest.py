@@ -44,6 +44,8 @@ SIZES = Sizes(n_kv=(257, 200, 64, 1, 0), batch=2)
 OTHER_SIZES = Sizes(n_kv=(97, 33), kv_heads=1, k_size=128, v_size=32, edges=(32, 64))
 # Enough keys for accumulators to lose what they lose.
 LONG_SIZES = Sizes(n_kv=(2048,), kv_heads=1, edges=(64, 1024))
+# Rows that share tiles.
+PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
 
 
@@ -136,7 +138,10 @@ class _Input:
     """One call, with everything about it that does not depend on the kernel."""
 
     def __init__(self, family: str, sizes: Sizes, seed: int, device: torch.device | str) -> None:
-        self.family, self.name = family, f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.k_size}"
+        self.family, self.name = (
+            family,
+            f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.k_size}, {sizes.path}",
+        )
         self.call: Call = draw(family, sizes, seed, device=device)
         self.distinct = FAMILIES[family].distinct
         self.plain = plain_attention(self.call)
@@ -209,6 +214,7 @@ def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
     for family in OTHER_FAMILIES:
         yield _Input(family, OTHER_SIZES, seed, device)
     yield _Input("gaussian", LONG_SIZES, seed, device)
+    yield _Input("needles", PREFILL_SIZES, seed, device)
 
 
 def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: list[Probe]) -> None:

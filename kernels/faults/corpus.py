@@ -240,6 +240,13 @@ class WindowOffByOne(TileKernel):
         return super().mask(replace(row, call=replace(row.call, sliding_window=wider)), s, first)
 
 
+class PrefillKeyDropped(TileKernel):
+    """On the prefill path a row does not see its own key."""
+
+    def visible(self, call: Call, n_kv: int) -> int:
+        return n_kv if call.path == "decode" else max(n_kv - 1, min(n_kv, 1))
+
+
 # Which heads
 
 
@@ -472,6 +479,7 @@ FAULTS: tuple[Fault, ...] = (
            "FlagGems #5235", "vllm flash-attention #176"),
     _fault("window dropped", WindowDropped, "the sliding window is not applied", "ik #1183"),
     _fault("window off by one", WindowOffByOne, "the sliding window holds one key more"),
+    _fault("prefill key dropped", PrefillKeyDropped, "on the prefill path a row does not see its own key"),
     _fault("heads interleaved", HeadsInterleaved, "query head h reads KV head h % Hkv", "llama.cpp #19092"),
     _fault("group does not divide", GroupDoesNotDivide, "query head h reads KV head h // group",
            "llama.cpp #19092", "llama.cpp #19115", heads=(4, 2)),

@@ -14,8 +14,9 @@ from itertools import pairwise
 import torch
 
 from kernels.arithmetic import MMA_KEYS, Arithmetic
+from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.merge import Part, merge_sequential
+from kernels.merge import Merge, Part, merge_sequential
 from kernels.plan import KVCuts, Plan, RowPlan
 from kernels.trace import Signature
 
@@ -75,6 +76,13 @@ class TileKernel(Kernel):
         return self.plan.at(
             n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size
         )
+
+    def capabilities(self) -> Capabilities:
+        # Rows of one n_kv are computed together: other products, other bits.
+        return Capabilities(row_alone=False)
+
+    def merger(self) -> Merge:
+        return lambda parts: self.merge(list(parts))
 
     def run(self, call: Call) -> AttentionOutput:
         shape = call.shape

@@ -29,6 +29,7 @@ from kernels.flash.launch import (
     shares_memory,
 )
 from kernels.flash.tiles import Tiles, choose_tiles
+from kernels.merge import Merge
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
 # Relative error of `device.tanh`: largest just above 0.25, where 1 - 2 / (exp(2 x) + 1) cancels.
@@ -191,6 +192,11 @@ class FlashKernel(Kernel):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(caches=tuple(CACHE_TYPES))
+
+    def merger(self) -> Merge:
+        from kernels.flash.merge import combine
+
+        return combine
 
     def _tiles(self, device: torch.device, call: Call, options: EagerOptions) -> Tiles | None:
         return self._tiles_of(

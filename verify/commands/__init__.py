@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from verify.commands import bench, diff, doctor, engines, kernel_list, kld, plan, ppl, report, selftest, sweep
+from verify.commands import (
+    bench,
+    diff,
+    doctor,
+    engines,
+    kernel_list,
+    kld,
+    plan,
+    ppl,
+    props,
+    report,
+    selftest,
+    sweep,
+)
 
 app = typer.Typer(
     name="verify",
@@ -17,6 +30,7 @@ app = typer.Typer(
 app.command("ppl", help=ppl.HELP)(ppl.command)
 app.command("bench", help=bench.HELP)(bench.command)
 app.command("diff", help=diff.HELP)(diff.command)
+app.command("props", help=props.HELP)(props.command)
 app.command("selftest", help=selftest.HELP)(selftest.command)
 app.command("kld", help=kld.HELP)(kld.command)
 app.command("engines", help=engines.HELP)(engines.command)

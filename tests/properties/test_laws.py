@@ -1,0 +1,61 @@
+"""Our kernels keep every law. The flash kernel's own are in tests/kernels/test_flash.py and tests/cuda."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from verify.laws import LAWS, Law, Subject, subject_of
+from verify.laws.run import kept_examples, run_law
+
+EACH_LAW = pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
+# What `eager` cannot be asked for.
+NOT_EAGER = {"caches"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Problems are small here: threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_keeps(law: Law, subject: Subject, *, examples: int | None = None) -> None:
+    """The law holds; where it breaks, the shrunk case and what was found are the message."""
+    result = run_law(law, subject, examples=examples, database=kept_examples())
+    assert result.state != "broken", f"{law.name} of {subject.spec}: {result.reason}: {result.case}"
+
+
+@EACH_LAW
+def test_eager_keeps(law: Law) -> None:
+    subject = subject_of("eager")
+    assert (law.not_applicable(subject) is not None) == (law.name in NOT_EAGER)
+    assert_keeps(law, subject, examples=None if law.group in ("merge", "plans") else 20)
+
+
+@EACH_LAW
+def test_flash_keeps_where_it_runs_as_eager(law: Law) -> None:
+    if law.name == "caches":
+        assert_keeps(law, subject_of("flash"), examples=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec", ["eager", "exact", "eager:p=bf16,kv=3,block=16", "eager:p=f32,heads=split,out=f16"]
+)
+@EACH_LAW
+def test_a_thousand_cases(law: Law, spec: str) -> None:
+    assert_keeps(law, subject_of(spec), examples=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_merges() -> None:
+    """Of every law of merging; all of them within ten minutes."""
+    for law in LAWS.values():
+        if law.group == "merge":
+            assert_keeps(law, subject_of("eager"), examples=10_000)

@@ -1,0 +1,88 @@
+"""Subjects of laws that no specification names: faults, and the flash kernel on Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kernels.cache import through_cache
+from kernels.contract import Call, Kernel
+from kernels.eager import EagerOptions
+from kernels.faults.plans import PlanFault
+from kernels.faults.tile_kernel import TileKernel
+from kernels.flash.kernel import FlashKernel
+from kernels.spec import Spec, parse_plan
+from kernels.trace import LaunchTrace
+from verify.laws import Subject, subject_of
+from verify.laws.law import Options
+
+CACHE = "q8_0"
+
+
+def _plan_options(options: Options) -> dict[str, str]:
+    return {key: value for key, value in options.items() if key != "cache"}
+
+
+def tile_subject(build: Callable[[], Kernel]) -> Subject:
+    """A fault or a clean variant that is a `TileKernel`; its own plan stays where options leave it open."""
+    kernel = build()
+    assert isinstance(kernel, TileKernel)
+    own = kernel.plan
+
+    def plan(options: Options):  # type: ignore[no-untyped-def]
+        asked = parse_plan(Spec(kernel.spec, "tile", "", _plan_options(options)))
+        return replace(
+            own,
+            heads=asked.heads if "heads" in options else own.heads,
+            kv=asked.kv if "kv" in options else own.kv,
+            block=asked.block if "block" in options else own.block,
+        )
+
+    def variant(options: Options) -> Kernel:
+        other = copy.copy(kernel)
+        other.plan, other.trace = plan(options), LaunchTrace()
+        if "cache" in options:
+            run = other.run
+            other.held = lambda call: _cached(call, options["cache"])  # type: ignore[method-assign]
+            other.run = lambda call: run(other.held(call))  # type: ignore[method-assign]
+        return other
+
+    has = replace(kernel.capabilities(), caches=(CACHE,))
+    if isinstance(own.heads, tuple):
+        has = replace(has, ratios=(sum(own.heads),))
+    return Subject(kernel.spec, kernel, variant, has, kernel.merger(), plan)
+
+
+def _cached(call: Call, cache: str) -> Call:
+    return replace(call, k=through_cache(call.k, cache), v=through_cache(call.v, cache))
+
+
+def plan_subject(fault: PlanFault) -> Subject:
+    """`eager` whose plans are broken."""
+    subject = subject_of("eager")
+    right = subject.plan
+    assert right is not None
+    subject.plan = lambda options: fault.breaks(right(options))
+    return subject
+
+
+def flash_subject(device: torch.device | str = "cpu", **options: str) -> Subject:
+    """The flash kernel itself: on the CPU it is interpreted."""
+    built: dict[tuple[tuple[str, str], ...], Kernel] = {}
+
+    def plan(given: Options):  # type: ignore[no-untyped-def]
+        return parse_plan(Spec("flash", "flash", "", _plan_options({**options, **given})))
+
+    def variant(given: Options) -> Kernel:
+        key = tuple(sorted(given.items()))
+        if key not in built:
+            built[key] = FlashKernel("flash", EagerOptions(plan=plan(given)), cache=given.get("cache", "f16"))
+        return built[key]
+
+    kernel = variant({})
+    return Subject(
+        "flash", kernel, variant, kernel.capabilities(), kernel.merger(), plan, torch.device(device)
+    )

@@ -1,0 +1,134 @@
+"""`verify props`: the laws of attention against one kernel."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from verify.laws import Law, Subject
+    from verify.laws.run import LawResult
+
+HELP = "The laws of attention, merges and plans against a kernel; what breaks one is shrunk to a small case."
+DEFAULT_SPEC, DEFAULT_EXAMPLES = "flash", 100
+
+
+def command(
+    spec: Annotated[str, typer.Argument(help="kernel specification")] = DEFAULT_SPEC,
+    law: Annotated[
+        list[str] | None, typer.Option("--law", help="this law, or group of laws; may be repeated")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option("--examples", min=1, help="cases to try of each law")
+    ] = DEFAULT_EXAMPLES,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="of the cases; default: new ones each time")
+    ] = None,
+    case: Annotated[
+        str | None, typer.Option("--case", help="try this case alone, as a failure prints it (JSON)")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout")] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> int:
+    """Run the command. Exit 0 if every law holds that applies, 1 if one is broken."""
+    import torch
+
+    from verify.devices import chosen_device, default_device
+    from verify.environment import describe, prepare_torch
+    from verify.errors import UsageError
+    from verify.jsontext import to_json_text
+    from verify.laws import subject_of
+    from verify.reports.props import exit_code, print_results, to_json, write_junit
+
+    prepare_torch()
+    laws = chosen_laws(law or [])
+    if case is not None and len(laws) != 1:
+        raise UsageError("--case: needs the --law that it is a case of")
+    if junit is not None and not junit.resolve().parent.is_dir():
+        raise UsageError(f"--junit {junit}: no such folder: {junit.resolve().parent}")
+    on = chosen_device(device or default_device())
+    subject = subject_of(spec, on)
+    threads = torch.get_num_threads()
+    # Tensors are small here: threads would mostly wait for each other.
+    torch.set_num_threads(1)
+    try:
+        if case is not None:
+            results = [_one_case(laws[0], subject, case)]
+        else:
+            results = _run(laws, subject, examples, seed)
+        notes = list(subject.kernel.notes)
+    finally:
+        torch.set_num_threads(threads)
+        subject.close()
+    print_results(results, spec, str(on), sys.stderr if json_ else sys.stdout)
+    for note in notes:
+        print(f"verify: {note}", file=sys.stderr)
+    if junit is not None:
+        write_junit(results, spec, str(on), junit)
+    if json_:
+        print(to_json_text(to_json(results, spec, str(on), describe(str(on)))), end="")
+    return exit_code(results)
+
+
+def chosen_laws(names: Sequence[str]) -> list[Law]:
+    """Laws by their names and those of groups; all if none is given. Raises UsageError."""
+    from kernels.errors import nearest
+    from verify.errors import UsageError
+    from verify.laws import GROUPS, LAWS
+
+    for name in names:
+        if name not in LAWS and name not in GROUPS:
+            known = [*LAWS, *GROUPS]
+            raise UsageError(
+                f"--law {name}: unknown law{nearest(name, known)} (known: {', '.join(LAWS)};"
+                f" groups: {', '.join(GROUPS)})"
+            )
+    return [each for each in LAWS.values() if not names or each.name in names or each.group in names]
+
+
+def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None) -> list[LawResult]:
+    """Every law, with progress on a terminal; an interrupted run keeps what it has."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from verify.environment import on_terminal
+    from verify.laws.run import kept_examples, lse_withdrawn, run_law
+
+    lse_withdrawn(subject)
+    results = []
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True), transient=True, disable=not on_terminal(sys.stderr),
+    )  # fmt: skip
+    with bar:
+        all_laws = bar.add_task("laws", total=len(laws))
+        cases = bar.add_task("", total=examples)
+        for each in laws:
+            bar.reset(cases, total=examples, description=each.name)
+            done = run_law(
+                each,
+                subject,
+                examples=examples,
+                seed=seed,
+                database=kept_examples(),
+                on_case=lambda count: bar.update(cases, completed=count),
+            )
+            results.append(done)
+            bar.advance(all_laws)
+    return results
+
+
+def _one_case(law: Law, subject: Subject, text: str) -> LawResult:
+    from verify.laws.run import lse_withdrawn, try_case
+
+    case = law.case_type.from_json(text)
+    lse_withdrawn(subject)
+    return try_case(law, subject, case)

@@ -1,0 +1,404 @@
+"""Laws of attention: identities that hold for any right kernel, whatever its tiles, cuts and groups are.
+
+Two results that exact arithmetic would make equal may differ by both their budgets; where nothing that is
+computed changes, by no bit. None of them asks the oracle, except the two that say so.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+
+from kernels.cache import BLOCK
+from kernels.contract import AttentionOutput, Call
+from kernels.families import POISON
+from verify.laws.cases import Problem
+from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
+from verify.laws.law import LawBroken, Subject, law
+from verify.laws.tolerance import Seen, against_exact, agree, same_bits, seen
+
+OWN = "the kernel's own error budget (kernels/budget.py)"
+BOTH = "both results' own error budgets (kernels/budget.py)"
+BITS = "bits: nothing that is computed changes"
+
+
+@law("within-budget", "attention", tolerance=OWN, cases=lambda subject: problems(subject), case_type=Problem)
+def within_budget(subject: Subject, problem: Problem) -> float:
+    """Every result is within its rounding budget of softmax(QK)V in float64."""
+    return against_exact(subject.kernel, problem.call(subject.device), lse=subject.capabilities.lse)
+
+
+@law(
+    "large-values",
+    "attention",
+    tolerance=OWN,
+    cases=lambda subject: problems(subject, only=["near-overflow"]),
+    case_type=Problem,
+)
+def large_values(subject: Subject, problem: Problem) -> float:
+    """Keys and values near the largest float16 overflow nowhere."""
+    return against_exact(subject.kernel, problem.call(subject.device), lse=subject.capabilities.lse)
+
+
+def _variants_agree(subject: Subject, problem: Problem) -> float:
+    """The plan of the problem against the subject's own."""
+    call = problem.call(subject.device)
+    plain, planned = subject.kernel, subject.variant(problem.options)
+    return agree(f"{problem.options}", seen(planned, call), seen(plain, call), lse=subject.capabilities.lse)
+
+
+@law(
+    "head-groups",
+    "attention",
+    tolerance=BOTH + "; bits where every grouping ran one binary and the same cuts",
+    cases=lambda subject: planned_problems(subject, groups=True),
+    case_type=Problem,
+    needs=("head_groups",),
+)
+def head_groups(subject: Subject, problem: Problem) -> float:
+    """Any composition of r into head groups gives what one group gives."""
+    call = problem.call(subject.device)
+    heads = {"heads": "+".join(map(str, problem.groups))}
+    whole, split = subject.variant({"heads": str(problem.ratio)}), subject.variant(heads)
+    for kernel in (whole, split):
+        kernel.trace.rows.clear()
+    a, b = seen(split, call), seen(whole, call)
+    margin = agree(f"heads={heads['heads']}", a, b, lse=subject.capabilities.lse)
+    ran = [{(s.kernel, s.binary, s.cuts) for _, _, s in kernel.trace.rows} for kernel in (whole, split)]
+    if ran[0] == ran[1] and subject.capabilities.plans:
+        outputs = (AttentionOutput(x.out, x.lse) for x in (a, b))
+        same_bits(f"heads={heads['heads']}, one binary", *outputs, lse=subject.capabilities.lse)
+    return margin
+
+
+@law(
+    "kv-parts",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: planned_problems(subject, parts=True),
+    case_type=Problem,
+    needs=("plans",),
+)
+def kv_parts(subject: Subject, problem: Problem) -> float:
+    """Any number of KV parts gives what one part gives."""
+    return _variants_agree(subject, problem)
+
+
+@law(
+    "groups-and-parts",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: planned_problems(subject, groups=True, parts=True),
+    case_type=Problem,
+    needs=("plans",),
+)
+def groups_and_parts(subject: Subject, problem: Problem) -> float:
+    """Head groups and KV parts together change nothing but rounding."""
+    return _variants_agree(subject, problem)
+
+
+@law(
+    "tile-sizes",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: planned_problems(subject, block=True),
+    case_type=Problem,
+    needs=("plans",),
+)
+def tile_sizes(subject: Subject, problem: Problem) -> float:
+    """Keys a tile are of no consequence but to rounding."""
+    return _variants_agree(subject, problem)
+
+
+@law(
+    "plan-runs",
+    "attention",
+    tolerance="equality: the launch trace against the plan",
+    cases=lambda subject: planned_problems(subject, groups=True, parts=True),
+    case_type=Problem,
+    needs=("plans",),
+)
+def plan_runs(subject: Subject, problem: Problem) -> float:
+    """What was asked for is what ran: head groups that sum to r, parts that cover the row once."""
+    assert subject.plan is not None
+    call = problem.call(subject.device)
+    kernel, plan, shape = subject.variant(problem.options), subject.plan(problem.options), call.shape
+    kernel.trace.rows.clear()
+    kernel.run(call)
+    for path, n_kv, ran in kernel.trace.rows:
+        if path != "decode":
+            continue
+        due = plan.at(
+            n_kv, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size
+        )
+        if (ran.head_groups, ran.cuts) != (due.head_groups, due.cuts):
+            raise LawBroken(
+                f"at n_kv {n_kv}: asked for head groups {due.head_groups} and cuts {due.cuts}, the trace says"
+                f" {ran.head_groups} and {ran.cuts}"
+            )
+    return 0.0
+
+
+@law(
+    "values-scaled",
+    "attention",
+    tolerance=BOTH + "; a power of two rounds nothing by itself",
+    cases=lambda subject: twisted(
+        problems(subject, without=("near-overflow", "denormal", "tiny")), st.integers(-3, 3)
+    ),
+    case_type=Problem,
+)
+def values_scaled(subject: Subject, problem: Problem) -> float:
+    """V times a power of two is the result times that power, and the same lse."""
+    call, factor = problem.call(subject.device), 2.0**problem.twist
+    v = torch.where(call.v.abs() == POISON, call.v, call.v * factor)
+    plain, scaled = seen(subject.kernel, call), seen(subject.kernel, replace(call, v=v))
+    due = plain._replace(out=plain.out * factor, bound=plain.bound * factor)
+    return agree(f"V times 2^{problem.twist}", scaled, due, lse=subject.capabilities.lse)
+
+
+def _rows(x: Seen, heads: torch.Tensor) -> Seen:
+    """Query heads in another order."""
+    return Seen(*(y[:, :, heads] for y in x))
+
+
+@law(
+    "heads-permuted",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: twisted(problems(subject), st.integers(0, SEEDS)),
+    case_type=Problem,
+)
+def heads_permuted(subject: Subject, problem: Problem) -> float:
+    """KV heads, and query heads within each, in another order give the results in that order."""
+    call, order = problem.call(subject.device), random.Random(problem.twist)
+    kv = list(range(problem.kv_heads))
+    order.shuffle(kv)
+    heads = []
+    for h in kv:
+        inside = list(range(problem.ratio))
+        order.shuffle(inside)
+        heads += [h * problem.ratio + i for i in inside]
+    index = torch.tensor(heads, device=call.q.device)
+    by_kv = torch.tensor(kv, device=call.q.device)
+    moved = replace(
+        call,
+        q=call.q[:, :, index],
+        k=call.k[:, :, by_kv],
+        v=call.v[:, :, by_kv],
+        sinks=None if call.sinks is None else call.sinks[index],
+        alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[index],
+    )
+    plain = _rows(seen(subject.kernel, call), index)
+    return agree(f"heads {heads}", seen(subject.kernel, moved), plain, lse=subject.capabilities.lse)
+
+
+@law(
+    "keys-permuted",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: twisted(
+        problems(subject, without=BY_PLACE, rows=1, path="decode"), st.integers(0, SEEDS)
+    ),
+    case_type=Problem,
+)
+def keys_permuted(subject: Subject, problem: Problem) -> float:
+    """The order of the keys that a row sees is of no consequence."""
+    call, n = problem.call(subject.device), max(problem.n_kv)
+    order = list(range(n))
+    random.Random(problem.twist).shuffle(order)
+    index = torch.tensor([*order, *range(n, call.shape.keys)], device=call.q.device)
+    moved = replace(call, k=call.k[:, index], v=call.v[:, index])
+    return agree("keys in another order", seen(subject.kernel, moved), seen(subject.kernel, call),
+                 lse=subject.capabilities.lse)  # fmt: skip
+
+
+@law(
+    "logits-shifted",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: twisted(
+        problems(subject, without=("sinks", "softcap", "near-overflow")), st.integers(-64, 64)
+    ),
+    case_type=Problem,
+)
+def logits_shifted(subject: Subject, problem: Problem) -> float:
+    """A number added to every logit moves the lse by as much, and nothing else."""
+    call, seen_keys = problem.call(subject.device), max(problem.n_kv)
+    q, k = call.q.clone(), call.k.clone()
+    q[..., 0] = 1.0
+    k[:, :seen_keys, :, 0] = 0.0
+    plain = seen(subject.kernel, replace(call, q=q, k=k))
+    k = k.clone()
+    k[:, :seen_keys, :, 0] = float(problem.twist)
+    moved = seen(subject.kernel, replace(call, q=q, k=k))
+    due = plain._replace(lse=plain.lse + call.scale * problem.twist)
+    return agree(f"logits plus {call.scale * problem.twist:g}", moved, due, lse=subject.capabilities.lse)
+
+
+@law(
+    "masked-keys",
+    "attention",
+    tolerance=f"{BITS}; with more keys held, where the kernel promises no bits of a row alone, {BOTH}",
+    cases=lambda subject: twisted(problems(subject), st.integers(1, 20)),
+    case_type=Problem,
+)  # fmt: skip
+def masked_keys(subject: Subject, problem: Problem) -> float:
+    """Keys that no row sees change nothing, whatever they hold and however many there are."""
+    call, n, has = problem.call(subject.device), max(problem.n_kv), subject.capabilities
+    margin = 0.0
+    if problem.spare:
+        k, v = call.k.clone(), call.v.clone()
+        k[:, n:], v[:, n:] = -3.0, 3.0
+        if has.deterministic:
+            a, b = subject.kernel.run(call), subject.kernel.run(replace(call, k=k, v=v))
+            same_bits("other masked keys", a, b, lse=has.lse)
+    more = [
+        torch.cat((x, x.new_full((x.shape[0], problem.twist, *x.shape[2:]), POISON)), 1)
+        for x in (call.k, call.v)
+    ]
+    longer = replace(call, k=more[0], v=more[1], shape=call.shape._replace(keys=more[0].shape[1]))
+    if has.row_alone and call.path == "decode":
+        same_bits("more masked keys", subject.kernel.run(call), subject.kernel.run(longer), lse=has.lse)
+    else:
+        margin = agree(
+            "more masked keys", seen(subject.kernel, longer), seen(subject.kernel, call), lse=has.lse
+        )
+    return margin
+
+
+@law(
+    "both-paths",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: problems(subject, path="decode"),
+    case_type=Problem,
+)
+def both_paths(subject: Subject, problem: Problem) -> float:
+    """A row of the prefill path is the row of the decode path."""
+    call = problem.call(subject.device)
+    prefill = seen(subject.kernel, replace(call, path="prefill"))
+    return agree("prefill", prefill, seen(subject.kernel, call), lse=subject.capabilities.lse)
+
+
+@law(
+    "row-alone",
+    "attention",
+    tolerance="bits, where the kernel promises it; else " + BOTH,
+    cases=lambda subject: problems(
+        subject, path="" if "decode" not in subject.capabilities.paths else "decode"
+    ),
+    case_type=Problem,
+)
+def row_alone(subject: Subject, problem: Problem) -> float:
+    """A row alone is the row in its batch."""
+    call, has = problem.call(subject.device), subject.capabilities
+    together, margin = seen(subject.kernel, call), 0.0
+    for b in range(problem.batch):
+        for t in range(len(problem.n_kv)):
+            one = _row_of(call, b, t)
+            alone = seen(subject.kernel, one)
+            row = Seen(*(x[b : b + 1, t : t + 1] for x in together))
+            what = f"sequence {b}, row {t} alone"
+            if has.row_alone and call.path == "decode":
+                pair = (AttentionOutput(x.out, x.lse) for x in (row, alone))
+                same_bits(what, *pair, lse=has.lse)
+            margin = max(margin, agree(what, alone, row, lse=has.lse))
+    return margin
+
+
+def _row_of(call: Call, b: int, t: int) -> Call:
+    return replace(
+        call,
+        q=call.q[b : b + 1, t : t + 1],
+        k=call.k[b : b + 1],
+        v=call.v[b : b + 1],
+        kv_len=call.kv_len[b : b + 1, t : t + 1],
+        shape=call.shape._replace(batch=1, rows=1),
+    )
+
+
+@law(
+    "two-runs",
+    "attention",
+    tolerance="bits",
+    cases=lambda subject: problems(subject),
+    case_type=Problem,
+    needs=("deterministic",),
+)
+def two_runs(subject: Subject, problem: Problem) -> float:
+    """The same call gives the same bits every time."""
+    call = problem.call(subject.device)
+    first = subject.kernel.run(call)
+    for run in (2, 3):
+        same_bits(f"run {run}", subject.kernel.run(call), first, lse=subject.capabilities.lse)
+    return 0.0
+
+
+@law(
+    "strides",
+    "attention",
+    tolerance=BOTH,
+    cases=lambda subject: problems(subject),
+    case_type=Problem,
+)
+def strides(subject: Subject, problem: Problem) -> float:
+    """K and V that lie head by head in memory, or between other numbers, are the same K and V."""
+    call = problem.call(subject.device)
+    by_head = call.k.transpose(1, 2).contiguous().transpose(1, 2)
+    between = torch.stack((call.v, -call.v), dim=3).flatten(3)[..., : call.shape.v_size]
+    between.copy_(call.v)
+    other = seen(subject.kernel, replace(call, k=by_head, v=between))
+    return agree("strided", other, seen(subject.kernel, call), lse=subject.capabilities.lse)
+
+
+@law(
+    "empty-rows",
+    "attention",
+    tolerance="bits",
+    cases=lambda subject: problems(subject, without=("sinks",)),
+    case_type=Problem,
+    needs=("empty_rows", "ragged"),
+)
+def empty_rows(subject: Subject, problem: Problem) -> float:
+    """A row that sees no key is 0 with an lse of -inf, among others or alone, and spoils no other row."""
+    call, has = problem.call(subject.device), subject.capabilities
+    lengths = call.kv_len.clone()
+    lengths[:, -1] = 0
+    result = subject.kernel.run(replace(call, kv_len=lengths))
+    empty = lengths == 0
+    due = AttentionOutput(
+        torch.where(empty[..., None, None], 0.0, result.out),
+        torch.where(empty[..., None], -torch.inf, result.lse),
+    )
+    same_bits("empty rows", result, due, lse=has.lse)
+    if not bool(torch.isfinite(result.out).all()):
+        raise LawBroken("empty rows: the others are not finite")
+    return 0.0
+
+
+@law(
+    "caches",
+    "attention",
+    tolerance=OWN + ", the numbers of the cache's blocks taken as exact",
+    cases=lambda subject: st.builds(
+        lambda problem, cache: replace(
+            problem, cache=cache, k_size=max(problem.k_size, BLOCK), v_size=max(problem.v_size, BLOCK)
+        ),
+        problems(subject, without=("near-overflow",)),
+        st.sampled_from(subject.capabilities.caches),
+    ),
+    case_type=Problem,
+)
+def caches(subject: Subject, problem: Problem) -> float:
+    """Attention over a quantised cache is attention over the numbers that its blocks stand for."""
+    call, n = problem.call(subject.device), max(problem.n_kv)
+    k, v = call.k.clone(), call.v.clone()
+    # What lies beyond is not quantised: 6e4 has no float16 scale of its own.
+    k[:, n:], v[:, n:] = 3.0, 3.0
+    call, kernel = replace(call, k=k, v=v), subject.variant({"cache": problem.cache})
+    result, plain = seen(kernel, call), seen(subject.kernel, kernel.held(call))
+    return agree(f"cache={problem.cache}", result, plain, lse=subject.capabilities.lse)

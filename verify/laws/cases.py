@@ -1,0 +1,194 @@
+"""The cases that laws are tried on: small records that say all there is to a problem, and nothing else.
+
+A case is written as JSON on a command line (`--case`) and as a constructor in a test; both leave out what is
+as usual, so that a shrunk case is short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+import torch
+
+from kernels.contract import Call, Path
+from kernels.families import FAMILIES, Sizes, draw
+from verify.errors import UsageError
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+class Case:
+    """Reading and writing of a case; its kinds are below. ALWAYS: fields that are never left out."""
+
+    ALWAYS: ClassVar[tuple[str, ...]] = ()
+
+    def __str__(self) -> str:
+        """A constructor, fields that are as usual left out."""
+        changed = ", ".join(f"{name}={value!r}" for name, value in self._changed().items())
+        return f"{type(self).__name__}({changed})".replace("-inf", '-float("inf")')
+
+    def to_json(self) -> str:
+        return json.dumps(self._changed())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises UsageError, one line that names the field and what was expected."""
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"--case {text}: not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise UsageError(f"--case {text}: expected an object such as {cls().to_json()}")
+        kinds = {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name, value in given.items():
+            if name not in kinds:
+                raise UsageError(f"--case: unknown field {name!r} (known: {', '.join(kinds)})")
+            given[name] = _read(name, value, kinds[name])
+        case = cls(**given)
+        case.check()
+        return case
+
+    def check(self) -> None:
+        """Raises UsageError for values that make no problem."""
+
+    def _changed(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {
+            f.name: value
+            for f in fields
+            if (value := getattr(self, f.name)) != f.default or f.name in self.ALWAYS
+        }
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """A JSON value as the type of its field."""
+    inner = get_args(kind)
+    if inner and isinstance(value, list):
+        if inner[-1] is Ellipsis:
+            return tuple(_read(name, x, inner[0]) for x in value)
+        if len(inner) == len(value):
+            return tuple(_read(name, x, t) for x, t in zip(value, inner, strict=True))
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str) and type(value) is kind:
+        return value
+    expected = "a list" if inner else {int: "a whole number", float: "a number", str: "text"}[kind]
+    raise UsageError(f"--case: {name}: expected {expected}, got {json.dumps(value)}")
+
+
+@dataclass(frozen=True)
+class Problem(Case):
+    """One attention call, drawn from a family of inputs.
+
+    family: of `kernels.families`; n_kv: visible keys of each row; spare: keys held beyond the longest row;
+    k_size, v_size: head sizes; dtype: f16, bf16, f32. What a law does with it: cuts: keys at which the KV
+    range is cut; groups: head groups; parts, block: of a plan; cache: a quantised type; twist: what else a
+    law varies, such as a shift, a power of two, or the seed of a permutation.
+    """
+
+    ALWAYS: ClassVar[tuple[str, ...]] = ("n_kv",)
+
+    family: str = "gaussian"
+    n_kv: tuple[int, ...] = (1,)
+    batch: int = 1
+    kv_heads: int = 1
+    ratio: int = 1
+    k_size: int = 16
+    v_size: int = 16
+    spare: int = 0
+    dtype: str = "f16"
+    path: str = "decode"
+    seed: int = 0
+    cuts: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    parts: int = 1
+    block: int = 64
+    cache: str = ""
+    twist: int = 0
+
+    @property
+    def sizes(self) -> Sizes:
+        path: Path = "prefill" if self.path == "prefill" else "decode"
+        return Sizes(
+            n_kv=self.n_kv,
+            batch=self.batch,
+            kv_heads=self.kv_heads,
+            ratio=self.ratio,
+            k_size=self.k_size,
+            v_size=self.v_size,
+            spare=self.spare if max(self.n_kv) + self.spare else 1,
+            edges=(16, 64, 128),
+            dtype=DTYPES[self.dtype],
+            path=path,
+        )
+
+    def call(self, device: torch.device | str = "cpu") -> Call:
+        """The call; the same bits on every device."""
+        return draw(self.family, self.sizes, self.seed, device=device)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The plan of this problem as options of a specification; one that it leaves open is not named."""
+        found = {"kv": str(self.parts), "block": str(self.block)}
+        return {**found, "heads": "+".join(map(str, self.groups))} if self.groups else found
+
+    def check(self) -> None:
+        for name, allowed in (("family", FAMILIES), ("dtype", DTYPES), ("path", ("decode", "prefill"))):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(allowed)
+                raise UsageError(f"--case: {name}: expected one of {known}, got {getattr(self, name)!r}")
+        if not self.n_kv or min(self.n_kv) < 0:
+            raise UsageError(f"--case: n_kv: expected at least one length from 0, got {list(self.n_kv)}")
+        for name in ("batch", "kv_heads", "ratio", "k_size", "v_size", "parts", "block"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--case: {name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Parts(Case):
+    """Partial results: (lse, value) each; two columns hold the value, and 1. An lse of -inf is an empty part.
+
+    order: which two neighbours are merged next, or a permutation's seed; shift: added to every lse.
+    """
+
+    ALWAYS: ClassVar[tuple[str, ...]] = ("parts",)
+
+    parts: tuple[tuple[float, int], ...] = ((0.0, 0),)
+    order: tuple[int, ...] = ()
+    shift: int = 0
+
+    def check(self) -> None:
+        if not self.parts:
+            raise UsageError("--case: parts: expected at least one part")
+
+
+@dataclass(frozen=True)
+class Rule(Case):
+    """A plan, as options of a specification, and the row that it is asked about."""
+
+    ALWAYS: ClassVar[tuple[str, ...]] = ("ratio", "n_kv")
+
+    ratio: int = 1
+    kv_heads: int = 1
+    n_kv: int = 0
+    heads: str = ""
+    kv: str = "1"
+    block: int = 64
+    policy: str = ""
+    threshold: int = 0
+    gpus: int = 1
+    split_mode: str = "layer"
+
+    @property
+    def options(self) -> dict[str, str]:
+        found = {"kv": self.kv, "block": str(self.block)}
+        if self.policy:
+            found |= {"policy": self.policy, "gpus": str(self.gpus), "split_mode": self.split_mode}
+            if self.threshold:
+                found["threshold"] = str(self.threshold)
+        elif self.heads:
+            found["heads"] = self.heads
+        return found

@@ -1,0 +1,170 @@
+"""Hypothesis strategies for the cases of laws: what comes first, or is smaller, is simpler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hypothesis import strategies as st
+
+from kernels.capabilities import Capabilities
+from kernels.contract import Path
+from kernels.families import FAMILIES
+from verify.laws.cases import DTYPES, Parts, Problem
+from verify.laws.law import Subject
+
+# Lengths around the edges of tiles, and a few tiles.
+LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 200, 300)
+# The longest row of a subject that is slow.
+SMALL = 65
+# Families whose logits depend on where a key stands: cutting or moving keys changes the problem.
+BY_PLACE = ("window", "alibi")
+# Families that need an option of the call, and the promise that they need.
+OPTION_OF = {"sinks": "sinks", "window": "sliding_window", "softcap": "softcap", "alibi": "alibi"}
+SEEDS = 999
+
+
+def families(has: Capabilities, *, without: Sequence[str] = ()) -> list[str]:
+    """Names of the input families that a kernel takes, the plain one first."""
+    names = [
+        name
+        for name in FAMILIES
+        if name not in without and (name not in OPTION_OF or getattr(has, OPTION_OF[name]))
+    ]
+    return sorted(names, key=lambda name: name != "gaussian")
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    subject: Subject,
+    *,
+    without: Sequence[str] = (),
+    only: Sequence[str] = (),
+    rows: int = 3,
+    batch: int = 2,
+    least: int = 0,
+    lengths: Sequence[int] = LENGTHS,
+    path: str = "",
+) -> Problem:
+    """Attention problems that the subject takes.
+
+    without, only: families left out, or the only ones; rows, batch: the most; least: keys that every row
+    sees; lengths: of the longest row; path: this one alone.
+    """
+    has = subject.capabilities
+    if not _holds_large(subject):
+        # The law `large-values` says that it fails there, once.
+        without = (*without, "near-overflow")
+    family = draw(st.sampled_from(list(only) or families(has, without=without)))
+    if subject.small:
+        rows, batch, lengths = min(rows, 2), 1, [n for n in lengths if n <= SMALL] or lengths[:1]
+    longest = draw(st.sampled_from([n for n in lengths if n >= max(least, 1)]))
+    n_kv = [longest]
+    if has.ragged and rows > 1:
+        lowest = max(least, 0 if has.empty_rows else 1)
+        n_kv += draw(st.lists(st.integers(min(lowest, longest), longest), max_size=rows - 1))
+    elif rows > 1:
+        n_kv *= draw(st.integers(1, rows))
+    sizes = [n for n in (16, 32, 64, 128) if has.k_sizes is None or n in has.k_sizes]
+    k_size = draw(st.sampled_from(sizes or [has.k_sizes[0] if has.k_sizes else 64]))
+    most_heads = 1 if subject.small else 3
+    ratios = [n for n in (1, 2, 3, 4, 6, 12) if has.ratios is None or n in has.ratios]
+    types = [name for name in ("f16", "bf16", "f32") if DTYPES[name] in has.dtypes]
+    return Problem(
+        family=family,
+        n_kv=tuple(n_kv),
+        batch=draw(st.integers(1, batch)),
+        kv_heads=draw(st.integers(1, most_heads)),
+        ratio=draw(st.sampled_from(ratios or [1])),
+        k_size=k_size,
+        v_size=draw(st.sampled_from((16, 32, 64))) if has.v_size else k_size,
+        spare=draw(st.integers(0, 3)),
+        dtype=draw(st.sampled_from(types)),
+        path=path or draw(st.sampled_from([p for p in ("decode", "prefill") if p in has.paths])),
+        seed=draw(st.integers(0, SEEDS)),
+    )
+
+
+def _holds_large(subject: Subject) -> bool:
+    """Whether sums of values near 65504 are within the kernel's accumulators."""
+    path: Path = "decode" if "decode" in subject.capabilities.paths else "prefill"
+    return subject.kernel.arithmetic(Problem().call().shape, path).acc != "f16"
+
+
+@st.composite
+def cut_problems(draw: st.DrawFn, subject: Subject) -> Problem:
+    """Problems with cuts: any of a short row; several, repeated ones included, of a long row."""
+    problem = draw(problems(subject, without=BY_PLACE, rows=1, path="decode"))
+    n = max(problem.n_kv)
+    cuts = draw(st.lists(st.integers(0, n), min_size=1, max_size=1 if n < 8 else 4))
+    return replace(problem, cuts=tuple(sorted(cuts)))
+
+
+@st.composite
+def planned_problems(
+    draw: st.DrawFn, subject: Subject, *, groups: bool = False, parts: bool = False, block: bool = False
+) -> Problem:
+    """Problems with a plan of their own: a composition of r, a number of parts, a size of tiles."""
+    problem = draw(problems(subject))
+    if groups:
+        problem = replace(problem, groups=draw(compositions(problem.ratio)))
+    if parts:
+        problem = replace(problem, parts=draw(st.integers(2, 9)), block=16)
+    if block:
+        problem = replace(problem, block=draw(st.sampled_from([16, 32, 128])))
+    return problem
+
+
+@st.composite
+def compositions(draw: st.DrawFn, total: int) -> tuple[int, ...]:
+    """Every way to write r as a sum of head groups, in order: bars between heads, or none."""
+    bars = draw(st.lists(st.booleans(), min_size=total - 1, max_size=total - 1))
+    groups = [1]
+    for bar in bars:
+        if bar:
+            groups.append(1)
+        else:
+            groups[-1] += 1
+    return tuple(groups)
+
+
+def twisted(cases: st.SearchStrategy[Problem], twist: st.SearchStrategy[int]) -> st.SearchStrategy[Problem]:
+    """The same cases with a `twist`."""
+    return st.builds(lambda problem, n: replace(problem, twist=n), cases, twist)
+
+
+# An lse in multiples of 1/64, exact in float32 under whole shifts, and a value.
+_PART = st.tuples(st.integers(-6400, 6400), st.integers(-99, 99))
+
+
+@st.composite
+def part_lists(
+    draw: st.DrawFn, *, least: int = 1, most: int = 9, order: bool = False, shift: int = 0
+) -> Parts:
+    """Lists of parts, some of them empty, with an order of merging, and a shift of every lse.
+
+    Few choices a list: at 10,000 lists, drawing them is most of the time.
+    """
+    drawn = draw(st.lists(_PART, min_size=least, max_size=most))
+    empty = draw(st.integers(0, (1 << len(drawn)) - 1)) if draw(st.booleans()) else 0
+    parts = tuple((-math.inf if empty >> i & 1 else lse / 64, value) for i, (lse, value) in enumerate(drawn))
+    merges = []
+    if order:
+        # Each merge takes one of the pairs of neighbours that are left: one number says which all take.
+        chosen = draw(st.integers(0, math.factorial(len(parts) - 1) - 1))
+        for pairs in range(len(parts) - 1, 0, -1):
+            chosen, pair = divmod(chosen, pairs)
+            merges.append(pair)
+    return Parts(parts, tuple(merges), draw(st.integers(-shift, shift)) if shift else 0)
+
+
+@st.composite
+def far_parts(draw: st.DrawFn) -> Parts:
+    """Two parts or more that lie 100 nats and more apart."""
+    level, parts = draw(st.integers(-5000, 5000)), []
+    for _ in range(draw(st.integers(2, 4))):
+        parts.append((float(level), draw(st.integers(-99, 99))))
+        level += draw(st.sampled_from([-1, 1])) * draw(st.integers(100, 3000))
+    return Parts(tuple(parts))

@@ -1,0 +1,142 @@
+"""What a law is, what it is asked of, and how it fails.
+
+A law is a named function of a subject (a kernel, its merge, its plans) and a case; the case is drawn by
+hypothesis and shrinks to a readable one. It returns the tightest margin that it saw, in units of its
+tolerance: 0 where bits were equal, at most 1 where it holds. Beyond that it raises `LawBroken`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from hypothesis.strategies import SearchStrategy
+
+from kernels.capabilities import Capabilities, Promise
+from kernels.contract import Kernel
+from kernels.merge import Merge
+from kernels.plan import Plan
+from kernels.registry import build_kernel
+from kernels.spec import PLAN_OPTIONS, parse_plan, parse_spec, with_options
+from verify.laws.cases import Case, Problem
+
+Group = Literal["merge", "parts", "attention", "options", "plans"]
+GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "plans")
+Options = Mapping[str, str]
+
+
+class LawBroken(AssertionError):
+    """A case in which a law does not hold: one sentence with what was found and what was due."""
+
+
+@dataclass
+class Subject:
+    """What laws are asked of.
+
+    capabilities: what the kernel states, less what it turned out to lack; variant: the same kernel with
+    other options in its specification; merge: its merge, where it can be called by itself; plan: the plan
+    that options of a specification stand for, where it takes any; small: it is so slow (interpreted, say)
+    that only small problems are worth the while.
+    """
+
+    spec: str
+    kernel: Kernel
+    variant: Callable[[Options], Kernel]
+    capabilities: Capabilities
+    merge: Merge | None
+    plan: Callable[[Options], Plan] | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    small: bool = False
+
+    @property
+    def reads_as_given(self) -> bool:
+        """Whether keys and values stay what was given, and not what a quantised cache makes of them."""
+        call = Problem(k_size=64, v_size=64).call(self.device)
+        return self.kernel.held(call) is call
+
+    def close(self) -> None:
+        self.kernel.close()
+
+
+def subject_of(spec: str, device: torch.device | str = "cpu") -> Subject:
+    """The subject of a specification. Raises SpecError."""
+    kernel = build_kernel(spec)
+    built: dict[str, Kernel] = {}
+
+    def variant(options: Options) -> Kernel:
+        text = with_options(spec, options)
+        if text not in built:
+            built[text] = build_kernel(text)
+        return built[text]
+
+    capabilities = kernel.capabilities()
+    plan = _plan_of(spec) if capabilities.plans else None
+    return Subject(spec, kernel, variant, capabilities, kernel.merger(), plan, torch.device(device))
+
+
+def _plan_of(spec: str) -> Callable[[Options], Plan]:
+    def plan(options: Options) -> Plan:
+        named = parse_spec(with_options(spec, {}))
+        own = {key: value for key, value in named.options.items() if key in PLAN_OPTIONS}
+        return parse_plan(named._replace(options={**own, **options}))
+
+    return plan
+
+
+@dataclass(frozen=True)
+class Law:
+    """name; group; statement: one sentence; tolerance: where the allowance comes from; needs: what a kernel
+    must have for it; cases: draws them for a subject; check: the law itself, returning its margin."""
+
+    name: str
+    group: Group
+    statement: str
+    tolerance: str
+    needs: tuple[Promise, ...]
+    cases: Callable[[Subject], SearchStrategy[Any]]
+    check: Callable[[Subject, Any], float]
+    case_type: type[Case]
+
+    def not_applicable(self, subject: Subject) -> str | None:
+        """Why this subject cannot be asked, or None if it can."""
+        if self.group == "merge":
+            return "its merge cannot be called by itself" if subject.merge is None else None
+        if self.group == "plans":
+            missing = subject.capabilities.lacks("plans")
+            return missing or ("takes no plan" if subject.plan is None else None)
+        has = subject.capabilities
+        if self.name == "both-paths" and len(has.paths) < 2:
+            return f"has only the {has.paths[0]} path"
+        if self.name == "caches" and (not has.caches or not subject.reads_as_given):
+            return "reads no quantised cache" if not has.caches else "has a quantised cache already"
+        if self.name in WRITES_NUMBERS and not subject.reads_as_given:
+            return "quantises keys: numbers that are written into one column change the others"
+        return has.lacks(*self.needs)
+
+
+# Laws that write exact numbers into a column of k.
+WRITES_NUMBERS = ("logits-shifted", "softcap", "sinks", "alibi")
+LAWS: dict[str, Law] = {}
+
+
+def law(
+    name: str,
+    group: Group,
+    *,
+    tolerance: str,
+    cases: Callable[[Subject], SearchStrategy[Any]],
+    case_type: type[Case],
+    needs: tuple[Promise, ...] = (),
+) -> Callable[[Callable[[Subject, Any], float]], Law]:
+    """Makes a law of a function, whose docstring is the statement, and puts it into `LAWS`."""
+
+    def make(check: Callable[[Subject, Any], float]) -> Law:
+        statement = " ".join((check.__doc__ or "").split())
+        made = Law(name, group, statement, tolerance, needs, cases, check, case_type)
+        assert name not in LAWS and statement, name
+        LAWS[name] = made
+        return made
+
+    return make

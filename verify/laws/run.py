@@ -1,0 +1,176 @@
+"""Trying a law on many cases, and shrinking the case in which it fails.
+
+pytest and `verify props` run laws through `run_law`, and so share the example database of hypothesis
+(`.hypothesis/examples` in the current folder): a case that once failed is tried first the next time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
+from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
+from hypothesis.errors import Flaky, Unsatisfiable
+
+from kernels.errors import KernelFailure
+from verify.laws.cases import Case, Problem
+from verify.laws.law import Law, LawBroken, Subject
+
+State = Literal["holds", "broken", "not applicable"]
+DATABASE = ".hypothesis/examples"
+# Finding a smaller case is worth this much of a run.
+SHRINK_SECONDS = 30
+
+
+@dataclass
+class LawResult:
+    """examples: cases tried until it held or failed; margin: the tightest, in units of the tolerance; reason:
+    why it is not applicable, or what broke it; case: the shrunk one that breaks it."""
+
+    law: Law
+    state: State
+    examples: int = 0
+    margin: float = 0.0
+    reason: str = ""
+    case: Case | None = None
+    seconds: float = 0.0
+
+
+def try_case(law: Law, subject: Subject, case: Case) -> LawResult:
+    """One case of a law."""
+    why = law.not_applicable(subject)
+    if why is not None:
+        return LawResult(law, "not applicable", reason=why)
+    began = time.monotonic()
+    try:
+        result = LawResult(law, "holds", 1, law.check(subject, case))
+    except Exception as error:
+        state: State = "broken"
+        if isinstance(error, KernelFailure) and error.kind == "unsupported":
+            state = "not applicable"
+        result = LawResult(law, state, 1, reason=said_by(error), case=case)
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def said_by(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, LawBroken):
+        return str(error)
+    if isinstance(error, KernelFailure):
+        return f"the kernel {error.kind}: {error}"
+    return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def lse_withdrawn(subject: Subject) -> None:
+    """Note that a kernel returns no lse, where that shows only when it runs (a user's own)."""
+    if not subject.capabilities.lse:
+        return
+    try:
+        result = subject.kernel.run(Problem().call(subject.device))
+    except Exception:
+        # What is wrong with it, the laws will say.
+        return
+    if bool(result.lse.isnan().all()):
+        subject.capabilities = replace(subject.capabilities, lse=False)
+
+
+def register_profiles() -> None:
+    """hypothesis profiles: `ci` (the same cases every time), `night`, `cuda`; load one to choose it."""
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    common: dict[str, Any] = {"deadline": None, "suppress_health_check": quiet}
+    settings.register_profile("ci", max_examples=60, derandomize=True, **common)
+    settings.register_profile("night", max_examples=10_000, **common)
+    # Launches cost little there, compiling a new shape much: fewer cases.
+    settings.register_profile("cuda", max_examples=30, derandomize=True, **common)
+
+
+def run_law(
+    law: Law,
+    subject: Subject,
+    *,
+    examples: int | None = None,
+    seed: int | None = None,
+    database: ExampleDatabase | None = None,
+    shrink: bool = True,
+    on_case: Callable[[int], None] = lambda count: None,
+) -> LawResult:
+    """Try a law on this many cases (default: the loaded profile's), until one breaks it, and shrink that.
+
+    seed: of the cases (default: the profile's own choice); database: of cases that failed before.
+    """
+    why = law.not_applicable(subject)
+    if why is not None:
+        return LawResult(law, "not applicable", reason=why)
+    result = LawResult(law, "holds")
+    refused = ""
+    began = time.monotonic()
+    deadline = float("inf")
+    found: tuple[Case, str] | None = None
+
+    def hold(case: Case) -> None:
+        nonlocal refused, deadline, found
+        if found is not None and time.monotonic() > deadline and case != found[0]:
+            # Shrunk enough: whatever is smaller counts as right.
+            return
+        try:
+            margin = law.check(subject, case)
+        except Exception as error:
+            if isinstance(error, KernelFailure) and error.kind == "unsupported":
+                refused = str(error)
+                reject()
+            fail(case, said_by(error))
+        else:
+            if found is None:
+                result.examples += 1
+                result.margin = max(result.margin, margin)
+                on_case(result.examples)
+
+    def fail(case: Case, said: str) -> None:
+        nonlocal found, deadline
+        if found is None:
+            result.examples += 1
+            deadline = time.monotonic() + SHRINK_SECONDS
+        found = (case, said)
+        raise LawBroken(said)
+
+    default = settings.default
+    assert default is not None
+    phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
+    keep = database if database is not None else default.database
+    chosen = settings(
+        default,
+        max_examples=examples or default.max_examples,
+        phases=phases,
+        derandomize=False,
+        database=keep,
+        deadline=None,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+    )
+    test: Any = given(law.cases(subject))(hold)
+    if seed is None and default.derandomize:
+        seed = 0
+    if seed is not None:
+        test = hypothesis.seed(seed)(test)
+    # The key under which the database keeps what failed: one a law and kernel.
+    test.hypothesis.inner_test._hypothesis_internal_add_digest = f"{law.name} {subject.spec}".encode()
+    try:
+        chosen(test)()
+    except (LawBroken, Flaky):
+        # Flaky: it failed once and not again, as a race does.
+        assert found is not None
+        result.state, result.case, result.reason = "broken", *found
+    except Unsatisfiable:
+        result.state, result.reason = "not applicable", refused or "no case that this kernel takes was found"
+    result.seconds = time.monotonic() - began
+    return result
+
+
+def kept_examples() -> ExampleDatabase:
+    """The database of cases that failed before, in the current folder."""
+    return DirectoryBasedExampleDatabase(DATABASE)

@@ -1,0 +1,157 @@
+"""The laws of attention against one kernel: a table, what broke with the way to break it again, JUnit XML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+from xml.etree import ElementTree
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from verify.console import PIPE_WIDTH
+from verify.environment import on_terminal
+from verify.laws.run import LawResult
+
+
+def print_results(results: Sequence[LawResult], spec: str, device: str, to: TextIO) -> None:
+    """A row a law; then every law that broke, with its shrunk case as a command and as a test."""
+    console = Console(file=to, width=None if on_terminal(to) else PIPE_WIDTH, highlight=False)
+    console.print(table(results))
+    for result in results:
+        if result.state == "broken":
+            for line in failure_lines(result, spec, device):
+                console.print(line, markup=False, soft_wrap=True)
+    console.print(f"\n{summary(results)}", markup=False, soft_wrap=True)
+
+
+def table(results: Sequence[LawResult]) -> Table:
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    rows.add_column("law", no_wrap=True)
+    rows.add_column("", no_wrap=True)
+    rows.add_column("examples", justify="right", no_wrap=True)
+    rows.add_column("tightest margin", justify="right", no_wrap=True)
+    rows.add_column("what it says", overflow="fold")
+    for result in results:
+        applies = result.state != "not applicable"
+        rows.add_row(
+            result.law.name,
+            {"holds": "holds", "broken": "BROKEN", "not applicable": "n/a"}[result.state],
+            str(result.examples) if applies else "",
+            margin(result) if applies else "",
+            escape(result.law.statement if applies else f"not applicable: {result.reason}"),
+        )
+    return rows
+
+
+def margin(result: LawResult) -> str:
+    """The tightest margin in units of the tolerance; laws of bits have none to spare."""
+    if result.state == "broken":
+        return ""
+    return "exact" if result.margin == 0 else f"{result.margin:.2g} of 1"
+
+
+def failure_lines(result: LawResult, spec: str, device: str) -> list[str]:
+    """What was found, and the shrunk case as a command and as a pytest snippet."""
+    law, case = result.law, result.case
+    assert case is not None
+    return [
+        "",
+        f"{law.name}: {law.statement}",
+        f"  tolerance: {law.tolerance}",
+        f"  found: {result.reason}",
+        f"  again: {command(result, spec, device)}",
+        "",
+        *(f"    {line}" for line in snippet(result, spec, device)),
+    ]
+
+
+def command(result: LawResult, spec: str, device: str) -> str:
+    """The command that tries the shrunk case alone."""
+    assert result.case is not None
+    where = "" if device == "cpu" else f" --device {device}"
+    return f"verify props {spec} --law {result.law.name}{where} --case '{result.case.to_json()}'"
+
+
+def snippet(result: LawResult, spec: str, device: str) -> list[str]:
+    """A test of the shrunk case."""
+    where = "" if device == "cpu" else f", {device!r}"
+    name = result.law.name.replace("-", "_")
+    return [
+        f"from verify.laws import LAWS, {type(result.case).__name__}, subject_of",
+        "",
+        f"def test_{name}() -> None:",
+        f"    subject = subject_of({spec!r}{where})",
+        f'    LAWS["{result.law.name}"].check(subject, {result.case})',
+    ]
+
+
+def summary(results: Sequence[LawResult]) -> str:
+    states = [result.state for result in results]
+    seconds = sum(result.seconds for result in results)
+    return (
+        f"{states.count('holds')} laws hold, {states.count('broken')} broken,"
+        f" {states.count('not applicable')} not applicable;"
+        f" {sum(result.examples for result in results)} examples in {seconds:.0f} s"
+    )
+
+
+def to_json(
+    results: Sequence[LawResult], spec: str, device: str, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything, as `--json` prints it."""
+    return {
+        "schema": 1,
+        "command": "props",
+        "spec": spec,
+        "device": device,
+        "exit_code": exit_code(results),
+        "environment": environment,
+        "laws": [
+            {
+                "name": r.law.name,
+                "group": r.law.group,
+                "statement": r.law.statement,
+                "tolerance": r.law.tolerance,
+                "state": r.state,
+                "examples": r.examples,
+                "margin": r.margin,
+                "reason": r.reason,
+                "case": r.case.to_json() if r.case else None,
+                "again": command(r, spec, device) if r.case else None,
+                "seconds": round(r.seconds, 3),
+            }
+            for r in results
+        ],
+    }
+
+
+def exit_code(results: Sequence[LawResult]) -> int:
+    """1 if a law is broken, else 0."""
+    return int(any(result.state == "broken" for result in results))
+
+
+def write_junit(results: Sequence[LawResult], spec: str, device: str, path: Path) -> None:
+    """JUnit XML: a test case a law; what broke is its failure."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"verify props {spec}",
+        tests=str(len(results)),
+        failures=str(sum(r.state == "broken" for r in results)),
+        skipped=str(sum(r.state == "not applicable" for r in results)),
+        time=f"{sum(r.seconds for r in results):.3f}",
+    )
+    for r in results:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"{spec}.{r.law.group}", name=r.law.name, time=f"{r.seconds:.3f}"
+        )
+        if r.state == "broken":
+            failure = ElementTree.SubElement(case, "failure", message=r.reason)
+            failure.text = "\n".join(failure_lines(r, spec, device))
+        elif r.state == "not applicable":
+            ElementTree.SubElement(case, "skipped", message=r.reason)
+    tree = ElementTree.ElementTree(suite)
+    ElementTree.indent(tree)
+    tree.write(path, encoding="utf-8", xml_declaration=True)
