@@ -193,6 +193,9 @@ class FlashKernel(Kernel):
     def capabilities(self) -> Capabilities:
         return Capabilities(caches=tuple(CACHE_TYPES))
 
+    def held(self, call: Call) -> Call:
+        return through(call, self.cache)
+
     def merger(self) -> Merge:
         from kernels.flash.merge import combine
 
@@ -247,6 +250,13 @@ class FlashKernel(Kernel):
             self.notes.append(note)
 
 
+def through(call: Call, cache: str) -> Call:
+    """The call on keys and values as they come back from a cache of this type; `f16` is as given."""
+    if cache == "f16":
+        return call
+    return replace(call, k=through_cache(call.k, cache), v=through_cache(call.v, cache))
+
+
 class EagerOverCache(EagerKernel):
     """`eager` on keys and values as they come back from a quantised cache."""
 
@@ -254,10 +264,11 @@ class EagerOverCache(EagerKernel):
         super().__init__(spec, options)
         self.cache = cache
 
+    def held(self, call: Call) -> Call:
+        return through(call, self.cache)
+
     def run(self, call: Call) -> AttentionOutput:
-        if self.cache != "f16":
-            call = replace(call, k=through_cache(call.k, self.cache), v=through_cache(call.v, self.cache))
-        return super().run(call)
+        return super().run(self.held(call))
 
     def capabilities(self) -> Capabilities:
         return Capabilities(caches=tuple(CACHE_TYPES))
