@@ -38,7 +38,7 @@ class FileScores(NamedTuple):
 
     nll: of the token that came; top1: the most likely token; margin: its distance in nats to the second;
     step: of the record's codes, in nats; clipped: the token that came lies at the bottom of a clipped record,
-    its nll is a lower bound; finite: scale and offset are numbers; squares: sum of p^2.
+    its nll is a lower bound; finite: scale and offset are numbers; squares: sum of p^2 (base of a pair).
     """
 
     nll: np.ndarray
@@ -176,42 +176,42 @@ def _rows(
     found = []
     n_vocab = block.codes.shape[1]
     p, difference, moved = (np.empty(n_vocab, np.float32) for _ in range(3))
+    table = np.empty((256, 256), np.float32)
     for i in rows:
         a = block.codes[i]
-        scale, low = float(block.scale[i]), float(block.low[i])
-        finite = np.isfinite(scale) and np.isfinite(low)
-        squares = np.nan
-        if finite:
-            _probabilities(scale, low).take(a, out=p, mode="clip")
-            squares = float(np.dot(p, p))
         if theirs is None:
-            found.append((int(i), *_top(a), squares, 0, 0, np.nan, False))
+            found.append((int(i), *_top(a), np.nan, 0, 0, np.nan, False))
             continue
         b = theirs.codes[i]
-        other_scale, other_low = float(theirs.scale[i]), float(theirs.low[i])
-        divergence = np.nan
-        if finite and np.isfinite(other_scale) and np.isfinite(other_low):
+        s, low = float(block.scale[i]), float(block.low[i])
+        t, other_low = float(theirs.scale[i]), float(theirs.low[i])
+        squares = divergence = np.nan
+        if np.isfinite(s) and np.isfinite(low) and np.isfinite(t) and np.isfinite(other_low):
+            _probabilities(s, low, table).take(a, out=p, mode="clip")
+            squares = float(np.dot(p, p))
             np.copyto(moved, a)
             np.copyto(difference, b)
             np.subtract(moved, difference, out=difference)
-            difference *= np.float32(other_scale)
-            moved *= np.float32(scale - other_scale)
+            difference *= np.float32(t)
+            moved *= np.float32(s - t)
             difference += moved
             difference += np.float32(low - other_low)
             divergence = float(np.dot(p, difference))
-        equal = scale == other_scale and low == other_low and bool(np.array_equal(a, b))
+        equal = s == t and low == other_low and bool(np.array_equal(a, b))
         found.append((int(i), *_top(a), squares, *_top(b), divergence, equal))
     return found
 
 
-def _probabilities(scale: float, low: float) -> np.ndarray:
-    """exp(scale * code + low) [65536] float32 of every code, 0 below SMALLEST_LOG_PROB.
+def _probabilities(scale: float, low: float, table: np.ndarray) -> np.ndarray:
+    """exp(scale * code + low) [65536] float32 of every code, 0 below SMALLEST_LOG_PROB, in `table`'s memory.
 
     A product of two short tables: exp is what costs here, and two records rarely share a scale.
     """
     steps = np.arange(256) * scale
-    coarse, fine = (np.exp(x).astype(np.float32) for x in (256 * steps + low, steps))
-    flat: np.ndarray = np.multiply.outer(coarse, fine).ravel()
+    with np.errstate(over="ignore"):
+        coarse, fine = (np.exp(x).astype(np.float32) for x in (256 * steps + low, steps))
+        np.multiply(coarse[:, None], fine, out=table)
+    flat = table.reshape(-1)
     if scale > 0:
         flat[: max(min(int(np.floor((SMALLEST_LOG_PROB - low) / scale)) + 1, LARGEST_CODE + 1), 0)] = 0
     return flat
