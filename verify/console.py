@@ -28,19 +28,27 @@ from verify.perplexity import final_line, running_line
 
 
 class PplConsole:
-    """Results go to `out`, progress and notices to stderr; with `--json` everything but the JSON does."""
+    """Results go to `out`, progress and notices to stderr; with `--json` everything but the JSON does.
 
-    def __init__(self, *, json: bool = False) -> None:
+    silent: for a process that another speaks for.
+    """
+
+    def __init__(self, *, json: bool = False, silent: bool = False) -> None:
+        self.silent = silent
         self.out: TextIO = sys.stderr if json else sys.stdout
         self._progress: Progress | None = None
         self._task = None
         self._line_open = False
 
     def notice(self, text: str) -> None:
+        if self.silent:
+            return
         self._end_line()
         print(f"verify: {text}", file=sys.stderr)
 
     def started(self, experiment: Experiment) -> None:
+        if self.silent:
+            return
         sizes, windows = experiment.architecture.sizes, experiment.windows
         print(
             f"model {experiment.file.path.name}: {experiment.file.architecture}, {sizes.layers} layers,"

@@ -39,10 +39,12 @@ from verify.evidence import (
     summarize_arm,
     summarize_pair,
 )
-from verify.grouping import Grouping, group_windows, uncovered
-from verify.groups import GroupResult, join_groups, run_group
+from verify.grouping import Grouping, group_windows
+from verify.groups import GroupResult, join_groups
 from verify.perplexity import running_perplexity
+from verify.ranks import Ranks, local_device
 from verify.referee import LogitsFiles, engine_findings
+from verify.rounds import Rounds
 from verify.runfolder import RunFolder
 from verify.settings import PplSettings
 from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
@@ -76,9 +78,11 @@ class Outcome:
 class Experiment:
     """One run of `verify ppl`. What can be refused is refused here, before anything is computed."""
 
-    def __init__(self, settings: PplSettings, listener: Listener) -> None:
-        self.settings, self.listener = settings, listener
+    def __init__(self, settings: PplSettings, listener: Listener, ranks: Ranks | None = None) -> None:
+        self.settings, self.listener, self.ranks = settings, listener, ranks or Ranks()
         self.device = chosen_device(settings.device)
+        if self.ranks.size > 1 and self.device.type == "cuda":
+            self.device = local_device()
         path = locate_model(settings.model)
         self.file = GGUFFile.open(path)
         self.architecture: Architecture = architecture_of(self.file)
@@ -139,48 +143,47 @@ class Experiment:
             "kernels": [_binary(arm.kernel) for arm in self.arms if arm.kernel],
         }
 
-    def run(self, folder: RunFolder) -> Outcome:
+    def run(self, folder: RunFolder | None) -> Outcome | None:
         """Run every group that the folder does not hold, and draw the conclusions.
 
-        A KeyboardInterrupt passes through; finished groups are in the folder then.
+        Ranks other than 0 have no folder, and draw none. A KeyboardInterrupt passes through; finished groups
+        are in the folder then.
         """
-        watch = capture_to(folder.path, self.captured) if self.captured else None
-        runner = Runner(self.architecture, device=self.device, attention_type=self.settings.cache_type)
-        self.grouping = self._grouping(runner)
-        self.logits_files.begin(resume=bool(folder.finished_groups()))
+        leads = self.ranks.leads
+        watch = capture_to(folder.path, self.captured) if self.captured and folder else None
+        runner = Runner(
+            self.architecture,
+            device=self.device,
+            attention_type=self.settings.cache_type,
+            share=self.ranks.share(),
+        )
+        grouping = min(self.ranks.everyones(self._grouping(runner)))
+        if self.logits_files and self.ranks.size > 1:
+            raise UsageError("--save-logits, --against: expected one process, logits are written in order")
+        self.logits_files.begin(resume=bool(folder and folder.finished_groups()))
         self.listener.started(self)
-        windows = self.windows.n_windows
-        results = {first: folder.load_group(first) for first in folder.finished_groups()}
-        for first, result in sorted(results.items()):
-            self._take_in(first, result)
-        while left := uncovered({first: len(r.windows) for first, r in results.items()}, windows):
-            chosen = left[0][: self.grouping.windows]
-            try:
-                result = run_group(
-                    runner,
-                    self.windows,
-                    chosen,
-                    self.arms,
-                    seed=self.settings.seed,
-                    capture=watch,
-                    progress=self.listener.progress(chosen.start, chosen.stop, windows),
-                    logits_files=self.logits_files or None,
-                )
-            except torch.cuda.OutOfMemoryError:
-                if self.grouping.windows == 1:
-                    raise
-                self.grouping = self.grouping.halved()
-                torch.cuda.empty_cache()
-                self.listener.notice(
-                    f"{self.device} has too little memory for {len(chosen)} windows:"
-                    f" groups of {self.grouping.windows} from here on"
-                )
-                continue
-            folder.save_group(chosen.start, result)
-            results[chosen.start] = result
-            self._take_in(chosen.start, result)
+        rounds = Rounds(
+            runner,
+            self.windows,
+            self.arms,
+            grouping,
+            folder=folder,
+            ranks=self.ranks,
+            seed=self.settings.seed,
+            capture=watch,
+            logits_files=self.logits_files or None,
+        )
+        results = rounds.run(self)
+        runner.stream.close()
+        self.grouping = rounds.grouping
         self._moved = [shape for shape, same in runner.products.checked.items() if not same]
-        return self._conclude(join_groups([results[first] for first in sorted(results)]))
+        return self._conclude(join_groups(results)) if leads else None
+
+    def notice(self, text: str) -> None:
+        self.listener.notice(text)
+
+    def progress(self, first: int, last: int, windows: int) -> Progress:
+        return self.listener.progress(first, last, windows)
 
     def _grouping(self, runner: Runner) -> Grouping:
         n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
@@ -194,7 +197,7 @@ class Experiment:
             device=self.device,
         )
 
-    def _take_in(self, first: int, result: GroupResult) -> None:
+    def taken_in(self, first: int, result: GroupResult) -> None:
         """A finished group's findings, and its part of the running perplexity if all before it is there."""
         for arm in self.arms:
             arm.findings = result.findings[arm.name]

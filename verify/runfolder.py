@@ -62,11 +62,14 @@ class RunFolder:
     def write_settings(self, settings: dict[str, Any]) -> None:
         self.write_json(SETTINGS, settings)
 
-    def read_settings(self) -> dict[str, Any]:
+    def read_settings(self, command: str) -> dict[str, Any]:
+        """Raises UsageError where they are not those of a run of this command."""
         try:
             found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
         except (OSError, ValueError) as error:
             raise UsageError(f"--resume {self.path}: {SETTINGS} cannot be read: {error}") from None
+        if found.get("command") != command or not {"settings", "identity"} <= found.keys():
+            raise UsageError(f"--resume {self.path}: {SETTINGS} is not that of a run of verify {command}")
         return found
 
     def save_group(self, first_window: int, result: GroupResult) -> None:

@@ -85,14 +85,19 @@ def command(
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
     from verify.jsontext import to_json_text
+    from verify.ranks import ranks_of_environment
     from verify.reports.writing import write_reports
     from verify.runfolder import RunFolder
 
     prepare_torch()
-    console = PplConsole(json=json_)
+    ranks = ranks_of_environment()
+    console = PplConsole(json=json_, silent=not ranks.leads)
+    folder, stored = None, {}
     if resume is not None:
-        folder = RunFolder.reopen(resume)
-        stored = folder.read_settings()
+        if ranks.leads:
+            folder = RunFolder.reopen(resume)
+            stored = folder.read_settings("ppl")
+        stored = ranks.of_leader(stored)
         settings = PplSettings.from_json(stored["settings"])
         if memory:
             settings = replace(settings, memory=parse_size(memory))
@@ -116,19 +121,22 @@ def command(
             save_logits=save_logits,
             against=tuple(against or ()),
         )
-        folder = RunFolder.create(out or default_folder())
-        stored = {}
-    experiment = Experiment(settings, console)
+        if ranks.leads:
+            folder = RunFolder.create(out or default_folder())
+    experiment = Experiment(settings, console, ranks)
     try:
-        if stored:
-            for what, value in experiment.identity().items():
-                if stored["identity"][what] != value:
-                    raise UsageError(f"--resume {resume}: {what} changed since the run began")
-        else:
-            folder.write_settings({"settings": settings.to_json(), "identity": experiment.identity()})
+        identity = experiment.identity()
+        ranks.agree(identity)
+        for what, value in identity.items() if stored else ():
+            if stored["identity"].get(what) != value:
+                raise UsageError(f"--resume {resume}: {what} changed since the run began")
+        if folder is not None and not stored:
+            folder.write_settings({"command": "ppl", "settings": settings.to_json(), "identity": identity})
         outcome = experiment.run(folder)
     except KeyboardInterrupt:
         console.stop()
+        if folder is None:
+            return EXIT_INTERRUPTED
         print(
             f"verify: interrupted; finished windows are kept in {folder.path},"
             f" go on with: verify ppl --resume {folder.path}",
@@ -138,6 +146,9 @@ def command(
     finally:
         console.stop()
         experiment.close()
+        ranks.close()
+    if folder is None or outcome is None:
+        return 0
     folder.write_results(outcome.joined, outcome.run)
     write_reports(folder.path)
     console.outcome(experiment, outcome, folder.path)
