@@ -98,6 +98,21 @@ def test_an_engine_that_is_off_is_the_cause_where_weights_are_plain(saved: Path)
     assert [e["arm"] for e in found["engines"]] == ["engine-1", "engine-2"]
 
 
+def test_what_a_file_clips_is_no_distance(saved: Path) -> None:
+    """A quarter of the vocabulary or more lies below 8 nats, and would be raised to e^-8 each."""
+    path = saved / "narrow.kld"
+    with (
+        LogitsFile(saved / "exact.kld") as file,
+        LogitsWriter(path, file.tokens, VOCABULARY, clip=8) as writer,
+    ):
+        for block in file.blocks():
+            writer.write(block.window, block.row, block.log_probs())
+    with LogitsFile(path) as file:
+        assert all((block.codes == 0).mean() > 0.25 for block in file.blocks())
+    (engine,) = run(saved, "narrow", "--against", str(path))["engines"]
+    assert abs(engine["kld"]) < 1e-7
+
+
 def test_files_of_another_text_or_model_are_refused_before_anything_runs(saved: Path) -> None:
     good = str(saved / "exact.kld")
     raw = bytearray(Path(good).read_bytes())
