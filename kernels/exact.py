@@ -11,6 +11,7 @@ o = sum_j exp(s_j - L) v_j
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,19 +29,22 @@ _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
 _ROWS_OF_MANY, _ROW_STEPS = 64, 4
 
 
-def exact_attention(call: Call) -> AttentionOutput:
-    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64."""
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def exact_attention(call: Call, bmm: Product = torch.bmm) -> AttentionOutput:
+    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64. bmm: how float64 matrices are multiplied."""
     shape = call.shape
     logits = shape.q_heads * shape.keys * shape.rows
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
-        return _attention(call)
+        return _attention(call, bmm)
     lengths = lengths_of(call.kv_len).of_rows
     if lengths != lengths[: shape.rows] * shape.batch:
-        return _attention(call)
-    return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1)
+        return _attention(call, bmm)
+    return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1, bmm)
 
 
-def _sequences_together(call: Call, count: int) -> AttentionOutput:
+def _sequences_together(call: Call, count: int, bmm: Product = torch.bmm) -> AttentionOutput:
     """Sequences of equal lengths, `count` at a time, as further KV heads of one.
 
     There are always `count`, the last ones repeated if need be: a product of fewer could have other bits.
@@ -56,14 +60,14 @@ def _sequences_together(call: Call, count: int) -> AttentionOutput:
             None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
         )
         together = replace(call, q=q, k=k, v=v, kv_len=kv_len, shape=shape, sinks=sinks, alibi_slopes=slopes)
-        found = _attention(together)
+        found = _attention(together, bmm)
         wanted = slice(0, min(count, call.shape.batch - first))
         outs.append(found.out[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
         lses.append(found.lse[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
     return AttentionOutput(torch.cat(outs), torch.cat(lses))
 
 
-def _attention(call: Call) -> AttentionOutput:
+def _attention(call: Call, bmm: Product) -> AttentionOutput:
     q, k, v, kv_len, scale, shape = call.q, call.k, call.v, call.kv_len, call.scale, call.shape
     sinks = None if call.sinks is None else call.sinks.to(torch.float64)
     r, heads = shape.ratio, shape.kv_heads
@@ -86,7 +90,7 @@ def _attention(call: Call) -> AttentionOutput:
             queries = q[b, rows].to(torch.float64)  # [t, Hq, Dk]
             t = queries.shape[0]
             grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)
-            s = torch.bmm(grouped, keys[:, :, :last]).mul_(scale).view(heads, t, r, last)
+            s = bmm(grouped, keys[:, :, :last]).mul_(scale).view(heads, t, r, last)
             s = finish_logits(s, n_kv, torch.arange(last, device=q.device), call)
             top = s.amax(-1)
             if sinks is not None:
@@ -96,7 +100,7 @@ def _attention(call: Call) -> AttentionOutput:
             total = p.sum(-1)
             if sinks is not None:
                 total = total + torch.exp(sinks.view(heads, 1, r) - shift)
-            o = torch.bmm(p.view(heads, t * r, last), values[:, :last]).view(heads, t, r, -1)
+            o = bmm(p.view(heads, t * r, last), values[:, :last]).view(heads, t, r, -1)
             empty = total == 0
             o = o / torch.where(empty, 1.0, total)[..., None]
             log = torch.where(empty, -math.inf, shift + torch.log(total))
@@ -124,7 +128,14 @@ def finish_logits(s: torch.Tensor, n_kv: torch.Tensor, positions: torch.Tensor, 
 
 
 class ExactKernel(Kernel):
-    """`exact`: the oracle behind the contract, rounded once to float32."""
+    """`exact`: the oracle behind the contract, rounded once to float32.
+
+    acc: `float64`, or `double-float32`, whose products are sums of float32 products (`sliced_products`).
+    """
+
+    def __init__(self, spec: str, acc: str = "float64") -> None:
+        super().__init__(spec)
+        self.acc = acc
 
     def run(self, call: Call) -> AttentionOutput:
         result = exact_attention(call)

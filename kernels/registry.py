@@ -56,7 +56,13 @@ def _here() -> None:
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("exact", "float64 softmax(QK)V: the oracle", {}, lambda s: ExactKernel(s.text), _here),
+        Entry(
+            "exact",
+            "float64 softmax(QK)V: the oracle",
+            {"acc": "float64, or double-float32 for GPUs with slow float64; default float64"},
+            lambda s: ExactKernel(s.text, choice(s, "acc", "float64", ("float64", "double-float32"))),
+            _here,
+        ),
         Entry(
             "eager",
             "tiled online softmax in plain torch, any plan, CPU or GPU",

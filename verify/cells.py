@@ -27,7 +27,7 @@ from kernels.detectors import (
     measure,
 )
 from kernels.families import FAMILIES
-from kernels.gates import Compared, nmse, plain_attention, verdicts
+from kernels.gates import compared, nmse, plain_attention, verdicts
 from kernels.trace import LaunchTrace
 from verify.arms import same_bits
 from verify.attempt import attempt
@@ -181,7 +181,7 @@ def _hold(
     distinct = family is not None and family.distinct
     found.measures = measure(call, judged, arithmetic, distinct=distinct, budget=budget)
     found.findings = findings(found.measures)
-    found.gates = verdicts(Compared(output.out.double(), budget.out, plain, call.q.dtype))
+    found.gates = verdicts(compared(call, output.out, budget.out, plain))
     error = output.out.double() - budget.out
     clean = torch.where(torch.isfinite(error), error, 0.0)
     found.nmse = nmse(output.out, budget.out)

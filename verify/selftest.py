@@ -32,8 +32,7 @@ from kernels.eager import EagerKernel
 from kernels.families import FAMILIES, Sizes, draw
 from kernels.faults import FAULTS, VARIANTS
 from kernels.faults.tile_kernel import TileKernel
-from kernels.gates import GATES, plain_attention, verdicts
-from kernels.gates import Compared as GateInput
+from kernels.gates import GATES, compared, plain_attention, verdicts
 from kernels.plan import RowPlan
 from kernels.probes import Probe, check, far_offsets, standard_probes
 
@@ -242,7 +241,7 @@ def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: li
             wrong = trace_finding(kernel.trace, x.call, _asked(kernel, x.call))
             if wrong is not None:
                 object_to(wrong.detector, wrong.said, x.name)
-        passed = verdicts(GateInput(result.out.double(), budget.out, x.plain, x.call.q.dtype))
+        passed = verdicts(compared(x.call, result.out, budget.out, x.plain))
         failed = {name for name, ok in passed.items() if not ok}
         refused |= failed
         if x.family == "gaussian":
