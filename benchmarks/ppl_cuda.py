@@ -68,6 +68,7 @@ def timed_run(n_ctx: int, file: str | None, more: list[str]) -> dict[str, Any]:
         "wall_s": wall,
         "seconds": speed["seconds"],
         "not_in_a_stage_s": wall - sum(speed["seconds"].values()),
+        "stages_ended_at_s": speed["stages_ended_at_s"],
         "groups": speed["groups"],
         "group_windows": speed["group_windows"],
         "product_flop": speed["product_flop"],

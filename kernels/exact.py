@@ -32,19 +32,24 @@ _ROWS_OF_MANY, _ROW_STEPS = 64, 4
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def exact_attention(call: Call, bmm: Product = torch.bmm) -> AttentionOutput:
-    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64. bmm: how float64 matrices are multiplied."""
+def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = True) -> AttentionOutput:
+    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64; lse is NaN without `with_lse`, which is faster.
+
+    bmm: how float64 matrices are multiplied.
+    """
     shape = call.shape
     logits = shape.q_heads * shape.keys * shape.rows
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
-        return _attention(call, bmm)
+        return _attention(call, bmm, with_lse)
     lengths = lengths_of(call.kv_len).of_rows
     if lengths != lengths[: shape.rows] * shape.batch:
-        return _attention(call, bmm)
-    return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1, bmm)
+        return _attention(call, bmm, with_lse)
+    return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1, bmm, with_lse)
 
 
-def _sequences_together(call: Call, count: int, bmm: Product = torch.bmm) -> AttentionOutput:
+def _sequences_together(
+    call: Call, count: int, bmm: Product = torch.bmm, with_lse: bool = True
+) -> AttentionOutput:
     """Sequences of equal lengths, `count` at a time, as further KV heads of one.
 
     There are always `count`, the last ones repeated if need be: a product of fewer could have other bits.
@@ -60,14 +65,14 @@ def _sequences_together(call: Call, count: int, bmm: Product = torch.bmm) -> Att
             None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
         )
         together = replace(call, q=q, k=k, v=v, kv_len=kv_len, shape=shape, sinks=sinks, alibi_slopes=slopes)
-        found = _attention(together, bmm)
+        found = _attention(together, bmm, with_lse)
         wanted = slice(0, min(count, call.shape.batch - first))
         outs.append(found.out[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
         lses.append(found.lse[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
     return AttentionOutput(torch.cat(outs), torch.cat(lses))
 
 
-def _attention(call: Call, bmm: Product) -> AttentionOutput:
+def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
     q, k, v, kv_len, scale, shape = call.q, call.k, call.v, call.kv_len, call.scale, call.shape
     sinks = None if call.sinks is None else call.sinks.to(torch.float64)
     r, heads = shape.ratio, shape.kv_heads
@@ -86,12 +91,24 @@ def _attention(call: Call, bmm: Product) -> AttentionOutput:
         for first in range(0, shape.rows, chunk):
             rows = slice(first, min(first + chunk, shape.rows))
             n_kv = kv_len[b, rows]
-            last = max(*lengths[b * shape.rows + rows.start : b * shape.rows + rows.stop], 1)
+            visible = lengths[b * shape.rows + rows.start : b * shape.rows + rows.stop]
+            least, last = min(visible), max(*visible, 1)
             queries = q[b, rows].to(torch.float64)  # [t, Hq, Dk]
             t = queries.shape[0]
             grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)
             s = bmm(grouped, keys[:, :, :last]).mul_(scale).view(heads, t, r, last)
-            s = finish_logits(s, n_kv, torch.arange(last, device=q.device), call)
+            positions = torch.arange(last, device=q.device)
+            if call.softcap is None and call.alibi_slopes is None and call.sliding_window is None:
+                # All rows see the first `least` keys.
+                s[..., least:].masked_fill_(positions[least:] >= n_kv.view(-1, 1, 1), -math.inf)
+            else:
+                s = finish_logits(s, n_kv, positions, call)
+            if q.is_cuda and not with_lse and sinks is None and least > 0:
+                # The same, in one pass over the logits.
+                o = bmm(s.softmax(-1).view(heads, t * r, last), values[:, :last])
+                out[b, rows] = o.view(heads, t, r, -1).permute(1, 0, 2, 3).reshape(t, heads * r, -1)
+                lse[b, rows] = math.nan
+                continue
             top = s.amax(-1)
             if sinks is not None:
                 top = torch.maximum(top, sinks.view(heads, 1, r))

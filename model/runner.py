@@ -142,15 +142,12 @@ class Runner:
                     if arm.name not in live:
                         continue
                     x = hidden[slab.start, arm.name]
-                    inputs = AttentionInputs(
-                        *(
-                            t.unflatten(0, (count, n_ctx))
-                            for t in self.architecture.attention_inputs(
-                                layer, x, positions[count], weights, products
-                            )
+                    with self.stopwatch.time("elementwise"):
+                        flat = self.architecture.attention_inputs(
+                            layer, x, positions[count], weights, products
                         )
-                    )
-                    q, k, v = round_inputs(inputs, self.attention_type)
+                        inputs = AttentionInputs(*(t.unflatten(0, (count, n_ctx)) for t in flat))
+                        q, k, v = round_inputs(inputs, self.attention_type)
                     x_in = x.unflatten(0, (count, n_ctx))
                     call = LayerCall(
                         layer, first_window + slab.start, q, k, v, kv_lens[count], settings, inputs, x_in
@@ -161,12 +158,14 @@ class Runner:
                         live.remove(arm.name)
                         hidden = {state: kept for state, kept in hidden.items() if state[1] != arm.name}
                         continue
-                    hidden[slab.start, arm.name] = self.architecture.after_attention(
-                        layer, x, o.flatten(0, 1), weights, products
-                    )
+                    with self.stopwatch.time("elementwise"):
+                        hidden[slab.start, arm.name] = self.architecture.after_attention(
+                            layer, x, o.flatten(0, 1), weights, products
+                        )
                 if progress:
                     progress(done, steps)
-            self.architecture.feed_forward(layer, hidden, weights, products, self.stream)
+            with self.stopwatch.time("elementwise"):
+                self.architecture.feed_forward(layer, hidden, weights, products, self.stream)
         yield from self._logits(hidden, live if slabs else [], scored, slabs, n_ctx, output_rows)
         if progress:
             progress(steps, steps)

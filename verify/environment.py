@@ -33,7 +33,8 @@ def prepare_torch() -> None:
     """Deterministic algorithms, no TF32, no gradients."""
     import torch
 
-    torch.use_deterministic_algorithms(True)
+    # The plainer call would load the compiler: thousands of modules.
+    torch.set_deterministic_debug_mode("error")
     # Filling new memory would hide reads of it in tests only, at the price of a pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -95,6 +96,15 @@ def anonymous_memory() -> int:
     except OSError:
         pass
     return 0
+
+
+def process_seconds() -> float:
+    """Seconds since this process began; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _cpu_info() -> Mapping[str, str]:

@@ -80,6 +80,8 @@ class Experiment:
 
     def __init__(self, settings: PplSettings, listener: Listener, ranks: Ranks | None = None) -> None:
         self.settings, self.listener, self.ranks = settings, listener, ranks or Ranks()
+        # Seconds of the wall, from the start of the process, at which stages ended.
+        self.ended = {"loading": environment.process_seconds()}
         self.device = chosen_device(settings.device)
         if self.ranks.size > 1 and self.device.type == "cuda":
             self.device = local_device()
@@ -160,6 +162,7 @@ class Experiment:
         grouping = min(self.ranks.everyones(self._grouping(runner)))
         if self.logits_files and self.ranks.size > 1:
             raise UsageError("--save-logits, --against: expected one process, logits are written in order")
+        self.ended["preparing"] = environment.process_seconds()
         self.logits_files.begin(resume=bool(folder and folder.finished_groups()))
         self.listener.started(self)
         rounds = Rounds(
@@ -175,6 +178,7 @@ class Experiment:
         )
         results = rounds.run(self)
         runner.stream.close()
+        self.ended["groups"] = environment.process_seconds()
         self.grouping = rounds.grouping
         self._moved = [shape for shape, same in runner.products.checked.items() if not same]
         return self._conclude(join_groups(results)) if leads else None
@@ -260,8 +264,9 @@ class Experiment:
             "detectable": {
                 pair.candidate.name: pair.distance.detectable if pair.distance else None for pair in pairs
             },
-            "speed": self._speed_json(joined),
         }
+        self.ended["conclusions"] = environment.process_seconds()
+        run["speed"] = self._speed_json(joined)
         return Outcome(arms, pairs, verdict, reasons, exit_code, run, joined)
 
     def _model_json(self) -> dict[str, Any]:
@@ -302,6 +307,7 @@ class Experiment:
             "product_flop_per_s": joined.product_flop / products if products else None,
             "anonymous_bytes": joined.anonymous_bytes,
             "group_windows": self.grouping.windows,
+            "stages_ended_at_s": self.ended,
             "groups": joined.groups,
             "read_bytes": joined.read_bytes.total(),
         }

@@ -109,7 +109,12 @@ def run_group(
             arm.kernel.trace = LaunchTrace()
     runner.stopwatch.reset()
     runner.stream.read_bytes.clear()
-    in_place = InPlace(arms, seed=seed, windows_at_once=runner.tiling(windows.n_ctx).windows)
+    in_place = InPlace(
+        arms,
+        seed=seed,
+        windows_at_once=runner.tiling(windows.n_ctx).windows,
+        windows=windows.n_windows,
+    )
 
     def watch(call: LayerCall) -> None:
         with runner.stopwatch.time("in place"):

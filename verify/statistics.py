@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import special
 
 # The one pre-declared test: two-sided, at 99.9 %.
 CONFIDENCE = 0.999
@@ -114,9 +114,8 @@ def detectable_shift(degrees: int) -> float:
     Solves P(t' > t_crit) = POWER for the noncentrality of Student's t; for many degrees of freedom it is
     z_{(1 + CONFIDENCE) / 2} + z_POWER.
     """
-    critical = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
-    most = 4 * critical + 10
-    return float(optimize.brentq(lambda shift: stats.nct.sf(critical, degrees, shift) - POWER, 0.0, most))
+    critical = special.stdtrit(degrees, (1 + CONFIDENCE) / 2)
+    return float(special.nctdtrinc(degrees, 1 - POWER, critical))
 
 
 def paired_difference(nll: np.ndarray, nll_reference: np.ndarray) -> PairedDifference:
@@ -139,5 +138,5 @@ def _t_interval(samples: np.ndarray, mean: float, widening: float, scope: str) -
     if degrees < 1:
         return Interval(mean, -math.inf, math.inf, math.inf, 0, scope)
     se = widening * float(samples.std(ddof=1)) / math.sqrt(len(samples))
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees)) * se
+    reach = float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2)) * se
     return Interval(mean, mean - reach, mean + reach, se, degrees, scope)

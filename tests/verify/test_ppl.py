@@ -22,6 +22,7 @@ from model.gguf_file import GGUFFile
 from model.products import Tiling
 from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
+from verify.inplace import InPlace
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -389,3 +390,11 @@ def test_variables_that_the_user_set_are_kept() -> None:
     done = verify_apart("doctor", env={**os.environ, "MKL_CBWR": "COMPATIBLE"})
     assert "COMPATIBLE" in done.stdout
     assert "STRICT" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("windows", "at_once", "every"),
+    [(4, 1, 1), (64, 1, 1), (65, 1, 2), (592, 1, 10), (592, 32, 10), (37, 2, 1)],
+)
+def test_of_many_windows_some_are_checked_in_place(windows: int, at_once: int, every: int) -> None:
+    assert InPlace([], windows_at_once=at_once, windows=windows).every == every

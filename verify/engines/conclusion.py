@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from verify.engines.divergence import FileScores, PairScores, clip_width
 from verify.engines.kld_table import Table, table_of
@@ -102,7 +102,7 @@ def compare(pair: PairScores, *, first_scored: int, max_kld: float | None = None
 
 def resolution_of(pair: PairScores) -> Resolution:
     """The rounding of two files, taken as independent, at CONFIDENCE; second-order terms are step^2 / 12."""
-    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    z = float(special.ndtri((1 + CONFIDENCE) / 2))
     n = pair.kld.size
     bias = float((pair.base.step**2 + pair.other.step**2).mean()) / 12
     return Resolution(
