@@ -1,57 +1,81 @@
-"""The other driver: token by token with a cache, as text is generated.
+"""The other driver: token by token with a cache, as text is generated, every arm at once.
 
-    x of the new tokens --layer--> k, v appended to the layer's cache; attention of the new tokens over it
+    x of the new tokens --layer--> k, v appended to the arm's cache; attention of the new tokens over it
 
-Layers are those of `model.runner`, and so is the one rounding of q, k and v. The cache is what a layer's keys
-and values were, in the run's attention type, one sequence long.
+Layers are those of `model.runner`, and so is the one rounding of q, k and v. All arms are given the same
+tokens; each has a cache of its own, one sequence long, of keys and values in the run's attention type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from model.architectures.architecture import Architecture
 from model.errors import ModelError
 from model.products import Products, tile_rows
-from model.runner import ATTENTION_TYPES, LayerCall, round_inputs
+from model.runner import ATTENTION_TYPES, Arm, LayerCall, round_inputs
 from model.stopwatch import Stopwatch
 from model.stream import TensorStream
 
-Attend = Callable[[LayerCall], torch.Tensor]
+_FIRST_ROOM = 64
 
 
 class Stepper:
-    """One sequence of one model. `attend` computes attention: a call to [1, T, H, Dv] float32.
+    """One sequence of one model, through some arms.
 
-    Weights are dequantized again for every step unless `keep_weights`, which small models can afford. Experts
-    are always decoded when they are chosen.
+    Weights are dequantized again for every step unless `keep_weights`, which takes `weight_bytes` of memory.
+    Experts are always decoded when they are chosen.
     """
 
     def __init__(
         self,
         architecture: Architecture,
-        attend: Attend,
+        arms: Sequence[Arm],
         *,
         device: torch.device,
         attention_type: str = "f16",
         keep_weights: bool = True,
     ) -> None:
-        self.architecture, self.attend, self.device = architecture, attend, device
-        self.attention_type = ATTENTION_TYPES[attention_type]
+        self.architecture, self.arms, self.device = architecture, list(arms), device
+        self.attention_type = attention_type
         self.keep_weights = keep_weights
         self.stopwatch = Stopwatch(device)
         self.products = Products(0, self.stopwatch)
         self.stream = TensorStream(architecture.file, device, self.stopwatch)
         self.length = 0
-        self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._caches: dict[tuple[str, int], _Cache] = {}
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append tokens [T] to the sequence and give their logits [T, vocabulary] float32.
+    def beside(self, arms: Sequence[Arm]) -> Stepper:
+        """Other arms at the start of a sequence, with the weights that this one has decoded."""
+        other = Stepper(
+            self.architecture,
+            arms,
+            device=self.device,
+            attention_type=self.attention_type,
+            keep_weights=self.keep_weights,
+        )
+        other._kept = self._kept
+        return other
 
-        Raises ModelError where there are none, or one is not of the vocabulary.
+    def branch(self, arm: Arm, after: str) -> Stepper:
+        """One arm that goes on, on tokens of its own, from where the arm named `after` is now."""
+        other = self.beside([arm])
+        other.length = self.length
+        for (name, layer), cache in self._caches.items():
+            if name == after:
+                other._caches[arm.name, layer] = cache.copy()
+        return other
+
+    def step(self, tokens: torch.Tensor, *, scored: int | None = None) -> dict[str, torch.Tensor]:
+        """Append tokens [T] to the sequence; logits by arm, [scored, vocabulary] float32, of its last tokens.
+
+        scored: how many, all by default. An arm whose `attend` returns None takes no further part. Raises
+        ModelError where there are no tokens, or one is not of the vocabulary.
         """
         architecture, n = self.architecture, len(tokens)
         if n == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= architecture.sizes.vocabulary:
@@ -59,31 +83,32 @@ class Stepper:
         products = self.products.with_tile(tile_rows(n))
         positions = torch.arange(self.length, self.length + n, device=self.device)
         kv_len = (positions + 1).to(torch.int32)[None]
-        x = self._rows_of_embedding(tokens) * architecture.embedding_scale
+        start = self._rows_of_embedding(tokens) * architecture.embedding_scale
+        states = {arm.name: start for arm in self.arms}
         for layer in range(architecture.sizes.layers):
             weights = self._weights(f"layer {layer}", architecture.layer_tensors(layer))
-            inputs = architecture.attention_inputs(layer, x, positions, weights, products)
-            q, k, v = round_inputs(inputs, self.attention_type)
-            k, v = self._append(layer, k, v)
-            call = LayerCall(
-                layer, 0, q[None], k[None], v[None], kv_len, architecture.attention_settings(layer)
-            )
-            x = architecture.after_attention(layer, x, self.attend(call)[0], weights, products)
-            states = {0: x}
+            settings = architecture.attention_settings(layer)
+            for arm in list(self.arms):
+                x = states[arm.name]
+                inputs = architecture.attention_inputs(layer, x, positions, weights, products)
+                q, k, v = round_inputs(inputs, ATTENTION_TYPES[self.attention_type])
+                k, v = self._caches.setdefault((arm.name, layer), _Cache()).append(k, v)
+                with self.stopwatch.time("attention"):
+                    o = arm.attend(LayerCall(layer, 0, q[None], k[None], v[None], kv_len, settings))
+                if o is None:
+                    self.arms.remove(arm)
+                    del states[arm.name]
+                    continue
+                states[arm.name] = architecture.after_attention(layer, x, o[0], weights, products)
             architecture.feed_forward(layer, states, weights, products, self.stream)
-            x = states[0]
         self.length += n
+        if scored == 0:
+            return {}
         ends = self._weights("ends", architecture.norm_tensors | {"output": architecture.output_tensor})
-        return products(architecture.final_norm(x, ends), ends["output"])
-
-    def _append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values with the new ones behind them."""
-        if layer == len(self._cache):
-            self._cache.append((k, v))
-        else:
-            old_k, old_v = self._cache[layer]
-            self._cache[layer] = (torch.cat((old_k, k)), torch.cat((old_v, v)))
-        return self._cache[layer]
+        return {
+            name: products(architecture.final_norm(x[-(scored or n) :], ends), ends["output"])
+            for name, x in states.items()
+        }
 
     def _weights(self, group: str, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
         if group in self._kept:
@@ -97,3 +122,43 @@ class Stepper:
         """[T, width], decoding the rows of these tokens alone."""
         name = self.architecture.embedding_tensor
         return torch.cat([self.stream.take(name, slice(t, t + 1)) for t in tokens.tolist()])
+
+
+def weight_bytes(architecture: Architecture) -> int:
+    """Memory that the weights of all layers and of the output take, decoded; experts left out."""
+    names = {architecture.output_tensor, *architecture.norm_tensors.values()}
+    for layer in range(architecture.sizes.layers):
+        names |= set(architecture.layer_tensors(layer).values())
+    return sum(4 * math.prod(architecture.file.tensors[name].shape) for name in names)
+
+
+@dataclass
+class _Cache:
+    """Keys and values of one layer and arm, in buffers that double when they are full."""
+
+    k: torch.Tensor | None = None
+    v: torch.Tensor | None = None
+    length: int = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [length, Hkv, D], these behind those before: views, written to no more."""
+        self.k, self.v = (_with(old, self.length, new) for old, new in ((self.k, k), (self.v, v)))
+        self.length += len(k)
+        return self.k[: self.length], self.v[: self.length]
+
+    def copy(self) -> _Cache:
+        assert self.k is not None
+        assert self.v is not None
+        return _Cache(self.k.clone(), self.v.clone(), self.length)
+
+
+def _with(buffer: torch.Tensor | None, length: int, new: torch.Tensor) -> torch.Tensor:
+    """The buffer, or a larger one, with `new` after its first `length` rows."""
+    end = length + len(new)
+    if buffer is None or len(buffer) < end:
+        larger = new.new_empty((max(2 * length, end, _FIRST_ROOM), *new.shape[1:]))
+        if buffer is not None:
+            larger[:length] = buffer[:length]
+        buffer = larger
+    buffer[length:end] = new
+    return buffer
