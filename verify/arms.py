@@ -11,7 +11,7 @@ engine      an engine's own logits file: scored, never run
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -196,3 +196,22 @@ def _first(call: LayerCall, where: torch.Tensor) -> Place:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit for bit, NaN included. float32 tensors of one shape."""
     return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+def void_reasons(arms: Sequence[Arm]) -> list[str]:
+    """Why the run measured nothing: a control that is not its baseline."""
+    reasons = []
+    by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        if arm.role != "control":
+            continue
+        baseline, found = by_name[arm.reference or ""], arm.findings
+        if arm.failed and not baseline.failed:
+            reasons.append(f"control {arm.spec} failed where its baseline did not: {found.failure}")
+        elif not baseline.failed and not (found.attention_equal and found.logits_equal):
+            where = f", first at {found.first_difference}" if found.first_difference else ""
+            reasons.append(
+                f"the control arm differs from its baseline{where}: {arm.spec} does not give the same bits"
+                " twice, so no difference can be charged to the candidate"
+            )
+    return reasons

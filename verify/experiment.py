@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from data import Corpus, Windows, cut_windows, load_corpus, read_text_file
 from kernels.contract import Kernel
@@ -20,11 +19,10 @@ from model.architectures import architecture_of
 from model.architectures.architecture import Architecture
 from model.gguf_file import GGUFFile
 from model.locate import locate_model
-from model.runner import ATTENTION_TYPES, Progress, Runner
+from model.runner import Progress, Runner
 from model.tokenizer import Tokenizer
 from verify import environment
-from verify.arms import Arm
-from verify.attempt import untraced
+from verify.arms import Arm, void_reasons
 from verify.captured import capture_to, parse_layers
 from verify.devices import chosen_device
 from verify.errors import UsageError
@@ -47,10 +45,10 @@ from verify.referee import LogitsFiles, engine_findings
 from verify.rounds import Rounds
 from verify.runfolder import RunFolder
 from verify.settings import PplSettings
+from verify.subject import fingerprint, model_json, try_kernels
 from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
 
 SCHEMA = 1
-SAMPLE_BYTES = 1 << 20
 
 
 class Listener(Protocol):
@@ -96,7 +94,7 @@ class Experiment:
         # Shapes of products that depend on where a row lies.
         self._moved: list[tuple[int, ...]] = []
         try:
-            self._try_kernels()
+            try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
             self.corpus = _corpus(settings)
             if self.corpus.notice:
                 listener.notice(self.corpus.notice)
@@ -235,7 +233,7 @@ class Experiment:
             for arm in self.arms
             if arm.role == "candidate"
         ]
-        void = _void_reasons(self.arms)
+        void = void_reasons(self.arms)
         verdict = None if void else overall([pair.decision for pair in pairs])
         reasons = void or _reasons(pairs, verdict)
         exit_code = EXIT_VOID if verdict is None else EXIT_CODES[verdict]
@@ -255,7 +253,7 @@ class Experiment:
             "engines": engines,
             "settings": settings.to_json(),
             "environment": environment.describe(str(self.device)),
-            "model": self._model_json(),
+            "model": model_json(self.architecture),
             "corpus": self._corpus_json(),
             "arms": [arm_json(summary) for summary in arms],
             "pairs": [pair_json(pair) for pair in pairs],
@@ -268,22 +266,6 @@ class Experiment:
         self.ended["conclusions"] = environment.process_seconds()
         run["speed"] = self._speed_json(joined)
         return Outcome(arms, pairs, verdict, reasons, exit_code, run, joined)
-
-    def _model_json(self) -> dict[str, Any]:
-        sizes = self.architecture.sizes
-        return {
-            "path": str(self.file.path),
-            "name": self.file.metadata.get("general.name"),
-            "architecture": self.file.architecture,
-            "bytes": sum(p.stat().st_size for p in self.file.paths),
-            "fingerprint": fingerprint(self.file.paths),
-            "layers": sizes.layers,
-            "heads": sizes.heads,
-            "kv_heads": sizes.kv_heads,
-            "ratio": sizes.ratio,
-            "head_size": sizes.k_size,
-            "context": sizes.context,
-        }
 
     def _corpus_json(self) -> dict[str, Any]:
         corpus, windows = self.corpus, self.windows
@@ -312,38 +294,9 @@ class Experiment:
             "read_bytes": joined.read_bytes.total(),
         }
 
-    def _try_kernels(self) -> None:
-        """Run each of our kernels on one row of this model: a plan that does not fit is refused now."""
-        sizes, kind = self.architecture.sizes, ATTENTION_TYPES[self.settings.cache_type]
-        q = torch.zeros(1, 1, sizes.heads, sizes.k_size, dtype=kind, device=self.device)
-        k = torch.zeros(1, 1, sizes.kv_heads, sizes.k_size, dtype=kind, device=self.device)
-        v = torch.zeros(1, 1, sizes.kv_heads, sizes.v_size, dtype=kind, device=self.device)
-        one = torch.ones(1, 1, dtype=torch.int32, device=self.device)
-        for arm in self.arms:
-            if arm.kernel is None or arm.spec.startswith("py:"):
-                continue
-            with untraced(arm.kernel) as kernel:
-                try:
-                    kernel.attend(q, k, v, kv_len=one, scale=1.0, path=arm.path)
-                except ValueError as error:
-                    raise UsageError(f"kernel {arm.spec!r} does not fit this model: {error}") from None
-
 
 def default_folder() -> Path:
     return Path("runs") / f"ppl-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Hash of the sizes, first and last mebibytes of a model's files: cheap, and enough to tell two apart."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as f:
-            digest.update(f.read(SAMPLE_BYTES))
-            f.seek(max(size - SAMPLE_BYTES, 0))
-            digest.update(f.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _corpus(settings: PplSettings) -> Corpus:
@@ -382,25 +335,6 @@ def _build_arms(settings: PplSettings) -> list[Arm]:
 
 def _binary(kernel: Kernel) -> str:
     return f"{kernel.spec}@{getattr(kernel, 'binary', '')}"
-
-
-def _void_reasons(arms: Sequence[Arm]) -> list[str]:
-    """Why the run measured nothing: a control that is not its baseline."""
-    reasons = []
-    by_name = {arm.name: arm for arm in arms}
-    for arm in arms:
-        if arm.role != "control":
-            continue
-        baseline, found = by_name[arm.reference or ""], arm.findings
-        if arm.failed and not baseline.failed:
-            reasons.append(f"control {arm.spec} failed where its baseline did not: {found.failure}")
-        elif not baseline.failed and not (found.attention_equal and found.logits_equal):
-            where = f", first at {found.first_difference}" if found.first_difference else ""
-            reasons.append(
-                f"the control arm differs from its baseline{where}: {arm.spec} does not give the same bits"
-                " twice, so no difference can be charged to the candidate"
-            )
-    return reasons
 
 
 def _reasons(pairs: Sequence[PairSummary], verdict: Verdict | None) -> list[str]:

@@ -157,12 +157,15 @@ def _as_one_sequence(call: Call) -> Call:
 def fault_of(errors: HeadErrors) -> str | None:
     """The sentence that makes an arm `broken`, or None."""
     where = Place(errors.window, errors.layer, errors.position, errors.head)
-    if errors.nonfinite:
+    return fault_sentence(str(where), errors.nonfinite, errors.max_budget_ratio, errors.relative_max)
+
+
+def fault_sentence(where: str, nonfinite: int, budget_ratio: float, relative_max: float) -> str | None:
+    """What is wrong with a kernel's error, or None. relative_max: where the budget is vacuous."""
+    if nonfinite:
         return f"NaN or Inf at {where}"
-    if errors.max_budget_ratio > 1:
-        return f"error is {errors.max_budget_ratio:.3g} times its rounding budget at {where}"
-    if errors.relative_max > LARGEST_RELATIVE_ERROR:
-        return (
-            f"error is {errors.relative_max:.1%} of sum p|v| at {where}, where no correct kernel exceeds 1/8"
-        )
+    if budget_ratio > 1:
+        return f"error is {budget_ratio:.3g} times its rounding budget at {where}"
+    if relative_max > LARGEST_RELATIVE_ERROR:
+        return f"error is {relative_max:.1%} of sum p|v| at {where}, where no correct kernel exceeds 1/8"
     return None

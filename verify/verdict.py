@@ -58,6 +58,7 @@ class PairEvidence:
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
     why_uncovered: str = ""
+    narrowed_by: str = "more windows (--chunks) narrow it"
 
 
 class Decision(NamedTuple):
@@ -92,10 +93,10 @@ def decide(e: PairEvidence) -> Decision:
         )
     if e.distance is None:
         return Decision("inconclusive", ["there is no scored token to measure a distance on"])
-    return _by_distance(e.distance, e.margin)
+    return _by_distance(e.distance, e.margin, e.narrowed_by)
 
 
-def _by_distance(d: DistanceRatio, margin: float) -> Decision:
+def _by_distance(d: DistanceRatio, margin: float, narrowed_by: str) -> Decision:
     interval = f"99.9 % interval {d.low:.3g} to {d.high:.3g}"
     said = f"distance to exact is {d.ratio:.3g} times the reference's ({interval})"
     if d.low > SIGNIFICANT_RATIO:
@@ -106,7 +107,7 @@ def _by_distance(d: DistanceRatio, margin: float) -> Decision:
         return Decision("round-off", [f"{said}: inside the margin of {margin:g}"])
     return Decision(
         "inconclusive",
-        [f"{said}: it reaches the margin of {margin:g}; more windows (--chunks) narrow it"],
+        [f"{said}: it reaches the margin of {margin:g}; {narrowed_by}"],
     )
 
 

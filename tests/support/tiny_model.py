@@ -24,9 +24,15 @@ def write_tiny_model(
     pre: str = "smollm",
     seed: int = 0,
     drop: tuple[str, ...] = (),
+    eos: int = 256,
+    restless: bool = False,
     **numbers_given: int,
 ) -> Path:
-    """Write the file. `drop` leaves tensors out; `numbers_given` replaces metadata, `.` written as `__`."""
+    """Write the file. `drop` leaves tensors out; `numbers_given` replaces metadata, `.` written as `__`.
+
+    restless: an output matrix of its own and small embeddings, so that the text that it writes hangs on
+    attention; otherwise a token is followed by itself.
+    """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -48,7 +54,7 @@ def write_tiny_model(
     writer.add_token_types([1] * 256 + [3, 1, 1])
     writer.add_token_merges(["t h", "th e"])
     writer.add_bos_token_id(256)
-    writer.add_eos_token_id(256)
+    writer.add_eos_token_id(eos)
     writer.add_add_bos_token(False)
 
     def tensor(name: str, *shape: int, spread: float = 1.0) -> None:
@@ -61,7 +67,9 @@ def write_tiny_model(
         if name not in drop:
             writer.add_tensor(name, np.ones(WIDTH, dtype=np.float32))
 
-    tensor("token_embd.weight", len(tokens), WIDTH, spread=8.0)
+    tensor("token_embd.weight", len(tokens), WIDTH, spread=0.5 if restless else 8.0)
+    if restless:
+        tensor("output.weight", len(tokens), WIDTH, spread=8.0)
     ones("output_norm.weight")
     for layer in range(LAYERS):
         for norm in ("attn_norm", "ffn_norm"):

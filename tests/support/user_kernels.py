@@ -75,3 +75,9 @@ def finds_our_packages(q, k, v, *, kv_len, scale):
 
 def wrong_signature(q, k):
     return q
+
+
+def coarse(q, k, v, *, kv_len, scale):
+    """Values rounded to 2 bits: a loss of precision that turns tokens round."""
+    mantissa, exponent = torch.frexp(v.float())
+    return good(q, k, torch.ldexp(torch.round(mantissa * 4) / 4, exponent), kv_len=kv_len, scale=scale)

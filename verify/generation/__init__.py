@@ -1,0 +1,1 @@
+"""`verify gen`: greedy text from two kernels, and why it comes to differ where it does."""

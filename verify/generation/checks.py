@@ -1,0 +1,129 @@
+"""The kernels' own error while text is generated: on the exact arm's q, k and v, at every step.
+
+Each step checks some of the layers, the next step others, so that all of them are checked again and again at
+a small part of the cost. An error beyond its budget is a bug; the ratio of two kernels' errors is what the
+verdict rests on where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, get_type_hints
+
+import pyarrow as pa
+import torch
+
+from kernels.budget import budget_ratio, error_budget
+from kernels.detectors import LARGEST_RELATIVE_ERROR
+from model.runner import LayerCall
+from verify.arms import Arm, ArmRunner, Place, kernel_call
+from verify.attempt import attempt
+from verify.inplace import fault_sentence
+
+LAYERS_A_STEP = 4
+PROMPT_ROWS = 8
+_SMALLEST_SQUARE = 1e-300
+
+
+class StepCheck(NamedTuple):
+    """One row of layers.parquet: a kernel at one step and layer, over all heads. Step -1 is the prompt.
+
+    square_error: sum of squared errors over that of the exact output; max_budget_ratio: largest |error| /
+    budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head where it
+    is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst.
+    """
+
+    step: int
+    layer: int
+    arm: str
+    square_error: float
+    max_budget_ratio: float
+    relative_max: float
+    vacuous: float
+    nonfinite: int
+    n_kv: int
+    head: int
+
+    @property
+    def fault(self) -> str | None:
+        """The sentence that makes the arm `broken`, or None."""
+        at = "the prompt" if self.step < 0 else f"token {self.step + 1}"
+        where = f"{at}, layer {self.layer}, n_kv {self.n_kv}, head {self.head}"
+        return fault_sentence(where, self.nonfinite, self.max_budget_ratio, self.relative_max)
+
+
+_ARROW = {int: pa.int32(), float: pa.float64(), str: pa.string()}
+CHECK_SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(StepCheck).items()])
+
+
+class CheckedExact:
+    """The exact arm, as the stepper sees it: whenever it attends, the kernels are checked on its inputs."""
+
+    def __init__(self, exact: ArmRunner, arms: Sequence[Arm], layers: int) -> None:
+        self.exact, self.name = exact, exact.name
+        self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
+        self.stride = max(layers // LAYERS_A_STEP, 1)
+        self.step = -1
+        self.checks: list[StepCheck] = []
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        out = self.exact.attend(call)
+        if (call.layer - self.step) % self.stride == 0:
+            rows = call.q.shape[1]
+            chosen = torch.linspace(0, rows - 1, min(rows, PROMPT_ROWS)).long().to(call.q.device)
+            for arm in self.arms:
+                self._check(call, arm, chosen)
+        return out
+
+    def _check(self, call: LayerCall, arm: Arm, rows: torch.Tensor) -> None:
+        if arm.failed or arm.kernel is None:
+            return
+        small = kernel_call(call, arm.path, rows)
+        tried = attempt(arm.kernel, small)
+        if tried.output is None:
+            arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
+            return
+        arithmetic = arm.kernel.arithmetic(small.shape, arm.path)
+        budget = error_budget(small, arithmetic)
+        error = tried.output.out[0].double() - budget.out[0]  # [rows, H, Dv]
+        bad = ~torch.isfinite(error).all(-1)
+        error = torch.where(bad[..., None], 0.0, error)
+        vacuous = budget.vacuous[0]
+        ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
+        relative = error.norm(dim=-1) / budget.size[0].norm(dim=-1).clamp(min=_SMALLEST_SQUARE)
+        relative = torch.where(vacuous, relative, 0.0)
+        worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad * 1e9).argmax())
+        row, head = divmod(worst, error.shape[1])
+        square = error.square().sum() / budget.out[0].square().sum().clamp(min=_SMALLEST_SQUARE)
+        self.checks.append(
+            StepCheck(
+                self.step,
+                call.layer,
+                arm.name,
+                float(square),
+                float(ratio.max()),
+                float(relative.max()),
+                float(vacuous.double().mean()),
+                int(bad.sum()),
+                int(small.kv_len[0, row]),
+                head,
+            )
+        )
+
+    def table(self) -> pa.Table:
+        """All checks, as layers.parquet holds them."""
+        columns = list(zip(*self.checks, strict=True)) or [()] * len(CHECK_SCHEMA)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, CHECK_SCHEMA, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=CHECK_SCHEMA)
+
+
+def log_squares(checks: Sequence[StepCheck], candidate: str, reference: str) -> list[float]:
+    """ln(square error of the candidate / of the reference) of each step, the mean over its layers."""
+    errors = {(c.step, c.layer, c.arm): max(c.square_error, _SMALLEST_SQUARE) for c in checks}
+    by_step: dict[int, list[float]] = {}
+    for (step, layer, arm), square in errors.items():
+        other = errors.get((step, layer, reference))
+        if arm == candidate and other is not None:
+            by_step.setdefault(step, []).append(math.log(square / other))
+    return [sum(values) / len(values) for values in by_step.values()]
