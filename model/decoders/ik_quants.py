@@ -7,6 +7,8 @@ are of 16 or 32 weights; n blocks.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from kernels.cache import IQ4_NL_VALUES
@@ -162,10 +164,12 @@ def _seven_bits(stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (stored & 254).sub_(127).view(torch.int8), stored & 1
 
 
+@cache
 def _pairs_2(device: torch.device) -> torch.Tensor:
     return torch.tensor(PAIRS_2, dtype=torch.int8).view(torch.int16).view(-1).to(device)
 
 
+@cache
 def _cubic() -> tuple[float, ...]:
     """a + q (b + q (c + q d)) for q = 0 to 63 by fused multiply-adds in float32, as the engine is compiled:
     each is exact in float64, then rounded."""

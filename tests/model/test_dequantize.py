@@ -90,6 +90,13 @@ def test_every_bit_is_as_in_the_gguf_package(stored: Write, kind: str) -> None:
     check_same_bits(dequantize(stored({"t": (raw, kind)}), "t"), expected_weights(raw, kind))
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_every_half_is_as_in_the_gguf_package(kind: str) -> None:
+    every = np.arange(1 << 16, dtype="<u2").view(np.uint8)
+    weights = decode(torch.from_numpy(every.copy()), kind, 1 << 16)
+    check_same_bits(weights, expected_weights(every, kind).astype(np.float32))
+
+
 def check_oracle(stored: Write, kind: str, path: Path) -> None:
     number = next(i for i, found in TENSOR_TYPES.items() if found.name == kind)
     with np.load(path) as held:
