@@ -27,6 +27,15 @@ PRECEDENCE: tuple[Verdict, ...] = (
     "improved",
     "round-off",
 )
+# Of several pairs, the one that a reader must not miss gives the run its verdict.
+GRAVITY: tuple[Verdict, ...] = (
+    "broken",
+    "degraded",
+    "inconclusive",
+    "round-off",
+    "improved",
+    "identical",
+)
 EXIT_CODES: dict[Verdict, int] = {
     "broken": 1,
     "inconclusive": 3,
@@ -112,5 +121,5 @@ def _by_distance(d: DistanceRatio, margin: float, narrowed_by: str) -> Decision:
 
 
 def overall(decisions: Sequence[Decision]) -> Verdict:
-    """The verdict of a run with several pairs: the first of PRECEDENCE that any pair has."""
-    return min((d.verdict for d in decisions), key=PRECEDENCE.index)
+    """The verdict of a run with several pairs: the first of GRAVITY that any pair has."""
+    return min((d.verdict for d in decisions), key=GRAVITY.index)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from verify.statistics import DistanceRatio
-from verify.verdict import EXIT_CODES, PRECEDENCE, Decision, PairEvidence, decide, overall
+from verify.verdict import EXIT_CODES, GRAVITY, PRECEDENCE, Decision, PairEvidence, decide, overall
 
 
 def ratio(low: float, high: float) -> DistanceRatio:
@@ -50,8 +50,15 @@ def test_the_first_rule_that_applies_decides(changes: dict[str, object], verdict
 
 def test_a_run_has_the_gravest_verdict_of_its_pairs() -> None:
     decisions = [Decision("round-off", []), Decision("degraded", []), Decision("identical", [])]
-    assert overall(decisions) == "identical"
+    assert overall(decisions) == "degraded"
     assert overall([*decisions, Decision("broken", [])]) == "broken"
+    assert overall([decisions[0], decisions[2], Decision("inconclusive", [])]) == "inconclusive"
+
+
+def test_one_pair_that_passes_hides_no_other_that_does_not() -> None:
+    assert sorted(GRAVITY) == sorted(PRECEDENCE)
+    failing = [verdict for verdict in GRAVITY if EXIT_CODES[verdict] != 0]
+    assert list(GRAVITY[: len(failing)]) == failing
 
 
 def test_exit_codes_are_those_of_the_design() -> None:
