@@ -24,14 +24,16 @@ ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.fl
 # Rows of a tile of logits at most, and rows of the embedding or output matrix decoded at once.
 CPU_LOGIT_ROWS, GPU_LOGIT_ROWS = 128, 2048
 VOCABULARY_ROWS = 8192
+# Rows of a tile where all arms but the prompt compute the end of a window: the least, and a GPU's.
+LEAST_TILE, GPU_REST_TILE = 128, 2048
 
 
 class LayerCall(NamedTuple):
     """One attention call of B consecutive windows, `window` the number of the first in the run.
 
-    q [B, T, H, Dk], k and v [B, T, Hkv, D] already rounded, kv_len [B, T]. unrounded: q, k and v, of the same
-    shapes, before they were; x [B, T, width]: the residual stream that enters the layer. None in drivers that
-    keep neither.
+    q [B, T, H, Dk], k and v [B, S, Hkv, D] already rounded, kv_len [B, T]; S = T, and more where a prompt
+    comes before the rows. unrounded: q, k and v, of the same shapes, before they were; x [B, T, width]: the
+    residual stream that enters the layer. None in drivers that keep neither.
     """
 
     layer: int
@@ -92,9 +94,13 @@ class Runner:
         self.products = Products(0, self.stopwatch)
         self.stream = TensorStream(architecture.file, device, self.stopwatch, share=share)
 
-    def tiling(self, n_ctx: int) -> Tiling:
-        """How windows of n_ctx tokens are computed together."""
-        return tiling_of(n_ctx, self.architecture.sizes.width, self.device)
+    def tiling(self, n_ctx: int, rest: int | None = None) -> Tiling:
+        """How windows of n_ctx tokens are computed together; `rest`: of those, the ones after a prompt."""
+        if rest is None:
+            return tiling_of(n_ctx, self.architecture.sizes.width, self.device)
+        if self.device.type == "cpu":
+            return Tiling(tile_rows(max(rest, LEAST_TILE)), 1)
+        return Tiling(GPU_REST_TILE, max(GPU_REST_TILE // rest, 1))
 
     def run_group(
         self,
@@ -106,29 +112,36 @@ class Runner:
         progress: Progress | None = None,
         whole_vocabulary: bool = False,
         tiling: Tiling | None = None,
+        prompt: Arm | None = None,
     ) -> Iterator[LogitSlice]:
         """Run every arm over windows [W, T] of tokens, then give their logits at the scored positions.
 
         An arm whose `attend` returns None takes no further part. first_window: number of the group's first
         window in the run, passed on in calls. whole_vocabulary: one slice holds it all, whatever memory that
-        takes. tiling: instead of the device's own.
+        takes. tiling: instead of the device's own. prompt: computes the positions before the scored ones once
+        for all arms, which then compute the rest over its keys and values.
         """
         windows, n_ctx = tokens.shape
         sizes = self.architecture.sizes
-        tiling = tiling or self.tiling(n_ctx)
+        tiling = tiling or self.tiling(n_ctx, None if prompt is None else n_ctx - scored.start)
         products = self.products.with_tile(tiling.rows)
         slabs = [
             range(first, min(first + tiling.windows, windows)) for first in range(0, windows, tiling.windows)
         ]
-        positions, kv_lens = self._positions(slabs, n_ctx)
+        first = scored.start if prompt is not None else 0
+        arms = [prompt, *arms] if prompt is not None and first else list(arms)
+        # What each arm computes of a window: the prompt its beginning, all others the rest.
+        spans = {arm.name: range(first) if arm is prompt else range(first, n_ctx) for arm in arms}
+        positions, kv_lens = self._positions(slabs, sorted(set(spans.values()), key=lambda s: s.start))
         output_rows = sizes.vocabulary if whole_vocabulary else VOCABULARY_ROWS
         self.stream.forget()
         live = [arm.name for arm in arms]
         # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
         hidden: dict[State, torch.Tensor] = {}
         for slab, start in zip(slabs, self._embed(tokens.to(self.device), slabs), strict=True):
-            for name in live:
-                hidden[slab.start, name] = start
+            by_window = start.unflatten(0, (len(slab), n_ctx))
+            for name, span in spans.items():
+                hidden[slab.start, name] = by_window[:, span.start : span.stop].flatten(0, 1)
         steps = (sizes.layers * windows + windows) * len(arms)
         done = 0
         for layer in range(sizes.layers):
@@ -142,15 +155,20 @@ class Runner:
                     if arm.name not in live:
                         continue
                     x = hidden[slab.start, arm.name]
+                    span = spans[arm.name]
                     with self.stopwatch.time("elementwise"):
                         flat = self.architecture.attention_inputs(
-                            layer, x, positions[count], weights, products
+                            layer, x, positions[count, span], weights, products
                         )
-                        inputs = AttentionInputs(*(t.unflatten(0, (count, n_ctx)) for t in flat))
+                        inputs = AttentionInputs(*(t.unflatten(0, (count, len(span))) for t in flat))
+                        if arm is prompt:
+                            before = inputs
+                        elif first:
+                            inputs = after(before, inputs)
                         q, k, v = round_inputs(inputs, self.attention_type)
-                    x_in = x.unflatten(0, (count, n_ctx))
+                    x_in, kv_len = x.unflatten(0, (count, len(span))), kv_lens[count, span]
                     call = LayerCall(
-                        layer, first_window + slab.start, q, k, v, kv_lens[count], settings, inputs, x_in
+                        layer, first_window + slab.start, q, k, v, kv_len, settings, inputs, x_in
                     )
                     with self.stopwatch.time(f"attention {arm.name}"):
                         o = arm.attend(call)
@@ -166,18 +184,23 @@ class Runner:
                     progress(done, steps)
             with self.stopwatch.time("elementwise"):
                 self.architecture.feed_forward(layer, hidden, weights, products, self.stream)
-        yield from self._logits(hidden, live if slabs else [], scored, slabs, n_ctx, output_rows)
+        if first and prompt is not None:
+            live.remove(prompt.name)
+        rows = range(scored.start - first, scored.stop - first)
+        yield from self._logits(hidden, live if slabs else [], rows, slabs, n_ctx - first, output_rows)
         if progress:
             progress(steps, steps)
 
     def _positions(
-        self, slabs: Sequence[range], n_ctx: int
-    ) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-        """Positions [B * T] and visible keys [B, T] of slabs of B windows, by B."""
-        one = torch.arange(n_ctx, device=self.device)
-        counts = sorted({len(slab) for slab in slabs})
-        positions = {count: one.repeat(count) for count in counts}
-        kv_lens = {count: (one + 1).to(torch.int32).expand(count, -1).contiguous() for count in counts}
+        self, slabs: Sequence[range], spans: Sequence[range]
+    ) -> tuple[dict[tuple[int, range], torch.Tensor], dict[tuple[int, range], torch.Tensor]]:
+        """Positions [B * T] and visible keys [B, T] of slabs of B windows, by B and span of a window."""
+        positions, kv_lens = {}, {}
+        for span in spans:
+            one = torch.arange(span.start, span.stop, device=self.device)
+            for count in sorted({len(slab) for slab in slabs}):
+                positions[count, span] = one.repeat(count)
+                kv_lens[count, span] = (one + 1).to(torch.int32).expand(count, -1).contiguous()
         return positions, kv_lens
 
     def _logits(
@@ -251,6 +274,12 @@ class Runner:
                 parts.append(part[mine - first])
         rows = torch.cat(parts) * self.architecture.embedding_scale
         return [rows[place[slab.start * n_ctx : slab.stop * n_ctx]] for slab in slabs]
+
+
+def after(before: AttentionInputs, inputs: AttentionInputs) -> AttentionInputs:
+    """Inputs whose keys and values come after those of a prompt: q [B, T, H, Dk], k and v [B, S, Hkv, D]."""
+    k, v = (torch.cat((a, b), 1) for a, b in ((before.k, inputs.k), (before.v, inputs.v)))
+    return AttentionInputs(inputs.q, k, v)
 
 
 def round_inputs(inputs: AttentionInputs, to: torch.dtype) -> AttentionInputs:

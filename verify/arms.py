@@ -6,6 +6,10 @@ baseline    the kernel that the candidate is compared with
 control     baseline again, by a second kernel of the same specification: must be equal to the bit
 candidate   the kernel under test
 engine      an engine's own logits file: scored, never run
+noise       the baseline's kernel with another plan, drawn at random: what a change of plan alone does
+prompt      float64 attention, prefill: computes what comes before the scored rows, once for all arms
+
+Every kernel's arm runs twice, freely, as an engine would run it, and with frozen casts (`frozen`).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from kernels.exact import exact_attention
 from model.runner import LayerCall
 from verify.attempt import attempt
 
-Role = Literal["exact", "floor", "baseline", "control", "candidate", "engine"]
+Role = Literal["exact", "floor", "baseline", "control", "candidate", "engine", "noise", "prompt"]
 FLOOR_NOISE = 2.0**-24
 
 
@@ -117,7 +121,8 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
 class ArmRunner:
     """An arm as the model's runner sees it: attention, watched.
 
-    `board` holds, for the layer and window at hand, the outputs of arms that others are compared with.
+    `board` holds, for the layer and windows at hand, the outputs of arms that others are compared with.
+    watch: called with each call of the exact arm and its float64 result; seen: with every call.
     """
 
     def __init__(
@@ -126,21 +131,24 @@ class ArmRunner:
         board: dict[str, torch.Tensor],
         *,
         seed: int = 0,
-        watch: Callable[[LayerCall], None] | None = None,
+        watch: Callable[[LayerCall, torch.Tensor], None] | None = None,
+        seen: Callable[[str, LayerCall], None] | None = None,
     ) -> None:
-        self.arm, self.board, self.seed, self.watch = arm, board, seed, watch
+        self.arm, self.board, self.seed, self.watch, self.seen = arm, board, seed, watch, seen
         self.name = arm.name
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         arm = self.arm
         if arm.failed:
             return None
+        if self.seen is not None:
+            self.seen(self.name, call)
         if arm.kernel is None:
             oracle = exact_attention(kernel_call(call, arm.path), with_lse=False).out
             if self.watch is not None:
-                self.watch(call)
+                self.watch(call, oracle)
             if arm.role == "floor":
-                oracle = oracle * (1 + FLOOR_NOISE * self._noise(call, oracle))
+                return (oracle + floor_noise(call, oracle, self.seed)).float()
             return oracle.float()
         tried = attempt(arm.kernel, kernel_call(call, arm.path))
         arm.kernel.trace.add(tried.trace)
@@ -153,15 +161,6 @@ class ArmRunner:
         self._note_nonfinite(call, out)
         self._compare(call, out)
         return out
-
-    def _noise(self, call: LayerCall, like: torch.Tensor) -> torch.Tensor:
-        """Standard normal numbers that depend on seed, window and layer alone (and on the kind of device)."""
-        noise = torch.empty_like(like)
-        generator = torch.Generator(like.device)
-        for i, of_window in enumerate(noise):
-            generator.manual_seed(zlib.crc32(f"{self.seed}/{call.window + i}/{call.layer}".encode()))
-            of_window.normal_(generator=generator)
-        return noise
 
     def _note_nonfinite(self, call: LayerCall, out: torch.Tensor) -> None:
         bad = ~torch.isfinite(out).all(-1)  # [B, T, H]
@@ -189,8 +188,21 @@ class ArmRunner:
 
 def _first(call: LayerCall, where: torch.Tensor) -> Place:
     """The first place of a call at which `where` [B, T, H] holds."""
-    window, position, head = (int(x) for x in where.nonzero()[0])
-    return Place(call.window + window, call.layer, position, head)
+    window, row, head = (int(x) for x in where.nonzero()[0])
+    return Place(call.window + window, call.layer, int(call.kv_len[window, row]) - 1, head)
+
+
+def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tensor:
+    """One rounding of noise on the oracle's result [B, T, H, Dv]: normal, 2^-24 of each element.
+
+    Depends on seed, window and layer alone (and on the kind of device that draws it).
+    """
+    noise = torch.empty_like(oracle)
+    generator = torch.Generator(oracle.device)
+    for i, of_window in enumerate(noise):
+        generator.manual_seed(zlib.crc32(f"{seed}/{call.window + i}/{call.layer}".encode()))
+        of_window.normal_(generator=generator)
+    return noise.mul_(oracle).mul_(FLOOR_NOISE)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -128,7 +128,7 @@ def _table(outcome: Outcome) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
     table.add_column("kernel", overflow="fold", min_width=12)
-    numbers = ("PPL", "ln PPL - baseline", "KLD to exact", "KLD to baseline", "top-1 changes")
+    numbers = ("PPL", "ln PPL - baseline", "KLD to exact", "casts frozen", "KLD to baseline", "top-1 changes")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=name in numbers[:2])
     pairs = {pair.candidate.name: pair for pair in outcome.pairs}
@@ -142,6 +142,7 @@ def _table(outcome: Outcome) -> Table:
             "failed" if arm.failed else f"{ppl.ppl:.4f} +/- {ppl.se:.5f}",
             f"{pair.difference.mean:+.2e} +/- {pair.difference.se:.1e}" if pair and finite else "",
             "" if arm.role == "exact" or math.isnan(summary.kld_to_exact) else f"{summary.kld_to_exact:.2e}",
+            "" if math.isnan(summary.frozen_kld) else f"{summary.frozen_kld:.2e}",
             f"{pair.kld_mean:.2e}" if pair and finite else ("0, bits equal" if _control_holds(arm) else ""),
             f"{pair.top1_changes} of {pair.tokens}" if pair and pair.tokens else "",
         )
@@ -195,5 +196,5 @@ def _seen(pair: PairSummary) -> str:
     assert pair.distance is not None
     return (
         f"  could have seen a distance ratio from {pair.distance.detectable:.3g}, on {pair.tokens} tokens,"
-        f" about {pair.distance.scope}; {pair.coverage:.1%} of them went through the changed plan"
+        f" about {pair.distance.scope}; {pair.coverage.tokens:.1%} of them went through the changed plan"
     )

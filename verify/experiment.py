@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,15 +31,23 @@ from verify.evidence import (
     PairSummary,
     Scores,
     arm_json,
+    by_n_kv,
     coverage_lines,
-    layer_summary,
+    detectable_json,
+    in_place_json,
+    noise_json,
     pair_json,
+    power_json,
     summarize_arm,
     summarize_pair,
+    top1_changes,
 )
+from verify.frozen import carried
 from verify.grouping import Grouping, group_windows
 from verify.groups import GroupResult, join_groups
+from verify.noise import noise_specs
 from verify.perplexity import running_perplexity
+from verify.power import planted_faults
 from verify.ranks import Ranks, local_device
 from verify.referee import LogitsFiles, engine_findings
 from verify.rounds import Rounds
@@ -48,7 +56,7 @@ from verify.settings import PplSettings
 from verify.subject import fingerprint, model_json, try_kernels
 from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Listener(Protocol):
@@ -88,7 +96,11 @@ class Experiment:
         self.architecture: Architecture = architecture_of(self.file)
         layers = self.architecture.sizes.layers
         self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
-        self.arms = _build_arms(settings)
+        self.arms = _build_arms(settings, self.architecture.sizes.ratio)
+        self.faults = planted_faults() if settings.power else []
+        self.prompt: Arm | None = None
+        if settings.score_last is not None:
+            self.prompt = Arm("prompt", "prompt", "exact", "prefill", build_kernel("exact"))
         self._nll: list[np.ndarray] = []
         self.grouping = Grouping(1, 0)
         # Shapes of products that depend on where a row lies.
@@ -102,6 +114,8 @@ class Experiment:
             ids = self.tokenizer.encode(self.corpus.text)
             bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
             self.windows: Windows = cut_windows(ids, n_ctx=settings.n_ctx, chunks=settings.chunks, bos_id=bos)
+            if settings.score_last is not None:
+                self.windows = replace(self.windows, first_scored=settings.n_ctx - 1 - settings.score_last)
             self.logits_files = LogitsFiles(
                 self.windows,
                 self.architecture.sizes.vocabulary,
@@ -172,6 +186,8 @@ class Experiment:
             ranks=self.ranks,
             seed=self.settings.seed,
             capture=watch,
+            prompt=self.prompt,
+            faults={fault.name: fault.fault for fault in self.faults},
             logits_files=self.logits_files or None,
         )
         results = rounds.run(self)
@@ -191,9 +207,9 @@ class Experiment:
         n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
         return group_windows(
             windows=self.windows.n_windows,
-            at_once=runner.tiling(n_ctx).windows,
+            at_once=runner.tiling(n_ctx, self.settings.score_last).windows,
             n_ctx=n_ctx,
-            state_bytes=len(self.arms) * n_ctx * width * 4,
+            state_bytes=(len(self.arms) + len(carried(self.arms)) + len(self.faults)) * n_ctx * width * 4,
             model_bytes=sum(p.stat().st_size for p in self.file.paths),
             memory=self.settings.memory,
             device=self.device,
@@ -218,17 +234,17 @@ class Experiment:
         by_name = {arm.name: arm for arm in self.arms}
         floor = next((arm.name for arm in self.arms if arm.role == "floor"), None)
         positions = self.windows.scored_positions
+        scored_n_kv = range(positions.start + 1, positions.stop + 1)
         pairs = [
             summarize_pair(
                 arm,
                 by_name[arm.reference or ""],
                 joined,
                 scores,
-                scored_n_kv=range(positions.start + 1, positions.stop + 1),
+                scored_n_kv=scored_n_kv,
                 floor=floor,
                 min_coverage=settings.min_coverage,
                 margin=settings.margin,
-                seed=settings.seed,
             )
             for arm in self.arms
             if arm.role == "candidate"
@@ -237,12 +253,14 @@ class Experiment:
         verdict = None if void else overall([pair.decision for pair in pairs])
         reasons = void or _reasons(pairs, verdict)
         exit_code = EXIT_VOID if verdict is None else EXIT_CODES[verdict]
+        baseline = next(arm for arm in self.arms if arm.role == "baseline")
         engines = engine_findings(
             self.logits_files,
             {summary.arm.name: summary.kld_to_exact for summary in arms},
-            next(arm.name for arm in self.arms if arm.role == "baseline"),
+            baseline.name,
             [tensor.type_name for tensor in self.file.tensors.values()],
         )
+        power = power_json(self.faults, pairs, baseline, joined, scores)
         run = {
             "schema": SCHEMA,
             "command": "ppl",
@@ -257,11 +275,16 @@ class Experiment:
             "corpus": self._corpus_json(),
             "arms": [arm_json(summary) for summary in arms],
             "pairs": [pair_json(pair) for pair in pairs],
-            "coverage": coverage_lines(self.arms, joined),
-            "in_place": [found for arm in self.arms if (found := layer_summary(arm, joined))],
-            "detectable": {
-                pair.candidate.name: pair.distance.detectable if pair.distance else None for pair in pairs
-            },
+            "coverage": coverage_lines([*self.arms, *([self.prompt] if self.prompt else [])], joined),
+            "in_place": [
+                found for arm in self.arms if (found := in_place_json(joined.layers, arm.name)) is not None
+            ],
+            "by_n_kv": [line for pair in pairs for line in by_n_kv(pair, scores, scored_n_kv, floor)],
+            "drift": joined.drift,
+            "top1_changes": top1_changes(joined.top1, self.windows, self.tokenizer),
+            "noise": noise_json(self.arms, pairs, joined, scores),
+            "power": power,
+            "detectable": {pair.candidate.name: detectable_json(pair, joined, power) for pair in pairs},
         }
         self.ended["conclusions"] = environment.process_seconds()
         run["speed"] = self._speed_json(joined)
@@ -279,6 +302,7 @@ class Experiment:
             "n_ctx": windows.n_ctx,
             "windows": windows.n_windows,
             "scored_per_window": windows.scored_per_window,
+            "first_scored": windows.first_scored,
         }
 
     def _speed_json(self, joined: GroupResult) -> dict[str, Any]:
@@ -303,8 +327,13 @@ def _corpus(settings: PplSettings) -> Corpus:
     return read_text_file(settings.file) if settings.file else load_corpus(settings.corpus)
 
 
-def _build_arms(settings: PplSettings) -> list[Arm]:
-    """exact and floor once; baseline, control and every candidate on each path."""
+def _build_arms(settings: PplSettings, ratio: int) -> list[Arm]:
+    """exact and floor once; baseline, control, every candidate and the noise arms on each path."""
+    noise: list[str] = []
+    if settings.noise:
+        noise = noise_specs(
+            settings.baseline, settings.noise, ratio=ratio, n_ctx=settings.n_ctx, seed=settings.seed
+        )
     arms = [
         Arm("exact", "exact", "exact", settings.paths[0]),
         Arm("floor", "floor", "exact", settings.paths[0]),
@@ -322,6 +351,8 @@ def _build_arms(settings: PplSettings) -> list[Arm]:
             for i, spec in enumerate(settings.candidates):
                 number = f"-{i + 1}" if len(settings.candidates) > 1 else ""
                 add(f"candidate{number}{suffix}", spec, path, "candidate", baseline)
+            for i, spec in enumerate(noise):
+                add(f"noise-{i + 1}{suffix}", spec, path, "noise", baseline)
         for i, file in enumerate(settings.against):
             number = f"-{i + 1}" if len(settings.against) > 1 else ""
             arms.append(Arm(f"engine{number}", "engine", file, settings.paths[0]))

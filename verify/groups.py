@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +16,13 @@ from data import Windows
 from kernels.trace import LaunchTrace
 from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm, ArmRunner, Findings
+from verify.drift import Drift, join_drift, position_edges
 from verify.environment import anonymous_memory
-from verify.inplace import HeadErrors, InPlace
+from verify.frozen import Fault, FrozenRunner, Teacher, frozen_name
+from verify.inplace import InPlace
 from verify.referee import LogitsFiles
 from verify.scoring import Scorer, TokenScores
+from verify.top1 import changed_tokens
 
 TOKEN_SCHEMA = pa.schema(
     [
@@ -36,23 +40,24 @@ TOKEN_SCHEMA = pa.schema(
         ("top1_margin", pa.float32()),
     ]
 )
-_ARROW_TYPES = {int: pa.int32(), float: pa.float64(), str: pa.string()}
-LAYER_SCHEMA = pa.schema([(name, _ARROW_TYPES[kind]) for name, kind in get_type_hints(HeadErrors).items()])
 
 
 @dataclass
 class GroupResult:
     """What one group left: everything that a verdict needs, and nothing of the model.
 
-    windows: those that it ran; seconds: by kind of work; product_flop: operations of the weight products of
-    all arms; anonymous_bytes: the most anonymous memory seen; groups: how many this is, joined ones included;
+    top1: tokens whose most likely token changed; drift: sums of squares, see `join_drift`; windows: those
+    that it ran; seconds: by kind of work; product_flop: operations of the weight products of all passes;
+    anonymous_bytes: the most anonymous memory seen; groups: how many this is, joined ones included;
     read_bytes: of the model's file, by tensor.
     """
 
     tokens: pa.Table
     layers: pa.Table
+    top1: pa.Table
     findings: dict[str, Findings]
     traces: dict[str, LaunchTrace]
+    drift: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     product_flop: float = 0.0
     anonymous_bytes: int = 0
@@ -64,6 +69,7 @@ class GroupResult:
         return {
             "findings": {name: found.to_json() for name, found in self.findings.items()},
             "traces": {name: trace.to_json() for name, trace in self.traces.items()},
+            "drift": self.drift,
             "seconds": self.seconds,
             "product_flop": self.product_flop,
             "anonymous_bytes": self.anonymous_bytes,
@@ -72,12 +78,16 @@ class GroupResult:
         }
 
     @classmethod
-    def from_state(cls, tokens: pa.Table, layers: pa.Table, state: dict[str, Any]) -> GroupResult:
+    def from_state(
+        cls, tokens: pa.Table, layers: pa.Table, top1: pa.Table, state: dict[str, Any]
+    ) -> GroupResult:
         return cls(
             tokens,
             layers,
+            top1,
             {name: Findings.from_json(found) for name, found in state["findings"].items()},
             {name: LaunchTrace.from_json(lines) for name, lines in state["traces"].items()},
+            state["drift"],
             state["seconds"],
             state["product_flop"],
             state["anonymous_bytes"],
@@ -94,40 +104,55 @@ def run_group(
     *,
     seed: int,
     capture: Callable[[LayerCall], None] | None = None,
+    faults: Mapping[str, Fault] | None = None,
+    prompt: Arm | None = None,
     progress: Progress | None = None,
     logits_files: LogitsFiles | None = None,
 ) -> GroupResult:
-    """Run the windows `chosen` through every arm.
+    """Run the windows `chosen` through every arm, freely and with frozen casts.
 
-    capture: called with every layer's inputs of the exact arm; logits_files: where logits are saved, and
-    engines' come from. Findings and traces of the arms start anew; an arm that failed in an earlier group
-    does not run again.
+    capture: called with every layer's inputs of the exact arm; faults: planted in the first baseline's
+    result, a frozen pass each; prompt: runs what comes before the scored positions; logits_files: where
+    logits are saved, and engines' come from. Findings and traces of the arms start anew; an arm that failed
+    in an earlier group does not run again.
     """
-    for arm in arms:
+    launching = [*arms, prompt] if prompt is not None else list(arms)
+    for arm in launching:
         arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
         if arm.kernel is not None:
             arm.kernel.trace = LaunchTrace()
     runner.stopwatch.reset()
     runner.stream.read_bytes.clear()
-    in_place = InPlace(
-        arms,
-        seed=seed,
-        windows_at_once=runner.tiling(windows.n_ctx).windows,
-        windows=windows.n_windows,
-    )
+    tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
+    first, rest = 0, None
+    if prompt is not None:
+        # The last token of a window is a target only: nothing needs its keys.
+        tokens = tokens[:, : windows.scored_positions.stop]
+        first, rest = windows.first_scored, windows.scored_per_window
+    at_once = runner.tiling(tokens.shape[1], rest).windows
+    in_place = InPlace(windows.n_windows, seed=seed, at_once=at_once)
+    victim = next((arm for arm in arms if arm.role == "baseline"), None)
+    teacher = Teacher(arms, in_place, seed=seed, faults=faults, victim=victim.name if victim else "")
+    drift = Drift(position_edges(tokens.shape[1], first), runner.device)
 
-    def watch(call: LayerCall) -> None:
+    def watch(call: LayerCall, oracle: torch.Tensor) -> None:
         with runner.stopwatch.time("in place"):
-            in_place(call)
+            teacher(call, oracle)
         if capture is not None:
             capture(call)
 
     board: dict[str, torch.Tensor] = {}
-    watched = [
-        ArmRunner(arm, board, seed=seed, watch=watch if arm.role == "exact" else None)
-        for arm in arms
-        if arm.role != "engine"
-    ]
+    passes: list[ArmRunner | FrozenRunner] = []
+    for arm in arms:
+        if arm.role == "engine":
+            continue
+        is_exact = arm.role == "exact"
+        # The control has its baseline's bits, or the run is void.
+        seen = None if arm.role == "control" else partial(drift, exact=is_exact)
+        passes.append(ArmRunner(arm, board, seed=seed, watch=watch if is_exact else None, seen=seen))
+    passes += [FrozenRunner(frozen_name(arm.name), arm, teacher, drift) for arm in teacher.arms]
+    if victim is not None:
+        passes += [FrozenRunner(name, victim, teacher, drift) for name in teacher.faults]
     most = anonymous_memory()
 
     def step(done: int, total: int) -> None:
@@ -136,21 +161,26 @@ def run_group(
         if progress:
             progress(done, total)
 
-    tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
-    exact = next((arm.name for arm in arms if arm.role == "exact"), None)
+    exact, floor = (next((a.name for a in arms if a.role == role), None) for role in ("exact", "floor"))
     by_name = {arm.name: arm for arm in arms}
     baseline_of = {arm.name: arm.reference for arm in arms if arm.reference is not None}
+    baseline_of |= {
+        frozen_name(arm.name): frozen_name(arm.reference) for arm in teacher.arms if arm.reference is not None
+    }
+    if victim is not None:
+        baseline_of |= dict.fromkeys(teacher.faults, frozen_name(victim.name))
     targets = windows.targets[chosen.start : chosen.stop].astype(np.int64)
     scorer = Scorer(
         exact=exact, baseline_of=baseline_of, targets=torch.from_numpy(targets.ravel()).to(runner.device)
     )
     slices = runner.run_group(
         tokens,
-        watched,
+        passes,
         scored=windows.scored_positions,
         first_window=chosen.start,
         progress=step,
         whole_vocabulary=logits_files is not None,
+        prompt=ArmRunner(prompt, board) if prompt is not None else None,
     )
     for piece in slices:
         if logits_files is not None:
@@ -159,13 +189,25 @@ def run_group(
             scorer.add(piece)
         most = max(most, anonymous_memory())
     for name, same in scorer.logits_equal.items():
-        by_name[name].findings.logits_equal &= same
-    layers = [pa.array(c).cast(f.type) for c, f in zip(_columns(in_place.rows), LAYER_SCHEMA, strict=True)]
+        if name in by_name:
+            by_name[name].findings.logits_equal &= same
+    scores = scorer.scores()
+    names = [*by_name, *(one.name for one in passes if one.name not in by_name)]
+    top1 = changed_tokens(
+        scorer.best_two(),
+        scores[floor].kld_to_exact if floor is not None and floor in scores else None,
+        [arm for arm in arms if arm.role == "candidate"],
+        exact,
+        chosen,
+        windows.scored_positions,
+    )
     return GroupResult(
-        _token_table(windows, chosen, [arm.name for arm in arms], scorer.scores()),
-        pa.Table.from_arrays(layers, schema=LAYER_SCHEMA),
+        _token_table(windows, chosen, names, scores),
+        in_place.table(),
+        top1,
         {arm.name: arm.findings for arm in arms},
-        {arm.name: arm.kernel.trace for arm in arms if arm.kernel is not None},
+        {arm.name: arm.kernel.trace for arm in launching if arm.kernel is not None},
+        drift.to_json(),
         runner.stopwatch.seconds,
         runner.stopwatch.flop,
         most,
@@ -207,20 +249,16 @@ def _token_table(
     return pa.Table.from_arrays(arrays, schema=TOKEN_SCHEMA)
 
 
-def _columns(rows: Sequence[HeadErrors]) -> list[list[Any]]:
-    if not rows:
-        return [[] for _ in LAYER_SCHEMA]
-    return [list(column) for column in zip(*rows, strict=True)]
-
-
 def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
     """All groups of a run as one."""
     first = groups[0]
     joined = GroupResult(
         pa.concat_tables([g.tokens for g in groups]).combine_chunks(),
         pa.concat_tables([g.layers for g in groups]).combine_chunks(),
+        pa.concat_tables([g.top1 for g in groups]).combine_chunks(),
         {name: Findings() for name in first.findings},
         {name: LaunchTrace() for name in first.traces},
+        join_drift([g.drift for g in groups]),
         windows=range(first.windows.start, groups[-1].windows.stop),
         groups=len(groups),
     )

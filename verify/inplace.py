@@ -1,38 +1,42 @@
 """The kernel's own error, in place: every layer, on the exact arm's q, k, v of the real text.
 
 An arm that runs freely drifts from exact for many reasons; here each kernel gets the same inputs as the
-oracle and answers for its own rounding alone. Some rows of every window are sampled: the first two, the
-last, and others drawn by seed; windows that are computed side by side share them. Of very many windows some
-are checked, evenly spread. An error above its budget is a bug, whatever the perplexity says.
+oracle and answers for its own rounding alone. All rows count for the size of the error and for its gain; the
+budget is derived for some rows: the first two, the last, and others drawn by seed; windows that are computed
+side by side share them. An error above its budget is a bug, whatever the perplexity says.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
 
-from kernels.arithmetic import Arithmetic
+from kernels.arithmetic import U_F32, Arithmetic
 from kernels.budget import Budget, budget_ratio, error_budgets
 from kernels.contract import Call, checked_call
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
-from verify.arms import Arm, Place, kernel_call
-from verify.attempt import attempt
+from verify.arms import Arm, Place
 
 SAMPLED_ROWS = 8
+# Of a long text, each layer's budgets are derived in this many windows at most, other ones in each layer.
 CHECKED_WINDOWS = 64
 
 
 class HeadErrors(NamedTuple):
-    """One row of layers.parquet: a kernel at one layer, window and head, over the sampled rows.
+    """One row of layers.parquet: a kernel at one layer, window and head.
 
-    relative_rms: ||error|| / ||exact||; gain: <error, exact> / <exact, exact>, a scale error;
-    max_budget_ratio: largest |error| / budget where the budget is not vacuous; relative_max: largest
-    ||error|| / ||sum p|v||| of a row; vacuous: share of rows with a vacuous budget; position: of the worst
-    row.
+    Over all rows: relative_rms: ||error|| / ||exact||; gain: <error, exact> / <exact, exact>, a scale error;
+    nonfinite: rows with NaN or Inf. Over the sampled rows, NaN where the window was not sampled:
+    max_budget_ratio: largest |error| / budget where the budget is not vacuous; rms_ratio: root mean square of
+    error / expected size; relative_max: largest ||error|| / ||sum p|v||| of a row with a vacuous budget;
+    vacuous: share of such rows; gain_bias: the common shrinking that accumulators may have which truncate.
+    position: of the worst row.
     """
 
     window: int
@@ -43,14 +47,23 @@ class HeadErrors(NamedTuple):
     relative_rms: float
     gain: float
     max_budget_ratio: float
+    rms_ratio: float
     relative_max: float
     vacuous: float
+    gain_bias: float
     nonfinite: int
     position: int
 
 
+_FIGURES = HeadErrors._fields[5:]
+_ARROW = {"arm": pa.string(), "path": pa.string()} | {
+    name: pa.int32() for name in ("window", "layer", "head", "nonfinite", "position")
+}
+LAYER_SCHEMA = pa.schema([(name, _ARROW.get(name, pa.float64())) for name in HeadErrors._fields])
+
+
 def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> torch.Tensor:
-    """Positions that are checked, ascending: 0, 1, the last and others drawn by seed, slab and layer.
+    """Rows that are checked, ascending: 0, 1, the last and others drawn by seed, slab and layer.
 
     slab: number of the windows that are computed together; on a CPU, the window's.
     """
@@ -61,97 +74,160 @@ def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> torch.Tenso
     return torch.tensor(sorted(fixed | set(more)))
 
 
-class InPlace:
-    """Checks the kernels of some arms whenever the exact arm attends.
+class Measured(NamedTuple):
+    """One kernel's errors at one layer.
 
-    windows_at_once: how many windows a device computes together; windows: of the whole run. Where there are
-    more than CHECKED_WINDOWS, so many are checked, evenly spread.
+    own: its call, on what its own cache holds, apart from the others' if `alone`; exact: float64 attention of
+    that; errors: the kernel's, and the same with faults planted, by the name they go under. [B, T, H, Dv].
     """
 
-    def __init__(
-        self, arms: Sequence[Arm], *, seed: int = 0, windows_at_once: int = 1, windows: int = 1
-    ) -> None:
-        self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
-        self.seed, self.windows_at_once = seed, windows_at_once
-        slabs = -(-windows // windows_at_once)
-        self.every = -(-slabs // max(CHECKED_WINDOWS // windows_at_once, 1))
-        self.rows: list[HeadErrors] = []
-
-    def __call__(self, call: LayerCall) -> None:
-        """Check every kernel on this layer's exact inputs."""
-        slab = call.window // self.windows_at_once
-        if slab % self.every:
-            return
-        rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
-        rows = rows.to(call.q.device)
-        done: list[tuple[Arm, torch.Tensor, Arithmetic]] = []
-        for arm in self.arms:
-            if arm.failed or arm.kernel is None:
-                continue
-            small = kernel_call(call, arm.path, rows)
-            tried = attempt(arm.kernel, small)
-            if tried.output is None:
-                arm.findings.failure = tried.failure
-                arm.findings.failure_place = Place(call.window, call.layer)
-                continue
-            out = tried.output.out.transpose(0, 1).flatten(1, 2)
-            done.append((arm, out, arm.kernel.arithmetic(small.shape, arm.path)))
-        if done:
-            # What follows from the inputs alone is computed once for all kernels.
-            budgets = error_budgets(_as_one_sequence(small), [arithmetic for _, _, arithmetic in done])
-            for (arm, out, _), budget in zip(done, budgets, strict=True):
-                self.rows += _by_head(call, arm, rows, out, budget)
+    arm: Arm
+    own: Call
+    alone: bool
+    exact: torch.Tensor
+    errors: Mapping[str, torch.Tensor]
 
 
-def _by_head(
-    call: LayerCall, arm: Arm, rows: torch.Tensor, out: torch.Tensor, budget: Budget
-) -> list[HeadErrors]:
-    """out [rows, B * H, Dv], as the budget of `_as_one_sequence` has it."""
-    exact, bound = budget.out[0], budget.bound[0]  # [rows, B * H, Dv]
-    error = out.double() - exact
-    bad = ~torch.isfinite(error).all(-1)  # [rows, B * H]
-    error = torch.where(bad[..., None], 0.0, error)
-    ratio = budget_ratio(error, bound).amax(-1)
-    vacuous = budget.vacuous[0]
-    ratio = torch.where(vacuous, 0.0, ratio)
-    relative = error.norm(dim=-1) / budget.size[0].norm(dim=-1).clamp(min=1e-300)
-    power = exact.square().sum((0, 2)).clamp(min=1e-300)
-    rms = (error.square().sum((0, 2)) / power).sqrt()
-    gain = (error * exact).sum((0, 2)) / power
-    worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio) + bad * 1e9
-    at = rows[worst.argmax(0)]
-    columns: list[list[Any]] = [
-        x.tolist()
-        for x in (
-            rms,
-            gain,
-            ratio.amax(0),
-            torch.where(vacuous, relative, 0.0).amax(0),
-            vacuous.double().mean(0),
-            bad.sum(0),
-            at,
-        )
-    ]
-    heads = call.q.shape[2]
-    return [
-        HeadErrors(call.window + i // heads, call.layer, arm.name, arm.path, i % heads, *values)
-        for i, values in enumerate(zip(*columns, strict=True))
-    ]
+class InPlace:
+    """Collects what kernels err on the exact arm's inputs.
+
+    windows: of the whole run; at_once: how many a device computes together. Figures stay on the device until
+    `table` asks for them: nothing here waits for it.
+    """
+
+    def __init__(self, windows: int, *, seed: int = 0, at_once: int = 1) -> None:
+        self.seed, self.at_once = seed, at_once
+        slabs = -(-windows // at_once)
+        self.stride = -(-slabs // max(CHECKED_WINDOWS // at_once, 1))
+        # First window, layer, name and path of each check, and its figures [figures, windows, heads].
+        self._checks: list[tuple[int, int, str, str]] = []
+        self._figures: list[torch.Tensor] = []
+
+    def __call__(self, call: LayerCall, measured: Sequence[Measured]) -> None:
+        """Enter the errors of some kernels at one layer."""
+        slab = call.window // self.at_once
+        rows, budgets = None, {}
+        if (slab + call.layer) % self.stride == 0 and measured:
+            rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
+            rows = rows.to(call.q.device)
+            budgets = _budgets(measured, rows)
+        for one in measured:
+            assert one.arm.kernel is not None
+            for name, error in one.errors.items():
+                self._checks.append((call.window, call.layer, name, one.arm.path))
+                figures = _all_rows(error, one.exact, call.kv_len[0])
+                if rows is not None:
+                    kv_len = call.kv_len[0, rows]
+                    arithmetic = one.arm.kernel.arithmetic(one.own.shape, one.arm.path)
+                    side_by_side = error[:, rows].transpose(0, 1).flatten(1, 2)
+                    bias = _truncation(arithmetic, kv_len)
+                    _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, bias)
+                self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
+
+    def table(self) -> pa.Table:
+        """Everything so far as rows of LAYER_SCHEMA."""
+        if not self._checks:
+            return LAYER_SCHEMA.empty_table()
+        heads = self._figures[0].shape[2]
+        counts = [figures.shape[1] for figures in self._figures]
+        found = torch.cat(self._figures, 1).cpu().numpy()  # [figures, checks and windows, heads]
+        offsets = np.concatenate([np.arange(count) for count in counts])
+        windows, *others = (np.repeat(np.array(x), counts) for x in zip(*self._checks, strict=True))
+        columns: list[Any] = [np.repeat(x, heads) for x in (windows + offsets, *others)]
+        columns.append(np.tile(np.arange(heads), len(offsets)))
+        columns += [x.ravel() for x in found]
+        arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, LAYER_SCHEMA, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=LAYER_SCHEMA)
 
 
-def _as_one_sequence(call: Call) -> Call:
-    """Sequences of equal lengths as further KV heads of one: [B, T, H, D] becomes [1, T, B * H, D]."""
-    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
+def _budgets(measured: Sequence[Measured], rows: torch.Tensor) -> dict[str, Budget]:
+    """The budget of each arm; what follows from the inputs alone is computed once for all that share them."""
+    groups: dict[str, list[Measured]] = {}
+    for one in measured:
+        groups.setdefault(one.arm.name if one.alone else one.arm.path, []).append(one)
+    found: dict[str, Budget] = {}
+    for group in groups.values():
+        arithmetics = []
+        for one in group:
+            assert one.arm.kernel is not None
+            arithmetics.append(one.arm.kernel.arithmetic(one.own.shape, one.arm.path))
+        budgets = error_budgets(_as_one_sequence(group[0].own, rows), arithmetics)
+        found |= {one.arm.name: budget for one, budget in zip(group, budgets, strict=True)}
+    return found
+
+
+def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
+    """Some rows of sequences of equal lengths, which become KV heads of one: q [1, rows, B * H, D]."""
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q[:, rows], call.k, call.v))
     return checked_call(
         q,
         k,
         v,
-        kv_len=call.kv_len[:1],
+        kv_len=call.kv_len[:1, rows],
         scale=call.scale,
         path=call.path,
         sliding_window=call.sliding_window,
         softcap=call.softcap,
     )
+
+
+def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Figures [B, H] of all rows; those of the sampled ones are NaN so far. error, exact [B, T, H, Dv]."""
+    bad = ~torch.isfinite(error).all(-1)  # [B, T, H]
+    error = torch.where(bad[..., None], 0.0, error)
+    power = exact.square().sum((1, 3)).clamp(min=1e-300)
+    position = (kv_len.long() - 1)[bad.to(torch.int8).argmax(1)]
+    figures = dict.fromkeys(_FIGURES, torch.full_like(power, torch.nan))
+    figures["relative_rms"] = (error.square().sum((1, 3)) / power).sqrt()
+    figures["gain"] = (error * exact).sum((1, 3)) / power
+    figures["nonfinite"] = bad.sum(1).double()
+    figures["position"] = position.double()
+    return figures
+
+
+def _some_rows(
+    figures: dict[str, torch.Tensor],
+    error: torch.Tensor,
+    budget: Budget,
+    kv_len: torch.Tensor,
+    bias: torch.Tensor,
+) -> None:
+    """Enter the figures of the sampled rows.
+
+    error [rows, B * H, Dv], as the budget of `_as_one_sequence` has it; kv_len and bias [rows].
+    """
+    exact, size, expected, vacuous = budget.out[0], budget.size[0], budget.expected[0], budget.vacuous[0]
+    bad = ~torch.isfinite(error).all(-1)
+    error = torch.where(bad[..., None], 0.0, error)
+    ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
+    relative = error.norm(dim=-1) / size.norm(dim=-1).clamp(min=1e-300)
+    square = torch.where(expected > 0, error / expected, 0.0).square().mean(-1)
+    worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio)
+    shared = (bias[:, None, None] * size * exact.abs()).sum((0, 2))
+    found = {
+        "max_budget_ratio": ratio.amax(0),
+        "rms_ratio": square.mean(0).sqrt(),
+        "relative_max": torch.where(vacuous, relative, 0.0).amax(0),
+        "vacuous": vacuous.double().mean(0),
+        "gain_bias": shared / exact.square().sum((0, 2)).clamp(min=1e-300),
+        "position": (kv_len.double() - 1)[worst.argmax(0)],
+    }
+    windows = figures["nonfinite"].shape
+    # A NaN anywhere says more about where a bug is than the largest finite error.
+    seen = figures["position"], figures["nonfinite"] > 0
+    figures.update({name: x.view(windows) for name, x in found.items()})
+    figures["position"] = torch.where(seen[1], seen[0], figures["position"])
+
+
+def _truncation(arithmetic: Arithmetic, kv_len: torch.Tensor) -> torch.Tensor:
+    """[rows]: relative shrinking of a sum over a part's keys in an accumulator that truncates.
+
+    n/16 additions of one matrix instruction each, u at most; 0 where the arithmetic rounds.
+    """
+    if arithmetic.u == U_F32:
+        return torch.zeros(kv_len.shape, dtype=torch.float64, device=kv_len.device)
+    longest = [arithmetic.depths(n).longest for n in kv_len.tolist()]
+    return torch.tensor(longest, dtype=torch.float64, device=kv_len.device) / 16 * arithmetic.u
 
 
 def fault_of(errors: HeadErrors) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from data import Windows
 from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm
+from verify.frozen import Fault
 from verify.grouping import Grouping, uncovered
 from verify.groups import GroupResult, run_group
 from verify.ranks import Ranks
@@ -28,7 +29,8 @@ class Watcher(Protocol):
 class Rounds:
     """The groups of one run.
 
-    folder: where rank 0 keeps finished groups, None in other ranks; capture, logits_files: see `run_group`.
+    folder: where rank 0 keeps finished groups, None in other ranks; capture, prompt, faults, logits_files:
+    see `run_group`.
     `grouping` is the one at hand: a device without memory makes groups smaller.
     """
 
@@ -43,11 +45,13 @@ class Rounds:
         ranks: Ranks,
         seed: int,
         capture: Callable[[LayerCall], None] | None = None,
+        prompt: Arm | None = None,
+        faults: Mapping[str, Fault] | None = None,
         logits_files: LogitsFiles | None = None,
     ) -> None:
         self.runner, self.windows, self.arms, self.grouping = runner, windows, arms, grouping
         self.folder, self.ranks, self.seed, self.capture = folder, ranks, seed, capture
-        self.logits_files = logits_files
+        self.prompt, self.faults, self.logits_files = prompt, faults, logits_files
 
     def run(self, watcher: Watcher) -> list[GroupResult]:
         """All groups, in order, in rank 0; other ranks get none."""
@@ -85,6 +89,8 @@ class Rounds:
                 self.arms,
                 seed=self.seed,
                 capture=self.capture,
+                prompt=self.prompt,
+                faults=self.faults,
                 progress=watcher.progress(chosen.start, chosen.stop, self.windows.n_windows),
                 logits_files=self.logits_files,
             )

@@ -1,8 +1,8 @@
 """The folder of a run: settings, one sub-folder a finished group, and at the end the results.
 
     settings.json                what was asked, and fingerprints of model and text
-    groups/00000/                tokens.parquet, layers.parquet, state.json of windows 0 ..
-    run.json  tokens.parquet  layers.parquet  report.md  report.html
+    groups/00000/                tokens.parquet, layers.parquet, top1.parquet, state.json of windows 0 ..
+    run.json  tokens.parquet  layers.parquet  top1.parquet  report.md  report.html
 
 A group is written under another name and renamed when it is whole, so that a run that was cut off at any
 moment goes on from the last whole group.
@@ -80,6 +80,7 @@ class RunFolder:
             part.mkdir(parents=True)
             pq.write_table(result.tokens, part / "tokens.parquet")
             pq.write_table(result.layers, part / "layers.parquet")
+            pq.write_table(result.top1, part / "top1.parquet")
             (part / "state.json").write_text(json.dumps(result.state()))
             part.rename(whole)
 
@@ -94,6 +95,7 @@ class RunFolder:
             return GroupResult.from_state(
                 pq.read_table(folder / "tokens.parquet"),
                 pq.read_table(folder / "layers.parquet"),
+                pq.read_table(folder / "top1.parquet"),
                 json.loads((folder / "state.json").read_text()),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,10 +107,11 @@ class RunFolder:
     def write_results(self, result: GroupResult, run: dict[str, Any]) -> None:
         """The run's own files; the groups are kept until these are written."""
         with self._writing():
-            for table, name in ((result.tokens, "tokens.parquet"), (result.layers, "layers.parquet")):
-                part = self.path / (name + PART)
+            tables = {"tokens": result.tokens, "layers": result.layers, "top1": result.top1}
+            for name, table in tables.items():
+                part = self.path / f"{name}.parquet{PART}"
                 pq.write_table(table, part)
-                part.rename(self.path / name)
+                part.rename(self.path / f"{name}.parquet")
         self.write_json(RESULT, run)
         # Renamed first: a run that is killed here is finished, not one whose groups are broken.
         gone = self.path / (GROUPS + PART)

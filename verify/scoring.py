@@ -36,17 +36,25 @@ class TokenScores(NamedTuple):
     top1_margin: np.ndarray
 
 
+class BestTwo(NamedTuple):
+    """The two most likely tokens of each row, and the logarithms of their probabilities: [rows, 2]."""
+
+    tokens: np.ndarray
+    logp: np.ndarray
+
+
 @dataclass
 class _Rows:
     """What is known so far of some consecutive rows: arrays [rows], of which the first `used` are wanted.
 
-    top, second: the two largest logits; best: the vocabulary index of the first; moments: reference -> D.
+    top, second: the two largest logits; best, next: their vocabulary indices; moments: reference -> D.
     """
 
     used: int
     top: torch.Tensor
     second: torch.Tensor
     best: torch.Tensor
+    next: torch.Tensor
     total: torch.Tensor
     target: torch.Tensor
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -111,6 +119,17 @@ class Scorer:
             for name, rows in whole.items()
         }
 
+    def best_two(self) -> dict[str, BestTwo]:
+        """Of each arm, once the whole vocabulary was seen."""
+        found = {}
+        for name in sorted({name for name, _ in self._rows}):
+            rows = self._joined(name)
+            lse = rows.top.double() + torch.log(rows.total)
+            logp = torch.stack((rows.top, rows.second), 1).double() - lse[:, None]
+            tokens = torch.stack((rows.best, rows.next), 1)
+            found[name] = BestTwo(tokens.cpu().numpy(), logp.cpu().numpy())
+        return found
+
     def _add(self, rows: range, vocabulary: range, logits: Mapping[str, torch.Tensor]) -> None:
         """Logits [as many rows as a step has, len(vocabulary)]."""
         wide: dict[str, torch.Tensor] = {}
@@ -121,10 +140,16 @@ class Scorer:
             x = logits[name]
             state = self._state(name, rows, len(x))
             top, best = x.max(-1)
-            second = x.scatter(-1, best[:, None], -torch.inf).amax(-1)
+            second, after = x.scatter(-1, best[:, None], -torch.inf).max(-1)
             new = torch.maximum(state.top, top)
-            state.second = torch.maximum(torch.minimum(state.top, top), torch.maximum(state.second, second))
-            state.best = torch.where(top > state.top, best + vocabulary.start, state.best)
+            best, after = best + vocabulary.start, after + vocabulary.start
+            # The second is the largest but one: of two pairs, the lesser first or the greater pair's second.
+            wins = top > state.top
+            lesser, its = torch.where(wins, state.top, top), torch.where(wins, state.best, best)
+            rest, whose = torch.where(wins, second, state.second), torch.where(wins, after, state.next)
+            state.next = torch.where(rest > lesser, whose, its)
+            state.second = torch.maximum(lesser, rest)
+            state.best = torch.where(wins, best, state.best)
             # Before the first part both may be -inf, and there is nothing to rescale.
             rescale = torch.where(new == state.top, 1.0, torch.exp(state.top.double() - new.double()))
             state.top = new
@@ -158,7 +183,7 @@ class Scorer:
         if key not in self._rows:
             lowest = torch.full((size,), -torch.inf, device=self.targets.device)
             none = torch.zeros_like(lowest, dtype=torch.int64)
-            self._rows[key] = _Rows(len(rows), lowest, lowest, none, none.double(), lowest)
+            self._rows[key] = _Rows(len(rows), lowest, lowest, none, none, none.double(), lowest)
         return self._rows[key]
 
     def _joined(self, name: str) -> _Rows:
@@ -168,9 +193,9 @@ class Scorer:
         def whole(values: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.cat([x[: rows.used] for x, rows in zip(values, mine, strict=True)])
 
-        top, second, best, total, target = (
+        top, second, best, following, total, target = (
             whole([getattr(rows, kind) for rows in mine])
-            for kind in ("top", "second", "best", "total", "target")
+            for kind in ("top", "second", "best", "next", "total", "target")
         )
         moments = {other: whole([rows.moments[other] for rows in mine]) for other in mine[0].moments}
-        return _Rows(len(top), top, second, best, total, target, moments)
+        return _Rows(len(top), top, second, best, following, total, target, moments)

@@ -19,7 +19,11 @@ DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
 
 @dataclass(frozen=True)
 class PplSettings:
-    """memory: bytes that hidden states of one group may take, None for a share of what is free."""
+    """memory: bytes that hidden states of one group may take, None for a share of what is free.
+
+    noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at the
+    end of a window, None for the second half.
+    """
 
     model: str | None = None
     file: str | None = None
@@ -38,6 +42,9 @@ class PplSettings:
     capture: str | None = None
     save_logits: str | None = None
     against: tuple[str, ...] = ()
+    noise: int = 0
+    power: bool = False
+    score_last: int | None = None
 
     def __post_init__(self) -> None:
         from kernels.contract import PATHS
@@ -52,6 +59,18 @@ class PplSettings:
             raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
         if not self.margin > 1:
             raise UsageError(f"--margin {self.margin:g}: expected a ratio above 1")
+        if self.noise == 1 or self.noise < 0:
+            raise UsageError(f"--noise {self.noise}: expected 0 (none) or at least 2 arms")
+        if self.score_last is not None and not 1 <= self.score_last < self.n_ctx:
+            raise UsageError(
+                f"--score-last {self.score_last}: expected 1 to {self.n_ctx - 1} positions of windows of"
+                f" {self.n_ctx} tokens"
+            )
+        if self.score_last is not None and (self.save_logits or self.against):
+            raise UsageError(
+                "--score-last: a logits file holds the second half of every window, expected no --save-logits"
+                " or --against beside it"
+            )
         if not self.candidates:
             raise UsageError("--candidate: expected at least one")
 

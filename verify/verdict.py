@@ -56,7 +56,8 @@ class PairEvidence:
 
     faults: failures, budget breaches and non-finite values, each a sentence; coverage: share of scored tokens
     whose plan or kernel differed from the reference's; bitwise_equal: attention outputs of every layer and
-    logits; distance: None where there are no finite divergences.
+    logits; distance: None where there are no finite divergences; frozen_kld: mean divergences to exact in
+    nats a token, of the candidate and of the reference, where they are known.
     """
 
     faults: Sequence[str]
@@ -68,6 +69,7 @@ class PairEvidence:
     margin: float = DEFAULT_MARGIN
     why_uncovered: str = ""
     narrowed_by: str = "more windows (--chunks) narrow it"
+    frozen_kld: tuple[float, float] | None = None
 
 
 class Decision(NamedTuple):
@@ -102,12 +104,15 @@ def decide(e: PairEvidence) -> Decision:
         )
     if e.distance is None:
         return Decision("inconclusive", ["there is no scored token to measure a distance on"])
-    return _by_distance(e.distance, e.margin, e.narrowed_by)
+    return _by_distance(e)
 
 
-def _by_distance(d: DistanceRatio, margin: float, narrowed_by: str) -> Decision:
+def _by_distance(e: PairEvidence) -> Decision:
+    d, kld, margin, narrowed_by = e.distance, e.frozen_kld, e.margin, e.narrowed_by
+    assert d is not None
     interval = f"99.9 % interval {d.low:.3g} to {d.high:.3g}"
-    said = f"distance to exact is {d.ratio:.3g} times the reference's ({interval})"
+    said = f"distance to exact is {d.ratio:.3g} times the reference's ({interval}"
+    said += f"; {kld[0]:.2g} against {kld[1]:.2g} nats a token)" if kld is not None else ")"
     if d.low > SIGNIFICANT_RATIO:
         return Decision("degraded", [f"{said}: farther, beyond {SIGNIFICANT_RATIO:g}"])
     if d.high < 1 / SIGNIFICANT_RATIO:

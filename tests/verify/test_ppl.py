@@ -67,7 +67,9 @@ def test_a_round_off_run_shows_its_evidence(tiny: tuple[Path, Path], tmp_path: P
     assert pair["coverage"] == 1.0
     assert "round-off" in (tmp_path / "run/report.md").read_text()
     tokens = pq.read_table(tmp_path / "run/tokens.parquet")
-    assert tokens.num_rows == 5 * 6 * 31
+    frozen = {"floor/frozen", "baseline/frozen", "candidate/frozen"}
+    assert set(tokens["arm"].to_pylist()) == set(by_name) | frozen
+    assert tokens.num_rows == (5 + 3) * 6 * 31
     assert set(tokens["position"].to_pylist()) == set(range(32, 63))
 
 
@@ -96,7 +98,7 @@ def test_the_same_command_twice_gives_the_same_bytes(tiny: tuple[Path, Path], tm
 
 def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     files = []
-    for memory, windows in (("80K", 1), ("330K", 4), ("8G", 6)):
+    for memory, windows in (("80K", 1), ("530K", 4), ("8G", 6)):
         out = tmp_path / memory
         done, report = run(tiny, out, "--memory", memory)
         groups = -(-6 // windows)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.signal import lfilter
 
 from verify.statistics import CONFIDENCE, distance_ratio, paired_difference, window_interval
 
@@ -53,12 +54,34 @@ def test_one_short_window_promises_nothing() -> None:
     assert interval.high == math.inf
 
 
-def test_the_bootstrap_agrees_with_the_t_interval_where_both_hold() -> None:
-    values = np.random.default_rng(5).normal(size=(19, 255))
-    more = np.concatenate([values, values[:1]])
-    t, bootstrap = window_interval(values), window_interval(more)
-    assert bootstrap.high - bootstrap.low == pytest.approx(t.high - t.low, rel=0.35)
-    assert CONFIDENCE == 0.999
+def heavy_tailed(windows: int, rng: np.random.Generator, *, shared: float) -> np.ndarray:
+    """[windows, 255] of mean 0: neighbours correlate (0.5), tails are those of t with 3 degrees of freedom.
+
+    shared: size of what all tokens of a window have in common, in standard errors of a window's mean.
+    """
+    noise = rng.standard_t(3, (windows, 255))
+    values = lfilter([1.0], [1.0, -0.5], noise, axis=1)
+    return values + shared * 2 * rng.standard_t(3, (windows, 1)) / math.sqrt(255)
+
+
+@pytest.mark.parametrize(("windows", "repeats"), [(4, 1500), (8, 1500), (16, 1500), (20, 1500), (64, 1000)])
+@pytest.mark.parametrize("confidence", [0.95, CONFIDENCE])
+def test_intervals_cover_at_their_nominal_rate(windows: int, repeats: int, confidence: float) -> None:
+    # Blocks of few windows are widened for a little that they have in common, no more.
+    shared = 0.5 if windows < 8 else 1.0
+    rng = np.random.default_rng(windows)
+    covered = 0
+    for _ in range(repeats):
+        found = window_interval(heavy_tailed(windows, rng, shared=shared), confidence=confidence)
+        covered += found.low <= 0 <= found.high
+    assert covered / repeats == pytest.approx(confidence, abs=0.03)
+
+
+def test_what_the_windows_have_in_common_is_not_overlooked() -> None:
+    # Blocks of 64 tokens taken as independent would cover 61 % here.
+    rng = np.random.default_rng(1)
+    found = [window_interval(heavy_tailed(8, rng, shared=3.0), confidence=0.95) for _ in range(1000)]
+    assert np.mean([x.low <= 0 <= x.high for x in found]) > 0.92
 
 
 def test_equal_divergences_are_a_ratio_of_one() -> None:

@@ -68,6 +68,18 @@ def command(
         list[str] | None,
         typer.Option("--against", help="an engine's logits file as one more arm; may be repeated"),
     ] = None,
+    score_last: Annotated[
+        int | None,
+        typer.Option(
+            "--score-last", help="score the last N positions only; what is before them is computed once"
+        ),
+    ] = None,
+    noise: Annotated[
+        int, typer.Option("--noise", help="arms with the baseline's kernel and random plans, 8 say")
+    ] = 0,
+    power: Annotated[
+        bool, typer.Option("--power", help="plant faults of graded size: which of them does this run see?")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
@@ -120,6 +132,9 @@ def command(
             capture=capture,
             save_logits=save_logits,
             against=tuple(against or ()),
+            noise=noise,
+            score_last=score_last,
+            power=power,
         )
         if ranks.leads:
             folder = RunFolder.create(out or default_folder())

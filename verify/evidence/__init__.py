@@ -1,25 +1,34 @@
 """From what the groups of a run left to evidence: about each pair of arms, and to `run.json`."""
 
+from verify.evidence.by_n_kv import by_n_kv
+from verify.evidence.kernel_errors import in_place_json
+from verify.evidence.noise import noise_json
 from verify.evidence.pairs import (
     ArmSummary,
     PairSummary,
-    Scores,
     arm_json,
     coverage_lines,
-    layer_summary,
     pair_json,
     summarize_arm,
     summarize_pair,
 )
+from verify.evidence.power import detectable_json, power_json
+from verify.evidence.scores import Scores
+from verify.evidence.top1 import top1_changes
 
 __all__ = [
     "ArmSummary",
     "PairSummary",
     "Scores",
     "arm_json",
+    "by_n_kv",
     "coverage_lines",
-    "layer_summary",
+    "detectable_json",
+    "in_place_json",
+    "noise_json",
     "pair_json",
+    "power_json",
     "summarize_arm",
     "summarize_pair",
+    "top1_changes",
 ]

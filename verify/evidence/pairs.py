@@ -1,4 +1,4 @@
-"""From what the groups left to the evidence about each pair of arms, and to `run.json`."""
+"""The evidence about each arm, and about each candidate against its baseline, with the verdict on it."""
 
 from __future__ import annotations
 
@@ -7,31 +7,52 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 
-from kernels.detectors import LARGEST_RELATIVE_ERROR
+from kernels.trace import LaunchTrace
 from verify.arms import Arm
+from verify.evidence.kernel_errors import faults_in_place
+from verify.evidence.scores import Scores
+from verify.frozen import frozen_name
 from verify.groups import GroupResult
-from verify.inplace import HeadErrors, fault_of
 from verify.perplexity import Perplexity, perplexity
 from verify.statistics import DistanceRatio, PairedDifference, distance_ratio, paired_difference
 from verify.verdict import Decision, PairEvidence, decide
 
 
 class ArmSummary(NamedTuple):
+    """One arm: free-running, and the mean nll and KLD to exact of its pass with frozen casts (NaN: none)."""
+
     arm: Arm
     perplexity: Perplexity
     kld_to_exact: float
+    frozen_nll: float
+    frozen_kld: float
+
+
+class Coverage(NamedTuple):
+    """What went through a plan or kernel that the reference did not run: shares of scored tokens and of
+    attention rows, and the n_kv at which it did."""
+
+    tokens: float
+    rows: float
+    changed: frozenset[int]
 
 
 class PairSummary(NamedTuple):
-    """One candidate against its baseline: what was measured, and the verdict on it."""
+    """One candidate against its baseline: what was measured, and the verdict on it.
+
+    distance, cost, frozen_kld (candidate, reference): casts frozen; free, difference, kld_mean, kld_max,
+    top1_changes: free-running.
+    """
 
     reference: Arm
     candidate: Arm
     decision: Decision
-    coverage: float
+    coverage: Coverage
     distance: DistanceRatio | None
+    free: DistanceRatio | None
+    frozen_kld: tuple[float, float]
+    cost: PairedDifference
     difference: PairedDifference
     kld_mean: float
     kld_max: float
@@ -40,26 +61,54 @@ class PairSummary(NamedTuple):
     bitwise_equal: bool
 
 
-class Scores:
-    """Columns of tokens.parquet by arm, as arrays [windows, scored]."""
-
-    def __init__(self, result: GroupResult, scored: int) -> None:
-        self._table, self._scored = result.tokens, scored
-        self._arms: dict[str, Any] = {}
-
-    def column(self, arm: str, name: str) -> np.ndarray:
-        """[windows, scored]; no windows where the arm failed. A window that it did not finish is left out."""
-        if arm not in self._arms:
-            self._arms[arm] = self._table.filter(pc.equal(self._table["arm"], arm))
-        values: np.ndarray = self._arms[arm][name].to_numpy()
-        whole = len(values) // self._scored * self._scored
-        return values[:whole].reshape(-1, self._scored)
-
-
 def summarize_arm(arm: Arm, scores: Scores) -> ArmSummary:
-    nll = scores.column(arm.name, "nll")
-    kld = scores.column(arm.name, "kld_to_exact")
-    return ArmSummary(arm, perplexity(nll.ravel()), float(kld.mean()) if kld.size else math.nan)
+    frozen = frozen_name(arm.name)
+    return ArmSummary(
+        arm,
+        perplexity(scores.column(arm.name, "nll").ravel()),
+        scores.mean(arm.name, "kld_to_exact"),
+        scores.mean(frozen, "nll"),
+        scores.mean(frozen, "kld_to_exact"),
+    )
+
+
+def distance_between(
+    candidate: str, reference: str, floor: str | None, scores: Scores
+) -> DistanceRatio | None:
+    """The ratio of two passes' distances to exact; None without finite divergences of both.
+
+    floor: the pass that stands in for a reference which is exact to the bit and so has no distance.
+    """
+    kld, kld_reference = both(scores, candidate, reference, "kld_to_exact")
+    if not len(kld) or not (np.isfinite(kld).all() and np.isfinite(kld_reference).all()):
+        return None
+    if floor is not None and not kld_reference.any():
+        kld_reference = scores.column(floor, "kld_to_exact")[: len(kld)]
+    return distance_ratio(kld, kld_reference)
+
+
+def both(scores: Scores, candidate: str, reference: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of two passes over the windows that both finished."""
+    a, b = scores.column(candidate, name), scores.column(reference, name)
+    windows = min(len(a), len(b))
+    return a[:windows], b[:windows]
+
+
+def difference_of(scores: Scores, candidate: str, reference: str) -> PairedDifference:
+    """Of the mean nll."""
+    nll, nll_reference = both(scores, candidate, reference, "nll")
+    return paired_difference(nll, nll_reference) if len(nll) else PairedDifference(math.nan, math.nan)
+
+
+def coverage_of(candidate: LaunchTrace, reference: LaunchTrace, scored_n_kv: range) -> Coverage:
+    """scored_n_kv: visible keys of the scored positions of a window."""
+    changed = candidate.differs_from(reference)
+    rows = sum(count for (_, n_kv, _), count in candidate.rows.items() if n_kv in changed)
+    return Coverage(
+        sum(n in changed for n in scored_n_kv) / max(len(scored_n_kv), 1),
+        rows / max(candidate.total_rows, 1),
+        changed,
+    )
 
 
 def summarize_pair(
@@ -72,53 +121,51 @@ def summarize_pair(
     floor: str | None,
     min_coverage: float,
     margin: float,
-    seed: int,
 ) -> PairSummary:
     """Everything about one candidate. scored_n_kv: visible keys of the scored positions of a window."""
-    names = candidate.name, reference.name
-    nll, nll_reference = (scores.column(name, "nll") for name in names)
-    kld, kld_reference = (scores.column(name, "kld_to_exact") for name in names)
-    windows = min(len(nll), len(nll_reference))
-    nll, nll_reference, kld, kld_reference = (x[:windows] for x in (nll, nll_reference, kld, kld_reference))
-    found = result.findings[candidate.name]
-    equal = windows > 0 and not candidate.failed and found.attention_equal and found.logits_equal
-    finite = windows > 0 and bool(np.isfinite(kld).all() and np.isfinite(kld_reference).all())
-    distance = None
-    if finite:
-        floor_kld = scores.column(floor, "kld_to_exact")[:windows] if floor else None
-        if floor_kld is not None and not kld_reference.any():
-            # A reference that is exact to the bit has no distance of its own: the floor stands in for it.
-            kld_reference = floor_kld
-        distance = distance_ratio(kld, kld_reference, seed)
-    changed = result.traces[candidate.name].differs_from(result.traces[reference.name])
-    coverage = sum(n in changed for n in scored_n_kv) / max(len(scored_n_kv), 1)
+    name, other = candidate.name, reference.name
+    nll, nll_reference = both(scores, name, other, "nll")
+    found = result.findings[name]
+    equal = len(nll) > 0 and not candidate.failed and found.attention_equal and found.logits_equal
+    frozen_floor = frozen_name(floor) if floor else None
+    distance = distance_between(frozen_name(name), frozen_name(other), frozen_floor, scores)
+    coverage = coverage_of(result.traces[name], result.traces[other], scored_n_kv)
     faults = [
         *_faults(candidate, "candidate", result, nll),
         *_faults(reference, f"baseline {reference.spec}", result, nll_reference),
     ]
+    frozen_kld = (
+        scores.mean(frozen_name(name), "kld_to_exact"),
+        scores.mean(frozen_name(other), "kld_to_exact"),
+    )
+    cost = difference_of(scores, frozen_name(name), frozen_name(other))
     decision = decide(
         PairEvidence(
             faults=faults,
             same_spec=candidate.spec == reference.spec,
-            coverage=coverage,
+            coverage=coverage.tokens,
             bitwise_equal=equal,
             distance=distance,
             min_coverage=min_coverage,
             margin=margin,
+            frozen_kld=frozen_kld,
         )
     )
-    between = scores.column(candidate.name, "kld_to_baseline")[:windows]
-    top1 = scores.column(candidate.name, "top1")[:windows] != scores.column(reference.name, "top1")[:windows]
+    between = scores.column(name, "kld_to_baseline")[: len(nll)]
+    top1, top1_reference = both(scores, name, other, "top1")
     return PairSummary(
         reference,
         candidate,
         decision,
         coverage,
         distance,
-        paired_difference(nll, nll_reference) if windows else PairedDifference(math.nan, math.nan),
+        distance_between(name, other, floor, scores),
+        frozen_kld,
+        cost,
+        difference_of(scores, name, other),
         float(between.mean()) if between.size else math.nan,
         float(between.max()) if between.size else math.nan,
-        int(top1.sum()),
+        int((top1 != top1_reference).sum()),
         int(nll.size),
         equal,
     )
@@ -136,36 +183,7 @@ def _faults(arm: Arm, called: str, result: GroupResult, nll: np.ndarray) -> list
         )
     elif not np.isfinite(nll).all():
         faults.append(f"{called}: NaN or Inf in the logits")
-    table = result.layers.filter(pc.equal(result.layers["arm"], arm.name))
-    # Of many thousand checks hardly any fails: most are sorted out before they become Python's.
-    largest = pc.max_element_wise(table["max_budget_ratio"], table["relative_max"])
-    suspect = pc.or_(pc.greater(table["nonfinite"], 0), pc.greater(largest, LARGEST_RELATIVE_ERROR))
-    checks = [HeadErrors(**row) for row in table.filter(suspect).to_pylist()]
-    wrong = [errors for errors in checks if fault_of(errors)]
-    if wrong:
-        worst = max(wrong, key=lambda e: (e.nonfinite > 0, max(e.max_budget_ratio, e.relative_max)))
-        faults.append(
-            f"{called}: {fault_of(worst)}, on the exact arm's own q, k and v"
-            f" ({len(wrong)} of {table.num_rows} checks of a layer and head failed)"
-        )
-    return faults
-
-
-def layer_summary(arm: Arm, result: GroupResult) -> dict[str, Any]:
-    """The in-place checks of one arm, over all layers, heads and windows."""
-    table = result.layers.filter(pc.equal(result.layers["arm"], arm.name))
-    if not table.num_rows:
-        return {}
-    gains = table["gain"].to_numpy()
-    return {
-        "arm": arm.name,
-        "checks": table.num_rows,
-        "max_budget_ratio": float(pc.max(table["max_budget_ratio"]).as_py()),
-        "relative_rms": float(np.sqrt(np.mean(np.square(table["relative_rms"].to_numpy())))),
-        "gain_mean": float(gains.mean()),
-        "gain_se": float(gains.std() / math.sqrt(max(len(gains) - 1, 1))),
-        "vacuous": float(pc.mean(table["vacuous"]).as_py()),
-    }
+    return faults + faults_in_place(result.layers, arm.name, called)
 
 
 def coverage_lines(arms: Sequence[Arm], result: GroupResult) -> list[dict[str, Any]]:
@@ -180,6 +198,9 @@ def coverage_lines(arms: Sequence[Arm], result: GroupResult) -> list[dict[str, A
 
 def arm_json(summary: ArmSummary) -> dict[str, Any]:
     arm, ppl = summary.arm, summary.perplexity
+    frozen = None
+    if not math.isnan(summary.frozen_kld):
+        frozen = {"nll_mean": summary.frozen_nll, "kld_to_exact_mean": summary.frozen_kld}
     return {
         "name": arm.name,
         "role": arm.role,
@@ -190,22 +211,30 @@ def arm_json(summary: ArmSummary) -> dict[str, Any]:
         "nll_mean": ppl.nll_mean,
         "tokens": ppl.tokens,
         "kld_to_exact_mean": summary.kld_to_exact,
+        "frozen": frozen,
         "failure": arm.findings.failure,
     }
 
 
 def pair_json(pair: PairSummary) -> dict[str, Any]:
-    d = pair.distance
+    d, free, changed = pair.distance, pair.free, pair.coverage.changed
     return {
         "reference": pair.reference.name,
         "candidate": pair.candidate.name,
         "path": pair.candidate.path,
         "verdict": pair.decision.verdict,
         "reasons": pair.decision.reasons,
+        "theta": d.theta if d else None,
+        "theta_se": d.theta_se if d else None,
         "distance_ratio": d.ratio if d else None,
         "distance_ratio_ci": [d.low, d.high] if d else None,
-        "distance_kind": "free-running",
+        "distance_kind": "frozen-cast",
         "distance_scope": d.scope if d else None,
+        "free": {"distance_ratio": free.ratio, "distance_ratio_ci": [free.low, free.high]} if free else None,
+        "frozen_kld": pair.frozen_kld[0],
+        "frozen_kld_reference": pair.frozen_kld[1],
+        "cost_nats": pair.cost.mean,
+        "cost_nats_se": pair.cost.se,
         "dlnppl": pair.difference.mean,
         "dlnppl_se": pair.difference.se,
         "kld_mean": pair.kld_mean,
@@ -213,6 +242,8 @@ def pair_json(pair: PairSummary) -> dict[str, Any]:
         "top1_changes": pair.top1_changes,
         "tokens": pair.tokens,
         "bitwise_equal": pair.bitwise_equal,
-        "coverage": pair.coverage,
+        "coverage": pair.coverage.tokens,
+        "coverage_rows": pair.coverage.rows,
+        "changed_n_kv": [min(changed), max(changed)] if changed else None,
         "detectable_distance_ratio": d.detectable if d else None,
     }
