@@ -48,7 +48,9 @@ def judged(six: Tiny, out: Path, fault: Fault, patch: pytest.MonkeyPatch) -> dic
 
     built = {"eager": clean, "eager:block=16": fault.build}
     patch.setattr(experiment, "build_kernel", lambda spec: built[spec]())
-    _, report = run(six, out, "--baseline", "eager", "--candidate", "eager:block=16", "--chunks", "2")
+    # Three tiles, so that three parts are there to be merged.
+    more = ("-c", "160", "--chunks", "2", "--baseline", "eager", "--candidate", "eager:block=16")
+    _, report = run(six, out, *more)
     return report
 
 
