@@ -32,8 +32,11 @@ FLOAT_TYPES: dict[str, FloatType] = {
 # P leaves the exponential as float32, whose subnormals a GPU's fast exponential turns into 0: whatever type
 # it is rounded to afterwards, this much of it may be lost.
 EXP_UNDERFLOW = 2.0**-126
-# Keys that one matrix instruction adds up before a float16 accumulator is rounded.
+# Keys that one matrix instruction adds up before its accumulator is rounded.
 MMA_KEYS = 16
+# Bits that a tensor core keeps below the accumulator's last place while it adds the products of one
+# instruction: products are truncated there. As measured on an H100 (see docs/numerics.md).
+MMA_GUARD_BITS = 2
 
 
 class Depths(NamedTuple):
@@ -78,6 +81,11 @@ class Arithmetic:
     u_tanh: float = 2 * U_F32
     stale_maximum: bool = False
     q_blocks: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the output accumulators are those of tensor cores, in float32: they round toward zero."""
+        return self.acc == "f32" and self.u == U_F32_TENSOR_CORE
 
     @property
     def u_acc(self) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.arithmetic import FLOAT_TYPES, U_F32, Arithmetic, Depths
+from kernels.arithmetic import FLOAT_TYPES, MMA_GUARD_BITS, MMA_KEYS, U_F32, Arithmetic, Depths
 from kernels.cache import q8_0_error
 from kernels.contract import Call
 from kernels.exact import finish_logits
@@ -20,6 +20,8 @@ from kernels.exact import finish_logits
 # Mean square of the relative rounding error, in units of u^2, of numbers whose mantissas are distributed
 # logarithmically: (1/3) E[1/x^2] over [1, 2) with density 1/(x ln 2).
 MEAN_SQUARE = (3.0 / 8.0) / (3.0 * math.log(2.0))
+# Mean of 1/x for such a mantissa x: what half a unit in the last place is, on average, relative to a number.
+MEAN_INVERSE = 0.5 / math.log(2.0)
 _TAU = FLOAT_TYPES["f16"].tau
 
 
@@ -210,7 +212,7 @@ class Sums:
         """Root mean square of the error of a correct kernel, [Hkv, t, r, Dv]."""
         common = self.by_abs[2] + self.alone[3] * self.rows.out.abs()
         variance = MEAN_SQUARE * self._expected_variance(common)
-        return (variance + _step(self.rows.out, self.a.out).square() / 12).sqrt()
+        return (variance + self._shrinkage().square() + _step(self.rows.out, self.a.out).square() / 12).sqrt()
 
     def quadrature(self, bound: torch.Tensor) -> torch.Tensor:
         """Root of the sum of squares of the single bounds, at most `bound`; after `bounds`."""
@@ -226,11 +228,30 @@ class Sums:
             # What all keys of a tile or part share cannot be added in squares over keys.
             + (3 * u) ** 2 * self.tiles * (size + rows.out.abs()).square()
             + common.square()
+            + self._shrinkage().square()
             + (out_type.u + U_F32) ** 2 * square_o
             + (a.acc == "f16") * self._depth("d_n") * (_TAU / rows.l) ** 2
             + (out_type.tau + _TAU * ((a.u_v > 0) + (a.u_part > 0))) ** 2
         ).sqrt()
         return torch.minimum(quadrature, bound)
+
+    def _shrinkage(self) -> torch.Tensor:
+        """What truncating accumulators lose on average, [Hkv, t, r, Dv]: not a random error, it adds up.
+
+            steps * 2^-24 * MEAN_INVERSE * |A| * (1/2) (1 + c * MMA_KEYS / 2^MMA_GUARD_BITS)
+
+        A matrix instruction drops what lies below the last place of its sum, half a unit on average, and of
+        each of its products what lies below the guard bits, which adds up where the products have one sign:
+        c = |o| / sum p|v|. |A|^2 = o^2 + sum p^2 v^2 is the size that partial sums reach, half of it their
+        mean while they grow.
+        """
+        if not self.a.truncates:
+            return torch.zeros_like(self.rows.out)
+        size = self.rows.size.clamp(min=torch.finfo(torch.float64).tiny)
+        one_sign = self.rows.out.abs() / size * (MMA_KEYS / 2**MMA_GUARD_BITS)
+        reached = (self.rows.out.square() + self.rows.p_square_vv).sqrt()
+        steps = self._depth("longest") / MMA_KEYS
+        return steps * U_F32 * MEAN_INVERSE / 2 * reached * (1 + one_sign)
 
     def _add_sink(self) -> None:
         """The sink is one more key, whose value is 0."""

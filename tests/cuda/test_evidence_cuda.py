@@ -1,65 +1,99 @@
-"""Frozen casts, noise arms, planted faults and the end of a window, on a GPU with our CUDA kernel."""
+"""Inputs, probes, budgets and the selftest on a GPU: what they are on the CPU, and what only fits there."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
+import torch
 
-from support.cli import verify
-from support.ppl_runs import Tiny, write_tiny
+from kernels.budget import error_budget
+from kernels.detectors import measure
+from kernels.families import FAMILIES, Sizes, draw
+from kernels.faults import FAULTS
+from kernels.probes import check, far_offsets, one_hot, standard_probes
+from kernels.registry import build_kernel
+from verify.selftest import run_selftest
 
 pytestmark = pytest.mark.cuda
 
-
-@pytest.fixture(scope="module")
-def tiny_gpu(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def run(tiny: Tiny, out: Path, *more: str) -> dict[str, Any]:
-    base = ["ppl", "-m", str(tiny.model), "-f", str(tiny.text), "-c", "64", "--chunks", "6"]
-    done = verify(*base, "--device", "cuda", "--out", str(out), *more)
-    assert (out / "run.json").is_file(), done.stderr
-    found: dict[str, Any] = json.loads((out / "run.json").read_text())
-    return found
+# GLM-4.5-Air on one GPU.
+GLM = {"kv_heads": 8, "ratio": 12, "k_size": 128, "v_size": 128}
+SMALL = Sizes(n_kv=(700, 663), edges=(64, 256, 640), **GLM)  # type: ignore[arg-type]
 
 
-def test_a_pass_without_error_is_exact_to_the_bit(tiny_gpu: Tiny, tmp_path: Path) -> None:
-    run(tiny_gpu, tmp_path / "run", "--baseline", "exact", "--candidate", "flash")
-    tokens = pq.read_table(tmp_path / "run/tokens.parquet")
-    exact, frozen = (tokens.filter(pc.equal(tokens["arm"], name)) for name in ("exact", "baseline/frozen"))
-    assert set(frozen["kld_to_exact"].to_pylist()) == {0.0}
-    assert frozen["nll"].equals(exact["nll"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_have_the_bits_that_they_have_on_the_cpu(family: str) -> None:
+    here, there = (draw(family, SMALL, 3, device=device) for device in ("cpu", "cuda"))
+    for name in ("q", "k", "v", "kv_len", "sinks", "alibi_slopes"):
+        a, b = getattr(here, name), getattr(there, name)
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b.cpu()), name
 
 
-def test_noise_and_power_with_the_cuda_kernel(tiny_gpu: Tiny, tmp_path: Path) -> None:
-    report = run(
-        tiny_gpu,
-        tmp_path / "run",
-        *("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2", "--noise", "3", "--power"),
-    )
-    assert report["verdict"] in ("round-off", "improved", "inconclusive")
-    assert all(not arm["faults"] for entry in report["noise"] for arm in entry["arms"])
-    largest = max(report["power"]["faults"], key=lambda fault: fault["size"] or 0)
-    assert largest["seen"]["gain"]
-    assert largest["seen"]["distance"]
-    for entry in report["in_place"]:
-        assert abs(entry["gain_mean"]) <= entry["gain_limit"]
-        assert entry["rms_ratio"] < 1.3
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budgets_are_what_they_are_on_the_cpu(family: str) -> None:
+    arithmetic = build_kernel("eager:kv=3").arithmetic(draw(family, SMALL, 3).shape, "decode")
+    here, there = (error_budget(draw(family, SMALL, 3, device=d), arithmetic) for d in ("cpu", "cuda"))
+    for name, a, b in zip(here._fields, here, there, strict=True):
+        if name == "vacuous":
+            assert torch.equal(a, b.cpu())
+            continue
+        # Sums in another order: relative to the largest of each row, where terms cancel.
+        size = a.abs().amax(-1, keepdim=True) if a.dim() == 4 else a.abs() + 1
+        error = torch.where(a == b.cpu(), 0.0, (a - b.cpu()).abs() / size)
+        assert float(error.max()) < 1e-9, name
 
 
-def test_the_end_of_a_window(tiny_gpu: Tiny, tmp_path: Path) -> None:
-    report = run(
-        tiny_gpu,
-        tmp_path / "run",
-        *("--score-last", "8", "--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2"),
-    )
-    lines = {line["arm"]: line for line in report["coverage"]}
-    assert lines["candidate"]["rows"] == 6 * 8 * 2
-    assert lines["prompt"]["rows"] == 6 * 55 * 2
-    assert report["pairs"][0]["coverage"] == 1.0
+@pytest.mark.parametrize("spec", ["flash", "flash:heads=8+4,kv=auto", "flash:acc=f16,kv=4", "eager:kv=2"])
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+def test_every_probe_of_the_large_shape(spec: str, path: str) -> None:
+    kernel = build_kernel(spec)
+    sizes = Sizes(n_kv=(2500, 2463), edges=(64, 640, 1280), path=path, **GLM)  # type: ignore[arg-type]
+    for probe in standard_probes(sizes, device="cuda"):
+        assert [str(failure) for failure in check(probe, kernel)] == []
+
+
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+def test_every_key_of_65536(path: str) -> None:
+    """`benchmarks/evidence.py` says how long it takes."""
+    sizes = Sizes(n_kv=(65_536,), path=path, **GLM)  # type: ignore[arg-type]
+    probe = one_hot(sizes, device="cuda")
+    assert probe.keys is not None
+    assert len(probe.keys[..., 24:36].unique()) == 65_536
+    assert [str(failure) for failure in check(probe, build_kernel("flash:kv=4"))] == []
+    # One key that is not read, far from any cut: by name.
+    probe.call.v[:, 40_000, 2] += 1
+    failures = check(probe, build_kernel("flash:kv=4"))
+    assert {(failure.key, failure.head // 12, failure.part) for failure in failures} == {(40_000, 2, 2)}
+
+
+@pytest.mark.parametrize("family", ["gaussian", "one-sign", "needles", "near-overflow"])
+@pytest.mark.parametrize("spec", ["flash", "flash:kv=auto"])
+def test_a_long_row_errs_as_is_expected_of_truncating_accumulators(spec: str, family: str) -> None:
+    call = draw(family, Sizes(n_kv=(65_536, 65_500), **GLM), 0, device="cuda")  # type: ignore[arg-type]
+    kernel = build_kernel(spec)
+    found = measure(call, kernel.run(call), kernel.arithmetic(call.shape, "decode"), distinct=True)
+    assert found.rms <= found.rms_limit, found
+    assert found.budget <= 1, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["flash", "flash:kv=16"])
+def test_offsets_beyond_32_bits_are_followed(spec: str) -> None:
+    need = 14 << 30
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need >> 30} GiB of device memory")
+    assert check(far_offsets(Sizes(**GLM), device="cuda"), build_kernel(spec)) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_offsets_that_wrap_at_32_bits_are_seen() -> None:
+    fault = next(f for f in FAULTS if f.name == "offset wraps at 2^31")
+    assert check(far_offsets(Sizes(kv_heads=8, ratio=2), device="cuda"), fault.build())
+
+
+@pytest.mark.slow
+def test_the_selftest() -> None:
+    found = run_selftest(1, device="cuda")
+    assert [s.name for s in found.missed] == []
+    assert [s.name for s in found.false_alarms] == []
+    assert all(not s.skipped for s in found.subjects)
