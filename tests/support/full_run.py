@@ -62,28 +62,25 @@ def with_every_section(run: dict[str, Any]) -> dict[str, Any]:
             for low in (33, 49)
         ],
     )
-    run.setdefault(
-        "top1_changes",
-        [
-            {
-                "candidate": candidates[0],
-                "reference": "baseline",
-                "window": 0,
-                "position": 40,
-                "n_kv": 41,
-                "context": "a text <b>before</b> & a word_of_many_letters_without_a_blank" * 2,
-                "target": " the",
-                "reference_token": " <the>",
-                "candidate_token": " a",
-                "p_reference": [0.3101, 0.3099],
-                "p_candidate": [0.3099, 0.3101],
-                "p_exact": [0.31, 0.31],
-                "margin": 4e-4,
-                "floor": 1.1e-3,
-                "margin_in_floors": 0.36,
-            }
-        ],
-    )
+    run["top1_changes"] = run.get("top1_changes") or [
+        {
+            "candidate": candidates[0],
+            "reference": "baseline",
+            "window": 0,
+            "position": 40,
+            "n_kv": 41,
+            "context": "a text <b>before</b> & a word_of_many_letters_without_a_blank" * 2,
+            "target": " the",
+            "reference_token": " <the>",
+            "candidate_token": " a",
+            "p_reference": [0.3101, 0.3099],
+            "p_candidate": [0.3099, 0.3101],
+            "p_exact": [0.31, 0.31],
+            "margin": 4e-4,
+            "floor": 1.1e-3,
+            "margin_in_floors": 0.36,
+        }
+    ]
     run["noise"] = run.get("noise") or [
         {
             "reference": "baseline",
