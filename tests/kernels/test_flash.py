@@ -74,11 +74,9 @@ def test_agrees_with_exact(case: object) -> None:
         laws.float16_accumulators_lose_precision,
         laws.groupings_agree_to_the_bit,
         laws.automatic_cuts_move_with_the_groups,
-        laws.a_row_alone_is_the_row_in_its_batch,
         laws.a_policy_runs_each_row_by_its_own_length,
         laws.strides_are_followed_or_copied_with_a_note,
         laws.a_latent_cache_is_read_once_or_twice_alike,
-        laws.two_runs_give_the_same_bits,
         laws.quantised_caches_are_read_as_they_are_expanded,
         laws.a_quantised_row_alone_is_the_row_in_its_batch,
     ],
@@ -90,9 +88,18 @@ def test_law(law: object) -> None:
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
 def test_keeps_the_law(law: Law) -> None:
-    if law.group == "plans":
-        pytest.skip("plans are those of eager: tests/properties/test_laws.py")
-    result = run_law(law, flash_subject(), examples=3, shrink=False)
+    # The first case is the simplest there is, the second a drawn one.
+    keeps(law, examples=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
+def test_keeps_the_law_in_more_cases(law: Law) -> None:
+    keeps(law, examples=30)
+
+
+def keeps(law: Law, examples: int) -> None:
+    result = run_law(law, flash_subject(), examples=examples, shrink=False)
     assert result.state == "holds", f"{result.reason}: {result.case}"
 
 
@@ -150,7 +157,7 @@ def test_the_laws_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         return first, end - 1, count
 
     monkeypatch.setattr(flash_device, "part_bounds", short)
-    with pytest.raises(AssertionError, match="relative error"):
+    with pytest.raises(AssertionError, match="times the tolerance"):
         laws.agrees_with_exact(laws.Case("dropped", lengths=[[200]]), CPU)
 
 

@@ -9,22 +9,6 @@ from kernels.plan import KVCuts, Plan, parse_heads, powers_of_two
 from kernels.registry import build_kernel
 
 SHAPE = {"kv_heads": 8, "k_size": 128, "v_size": 128}
-cuts_rules = st.one_of(
-    st.builds(KVCuts, st.just("parts"), st.integers(1, 40)),
-    st.builds(KVCuts, st.just("size"), st.integers(1, 5000)),
-    st.just(KVCuts("auto", 0)),
-)
-
-
-@given(cuts_rules, st.integers(0, 20000), st.sampled_from([16, 64, 128]), st.integers(1, 64))
-def test_cuts_partition_the_range_once_on_tile_edges(
-    rule: KVCuts, n_kv: int, block: int, programs: int
-) -> None:
-    cuts = rule.cuts(n_kv, block, programs, 132)
-    assert cuts[0] == 0
-    assert cuts[-1] == n_kv
-    assert list(cuts) == sorted(set(cuts))
-    assert all(c % block == 0 for c in cuts[:-1])
 
 
 def test_a_number_of_parts_is_that_number_where_there_are_tiles_for_it() -> None:

@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given
 
-from verify.laws import LAWS, Law, Subject, subject_of
-from verify.laws.run import kept_examples, run_law
+from kernels.merge import merge_tree
+from kernels.merge_bound import given as exactly
+from kernels.merge_bound import merge_bound
+from support.subjects import assert_keeps
+from verify.laws import LAWS, Law, subject_of
+from verify.laws.cases import Parts
+from verify.laws.draws import part_lists
+from verify.laws.merge_laws import tensors
+from verify.laws.tolerance import part_within
 
 EACH_LAW = pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
 # What `eager` cannot be asked for.
@@ -22,12 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def assert_keeps(law: Law, subject: Subject, *, examples: int | None = None) -> None:
-    """The law holds; where it breaks, the shrunk case and what was found are the message."""
-    result = run_law(law, subject, examples=examples, database=kept_examples())
-    assert result.state != "broken", f"{law.name} of {subject.spec}: {result.reason}: {result.case}"
 
 
 @EACH_LAW
@@ -58,3 +60,14 @@ def test_ten_thousand_merges() -> None:
     for law in LAWS.values():
         if law.group == "merge":
             assert_keeps(law, subject_of("eager"), examples=10_000)
+
+
+@given(part_lists(least=1, most=9))
+def test_trees_of_two_are_within_the_bound_of_their_merges(case: Parts) -> None:
+    """`merge_tree` takes neighbours in pairs; the bound composes in the same way."""
+    parts = tensors(case, torch.device("cpu"))
+    level = [exactly(part) for part in parts]
+    while len(level) > 1:
+        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
+        level = [merge_bound(pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    part_within("a tree", merge_tree(parts), level[0])

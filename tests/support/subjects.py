@@ -1,4 +1,4 @@
-"""Subjects of laws that no specification names: faults, and the flash kernel on Triton's interpreter."""
+"""Asking laws in tests, and subjects that no specification names: faults, the flash kernel interpreted."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from kernels.faults.tile_kernel import TileKernel
 from kernels.flash.kernel import FlashKernel
 from kernels.spec import Spec, parse_plan
 from kernels.trace import LaunchTrace
-from verify.laws import Subject, subject_of
+from verify.laws import Law, Subject, subject_of
 from verify.laws.law import Options
+from verify.laws.run import kept_examples, run_law
 
 CACHE = "q8_0"
+
+
+def assert_keeps(law: Law, subject: Subject, *, examples: int | None = None) -> None:
+    """The law holds; where it breaks, the shrunk case and what was found are the message."""
+    result = run_law(law, subject, examples=examples, database=kept_examples())
+    assert result.state != "broken", f"{law.name} of {subject.spec}: {result.reason}: {result.case}"
 
 
 def _plan_options(options: Options) -> dict[str, str]:

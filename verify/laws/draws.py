@@ -70,7 +70,11 @@ def problems(
     sizes = [n for n in (16, 32, 64, 128) if has.k_sizes is None or n in has.k_sizes]
     k_size = draw(st.sampled_from(sizes or [has.k_sizes[0] if has.k_sizes else 64]))
     most_heads = 1 if subject.small else 3
-    ratios = [n for n in (1, 2, 3, 4, 6, 12) if has.ratios is None or n in has.ratios]
+    ratios = [
+        n
+        for n in ((1, 2, 3) if subject.small else (1, 2, 3, 4, 6, 12))
+        if has.ratios is None or n in has.ratios
+    ]
     types = [name for name in ("f16", "bf16", "f32") if DTYPES[name] in has.dtypes]
     return Problem(
         family=family,
