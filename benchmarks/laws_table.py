@@ -2,8 +2,8 @@
 
     python benchmarks/laws_table.py SPEC ... [--device cuda] [--examples 100] [--name cpu]
 
-runs `verify props` on each, keeps what was found in benchmarks/results/laws-NAME.json, and writes docs/laws.md
-anew from all such files. Without a SPEC it only writes the page. What stands below the marker on that page is
+runs `verify props` on each, keeps what was found in benchmarks/results/laws-NAME.json, and writes
+docs/laws.md anew from all such files. SHOWN==SPEC gives a kernel another name on the page. Without a SPEC it only writes the page. What stands below the marker on that page is
 written by hand, and stays.
 """
 
@@ -24,17 +24,19 @@ PAGE = ROOT / "docs/laws.md"
 BY_HAND = "<!-- what follows is written by hand -->"
 HEAD = """# Laws: what holds for every right kernel, and for which it was seen to hold
 
-`verify props SPEC` asks a kernel every law below. Each is a function in `verify/laws/`, tried on cases that hypothesis draws and
-shrinks; its tolerance is derived (`docs/numerics.md`), never a constant; `tests/properties/test_law_faults.py` shows that each fails on
-a known fault. `a` allows both results their error budgets, so a margin of 0.3 means that they came to differ by 0.3 of what rounding may do.
+`verify props SPEC` asks a kernel every law below. Each is a function in `verify/laws/`, tried on cases that
+hypothesis draws and shrinks; its tolerance is derived (`docs/numerics.md`, `kernels/merge_bound.py`), never a
+constant, and `tests/properties/test_law_faults.py` shows that it fails on a known fault. Two results that
+exact arithmetic would make equal may differ by both their error budgets: a margin of 0.3 means that they came
+to differ by 0.3 of what rounding may do.
 
-This page is written by `python benchmarks/laws_table.py`, from runs kept in `benchmarks/results/laws-*.json`.
+This page is written by `benchmarks/laws_table.py` from runs kept in `benchmarks/results/laws-*.json`.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("specs", nargs="*", help="kernel specifications; SHOWN=SPEC gives one a name")
+    parser.add_argument("specs", nargs="*", help="kernel specifications, or SHOWN==SPEC")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--name", default="", help="of the file of results; default: the device")
@@ -85,7 +87,10 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
     for name in LAWS:
         cells = [cell(laws.get(name)) for laws in by_name]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "A number is the tightest margin seen, in units of the tolerance; `=`: equal to the bit; -: not applicable."]
+    lines += [
+        "",
+        "A number is the tightest margin seen, in units of the tolerance; =: every bit; -: not applicable.",
+    ]
     for run in runs:
         e = run["environment"]
         most = max((law["examples"] for law in run["laws"]), default=0)
