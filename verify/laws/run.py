@@ -149,6 +149,8 @@ def run_law(
         derandomize=False,
         database=keep,
         deadline=None,
+        # Calls that a kernel does not take are drawn again, as often as it takes.
+        suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,
     )
