@@ -55,7 +55,7 @@ class Rope:
     def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x [T, H, D] at positions [T], the dimensions from `size` on left as they are."""
         half = self.size // 2
-        cos, sin = self._tables(positions)
+        cos, sin = self._tables(positions, x.dtype)
         rotated, rest = x[..., : self.size], x[..., self.size :]
         if self.kind == "norm":
             a, b = rotated[..., 0::2], rotated[..., 1::2]
@@ -65,11 +65,11 @@ class Rope:
             turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
         return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
-    def _tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of every angle times the magnitude, [T, 1, size/2] float32."""
-        if not self._last or self._last[0][0] is not positions:
+    def _tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of every angle times the magnitude, [T, 1, size/2]."""
+        if not self._last or self._last[0][0] is not positions or self._last[0][1].dtype != dtype:
             angles = positions.to(torch.float64)[:, None] * self.frequencies().to(positions.device)
-            cos, sin = ((f(angles) * self.magnitude).float()[:, None] for f in (torch.cos, torch.sin))
+            cos, sin = ((f(angles) * self.magnitude).to(dtype)[:, None] for f in (torch.cos, torch.sin))
             self._last[:] = [(positions, cos, sin)]
         return self._last[0][1:]
 

@@ -1,9 +1,10 @@
 """The reference runner: groups of windows outside, layers inside, every arm at once.
 
 For each layer the weights are dequantized once, applied to every arm and window, and dropped. Everything but
-attention is float32 on fixed row tiles; attention is each arm's own. q, k and v are rounded once, by
-`round_inputs`, to the run's attention type: what an engine's cast does, and the same for every arm. The
-output matrix comes in slices of its rows, so that logits of the whole vocabulary never lie in memory.
+attention is float32 (or float64, if asked) on fixed row tiles; attention is each arm's own. q, k and v are
+rounded once, by `round_inputs`, to the run's attention type: what an engine's cast does, and the same for
+every arm. The output matrix comes in slices of its rows, so that logits of the whole vocabulary never lie in
+memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from model.stream import Piece, Share, TensorStream
 # First window of a slab, name of the arm.
 State = tuple[int, str]
 ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+# Of everything but attention.
+COMPUTE_TYPES = {"f32": torch.float32, "f64": torch.float64}
 # Rows of a tile of logits at most, and rows of the embedding or output matrix decoded at once.
 CPU_LOGIT_ROWS, GPU_LOGIT_ROWS = 128, 2048
 VOCABULARY_ROWS = 8192
@@ -77,7 +80,11 @@ class Progress(Protocol):
 
 
 class Runner:
-    """One model on one device."""
+    """One model on one device.
+
+    attention_type: what q, k and v are rounded to; share: see `TensorStream`; compute: the type of everything
+    but attention.
+    """
 
     def __init__(
         self,
@@ -86,13 +93,16 @@ class Runner:
         device: torch.device,
         attention_type: str = "f16",
         share: Share | None = None,
+        compute: str = "f32",
     ) -> None:
         self.architecture = architecture
         self.device = device
         self.attention_type = ATTENTION_TYPES[attention_type]
         self.stopwatch = Stopwatch(device)
         self.products = Products(0, self.stopwatch)
-        self.stream = TensorStream(architecture.file, device, self.stopwatch, share=share)
+        self.stream = TensorStream(
+            architecture.file, device, self.stopwatch, share=share, dtype=COMPUTE_TYPES[compute]
+        )
 
     def tiling(self, n_ctx: int, rest: int | None = None) -> Tiling:
         """How windows of n_ctx tokens are computed together; `rest`: of those, the ones after a prompt."""
@@ -178,7 +188,7 @@ class Runner:
                         continue
                     with self.stopwatch.time("elementwise"):
                         hidden[slab.start, arm.name] = self.architecture.after_attention(
-                            layer, x, o.flatten(0, 1), weights, products
+                            layer, x, o.flatten(0, 1).to(x.dtype), weights, products
                         )
                 if progress:
                     progress(done, steps)

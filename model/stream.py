@@ -69,8 +69,10 @@ class TensorStream:
         *,
         ahead_bytes: int | None = None,
         share: Share | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.file, self.device, self.stopwatch, self.share = file, device, stopwatch, share
+        self.dtype = dtype
         on_gpu = device.type == "cuda"
         default = GPU_AHEAD_BYTES if on_gpu else CPU_AHEAD_BYTES
         self.ahead_bytes = default if ahead_bytes is None else ahead_bytes
@@ -100,7 +102,7 @@ class TensorStream:
         return own if self.share is None else self.share.union(own)
 
     def take(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """The weights, float32 on the device, as `model.dequantize` gives them. Raises ModelError."""
+        """The weights on the device as `model.dequantize` gives them, in `dtype`. Raises ModelError."""
         info = self.file.tensor(name)
         if not type_is_supported(info.type_name):
             raise ModelError(f"{info.path}: tensor {name}: weights of type {info.type_name} are not decoded")
@@ -115,7 +117,7 @@ class TensorStream:
             width = info.shape[-1] if info.shape else 1
             if len(info.shape) == 1 and info.type_name in PLAIN_TYPES:
                 width = 1
-            return decode(stored, info.type_name, width).view(*count, *info.shape[1:])
+            return decode(stored, info.type_name, width).view(*count, *info.shape[1:]).to(self.dtype)
 
     def forget(self) -> None:
         """Drop what was read ahead and not taken."""

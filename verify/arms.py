@@ -148,8 +148,8 @@ class ArmRunner:
             if self.watch is not None:
                 self.watch(call, oracle)
             if arm.role == "floor":
-                return (oracle + floor_noise(call, oracle, self.seed)).float()
-            return oracle.float()
+                oracle = oracle + floor_noise(call, oracle, self.seed)
+            return oracle if call.x is not None and call.x.dtype == torch.float64 else oracle.float()
         tried = attempt(arm.kernel, kernel_call(call, arm.path))
         arm.kernel.trace.add(tried.trace)
         if tried.output is None:

@@ -19,7 +19,7 @@ from model.architectures import architecture_of
 from model.architectures.architecture import Architecture
 from model.gguf_file import GGUFFile
 from model.locate import locate_model
-from model.runner import Progress, Runner
+from model.runner import COMPUTE_TYPES, Progress, Runner
 from model.tokenizer import Tokenizer
 from verify import environment
 from verify.arms import Arm, void_reasons
@@ -135,6 +135,8 @@ class Experiment:
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
         notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
+        if self.settings.compute == "f64":
+            notes.add("everything but attention was computed in float64")
         if self._moved:
             notes.add(
                 f"products of {len(self._moved)} shapes give a row other bits in another place here: results"
@@ -170,6 +172,7 @@ class Experiment:
             device=self.device,
             attention_type=self.settings.cache_type,
             share=self.ranks.share(),
+            compute=self.settings.compute,
         )
         grouping = min(self.ranks.everyones(self._grouping(runner)))
         if self.logits_files and self.ranks.size > 1:
@@ -209,7 +212,10 @@ class Experiment:
             windows=self.windows.n_windows,
             at_once=runner.tiling(n_ctx, self.settings.score_last).windows,
             n_ctx=n_ctx,
-            state_bytes=(len(self.arms) + len(carried(self.arms)) + len(self.faults)) * n_ctx * width * 4,
+            state_bytes=(len(self.arms) + len(carried(self.arms)) + len(self.faults))
+            * n_ctx
+            * width
+            * COMPUTE_TYPES[self.settings.compute].itemsize,
             model_bytes=sum(p.stat().st_size for p in self.file.paths),
             memory=self.settings.memory,
             device=self.device,

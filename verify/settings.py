@@ -40,6 +40,7 @@ class PplSettings:
     margin: float = DEFAULT_MARGIN
     seed: int = 0
     capture: str | None = None
+    compute: str = "f32"
     save_logits: str | None = None
     against: tuple[str, ...] = ()
     noise: int = 0
@@ -48,7 +49,7 @@ class PplSettings:
 
     def __post_init__(self) -> None:
         from kernels.contract import PATHS
-        from model.runner import ATTENTION_TYPES
+        from model.runner import ATTENTION_TYPES, COMPUTE_TYPES
 
         if self.path not in (*PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, prefill or both")
@@ -71,6 +72,8 @@ class PplSettings:
                 "--score-last: a logits file holds the second half of every window, expected no --save-logits"
                 " or --against beside it"
             )
+        if self.compute not in COMPUTE_TYPES:
+            raise UsageError(f"--compute {self.compute}: expected one of {', '.join(COMPUTE_TYPES)}")
         if not self.candidates:
             raise UsageError("--candidate: expected at least one")
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.contract import checked_call
+from kernels.exact import exact_attention
 from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products, Tiling, tile_rows, tiling_of
-from model.runner import Runner
+from model.runner import COMPUTE_TYPES, LayerCall, Runner
 from model.stopwatch import Stopwatch
 from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
@@ -78,6 +80,27 @@ def test_logits_are_those_of_the_formulas(tiny: Path) -> None:
     found = logits_of(runner, TOKENS, [ExactArm()], range(40))["exact"]
     for w in range(3):
         assert relative(found[w].numpy(), forward(tiny, TOKENS[w])) < 1e-5
+
+
+class Float64Arm(ExactArm):
+    """Attention in float64 that stays so."""
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        checked = checked_call(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.settings.scale)
+        return exact_attention(checked).out
+
+
+def test_in_float64_only_the_inputs_of_attention_are_rounded(tiny: Path) -> None:
+    """q, k and v are rounded to float32, the widest type of a cache: nothing else is."""
+    architecture = architecture_of(GGUFFile.open(tiny))
+    far = {}
+    for compute in ("f32", "f64"):
+        runner = Runner(architecture, device=CPU, attention_type="f32", compute=compute)
+        found = logits_of(runner, TOKENS[:1], [Float64Arm()], range(40))["exact"]
+        assert found.dtype == COMPUTE_TYPES[compute]
+        far[compute] = relative(found[0].numpy(), forward(tiny, TOKENS[0]))
+    assert far["f64"] < far["f32"] / 1.5
+    assert far["f64"] < 1e-6
 
 
 def test_a_flipped_rotation_would_be_seen(tiny: Path) -> None:

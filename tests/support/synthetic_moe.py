@@ -37,7 +37,10 @@ class MoeSizes:
 
 
 def write_moe(path: Path, sizes: MoeSizes = MoeSizes(), *, seed: int = 0) -> Path:
-    """Attention is Q8_0, gates and up Q4_K, down Q6_K, shared experts Q4_0; norms, router and biases F32."""
+    """Attention is Q8_0, gates and up Q4_K, down Q6_K, shared experts Q4_0; norms, router and biases F32.
+
+    Where blocks of 256 do not fit in a row, down is Q8_0, as quantisers have it.
+    """
     writer = gguf.GGUFWriter(path, "glm4moe")
     s, name = sizes, "glm4moe"
     for key, value in {
@@ -64,6 +67,7 @@ def write_moe(path: Path, sizes: MoeSizes = MoeSizes(), *, seed: int = 0) -> Pat
     tensors: list[tuple[str, tuple[int, ...], Kind]] = []
 
     def add(name: str, kind: Kind, *shape: int) -> None:
+        kind = Kind.Q8_0 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
         tensors.append((name, shape, kind))
 
     add("token_embd.weight", Kind.F32, len(tokens), s.width)

@@ -114,6 +114,14 @@ def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Pa
     assert len(set(files)) == 1
 
 
+def test_the_whole_reference_in_float64(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    reports = {kind: run(tiny, tmp_path / kind, "--compute", kind)[1] for kind in ("f32", "f64")}
+    ppl = {kind: [arm["ppl"] for arm in report["arms"]] for kind, report in reports.items()}
+    assert ppl["f32"] != ppl["f64"]
+    assert ppl["f32"] == pytest.approx(ppl["f64"], rel=1e-3)
+    assert any("float64" in note for note in reports["f64"]["notes"])
+
+
 def test_windows_side_by_side_change_no_bit(
     tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +330,7 @@ def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_
         (("--memory", "lots"), "--memory lots"),
         (("--device", "tpu"), "--device tpu"),
         (("--margin", "0.5"), "--margin"),
+        (("--compute", "f16"), "--compute f16"),
         (("--nonsense",), "--nonsense"),
         (("-c", "4096"), "expected at least 8192"),
     ],

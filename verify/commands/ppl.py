@@ -80,6 +80,9 @@ def command(
     power: Annotated[
         bool, typer.Option("--power", help="plant faults of graded size: which of them does this run see?")
     ] = False,
+    compute: Annotated[
+        str, typer.Option("--compute", help="type of everything but attention: f32, f64 (small models)")
+    ] = "f32",
     seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
@@ -130,6 +133,7 @@ def command(
             margin=margin,
             seed=seed,
             capture=capture,
+            compute=compute,
             save_logits=save_logits,
             against=tuple(against or ()),
             noise=noise,
