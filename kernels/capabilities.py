@@ -24,7 +24,7 @@ WORDS: dict[Promise, str] = {
     "softcap": "has no softcap",
     "sinks": "has no sinks",
     "alibi": "has no ALiBi slopes",
-    "plans": "takes no plan: how it cuts a call cannot be chosen",
+    "plans": "takes no plan",
     "head_groups": "takes no head groups",
     "empty_rows": "takes no row that sees no key",
     "ragged": "takes one kv_len a call",
@@ -69,6 +69,19 @@ class Capabilities:
         """Why a kernel cannot be asked for all of these, or None if it can."""
         missing = [WORDS[name] for name in promises if not getattr(self, name)]
         return "; ".join(missing) or None
+
+    def limits(self) -> list[str]:
+        """All that a kernel lacks beside one that has everything, in words."""
+        found = [words for name, words in WORDS.items() if not getattr(self, name)]
+        all_of = Capabilities()
+        for what in ("paths", "devices", "dtypes"):
+            has = getattr(self, what)
+            if set(has) < set(getattr(all_of, what)):
+                found.append(f"has only {what} {', '.join(str(x).removeprefix('torch.') for x in has)}")
+        for what, some in (("head sizes", self.k_sizes), ("ratios", self.ratios)):
+            if some is not None:
+                found.append(f"has only {what} {', '.join(map(str, some))}")
+        return found
 
     def refuses(self, call: Call) -> str | None:
         """Why a call is beyond this kernel, or None if it is not."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kernels.cache import CACHE_TYPES
+from kernels.capabilities import Capabilities
 from kernels.contract import Kernel
 from kernels.eager import EagerKernel, EagerOptions
 from kernels.errors import SpecError, nearest
 from kernels.exact import ExactKernel
 from kernels.flash.kernel import flash_kernel, why_not_cuda
-from kernels.foreign.ggml_kernel import GGML_OPTIONS, GgmlKernel
+from kernels.foreign.ggml_kernel import GGML_CAPABILITIES, GGML_OPTIONS, GgmlKernel
 from kernels.foreign.python_kernel import PYTHON_OPTIONS, PythonKernel
+from kernels.peers.flex import FLEX_CAPABILITIES, FlexKernel
+from kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel, why_not_library
+from kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
 from kernels.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
 
 TILE_OPTIONS: dict[str, str] = {
@@ -31,13 +37,19 @@ FLASH_OPTIONS: dict[str, str] = {
 
 
 class Entry(NamedTuple):
-    """A kernel: its name, its options, how to build it, and why it cannot run here (None: it can)."""
+    """A kernel: its name, its options, how to build it, and why it cannot run here (None: it can).
+
+    variants: names after a colon, one of which must be given; limits: what is known before it is built, by
+    the kernel's name or its variants' names.
+    """
 
     name: str
     summary: str
     options: Mapping[str, str]
     build: Callable[[Spec], Kernel]
     why_not: Callable[[], str | None]
+    variants: tuple[str, ...] = ()
+    limits: Mapping[str, Capabilities] = MappingProxyType({})
 
 
 def _eager_options(spec: Spec) -> EagerOptions:
@@ -95,6 +107,35 @@ ENTRIES: dict[str, Entry] = {
             GGML_OPTIONS,
             GgmlKernel.from_spec,
             _here,
+            limits={"ggml": GGML_CAPABILITIES},
+        ),
+        Entry(
+            "sdpa",
+            "torch's scaled_dot_product_attention, one backend of it",
+            {},
+            SdpaKernel.from_spec,
+            _here,
+            variants=tuple(SDPA_CAPABILITIES),
+            limits={f"sdpa:{name}": has for name, has in SDPA_CAPABILITIES.items()},
+        ),
+        Entry(
+            "flex",
+            "torch's FlexAttention: compiled on CUDA, in plain torch elsewhere",
+            {},
+            lambda s: FlexKernel(s.text),
+            _here,
+            limits={"flex": FLEX_CAPABILITIES},
+        ),
+        *(
+            Entry(
+                name,
+                f"decode kernel of the library {name}",
+                {},
+                LibraryKernel.from_spec,
+                partial(why_not_library, name),
+                limits={name: has},
+            )
+            for name, has in LIBRARY_CAPABILITIES.items()
         ),
     )
 }
@@ -116,5 +157,10 @@ def build_kernel(text: str) -> Kernel:
             f"kernel {text!r}: unknown kernel {spec.name!r}{nearest(spec.name, ENTRIES)}"
             f" (known: {', '.join(ENTRIES)})"
         )
+    if spec.target and not entry.variants and spec.name != "py":
+        raise SpecError(f"kernel {text!r}: {spec.target!r} is not of the form option=value")
+    if entry.variants and spec.target not in entry.variants:
+        wanted = ", ".join(f"{entry.name}:{variant}" for variant in entry.variants)
+        raise SpecError(f"kernel {text!r}: expected one of {wanted}")
     check_options(spec, entry.options)
     return entry.build(spec)

@@ -15,7 +15,10 @@ from kernels.policy import POLICIES, Launch, SplitMode, policy_named
 
 
 class Spec(NamedTuple):
-    """A specification taken apart: text as written, name, target (of `py:`), options as written."""
+    """A specification taken apart: text as written, name, target, options as written.
+
+    target: the variant of `sdpa:flash`, or what `py:` runs; empty where there is none.
+    """
 
     text: str
     name: str
@@ -27,8 +30,9 @@ def parse_spec(text: str) -> Spec:
     """Take a specification apart. Raises SpecError on options that are not `name=value` or are doubled."""
     name, _, rest = text.strip().partition(":")
     target = ""
-    if name == "py":
-        target, _, rest = rest.partition(",")
+    first, _, others = rest.partition(",")
+    if name == "py" or (first and "=" not in first):
+        target, rest = first, others
     options: dict[str, str] = {}
     for piece in filter(None, rest.split(",")):
         key, equals, value = piece.partition("=")

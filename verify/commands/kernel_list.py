@@ -20,7 +20,11 @@ def command() -> int:
     console = Console(file=sys.stdout, width=None if on_terminal(sys.stdout) else PIPE_WIDTH, highlight=False)
     for entry in ENTRIES.values():
         why = entry.why_not()
-        console.print(f"{entry.name}  {entry.summary}" + (f"  [here: {why}]" if why else ""), markup=False)
+        names = "|".join(entry.variants)
+        named = f"{entry.name}:{names}" if names else entry.name
+        console.print(f"{named}  {entry.summary}" + (f"  [here: {why}]" if why else ""), markup=False)
+        for name, has in entry.limits.items():
+            console.print(f"    {name}: " + "; ".join(has.limits()), markup=False)
         if entry.options:
             table = Table(box=None, show_header=False, pad_edge=False)
             for name, text in entry.options.items():

@@ -1,0 +1,75 @@
+"""torch's scaled_dot_product_attention, through one of its backends; whichever was asked for, or none."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels.capabilities import Capabilities
+from kernels.peers.peer import Launch, PeerKernel, Rows, refuse
+from kernels.spec import Spec
+
+_PLAIN = Capabilities(
+    lse=False, sliding_window=False, softcap=False, sinks=False, alibi=False, plans=False, head_groups=False,
+    empty_rows=False,
+)  # fmt: skip
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _with(**has: object) -> Capabilities:
+    return Capabilities(**{**vars(_PLAIN), **has})
+
+
+# Rows of a prefill call see keys by a mask, and not every backend takes one.
+SDPA_CAPABILITIES: dict[str, Capabilities] = {
+    "flash": _with(paths=("decode",), dtypes=_HALF, v_size=False),
+    "cudnn": _with(paths=("decode",), dtypes=_HALF, v_size=False, devices=("cuda",)),
+    "math": _PLAIN,
+    "efficient": _with(devices=("cuda",)),
+}
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def why_not_sdpa(variant: str) -> str | None:
+    """Why a backend cannot run here, or None if it can."""
+    if "cpu" not in SDPA_CAPABILITIES[variant].devices and not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+class SdpaKernel(PeerKernel):
+    """One backend. `efficient` has one KV head a query head: they are repeated before the launch."""
+
+    def __init__(self, spec: str, variant: str) -> None:
+        super().__init__(spec, SDPA_CAPABILITIES[variant], f"torch {torch.__version__}")
+        self.variant = variant
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> SdpaKernel:
+        refuse(spec.text, why_not_sdpa(spec.target))
+        return cls(spec.text, spec.target)
+
+    def prepare(self, rows: Rows) -> Launch:
+        q, k, v = (x.transpose(1, 2) for x in (rows.q, rows.k, rows.v))
+        if self.variant == "efficient":
+            k, v = (x.repeat_interleave(rows.call.shape.ratio, dim=1) for x in (k, v))
+        mask = None
+        if rows.call.path == "prefill":
+            mask = torch.arange(k.shape[2], device=q.device) < rows.kv_len[0, :, None]
+        backend, scale = _BACKENDS[self.variant], rows.call.scale
+        grouped = self.variant != "efficient"
+
+        def launch() -> tuple[torch.Tensor, None]:
+            with sdpa_kernel([backend]):
+                found = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+                )
+            return found[0].transpose(0, 1), None
+
+        return launch
