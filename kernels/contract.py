@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 
 from kernels.arithmetic import Arithmetic
+from kernels.cache import through_cache
 from kernels.capabilities import Capabilities
 from kernels.lengths import lengths_of
 from kernels.merge import Merge
@@ -79,8 +80,11 @@ class Kernel(ABC):
     """A kernel that was built from a specification.
 
     `spec` is the text it was built from, `trace` what it has launched so far, `notes` what a reader of the
-    verdict must know (a fallback that ran in its place, say).
+    verdict must know (a fallback that ran in its place, say), `cache` the type of its own KV cache, f16 where
+    keys and values stay as they are given.
     """
+
+    cache = "f16"
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -141,10 +145,13 @@ class Kernel(ABC):
     def held(self, call: Call) -> Call:
         """The call with keys and values as this kernel's own cache holds them: what its budget is for.
 
-        A kernel whose specification has a quantised `cache=` answers for its arithmetic on these numbers.
+        A kernel whose specification has a quantised `cache=` answers for its arithmetic on these numbers,
+        expanded to the call's own type: a kernel that does not round them so counts it in u_k and u_v.
         What quantising them costs is measured as distance to `call`, and judged as such.
         """
-        return call
+        if self.cache == "f16":
+            return call
+        return replace(call, k=through_cache(call.k, self.cache), v=through_cache(call.v, self.cache))
 
     def merger(self) -> Merge | None:
         """The merge that this kernel combines its parts by, where it can be called by itself."""

@@ -113,7 +113,8 @@ class EagerKernel(Kernel):
         values = _tiles(call.v[b], block)  # [Hkv, tiles, block, Dv]
         # Rows that follow the same head groups are launched together, in ascending n_kv.
         by_groups: dict[tuple[int, ...], list[int]] = {}
-        kernel = f"eager[{options.label}]"
+        cache = "" if self.cache == "f16" else f",cache={self.cache},expand=f16"
+        kernel = f"eager[{options.label}{cache}]"
         plans: dict[int, RowPlan] = {}
         if decode:
             tiles = [[row] for row in sorted(range(shape.rows), key=n_kv_list.__getitem__)]

@@ -402,6 +402,14 @@ def check(probe: Probe, kernel: Kernel, *, plan: Plan | None = None, most: int =
     return judge(probe, result, arithmetic, most=most)
 
 
+def on_cache(probe: Probe, held: Call) -> Probe:
+    """The probe as a kernel with a quantised cache sees it: exact on what its cache holds, within its budget.
+
+    held: `Kernel.held` of the probe's call; a kernel without such a cache gets the probe as it is.
+    """
+    return probe if held is probe.call else Probe(probe.name, "budget", held, keys=probe.keys)
+
+
 def judge(
     probe: Probe,
     result: AttentionOutput,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from kernels.detectors import (
     findings,
     measure,
 )
+from kernels.exact import exact_attention
 from kernels.families import FAMILIES
 from kernels.gates import compared, nmse, plain_attention, verdicts
 from kernels.trace import LaunchTrace
@@ -58,8 +59,10 @@ class KernelEvidence:
 
     failure: what it failed with instead of a result; measures and findings: of `kernels.detectors`; gates:
     what the gates of others say; nmse: square error over the square of exact; worst: [b, row, head, element]
-    of the largest |error| / budget, worst_values: got and exact there; row_square [T * Hq]: square error a
-    row and head; heat [T, Hq] and ratios: |error| / budget, the largest of each row and head, and all.
+    of the largest |error| / budget, worst_values: got and exact there; cache: type of the kernel's own cache;
+    row_square [T * Hq]: square error a row and head, on keys and values as that cache holds them, and
+    given_square the same to exact on the inputs as they were given; heat [T, Hq] and ratios: |error| /
+    budget, the largest of each row and head, and all.
     """
 
     spec: str
@@ -71,7 +74,9 @@ class KernelEvidence:
     nmse: float = math.nan
     worst: tuple[int, ...] = ()
     worst_values: tuple[float, float] = (math.nan, math.nan)
+    cache: str = "f16"
     row_square: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    given_square: np.ndarray = field(default_factory=lambda: np.zeros(0))
     heat: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     ratios: np.ndarray = field(default_factory=lambda: np.zeros(0))
     output: AttentionOutput | None = None
@@ -141,12 +146,11 @@ def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> lis
         with clock.stage(kernel.spec, inputs.n_kv):
             tried.append(attempt(kernel, call))
     ran = [i for i, each in enumerate(tried) if each.output is not None]
-    arithmetics = {i: kernels[i].arithmetic(call.shape, call.path) for i in ran}
-    budgets: dict[int, Budget] = {}
+    due: dict[int, _Due] = {}
     plain = None
     if ran:
         with clock.stage("budgets", inputs.n_kv):
-            budgets = dict(zip(ran, error_budgets(call, list(arithmetics.values())), strict=True))
+            due = dict(zip(ran, _all_due([kernels[i] for i in ran], call), strict=True))
         with clock.stage("plain attention", inputs.n_kv):
             plain = plain_attention(call)
     found: list[KernelEvidence | None] = []
@@ -154,45 +158,75 @@ def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> lis
         if each.unsupported:
             found.append(None)
             continue
-        evidence = KernelEvidence(kernel.spec, trace=each.trace)
+        evidence = KernelEvidence(kernel.spec, cache=kernel.cache, trace=each.trace)
         if each.output is None:
             evidence.failure = each.failure
         elif plain is not None:
             with clock.stage("figures", inputs.n_kv):
-                _hold(evidence, inputs, each.output, arithmetics[i], budgets[i], plain)
+                _hold(evidence, inputs, each.output, due[i], plain)
         found.append(evidence)
     return found
 
 
+class _Due(NamedTuple):
+    """What a kernel is held against: the budget of the call as its cache holds it; exact on the inputs."""
+
+    held: Call
+    arithmetic: Arithmetic
+    budget: Budget
+    exact: torch.Tensor
+
+
+def by_cache(kernels: Sequence[Kernel]) -> list[list[int]]:
+    """Indices of kernels that hold the same keys and values, together."""
+    found: dict[str, list[int]] = {}
+    for i, kernel in enumerate(kernels):
+        found.setdefault(kernel.cache, []).append(i)
+    return list(found.values())
+
+
+def _all_due(kernels: Sequence[Kernel], call: Call) -> list[_Due]:
+    """For each kernel; kernels with the same cache share what they can."""
+    due: dict[int, _Due] = {}
+    for which in by_cache(kernels):
+        held = kernels[which[0]].held(call)
+        arithmetics = [kernels[i].arithmetic(call.shape, call.path) for i in which]
+        budgets = error_budgets(held, arithmetics)
+        exact = budgets[0].out if held is call else exact_attention(call).out
+        for i, arithmetic, budget in zip(which, arithmetics, budgets, strict=True):
+            due[i] = _Due(held, arithmetic, budget, exact)
+    return [due[i] for i in range(len(kernels))]
+
+
 def _hold(
-    found: KernelEvidence,
-    inputs: Inputs,
-    output: AttentionOutput,
-    arithmetic: Arithmetic,
-    budget: Budget,
-    plain: torch.Tensor,
+    found: KernelEvidence, inputs: Inputs, output: AttentionOutput, due: _Due, plain: torch.Tensor
 ) -> None:
     """Fill in a kernel's evidence: its output against the budget, and what the gates of others say."""
-    call = inputs.call
+    call, budget, exact = inputs.call, due.budget, due.exact
     found.output = output
     has_lse = not bool(output.lse.isnan().all())
     judged = output if has_lse else AttentionOutput(output.out, budget.lse)
     family = FAMILIES.get(inputs.family)
     distinct = family is not None and family.distinct
-    found.measures = measure(call, judged, arithmetic, distinct=distinct, budget=budget)
+    found.measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget)
     found.findings = findings(found.measures)
-    found.gates = verdicts(compared(call, output.out, budget.out, plain))
+    found.gates = verdicts(compared(call, output.out, exact, plain))
     error = output.out.double() - budget.out
-    clean = torch.where(torch.isfinite(error), error, 0.0)
-    found.nmse = nmse(output.out, budget.out)
+    found.nmse = nmse(output.out, exact)
     place = found.measures.worst
     found.worst = place
     found.worst_values = (float(output.out[place]), float(budget.out[place]))
     ratio = budget_ratio(error, budget.bound)
     ratio = torch.where(budget.vacuous[..., None] & torch.isfinite(error), 0.0, ratio)
-    found.row_square = clean.square().sum(-1).flatten().cpu().numpy()
+    found.row_square, found.given_square = _row_square(error), _row_square(output.out.double() - exact)
     found.heat = ratio[0].amax(-1).cpu().numpy()
     found.ratios = ratio.flatten().cpu().numpy()
+
+
+def _row_square(error: torch.Tensor) -> np.ndarray:
+    """Square error [T * Hq] of each row and head; what is NaN or Inf is judged elsewhere."""
+    squares = torch.where(torch.isfinite(error), error, 0.0).square().sum(-1)
+    return np.asarray(squares.flatten().cpu().numpy())
 
 
 def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:
@@ -206,7 +240,9 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
     family = FAMILIES.get(inputs.family)
     log_ratio = None
     if not faults and (family is None or family.distinct):
-        a, b = (np.maximum(x.row_square, SMALLEST_SQUARE) for x in (candidate, baseline))
+        # A cache that both have is no change; one that only one has is charged to it.
+        name = "row_square" if candidate.cache == baseline.cache else "given_square"
+        a, b = (np.maximum(getattr(x, name), SMALLEST_SQUARE) for x in (candidate, baseline))
         log_ratio = np.log(a / b)
     return Cell(
         inputs,

@@ -10,9 +10,9 @@ import torch
 from kernels.budget import Budget, error_budgets
 from kernels.contract import AttentionOutput, Kernel
 from kernels.families import Sizes, draw
-from kernels.probes import Probe, judge, probe_makers
+from kernels.probes import Probe, judge, on_cache, probe_makers
 from verify.attempt import Attempt, attempt
-from verify.cells import Inputs, KernelEvidence
+from verify.cells import Inputs, KernelEvidence, by_cache
 from verify.stages import StageClock
 
 PROBES = "probes"
@@ -47,8 +47,11 @@ def probe_kernels(
             with clock.stage(f"probes of {kernel.spec}", probing.n_kv):
                 tried.append(attempt(kernel, probe.call))
         with clock.stage("probes judged", probing.n_kv):
-            for evidence, failures in zip(found, _failures(kernels, probe, tried), strict=True):
-                evidence.probes_failed += failures
+            for which in by_cache(kernels):
+                seen = on_cache(probe, kernels[which[0]].held(probe.call))
+                failures = _failures([kernels[i] for i in which], seen, [tried[i] for i in which])
+                for i, failed in zip(which, failures, strict=True):
+                    found[i].probes_failed += failed
     return found
 
 

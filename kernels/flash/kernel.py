@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
-from kernels.cache import CACHE_TYPES, dequantise, quantise, through_cache
+from kernels.cache import CACHE_TYPES, dequantise, quantise
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.eager import EagerKernel, EagerOptions, plan_of_row
@@ -193,9 +193,6 @@ class FlashKernel(Kernel):
     def capabilities(self) -> Capabilities:
         return Capabilities(caches=tuple(CACHE_TYPES))
 
-    def held(self, call: Call) -> Call:
-        return through(call, self.cache)
-
     def merger(self) -> Merge:
         from kernels.flash.merge import combine
 
@@ -250,22 +247,12 @@ class FlashKernel(Kernel):
             self.notes.append(note)
 
 
-def through(call: Call, cache: str) -> Call:
-    """The call on keys and values as they come back from a cache of this type; `f16` is as given."""
-    if cache == "f16":
-        return call
-    return replace(call, k=through_cache(call.k, cache), v=through_cache(call.v, cache))
-
-
 class EagerOverCache(EagerKernel):
     """`eager` on keys and values as they come back from a quantised cache."""
 
     def __init__(self, spec: str, options: EagerOptions, cache: str) -> None:
         super().__init__(spec, options)
         self.cache = cache
-
-    def held(self, call: Call) -> Call:
-        return through(call, self.cache)
 
     def run(self, call: Call) -> AttentionOutput:
         return super().run(self.held(call))

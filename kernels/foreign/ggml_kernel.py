@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 import torch
 
 from kernels.arithmetic import Arithmetic, loosest
-from kernels.cache import BLOCK, dequantise, ggml_blocks, quantise
+from kernels.cache import BLOCK, ggml_blocks, quantise
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.errors import KernelFailure, SpecError
@@ -94,24 +94,13 @@ class GgmlKernel(Kernel):
         self.plan.groups(shape.ratio)  # refuses groups that do not sum to r
         quantised = self.cache != "f16"
         # The CPU adds up float16 values in float16, a key at a time, and quantised ones in float32.
-        on_cpu = self.backend == "cpu"
-        acc = "f32" if quantised and on_cpu else "f16"
-        return replace(
-            loosest("f16", acc=acc),
-            out="f32",
-            q_blocks=quantised,
-            u_k=2.0**-11 if quantised and not on_cpu else 0.0,
-            u_v=2.0**-11 if quantised and not on_cpu else 0.0,
-        )
+        acc = "f32" if quantised and self.backend == "cpu" else "f16"
+        # It may or may not round what it expands.
+        u_cache = 2.0**-11 if quantised else 0.0
+        return replace(loosest("f16", acc=acc), out="f32", q_blocks=quantised, u_k=u_cache, u_v=u_cache)
 
     def capabilities(self) -> Capabilities:
         return replace(GGML_CAPABILITIES, sinks=self._sinks)
-
-    def held(self, call: Call) -> Call:
-        if self.cache == "f16":
-            return call
-        k, v = (dequantise(quantise(x, self.cache)) for x in (call.k, call.v))
-        return replace(call, q=call.q.float(), k=k, v=v)
 
     def run(self, call: Call) -> AttentionOutput:
         reason = self.capabilities().refuses(call)

@@ -156,3 +156,20 @@ def test_layers_captured_from_a_run(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path, more: tuple[str, ...], said: str) -> None:
     done, _ = run(tmp_path / "d", *more)
     assert_refused(done, said)
+
+
+def test_a_quantised_cache_is_charged_as_distance_and_is_no_fault(tmp_path: Path) -> None:
+    """Its kernel is right about the numbers that it holds; they are farther from those it was given."""
+    inputs = "probes,gaussian,rising"
+    seeds = ("--seeds", "3")
+    done, report = run(
+        tmp_path / "a", *seeds, "--baseline", "eager", "--candidate", "flash:cache=q8_0", inputs=inputs
+    )
+    assert (done.returncode, report["verdict"]) == (1, "degraded"), report["reasons"]
+    assert report["pairs"][0]["distance_ratio"] > 3
+    assert all(cell["max_budget_ratio"] <= 1 for cell in report["cells"] if cell["family"] != "probes")
+    assert not any(cell["probes_failed"] for cell in report["cells"])
+    # Between two kernels with the same cache it is no difference.
+    both = ("--baseline", "flash:cache=q8_0", "--candidate", "flash:cache=q8_0,kv=2", "--margin", "2")
+    done, report = run(tmp_path / "b", *seeds, *both, inputs=inputs)
+    assert (done.returncode, report["verdict"]) == (0, "round-off"), report["reasons"]

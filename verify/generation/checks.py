@@ -85,7 +85,7 @@ class CheckedExact:
             arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
             return
         arithmetic = arm.kernel.arithmetic(small.shape, arm.path)
-        budget = error_budget(small, arithmetic)
+        budget = error_budget(arm.kernel.held(small), arithmetic)
         error = tried.output.out[0].double() - budget.out[0]  # [rows, H, Dv]
         bad = ~torch.isfinite(error).all(-1)
         error = torch.where(bad[..., None], 0.0, error)
