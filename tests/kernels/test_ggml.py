@@ -130,6 +130,29 @@ def test_float16_sums_lose_precision_as_the_row_grows(kernels: dict[str, GgmlKer
     assert relative_error(quantised, draw("gaussian", replace(GLM, n_kv=(4096,)), 0)) < long
 
 
+def test_the_cpu_adds_float16_values_in_float16_a_key_at_a_time(kernels: dict[str, GgmlKernel]) -> None:
+    """The loop in NumPy gives its bits, far from exact: what stagnates is the library's sum, not our call."""
+    n = 8192
+    call = draw("one-sign", replace(GLM, n_kv=(n,)), 0)
+    found = kernel_of(kernels, "A").run(call).out[0, 0, 0].numpy()
+    q, k, v = (x[0, :n, 0].float().numpy() for x in (call.q, call.k, call.v))
+    total, weight, top = np.zeros(128, np.float16), np.float32(0), np.float32(-np.inf)
+    for s, value in zip(k @ q[0] * np.float32(call.scale), v, strict=True):
+        rescale = p = np.float32(1)
+        if s > top:
+            rescale, top = np.exp(top - s), s
+            total = (total * rescale).astype(np.float16)
+        else:
+            p = np.exp(s - top)
+        total = (total + value * p).astype(np.float16)
+        weight = weight * rescale + p
+    loop = total / weight
+    due = exact_attention(call).out[0, 0, 0].numpy()
+    # Other processors multiply and exponentiate in another order; the sum's own loss is 100 times that.
+    assert np.linalg.norm(found - loop) < 0.003 * np.linalg.norm(due)
+    assert np.linalg.norm(found - due) > 0.3 * np.linalg.norm(due)
+
+
 def test_a_row_that_sees_nothing_is_zero(kernels: dict[str, GgmlKernel]) -> None:
     call = problem(rows=3, size=64)
     empty = replace(call, kv_len=torch.tensor([[0, 2, 0]], dtype=torch.int32))
