@@ -116,6 +116,15 @@ def test_sections_stand_only_where_the_run_measured_them(finished: Path, whole: 
     assert "scale errors planted in the baseline were seen by gain from 1e-05" in page
 
 
+def test_planted_faults_are_drawn_into_no_picture(run: Path) -> None:
+    measured = json.loads((run / "run.json").read_text())
+    arms = measured["drift"]["arms"]
+    arms.append({**arms[-1], "arm": "power/scale 0.01"})
+    change(run, **measured)
+    assert verify("report", str(run)).returncode == 0
+    assert "power/scale 0.01" not in (run / "report.html").read_text()
+
+
 def test_numbers_that_are_not_known_are_written_so(run: Path) -> None:
     measured = json.loads((run / "run.json").read_text())
     for arm in measured["arms"]:

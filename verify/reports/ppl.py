@@ -36,6 +36,7 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "several_paths": len({arm["path"] for arm in run["arms"]}) > 1,
         "any_frozen": any(arm.get("frozen") for arm in run["arms"]),
         "controls": [arm["name"] for arm in run["arms"] if arm["role"] == "control"],
+        "repeats": [arm["name"] for arm in run["arms"] if arm["role"] in ("control", "noise")],
         "pair_of": {pair["candidate"]: pair for pair in run["pairs"]},
         "command": command_line(run),
         "facts": _facts(run),
