@@ -66,6 +66,7 @@ def props(spec: str, device: str, examples: int) -> dict[str, Any]:
     # Where a library lies on this machine is nobody's business: `shown` names the kernel.
     del result["spec"]
     for law in result["laws"]:
+        law["reason"] = law["reason"].replace(f"{spec}: ", "")
         del law["again"], law["statement"], law["tolerance"]
     return result
 
