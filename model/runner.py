@@ -155,8 +155,11 @@ class Runner:
         steps = (sizes.layers * windows + windows) * len(arms)
         done = 0
         for layer in range(sizes.layers):
-            weights = self._weights(self.architecture.layer_tensors(layer))
-            self._read_ahead(layer + 1, output_rows)
+            later = self.architecture.feed_forward_tensors(layer)
+            held = self.architecture.layer_tensors(layer)
+            weights: dict[str, torch.Tensor] = {}
+            weights = self._weights({short: name for short, name in held.items() if short not in later})
+            self.stream.ahead(Piece(name) for name in later.values())
             settings = self.architecture.attention_settings(layer)
             for slab in slabs:
                 count = len(slab)
@@ -192,8 +195,12 @@ class Runner:
                         )
                 if progress:
                     progress(done, steps)
+            weights = {}
+            weights = self._weights(later)
+            self._read_ahead(layer + 1, output_rows)
             with self.stopwatch.time("elementwise"):
                 self.architecture.feed_forward(layer, hidden, weights, products, self.stream)
+            weights = {}
         if first and prompt is not None:
             live.remove(prompt.name)
         rows = range(scored.start - first, scored.stop - first)
@@ -255,10 +262,12 @@ class Runner:
         return {short: self.stream.take(name) for short, name in tensors.items()}
 
     def _read_ahead(self, layer: int, output_rows: int) -> None:
-        """Announce what is taken after a layer: the next one's tensors, or the output matrix in parts."""
+        """Announce what is taken after a layer: tensors of the next, or the output matrix in parts."""
         architecture = self.architecture
         if layer < architecture.sizes.layers:
-            self.stream.ahead(Piece(name) for name in architecture.layer_tensors(layer).values())
+            later = architecture.feed_forward_tensors(layer)
+            held = architecture.layer_tensors(layer)
+            self.stream.ahead(Piece(name) for short, name in held.items() if short not in later)
             return
         vocabulary = architecture.sizes.vocabulary
         self.stream.ahead(

@@ -158,6 +158,11 @@ class Architecture(ABC):
         there = {short: self.tensor_name(layer, short) for short in (*required, *optional)}
         return {short: name for short, name in there.items() if name in self.file.tensors}
 
+    def feed_forward_tensors(self, layer: int) -> dict[str, str]:
+        """Those of `layer_tensors` that `feed_forward` takes: they need not be held while attention runs."""
+        taken = {self.ffn_norm, self.post_ffn_norm, *self.feed_forwards[layer].shapes}
+        return {short: name for short, name in self.layer_tensors(layer).items() if short in taken}
+
     def has(self, layer: int, short: str) -> bool:
         return self.tensor_name(layer, short) in self.file.tensors
 
