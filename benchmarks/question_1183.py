@@ -54,13 +54,13 @@ def ppl_run(model: Path, acc: str, arguments: argparse.Namespace, folder: Path) 
 def line_of(run: dict[str, Any]) -> str:
     """The run's line of the table."""
     (pair,) = run["pairs"]
-    low, high = pair["distance_ratio_ci"] or (float("nan"), float("nan"))
-    ratio = (
-        "-" if pair["distance_ratio"] is None else f"{pair['distance_ratio']:.3g} ({low:.3g} to {high:.3g})"
-    )
+    ratio = "-"
+    if pair["distance_ratio"] is not None:
+        low, high = pair["distance_ratio_ci"]
+        ratio = f"{pair['distance_ratio']:.3g} ({low:.3g} to {high:.3g})"
     return (
         f"| {run['acc']} | {pair['tokens']}, {pair['coverage_rows']:.1%}"
-        f" | {ratio:.3g} ({low:.3g} to {high:.3g})"
+        f" | {ratio}"
         f" | {pair['frozen_kld_reference']:.2e}, {pair['frozen_kld']:.2e}"
         f" | {pair['dlnppl']:+.1e} +/- {pair['dlnppl_se']:.0e} | **{run['verdict']}** |"
     )

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from kernels.arithmetic import U_F32, Arithmetic
+from kernels.arithmetic import Arithmetic
 from kernels.budget import Budget, budget_ratio, error_budget
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.plan import RowPlan
@@ -130,7 +130,7 @@ def _rms(error: torch.Tensor, b: Budget) -> tuple[float, float]:
 def _gain(call: Call, error: torch.Tensor, b: Budget, a: Arithmetic) -> tuple[float, float]:
     """<err, o> / <o, o>, rows weighted by 1 / E^2, and what rounding alone does not exceed.
 
-    An accumulator that truncates shrinks every result by up to n_part / 16 times u.
+    An accumulator that truncates shrinks every result alike (`Arithmetic.shrinking`).
     """
     used = (b.expected > 0).all(-1) & (b.size > 0).any(-1)
     if not bool(used.any()):
@@ -148,8 +148,8 @@ def _gain(call: Call, error: torch.Tensor, b: Budget, a: Arithmetic) -> tuple[fl
     each = weight.squeeze(-1) * out.norm(dim=-1) * expected.norm(dim=-1) * alike
     shared = (weight * (b.size[used] * out.abs())).sum(-1)
     deviation = math.sqrt(float(each.square().sum())) / power
-    longest = max((a.depths(int(n)).longest for n in call.kv_len.flatten().unique()), default=0)
-    bias = 0.0 if a.u == U_F32 else longest / 16 * a.u * float(shared.sum()) / power
+    shrinking = max((a.shrinking(n) for n in call.kv_len.unique().tolist()), default=0.0)
+    bias = shrinking * float(shared.sum()) / power
     # Of u_p alone, a float32 denominator adds what it rounds: a few u, common to a row.
     return gain, GAIN_SIGMAS * deviation + bias + 8 * a.u
 

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kernels.arithmetic import U_F32, Arithmetic
 from kernels.budget import Budget, budget_ratio, error_budgets
 from kernels.contract import Call, checked_call
 from kernels.detectors import LARGEST_RELATIVE_ERROR
@@ -120,7 +119,8 @@ class InPlace:
                     kv_len = call.kv_len[0, rows]
                     arithmetic = one.arm.kernel.arithmetic(one.own.shape, one.arm.path)
                     side_by_side = error[:, rows].transpose(0, 1).flatten(1, 2)
-                    bias = _truncation(arithmetic, kv_len)
+                    shrinking = [arithmetic.shrinking(n) for n in kv_len.tolist()]
+                    bias = torch.tensor(shrinking, dtype=torch.float64, device=kv_len.device)
                     _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, bias)
                 self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
 
@@ -217,17 +217,6 @@ def _some_rows(
     seen = figures["position"], figures["nonfinite"] > 0
     figures.update({name: x.view(windows) for name, x in found.items()})
     figures["position"] = torch.where(seen[1], seen[0], figures["position"])
-
-
-def _truncation(arithmetic: Arithmetic, kv_len: torch.Tensor) -> torch.Tensor:
-    """[rows]: relative shrinking of a sum over a part's keys in an accumulator that truncates.
-
-    n/16 additions of one matrix instruction each, u at most; 0 where the arithmetic rounds.
-    """
-    if arithmetic.u == U_F32:
-        return torch.zeros(kv_len.shape, dtype=torch.float64, device=kv_len.device)
-    longest = [arithmetic.depths(n).longest for n in kv_len.tolist()]
-    return torch.tensor(longest, dtype=torch.float64, device=kv_len.device) / 16 * arithmetic.u
 
 
 def fault_of(errors: HeadErrors) -> str | None:
