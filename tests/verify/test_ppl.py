@@ -404,8 +404,8 @@ def test_variables_that_the_user_set_are_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("windows", "at_once", "every"),
+    ("windows", "at_once", "stride"),
     [(4, 1, 1), (64, 1, 1), (65, 1, 2), (592, 1, 10), (592, 32, 10), (37, 2, 1)],
 )
-def test_of_many_windows_some_are_checked_in_place(windows: int, at_once: int, every: int) -> None:
-    assert InPlace([], windows_at_once=at_once, windows=windows).every == every
+def test_of_many_windows_some_are_checked_in_place(windows: int, at_once: int, stride: int) -> None:
+    assert InPlace(windows, at_once=at_once).stride == stride
