@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from pages import between_marks
+from runs import ppl_run
 
 CANDIDATE = "flash:heads=2+1,kv=4"
 COLUMNS = (
@@ -31,19 +29,13 @@ COLUMNS = (
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-def ppl_run(n_ctx: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+KEPT = ("verdict", "reasons", "notes", "arms", "pairs", "noise", "in_place", "environment", "speed")
+
+
+def noise_run(n_ctx: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One context length: what its run.json says of the noise arms, and seconds."""
-    command = [sys.executable, "-m", "verify", "ppl", "--device", arguments.device, "-c", str(n_ctx)]
-    command += ["--chunks", str(arguments.chunks), "--noise", str(arguments.noise), "--candidate", CANDIDATE]
-    command += ["-f", arguments.file] if arguments.file else []
-    started = time.perf_counter()
-    done = subprocess.run([*command, "--out", str(folder)], check=False)
-    seconds = time.perf_counter() - started
-    if not (folder / "run.json").is_file():
-        sys.exit(f"verify ppl -c {n_ctx} ended with {done.returncode} and left no run.json")
-    run: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    kept = ("verdict", "reasons", "notes", "arms", "pairs", "noise", "in_place", "environment", "speed")
-    return {"n_ctx": n_ctx, "seconds": seconds, "command": command[3:], **{key: run[key] for key in kept}}
+    options = ["-c", str(n_ctx), "--noise", str(arguments.noise), "--candidate", CANDIDATE]
+    return {"n_ctx": n_ctx, **ppl_run(options, arguments, folder, KEPT)}
 
 
 def line_of(run: dict[str, Any]) -> str:
@@ -83,7 +75,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         for n_ctx in arguments.n_ctx:
-            run = ppl_run(n_ctx, arguments, Path(work) / str(n_ctx))
+            run = noise_run(n_ctx, arguments, Path(work) / str(n_ctx))
             found = [old for old in found if _key(old) != _key(run)] + [run]
             found.sort(key=_key)
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")

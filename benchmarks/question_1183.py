@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from pages import between_marks
+from runs import ppl_run
 
 from model.dress import Dress, dress
 from model.locate import locate_model
@@ -34,21 +33,15 @@ HEADER = (
 )
 
 
-def ppl_run(model: Path, acc: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One comparison in a process of its own: its run.json, and seconds."""
-    specs = [f"flash:policy={policy},acc={acc},kv=auto" for policy in ("before", "ik-1183")]
-    command = [sys.executable, "-m", "verify", "ppl", "-m", str(model), "--device", arguments.device]
-    command += ["-c", str(arguments.n_ctx), "--score-last", str(arguments.score_last), "--path", "decode"]
-    command += ["--chunks", str(arguments.chunks), "--baseline", specs[0], "--candidate", specs[1]]
-    command += ["-f", arguments.file] if arguments.file else []
-    started = time.perf_counter()
-    done = subprocess.run([*command, "--out", str(folder)], check=False)
-    seconds = time.perf_counter() - started
-    if not (folder / "run.json").is_file():
-        sys.exit(f"verify ppl ended with {done.returncode} and left no run.json")
-    run: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    kept = ("verdict", "reasons", "notes", "arms", "pairs", "coverage", "in_place", "by_n_kv", "environment")
-    return {"acc": acc, "seconds": seconds, "command": command[3:], **{key: run[key] for key in kept}}
+KEPT = ("verdict", "reasons", "notes", "arms", "pairs", "coverage", "in_place", "by_n_kv", "environment")
+
+
+def compared(model: Path, acc: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One comparison: its run.json, and seconds."""
+    baseline, candidate = (f"flash:policy={policy},acc={acc},kv=auto" for policy in ("before", "ik-1183"))
+    options = ["-m", str(model), "-c", str(arguments.n_ctx), "--score-last", str(arguments.score_last)]
+    options += ["--path", "decode", "--baseline", baseline, "--candidate", candidate]
+    return {"acc": acc, **ppl_run(options, arguments, folder, KEPT)}
 
 
 def line_of(run: dict[str, Any]) -> str:
@@ -82,7 +75,7 @@ def main() -> None:
         started = time.perf_counter()
         model = dress(locate_model(None), Path(work) / "glm4moe.gguf", GLM)
         dressing = time.perf_counter() - started
-        runs = [ppl_run(model, acc, arguments, Path(work) / acc) for acc in ACCUMULATORS]
+        runs = [compared(model, acc, arguments, Path(work) / acc) for acc in ACCUMULATORS]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"dressing_seconds": dressing, "runs": runs}, indent=1) + "\n")
     device = runs[0]["environment"].get("gpu") or runs[0]["environment"]["device"]
