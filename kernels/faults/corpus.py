@@ -123,7 +123,8 @@ class Race(TileKernel):
 
     def stored(self, row: Row, parts: list[Part]) -> list[Part]:
         if len(parts) > 1:
-            written = torch.rand(row.q.shape[:2], generator=self.generator) >= 0.05
+            # Drawn on the host: the same rows on every device.
+            written = (torch.rand(row.q.shape[:2], generator=self.generator) >= 0.05).to(row.q.device)
             parts[-1] = Part(parts[-1].out * written[..., None], parts[-1].lse)
         return parts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kernels.families import FAMILIES, Sizes, draw
 from kernels.faults import FAULTS, VARIANTS, Fault, Variant
 from kernels.faults.tile_kernel import TileKernel
 from kernels.registry import build_kernel
+from support.other_device import other_device
 
 SIZES = Sizes(n_kv=(161, 97, 0), batch=2)
 # One reference of every line of the list of real bugs that the corpus grew from.
@@ -51,6 +53,26 @@ def test_variants_stay_within_their_own_budget(variant: Variant) -> None:
         assert float(budget_ratio(result.out - budget.out, budget.bound).max()) <= 1, family
         empty = call.kv_len == 0
         assert bool((result.out[empty] == 0).all())
+
+
+def test_they_run_where_the_call_lies() -> None:
+    """On a device that is not there: what a kernel creates on the host, or leaves there, is refused."""
+    with other_device() as device:
+        call = draw("sinks", Sizes(n_kv=(161, 0)), seed=0, device=device)
+        slopes = torch.linspace(0.5, 0.1, call.shape.q_heads, device=device)
+        call = replace(call, sliding_window=100, softcap=5.0, alibi_slopes=slopes)
+        for subject in (*FAULTS, *VARIANTS):
+            result = subject.build().run(call)
+            assert result.out.device == result.lse.device == device, subject.name
+
+
+def test_a_tensor_on_another_device_is_refused() -> None:
+    with other_device() as device:
+        call, host = draw("gaussian", SIZES, seed=0, device=device), torch.ones(2, 1, 1, 1)
+        assert (call.q * host.to(device)).device == torch.ones(2, device=device).device == device
+        assert call.q.cpu().device == torch.device("cpu")
+        with pytest.raises(RuntimeError, match="lies on the cpu"):
+            call.q * host
 
 
 def test_variants_do_round_differently() -> None:
