@@ -43,7 +43,8 @@ class Capabilities:
     ragged: rows of different kv_len in one call; deterministic: the same call gives the same bits;
     row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
     head size than keys; paths, dtypes, devices: which of them; k_sizes, ratios: the head sizes and ratios it
-    has, None for all; caches: quantised cache types that the option `cache=` of its specification takes.
+    has, None for all; size_multiple: what head sizes of keys and values are multiples of (a quantised cache
+    holds them in blocks); caches: quantised cache types that the option `cache=` of its specification takes.
     """
 
     lse: bool = True
@@ -63,6 +64,7 @@ class Capabilities:
     devices: tuple[str, ...] = ("cpu", "cuda")
     k_sizes: tuple[int, ...] | None = None
     ratios: tuple[int, ...] | None = None
+    size_multiple: int = 1
     caches: tuple[str, ...] = ()
 
     def lacks(self, *promises: Promise) -> str | None:
@@ -81,6 +83,8 @@ class Capabilities:
         for what, some in (("head sizes", self.k_sizes), ("ratios", self.ratios)):
             if some is not None:
                 found.append(f"has only {what} {', '.join(map(str, some))}")
+        if self.size_multiple > 1:
+            found.append(f"has only head sizes that are multiples of {self.size_multiple}")
         return found
 
     def refuses(self, call: Call) -> str | None:
@@ -111,4 +115,7 @@ class Capabilities:
         ):
             if allowed is not None and value not in allowed:
                 missing.append(f"has no {what} {value} (has {', '.join(map(str, allowed))})")
+        odd = [size for size in (shape.k_size, shape.v_size) if size % self.size_multiple]
+        if odd:
+            missing.append(f"has no head size {odd[0]} (has multiples of {self.size_multiple})")
         return "; ".join(missing) or None

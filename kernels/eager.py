@@ -24,6 +24,7 @@ from pathlib import Path as FilePath
 import torch
 
 from kernels.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
+from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.exact import finish_logits
 from kernels.merge import Merge, Part, merge_sequential
@@ -97,6 +98,9 @@ class EagerKernel(Kernel):
             # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
             cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + QUERY_TILE, shape.keys))),
         )
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(ratios=self.options.plan.ratios)
 
     def merger(self) -> Merge:
         return merge_sequential

@@ -142,6 +142,11 @@ class Plan:
             )
         return self.heads
 
+    @property
+    def ratios(self) -> tuple[int, ...] | None:
+        """The ratios r that these head groups are for; None for all."""
+        return (sum(self.heads),) if isinstance(self.heads, tuple) else None
+
     def with_sms(self, sms: int) -> Plan:
         """The same plan on a device with this many multiprocessors."""
         return replace(self, sms=sms)

@@ -45,13 +45,26 @@ def parse_spec(text: str) -> Spec:
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:
-    """The same specification with these options set, over what it said of them. Raises SpecError."""
+    """The same specification with these options set, as `replaced` has it. Raises SpecError."""
     spec = parse_spec(text)
-    written = ",".join(f"{key}={value}" for key, value in {**spec.options, **options}.items())
+    written = ",".join(f"{key}={value}" for key, value in replaced(spec.options, options).items())
     head = f"{spec.name}:{spec.target}" if spec.target else spec.name
     if not written:
         return head
     return f"{head}{',' if spec.target else ':'}{written}"
+
+
+def replaced(own: Mapping[str, str], options: Mapping[str, str]) -> dict[str, str]:
+    """A specification's own options with these over them.
+
+    What a policy chooses gives way to a policy, and a policy with its settings to what it would choose.
+    """
+    gone: tuple[str, ...] = ()
+    if "policy" in options:
+        gone = CHOSEN_BY_POLICY
+    elif any(key in options for key in CHOSEN_BY_POLICY):
+        gone = ("policy", *OF_POLICY)
+    return {**{key: value for key, value in own.items() if key not in gone}, **options}
 
 
 def check_options(spec: Spec, known: Mapping[str, str]) -> None:
@@ -91,6 +104,10 @@ PLAN_OPTIONS: dict[str, str] = {
     "split_mode": "layer or graph; default layer",
 }
 
+# Options that a policy chooses, and options that only a policy has.
+CHOSEN_BY_POLICY = ("heads", "launch")
+OF_POLICY = ("threshold", "gpus", "split_mode")
+
 
 def parse_plan(spec: Spec) -> Plan:
     """The plan that PLAN_OPTIONS describe. Raises SpecError."""
@@ -100,11 +117,11 @@ def parse_plan(spec: Spec) -> Plan:
         raise SpecError(f"kernel {spec.text!r}: block={block}, expected a multiple of 16")
     policy = policy_named(options["policy"]) if "policy" in options else None
     if policy is None:
-        for key in ("threshold", "gpus", "split_mode"):
+        for key in OF_POLICY:
             if key in options:
                 raise SpecError(f"kernel {spec.text!r}: {key} needs policy=NAME")
     else:
-        for key in ("heads", "launch"):
+        for key in CHOSEN_BY_POLICY:
             if key in options:
                 raise SpecError(f"kernel {spec.text!r}: {key} is chosen by the policy, leave one of them out")
         if "threshold" in options:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
-from kernels.cache import CACHE_TYPES, dequantise, quantise
+from kernels.cache import BLOCK, CACHE_TYPES, dequantise, quantise
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.eager import EagerKernel, EagerOptions, plan_of_row
@@ -55,6 +55,12 @@ def reads_planes(call: Call, options: EagerOptions) -> bool:
     shape = call.shape
     sizes = shape.k_size == shape.v_size and shape.k_size in (64, 128, 256)
     return plain and sizes and call.path == "decode" and (options.p, options.acc) == ("f16", "f32")
+
+
+def over_cache(options: EagerOptions, cache: str) -> Capabilities:
+    """What `flash` has with a cache of this type, on whichever device it runs."""
+    blocks = 1 if cache == "f16" else BLOCK
+    return Capabilities(caches=tuple(CACHE_TYPES), ratios=options.plan.ratios, size_multiple=blocks)
 
 
 class Limits(NamedTuple):
@@ -191,7 +197,7 @@ class FlashKernel(Kernel):
         )
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(caches=tuple(CACHE_TYPES))
+        return over_cache(self.options, self.cache)
 
     def merger(self) -> Merge:
         from kernels.flash.merge import combine
@@ -258,7 +264,7 @@ class EagerOverCache(EagerKernel):
         return super().run(self.held(call))
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(caches=tuple(CACHE_TYPES))
+        return over_cache(self.options, self.cache)
 
 
 def flash_kernel(spec: str, options: EagerOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:

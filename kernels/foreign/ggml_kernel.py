@@ -65,7 +65,9 @@ class GgmlKernel(Kernel):
         threads_word = f",threads={threads}" if backend == "cpu" else ""
         self.label = f"{version}[{said['backend']},cache={cache},prec={prec}{threads_word}]"
         self.binary: str = said["binary"]
-        self._sinks: bool = said["sinks"]
+        blocks = 1 if cache == "f16" else BLOCK
+        # What any call may ask for, whatever head groups it brings.
+        self._takes = replace(GGML_CAPABILITIES, sinks=bool(said["sinks"]), size_multiple=blocks)
 
     @classmethod
     def from_spec(cls, spec: Spec) -> GgmlKernel:
@@ -100,14 +102,12 @@ class GgmlKernel(Kernel):
         return replace(loosest("f16", acc=acc), out="f32", q_blocks=quantised, u_k=u_cache, u_v=u_cache)
 
     def capabilities(self) -> Capabilities:
-        return replace(GGML_CAPABILITIES, sinks=self._sinks)
+        return replace(self._takes, ratios=self.plan.ratios)
 
     def run(self, call: Call) -> AttentionOutput:
-        reason = self.capabilities().refuses(call)
+        reason = self._takes.refuses(call)
         if reason is not None:
             raise KernelFailure("unsupported", f"{self.spec}: {reason}")
-        if self.cache != "f16" and (call.shape.k_size % BLOCK or call.shape.v_size % BLOCK):
-            raise KernelFailure("unsupported", f"{self.spec}: head sizes are not multiples of {BLOCK}")
         groups = (call.plan or self.plan).groups(call.shape.ratio)
         k, v = call.k, call.v
         if self.cache != "f16":

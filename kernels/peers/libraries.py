@@ -26,7 +26,7 @@ def _with(**has: object) -> Capabilities:
 
 LIBRARY_CAPABILITIES: dict[str, Capabilities] = {
     "flashinfer": _with(k_sizes=(64, 128, 256)),
-    "flash_attn": _with(alibi=True, deterministic=False),
+    "flash_attn": _with(alibi=True, deterministic=False, row_alone=False),
     "xformers": _with(lse=False, sliding_window=False, softcap=False),
 }
 # Our name, the module that is imported, the distribution that it comes in.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.capabilities import Capabilities
+from kernels.contract import AttentionOutput, Call
+from kernels.errors import KernelFailure
 from kernels.peers.peer import Launch, PeerKernel, Rows, refuse
 from kernels.spec import Spec
 
@@ -21,10 +27,19 @@ def _with(**has: object) -> Capabilities:
     return Capabilities(**{**vars(_PLAIN), **has})
 
 
-# Rows of a prefill call see keys by a mask, and not every backend takes one.
+# Rows of a prefill call see keys by a mask, and not every backend takes one. Of cuDNN torch says that it is
+# not deterministic, and does not choose it where deterministic algorithms are demanded.
 SDPA_CAPABILITIES: dict[str, Capabilities] = {
     "flash": _with(paths=("decode",), dtypes=_HALF, v_size=False),
-    "cudnn": _with(paths=("decode",), dtypes=_HALF, v_size=False, devices=("cuda",)),
+    "cudnn": _with(
+        paths=("decode",),
+        dtypes=_HALF,
+        v_size=False,
+        devices=("cuda",),
+        size_multiple=8,
+        deterministic=False,
+        row_alone=False,
+    ),
     "math": _PLAIN,
     "efficient": _with(devices=("cuda",)),
 }
@@ -55,6 +70,17 @@ class SdpaKernel(PeerKernel):
         refuse(spec.text, why_not_sdpa(spec.target))
         return cls(spec.text, spec.target)
 
+    def run(self, call: Call) -> AttentionOutput:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                return super().run(call)
+            except RuntimeError as error:
+                if "No available kernel" not in str(error):
+                    raise
+                reason = f"{self.spec}: torch has no kernel for this call: {_reasons(said)}"
+                raise KernelFailure("unsupported", reason) from None
+
     def prepare(self, rows: Rows) -> Launch:
         q, k, v = (x.transpose(1, 2) for x in (rows.q, rows.k, rows.v))
         if self.variant == "efficient":
@@ -63,13 +89,34 @@ class SdpaKernel(PeerKernel):
         if rows.call.path == "prefill":
             mask = torch.arange(k.shape[2], device=q.device) < rows.kv_len[0, :, None]
         backend, scale = _BACKENDS[self.variant], rows.call.scale
-        grouped = self.variant != "efficient"
+        grouped, waived = self.variant != "efficient", not self.capabilities().deterministic
 
         def launch() -> tuple[torch.Tensor, None]:
-            with sdpa_kernel([backend]):
+            with sdpa_kernel([backend]), _determinism_waived(waived):
                 found = F.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
                 )
             return found[0].transpose(0, 1), None
 
         return launch
+
+
+@contextmanager
+def _determinism_waived(waived: bool) -> Iterator[None]:
+    """Within it, torch may choose what it does not call deterministic."""
+    mode = torch.get_deterministic_debug_mode()
+    if waived and mode:
+        torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        if waived and mode:
+            torch.set_deterministic_debug_mode(mode)
+
+
+def _reasons(said: Sequence[warnings.WarningMessage]) -> str:
+    """What torch warned about while it refused a call, once a process for some of it."""
+    told = [str(warning.message).split(" (Triggered")[0] for warning in said]
+    # "... not used because:" is a heading; backends that were not asked for are disabled.
+    told = [text for text in told if "not used because" not in text and "disabled" not in text]
+    return " ".join("; ".join(told).split()) or "it does not say why"

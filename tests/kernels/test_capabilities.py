@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from kernels.capabilities import WORDS, Capabilities
@@ -28,7 +29,21 @@ def test_a_call_beyond_a_kernel_is_refused_with_what_it_needs() -> None:
     )
 
 
+def test_blocks_of_a_cache_bound_the_head_sizes() -> None:
+    blocks = Capabilities(size_multiple=64)
+    assert blocks.limits() == ["has only head sizes that are multiples of 64"]
+    assert blocks.refuses(problem()) == "has no head size 32 (has multiples of 64)"
+    assert Capabilities(size_multiple=32).refuses(problem()) is None
+
+
+@pytest.mark.parametrize("name", ["eager", "flash"])
+def test_head_groups_of_their_own_bound_the_ratio(name: str) -> None:
+    assert build_kernel(f"{name}:heads=8+4").capabilities().ratios == (12,)
+    assert build_kernel(f"{name}:heads=split").capabilities().ratios is None
+
+
 def test_our_kernels_state_theirs() -> None:
+    assert build_kernel("flash:cache=q8_0").capabilities().size_multiple == 32
     assert build_kernel("eager").capabilities() == Capabilities()
     assert "q8_0" in build_kernel("flash").capabilities().caches
     assert not build_kernel("exact").capabilities().plans

@@ -178,7 +178,7 @@ def test_rows_and_sequences_are_told_apart(kernels: dict[str, GgmlKernel]) -> No
     [
         ("", problem(rows=2, alibi_slopes=torch.ones(6)), "has no ALiBi slopes"),
         ("", problem(rows=2, dtype=torch.bfloat16), "has no dtype torch.bfloat16"),
-        (",cache=q8_0", problem(rows=2, size=80), "not multiples of 32"),
+        (",cache=q8_0", problem(rows=2, size=80), "has no head size 80 .has multiples of 32"),
     ],
 )
 def test_what_it_lacks_is_refused(

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from kernels.capabilities import Capabilities
 from kernels.contract import Call
 from kernels.errors import KernelFailure, SpecError
 from kernels.exact import exact_attention
+from kernels.families import Sizes, draw
 from kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel
+from kernels.peers.peer import PeerKernel
+from kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
 from kernels.registry import ENTRIES, build_kernel
 from support.peer_checks import agrees_with_exact
 from support.problems import problem
@@ -50,6 +54,39 @@ def test_what_they_lack_is_refused(spec: str, options: dict[str, Any], said: str
         build_kernel(spec).run(problem(rows=3, **options))
 
 
+def test_what_torch_has_no_kernel_for_is_unsupported_in_its_own_words() -> None:
+    """The capabilities would refuse it before: they are widened."""
+    kernel = build_kernel("sdpa:flash")
+    assert isinstance(kernel, PeerKernel)
+    kernel._capabilities = Capabilities(lse=False)
+    with pytest.raises(
+        KernelFailure, match=r"sdpa:flash: torch has no kernel for this call: .*last dim"
+    ) as got:
+        kernel.run(draw("gaussian", Sizes(n_kv=(5,), v_size=32), seed=0))
+    assert got.value.kind == "unsupported"
+    assert "disabled" not in str(got.value)
+
+
+def test_a_backend_that_is_not_deterministic_is_let_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN is refused by torch where deterministic algorithms are demanded, as they are here."""
+    seen: list[int] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> torch.Tensor:
+        seen.append(torch.get_deterministic_debug_mode())
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr("kernels.peers.sdpa.F.scaled_dot_product_attention", attend)
+    before = torch.get_deterministic_debug_mode()
+    assert before
+    for variant in ("cudnn", "math"):
+        kernel = SdpaKernel(f"sdpa:{variant}", variant)
+        kernel._capabilities = replace(kernel._capabilities, devices=("cpu",))
+        kernel.run(problem(rows=1))
+        assert torch.get_deterministic_debug_mode() == before
+    assert seen == [0, before]
+    assert SDPA_CAPABILITIES["cudnn"].lacks("deterministic")
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -77,6 +114,7 @@ def test_what_needs_a_gpu_or_a_library_says_so() -> None:
 def test_limits_are_stated_before_anything_is_built() -> None:
     limits = {name: has.limits() for entry in ENTRIES.values() for name, has in entry.limits.items()}
     assert "has only devices cuda" in limits["sdpa:cudnn"]
+    assert "has only head sizes that are multiples of 8" in limits["sdpa:cudnn"]
     assert "returns no log-sum-exp" in limits["ggml"]
     assert "has only head sizes 64, 128, 256" in limits["flashinfer"]
     assert Capabilities().limits() == []

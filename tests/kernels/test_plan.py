@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kernels.errors import SpecError
 from kernels.plan import KVCuts, Plan, parse_heads, powers_of_two
 from kernels.registry import build_kernel
+from kernels.spec import with_options
 
 SHAPE = {"kv_heads": 8, "k_size": 128, "v_size": 128}
 
@@ -39,6 +40,16 @@ def test_head_groups_that_do_not_sum_are_refused() -> None:
 def test_head_groups_that_are_no_numbers_are_refused(text: str) -> None:
     with pytest.raises(SpecError, match="head groups"):
         parse_heads(text)
+
+
+def test_options_that_replace_a_policy_or_give_way_to_one() -> None:
+    assert with_options("flash:heads=split,kv=2,out=f16", {"policy": "ik-1183", "gpus": "2"}) == (
+        "flash:kv=2,out=f16,policy=ik-1183,gpus=2"
+    )
+    own = "flash:policy=ik-1183,threshold=512,gpus=2,split_mode=graph,kv=3"
+    assert with_options(own, {"heads": "8+4"}) == "flash:kv=3,heads=8+4"
+    assert with_options(own, {"block": "16"}) == own + ",block=16"
+    assert with_options("sdpa:math", {}) == "sdpa:math"
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,13 @@ def test_quantised_caches_keep_theirs() -> None:
     assert_keeps(LAWS["caches"], subject_of("flash"), examples=20)
 
 
+@pytest.mark.parametrize("spec", ["flash:cache=q8_0", "flash:heads=8+4,kv=2", "flash:policy=ik-1183"])
+@EACH_LAW
+def test_options_of_a_specification_bound_what_is_drawn(law: Law, spec: str) -> None:
+    """A cache in blocks has its head sizes, head groups have their ratio; a policy gives way to a plan."""
+    assert_keeps(law, subject_of(spec), examples=3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["eager", "exact", "eager:p=bf16,kv=3,block=16", "eager:p=f32,heads=split,out=f16"]

@@ -57,9 +57,7 @@ def tile_subject(build: Callable[[], Kernel]) -> Subject:
             other.run = lambda call: run(other.held(call))  # type: ignore[method-assign]
         return other
 
-    has = replace(kernel.capabilities(), caches=(CACHE,))
-    if isinstance(own.heads, tuple):
-        has = replace(has, ratios=(sum(own.heads),))
+    has = replace(kernel.capabilities(), caches=(CACHE,), ratios=own.ratios)
     return Subject(kernel.spec, kernel, variant, has, kernel.merger(), plan)
 
 

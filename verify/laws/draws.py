@@ -9,10 +9,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from kernels.capabilities import Capabilities
-from kernels.contract import Path
 from kernels.families import FAMILIES
 from verify.laws.cases import DTYPES, Parts, Problem
-from verify.laws.law import Subject
+from verify.laws.law import Subject, head_sizes
 
 # Lengths around the edges of tiles, and a few tiles.
 LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 200, 300)
@@ -67,8 +66,8 @@ def problems(
         n_kv += draw(st.lists(st.integers(min(lowest, longest), longest), max_size=rows - 1))
     elif rows > 1:
         n_kv *= draw(st.integers(1, rows))
-    sizes = [n for n in (16, 32, 64, 128) if has.k_sizes is None or n in has.k_sizes]
-    k_size = draw(st.sampled_from(sizes or [has.k_sizes[0] if has.k_sizes else 64]))
+    k_size = draw(st.sampled_from(head_sizes(has)))
+    v_sizes = [n for n in head_sizes(replace(has, k_sizes=None)) if n <= 64] if has.v_size else [k_size]
     most_heads = 1 if subject.small else 3
     ratios = [
         n
@@ -81,9 +80,9 @@ def problems(
         n_kv=tuple(n_kv),
         batch=draw(st.integers(1, batch)),
         kv_heads=draw(st.integers(1, most_heads)),
-        ratio=draw(st.sampled_from(ratios or [1])),
+        ratio=draw(st.sampled_from(ratios or list(has.ratios or (1,)))),
         k_size=k_size,
-        v_size=draw(st.sampled_from((16, 32, 64))) if has.v_size else k_size,
+        v_size=draw(st.sampled_from(v_sizes or [k_size])),
         spare=draw(st.integers(0, 3)),
         dtype=draw(st.sampled_from(types)),
         path=path or draw(st.sampled_from([p for p in ("decode", "prefill") if p in has.paths])),
@@ -93,8 +92,8 @@ def problems(
 
 def _holds_large(subject: Subject) -> bool:
     """Whether sums of values near 65504 are within the kernel's accumulators."""
-    path: Path = "decode" if "decode" in subject.capabilities.paths else "prefill"
-    return subject.kernel.arithmetic(Problem().call().shape, path).acc != "f16"
+    call = subject.simplest.call()
+    return subject.kernel.arithmetic(call.shape, call.path).acc != "f16"
 
 
 @st.composite

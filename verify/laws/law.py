@@ -19,12 +19,20 @@ from kernels.contract import Kernel
 from kernels.merge import Merge
 from kernels.plan import Plan
 from kernels.registry import build_kernel
-from kernels.spec import PLAN_OPTIONS, parse_plan, parse_spec, with_options
-from verify.laws.cases import Case, Problem
+from kernels.spec import PLAN_OPTIONS, parse_plan, parse_spec, replaced, with_options
+from verify.laws.cases import DTYPES, Case, Problem
 
 Group = Literal["merge", "parts", "attention", "options", "plans"]
 GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "plans")
 Options = Mapping[str, str]
+# Head sizes that problems are drawn with, smallest first.
+HEAD_SIZES = (16, 32, 64, 128)
+
+
+def head_sizes(has: Capabilities) -> list[int]:
+    """Those of `HEAD_SIZES` that a kernel takes for keys, or the first that it states."""
+    some = [n for n in HEAD_SIZES if n % has.size_multiple == 0 and (has.k_sizes is None or n in has.k_sizes)]
+    return some or [has.k_sizes[0] if has.k_sizes else has.size_multiple]
 
 
 class LawBroken(AssertionError):
@@ -51,9 +59,22 @@ class Subject:
     small: bool = False
 
     @property
+    def simplest(self) -> Problem:
+        """The smallest problem that it takes."""
+        has = self.capabilities
+        size = head_sizes(has)[0]
+        return Problem(
+            ratio=1 if has.ratios is None else has.ratios[0],
+            k_size=size,
+            v_size=size,
+            dtype=next(name for name, dtype in DTYPES.items() if dtype in has.dtypes),
+            path="decode" if "decode" in has.paths else "prefill",
+        )
+
+    @property
     def reads_as_given(self) -> bool:
         """Whether keys and values stay what was given, and not what a quantised cache makes of them."""
-        call = Problem(k_size=64, v_size=64).call(self.device)
+        call = self.simplest.call(self.device)
         return self.kernel.held(call) is call
 
     def close(self) -> None:
@@ -80,7 +101,7 @@ def _plan_of(spec: str) -> Callable[[Options], Plan]:
     def plan(options: Options) -> Plan:
         named = parse_spec(with_options(spec, {}))
         own = {key: value for key, value in named.options.items() if key in PLAN_OPTIONS}
-        return parse_plan(named._replace(options={**own, **options}))
+        return parse_plan(named._replace(options=replaced(own, options)))
 
     return plan
 

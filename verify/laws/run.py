@@ -17,7 +17,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from kernels.errors import KernelFailure
-from verify.laws.cases import Case, Problem
+from verify.laws.cases import Case
 from verify.laws.law import Law, LawBroken, Subject
 
 State = Literal["holds", "broken", "not applicable"]
@@ -71,7 +71,7 @@ def lse_withdrawn(subject: Subject) -> None:
     if not subject.capabilities.lse:
         return
     try:
-        result = subject.kernel.run(Problem().call(subject.device))
+        result = subject.kernel.run(subject.simplest.call(subject.device))
     except Exception:
         # What is wrong with it, the laws will say.
         return
