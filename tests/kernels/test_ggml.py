@@ -130,27 +130,53 @@ def test_float16_sums_lose_precision_as_the_row_grows(kernels: dict[str, GgmlKer
     assert relative_error(quantised, draw("gaussian", replace(GLM, n_kv=(4096,)), 0)) < long
 
 
-def test_the_cpu_adds_float16_values_in_float16_a_key_at_a_time(kernels: dict[str, GgmlKernel]) -> None:
-    """The loop in NumPy gives its bits, far from exact: what stagnates is the library's sum, not our call."""
-    n = 8192
-    call = draw("one-sign", replace(GLM, n_kv=(n,)), 0)
-    found = kernel_of(kernels, "A").run(call).out[0, 0, 0].numpy()
-    q, k, v = (x[0, :n, 0].float().numpy() for x in (call.q, call.k, call.v))
-    total, weight, top = np.zeros(128, np.float16), np.float32(0), np.float32(-np.inf)
-    for s, value in zip(k @ q[0] * np.float32(call.scale), v, strict=True):
+def summed(call: Call, head: int = 0, acc: type = np.float16) -> np.ndarray:
+    """The first row as the CPU computes it: a key at a time, sums rounded to `acc`, divided at the end."""
+    n, kv_head = int(call.kv_len[0, 0]), head // call.shape.ratio
+    q = call.q[0, 0, head].float().numpy()
+    k, v = (x[0, :n, kv_head].float().numpy() for x in (call.k, call.v))
+    total, weight, top = np.zeros(v.shape[1], acc), np.float32(0), np.float32(-np.inf)
+    for s, value in zip(k @ q * np.float32(call.scale), v, strict=True):
         rescale = p = np.float32(1)
         if s > top:
             rescale, top = np.exp(top - s), s
-            total = (total * rescale).astype(np.float16)
+            total = (total * rescale).astype(acc)
         else:
             p = np.exp(s - top)
-        total = (total + value * p).astype(np.float16)
+        total = (total + value * p).astype(acc)
         weight = weight * rescale + p
-    loop = total / weight
+    return np.asarray(total / weight)
+
+
+def test_the_cpu_adds_float16_values_in_float16_a_key_at_a_time(kernels: dict[str, GgmlKernel]) -> None:
+    """The loop in NumPy gives its bits, far from exact: what stagnates is the library's sum, not our call."""
+    call = draw("one-sign", replace(GLM, n_kv=(8192,)), 0)
+    found = kernel_of(kernels, "A").run(call).out[0, 0, 0].numpy()
     due = exact_attention(call).out[0, 0, 0].numpy()
     # Other processors multiply and exponentiate in another order; the sum's own loss is 100 times that.
-    assert np.linalg.norm(found - loop) < 0.003 * np.linalg.norm(due)
+    assert np.linalg.norm(found - summed(call)) < 0.003 * np.linalg.norm(due)
     assert np.linalg.norm(found - due) > 0.3 * np.linalg.norm(due)
+
+
+@pytest.mark.parametrize("build", ["A", "B"])
+def test_large_values_overflow_in_its_float16_sums(kernels: dict[str, GgmlKernel], build: str) -> None:
+    """Infinite where the loop in float16 is, and nowhere else; the same loop in float32 is attention."""
+    kernel, infinite = kernel_of(kernels, build), 0
+    for n in (1, 2, 64, 300):
+        call = draw("near-overflow", Sizes(n_kv=(n,), kv_heads=1, ratio=2), seed=n)
+        found, due = (x.out[0, 0].numpy() for x in (kernel.run(call), exact_attention(call)))
+        for head in range(2):
+            with np.errstate(over="ignore", invalid="ignore"):
+                loop = summed(call, head)
+            # Another processor's exp may round one sum in a hundred to the other side of 65504.
+            assert (np.isinf(found[head]) != np.isinf(loop)).mean() < 0.02
+            assert np.allclose(summed(call, head, np.float32), due[head], rtol=1e-3, atol=0)
+            infinite += int(np.isinf(loop).sum())
+        # What is due is a float16 number, and so are all values.
+        assert np.abs(due).max() < 65504
+        # A thousandth of the values, and nothing overflows.
+        assert np.isfinite(kernel.run(replace(call, v=call.v / 1024)).out.numpy()).all()
+    assert infinite
 
 
 def test_a_row_that_sees_nothing_is_zero(kernels: dict[str, GgmlKernel]) -> None:
