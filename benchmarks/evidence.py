@@ -64,7 +64,7 @@ def _measure(clock: StageClock, kernels: list[Kernel], sizes: Sizes) -> list[str
         with clock.stage(f"draw {family}", n_kv):
             call = draw(family, sizes, 0, device=clock.device)
     call = draw("gaussian", sizes, 0, device=clock.device)
-    arithmetics = [kernel.arithmetic(call.shape, call.path) for kernel in kernels]
+    arithmetics = [kernel.arithmetic_of(call) for kernel in kernels]
     with clock.stage(f"budgets of {len(kernels)} kernels", n_kv):
         error_budgets(call, arithmetics)
     with clock.stage("plain attention", n_kv):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+
 U_F32 = 2.0**-24
 U_F32_TENSOR_CORE = 2.0**-23
 
@@ -123,6 +125,11 @@ class Arithmetic:
         # A float16 accumulator is rounded once a matrix instruction and once a rescale, in every tile.
         d_n = d_l if self.acc == "f32" else tiles * (-(-self.block // MMA_KEYS) + 1) + 1
         return Depths(parts, tiles, d_l, d_n, parts + 3 if parts > 1 else 0, longest)
+
+
+def loosest_of(dtype: torch.dtype, *, acc: str | None = None) -> Arithmetic:
+    """`loosest` for inputs of a dtype; of float32 too a kernel may make float16 numbers."""
+    return loosest("bf16" if dtype == torch.bfloat16 else "f16", acc=acc)
 
 
 def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:

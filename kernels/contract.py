@@ -138,6 +138,10 @@ class Kernel(ABC):
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         """The roundings of this kernel at this shape: what its error budget is derived from."""
 
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        """The same for one call: a kernel that computes and answers in its inputs' type knows it here."""
+        return self.arithmetic(call.shape, call.path)
+
     def capabilities(self) -> Capabilities:
         """What this kernel can be asked for. An implementation that has less than everything says so."""
         return Capabilities()

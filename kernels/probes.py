@@ -398,7 +398,7 @@ def check(probe: Probe, kernel: Kernel, *, plan: Plan | None = None, most: int =
         return [
             ProbeFailure(probe.name, probe.demand, -1, -1, -1, -1, -1, 0, str(failure), math.nan, math.nan)
         ]
-    arithmetic = kernel.arithmetic(call.shape, call.path)
+    arithmetic = kernel.arithmetic_of(call)
     return judge(probe, result, arithmetic, most=most)
 
 

@@ -190,7 +190,7 @@ def _all_due(kernels: Sequence[Kernel], call: Call) -> list[_Due]:
     due: dict[int, _Due] = {}
     for which in by_cache(kernels):
         held = kernels[which[0]].held(call)
-        arithmetics = [kernels[i].arithmetic(call.shape, call.path) for i in which]
+        arithmetics = [kernels[i].arithmetic_of(call) for i in which]
         budgets = error_budgets(held, arithmetics)
         exact = budgets[0].out if held is call else exact_attention(call).out
         for i, arithmetic, budget in zip(which, arithmetics, budgets, strict=True):

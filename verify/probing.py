@@ -58,7 +58,7 @@ def probe_kernels(
 def _failures(kernels: Sequence[Kernel], probe: Probe, tried: Sequence[Attempt]) -> list[list[str]]:
     """What is wrong with each kernel's result. Kernels that round alike share a budget."""
     call = probe.call
-    arithmetics = [kernel.arithmetic(call.shape, call.path) for kernel in kernels]
+    arithmetics = [kernel.arithmetic_of(call) for kernel in kernels]
     budgets: Sequence[Budget | None] = [None] * len(kernels)
     if probe.demand == "budget":
         budgets = error_budgets(call, arithmetics)

@@ -230,7 +230,7 @@ def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: li
     refused_gaussian: set[str] = set()
     for x in inputs:
         result: AttentionOutput = kernel.run(x.call)
-        arithmetic = kernel.arithmetic(x.call.shape, x.call.path)
+        arithmetic = kernel.arithmetic_of(x.call)
         budget = x.budget(arithmetic)
         for finding in findings(measure(x.call, result, arithmetic, distinct=x.distinct, budget=budget)):
             object_to(finding.detector, finding.said, x.name)

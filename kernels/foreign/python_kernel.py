@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 
 import torch
 
-from kernels.arithmetic import Arithmetic, loosest
+from kernels.arithmetic import Arithmetic, loosest, loosest_of
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.errors import KernelFailure, SpecError
@@ -53,6 +53,9 @@ class PythonKernel(Kernel):
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         return loosest("f16", acc=self.acc)
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        return loosest_of(call.q.dtype, acc=self.acc)
 
     def capabilities(self) -> Capabilities:
         # Whether it returns the lse, it shows when it runs.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.arithmetic import Arithmetic, loosest
+from kernels.arithmetic import Arithmetic, loosest, loosest_of
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.errors import KernelFailure, SpecError
@@ -54,6 +54,9 @@ class PeerKernel(Kernel):
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         # Libraries document float32 accumulators, and hardly more.
         return loosest("f16", acc="f32")
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        return loosest_of(call.q.dtype, acc="f32")
 
     def run(self, call: Call) -> AttentionOutput:
         self._check(call)

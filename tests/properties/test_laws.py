@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,13 @@ def test_quantised_caches_keep_theirs() -> None:
 def test_options_of_a_specification_bound_what_is_drawn(law: Law, spec: str) -> None:
     """A cache in blocks has its head sizes, head groups have their ratio; a policy gives way to a plan."""
     assert_keeps(law, subject_of(spec), examples=3)
+
+
+def test_a_kernel_that_answers_in_bfloat16_is_allowed_what_that_loses() -> None:
+    subject = subject_of("sdpa:math")
+    subject.capabilities = replace(subject.capabilities, dtypes=(torch.bfloat16,))
+    for name in ("within-budget", "keys-permuted"):
+        assert_keeps(LAWS[name], subject, examples=30)
 
 
 @pytest.mark.slow

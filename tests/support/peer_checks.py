@@ -37,7 +37,7 @@ def agrees_with_exact(spec: str, device: torch.device, *, n_kv: tuple[int, ...] 
 def _holds(kernel: Kernel, family: str, sizes: Sizes, device: torch.device) -> None:
     call = draw(family, sizes, 0, device=device)
     result = kernel.run(call)
-    arithmetic = kernel.arithmetic(call.shape, call.path)
+    arithmetic = kernel.arithmetic_of(call)
     budget = error_budget(call, arithmetic)
     if not kernel.capabilities().lse:
         assert bool(result.lse.isnan().all())

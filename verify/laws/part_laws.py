@@ -45,7 +45,7 @@ def _merged(subject: Subject, call: Call, cuts: Sequence[int]) -> Seen:
             continue
         result = subject.kernel.run(piece)
         parts.append(Part(result.out.float(), result.lse.float()))
-        budget = error_budget(subject.kernel.held(piece), subject.kernel.arithmetic(piece.shape, piece.path))
+        budget = error_budget(subject.kernel.held(piece), subject.kernel.arithmetic_of(piece))
         due.append(BoundedPart(budget.out, budget.lse, budget.bound, budget.lse_bound))
     bounded = merge_bound(due)
     merged = merge_sequential(parts)

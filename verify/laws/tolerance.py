@@ -28,14 +28,14 @@ class Seen(NamedTuple):
 def seen(kernel: Kernel, call: Call) -> Seen:
     """The kernel's result with the budget of its arithmetic."""
     result = kernel.run(call)
-    budget = error_budget(kernel.held(call), kernel.arithmetic(call.shape, call.path))
+    budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
     return Seen(result.out.double(), result.lse.double(), budget.bound, budget.lse_bound)
 
 
 def against_exact(kernel: Kernel, call: Call, *, out: bool = True, lse: bool) -> float:
     """The margin of a kernel's result to the oracle's."""
     result = kernel.run(call)
-    budget = error_budget(kernel.held(call), kernel.arithmetic(call.shape, call.path))
+    budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
     margin = _judge("out against exact", result.out.double(), budget.out, budget.bound) if out else 0.0
     if lse:
         margin = max(margin, _judge("lse against exact", result.lse.double(), budget.lse, budget.lse_bound))
