@@ -138,21 +138,32 @@ def twisted(cases: st.SearchStrategy[Problem], twist: st.SearchStrategy[int]) ->
     return st.builds(lambda problem, n: replace(problem, twist=n), cases, twist)
 
 
-# An lse in multiples of 1/64, exact in float32 under whole shifts, and a value.
-_PART = st.tuples(st.integers(-6400, 6400), st.integers(-99, 99))
+# A part as one number: an lse of up to 100 in multiples of 1/64, exact in float32 under whole shifts, and a
+# value. At 10,000 lists drawing them is most of the time, and each number drawn costs alike.
+_LEVELS, _VALUES = 2 * 6400 + 1, 2 * 99 + 1
+_PART = st.integers(0, _LEVELS * _VALUES - 1)
+_PARTS = {count: st.tuples(*[_PART] * count) for count in range(1, 10)}
+
+
+def _part(number: int) -> tuple[float, int]:
+    level, value = divmod(number, _VALUES)
+    return _signed(level) / 64, _signed(value)
+
+
+def _signed(number: int) -> int:
+    """0, 1, -1, 2, -2, ...: what is simpler comes first."""
+    return (number + 1) // 2 * (1 if number % 2 else -1)
 
 
 @st.composite
 def part_lists(
     draw: st.DrawFn, *, least: int = 1, most: int = 9, order: bool = False, shift: int = 0
 ) -> Parts:
-    """Lists of parts, some of them empty, with an order of merging, and a shift of every lse.
-
-    Few choices a list: at 10,000 lists, drawing them is most of the time.
-    """
-    drawn = draw(st.lists(_PART, min_size=least, max_size=most))
+    """Lists of parts, some of them empty, with an order of merging, and a shift of every lse."""
+    drawn = draw(_PARTS[draw(st.integers(least, most))])
     empty = draw(st.integers(0, (1 << len(drawn)) - 1)) if draw(st.booleans()) else 0
-    parts = tuple((-math.inf if empty >> i & 1 else lse / 64, value) for i, (lse, value) in enumerate(drawn))
+    found = [_part(number) for number in drawn]
+    parts = tuple((-math.inf if empty >> i & 1 else lse, value) for i, (lse, value) in enumerate(found))
     merges = []
     if order:
         # Each merge takes one of the pairs of neighbours that are left: one number says which all take.
