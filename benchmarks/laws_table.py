@@ -136,14 +136,16 @@ def failures(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def missing(runs: list[dict[str, Any]]) -> list[str]:
-    lines = ["## What was not applicable, and why", ""]
+    found: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         reasons: dict[str, list[str]] = {}
         for law in run["laws"]:
             if law["state"] == "not applicable":
                 reasons.setdefault(law["reason"], []).append(law["name"])
-        lines += [f"- {called(run)}: {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-    return lines
+        for reason, names in reasons.items():
+            found.setdefault((reason, ", ".join(names)), []).append(called(run))
+    lines = ["## What was not applicable, and why", "", "| why | laws | kernels |", "|---|---|---|"]
+    return lines + [f"| {reason} | {names} | {', '.join(who)} |" for (reason, names), who in found.items()]
 
 
 if __name__ == "__main__":
