@@ -17,6 +17,7 @@ from kernels.errors import SpecError, nearest
 # One launch for all head groups; or one a group, on contiguous copies of Q (`each`) or on views (`views`).
 Launch = Literal["one", "each", "views"]
 SplitMode = Literal["layer", "graph"]
+SPLIT_MODES: tuple[SplitMode, ...] = ("layer", "graph")
 
 # Engines pad the visible keys of a call up to a multiple of this.
 N_KV_PADDING = 256

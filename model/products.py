@@ -7,6 +7,9 @@ changes no bit.
 On a CPU tiles start where a window starts, and a row's bits depend on nothing but its place in its window. A
 GPU needs more rows than a short window has, so there a tile holds several windows, side by side. Which ones
 depends on the group; `moves_no_bit` is what that rests on, and the first product of each shape tries it.
+
+Where several GPUs share a layer (tensor parallel), the matrices that end a branch are cut by columns: each
+GPU multiplies its own, and the results are added up in the order of the GPUs (`summed`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.tensor_parallel import shares
 from model.stopwatch import Stopwatch
 
 MOST_ROWS = 512
@@ -56,11 +60,13 @@ def moves_no_bit(x: torch.Tensor, weight: torch.Tensor) -> bool:
 class Products:
     """x [rows, in] @ weight [out, in]^T, tile by tile, in the type of its operands (float32 or float64).
 
-    checked: shapes whose products were tried on a GPU, and whether they move no bit.
+    gpus: how many share the columns of `summed`; checked: shapes whose products were tried on a GPU, and
+    whether they move no bit.
     """
 
     tile: int
     stopwatch: Stopwatch
+    gpus: int = 1
     checked: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def with_tile(self, rows: int) -> Products:
@@ -95,3 +101,21 @@ class Products:
         self.stopwatch.flop += 2.0 * out.numel() * width
         out = out[:rows]
         return out if bias is None else out + bias
+
+    def summed(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, unit: int
+    ) -> torch.Tensor:
+        """The product as several GPUs have it: each its columns of `weight`, in whole units, then their sum.
+
+        ((x_0 w_0^T + x_1 w_1^T) + x_2 w_2^T) + ... + bias, every step in the type of the operands. With one
+        GPU it is the product itself. unit: columns that no cut falls between.
+        """
+        if self.gpus == 1:
+            return self(x, weight, bias)
+        total = None
+        for own in shares(weight.shape[1], self.gpus, unit):
+            if len(own):
+                part = self(x[:, own.start : own.stop].contiguous(), weight[:, own.start : own.stop])
+                total = part if total is None else total.add_(part)
+        assert total is not None
+        return total if bias is None else total + bias

@@ -83,7 +83,7 @@ class Runner:
     """One model on one device.
 
     attention_type: what q, k and v are rounded to; share: see `TensorStream`; compute: the type of everything
-    but attention.
+    but attention; gpus: how many of an engine's share each layer (`Products.summed`), for every arm alike.
     """
 
     def __init__(
@@ -94,12 +94,13 @@ class Runner:
         attention_type: str = "f16",
         share: Share | None = None,
         compute: str = "f32",
+        gpus: int = 1,
     ) -> None:
         self.architecture = architecture
         self.device = device
         self.attention_type = ATTENTION_TYPES[attention_type]
         self.stopwatch = Stopwatch(device)
-        self.products = Products(0, self.stopwatch)
+        self.products = Products(0, self.stopwatch, gpus)
         self.stream = TensorStream(
             architecture.file, device, self.stopwatch, share=share, dtype=COMPUTE_TYPES[compute]
         )

@@ -25,6 +25,7 @@ from verify.environment import PIPE_WIDTH, on_terminal
 from verify.evidence import PairSummary
 from verify.experiment import Experiment, Outcome
 from verify.perplexity import final_line, running_line
+from verify.split_mode import split_mode_sentence
 
 
 class PplConsole:
@@ -50,12 +51,15 @@ class PplConsole:
         if self.silent:
             return
         sizes, windows = experiment.architecture.sizes, experiment.windows
+        shared_out = split_mode_sentence(experiment.tensor_parallel)
         print(
             f"model {experiment.file.path.name}: {experiment.file.architecture}, {sizes.layers} layers,"
             f" {sizes.heads} heads over {sizes.kv_heads} KV heads (r = {sizes.ratio}),"
-            f" head size {sizes.k_size}\n"
+            f" head size {sizes.k_size}",
+            *([shared_out] if shared_out else []),
             f"text {experiment.corpus.name}: {windows.n_tokens_total} tokens, {windows.n_windows} windows of"
             f" {windows.n_ctx}, {windows.scored_per_window} scored in each",
+            sep="\n",
             file=self.out,
             flush=True,
         )

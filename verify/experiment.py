@@ -53,6 +53,7 @@ from verify.referee import LogitsFiles, engine_findings
 from verify.rounds import Rounds
 from verify.runfolder import RunFolder
 from verify.settings import PplSettings
+from verify.split_mode import build_shared_kernel, check_model, tensor_parallel_json
 from verify.subject import fingerprint, model_json, try_kernels
 from verify.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
 
@@ -96,6 +97,7 @@ class Experiment:
         self.architecture: Architecture = architecture_of(self.file)
         layers = self.architecture.sizes.layers
         self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
+        check_model(self.architecture, settings.gpus)
         self.arms = _build_arms(settings, self.architecture.sizes.ratio)
         self.faults = planted_faults() if settings.power else []
         self.prompt: Arm | None = None
@@ -144,6 +146,11 @@ class Experiment:
             )
         return sorted(notes)
 
+    @property
+    def tensor_parallel(self) -> dict[str, Any] | None:
+        """How the layers are shared out; None where they are not."""
+        return tensor_parallel_json(self.architecture, self.settings.gpus)
+
     def close(self) -> None:
         for arm in self.arms:
             if arm.kernel is not None:
@@ -173,6 +180,7 @@ class Experiment:
             attention_type=self.settings.cache_type,
             share=self.ranks.share(),
             compute=self.settings.compute,
+            gpus=self.settings.gpus,
         )
         grouping = min(self.ranks.everyones(self._grouping(runner)))
         if self.logits_files and self.ranks.size > 1:
@@ -278,6 +286,7 @@ class Experiment:
             "settings": settings.to_json(),
             "environment": environment.describe(str(self.device)),
             "model": model_json(self.architecture),
+            "tensor_parallel": self.tensor_parallel,
             "corpus": self._corpus_json(),
             "arms": [arm_json(summary) for summary in arms],
             "pairs": [pair_json(pair) for pair in pairs],
@@ -346,7 +355,7 @@ def _build_arms(settings: PplSettings, ratio: int) -> list[Arm]:
     ]
 
     def add(name: str, spec: str, path: AttentionPath, role: Any, reference: str | None) -> None:
-        arms.append(Arm(name, role, spec, path, build_kernel(spec), reference))
+        arms.append(Arm(name, role, spec, path, build_shared_kernel(spec, settings.gpus), reference))
 
     try:
         for path in settings.paths:

@@ -22,7 +22,8 @@ class PplSettings:
     """memory: bytes that hidden states of one group may take, None for a share of what is free.
 
     noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at the
-    end of a window, None for the second half.
+    end of a window, None for the second half; gpus, split_mode: of the engine that is reproduced, whatever
+    devices this run has.
     """
 
     model: str | None = None
@@ -46,10 +47,13 @@ class PplSettings:
     noise: int = 0
     power: bool = False
     score_last: int | None = None
+    split_mode: str = "layer"
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         from kernels.contract import PATHS
         from model.runner import ATTENTION_TYPES, COMPUTE_TYPES
+        from verify.split_mode import check_split_mode
 
         if self.path not in (*PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, prefill or both")
@@ -74,6 +78,7 @@ class PplSettings:
             )
         if self.compute not in COMPUTE_TYPES:
             raise UsageError(f"--compute {self.compute}: expected one of {', '.join(COMPUTE_TYPES)}")
+        check_split_mode(self.split_mode, self.gpus)
         if not self.candidates:
             raise UsageError("--candidate: expected at least one")
 

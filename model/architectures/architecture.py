@@ -23,8 +23,11 @@ from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products
 from model.stream import Piece, TensorStream
+from model.tensor_types import TENSOR_TYPES
 
 Weights = Mapping[str, torch.Tensor]
+# Columns of a matrix that GPUs do not share out, where its type has no larger blocks.
+LEAST_COLUMNS = 16
 # Tensors that some converters leave in a layer and that nothing needs: positions' frequencies.
 _UNUSED = ("attn_rot_embd.weight", "attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
 
@@ -116,7 +119,14 @@ class Architecture(ABC):
         self, layer: int, o: torch.Tensor, weights: Weights, products: Products
     ) -> torch.Tensor:
         """The attention's output o [T, H, Dv] to the branch's output [T, width]."""
-        return products(o.flatten(1), weights["attn_output"], weights.get("attn_output.bias"))
+        of_kv_head = o.shape[1] // self.kv_heads_of(layer) * o.shape[2]
+        return products.summed(
+            o.flatten(1), weights["attn_output"], weights.get("attn_output.bias"), unit=of_kv_head
+        )
+
+    def kv_heads_of(self, layer: int) -> int:
+        """KV heads of a layer."""
+        return self.sizes.kv_heads
 
     def after_attention(
         self, layer: int, x: torch.Tensor, o: torch.Tensor, weights: Weights, products: Products
@@ -259,6 +269,11 @@ class _Experts:
         full = [self.architecture.tensor_name(self.layer, name) for name in names]
         self.stream.ahead(Piece(name, (expert, expert + 1)) for expert in wanted for name in full)
         return wanted
+
+    def unit(self, name: str) -> int:
+        """16 columns, or a block of the tensor's type where that is more: as ik_llama.cpp cuts them."""
+        tensor = self.architecture.file.tensors[self.architecture.tensor_name(self.layer, name)]
+        return max(TENSOR_TYPES[tensor.type_id].block_size, LEAST_COLUMNS)
 
     def __call__(self, name: str, expert: int) -> torch.Tensor:
         full = self.architecture.tensor_name(self.layer, name)

@@ -109,7 +109,7 @@ class Experts:
                     scale=self.scale,
                 )
             )
-            sums.append(self._shared_expert(h, weights, products))
+            sums.append(self._shared_expert(h, weights, products, pull))
         tiles = products.with_tile(GPU_EXPERT_ROWS if weights["ffn_gate_inp"].is_cuda else EXPERT_ROWS)
         places = [self._places(chosen) for chosen, _ in routes]
         wanted = [expert for expert in range(self.count) if any(len(place[expert]) for place in places)]
@@ -118,7 +118,7 @@ class Experts:
             for (_, h), (_, shares), place, total in zip(states, routes, places, sums, strict=True):
                 if len(place[expert]):
                     rows, slots = place[expert] // self.used, place[expert] % self.used
-                    out = self._expert(h[rows], part, tiles)
+                    out = self._expert(h[rows], part, tiles, pull)
                     total[rows] += out * shares[rows, slots][:, None]
         for (key, _), total in zip(states, sums, strict=True):
             yield key, total
@@ -130,16 +130,18 @@ class Experts:
         return order.split(torch.bincount(flat.cpu(), minlength=self.count).tolist())
 
     def _shared_expert(
-        self, h: torch.Tensor, weights: Mapping[str, torch.Tensor], products: Products
+        self, h: torch.Tensor, weights: Mapping[str, torch.Tensor], products: Products, pull: Pull
     ) -> torch.Tensor:
         if not self.shared:
             return torch.zeros_like(h)
         gated = swiglu(products(h, weights["ffn_gate_shexp"]), products(h, weights["ffn_up_shexp"]))
-        return products(gated, weights["ffn_down_shexp"])
+        return products.summed(gated, weights["ffn_down_shexp"], unit=pull.unit("ffn_down_shexp"))
 
-    def _expert(self, h: torch.Tensor, part: Mapping[str, torch.Tensor], tiles: Products) -> torch.Tensor:
+    def _expert(
+        self, h: torch.Tensor, part: Mapping[str, torch.Tensor], tiles: Products, pull: Pull
+    ) -> torch.Tensor:
         if self.fused:
             gate, up = tiles(h, part["ffn_gate_up_exps"]).chunk(2, -1)
         else:
             gate, up = tiles(h, part["ffn_gate_exps"]), tiles(h, part["ffn_up_exps"])
-        return tiles(swiglu(gate, up), part["ffn_down_exps"])
+        return tiles.summed(swiglu(gate, up), part["ffn_down_exps"], unit=pull.unit("ffn_down_exps"))

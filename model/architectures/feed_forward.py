@@ -28,6 +28,10 @@ class Pull(Protocol):
         """An expert's part of a tensor that has the experts in its first dimension, by its short name."""
         ...
 
+    def unit(self, name: str) -> int:
+        """Columns of a tensor, by its short name, that stay together where GPUs share them out."""
+        ...
+
 
 class FeedForward(Protocol):
     """A feed-forward between a norm and a residual.
@@ -80,4 +84,4 @@ class Dense:
         for key, h in inputs:
             up = products(h, weights["ffn_up"])
             gate, up = up.chunk(2, -1) if self.fused else (products(h, weights["ffn_gate"]), up)
-            yield key, products(self.gate(gate, up), weights["ffn_down"])
+            yield key, products.summed(self.gate(gate, up), weights["ffn_down"], unit=pull.unit("ffn_down"))

@@ -89,6 +89,9 @@ class GroupedQuery(Architecture):
     def attention_settings(self, layer: int) -> AttentionSettings:
         return AttentionSettings(scale=self.sizes.k_size**-0.5)
 
+    def kv_heads_of(self, layer: int) -> int:
+        return self.kv_heads[layer]
+
     def attention_shapes(self, layer: int) -> tuple[Shapes, Shapes]:
         s = self.sizes
         rows = self._rows(layer)

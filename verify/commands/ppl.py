@@ -83,6 +83,13 @@ def command(
     compute: Annotated[
         str, typer.Option("--compute", help="type of everything but attention: f32, f64 (small models)")
     ] = "f32",
+    split_mode: Annotated[
+        str,
+        typer.Option("-sm", "--split-mode", help="layer, or graph: every layer is shared out over --gpus"),
+    ] = "layer",
+    gpus: Annotated[
+        int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
+    ] = 1,
     seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
@@ -139,6 +146,8 @@ def command(
             noise=noise,
             score_last=score_last,
             power=power,
+            split_mode=split_mode,
+            gpus=gpus,
         )
         if ranks.leads:
             folder = RunFolder.create(out or default_folder())

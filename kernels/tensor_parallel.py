@@ -1,0 +1,108 @@
+"""Tensor parallel: what each of N GPUs computes of an attention layer, and a kernel called once on each.
+
+Engines that share a layer out (ik_llama.cpp's split mode `graph`) give every GPU some of the KV heads and the
+query heads that read them. A plan is made from the KV heads of a GPU: where they are fewer, a policy splits
+at greater lengths, and `kv=auto` cuts the KV range into more parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from kernels.arithmetic import Arithmetic, Depths
+from kernels.capabilities import Capabilities
+from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from kernels.merge import Merge
+
+
+def shares(total: int, gpus: int, unit: int = 1) -> list[range]:
+    """What each GPU holds of 0 ... total - 1: consecutive, as equal as whole units allow; some may be empty.
+
+    shares(8, 2) is [0 ... 3, 4 ... 7]; shares(3, 2) is [0, 1 ... 2]. The last unit may be cut short.
+    """
+    units = -(-total // unit)
+    edges = [min(i * units // gpus * unit, total) for i in range(gpus + 1)]
+    return [range(a, b) for a, b in pairwise(edges)]
+
+
+@dataclass(frozen=True)
+class _OfAnyGpu(Arithmetic):
+    """The arithmetic of a row on whichever GPU: the greatest depth that it has on one of them."""
+
+    gpus: tuple[Arithmetic, ...] = ()
+
+    def depths(self, n_kv: int) -> Depths:
+        return Depths(*map(max, zip(*(gpu.depths(n_kv) for gpu in self.gpus), strict=True)))
+
+
+class TensorParallelKernel(Kernel):
+    """A kernel called once a GPU, in their order, on its KV heads and the query heads that read them.
+
+    Heads do not mix in attention, so results lie side by side. Launches of all GPUs are recorded: a row of a
+    call is counted once on each. The GPUs are of the engine that is reproduced: one device runs them all.
+    """
+
+    def __init__(self, spec: str, inner: Kernel, gpus: int) -> None:
+        super().__init__(spec)
+        self.inner, self.gpus = inner, gpus
+        self.notes, self.cache = inner.notes, inner.cache
+        self.binary: str = getattr(inner, "binary", "")
+
+    def run(self, call: Call) -> AttentionOutput:
+        """Raises ValueError where there are fewer KV heads than GPUs."""
+        self.inner.trace = self.trace
+        found = [self.inner.run(part) for part in _calls(call, self.gpus)]
+        return AttentionOutput(torch.cat([o.out for o in found], 2), torch.cat([o.lse for o in found], 2))
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        counts = {len(heads) for heads in _heads(shape, self.gpus)}
+        first, *others = (self.inner.arithmetic(_of_heads(shape, count), path) for count in sorted(counts))
+        if not others:
+            return first
+        return _OfAnyGpu(**vars(first), gpus=(first, *others))
+
+    def capabilities(self) -> Capabilities:
+        return self.inner.capabilities()
+
+    def held(self, call: Call) -> Call:
+        return self.inner.held(call)
+
+    def merger(self) -> Merge | None:
+        return self.inner.merger()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def _heads(shape: Shape, gpus: int) -> list[range]:
+    """KV heads by GPU. Raises ValueError where one would have none."""
+    if shape.kv_heads < gpus:
+        raise ValueError(f"k: {shape.kv_heads} KV heads, expected at least one for each of {gpus} GPUs")
+    return shares(shape.kv_heads, gpus)
+
+
+def _of_heads(shape: Shape, kv_heads: int) -> Shape:
+    return shape._replace(q_heads=kv_heads * shape.ratio, kv_heads=kv_heads)
+
+
+def _calls(call: Call, gpus: int) -> list[Call]:
+    """The call of each GPU."""
+    found = []
+    for heads in _heads(call.shape, gpus):
+        own = slice(heads.start, heads.stop)
+        asking = slice(heads.start * call.shape.ratio, heads.stop * call.shape.ratio)
+        found.append(
+            replace(
+                call,
+                q=call.q[:, :, asking].contiguous(),
+                k=call.k[:, :, own].contiguous(),
+                v=call.v[:, :, own].contiguous(),
+                sinks=None if call.sinks is None else call.sinks[asking],
+                alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[asking],
+                shape=_of_heads(call.shape, len(heads)),
+            )
+        )
+    return found
