@@ -73,6 +73,8 @@ OPTIONAL: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 DEVICE_TYPES = {"cpu": 0, "cuda": 1}
 PRECISIONS = {"default": 0, "f32": 10}
+# GGML_PREC_F32 of builds from before backends had devices, and of ik_llama.cpp, which parted from them there.
+EARLY_F32 = 1
 F32, F16 = 0, 1
 # Both engines pad n_kv to this many keys, and older versions want this many rows in a mask.
 KV_PAD, MASK_ROWS = 256, 64
@@ -210,6 +212,8 @@ class Attention:
 
     def __init__(self, lib: Library, backend: int, precision: str) -> None:
         self.lib, self.backend, self.precision = lib, backend, PRECISIONS[precision]
+        if precision == "f32" and not lib.ggml_backend_get_device:
+            self.precision = EARLY_F32
 
     def __call__(self, x: Inputs, decode: bool) -> np.ndarray:
         """out [T, Hq, Dv]. On the decode path every row is a call of its own, else all rows are one."""

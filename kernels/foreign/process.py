@@ -82,6 +82,8 @@ class WorkerProcess:
         tensors: contiguous, on the host. Raises KernelFailure on every way to fail, writing into an input
         among them.
         """
+        if self._process is None:
+            raise KernelFailure("died", f"{self.name}: its process has ended")
         layout, size = _layout(tensors)
         counts = {name: int(np.prod(shape)) for name, shape in results.items()}
         places: dict[str, int] = {}
@@ -121,8 +123,6 @@ class WorkerProcess:
             stream.close()
 
     def _exchange(self, question: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
-        if self._process is None:
-            raise KernelFailure("died", f"{self.name}: its process has ended")
         try:
             self._to.write(json.dumps(question).encode() + b"\n")
         except BrokenPipeError:
