@@ -28,7 +28,7 @@ class Stepper:
     """One sequence of one model, through some arms.
 
     Weights are dequantized again for every step unless `keep_weights`, which takes `weight_bytes` of memory.
-    Experts are always decoded when they are chosen.
+    Experts are always decoded when they are chosen. gpus: as in `Runner`.
     """
 
     def __init__(
@@ -39,12 +39,13 @@ class Stepper:
         device: torch.device,
         attention_type: str = "f16",
         keep_weights: bool = True,
+        gpus: int = 1,
     ) -> None:
         self.architecture, self.arms, self.device = architecture, list(arms), device
         self.attention_type = attention_type
         self.keep_weights = keep_weights
         self.stopwatch = Stopwatch(device)
-        self.products = Products(0, self.stopwatch)
+        self.products = Products(0, self.stopwatch, gpus)
         self.stream = TensorStream(architecture.file, device, self.stopwatch)
         self.length = 0
         self._caches: dict[tuple[str, int], _Cache] = {}
@@ -58,6 +59,7 @@ class Stepper:
             device=self.device,
             attention_type=self.attention_type,
             keep_weights=self.keep_weights,
+            gpus=self.products.gpus,
         )
         other._kept = self._kept
         return other

@@ -25,7 +25,7 @@ from verify.environment import PIPE_WIDTH, on_terminal
 from verify.evidence import PairSummary
 from verify.experiment import Experiment, Outcome
 from verify.perplexity import final_line, running_line
-from verify.split_mode import split_mode_sentence
+from verify.reports.split_mode import split_mode_sentence
 
 
 class PplConsole:

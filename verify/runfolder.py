@@ -105,7 +105,7 @@ class RunFolder:
             ) from None
 
     def write_results(self, result: GroupResult, run: dict[str, Any]) -> None:
-        """The run's own files; the groups are kept until these are written."""
+        """The run's own files; the groups are kept until `finish`."""
         with self._writing():
             tables = {"tokens": result.tokens, "layers": result.layers, "top1": result.top1}
             for name, table in tables.items():
@@ -113,6 +113,9 @@ class RunFolder:
                 pq.write_table(table, part)
                 part.rename(self.path / f"{name}.parquet")
         self.write_json(RESULT, run)
+
+    def finish(self) -> None:
+        """Results and reports are there: the groups go, and the run cannot be resumed any more."""
         # Renamed first: a run that is killed here is finished, not one whose groups are broken.
         gone = self.path / (GROUPS + PART)
         (self.path / GROUPS).rename(gone)

@@ -7,7 +7,6 @@ roundings of every arm alike.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from kernels.contract import Kernel
@@ -76,19 +75,3 @@ def tensor_parallel_json(architecture: Architecture, gpus: int) -> dict[str, Any
         return None
     by_gpu = [len(heads) for heads in shares(architecture.kv_heads_of(0), gpus)]
     return {"gpus": gpus, "kv_heads_by_gpu": by_gpu}
-
-
-def split_mode_sentence(found: dict[str, Any] | None) -> str | None:
-    """`split mode graph over 4 GPUs: 2 KV heads a GPU`, of what `tensor_parallel_json` found."""
-    if found is None:
-        return None
-    counts = Counter(found["kv_heads_by_gpu"])
-    if len(counts) == 1:
-        heads = f"{_heads(found['kv_heads_by_gpu'][0])} a GPU"
-    else:
-        heads = ", ".join(f"{_heads(n)} on {gpus} of them" for n, gpus in sorted(counts.items()))
-    return f"split mode graph over {found['gpus']} GPUs: {heads}"
-
-
-def _heads(count: int) -> str:
-    return f"{count} KV head{'s' if count > 1 else ''}"

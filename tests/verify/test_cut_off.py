@@ -15,6 +15,8 @@ import pytest
 
 from support.cli import assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
+from verify.errors import UsageError
+from verify.reports import writing
 
 RESULTS = ("tokens.parquet", "layers.parquet")
 
@@ -66,6 +68,31 @@ def test_settings_of_another_command_are_refused(tmp_path: Path) -> None:
     )
 
 
+def finished(out: Path) -> bool:
+    """Whether a run has nothing to go on with; its reports are there then."""
+    done = (out / "run.json").is_file() and not (out / "groups").is_dir()
+    assert not done or (out / "report.html").is_file()
+    return done
+
+
+def test_a_run_cut_off_before_its_reports_makes_them_when_resumed(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def interrupted(folder: Path) -> None:
+        raise UsageError("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_reports", interrupted)
+        assert_refused(verify(*command(tiny, out)), "interrupted")
+    assert (out / "run.json").is_file() and not (out / "report.html").exists()
+    before = results(out)
+    assert verify("ppl", "--resume", str(out)).returncode in (0, 1, 3)
+    assert finished(out)
+    assert results(out) == before
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ten_kills_at_random_moments(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -73,6 +100,10 @@ def test_ten_kills_at_random_moments(tiny: tuple[Path, Path], tmp_path: Path) ->
     assert verify_apart(*command(tiny, whole)).returncode in (0, 1, 3)
     draw, kills = random.Random(8), 0
     while kills < 10:
+        if finished(parts):
+            # The killer met a process that had nothing left to do.
+            assert results(parts) == results(whole)
+            parts = tmp_path / f"parts-{kills}-{draw.random()}"
         begun = (parts / "settings.json").is_file()
         arguments = ["ppl", "--resume", str(parts)] if begun else command(tiny, parts)
         process = subprocess.Popen(
@@ -89,6 +120,6 @@ def test_ten_kills_at_random_moments(tiny: tuple[Path, Path], tmp_path: Path) ->
         assert process.returncode in (0, 1, 3), said
         assert results(parts) == results(whole)
         parts = tmp_path / f"parts-{kills}-{draw.random()}"
-    if (parts / "settings.json").is_file() and not (parts / "run.json").is_file():
+    if (parts / "settings.json").is_file() and not finished(parts):
         assert verify_apart("ppl", "--resume", str(parts)).returncode in (0, 1, 3)
         assert results(parts) == results(whole)

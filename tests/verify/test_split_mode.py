@@ -20,7 +20,8 @@ from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny, run
 from support.ranks import verify_ranks
 from verify.errors import UsageError
-from verify.split_mode import build_shared_kernel, check_model, split_mode_sentence
+from verify.reports.split_mode import split_mode_sentence
+from verify.split_mode import build_shared_kernel, check_model
 
 CANDIDATE = "eager:policy=ik-1190,threshold=0,block=16"
 KERNELS = ("--chunks", "3", "--baseline", "eager:block=16", "--candidate", CANDIDATE)
@@ -173,3 +174,21 @@ def test_unequal_shares_are_spelled_out() -> None:
         "split mode graph over 3 GPUs: 2 KV heads on 1 of them, 3 KV heads on 2 of them"
     )
     assert split_mode_sentence(None) is None
+
+
+def test_text_is_written_as_over_two_gpus(tiny: Tiny, tmp_path: Path) -> None:
+    base = ["gen", "-m", str(tiny.model), "-p", "the moth sat on that", "-n", "4", "--device", "cpu"]
+    base += ["--baseline", "eager:block=16", "--candidate", CANDIDATE, "--ignore-eos"]
+    found = []
+    for name, more in (("plain", ()), ("graph", GRAPH)):
+        done = verify(*base, *more, "--out", str(tmp_path / name))
+        assert done.returncode in (0, 3), done.stderr
+        found.append(json.loads((tmp_path / name / "run.json").read_text()))
+    assert "split mode graph over 2 GPUs: 1 KV head a GPU" in done.stdout.splitlines()
+    assert "--split-mode graph --gpus 2" in (tmp_path / "graph/report.html").read_text()
+    assert [run["tensor_parallel"] for run in found] == [None, {"gpus": 2, "kv_heads_by_gpu": [1, 1]}]
+    rows = [sum(line["rows"] for line in run["coverage"]) for run in found]
+    assert rows[1] == 2 * rows[0]
+    nll = [pq.read_table(tmp_path / n / "tokens.parquet")["nll"].to_numpy() for n in ("plain", "graph")]
+    assert (nll[0] != nll[1]).any()
+    assert nll[0] == pytest.approx(nll[1], rel=1e-2, abs=1e-4)

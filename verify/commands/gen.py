@@ -46,6 +46,13 @@ def command(
     margin: Annotated[
         float, typer.Option("--margin", help="error ratio that still is round-off")
     ] = DEFAULT_MARGIN,
+    split_mode: Annotated[
+        str,
+        typer.Option("-sm", "--split-mode", help="layer, or graph: every layer is shared out over --gpus"),
+    ] = "layer",
+    gpus: Annotated[
+        int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
+    ] = 1,
     seed: Annotated[int, typer.Option("--seed", help="of the floor's noise")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/gen-TIME")
@@ -63,8 +70,10 @@ def command(
     from verify.generation.run import Generation, GenSettings
     from verify.jsontext import to_json_text
     from verify.reports.gen import pair_sentences
+    from verify.reports.split_mode import split_mode_sentence
     from verify.reports.writing import write_reports
     from verify.runfolder import PAGE, RESULT, RunFolder
+    from verify.split_mode import tensor_parallel_json
 
     prepare_torch()
     if (prompt is None) == (file is None):
@@ -86,9 +95,13 @@ def command(
         min_coverage=min_coverage,
         margin=margin,
         seed=seed,
+        split_mode=split_mode,
+        gpus=gpus,
     )
     screen = sys.stderr if json_ else sys.stdout
     generation = Generation(settings, lambda text: print(f"verify: {text}", file=sys.stderr))
+    if shared_out := split_mode_sentence(tensor_parallel_json(generation.architecture, gpus)):
+        print(shared_out, file=screen)
     try:
         folder = RunFolder.create(out or Path("runs") / f"gen-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
         print(f"baseline {baseline} writes: ", end="", file=screen, flush=True)

@@ -179,6 +179,7 @@ def command(
         return 0
     folder.write_results(outcome.joined, outcome.run)
     write_reports(folder.path)
+    folder.finish()
     console.outcome(experiment, outcome, folder.path)
     if json_:
         print(to_json_text(outcome.run), end="")

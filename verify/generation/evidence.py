@@ -16,6 +16,7 @@ from verify.generation.checks import log_squares
 from verify.generation.difference import Difference
 from verify.generation.run import Generation, Step, Written
 from verify.groups import TOKEN_SCHEMA
+from verify.split_mode import tensor_parallel_json
 from verify.statistics import DistanceRatio, ratio_of_samples
 from verify.subject import model_json
 from verify.verdict import EXIT_CODES, EXIT_VOID, Decision, PairEvidence, decide, overall
@@ -150,6 +151,7 @@ def conclude(generation: Generation, found: Written) -> tuple[list[Compared], di
         "settings": generation.settings.to_json(),
         "environment": environment.describe(str(generation.device)),
         "model": model_json(generation.architecture),
+        "tensor_parallel": tensor_parallel_json(generation.architecture, generation.settings.gpus),
         "prompt": {
             "text": generation.settings.prompt,
             "tokens": len(generation.prompt),

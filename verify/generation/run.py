@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kernels.registry import build_kernel
 from model.architectures import architecture_of
 from model.gguf_file import GGUFFile
 from model.locate import locate_model
@@ -28,6 +27,7 @@ from verify.errors import UsageError
 from verify.generation.checks import CheckedExact
 from verify.generation.difference import Difference, Token, difference_at, measure_floor
 from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, PplSettings
+from verify.split_mode import build_shared_kernel, check_model
 from verify.subject import try_kernels
 from verify.verdict import DEFAULT_MARGIN
 
@@ -36,7 +36,10 @@ DEFAULT_TOKENS = 64
 
 @dataclass(frozen=True)
 class GenSettings:
-    """n_predict: tokens to write; ignore_eos: go on after the model has ended its text."""
+    """n_predict: tokens to write; ignore_eos: go on after the model has ended its text.
+
+    gpus, split_mode: of the engine that is reproduced.
+    """
 
     prompt: str
     model: str | None = None
@@ -49,6 +52,8 @@ class GenSettings:
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
     seed: int = 0
+    split_mode: str = "layer"
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         if self.n_predict < 1:
@@ -59,6 +64,8 @@ class GenSettings:
             cache_type=self.cache_type,
             min_coverage=self.min_coverage,
             margin=self.margin,
+            split_mode=self.split_mode,
+            gpus=self.gpus,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +118,7 @@ class Generation:
         if not ids:
             raise UsageError("-p: the prompt has no tokens, expected at least one")
         self.prompt: list[int] = ids
+        check_model(self.architecture, settings.gpus)
         self.arms = _build_arms(settings)
         try:
             try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
@@ -133,6 +141,7 @@ class Generation:
             device=self.device,
             attention_type=settings.cache_type,
             keep_weights=self.resident,
+            gpus=settings.gpus,
         )
 
     @property
@@ -267,14 +276,15 @@ def _step(n_kv: int, token: int, logits: dict[str, torch.Tensor], reference_of: 
 
 
 def _build_arms(settings: GenSettings) -> list[Arm]:
+    gpus = settings.gpus
     arms = [Arm("exact", "exact", "exact", "decode"), Arm("floor", "floor", "exact", "decode")]
     try:
         spec = settings.baseline
-        arms.append(Arm("baseline", "baseline", spec, "decode", build_kernel(spec)))
-        arms.append(Arm("control", "control", spec, "decode", build_kernel(spec), "baseline"))
+        arms.append(Arm("baseline", "baseline", spec, "decode", build_shared_kernel(spec, gpus)))
+        arms.append(Arm("control", "control", spec, "decode", build_shared_kernel(spec, gpus), "baseline"))
         for i, spec in enumerate(settings.candidates):
             name = f"candidate-{i + 1}" if len(settings.candidates) > 1 else "candidate"
-            arms.append(Arm(name, "candidate", spec, "decode", build_kernel(spec), "baseline"))
+            arms.append(Arm(name, "candidate", spec, "decode", build_shared_kernel(spec, gpus), "baseline"))
     except BaseException:
         for arm in arms:
             if arm.kernel is not None:

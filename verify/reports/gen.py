@@ -9,6 +9,7 @@ import numpy as np
 
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
 from verify.reports.record import RunRecord
+from verify.reports.split_mode import shared_out
 from verify.reports.templating import TEMPLATES, figure, flat, interval
 
 
@@ -65,6 +66,7 @@ def command_line(run: dict[str, Any]) -> str:
         *(("--candidate", spec) for spec in s["candidates"]),
         ("--cache-type", s["cache_type"]),
         ("--device", s["device"]),
+        *((("--split-mode", s["split_mode"]), ("--gpus", s["gpus"])) if s.get("gpus", 1) > 1 else ()),
         ("--seed", s["seed"]),
     ):
         if value is not None:
@@ -96,7 +98,7 @@ def _content(run: dict[str, Any]) -> dict[str, Any]:
         "run": run,
         "subject": (
             f"Model {model['name'] or model['path']} ({model['architecture']}, {model['layers']} layers,"
-            f" {heads}); a prompt of {run['prompt']['tokens']} tokens, greedy."
+            f" {heads}); a prompt of {run['prompt']['tokens']} tokens, greedy.{shared_out(run)}"
         ),
         "command": command_line(run),
         "facts": [

@@ -7,8 +7,8 @@ from typing import Any
 
 from verify.reports.pictures import pictures
 from verify.reports.record import RunRecord, command_line
+from verify.reports.split_mode import shared_out
 from verify.reports.templating import TEMPLATES, figure, flat
-from verify.split_mode import split_mode_sentence
 
 # What a run need not have measured.
 _OPTIONAL: dict[str, Any] = {"by_n_kv": [], "top1_changes": [], "noise": [], "power": None}
@@ -50,13 +50,8 @@ def _subject(run: dict[str, Any]) -> str:
         f"Model {model['name'] or model['path']} ({model['architecture']}, {model['layers']} layers,"
         f" {model['heads']} query heads over {model['kv_heads']} KV heads, r = {model['ratio']}); text"
         f" {corpus['name']}, {corpus['windows']} windows of {corpus['n_ctx']} tokens,"
-        f" {corpus['scored_per_window']} scored in each.{_shared_out(run)}"
+        f" {corpus['scored_per_window']} scored in each.{shared_out(run)}"
     )
-
-
-def _shared_out(run: dict[str, Any]) -> str:
-    sentence = split_mode_sentence(run.get("tensor_parallel"))
-    return f" Attention as in {sentence}; any device computes them all." if sentence else ""
 
 
 def _coverage_sentences(run: dict[str, Any]) -> Iterator[str]:
