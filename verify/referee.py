@@ -81,7 +81,8 @@ class LogitsFiles:
             self._writer.write(first // scored, first % scored, mine.float().cpu().numpy())
         tile, device = next((len(x), x.device) for x in piece.logits.values())
         found = dict(piece.logits)
-        exact = torch.log_softmax(piece.logits[EXACT][: len(piece.rows)].double(), -1).float()
+        if self.against:
+            exact = torch.log_softmax(piece.logits[EXACT][: len(piece.rows)].double(), -1).float()
         for name, file in self.against.items():
             # Rows beyond the last only fill the tile.
             rows = torch.zeros((tile, self.vocabulary), device=device)

@@ -73,6 +73,9 @@ class Scorer:
         self.targets = torch.nn.functional.pad(targets, (0, GPU_LOGIT_ROWS))
         # By arm and first row.
         self._rows: dict[tuple[str, int], _Rows] = {}
+        # Float64 numbers [rows, vocabulary] of a step, by use: allocated once, since what is allocated anew
+        # for every step leaves holes between the rows kept, and they add up to gigabytes.
+        self._scratch: dict[str, torch.Tensor] = {}
         self._equal: dict[str, torch.Tensor] = {}
 
     def add(self, piece: LogitSlice) -> None:
@@ -140,7 +143,10 @@ class Scorer:
             x = logits[name]
             state = self._state(name, rows, len(x))
             top, best = x.max(-1)
-            second, after = x.scatter(-1, best[:, None], -torch.inf).max(-1)
+            # The tensor is ours until the next slice: its largest logits are taken out, and put back.
+            x.scatter_(-1, best[:, None], -torch.inf)
+            second, after = x.max(-1)
+            x.scatter_(-1, best[:, None], top[:, None])
             new = torch.maximum(state.top, top)
             best, after = best + vocabulary.start, after + vocabulary.start
             # The second is the largest but one: of two pairs, the lesser first or the greater pair's second.
@@ -153,12 +159,13 @@ class Scorer:
             # Before the first part both may be -inf, and there is nothing to rescale.
             rescale = torch.where(new == state.top, 1.0, torch.exp(state.top.double() - new.double()))
             state.top = new
-            e = torch.sub(x, new.double()[:, None]).exp_()
+            e = self._wide(name if name in references else "e", x).sub_(new.double()[:, None]).exp_()
             state.total = state.total * rescale + e.sum(-1)
             if name in references:
                 wide[name], grown[name] = e, rescale
             for reference in self._compared(name, logits):
-                more = torch.sub(logits[reference].double(), x).mul_(wide[reference]).sum(-1)
+                difference = self._wide("difference", logits[reference]).sub_(x)
+                more = difference.mul_(wide[reference]).sum(-1)
                 state.moments[reference] = state.moments.get(reference, 0.0) * grown[reference] + more
             at = self.targets[rows.start : rows.start + len(x)] - vocabulary.start
             inside = (at >= 0) & (at < len(vocabulary))
@@ -168,6 +175,13 @@ class Scorer:
             if other is not None and other in logits:
                 same = (x.view(torch.int32) == logits[other].view(torch.int32)).all()
                 self._equal[name] = self._equal[name] & same if name in self._equal else same
+
+    def _wide(self, use: str, x: torch.Tensor) -> torch.Tensor:
+        """x in float64, in the memory kept for this use."""
+        kept = self._scratch.get(use)
+        if kept is None or kept.shape[1] != x.shape[1] or len(kept) < len(x):
+            kept = self._scratch[use] = x.new_empty(x.shape, dtype=torch.float64)
+        return kept[: len(x)].copy_(x)
 
     def _references(self, logits: Mapping[str, torch.Tensor]) -> list[str]:
         named = {*self.baseline_of.values(), *([self.exact] if self.exact else [])}
