@@ -3,30 +3,30 @@
 For each layer the weights are dequantized once, applied to every arm and window, and dropped. Everything but
 attention is float32 (or float64, if asked) on fixed row tiles; attention is each arm's own. q, k and v are
 rounded once, by `round_inputs`, to the run's attention type: what an engine's cast does, and the same for
-every arm. The output matrix comes in slices of its rows, so that logits of the whole vocabulary never lie in
-memory.
+every arm. All arms begin with one hidden state; it is one tensor, computed once, until their attention gives
+other bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 
-from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings
+from kernels.bits import same_bits
+from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings, Weights
+from model.logits import VOCABULARY_ROWS, LogitSlice, State, logit_slices
 from model.products import Products, Tiling, tile_rows, tiling_of
 from model.stopwatch import Stopwatch
 from model.stream import Piece, Share, TensorStream
 
-# First window of a slab, name of the arm.
-State = tuple[int, str]
 ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 # Of everything but attention.
 COMPUTE_TYPES = {"f32": torch.float32, "f64": torch.float64}
-# Rows of a tile of logits at most, and rows of the embedding or output matrix decoded at once.
-CPU_LOGIT_ROWS, GPU_LOGIT_ROWS = 128, 2048
-VOCABULARY_ROWS = 8192
 # Rows of a tile where all arms but the prompt compute the end of a window: the least, and a GPU's.
 LEAST_TILE, GPU_REST_TILE = 128, 2048
 
@@ -56,21 +56,6 @@ class Arm(Protocol):
     name: str
 
     def attend(self, call: LayerCall) -> torch.Tensor | None: ...
-
-
-class LogitSlice(NamedTuple):
-    """Logits of some scored positions for some of the vocabulary: arm name -> [tile, vocabulary].
-
-    The group's scored positions, window by window, are its rows; `rows` are the ones of this slice, and
-    tensors have as many rows as a tile, those beyond len(rows) of no meaning. block: number of the row range,
-    the same for each part of the vocabulary; all row ranges come before the next part. The tensors are
-    overwritten by the next slice.
-    """
-
-    block: int
-    rows: range
-    vocabulary: range
-    logits: dict[str, torch.Tensor]
 
 
 class Progress(Protocol):
@@ -124,21 +109,21 @@ class Runner:
         whole_vocabulary: bool = False,
         tiling: Tiling | None = None,
         prompt: Arm | None = None,
+        takes: Callable[[str, int], bool] | None = None,
     ) -> Iterator[LogitSlice]:
         """Run every arm over windows [W, T] of tokens, then give their logits at the scored positions.
 
         An arm whose `attend` returns None takes no further part. first_window: number of the group's first
         window in the run, passed on in calls. whole_vocabulary: one slice holds it all, whatever memory that
         takes. tiling: instead of the device's own. prompt: computes the positions before the scored ones once
-        for all arms, which then compute the rest over its keys and values.
+        for all arms, which then compute the rest over its keys and values. takes: whether the arm of this
+        name runs the windows computed together whose first is this one, numbered as in the run; else it does.
         """
         windows, n_ctx = tokens.shape
         sizes = self.architecture.sizes
         tiling = tiling or self.tiling(n_ctx, None if prompt is None else n_ctx - scored.start)
         products = self.products.with_tile(tiling.rows)
-        slabs = [
-            range(first, min(first + tiling.windows, windows)) for first in range(0, windows, tiling.windows)
-        ]
+        slabs = _slabs(first_window, windows, tiling.windows)
         first = scored.start if prompt is not None else 0
         arms = [prompt, *arms] if prompt is not None and first else list(arms)
         # What each arm computes of a window: the prompt its beginning, all others the rest.
@@ -146,15 +131,18 @@ class Runner:
         positions, kv_lens = self._positions(slabs, sorted(set(spans.values()), key=lambda s: s.start))
         output_rows = sizes.vocabulary if whole_vocabulary else VOCABULARY_ROWS
         self.stream.forget()
-        live = [arm.name for arm in arms]
         # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
         hidden: dict[State, torch.Tensor] = {}
         for slab, start in zip(slabs, self._embed(tokens.to(self.device), slabs), strict=True):
             by_window = start.unflatten(0, (len(slab), n_ctx))
+            of_span = {s: by_window[:, s.start : s.stop].flatten(0, 1) for s in set(spans.values())}
             for name, span in spans.items():
-                hidden[slab.start, name] = by_window[:, span.start : span.stop].flatten(0, 1)
-        steps = (sizes.layers * windows + windows) * len(arms)
-        done = 0
+                if takes is None or takes(name, first_window + slab.start):
+                    hidden[slab.start, name] = of_span[span]
+        # Units of work of a slab in a layer: one a window and arm.
+        units = Counter(start for start, _ in hidden)
+        units = Counter({slab.start: len(slab) * units[slab.start] for slab in slabs})
+        done, steps = 0, (sizes.layers + 1) * units.total()
         for layer in range(sizes.layers):
             later = self.architecture.feed_forward_tensors(layer)
             held = self.architecture.layer_tensors(layer)
@@ -163,51 +151,89 @@ class Runner:
             self.stream.ahead(Piece(name) for name in later.values())
             settings = self.architecture.attention_settings(layer)
             for slab in slabs:
-                count = len(slab)
+                shared = _Shared(x for (start, _), x in hidden.items() if start == slab.start)
+                before: AttentionInputs | None = None
                 for arm in arms:
-                    done += count
-                    if arm.name not in live:
+                    x = hidden.get((slab.start, arm.name))
+                    if x is None:
                         continue
-                    x = hidden[slab.start, arm.name]
-                    span = spans[arm.name]
+                    at = len(slab), spans[arm.name]
                     with self.stopwatch.time("elementwise"):
-                        flat = self.architecture.attention_inputs(
-                            layer, x, positions[count, span], weights, products
+                        inputs, rounded = shared.inputs(
+                            x, partial(self._inputs, layer, x, at, positions[at], weights, products, before)
                         )
-                        inputs = AttentionInputs(*(t.unflatten(0, (count, len(span))) for t in flat))
-                        if arm is prompt:
-                            before = inputs
-                        elif first:
-                            inputs = after(before, inputs)
-                        q, k, v = round_inputs(inputs, self.attention_type)
-                    x_in, kv_len = x.unflatten(0, (count, len(span))), kv_lens[count, span]
+                    if arm is prompt:
+                        before = inputs
                     call = LayerCall(
-                        layer, first_window + slab.start, q, k, v, kv_len, settings, inputs, x_in
+                        layer,
+                        first_window + slab.start,
+                        *rounded,
+                        kv_lens[at],
+                        settings,
+                        inputs,
+                        x.unflatten(0, (len(slab), len(spans[arm.name]))),
                     )
                     with self.stopwatch.time(f"attention {arm.name}"):
                         o = arm.attend(call)
                     if o is None:
-                        live.remove(arm.name)
                         hidden = {state: kept for state, kept in hidden.items() if state[1] != arm.name}
                         continue
                     with self.stopwatch.time("elementwise"):
-                        hidden[slab.start, arm.name] = self.architecture.after_attention(
-                            layer, x, o.flatten(0, 1).to(x.dtype), weights, products
+                        hidden[slab.start, arm.name] = shared.after(
+                            x, o, partial(self._after, layer, x, o, weights, products)
                         )
+                done += units[slab.start]
                 if progress:
                     progress(done, steps)
             weights = {}
             weights = self._weights(later)
             self._read_ahead(layer + 1, output_rows)
             with self.stopwatch.time("elementwise"):
-                self.architecture.feed_forward(layer, hidden, weights, products, self.stream)
+                hidden = self._feed_forward(layer, hidden, weights, products)
             weights = {}
         if first and prompt is not None:
-            live.remove(prompt.name)
+            hidden = {state: x for state, x in hidden.items() if state[1] != prompt.name}
         rows = range(scored.start - first, scored.stop - first)
-        yield from self._logits(hidden, live if slabs else [], rows, slabs, n_ctx - first, output_rows)
+        yield from self._logits(hidden, rows, slabs, n_ctx - first, output_rows)
         if progress:
             progress(steps, steps)
+
+    def _inputs(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        at: tuple[int, range],
+        positions: torch.Tensor,
+        weights: Weights,
+        products: Products,
+        before: AttentionInputs | None,
+    ) -> tuple[AttentionInputs, AttentionInputs]:
+        """q, k and v [B, T, H, D] of B windows, behind those of a prompt, before and after they are rounded.
+
+        at: B, and the span of a window.
+        """
+        flat = self.architecture.attention_inputs(layer, x, positions, weights, products)
+        inputs = AttentionInputs(*(t.unflatten(0, (at[0], len(at[1]))) for t in flat))
+        if before is not None:
+            inputs = after(before, inputs)
+        return inputs, round_inputs(inputs, self.attention_type)
+
+    def _after(
+        self, layer: int, x: torch.Tensor, o: torch.Tensor, weights: Weights, products: Products
+    ) -> torch.Tensor:
+        return self.architecture.after_attention(layer, x, o.flatten(0, 1).to(x.dtype), weights, products)
+
+    def _feed_forward(
+        self, layer: int, hidden: dict[State, torch.Tensor], weights: Weights, products: Products
+    ) -> dict[State, torch.Tensor]:
+        """The states that the next layer takes; states that are one tensor stay one."""
+        first: dict[int, State] = {}
+        like = {state: first.setdefault(id(x), state) for state, x in hidden.items()}
+        distinct = {state: hidden[state] for state in first.values()}
+        # Each is dropped as soon as the next layer's is there.
+        hidden.clear()
+        self.architecture.feed_forward(layer, distinct, weights, products, self.stream)
+        return {state: distinct[same] for state, same in like.items()}
 
     def _positions(
         self, slabs: Sequence[range], spans: Sequence[range]
@@ -224,7 +250,6 @@ class Runner:
     def _logits(
         self,
         hidden: dict[State, torch.Tensor],
-        live: Sequence[str],
         scored: range,
         slabs: Sequence[range],
         n_ctx: int,
@@ -232,32 +257,24 @@ class Runner:
     ) -> Iterator[LogitSlice]:
         architecture = self.architecture
         weights = self._weights(architecture.norm_tensors)
-        normed: dict[str, list[torch.Tensor]] = {name: [] for name in live}
-        for slab in slabs:
-            for name in live:
-                x = hidden.pop((slab.start, name)).unflatten(0, (len(slab), n_ctx))
-                x = x[:, scored.start : scored.stop].flatten(0, 1)
-                normed[name].append(architecture.final_norm(x, weights))
-        rows_of = {name: torch.cat(parts) for name, parts in normed.items()}
-        del normed
-        total = len(scored) * (slabs[-1].stop if slabs else 0)
-        if self.device.type == "cpu":
-            # Tiles of one window each, as everywhere on a CPU.
-            tile = min(CPU_LOGIT_ROWS, tile_rows(len(scored)))
-            spans = [range(first, first + len(scored)) for first in range(0, total, len(scored))]
-        else:
-            tile, spans = GPU_LOGIT_ROWS, [range(total)]
-        blocks = [span[first : first + tile] for span in spans for first in range(0, len(span), tile)]
-        products = self.products.with_tile(tile)
         vocabulary = architecture.sizes.vocabulary
-        for first in range(0, vocabulary, output_rows):
-            part = range(first, min(first + output_rows, vocabulary))
-            output = self.stream.take(architecture.output_tensor, slice(part.start, part.stop))
-            buffers = {name: output.new_empty((tile, len(part))) for name in live}
-            for block, rows in enumerate(blocks):
-                for name in live:
-                    products(rows_of[name][rows.start : rows.stop], output, out=buffers[name])
-                yield LogitSlice(block, rows, part, buffers)
+        normed: dict[int, torch.Tensor] = {}
+        states: dict[State, torch.Tensor] = {}
+        for (start, name), x in hidden.items():
+            if id(x) not in normed:
+                mine = x.unflatten(0, (-1, n_ctx))[:, scored.start : scored.stop].flatten(0, 1)
+                normed[id(x)] = architecture.final_norm(mine, weights)
+            states[start, name] = normed[id(x)]
+        hidden.clear()
+        del normed
+        yield from logit_slices(
+            states,
+            slabs,
+            scored=len(scored),
+            parts=[range(at, min(at + output_rows, vocabulary)) for at in range(0, vocabulary, output_rows)],
+            output=lambda part: self.stream.take(architecture.output_tensor, slice(part.start, part.stop)),
+            products=self.products,
+        )
 
     def _weights(self, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
         return {short: self.stream.take(name) for short, name in tensors.items()}
@@ -294,6 +311,47 @@ class Runner:
                 parts.append(part[mine - first])
         rows = torch.cat(parts) * self.architecture.embedding_scale
         return [rows[place[slab.start * n_ctx : slab.stop * n_ctx]] for slab in slabs]
+
+
+class _Shared:
+    """What arms of one slab and layer have in common whose hidden state is one tensor: computed once.
+
+    states: those of all arms, once each. What is kept for a state is dropped with the last arm that has it.
+    """
+
+    def __init__(self, states: Iterable[torch.Tensor]) -> None:
+        self._left = Counter(map(id, states))
+        self._inputs: dict[int, tuple[AttentionInputs, AttentionInputs]] = {}
+        self._outputs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def inputs(
+        self, x: torch.Tensor, compute: Callable[[], tuple[AttentionInputs, AttentionInputs]]
+    ) -> tuple[AttentionInputs, AttentionInputs]:
+        """Of the next arm that has the state x."""
+        found = self._inputs.pop(id(x), None) or compute()
+        self._left[id(x)] -= 1
+        if self._left[id(x)]:
+            self._inputs[id(x)] = found
+        return found
+
+    def after(self, x: torch.Tensor, o: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The state after x and the attention output o: that of an earlier arm whose output had its bits."""
+        for other, state in self._outputs.get(id(x), ()):
+            if same_bits(o, other):
+                return state
+        state = compute()
+        if self._left[id(x)]:
+            self._outputs.setdefault(id(x), []).append((o, state))
+        else:
+            self._outputs.pop(id(x), None)
+        return state
+
+
+def _slabs(first_window: int, windows: int, at_once: int) -> list[range]:
+    """Windows of a group that are computed together, numbered in the group: cut where the run's numbers are
+    multiples of `at_once`, so that no group has others side by side."""
+    cuts = range(at_once - first_window % at_once, windows, at_once)
+    return [range(a, b) for a, b in pairwise((0, *cuts, windows)) if b > a]
 
 
 def after(before: AttentionInputs, inputs: AttentionInputs) -> AttentionInputs:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from kernels.bits import same_bits
 from kernels.contract import Call, Kernel, checked_call
 from kernels.contract import Path as AttentionPath
 from kernels.exact import exact_attention
@@ -203,11 +204,6 @@ def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tenso
         generator.manual_seed(zlib.crc32(f"{seed}/{call.window + i}/{call.layer}".encode()))
         of_window.normal_(generator=generator)
     return noise.mul_(oracle).mul_(FLOOR_NOISE)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bit for bit, NaN included. float32 tensors of one shape."""
-    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
 def void_reasons(arms: Sequence[Arm]) -> list[str]:

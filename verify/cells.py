@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kernels.arithmetic import Arithmetic
+from kernels.bits import same_bits
 from kernels.budget import Budget, budget_ratio, error_budgets
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.detectors import (
@@ -30,7 +31,6 @@ from kernels.exact import exact_attention
 from kernels.families import FAMILIES
 from kernels.gates import compared, nmse, plain_attention, verdicts
 from kernels.trace import LaunchTrace
-from verify.arms import same_bits
 from verify.attempt import attempt
 from verify.stages import StageClock
 from verify.statistics import DistanceRatio, ratio_of_samples

@@ -24,7 +24,7 @@ from verify.arms import Arm
 from verify.environment import PIPE_WIDTH, on_terminal
 from verify.evidence import PairSummary
 from verify.experiment import Experiment, Outcome
-from verify.perplexity import final_line, running_line
+from verify.perplexity import Perplexity, final_line, running_line
 from verify.reports.split_mode import split_mode_sentence
 
 
@@ -136,6 +136,7 @@ def _table(outcome: Outcome) -> Table:
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=name in numbers[:2])
     pairs = {pair.candidate.name: pair for pair in outcome.pairs}
+    most = max(summary.perplexity.tokens for summary in outcome.arms)
     for summary in outcome.arms:
         arm, ppl = summary.arm, summary.perplexity
         pair = pairs.get(arm.name)
@@ -143,7 +144,7 @@ def _table(outcome: Outcome) -> Table:
         table.add_row(
             arm.name,
             arm.spec,
-            "failed" if arm.failed else f"{ppl.ppl:.4f} +/- {ppl.se:.5f}",
+            "failed" if arm.failed else _perplexity(ppl) if ppl.tokens == most else "",
             f"{pair.difference.mean:+.2e} +/- {pair.difference.se:.1e}" if pair and finite else "",
             "" if arm.role == "exact" or math.isnan(summary.kld_to_exact) else f"{summary.kld_to_exact:.2e}",
             "" if math.isnan(summary.frozen_kld) else f"{summary.frozen_kld:.2e}",
@@ -151,6 +152,10 @@ def _table(outcome: Outcome) -> Table:
             f"{pair.top1_changes} of {pair.tokens}" if pair and pair.tokens else "",
         )
     return table
+
+
+def _perplexity(ppl: Perplexity) -> str:
+    return f"{ppl.ppl:.4f} +/- {ppl.se:.5f}"
 
 
 def _control_holds(arm: Arm) -> bool:
@@ -199,6 +204,7 @@ def _seen(pair: PairSummary) -> str:
     """What this run would have seen of a pair."""
     assert pair.distance is not None
     return (
-        f"  could have seen a distance ratio from {pair.distance.detectable:.3g}, on {pair.tokens} tokens,"
-        f" about {pair.distance.scope}; {pair.coverage.tokens:.1%} of them went through the changed plan"
+        f"  could have seen a distance ratio from {pair.distance.detectable:.3g}, on"
+        f" {pair.measured_tokens} tokens, about {pair.distance.scope};"
+        f" {pair.coverage.tokens:.1%} of them went through the changed plan"
     )

@@ -52,6 +52,7 @@ from verify.ranks import Ranks, local_device
 from verify.referee import LogitsFiles, engine_findings
 from verify.rounds import Rounds
 from verify.runfolder import RunFolder
+from verify.sample import Sample
 from verify.settings import PplSettings
 from verify.split_mode import build_shared_kernel, check_model, tensor_parallel_json
 from verify.subject import fingerprint, model_json, try_kernels
@@ -104,6 +105,7 @@ class Experiment:
         if settings.score_last is not None:
             self.prompt = Arm("prompt", "prompt", "exact", "prefill", build_kernel("exact"))
         self._nll: list[np.ndarray] = []
+        self.sample = Sample(0)
         self.grouping = Grouping(1, 0)
         # Shapes of products that depend on where a row lies.
         self._moved: list[tuple[int, ...]] = []
@@ -139,6 +141,11 @@ class Experiment:
         notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
+        if len(self.sample) < self.windows.n_windows:
+            notes.add(
+                f"kernels were measured on {len(self.sample)} of {self.windows.n_windows} windows:"
+                " distance, casts frozen and floor are theirs"
+            )
         if self._moved:
             notes.add(
                 f"products of {len(self._moved)} shapes give a row other bits in another place here: results"
@@ -185,6 +192,11 @@ class Experiment:
         grouping = min(self.ranks.everyones(self._grouping(runner)))
         if self.logits_files and self.ranks.size > 1:
             raise UsageError("--save-logits, --against: expected one process, logits are written in order")
+        self.sample = Sample(
+            self.windows.n_windows,
+            measured=self.settings.measured,
+            at_once=runner.tiling(self.settings.n_ctx, self.settings.score_last).windows,
+        )
         self.ended["preparing"] = environment.process_seconds()
         self.logits_files.begin(resume=bool(folder and folder.finished_groups()))
         self.listener.started(self)
@@ -200,6 +212,7 @@ class Experiment:
             prompt=self.prompt,
             faults={fault.name: fault.fault for fault in self.faults},
             logits_files=self.logits_files or None,
+            measured=self.settings.measured,
         )
         results = rounds.run(self)
         runner.stream.close()
@@ -316,6 +329,7 @@ class Experiment:
             "tokens": windows.n_tokens_total,
             "n_ctx": windows.n_ctx,
             "windows": windows.n_windows,
+            "measured_windows": len(self.sample),
             "scored_per_window": windows.scored_per_window,
             "first_scored": windows.first_scored,
         }

@@ -21,6 +21,7 @@ from verify.environment import anonymous_memory
 from verify.frozen import Fault, FrozenRunner, Teacher, frozen_name
 from verify.inplace import InPlace
 from verify.referee import LogitsFiles
+from verify.sample import Sample
 from verify.scoring import Scorer, TokenScores
 from verify.top1 import changed_tokens
 
@@ -108,12 +109,14 @@ def run_group(
     prompt: Arm | None = None,
     progress: Progress | None = None,
     logits_files: LogitsFiles | None = None,
+    measured: int = 0,
 ) -> GroupResult:
     """Run the windows `chosen` through every arm, freely and with frozen casts.
 
     capture: called with every layer's inputs of the exact arm; faults: planted in the first baseline's
     result, a frozen pass each; prompt: runs what comes before the scored positions; logits_files: where
-    logits are saved, and engines' come from. Findings and traces of the arms start anew; an arm that failed
+    logits are saved, and engines' come from; measured: windows of the text, 0 for all, on which kernels are
+    measured and the floor arm runs (`Sample`). Findings and traces of the arms start anew; an arm that failed
     in an earlier group does not run again.
     """
     launching = [*arms, prompt] if prompt is not None else list(arms)
@@ -130,14 +133,16 @@ def run_group(
         tokens = tokens[:, : windows.scored_positions.stop]
         first, rest = windows.first_scored, windows.scored_per_window
     at_once = runner.tiling(tokens.shape[1], rest).windows
-    in_place = InPlace(windows.n_windows, seed=seed, at_once=at_once)
+    sample = Sample(windows.n_windows, measured=measured, at_once=at_once)
+    in_place = InPlace(sample, seed=seed, at_once=at_once)
     victim = next((arm for arm in arms if arm.role == "baseline"), None)
     teacher = Teacher(arms, in_place, seed=seed, faults=faults, victim=victim.name if victim else "")
     drift = Drift(position_edges(tokens.shape[1], first), runner.device)
 
     def watch(call: LayerCall, oracle: torch.Tensor) -> None:
-        with runner.stopwatch.time("in place"):
-            teacher(call, oracle)
+        if call.window in sample:
+            with runner.stopwatch.time("in place"):
+                teacher(call, oracle)
         if capture is not None:
             capture(call)
 
@@ -153,6 +158,7 @@ def run_group(
     passes += [FrozenRunner(frozen_name(arm.name), arm, teacher, drift) for arm in teacher.arms]
     if victim is not None:
         passes += [FrozenRunner(name, victim, teacher, drift) for name in teacher.faults]
+    on_sample = {one.name for one in passes if isinstance(one, FrozenRunner) or one.arm.role == "floor"}
     most = anonymous_memory()
 
     def step(done: int, total: int) -> None:
@@ -181,6 +187,7 @@ def run_group(
         progress=step,
         whole_vocabulary=logits_files is not None,
         prompt=ArmRunner(prompt, board) if prompt is not None else None,
+        takes=lambda name, window: name not in on_sample or window in sample,
     )
     for piece in slices:
         if logits_files is not None:
@@ -225,19 +232,21 @@ def _token_table(
         return TOKEN_SCHEMA.empty_table()
     scored = np.arange(windows.scored_positions.start, windows.scored_positions.stop)
     shape = len(chosen), len(live), len(scored)
+    # An arm runs whole windows, not always all of them.
+    ran = np.stack([scores[name].ran.reshape(len(chosen), -1) for name in live], 1).ravel()
 
     def of_position(values: np.ndarray) -> np.ndarray:
         """[windows, scored] to all rows."""
-        return np.broadcast_to(values[:, None], shape).ravel()
+        return np.broadcast_to(values[:, None], shape).ravel()[ran]
 
     tokens, targets = (x[chosen.start : chosen.stop] for x in (windows.tokens, windows.targets))
     by_arm = [
-        np.stack([column.reshape(len(chosen), -1) for column in columns], 1).ravel()
-        for columns in zip(*(scores[name] for name in live), strict=True)
+        np.stack([column.reshape(len(chosen), -1) for column in columns], 1).ravel()[ran]
+        for columns in zip(*(scores[name][1:] for name in live), strict=True)
     ]
-    number = np.broadcast_to(np.arange(len(live), dtype=np.int32)[None, :, None], shape).ravel()
+    number = np.broadcast_to(np.arange(len(live), dtype=np.int32)[None, :, None], shape).ravel()[ran]
     columns = [
-        np.broadcast_to(np.asarray(chosen)[:, None, None], shape).ravel(),
+        np.broadcast_to(np.asarray(chosen)[:, None, None], shape).ravel()[ran],
         of_position(np.broadcast_to(scored, (len(chosen), len(scored)))),
         of_position(np.broadcast_to(scored + 1, (len(chosen), len(scored)))),
         of_position(tokens[:, scored]),

@@ -3,7 +3,8 @@
 An arm that runs freely drifts from exact for many reasons; here each kernel gets the same inputs as the
 oracle and answers for its own rounding alone. All rows count for the size of the error and for its gain; the
 budget is derived for some rows: the first two, the last, and others drawn by seed; windows that are computed
-side by side share them. An error above its budget is a bug, whatever the perplexity says.
+side by side share them. Of a long text a sample of windows is measured (`verify.sample`). An error above its
+budget is a bug, whatever the perplexity says.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kernels.contract import Call, checked_call
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
 from verify.arms import Arm, Place
+from verify.sample import Sample
 
 SAMPLED_ROWS = 8
 # Of a long text, each layer's budgets are derived in this many windows at most, other ones in each layer.
@@ -90,14 +92,13 @@ class Measured(NamedTuple):
 class InPlace:
     """Collects what kernels err on the exact arm's inputs.
 
-    windows: of the whole run; at_once: how many a device computes together. Figures stay on the device until
-    `table` asks for them: nothing here waits for it.
+    sample: the windows that are measured; at_once: how many a device computes together. Figures stay on the
+    device until `table` asks for them: nothing here waits for it.
     """
 
-    def __init__(self, windows: int, *, seed: int = 0, at_once: int = 1) -> None:
-        self.seed, self.at_once = seed, at_once
-        slabs = -(-windows // at_once)
-        self.stride = -(-slabs // max(CHECKED_WINDOWS // at_once, 1))
+    def __init__(self, sample: Sample, *, seed: int = 0, at_once: int = 1) -> None:
+        self.seed, self.at_once, self.sample = seed, at_once, sample
+        self.stride = -(-sample.runs // max(CHECKED_WINDOWS // at_once, 1))
         # First window, layer, name and path of each check, and its figures [figures, windows, heads].
         self._checks: list[tuple[int, int, str, str]] = []
         self._figures: list[torch.Tensor] = []
@@ -106,7 +107,7 @@ class InPlace:
         """Enter the errors of some kernels at one layer."""
         slab = call.window // self.at_once
         rows, budgets = None, {}
-        if (slab + call.layer) % self.stride == 0 and measured:
+        if (self.sample.ordinal(call.window) + call.layer) % self.stride == 0 and measured:
             rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
             rows = rows.to(call.q.device)
             budgets = _budgets(measured, rows)

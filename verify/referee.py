@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data import Windows
-from model.runner import LogitSlice
+from model.logits import LogitSlice
 from verify.engines.divergence import check_tokens
 from verify.errors import UsageError
 from verify.formats.logits_file import LogitsFile, LogitsWriter

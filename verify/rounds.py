@@ -29,8 +29,8 @@ class Watcher(Protocol):
 class Rounds:
     """The groups of one run.
 
-    folder: where rank 0 keeps finished groups, None in other ranks; capture, prompt, faults, logits_files:
-    see `run_group`.
+    folder: where rank 0 keeps finished groups, None in other ranks; capture, prompt, faults, logits_files,
+    measured: see `run_group`.
     `grouping` is the one at hand: a device without memory makes groups smaller.
     """
 
@@ -48,10 +48,12 @@ class Rounds:
         prompt: Arm | None = None,
         faults: Mapping[str, Fault] | None = None,
         logits_files: LogitsFiles | None = None,
+        measured: int = 0,
     ) -> None:
         self.runner, self.windows, self.arms, self.grouping = runner, windows, arms, grouping
         self.folder, self.ranks, self.seed, self.capture = folder, ranks, seed, capture
         self.prompt, self.faults, self.logits_files = prompt, faults, logits_files
+        self.measured = measured
 
     def run(self, watcher: Watcher) -> list[GroupResult]:
         """All groups, in order, in rank 0; other ranks get none."""
@@ -93,6 +95,7 @@ class Rounds:
                 faults=self.faults,
                 progress=watcher.progress(chosen.start, chosen.stop, self.windows.n_windows),
                 logits_files=self.logits_files,
+                measured=self.measured,
             )
         except torch.cuda.OutOfMemoryError:
             # Ranks that share their reading cannot go back alone.

@@ -12,21 +12,26 @@ multiplied by exp(m - m') where m grows to m'. In the end
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from model.runner import GPU_LOGIT_ROWS, LogitSlice
+from model.logits import GPU_LOGIT_ROWS, LogitSlice
 
 # Rows of float64 numbers held at once on a CPU, for its caches' sake; a GPU takes whole tiles.
 _CPU_ROWS = 16
 
 
 class TokenScores(NamedTuple):
-    """Per scored token of a group: arrays [rows]; KLDs are NaN where there is no arm to compare with."""
+    """Per scored token of a group: arrays [rows]; KLDs are NaN where there is no arm to compare with.
+
+    ran: the rows that the arm ran; all others are NaN, or -1 in top1.
+    """
+
+    ran: np.ndarray
 
     nll: np.ndarray
     kld_to_exact: np.ndarray
@@ -47,7 +52,8 @@ class BestTwo(NamedTuple):
 class _Rows:
     """What is known so far of some consecutive rows: arrays [rows], of which the first `used` are wanted.
 
-    top, second: the two largest logits; best, next: their vocabulary indices; moments: reference -> D.
+    top, second: the two largest logits; best, next: their vocabulary indices; moments: reference -> D. Arms
+    that share their logits share these too.
     """
 
     used: int
@@ -69,6 +75,7 @@ class Scorer:
 
     def __init__(self, *, exact: str | None, baseline_of: Mapping[str, str], targets: torch.Tensor) -> None:
         self.exact, self.baseline_of = exact, baseline_of
+        self.rows = len(targets)
         # Tiles may reach beyond the last row.
         self.targets = torch.nn.functional.pad(targets, (0, GPU_LOGIT_ROWS))
         # By arm and first row.
@@ -93,23 +100,23 @@ class Scorer:
 
     def scores(self) -> dict[str, TokenScores]:
         """Of each arm, once the whole vocabulary was seen."""
-        names = sorted({name for name, _ in self._rows})
-        whole = {name: self._joined(name) for name in names}
+        whole = {name: self._joined(name) for name in self._names()}
         lse = {name: rows.top.double() + torch.log(rows.total) for name, rows in whole.items()}
 
         def kld(name: str, reference: str | None) -> torch.Tensor:
             if reference not in whole:
                 return torch.full_like(lse[name], torch.nan)
-            if reference == name:
-                return torch.where(torch.isnan(lse[name]), torch.nan, 0.0)
-            p = whole[reference]
-            return whole[name].moments[reference] / p.total - (lse[reference] - lse[name])
+            p, moments = whole[reference], whole[name].moments
+            if reference not in moments:  # the same logits in both
+                return torch.where(torch.isnan(lse[name] - lse[reference]), torch.nan, 0.0)
+            return moments[reference] / p.total - (lse[reference] - lse[name])
 
         return {
             name: TokenScores(
                 *(
                     x.cpu().numpy()
                     for x in (
+                        rows.best >= 0,
                         lse[name] - rows.target.double(),
                         kld(name, self.exact),
                         kld(name, self.baseline_of.get(name)),
@@ -123,9 +130,9 @@ class Scorer:
         }
 
     def best_two(self) -> dict[str, BestTwo]:
-        """Of each arm, once the whole vocabulary was seen."""
+        """Of each arm, once the whole vocabulary was seen; rows that it did not run have tokens -1."""
         found = {}
-        for name in sorted({name for name, _ in self._rows}):
+        for name in self._names():
             rows = self._joined(name)
             lse = rows.top.double() + torch.log(rows.total)
             logp = torch.stack((rows.top, rows.second), 1).double() - lse[:, None]
@@ -133,48 +140,49 @@ class Scorer:
             found[name] = BestTwo(tokens.cpu().numpy(), logp.cpu().numpy())
         return found
 
+    def _names(self) -> list[str]:
+        return sorted({name for name, _ in self._rows})
+
     def _add(self, rows: range, vocabulary: range, logits: Mapping[str, torch.Tensor]) -> None:
-        """Logits [as many rows as a step has, len(vocabulary)]."""
-        wide: dict[str, torch.Tensor] = {}
-        grown: dict[str, torch.Tensor] = {}
-        # References first: the others are measured against their exponentials.
-        references = self._references(logits)
-        for name in [*references, *(name for name in logits if name not in references)]:
-            x = logits[name]
-            state = self._state(name, rows, len(x))
-            top, best = x.max(-1)
-            # The tensor is ours until the next slice: its largest logits are taken out, and put back.
-            x.scatter_(-1, best[:, None], -torch.inf)
-            second, after = x.max(-1)
-            x.scatter_(-1, best[:, None], top[:, None])
-            new = torch.maximum(state.top, top)
-            best, after = best + vocabulary.start, after + vocabulary.start
-            # The second is the largest but one: of two pairs, the lesser first or the greater pair's second.
-            wins = top > state.top
-            lesser, its = torch.where(wins, state.top, top), torch.where(wins, state.best, best)
-            rest, whose = torch.where(wins, second, state.second), torch.where(wins, after, state.next)
-            state.next = torch.where(rest > lesser, whose, its)
-            state.second = torch.maximum(lesser, rest)
-            state.best = torch.where(wins, best, state.best)
-            # Before the first part both may be -inf, and there is nothing to rescale.
-            rescale = torch.where(new == state.top, 1.0, torch.exp(state.top.double() - new.double()))
-            state.top = new
-            e = self._wide(name if name in references else "e", x).sub_(new.double()[:, None]).exp_()
+        """Logits [as many rows as a step has, len(vocabulary)]; arms that share theirs share a tensor."""
+        sharing: dict[int, list[str]] = {}
+        for name, x in logits.items():
+            sharing.setdefault(x.data_ptr(), []).append(name)
+        references = {other for other in (self.exact, *self.baseline_of.values()) if other in logits}
+        # Exponentials of references, by where the logits lie: the others are measured against them.
+        wide: dict[int, torch.Tensor] = {}
+        grown: dict[int, torch.Tensor] = {}
+        for place, names in sharing.items():
+            x, state = logits[names[0]], self._state(names, rows, len(logits[names[0]]))
+            rescale = _take_in(state, x, vocabulary)
+            needed = not references.isdisjoint(names)
+            e = self._wide(f"e of {names[0]}" if needed else "e", x).sub_(state.top.double()[:, None]).exp_()
             state.total = state.total * rescale + e.sum(-1)
-            if name in references:
-                wide[name], grown[name] = e, rescale
-            for reference in self._compared(name, logits):
-                difference = self._wide("difference", logits[reference]).sub_(x)
-                more = difference.mul_(wide[reference]).sum(-1)
-                state.moments[reference] = state.moments.get(reference, 0.0) * grown[reference] + more
+            if needed:
+                wide[place], grown[place] = e, rescale
             at = self.targets[rows.start : rows.start + len(x)] - vocabulary.start
             inside = (at >= 0) & (at < len(vocabulary))
             found = x.gather(1, at.clamp(0, len(vocabulary) - 1)[:, None])[:, 0]
             state.target = torch.where(inside, found, state.target)
-            other = self.baseline_of.get(name)
-            if other is not None and other in logits:
-                same = (x.view(torch.int32) == logits[other].view(torch.int32)).all()
-                self._equal[name] = self._equal[name] & same if name in self._equal else same
+        for names in sharing.values():
+            x, moments = logits[names[0]], self._rows[names[0], rows.start].moments
+            for reference in dict.fromkeys(
+                [self.exact or "", *(self.baseline_of.get(name, "") for name in names)]
+            ):
+                if reference in logits and reference not in names:
+                    its_place = logits[reference].data_ptr()
+                    difference = self._wide("difference", logits[reference]).sub_(x)
+                    more = difference.mul_(wide[its_place]).sum(-1)
+                    moments[reference] = moments.get(reference, 0.0) * grown[its_place] + more
+            for name in names:
+                if (other := self.baseline_of.get(name, "")) in logits:
+                    self._compare(name, x, logits[other])
+
+    def _compare(self, name: str, x: torch.Tensor, other: torch.Tensor) -> None:
+        """Note whether the logits have the same bits. On a GPU nothing waits for the answer."""
+        known = self._equal.setdefault(name, torch.ones((), dtype=torch.bool, device=x.device))
+        if x.data_ptr() != other.data_ptr() and (x.is_cuda or known):
+            self._equal[name] = known & (x.view(torch.int32) == other.view(torch.int32)).all()
 
     def _wide(self, use: str, x: torch.Tensor) -> torch.Tensor:
         """x in float64, in the memory kept for this use."""
@@ -183,33 +191,57 @@ class Scorer:
             kept = self._scratch[use] = x.new_empty(x.shape, dtype=torch.float64)
         return kept[: len(x)].copy_(x)
 
-    def _references(self, logits: Mapping[str, torch.Tensor]) -> list[str]:
-        named = {*self.baseline_of.values(), *([self.exact] if self.exact else [])}
-        return sorted(named & logits.keys(), key=lambda name: (name != self.exact, name))
-
-    def _compared(self, name: str, logits: Mapping[str, torch.Tensor]) -> Sequence[str]:
-        """The other arms that this one is measured against."""
-        both = dict.fromkeys((self.exact, self.baseline_of.get(name)))
-        return [other for other in both if other is not None and other != name and other in logits]
-
-    def _state(self, name: str, rows: range, size: int) -> _Rows:
-        key = name, rows.start
+    def _state(self, names: Sequence[str], rows: range, size: int) -> _Rows:
+        key = names[0], rows.start
         if key not in self._rows:
             lowest = torch.full((size,), -torch.inf, device=self.targets.device)
             none = torch.zeros_like(lowest, dtype=torch.int64)
             self._rows[key] = _Rows(len(rows), lowest, lowest, none, none, none.double(), lowest)
+            for name in names[1:]:
+                self._rows[name, rows.start] = self._rows[key]
         return self._rows[key]
 
     def _joined(self, name: str) -> _Rows:
-        """All rows of an arm, without those that only fill a tile."""
-        mine = [rows for (arm, _), rows in sorted(self._rows.items(), key=lambda x: x[0]) if arm == name]
+        """All rows of the group, as the arm has them."""
+        mine = [(start, self._rows[of, start]) for of, start in sorted(self._rows) if of == name]
+        at = torch.cat([torch.arange(start, start + rows.used) for start, rows in mine])
+        at = at.to(self.targets.device)
 
-        def whole(values: Sequence[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([x[: rows.used] for x, rows in zip(values, mine, strict=True)])
+        def whole(values: Iterable[torch.Tensor], missing: float = torch.nan) -> torch.Tensor:
+            found = torch.cat([x[: rows.used] for x, (_, rows) in zip(values, mine, strict=True)])
+            return found.new_full((self.rows,), missing).index_copy_(0, at, found)
 
-        top, second, best, following, total, target = (
-            whole([getattr(rows, kind) for rows in mine])
-            for kind in ("top", "second", "best", "next", "total", "target")
+        top, second, total, target = (
+            whole(getattr(rows, kind) for _, rows in mine) for kind in ("top", "second", "total", "target")
         )
-        moments = {other: whole([rows.moments[other] for rows in mine]) for other in mine[0].moments}
-        return _Rows(len(top), top, second, best, following, total, target, moments)
+        best, following = (whole((getattr(rows, kind) for _, rows in mine), -1) for kind in ("best", "next"))
+        # Where an arm and its reference share their logits there is no difference to add up.
+        moments = {
+            other: whole(rows.moments.get(other, torch.zeros_like(rows.total)) for _, rows in mine)
+            for other in dict.fromkeys(other for _, rows in mine for other in rows.moments)
+        }
+        return _Rows(self.rows, top, second, best, following, total, target, moments)
+
+
+def _take_in(state: _Rows, x: torch.Tensor, vocabulary: range) -> torch.Tensor:
+    """Enter the two largest of further logits x [rows, len(vocabulary)]; exp(m - m') of each row.
+
+    x is written to, and put back.
+    """
+    top, best = x.max(-1)
+    x.scatter_(-1, best[:, None], -torch.inf)
+    second, after = x.max(-1)
+    x.scatter_(-1, best[:, None], top[:, None])
+    new = torch.maximum(state.top, top)
+    best, after = best + vocabulary.start, after + vocabulary.start
+    # The second is the largest but one: of two pairs, the lesser first or the greater pair's second.
+    wins = top > state.top
+    lesser, its = torch.where(wins, state.top, top), torch.where(wins, state.best, best)
+    rest, whose = torch.where(wins, second, state.second), torch.where(wins, after, state.next)
+    state.next = torch.where(rest > lesser, whose, its)
+    state.second = torch.maximum(lesser, rest)
+    state.best = torch.where(wins, best, state.best)
+    # Before the first part both may be -inf, and there is nothing to rescale.
+    rescale = torch.where(new == state.top, 1.0, torch.exp(state.top.double() - new.double()))
+    state.top = new
+    return rescale

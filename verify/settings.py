@@ -22,7 +22,8 @@ class PplSettings:
     """memory: bytes that hidden states of one group may take, None for a share of what is free.
 
     noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at the
-    end of a window, None for the second half; gpus, split_mode: of the engine that is reproduced, whatever
+    end of a window, None for the second half; measured_windows: see `verify.sample`, None for its default,
+    0 for all; gpus, split_mode: of the engine that is reproduced, whatever
     devices this run has.
     """
 
@@ -47,6 +48,7 @@ class PplSettings:
     noise: int = 0
     power: bool = False
     score_last: int | None = None
+    measured_windows: int | None = None
     split_mode: str = "layer"
     gpus: int = 1
 
@@ -76,6 +78,10 @@ class PplSettings:
                 "--score-last: a logits file holds the second half of every window, expected no --save-logits"
                 " or --against beside it"
             )
+        if self.measured_windows is not None and self.measured_windows < 0:
+            raise UsageError(
+                f"--measured-windows {self.measured_windows}: expected a number of windows, or 0 for all"
+            )
         if self.compute not in COMPUTE_TYPES:
             raise UsageError(f"--compute {self.compute}: expected one of {', '.join(COMPUTE_TYPES)}")
         check_split_mode(self.split_mode, self.gpus)
@@ -87,6 +93,13 @@ class PplSettings:
         from kernels.contract import PATHS
 
         return PATHS if self.path == "both" else tuple(p for p in PATHS if p == self.path)
+
+    @property
+    def measured(self) -> int:
+        """Windows on which kernels are measured, 0 for all."""
+        from verify.sample import default_measured
+
+        return default_measured(self.n_ctx) if self.measured_windows is None else self.measured_windows
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.bits import same_bits
 from kernels.budget import error_budget
 from kernels.contract import AttentionOutput, Call
 from kernels.detectors import measure
@@ -28,7 +29,6 @@ from kernels.plan import Plan
 from kernels.registry import build_kernel
 from support.ggml_builds import ggml_library
 from support.problems import problem
-from verify.arms import same_bits
 
 # The shape of GLM on one GPU of eight: 12 query heads over one KV head.
 GLM = Sizes(n_kv=(300, 256, 1), ratio=12, kv_heads=1, k_size=128, v_size=128)

@@ -17,7 +17,7 @@ from model.architectures import architecture_of
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.products import Products, Tiling, tile_rows, tiling_of
-from model.runner import COMPUTE_TYPES, LayerCall, Runner
+from model.runner import COMPUTE_TYPES, LayerCall, Runner, _slabs
 from model.stopwatch import Stopwatch
 from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
@@ -145,6 +145,63 @@ def test_windows_side_by_side_give_the_bits_of_windows_alone(name: str, twin: Ca
     assert relative(together, alone) < 1e-5
     if name != "glm4moe":  # its experts' tiles hold the rows of a whole slab
         assert torch.equal(together, alone)
+
+
+def test_groups_cut_where_the_run_does() -> None:
+    """Windows 5 to 11 by fours: 5 to 7, 8 to 11."""
+    assert _slabs(5, 7, 4) == [range(3), range(3, 7)]
+    assert _slabs(0, 9, 4) == [range(4), range(4, 8), range(8, 9)]
+    assert _slabs(6, 1, 4) == [range(1)]
+    assert _slabs(3, 0, 4) == []
+
+
+class Counted(ExactArm):
+    """Exact attention that says how often it was asked for."""
+
+    def __init__(self, name: str, *, off: float = 0.0, off_at: int = -1) -> None:
+        super().__init__(name)
+        self.off, self.off_at = off, off_at
+        self.inputs: list[int] = []
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        self.inputs.append(call.q.data_ptr())
+        o = super().attend(call)
+        assert o is not None
+        return o + self.off if call.layer == self.off_at else o
+
+
+def test_arms_are_computed_once_until_their_attention_differs(tiny: Path) -> None:
+    architecture, scored = architecture_of(GGUFFile.open(tiny)), range(20, 39)
+    alone = logits_of(Runner(architecture, device=CPU), TOKENS, [Counted("b", off=1e-3, off_at=0)], scored)
+    arms = [Counted("a"), Counted("b", off=1e-3, off_at=0), Counted("c"), Counted("d", off=-0.0, off_at=1)]
+    runner = Runner(architecture, device=CPU)
+    found = logits_of(runner, TOKENS, arms, scored)
+    a, b, c, d = arms
+    assert a.inputs == c.inputs == d.inputs
+    # Layer 0 is common to all, layer by layer and window by window.
+    assert [x == y for x, y in zip(a.inputs, b.inputs, strict=True)] == [True] * 3 + [False] * 3
+    assert torch.equal(found["a"], found["c"])
+    assert torch.equal(found["a"], found["d"])
+    assert torch.equal(found["b"], alone["b"])
+    once = Runner(architecture, device=CPU)
+    logits_of(once, TOKENS, [Counted("a")], scored)
+    assert runner.stopwatch.flop < 2 * once.stopwatch.flop
+
+
+def test_an_arm_may_take_some_windows_only(tiny: Path) -> None:
+    architecture, scored = architecture_of(GGUFFile.open(tiny)), range(20, 39)
+    whole = logits_of(Runner(architecture, device=CPU), TOKENS, [ExactArm("a"), ExactArm("b")], scored)
+    part = logits_of(
+        Runner(architecture, device=CPU),
+        TOKENS,
+        [ExactArm("a"), ExactArm("b")],
+        scored,
+        first_window=7,
+        takes=lambda name, window: name == "a" or window == 8,
+    )
+    assert len(part["b"]) == 1
+    assert torch.equal(part["a"], whole["a"])
+    assert torch.equal(part["b"][0], whole["b"][1])
 
 
 def test_a_gpu_has_wider_tiles_by_the_shapes_alone() -> None:

@@ -38,13 +38,13 @@ class ExactArm:
 def logits_of(
     runner: Runner, tokens: np.ndarray, arms: Sequence[Arm], scored: range, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """Name -> [windows, scored, vocabulary]."""
+    """Name -> [windows that it took, scored, vocabulary]."""
     found: dict[str, list[torch.Tensor]] = {}
     slices = runner.run_group(torch.from_numpy(tokens), arms, scored=scored, whole_vocabulary=True, **options)
     for piece in slices:
         for name, values in piece.logits.items():
             found.setdefault(name, []).append(values[: len(piece.rows)].clone())
-    return {name: torch.cat(parts).view(len(tokens), len(scored), -1) for name, parts in found.items()}
+    return {name: torch.cat(parts).unflatten(0, (-1, len(scored))) for name, parts in found.items()}
 
 
 def relative(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> float:

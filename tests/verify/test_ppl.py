@@ -23,6 +23,7 @@ from model.products import Tiling
 from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
 from verify.inplace import InPlace
+from verify.sample import Sample
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -408,4 +409,4 @@ def test_variables_that_the_user_set_are_kept() -> None:
     [(4, 1, 1), (64, 1, 1), (65, 1, 2), (592, 1, 10), (592, 32, 10), (37, 2, 1)],
 )
 def test_of_many_windows_some_are_checked_in_place(windows: int, at_once: int, stride: int) -> None:
-    assert InPlace(windows, at_once=at_once).stride == stride
+    assert InPlace(Sample(windows, at_once=at_once), at_once=at_once).stride == stride

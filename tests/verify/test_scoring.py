@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.runner import LogitSlice
+from model.logits import LogitSlice
 from verify.scoring import Scorer, TokenScores
 
 ROWS, VOCABULARY = 23, 50

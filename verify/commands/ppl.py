@@ -74,6 +74,14 @@ def command(
             "--score-last", help="score the last N positions only; what is before them is computed once"
         ),
     ] = None,
+    measured_windows: Annotated[
+        int | None,
+        typer.Option(
+            "--measured-windows",
+            help="windows on which kernels are measured against exact, spread over the text; 0 for all;"
+            " default: 32768 tokens of them, at least 16",
+        ),
+    ] = None,
     noise: Annotated[
         int, typer.Option("--noise", help="arms with the baseline's kernel and random plans, 8 say")
     ] = 0,
@@ -145,6 +153,7 @@ def command(
             against=tuple(against or ()),
             noise=noise,
             score_last=score_last,
+            measured_windows=measured_windows,
             power=power,
             split_mode=split_mode,
             gpus=gpus,

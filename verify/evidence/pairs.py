@@ -41,8 +41,8 @@ class Coverage(NamedTuple):
 class PairSummary(NamedTuple):
     """One candidate against its baseline: what was measured, and the verdict on it.
 
-    distance, cost, frozen_kld (candidate, reference): casts frozen; free, difference, kld_mean, kld_max,
-    top1_changes: free-running.
+    distance, cost, frozen_kld (candidate, reference): casts frozen, on `measured_tokens`; free, difference,
+    kld_mean, kld_max, top1_changes: free-running, on `tokens`.
     """
 
     reference: Arm
@@ -58,6 +58,7 @@ class PairSummary(NamedTuple):
     kld_max: float
     top1_changes: int
     tokens: int
+    measured_tokens: int
     bitwise_equal: bool
 
 
@@ -83,15 +84,16 @@ def distance_between(
     if not len(kld) or not (np.isfinite(kld).all() and np.isfinite(kld_reference).all()):
         return None
     if floor is not None and not kld_reference.any():
-        kld_reference = scores.column(floor, "kld_to_exact")[: len(kld)]
+        kld, kld_reference = both(scores, candidate, floor, "kld_to_exact")
     return distance_ratio(kld, kld_reference)
 
 
 def both(scores: Scores, candidate: str, reference: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of two passes over the windows that both finished."""
-    a, b = scores.column(candidate, name), scores.column(reference, name)
-    windows = min(len(a), len(b))
-    return a[:windows], b[:windows]
+    """A column of two passes over the windows that both ran."""
+    _, of_candidate, of_reference = np.intersect1d(
+        scores.windows(candidate), scores.windows(reference), assume_unique=True, return_indices=True
+    )
+    return scores.column(candidate, name)[of_candidate], scores.column(reference, name)[of_reference]
 
 
 def difference_of(scores: Scores, candidate: str, reference: str) -> PairedDifference:
@@ -151,7 +153,7 @@ def summarize_pair(
             frozen_kld=frozen_kld,
         )
     )
-    between = scores.column(name, "kld_to_baseline")[: len(nll)]
+    between, _ = both(scores, name, other, "kld_to_baseline")
     top1, top1_reference = both(scores, name, other, "top1")
     return PairSummary(
         reference,
@@ -167,6 +169,7 @@ def summarize_pair(
         float(between.max()) if between.size else math.nan,
         int((top1 != top1_reference).sum()),
         int(nll.size),
+        int(both(scores, frozen_name(name), frozen_name(other), "kld_to_exact")[0].size),
         equal,
     )
 
@@ -241,6 +244,7 @@ def pair_json(pair: PairSummary) -> dict[str, Any]:
         "kld_max": pair.kld_max,
         "top1_changes": pair.top1_changes,
         "tokens": pair.tokens,
+        "measured_tokens": pair.measured_tokens,
         "bitwise_equal": pair.bitwise_equal,
         "coverage": pair.coverage.tokens,
         "coverage_rows": pair.coverage.rows,

@@ -25,6 +25,10 @@ class Scores:
         whole = len(values) // self._scored * self._scored
         return values[:whole].reshape(-1, self._scored)
 
+    def windows(self, arm: str) -> np.ndarray:
+        """The numbers of the windows of `column`, ascending."""
+        return self.column(arm, "window")[:, 0]
+
     def mean(self, arm: str, name: str) -> float:
         """NaN where there is nothing."""
         values = self.column(arm, name)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels.bits import same_bits
 from model.architectures import architecture_of
 from model.gguf_file import GGUFFile
 from model.locate import locate_model
 from model.steps import Stepper, weight_bytes
 from model.tokenizer import Tokenizer
 from verify import environment
-from verify.arms import Arm, ArmRunner, same_bits
+from verify.arms import Arm, ArmRunner
 from verify.attempt import untraced
 from verify.devices import chosen_device
 from verify.errors import UsageError

@@ -139,7 +139,7 @@ def nll_differences(record: RunRecord) -> Picture | None:
     exact, floor = record.arm_of("exact"), record.arm_of("floor")
     if exact is None or floor is None:
         return None
-    noise_of_blocks = _blocks(record.column(floor, "nll"), record.column(exact, "nll"))
+    noise_of_blocks = _blocks(*record.both(floor, exact, "nll"))
     drawn = {}
     for pair in record.run["pairs"]:
         nll = record.column(pair["candidate"], "nll")

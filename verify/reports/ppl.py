@@ -35,6 +35,7 @@ def _content(record: RunRecord) -> dict[str, Any]:
         "subject": _subject(run),
         "kind": (run["pairs"] or [{}])[0].get("distance_kind", "free-running"),
         "several_paths": len({arm["path"] for arm in run["arms"]}) > 1,
+        "most_tokens": max((arm.get("tokens") or 0 for arm in run["arms"]), default=0),
         "any_frozen": any(arm.get("frozen") for arm in run["arms"]),
         "controls": [arm["name"] for arm in run["arms"] if arm["role"] == "control"],
         "repeats": [arm["name"] for arm in run["arms"] if arm["role"] in ("control", "noise")],
@@ -73,7 +74,7 @@ def _detectable_sentences(run: dict[str, Any]) -> Iterator[str]:
         if found.get("distance_ratio") is not None:
             yield (
                 f"{whose}could have seen a distance ratio from {found['distance_ratio']:.3g},"
-                f" on {pair['tokens']} tokens{scope}"
+                f" on {pair.get('measured_tokens', pair['tokens'])} tokens{scope}"
             )
         if found.get("scale_by_gain") is not None:
             yield (

@@ -59,6 +59,11 @@ class RunRecord:
         """A column of tokens.parquet for one arm, in the order of the text; empty where it has none."""
         return _of_arm(self.tokens, arm, name)
 
+    def both(self, arm: str, other: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A column of two arms over the windows that both ran."""
+        a, b = self.column(arm, "window"), self.column(other, "window")
+        return self.column(arm, name)[np.isin(a, b)], self.column(other, name)[np.isin(b, a)]
+
     def layer_column(self, arm: str, name: str) -> np.ndarray:
         """The same of layers.parquet."""
         return _of_arm(self.layers, arm, name)
