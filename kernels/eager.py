@@ -8,9 +8,10 @@ product, a running maximum m, denominator l and accumulator a for each row,
     l = c l + sum_j p_j       a = c a + sum_j p_j v_j
 
 over tiles of `block` keys; where a KV part ends, (a / l, m + ln l) is its partial result, and the parts are
-merged by `merge_sequential`. Decode computes one query row a matrix tile (its head group padded to 16 rows,
-as an MMA tile is), prefill packs `QUERY_TILE` rows of all heads of a group into one tile. Every product has
-the same shape whatever the batch, the number of rows or the head groups, so none of them changes a bit.
+merged by `merge_sequential`. Decode computes one query row at a time, its head group in matrix tiles of
+`TILE_ROWS` heads, the last padded; prefill packs `QUERY_TILE` rows of all heads of a group into one tile.
+Every product of the decode path has the same shape whatever the batch, the number of rows or the head groups,
+so none of them changes a bit.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from kernels.merge import Merge, Part, merge_sequential
 from kernels.plan import Plan, RowPlan
 from kernels.trace import Signature
 
-MMA_ROWS = 16
+# Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
+TILE_ROWS = 4
 QUERY_TILE = 64
 # Keys of one MMA step: float16 accumulators are rounded after each.
 MMA_KEYS = 16
@@ -220,7 +222,8 @@ def _launch(
     device = call.q.device
     p_type = _TORCH_TYPES[options.p]
     used = t * g
-    height = -(-used // MMA_ROWS) * MMA_ROWS
+    height = -(-used // TILE_ROWS) * TILE_ROWS
+    tile = TILE_ROWS if call.path == "decode" else height
     visible = torch.where(rows >= 0, n_kv[rows.clamp(min=0)], 0)  # [N, t]
     q = call.q.new_zeros((kv_heads, n, height, call.shape.k_size), dtype=torch.float32)
     gathered = call.q[b][rows.clamp(min=0)][:, :, heads]  # [N, t, Hkv, g, Dk]
@@ -258,7 +261,7 @@ def _launch(
         count = n - active.start
         s = q.new_empty((kv_heads, count, height, block))
         for h in range(kv_heads):
-            torch.bmm(q[h, active], keys[h, j].expand(count, -1, -1), out=s[h])
+            _product(q[h, active], keys[h, j], s[h], tile)
         s = s[:, :, :used] * call.scale
         s = s.view(kv_heads, count * t, g, block)
         group_call = _of_heads(call, heads)
@@ -273,7 +276,7 @@ def _launch(
         m[:, active] = m_new
         padded = p.new_zeros((kv_heads, count, height, block))
         padded[:, :, :used] = p.to(p_type)
-        _accumulate(a[:, active], rescale, padded, values[:, j], options.acc)
+        _accumulate(a[:, active], rescale, padded, values[:, j], options.acc, tile)
     ends = torch.tensor([max(len(c) - 2, 0) for c in cuts], device=device)
     close(torch.arange(n, device=device), ends)
     parts = [Part(o, x) for o, x in zip(outs, lses, strict=True)]
@@ -294,10 +297,16 @@ def _of_heads(call: Call, heads: torch.Tensor) -> Call:
     return replace(call, alibi_slopes=call.alibi_slopes[heads].flatten())
 
 
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tile: int) -> None:
+    """out [N, height, n] = a [N, height, k] @ b [k, n], `tile` rows at a time: height is a multiple of it."""
+    tiles = a.flatten(0, 1).unflatten(0, (-1, tile))
+    torch.bmm(tiles, b.expand(len(tiles), -1, -1), out=out.view(*tiles.shape[:2], b.shape[-1]))
+
+
 def _accumulate(
-    a: torch.Tensor, rescale: torch.Tensor, p: torch.Tensor, values: torch.Tensor, acc: str
+    a: torch.Tensor, rescale: torch.Tensor, p: torch.Tensor, values: torch.Tensor, acc: str, tile: int
 ) -> None:
-    """a = rescale * a + p @ values for one tile of keys, in place.
+    """a = rescale * a + p @ values for one tile of keys, in place, in matrix tiles of `tile` rows.
 
     a [Hkv, N, used, Dv]; rescale [Hkv, N, used]; p [Hkv, N, height, block]; values [Hkv, block, Dv].
     """
@@ -307,14 +316,14 @@ def _accumulate(
     product = p.new_empty((kv_heads, count, height, values.shape[-1]))
     if acc == "f32":
         for h in range(kv_heads):
-            torch.bmm(p[h], values[h].expand(count, -1, -1), out=product[h])
+            _product(p[h], values[h], product[h], tile)
         a.copy_(grown.add_(product[:, :, :used]))
         return
     grown = grown.half()
     for first in range(0, block, MMA_KEYS):
         step = slice(first, first + MMA_KEYS)
         for h in range(kv_heads):
-            torch.bmm(p[h, :, :, step], values[h, step].expand(count, -1, -1), out=product[h])
+            _product(p[h, :, :, step], values[h, step], product[h], tile)
         grown = (grown.float() + product[:, :, :used]).half()
     a.copy_(grown)
 

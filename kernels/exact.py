@@ -24,9 +24,9 @@ from kernels.trace import Signature
 
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
-# On a GPU, calls of at least so many rows take several sequences at once, in steps of rows that leave out
-# most keys that no row sees.
-_ROWS_OF_MANY, _ROW_STEPS = 64, 4
+# Calls of at least so many rows go in steps of rows, which leave out most keys that no row sees; on a GPU
+# with several sequences at once.
+_ROWS_OF_MANY, _ROW_STEPS, _ROW_STEPS_CUDA = 64, 4, 2
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,7 +38,7 @@ def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = Tr
     bmm: how float64 matrices are multiplied.
     """
     shape = call.shape
-    logits = shape.q_heads * shape.keys * shape.rows
+    logits = shape.q_heads * shape.keys * -(-shape.rows // _ROW_STEPS_CUDA)
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
         return _attention(call, bmm, with_lse)
     lengths = lengths_of(call.kv_len).of_rows
@@ -80,8 +80,8 @@ def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
     lse = q.new_full((shape.batch, shape.rows, shape.q_heads), -math.inf, dtype=torch.float64)
     at_once = _LOGITS_AT_ONCE_CUDA if q.is_cuda else _LOGITS_AT_ONCE
     chunk = max(at_once // max(shape.q_heads * shape.keys, 1), 1)
-    if q.is_cuda and shape.rows >= _ROWS_OF_MANY:
-        chunk = min(chunk, -(-shape.rows // _ROW_STEPS))
+    if shape.rows >= _ROWS_OF_MANY:
+        chunk = min(chunk, -(-shape.rows // (_ROW_STEPS_CUDA if q.is_cuda else _ROW_STEPS)))
     lengths = lengths_of(kv_len).of_rows
     if shape.keys == 0:
         raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
