@@ -208,7 +208,8 @@ def checked_call(
     if kv_len.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"kv_len: expected int32, got {kv_len.dtype}")
     if kv_len.numel():
-        _, low, high = lengths_of(kv_len)
+        lengths = lengths_of(kv_len)
+        low, high = lengths.least, lengths.greatest
         if low < 0 or high > k.shape[1]:
             raise ValueError(f"kv_len: expected values from 0 to S = {k.shape[1]}, got {low} to {high}")
     if path not in PATHS:

@@ -41,8 +41,7 @@ def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = Tr
     logits = shape.q_heads * shape.keys * -(-shape.rows // _ROW_STEPS_CUDA)
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
         return _attention(call, bmm, with_lse)
-    lengths = lengths_of(call.kv_len).of_rows
-    if lengths != lengths[: shape.rows] * shape.batch:
+    if lengths_of(call.kv_len).of_first is None:
         return _attention(call, bmm, with_lse)
     return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1, bmm, with_lse)
 

@@ -13,10 +13,25 @@ import torch
 _MOST_KEPT = 32
 
 
-class Lengths(NamedTuple):
-    """of_rows: the numbers of kv_len [B, T], flattened; least, greatest: of them, 0 where there are none."""
+class RowLengths(tuple[int, ...]):
+    """Visible keys of rows; hashed once, since plans are looked up by all of them at every call."""
 
-    of_rows: tuple[int, ...]
+    _hash: int
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            self._hash = super().__hash__()
+            return self._hash
+
+
+class Lengths(NamedTuple):
+    """of_rows: the numbers of kv_len [B, T], flattened; of_first: those of the first sequence where all have
+    the same, else None; least, greatest: of all, 0 where there are none."""
+
+    of_rows: RowLengths
+    of_first: RowLengths | None
     least: int
     greatest: int
 
@@ -29,8 +44,10 @@ def lengths_of(kv_len: torch.Tensor) -> Lengths:
     kept = _kept.get(id(kv_len))
     if kept is not None and kept[0]() is kv_len and kept[1] == kv_len._version:
         return kept[2]
-    rows = tuple(kv_len.flatten().tolist())
-    lengths = Lengths(rows, min(rows, default=0), max(rows, default=0))
+    rows = RowLengths(kv_len.flatten().tolist())
+    first = RowLengths(rows[: kv_len.shape[-1]])
+    alike = rows == tuple(first) * (len(rows) // max(len(first), 1))
+    lengths = Lengths(rows, first if alike else None, min(rows, default=0), max(rows, default=0))
     if len(_kept) >= _MOST_KEPT:
         _kept.clear()
     _kept[id(kv_len)] = weakref.ref(kv_len), kv_len._version, lengths

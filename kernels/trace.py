@@ -5,8 +5,9 @@ The request says what should run; only the trace says what did. A verdict about 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -58,16 +59,43 @@ class Coverage:
         }
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of one call, as `LaunchTrace.rows` has them. A model makes the same call at every layer, and may
+    record the same object each time: it is only counted then."""
+
+    rows: Mapping[tuple[str, int, Signature], int]
+
+
 class LaunchTrace:
     """Rows that ran, by path, n_kv and signature. Rows count attention rows: tokens times layers."""
 
-    rows: dict[tuple[str, int, Signature], int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, int, Signature], int] = {}
+        self._batches: Counter[Batch] = Counter()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LaunchTrace) and self.rows == other.rows
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> dict[tuple[str, int, Signature], int]:
+        """Everything recorded so far."""
+        for batch, times in self._batches.items():
+            for key, rows in batch.rows.items():
+                self._rows[key] = self._rows.get(key, 0) + rows * times
+        self._batches.clear()
+        return self._rows
+
+    def record_batch(self, batch: Batch) -> None:
+        """Count every row of a call once more."""
+        self._batches[batch] += 1
 
     def record(self, path: str, n_kv: int, signature: Signature, rows: int) -> None:
         """Count `rows` query rows with `n_kv` visible keys that `signature` computed."""
         key = (path, n_kv, signature)
-        self.rows[key] = self.rows.get(key, 0) + rows
+        self._rows[key] = self._rows.get(key, 0) + rows
 
     def record_rows(self, path: str, kv_len: torch.Tensor, signature: Signature) -> None:
         """Count every row of a call, kv_len [B, T], as computed by one signature."""
@@ -75,7 +103,8 @@ class LaunchTrace:
             self.record(path, n_kv, signature, rows)
 
     def add(self, other: LaunchTrace) -> None:
-        for (path, n_kv, signature), rows in other.rows.items():
+        self._batches.update(other._batches)
+        for (path, n_kv, signature), rows in other._rows.items():
             self.record(path, n_kv, signature, rows)
 
     def at(self, n_kv: int) -> frozenset[tuple[str, Signature]]:

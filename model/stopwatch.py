@@ -1,4 +1,4 @@
-"""Seconds by kind of work. On a GPU they are the device's own, and measuring waits for nothing."""
+"""Seconds by kind of work. On a GPU they are those of its default stream, and measuring waits for nothing."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ class Stopwatch:
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._pending: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
+        # Looking the stream up, and making an event, each take the host as long as a launch.
+        self._stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
+        self._events: list[torch.cuda.Event] = []
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -40,29 +43,32 @@ class Stopwatch:
     def time(self, kind: str) -> Iterator[None]:
         outer = self._open[-1] if self._open else None
         self._open.append(kind)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
-            begin = torch.cuda.Event(enable_timing=True)
-            begin.record()
+        if self._stream is not None:
+            begin = self._event()
+            begin.record(self._stream)
         started = time.perf_counter()
         try:
             yield
         finally:
             self._open.pop()
-            if on_gpu:
-                end = torch.cuda.Event(enable_timing=True)
-                end.record()
+            if self._stream is not None:
+                end = self._event()
+                end.record(self._stream)
                 self._pending.append((kind, outer, begin, end))
                 if len(self._pending) > _MOST_PENDING:
                     self._settle()
             else:
                 self._add(kind, outer, time.perf_counter() - started)
 
+    def _event(self) -> torch.cuda.Event:
+        return self._events.pop() if self._events else torch.cuda.Event(enable_timing=True)
+
     def _settle(self) -> None:
         if self._pending:
             torch.cuda.synchronize(self.device)
             for kind, outer, begin, end in self._pending:
                 self._add(kind, outer, begin.elapsed_time(end) / 1000)
+                self._events += begin, end
             self._pending.clear()
 
     def _add(self, kind: str, outer: str | None, seconds: float) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -119,11 +119,30 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
     )
 
 
+class _Look(NamedTuple):
+    """What was looked for in a call of some heads; found, on the device: how many rows have it, and which
+    element of [B, T, H] is the first that has."""
+
+    kind: Literal["nonfinite", "different"]
+    window: int
+    layer: int
+    kv_len: torch.Tensor
+    heads: int
+    found: torch.Tensor
+
+    def place(self, element: int) -> Place:
+        row, head = divmod(element, self.heads)
+        window, row = divmod(row, self.kv_len.shape[1])
+        return Place(self.window + window, self.layer, int(self.kv_len[window, row]) - 1, head)
+
+
 class ArmRunner:
     """An arm as the model's runner sees it: attention, watched.
 
     `board` holds, for the layer and windows at hand, the outputs of arms that others are compared with.
-    watch: called with each call of the exact arm and its float64 result; seen: with every call.
+    watch: called with each call of the exact arm and its float64 result; seen: with every call; wait: whether
+    the findings are complete after each call, which on a GPU has the host wait for it; else they are after
+    `settle`.
     """
 
     def __init__(
@@ -134,8 +153,11 @@ class ArmRunner:
         seed: int = 0,
         watch: Callable[[LayerCall, torch.Tensor], None] | None = None,
         seen: Callable[[str, LayerCall], None] | None = None,
+        wait: bool = True,
     ) -> None:
         self.arm, self.board, self.seed, self.watch, self.seen = arm, board, seed, watch, seen
+        self.wait = wait
+        self._looked: list[_Look] = []
         self.name = arm.name
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
@@ -159,38 +181,44 @@ class ArmRunner:
             self.board.pop(arm.name, None)
             return None
         out = tried.output.out
-        self._note_nonfinite(call, out)
+        self._look("nonfinite", call, ~torch.isfinite(out).all(-1))
         self._compare(call, out)
+        if self.wait:
+            self.settle()
         return out
 
-    def _note_nonfinite(self, call: LayerCall, out: torch.Tensor) -> None:
-        bad = ~torch.isfinite(out).all(-1)  # [B, T, H]
-        if not bad.any():
+    def settle(self) -> None:
+        """Enter what the calls so far have shown; waits for the device."""
+        if not self._looked:
             return
         findings = self.arm.findings
-        findings.nonfinite_rows += int(bad.any(-1).sum())
-        if findings.nonfinite_place is None:
-            findings.nonfinite_place = _first(call, bad)
+        for look, (rows, first) in zip(
+            self._looked, torch.stack([look.found for look in self._looked]).tolist(), strict=True
+        ):
+            if not rows:
+                continue
+            if look.kind == "nonfinite":
+                findings.nonfinite_rows += rows
+                findings.nonfinite_place = findings.nonfinite_place or look.place(first)
+            else:
+                findings.attention_equal = False
+                findings.first_difference = findings.first_difference or look.place(first)
+        self._looked.clear()
 
     def _compare(self, call: LayerCall, out: torch.Tensor) -> None:
         self.board[self.arm.name] = out
-        reference = self.board.get(self.arm.reference or "")
         if self.arm.reference is None:
             return
-        if reference is not None and same_bits(out, reference):
-            return
-        findings = self.arm.findings
-        findings.attention_equal = False
-        if findings.first_difference is None and reference is not None:
-            findings.first_difference = _first(
-                call, (out.view(torch.int32) != reference.view(torch.int32)).any(-1)
-            )
+        reference = self.board.get(self.arm.reference)
+        if reference is None:
+            self.arm.findings.attention_equal = False
+        elif out.is_cuda or not same_bits(out, reference):
+            self._look("different", call, (out.view(torch.int32) != reference.view(torch.int32)).any(-1))
 
-
-def _first(call: LayerCall, where: torch.Tensor) -> Place:
-    """The first place of a call at which `where` [B, T, H] holds."""
-    window, row, head = (int(x) for x in where.nonzero()[0])
-    return Place(call.window + window, call.layer, int(call.kv_len[window, row]) - 1, head)
+    def _look(self, kind: Literal["nonfinite", "different"], call: LayerCall, where: torch.Tensor) -> None:
+        """Note the rows of a call at which `where` [B, T, H] holds."""
+        found = torch.stack((where.any(-1).sum(), where.flatten().to(torch.uint8).argmax()))
+        self._looked.append(_Look(kind, call.window, call.layer, call.kv_len, where.shape[2], found))
 
 
 def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tensor:

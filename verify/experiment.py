@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -110,12 +111,13 @@ class Experiment:
         # Shapes of products that depend on where a row lies.
         self._moved: list[tuple[int, ...]] = []
         try:
-            try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
-            self.corpus = _corpus(settings)
+            # A long text is cut into tokens while the kernels are compiled.
+            with ThreadPoolExecutor(1) as beside:
+                text = beside.submit(_read_text, settings, self.file)
+                try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
+                self.corpus, self.tokenizer, ids = text.result()
             if self.corpus.notice:
                 listener.notice(self.corpus.notice)
-            self.tokenizer = Tokenizer.from_gguf(self.file)
-            ids = self.tokenizer.encode(self.corpus.text)
             bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
             self.windows: Windows = cut_windows(ids, n_ctx=settings.n_ctx, chunks=settings.chunks, bos_id=bos)
             if settings.score_last is not None:
@@ -352,8 +354,11 @@ def default_folder() -> Path:
     return Path("runs") / f"ppl-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _corpus(settings: PplSettings) -> Corpus:
-    return read_text_file(settings.file) if settings.file else load_corpus(settings.corpus)
+def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer, np.ndarray]:
+    """The text, the model's tokenizer, and the ids of the text's tokens."""
+    corpus = read_text_file(settings.file) if settings.file else load_corpus(settings.corpus)
+    tokenizer = Tokenizer.from_gguf(file)
+    return corpus, tokenizer, tokenizer.encode(corpus.text)
 
 
 def _build_arms(settings: PplSettings, ratio: int) -> list[Arm]:

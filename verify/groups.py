@@ -154,7 +154,9 @@ def run_group(
         is_exact = arm.role == "exact"
         # The control has its baseline's bits, or the run is void.
         seen = None if arm.role == "control" else partial(drift, exact=is_exact)
-        passes.append(ArmRunner(arm, board, seed=seed, watch=watch if is_exact else None, seen=seen))
+        passes.append(
+            ArmRunner(arm, board, seed=seed, watch=watch if is_exact else None, seen=seen, wait=False)
+        )
     passes += [FrozenRunner(frozen_name(arm.name), arm, teacher, drift) for arm in teacher.arms]
     if victim is not None:
         passes += [FrozenRunner(name, victim, teacher, drift) for name in teacher.faults]
@@ -195,6 +197,9 @@ def run_group(
         with runner.stopwatch.time("scoring"):
             scorer.add(piece)
         most = max(most, anonymous_memory())
+    for one in passes:
+        if isinstance(one, ArmRunner):
+            one.settle()
     for name, same in scorer.logits_equal.items():
         if name in by_name:
             by_name[name].findings.logits_equal &= same

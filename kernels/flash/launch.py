@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from kernels.flash.tiles import (
     split_head,
 )
 from kernels.lengths import lengths_of
-from kernels.trace import LaunchTrace, Signature
+from kernels.trace import Batch, LaunchTrace, Signature
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
 PARTIALS_AT_ONCE = 1 << 28
@@ -366,12 +367,21 @@ class Prepared:
 
     def record(self, trace: LaunchTrace, kernel: str) -> None:
         """Enter what `launch` launched: call it after the launch, whose binaries it names."""
-        for (n_kv, plan, which), rows in self.rows.counts.items():
-            binary = "+".join(self.launches[which].binaries)
-            signature = Signature(kernel, binary, plan.head_groups, plan.cuts, plan.launch)
-            trace.record(self.call.path, n_kv, signature, rows)
+        binaries = tuple("+".join(item.binaries) for item in self.launches)
+        trace.record_batch(_batch(self.rows, self.call.path, kernel, binaries))
 
 
+@functools.lru_cache(maxsize=256)
+def _batch(rows: RowPlans, path: str, kernel: str, binaries: tuple[str, ...]) -> Batch:
+    """What a call launched; binaries: of each kind of its rows."""
+    found: Counter[tuple[str, int, Signature]] = Counter()
+    for (n_kv, plan, which), count in rows.counts.items():
+        signature = Signature(kernel, binaries[which], plan.head_groups, plan.cuts, plan.launch)
+        found[path, n_kv, signature] += count
+    return Batch(found)
+
+
+@functools.lru_cache(maxsize=1024)
 def _binary_hash(compiled: Any) -> str:
     """Hash of the machine code that was launched; of the source where Triton interprets it."""
     if compiled is None:

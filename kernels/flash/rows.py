@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ class Kind(NamedTuple):
     slots: int
 
 
-class RowPlans(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RowPlans:
     """plans and kind_of_row [B * T]: the plan of each row, and which of `kinds` it belongs to.
 
     counts: how many rows have this n_kv, plan and kind.

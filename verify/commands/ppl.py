@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Annotated
 
 import typer
@@ -116,7 +118,6 @@ def command(
     from verify.experiment import Experiment, default_folder
     from verify.jsontext import to_json_text
     from verify.ranks import ranks_of_environment
-    from verify.reports.writing import write_reports
     from verify.runfolder import RunFolder
 
     prepare_torch()
@@ -169,6 +170,9 @@ def command(
                 raise UsageError(f"--resume {resume}: {what} changed since the run began")
         if folder is not None and not stored:
             folder.write_settings({"command": "ppl", "settings": settings.to_json(), "identity": identity})
+        if folder is not None:
+            # What draws the report takes a second to load: it is there when the last group is.
+            Thread(target=import_module, args=("verify.reports.writing",), daemon=True).start()
         outcome = experiment.run(folder)
     except KeyboardInterrupt:
         console.stop()
@@ -186,6 +190,8 @@ def command(
         ranks.close()
     if folder is None or outcome is None:
         return 0
+    from verify.reports.writing import write_reports
+
     folder.write_results(outcome.joined, outcome.run)
     write_reports(folder.path)
     folder.finish()

@@ -1,0 +1,68 @@
+"""What an arm notices of its kernel's results: places of the first, waited for at once or at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.arithmetic import Arithmetic
+from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
+from model.architectures.architecture import AttentionSettings
+from model.runner import LayerCall
+from verify.arms import Arm, ArmRunner, Place
+
+ROWS, HEADS = 3, 4
+
+
+class Given(Kernel):
+    """Gives the tensors that it was told to, one a call."""
+
+    def __init__(self, outputs: list[torch.Tensor]) -> None:
+        super().__init__("given")
+        self.outputs = iter(outputs)
+
+    def run(self, call: Call) -> AttentionOutput:
+        out = next(self.outputs)
+        return AttentionOutput(out, out.sum(-1))
+
+    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+        return Arithmetic()
+
+
+def call_of(layer: int) -> LayerCall:
+    """Windows 5 and 6, rows that see 1, 2 and 3 keys."""
+    q, k = torch.zeros(2, ROWS, HEADS, 8), torch.zeros(2, ROWS, 2, 8)
+    kv_len = torch.arange(1, ROWS + 1, dtype=torch.int32).expand(2, -1).contiguous()
+    return LayerCall(layer, 5, q, k, k, kv_len, AttentionSettings(1.0))
+
+
+def spoilt(value: float, *places: tuple[int, int, int]) -> torch.Tensor:
+    out = torch.ones(2, ROWS, HEADS, 8)
+    for place in places:
+        out[place][3] = value
+    return out
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_first_of_each_kind_is_found(wait: bool) -> None:
+    plain = torch.ones(2, ROWS, HEADS, 8)
+    board: dict[str, torch.Tensor] = {}
+    baseline = Arm("baseline", "baseline", "given", "decode", Given([plain] * 3))
+    outputs = [plain, spoilt(2.0, (1, 2, 3)), spoilt(torch.nan, (0, 1, 2), (0, 1, 3), (1, 0, 0))]
+    candidate = Arm("candidate", "candidate", "given", "decode", Given(outputs), "baseline")
+    runners = [ArmRunner(arm, board, wait=wait) for arm in (baseline, candidate)]
+    for layer in range(3):
+        for runner in runners:
+            runner.attend(call_of(layer))
+    if not wait:
+        assert candidate.findings.attention_equal, "nothing was waited for"
+    for runner in runners:
+        runner.settle()
+    found = candidate.findings
+    assert not found.attention_equal
+    assert found.first_difference == Place(6, 1, 2, 3)
+    assert found.nonfinite_place == Place(5, 2, 1, 2)
+    # Rows, not elements: two heads of one row count once.
+    assert found.nonfinite_rows == 2
+    assert baseline.findings.attention_equal
+    assert baseline.findings.nonfinite_place is None
