@@ -110,6 +110,8 @@ class Runner:
         tiling: Tiling | None = None,
         prompt: Arm | None = None,
         takes: Callable[[str, int], bool] | None = None,
+        layer_done: Callable[[int, dict[State, torch.Tensor]], None] | None = None,
+        begin: tuple[int, dict[State, torch.Tensor]] | None = None,
     ) -> Iterator[LogitSlice]:
         """Run every arm over windows [W, T] of tokens, then give their logits at the scored positions.
 
@@ -118,6 +120,8 @@ class Runner:
         takes. tiling: instead of the device's own. prompt: computes the positions before the scored ones once
         for all arms, which then compute the rest over its keys and values. takes: whether the arm of this
         name runs the windows computed together whose first is this one, numbered as in the run; else it does.
+        layer_done: called with how many layers are done, and the hidden states after them; begin: to go on
+        from what it was called with.
         """
         windows, n_ctx = tokens.shape
         sizes = self.architecture.sizes
@@ -143,7 +147,11 @@ class Runner:
         units = Counter(start for start, _ in hidden)
         units = Counter({slab.start: len(slab) * units[slab.start] for slab in slabs})
         done, steps = 0, (sizes.layers + 1) * units.total()
-        for layer in range(sizes.layers):
+        done_before = 0
+        if begin is not None:
+            done_before, hidden = begin[0], dict(begin[1])
+            done = done_before * units.total()
+        for layer in range(done_before, sizes.layers):
             later = self.architecture.feed_forward_tensors(layer)
             held = self.architecture.layer_tensors(layer)
             weights: dict[str, torch.Tensor] = {}
@@ -191,6 +199,8 @@ class Runner:
             with self.stopwatch.time("elementwise"):
                 hidden = self._feed_forward(layer, hidden, weights, products)
             weights = {}
+            if layer_done is not None:
+                layer_done(layer + 1, hidden)
         if first and prompt is not None:
             hidden = {state: x for state, x in hidden.items() if state[1] != prompt.name}
         rows = range(scored.start - first, scored.stop - first)

@@ -39,6 +39,12 @@ class Stopwatch:
         self._seconds.clear()
         self.flop = 0.0
 
+    def restore(self, seconds: dict[str, float], flop: float) -> None:
+        """Go on from what was measured before."""
+        self.reset()
+        self._seconds |= seconds
+        self.flop = flop
+
     @contextmanager
     def time(self, kind: str) -> Iterator[None]:
         outer = self._open[-1] if self._open else None

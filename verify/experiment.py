@@ -215,6 +215,7 @@ class Experiment:
             faults={fault.name: fault.fault for fault in self.faults},
             logits_files=self.logits_files or None,
             measured=self.settings.measured,
+            checkpoint_seconds=60 * self.settings.checkpoint_minutes,
         )
         results = rounds.run(self)
         runner.stream.close()

@@ -14,8 +14,10 @@ import torch
 
 from data import Windows
 from kernels.trace import LaunchTrace
+from model.logits import State
 from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm, ArmRunner, Findings
+from verify.checkpoint import Checkpoint, Checkpoints
 from verify.drift import Drift, join_drift, position_edges
 from verify.environment import anonymous_memory
 from verify.frozen import Fault, FrozenRunner, Teacher, frozen_name
@@ -110,14 +112,17 @@ def run_group(
     progress: Progress | None = None,
     logits_files: LogitsFiles | None = None,
     measured: int = 0,
+    checkpoints: Checkpoints | None = None,
+    begin: Checkpoint | None = None,
 ) -> GroupResult:
     """Run the windows `chosen` through every arm, freely and with frozen casts.
 
     capture: called with every layer's inputs of the exact arm; faults: planted in the first baseline's
     result, a frozen pass each; prompt: runs what comes before the scored positions; logits_files: where
     logits are saved, and engines' come from; measured: windows of the text, 0 for all, on which kernels are
-    measured and the floor arm runs (`Sample`). Findings and traces of the arms start anew; an arm that failed
-    in an earlier group does not run again.
+    measured and the floor arm runs (`Sample`); checkpoints: where the group is kept between layers, begin:
+    one of these windows to go on from. Findings and traces of the arms start anew; an arm that failed in an
+    earlier group does not run again.
     """
     launching = [*arms, prompt] if prompt is not None else list(arms)
     for arm in launching:
@@ -181,6 +186,36 @@ def run_group(
     scorer = Scorer(
         exact=exact, baseline_of=baseline_of, targets=torch.from_numpy(targets.ravel()).to(runner.device)
     )
+
+    def settle() -> None:
+        for one in passes:
+            if isinstance(one, ArmRunner):
+                one.settle()
+
+    def layer_done(layers: int, hidden: dict[State, torch.Tensor]) -> None:
+        if checkpoints is not None and checkpoints.due:
+            settle()
+            evidence = {
+                "findings": {arm.name: arm.findings.to_json() for arm in launching},
+                "traces": {arm.name: arm.kernel.trace.to_json() for arm in launching if arm.kernel},
+                "in_place": in_place.state(),
+                "drift": drift.sums,
+                "seconds": runner.stopwatch.seconds,
+                "flop": runner.stopwatch.flop,
+                "read_bytes": dict(runner.stream.read_bytes),
+            }
+            checkpoints.keep(Checkpoint(chosen, layers, hidden, evidence))
+
+    if begin is not None:
+        evidence = begin.evidence
+        for arm in launching:
+            arm.findings = Findings.from_json(evidence["findings"][arm.name])
+            if arm.kernel is not None:
+                arm.kernel.trace = LaunchTrace.from_json(evidence["traces"][arm.name])
+        in_place.restore(evidence["in_place"])
+        drift.sums = dict(evidence["drift"])
+        runner.stopwatch.restore(evidence["seconds"], evidence["flop"])
+        runner.stream.read_bytes.update(evidence["read_bytes"])
     slices = runner.run_group(
         tokens,
         passes,
@@ -190,6 +225,8 @@ def run_group(
         whole_vocabulary=logits_files is not None,
         prompt=ArmRunner(prompt, board) if prompt is not None else None,
         takes=lambda name, window: name not in on_sample or window in sample,
+        layer_done=layer_done,
+        begin=(begin.layers, begin.hidden) if begin is not None else None,
     )
     for piece in slices:
         if logits_files is not None:
@@ -197,9 +234,7 @@ def run_group(
         with runner.stopwatch.time("scoring"):
             scorer.add(piece)
         most = max(most, anonymous_memory())
-    for one in passes:
-        if isinstance(one, ArmRunner):
-            one.settle()
+    settle()
     for name, same in scorer.logits_equal.items():
         if name in by_name:
             by_name[name].findings.logits_equal &= same

@@ -125,6 +125,13 @@ class InPlace:
                     _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, bias)
                 self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"checks": self._checks, "figures": self._figures}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._checks, self._figures = list(state["checks"]), list(state["figures"])
+
     def table(self) -> pa.Table:
         """Everything so far as rows of LAYER_SCHEMA."""
         if not self._checks:

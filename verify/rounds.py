@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import torch
 from data import Windows
 from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm
+from verify.checkpoint import Checkpoints
 from verify.frozen import Fault
 from verify.grouping import Grouping, uncovered
 from verify.groups import GroupResult, run_group
@@ -31,6 +33,7 @@ class Rounds:
 
     folder: where rank 0 keeps finished groups, None in other ranks; capture, prompt, faults, logits_files,
     measured: see `run_group`.
+    checkpoint_seconds: between two checkpoints of a group; ranks that share their reading keep none.
     `grouping` is the one at hand: a device without memory makes groups smaller.
     """
 
@@ -49,11 +52,12 @@ class Rounds:
         faults: Mapping[str, Fault] | None = None,
         logits_files: LogitsFiles | None = None,
         measured: int = 0,
+        checkpoint_seconds: float = math.inf,
     ) -> None:
         self.runner, self.windows, self.arms, self.grouping = runner, windows, arms, grouping
         self.folder, self.ranks, self.seed, self.capture = folder, ranks, seed, capture
         self.prompt, self.faults, self.logits_files = prompt, faults, logits_files
-        self.measured = measured
+        self.measured, self.checkpoint_seconds = measured, checkpoint_seconds
 
     def run(self, watcher: Watcher) -> list[GroupResult]:
         """All groups, in order, in rank 0; other ranks get none."""
@@ -83,6 +87,17 @@ class Rounds:
 
     def _group(self, chosen: range, watcher: Watcher) -> GroupResult | None:
         """The group's result; None where the device had too little memory, and groups are smaller now."""
+        checkpoints, begin = None, None
+        if self.folder is not None and self.ranks.size == 1:
+            checkpoints = Checkpoints(
+                self.folder.save_checkpoint, seconds=self.checkpoint_seconds, notice=watcher.notice
+            )
+            begin = self.folder.load_checkpoint(chosen.start, self.runner.device)
+        if begin is not None:
+            chosen = begin.windows
+            watcher.notice(
+                f"windows {chosen.start + 1} to {chosen.stop} go on after layer {begin.layers - 1}"
+            )
         try:
             return run_group(
                 self.runner,
@@ -96,12 +111,16 @@ class Rounds:
                 progress=watcher.progress(chosen.start, chosen.stop, self.windows.n_windows),
                 logits_files=self.logits_files,
                 measured=self.measured,
+                checkpoints=checkpoints,
+                begin=begin,
             )
         except torch.cuda.OutOfMemoryError:
             # Ranks that share their reading cannot go back alone.
             if self.grouping.windows == 1 or self.ranks.size > 1:
                 raise
         self.grouping = self.grouping.halved()
+        if self.folder is not None:
+            self.folder.drop_checkpoint(chosen.start)
         torch.cuda.empty_cache()
         watcher.notice(
             f"{self.runner.device} has too little memory for {len(chosen)} windows: groups of"

@@ -2,6 +2,7 @@
 
     settings.json                what was asked, and fingerprints of model and text
     groups/00000/                tokens.parquet, layers.parquet, top1.parquet, state.json of windows 0 ..
+    groups/00005.layers          windows 5 .. after some of their layers, to go on from
     run.json  tokens.parquet  layers.parquet  top1.parquet  report.md  report.html
 
 A group is written under another name and renamed when it is whole, so that a run that was cut off at any
@@ -11,6 +12,7 @@ moment goes on from the last whole group.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
+from verify.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from verify.errors import UsageError
 from verify.groups import GroupResult
 from verify.jsontext import to_json_text
@@ -83,6 +87,30 @@ class RunFolder:
             pq.write_table(result.top1, part / "top1.parquet")
             (part / "state.json").write_text(json.dumps(result.state()))
             part.rename(whole)
+        self.drop_checkpoint(first_window)
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        whole = self._layers(checkpoint.windows.start)
+        part = whole.with_name(whole.name + PART)
+        with self._writing():
+            write_checkpoint(part, checkpoint)
+            part.rename(whole)
+
+    def load_checkpoint(self, first_window: int, device: torch.device) -> Checkpoint | None:
+        """What the group that begins there was left with. Raises UsageError where it cannot be read."""
+        path = self._layers(first_window)
+        if not path.is_file():
+            return None
+        try:
+            return read_checkpoint(path, device)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UsageError(
+                f"--resume {self.path}: {path.name} of {GROUPS} cannot be read ({type(error).__name__}):"
+                " remove it, and its windows are run again"
+            ) from None
+
+    def drop_checkpoint(self, first_window: int) -> None:
+        self._layers(first_window).unlink(missing_ok=True)
 
     def finished_groups(self) -> list[int]:
         """First windows of the groups that are there, in order."""
@@ -145,3 +173,6 @@ class RunFolder:
 
     def _group(self, first_window: int) -> Path:
         return self.path / GROUPS / f"{first_window:05d}"
+
+    def _layers(self, first_window: int) -> Path:
+        return self.path / GROUPS / f"{first_window:05d}.layers"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BASELINE = "flash"
 DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
+DEFAULT_CHECKPOINT_MINUTES = 10.0
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class PplSettings:
 
     noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at the
     end of a window, None for the second half; measured_windows: see `verify.sample`, None for its default,
-    0 for all; gpus, split_mode: of the engine that is reproduced, whatever
-    devices this run has.
+    0 for all; checkpoint_minutes: between two checkpoints of a group; gpus, split_mode: of the engine that is
+    reproduced, whatever devices this run has.
     """
 
     model: str | None = None
@@ -49,6 +50,7 @@ class PplSettings:
     power: bool = False
     score_last: int | None = None
     measured_windows: int | None = None
+    checkpoint_minutes: float = DEFAULT_CHECKPOINT_MINUTES
     split_mode: str = "layer"
     gpus: int = 1
 
@@ -81,6 +83,10 @@ class PplSettings:
         if self.measured_windows is not None and self.measured_windows < 0:
             raise UsageError(
                 f"--measured-windows {self.measured_windows}: expected a number of windows, or 0 for all"
+            )
+        if not self.checkpoint_minutes >= 0:
+            raise UsageError(
+                f"--checkpoint-minutes {self.checkpoint_minutes:g}: expected 0 (after every layer) or more"
             )
         if self.compute not in COMPUTE_TYPES:
             raise UsageError(f"--compute {self.compute}: expected one of {', '.join(COMPUTE_TYPES)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import signal
 import subprocess
@@ -12,11 +13,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from model.runner import Runner
 from support.cli import assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
+from verify.checkpoint import Checkpoint, Checkpoints
 from verify.errors import UsageError
 from verify.reports import writing
+from verify.verdict import EXIT_INTERRUPTED
 
 RESULTS = ("tokens.parquet", "layers.parquet")
 
@@ -91,6 +96,85 @@ def test_a_run_cut_off_before_its_reports_makes_them_when_resumed(
     assert verify("ppl", "--resume", str(out)).returncode in (0, 1, 3)
     assert finished(out)
     assert results(out) == before
+
+
+class CutOff:
+    """Interrupts a run in the middle of the layer number `at`, and counts the layers that were begun."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int = -1) -> None:
+        self.layers: list[int] = []
+        plain = Runner._feed_forward
+
+        def feed_forward(runner: Runner, layer: int, *arguments: Any) -> Any:
+            self.layers.append(layer)
+            if layer == at:
+                raise KeyboardInterrupt
+            return plain(runner, layer, *arguments)
+
+        patch.setattr(Runner, "_feed_forward", feed_forward)
+
+
+@pytest.mark.parametrize("more", [(), ("--score-last", "9"), ("--measured-windows", "2", "--power")])
+def test_a_group_goes_on_between_its_layers(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    options = ("--memory", "8G", "--checkpoint-minutes", "0", *more)
+    assert verify(*command(tiny, whole, *options)).returncode in (0, 1, 3)
+    with monkeypatch.context() as patch:
+        CutOff(patch, at=1)
+        done = verify(*command(tiny, out, *options))
+    assert done.returncode == EXIT_INTERRUPTED
+    assert [f.name for f in (out / "groups").iterdir()] == ["00000.layers"]
+    with monkeypatch.context() as patch:
+        seen = CutOff(patch)
+        done = verify("ppl", "--resume", str(out))
+    assert done.returncode in (0, 1, 3), done.stderr
+    assert "windows 1 to 6 go on after layer 0" in done.stderr
+    assert seen.layers == [1]
+    assert finished(out)
+    assert results(out) == results(whole)
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (whole, out)]
+    for name in ("coverage", "drift", "in_place", "pairs", "arms", "power"):
+        assert runs[0][name] == runs[1][name], name
+    # Arms that are one tensor are one again: nothing is computed twice.
+    assert runs[0]["speed"]["product_flop"] == runs[1]["speed"]["product_flop"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    done = verify(*command(tiny, tmp_path / "run", "--checkpoint-minutes", "0", "--memory", "8G"))
+    assert done.returncode in (0, 1, 3)
+    assert done.stderr.count("failed writing file") == 1
+    assert finished(tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_not_one_is_named(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        CutOff(patch, at=1)
+        verify(*command(tiny, out, "--checkpoint-minutes", "0", "--memory", "8G"))
+    (out / "groups/00000.layers").write_bytes(b"not a checkpoint")
+    assert_refused(verify("ppl", "--resume", str(out)), "00000.layers", "cannot be read", "remove it")
+
+
+def test_checkpoints_come_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, kept = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    checkpoints = Checkpoints(kept.append, seconds=60, notice=pytest.fail)
+    assert not checkpoints.due
+    now[0] = 160.0
+    assert checkpoints.due
+    checkpoints.keep(Checkpoint(range(2), 1, {}, {}))
+    assert len(kept) == 1
+    assert not checkpoints.due
 
 
 @pytest.mark.slow

@@ -12,7 +12,13 @@ from typing import Annotated
 import typer
 
 from data.corpora import DEFAULT_CORPUS
-from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, PplSettings, parse_size
+from verify.settings import (
+    DEFAULT_BASELINE,
+    DEFAULT_CANDIDATE,
+    DEFAULT_CHECKPOINT_MINUTES,
+    PplSettings,
+    parse_size,
+)
 from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
 
 HELP = "Perplexity of a GGUF model with two kernels, paired, and a verdict with its evidence."
@@ -100,6 +106,12 @@ def command(
     gpus: Annotated[
         int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
     ] = 1,
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(
+            "--checkpoint-minutes", help="how often a group is kept between layers, for --resume; 0: always"
+        ),
+    ] = DEFAULT_CHECKPOINT_MINUTES,
     seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
@@ -156,6 +168,7 @@ def command(
             score_last=score_last,
             measured_windows=measured_windows,
             power=power,
+            checkpoint_minutes=checkpoint_minutes,
             split_mode=split_mode,
             gpus=gpus,
         )
