@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from verify.commands import options
+
 HELP = (
     "Decode time of kernels against n_kv, their share of memory bandwidth, and where a split starts to pay."
 )
@@ -24,11 +26,9 @@ def command(
         str, typer.Option("--shape", help="names (glm-4.5-air, glm-4.5-air@4) or 96/8x128")
     ] = "",
     n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = "",
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda")] = None,
+    device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="folder for bench.json and bench.svg")] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="print the JSON to stdout, all else to stderr")
-    ] = False,
+    json_: options.Json = False,
 ) -> int:
     """Measure and print; exit 0."""
     import torch

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from verify.commands import options
 from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.verdict import DEFAULT_MARGIN
 
@@ -25,11 +26,8 @@ def command(
         typer.Option("--shape", help="names, comma between; NAME@4 is one GPU of 4"),
     ] = "",
     n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = "",
-    baseline: Annotated[str, typer.Option("--baseline", help="kernel specification")] = DEFAULT_BASELINE,
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option("--candidate", help=f"may be repeated; default {DEFAULT_CANDIDATE}"),
-    ] = None,
+    baseline: options.Baseline = DEFAULT_BASELINE,
+    candidate: options.Candidates = None,
     inputs: Annotated[str, typer.Option("--inputs", help="families, comma between, or all")] = "all",
     captured_from: Annotated[
         str | None,
@@ -38,13 +36,11 @@ def command(
     path: Annotated[str, typer.Option("--path", help="decode or prefill")] = "decode",
     seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
     first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
-    margin: Annotated[
-        float, typer.Option("--margin", help="error ratio that still is round-off")
-    ] = DEFAULT_MARGIN,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda")] = None,
+    margin: options.Margin = DEFAULT_MARGIN,
+    device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="default runs/diff-TIME")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="run.json alone to stdout")] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    json_: options.Json = False,
+    debug: options.Debug = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from kernels.contract import PATHS

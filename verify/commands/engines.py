@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from verify.commands import options
+
 HELP = (
     "Two builds' llama-perplexity on the text-generation path (-b 1 -ub 1), and their logits compared."
     " Also the way for inference on CPU and GPU together (experts on the CPU), which our own runner does not"
@@ -39,7 +41,7 @@ def command(
     max_kld: Annotated[
         float | None, typer.Option("--max-kld", help="mean KLD that still is round-off; more is degraded")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")] = False,
+    json_: options.Json = False,
 ) -> int:
     """Run both and compare; returns the verdict's exit code."""
     from verify.engines.perplexity_runs import engine_command, find_program, run_engine
@@ -75,13 +77,13 @@ def command(
         file=screen,
     )
     runs, paths = [], []
-    for (name, build, _), program, options in zip(builds, programs, more, strict=True):
+    for (name, build, _), program, own in zip(builds, programs, more, strict=True):
         if program is None:
             paths.append(build)
             continue
         logits, log = folder / f"{name.lower()}.kld", folder / f"{name.lower()}.log"
         line = engine_command(
-            program, model=model, text=file, n_ctx=n_ctx, chunks=chunks, logits=logits, more=options
+            program, model=model, text=file, n_ctx=n_ctx, chunks=chunks, logits=logits, more=own
         )
         print(f"{name}: {shlex.join(line)}", file=screen, flush=True)
         with progress_of(f"{name} {program.name}") as progress:

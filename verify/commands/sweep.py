@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from verify.commands import options
+
 HELP = (
     "Logs of sweep-bench: where the speed departs from the first file's, and whether a policy splits there."
 )
@@ -20,10 +22,10 @@ def command(
         str | None, typer.Option("--arch", "-m", help="glm4moe, glm-4.5-air, 96/8x128, or a GGUF file")
     ] = None,
     cache_type: Annotated[str, typer.Option("--cache-type", "-ctk", help="f16, q8_0 ...")] = "f16",
-    gpus: Annotated[int, typer.Option("--gpus", help="GPUs that share the model")] = 1,
-    split_mode: Annotated[str, typer.Option("--split-mode", "-sm", help="layer or graph")] = "layer",
+    gpus: options.Gpus = 1,
+    split_mode: options.SplitMode = "layer",
     out: Annotated[Path | None, typer.Option("--out", help="picture, sweep.png or sweep.svg")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON alone to stdout")] = False,
+    json_: options.Json = False,
 ) -> int:
     """Compare; exit 1 for a significant slowdown, else 0."""
     from kernels.policy import policy_named

