@@ -98,7 +98,8 @@ def test_power_on_a_real_model(smollm: Path, wikitext: Path, tmp_path: Path) -> 
     assert not tiny["seen"]["nll"]
     assert not tiny["seen"]["kld"]
     assert report["detectable"]["candidate"]["scale_by_gain"] < 5e-6
-    assert report["detectable"]["candidate"]["scale_by_nll"] > 1e-5
+    # The mean nll of 510 tokens shows no scale error below a few 1e-4, twenty times what the gain shows.
+    assert 1e-4 < report["detectable"]["candidate"]["scale_by_nll"] < 1e-2
 
 
 def test_losses_of_precision_are_degraded_and_ordered(smollm: Path, wikitext: Path, tmp_path: Path) -> None:

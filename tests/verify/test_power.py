@@ -10,6 +10,7 @@ from kernels.exact import exact_attention
 from kernels.merge import Part, merge_sequential
 from support.ppl_runs import Tiny, run
 from support.problems import problem
+from verify.evidence.power import _nll_slope
 from verify.power import last_key_dropped, merge_weight_off, middle_key_dropped
 
 
@@ -101,3 +102,16 @@ def test_lost_keys_are_bugs(power: dict[str, Any]) -> None:
 def test_the_candidate_is_judged_as_if_nothing_were_planted(power: dict[str, Any]) -> None:
     assert power["verdict"] == "round-off"
     assert not any(arm["name"].startswith("power/") for arm in power["arms"])
+
+
+def test_the_least_scale_error_that_perplexity_could_show() -> None:
+    """The far end of the interval of the size that is known best; faults of other kinds say nothing."""
+    critical = 3.2905
+
+    def scale(size: float, dnll: float, se: float) -> dict[str, object]:
+        return {"kind": "scale", "size": size, "dnll": dnll, "dnll_se": se}
+
+    faults = [scale(1e-3, 0.0, 4e-4), scale(1e-2, -1e-3, 1e-3), {"kind": "lost", "size": None, "dnll": 1.0}]
+    assert _nll_slope({"faults": faults}) == pytest.approx((1e-3 + critical * 1e-3) / 1e-2, rel=1e-4)
+    assert _nll_slope({"faults": faults[2:]}) == 0
+    assert _nll_slope(None) == 0

@@ -126,12 +126,19 @@ def _scale_by_gain(errors: KernelErrors | None) -> float | None:
 
 
 def _nll_slope(power: dict[str, Any] | None) -> float:
-    """Change of the mean nll by a scale error of 1, from the smallest whose change is sure; 0: none is.
+    """The most that a scale error of 1 could change the mean nll of these tokens by; 0: nothing is known.
 
-    With frozen casts, where a small scale error moves the nll in proportion to its size.
+    With frozen casts a scale error moves the nll in proportion to its size, but each token its own way: over
+    a few hundred tokens not even the sign of the mean is sure. So its interval's far end, of the size that
+    is known best.
     """
     if power is None:
         return 0.0
-    scales = [x for x in power["faults"] if x["kind"] == "scale"]
-    shown = [x for x in scales if abs(x["dnll"]) > _critical() * x["dnll_se"]]
-    return abs(shown[0]["dnll"] / shown[0]["size"]) if shown else 0.0
+    return min(
+        (
+            (abs(x["dnll"]) + _critical() * x["dnll_se"]) / x["size"]
+            for x in power["faults"]
+            if x["kind"] == "scale" and math.isfinite(x["dnll"]) and math.isfinite(x["dnll_se"])
+        ),
+        default=0.0,
+    )

@@ -83,7 +83,7 @@ def _detectable_sentences(run: dict[str, Any]) -> Iterator[str]:
             )
         if found.get("dnll") is not None:
             meant = found.get("scale_by_nll")
-            same = f", which takes a scale error of {meant:.0e}" if meant is not None else ""
+            same = f", which takes a scale error of at least {meant:.0e}" if meant is not None else ""
             file = found.get("logits_file_nats")
             coarse = (
                 f"; the 16-bit logits file of llama-perplexity resolves {file:.0e} nats a token"
