@@ -18,8 +18,11 @@ def main() -> None:
     from verify.errors import INPUT_ERRORS
     from verify.verdict import EXIT_INTERRUPTED, EXIT_VOID
 
+    # An option of every command, for whoever follows up an internal error.
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        code = app(standalone_mode=False)
+        code = app(args=arguments, standalone_mode=False)
     except INPUT_ERRORS as error:
         code = _refuse(str(error))
     except typer.Exit as stop:
@@ -30,8 +33,10 @@ def main() -> None:
         # The command line's own usage errors; typer may carry its click inside, so the class is not named.
         if hasattr(error, "format_message"):
             code = _refuse(error.format_message())
-        elif "--debug" in sys.argv:
+        elif debug:
             raise
+        elif isinstance(error, OSError) and error.filename is not None:
+            code = _refuse(f"{error.filename}: {error.strerror or error}")
         else:
             said = f"{type(error).__name__}: {error}"
             print(

@@ -163,11 +163,17 @@ class ArmRunner:
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         arm = self.arm
         if arm.failed:
+            # Its output of other windows or layers is nothing to compare with.
+            self.board.pop(arm.name, None)
             return None
         if self.seen is not None:
             self.seen(self.name, call)
         if arm.kernel is None:
             oracle = exact_attention(kernel_call(call, arm.path), with_lse=False).out
+            if arm.role == "exact":
+                self._look("nonfinite", call, ~torch.isfinite(oracle).all(-1))
+                if self.wait:
+                    self.settle()
             if self.watch is not None:
                 self.watch(call, oracle)
             if arm.role == "floor":
@@ -175,6 +181,8 @@ class ArmRunner:
             return oracle if call.x is not None and call.x.dtype == torch.float64 else oracle.float()
         tried = attempt(arm.kernel, kernel_call(call, arm.path))
         arm.kernel.trace.add(tried.trace)
+        if tried.no_memory:
+            raise torch.cuda.OutOfMemoryError(f"{arm.spec}: {tried.failure}")
         if tried.output is None:
             arm.findings.failure = tried.failure
             arm.findings.failure_place = Place(call.window, call.layer)
@@ -235,8 +243,14 @@ def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tenso
 
 
 def void_reasons(arms: Sequence[Arm]) -> list[str]:
-    """Why the run measured nothing: a control that is not its baseline."""
+    """Why the run measured nothing: a control that is not its baseline, or nothing finite to measure."""
     reasons = []
+    for arm in arms:
+        if arm.role == "exact" and arm.findings.nonfinite_place is not None:
+            reasons.append(
+                f"exact attention gives NaN or Inf, first at {arm.findings.nonfinite_place}: the model's own"
+                " q, k or v overflow the type that they are rounded to (--cache-type), or are not finite"
+            )
     by_name = {arm.name: arm for arm in arms}
     for arm in arms:
         if arm.role != "control":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.errors import KernelFailure
 from kernels.trace import LaunchTrace
@@ -11,25 +13,28 @@ from kernels.trace import LaunchTrace
 
 class Attempt(NamedTuple):
     """output, or None and the failure in words. unsupported: the kernel does not take what the call asks for
-    (sinks, say), which is no evidence either way; trace: what it launched."""
+    (sinks, say), which is no evidence either way; trace: what it launched; no_memory: it failed since the
+    device was full, which a smaller call may not."""
 
     output: AttentionOutput | None
     failure: str
     unsupported: bool
     trace: LaunchTrace
+    no_memory: bool = False
 
 
 def attempt(kernel: Kernel, call: Call) -> Attempt:
     """Run a kernel once. Its own trace stays as it was: who counts the launches adds the attempt's."""
     with untraced(kernel) as traced:
-        output, failure, unsupported = None, "", False
+        output, failure, unsupported, no_memory = None, "", False, False
         try:
             output = traced.run(call)
         except KernelFailure as failed:
             failure, unsupported = f"{failed.kind}: {failed}", failed.kind == "unsupported"
         except Exception as raised:
             failure = f"raised: {type(raised).__name__}: {raised}"
-        return Attempt(output, failure, unsupported, traced.trace)
+            no_memory = isinstance(raised, torch.cuda.OutOfMemoryError)
+        return Attempt(output, failure, unsupported, traced.trace, no_memory)
 
 
 class untraced:

@@ -49,11 +49,11 @@ def capture_to(folder: Path, layers: frozenset[int]) -> Callable[[LayerCall], No
         if call.window != 0 or call.layer not in layers:
             return
         arrays: dict[str, Any] = {
-            name: x.cpu().float().numpy() for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)
+            name: x[:1].cpu().float().numpy() for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)
         }
         np.savez(
             target / f"layer-{call.layer:03d}.npz",
-            kv_len=call.kv_len.cpu().numpy(),
+            kv_len=call.kv_len[:1].cpu().numpy(),
             scale=np.float64(call.settings.scale),
             sliding_window=np.int64(call.settings.sliding_window or 0),
             softcap=np.float64(call.settings.softcap or 0),

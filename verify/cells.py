@@ -119,7 +119,8 @@ class KernelEvidence:
 class Cell:
     """One candidate in one cell.
 
-    faults: what makes it broken; covered: its launch trace differs from the baseline's; log_ratio [T * Hq]:
+    faults: what makes it broken; compared: both kernels gave an output (of a probe only what failed is
+    known); covered: its launch trace differs from the baseline's; log_ratio [T * Hq]:
     ln of the ratio of square errors, candidate to baseline, where neither has a fault and logits are distinct
     (equal logits are rounded alike, and their errors add up).
     """
@@ -128,6 +129,7 @@ class Cell:
     baseline: KernelEvidence
     candidate: KernelEvidence
     faults: list[str]
+    compared: bool
     covered: bool
     bitwise_equal: bool
     same_spec: bool
@@ -232,23 +234,21 @@ def _row_square(error: torch.Tensor) -> np.ndarray:
 def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:
     """A candidate's cell."""
     faults = [*faults_of(candidate, "candidate"), *faults_of(baseline, f"baseline {baseline.spec}")]
-    equal = (
-        candidate.output is not None
-        and baseline.output is not None
-        and same_bits(candidate.output.out, baseline.output.out)
-    )
+    a, b = candidate.output, baseline.output
+    equal = a is not None and b is not None and same_bits(a.out, b.out)
     family = FAMILIES.get(inputs.family)
     log_ratio = None
     if not faults and (family is None or family.distinct):
         # A cache that both have is no change; one that only one has is charged to it.
         name = "row_square" if candidate.cache == baseline.cache else "given_square"
-        a, b = (np.maximum(getattr(x, name), SMALLEST_SQUARE) for x in (candidate, baseline))
-        log_ratio = np.log(a / b)
+        mine, its = (np.maximum(getattr(x, name), SMALLEST_SQUARE) for x in (candidate, baseline))
+        log_ratio = np.log(mine / its)
     return Cell(
         inputs,
         baseline,
         candidate,
         faults,
+        compared=a is not None and b is not None,
         covered=bool(candidate.trace.differs_from(baseline.trace)),
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
@@ -259,18 +259,20 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
 def judge(cells: Sequence[Cell], margin: float) -> tuple[Decision, DistanceRatio | None]:
     """The verdict on one candidate over some cells, and the pooled ratio of root mean square errors.
 
-    Cells in which the plan did not differ count only where they are broken.
+    Cells in which the plan did not differ, and probes, count only where they are broken.
     """
     faults = [(c.candidate.severity, fault) for c in cells for fault in c.faults]
     faults.sort(key=lambda x: -x[0])
-    covered = [c for c in cells if c.covered]
+    compared = [c for c in cells if c.compared]
+    covered = [c for c in compared if c.covered]
     ratio = pooled(covered)
     decision = decide(
         PairEvidence(
             faults=[fault for _, fault in faults[:1]],
             same_spec=all(c.same_spec for c in cells),
-            coverage=len(covered) / len(cells),
-            bitwise_equal=all(c.bitwise_equal for c in covered or cells),
+            coverage=len(covered) / max(len(compared), 1),
+            bitwise_equal=bool(compared) and all(c.bitwise_equal for c in covered or compared),
+            not_compared="" if compared else "probes show faults alone: none was found, and none is compared",
             distance=ratio,
             margin=margin,
         )

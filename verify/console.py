@@ -21,11 +21,11 @@ from rich.table import Table
 
 from model.runner import Progress as Step
 from verify.arms import Arm
-from verify.environment import PIPE_WIDTH, on_terminal
 from verify.evidence import PairSummary
 from verify.experiment import Experiment, Outcome
 from verify.perplexity import Perplexity, final_line, running_line
 from verify.reports.split_mode import split_mode_sentence
+from verify.terminal import console_on, on_terminal
 
 
 class PplConsole:
@@ -109,10 +109,10 @@ class PplConsole:
             baseline.perplexity, n_ctx=experiment.windows.n_ctx, windows=experiment.windows.n_windows
         )
         print(line, file=self.out)
-        console = Console(file=self.out, width=None if on_terminal(self.out) else PIPE_WIDTH, highlight=False)
+        console = console_on(self.out)
         console.print(_table(outcome))
         for text in _coverage(outcome):
-            console.print(text, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
         print(_read(outcome), file=self.out)
         for line in _verdict(outcome):
             print(line, file=self.out)

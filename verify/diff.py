@@ -304,7 +304,8 @@ def _run_json(
                 "reasons": r.reasons,
                 "distance_ratio": r.ratio.ratio if r.ratio else None,
                 "distance_ratio_ci": [r.ratio.low, r.ratio.high] if r.ratio else None,
-                "bitwise_equal": all(c.bitwise_equal for c in r.cells),
+                "bitwise_equal": all(c.bitwise_equal for c in r.cells if c.compared)
+                and any(c.compared for c in r.cells),
             }
             for r in results
         ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -121,12 +120,3 @@ def _cpu_info() -> Mapping[str, str]:
 
 def _cpu_flags() -> frozenset[str]:
     return frozenset(_cpu_info().get("flags", "").split())
-
-
-# Wide enough for our tables in a pipe, where there is no terminal to ask.
-PIPE_WIDTH = 132
-
-
-def on_terminal(stream: Any = None) -> bool:
-    stream = sys.stderr if stream is None else stream
-    return bool(getattr(stream, "isatty", lambda: False)())

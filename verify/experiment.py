@@ -37,6 +37,7 @@ from verify.evidence import (
     detectable_json,
     in_place_json,
     noise_json,
+    noise_notes,
     pair_json,
     power_json,
     summarize_arm,
@@ -248,7 +249,9 @@ class Experiment:
     def taken_in(self, first: int, result: GroupResult) -> None:
         """A finished group's findings, and its part of the running perplexity if all before it is there."""
         for arm in self.arms:
-            arm.findings = result.findings[arm.name]
+            # A failure of one rank's group is known here before all ranks are told.
+            if not arm.failed:
+                arm.findings = result.findings[arm.name]
         baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
         nll = Scores(result, self.windows.scored_per_window).column(baseline, "nll")
         if first == sum(map(len, self._nll)) and len(nll):
@@ -291,13 +294,14 @@ class Experiment:
             [tensor.type_name for tensor in self.file.tensors.values()],
         )
         power = power_json(self.faults, pairs, baseline, joined, scores)
+        noise = noise_json(self.arms, pairs, joined, scores)
         run = {
             "schema": SCHEMA,
             "command": "ppl",
             "verdict": verdict or "void",
             "exit_code": exit_code,
             "reasons": reasons,
-            "notes": [*self.notes, *(engine["said"] for engine in engines)],
+            "notes": [*self.notes, *noise_notes(noise), *(engine["said"] for engine in engines)],
             "engines": engines,
             "settings": settings.to_json(),
             "environment": environment.describe(str(self.device)),
@@ -313,7 +317,7 @@ class Experiment:
             "by_n_kv": [line for pair in pairs for line in by_n_kv(pair, scores, scored_n_kv, floor)],
             "drift": joined.drift,
             "top1_changes": top1_changes(joined.top1, self.windows, self.tokenizer),
-            "noise": noise_json(self.arms, pairs, joined, scores),
+            "noise": noise,
             "power": power,
             "detectable": {pair.candidate.name: detectable_json(pair, joined, power) for pair in pairs},
         }

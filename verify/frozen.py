@@ -83,6 +83,8 @@ class Teacher:
         assert arm.kernel is not None
         whole = kernel_call(call, arm.path)
         tried = attempt(arm.kernel, whole)
+        if tried.no_memory:
+            raise torch.cuda.OutOfMemoryError(f"{arm.spec}: {tried.failure}")
         if tried.output is None:
             arm.findings.failure = tried.failure
             arm.findings.failure_place = Place(call.window, call.layer)
@@ -116,4 +118,5 @@ class FrozenRunner:
             self.seen(self.name, call)
         q, k, v = (x.double() + r for x, r in zip(call.unrounded, self.teacher.roundings, strict=True))
         inner = kernel_call(call._replace(q=q, k=k, v=v), self.arm.path)
-        return (exact_attention(inner, with_lse=False).out + self.teacher.errors[self.name]).float()
+        out = exact_attention(inner, with_lse=False).out + self.teacher.errors[self.name]
+        return out if call.x is not None and call.x.dtype == torch.float64 else out.float()

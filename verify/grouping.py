@@ -6,6 +6,7 @@ not depend on it, so a run that goes on may have groups of another size.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ def group_windows(
     at_once: windows that the device computes side by side; state_bytes: of a window's hidden states, all arms
     together; model_bytes: of the file; memory: as the user gave it, or None for a share of what is free.
     """
-    main = available_memory()
+    # Processes of one machine share its memory; each has a GPU of its own.
+    main = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else main
     share = memory or free // 4
     fitting = share // state_bytes

@@ -298,13 +298,17 @@ def _token_table(
     return pa.Table.from_arrays(arrays, schema=TOKEN_SCHEMA)
 
 
+# Order of top1.parquet, whatever the groups were.
+_IN_TEXT = [("window", "ascending"), ("position", "ascending"), ("candidate", "ascending")]
+
+
 def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
     """All groups of a run as one."""
     first = groups[0]
     joined = GroupResult(
         pa.concat_tables([g.tokens for g in groups]).combine_chunks(),
         pa.concat_tables([g.layers for g in groups]).combine_chunks(),
-        pa.concat_tables([g.top1 for g in groups]).combine_chunks(),
+        pa.concat_tables([g.top1 for g in groups]).combine_chunks().sort_by(_IN_TEXT),
         {name: Findings() for name in first.findings},
         {name: LaunchTrace() for name in first.traces},
         join_drift([g.drift for g in groups]),

@@ -114,7 +114,7 @@ def engine_findings(
         steps = np.concatenate([block.scale.astype(np.float64) for block in file.blocks()])
         floor = float((steps**2).mean()) / 24
         found.append({"arm": name, "path": str(file.path), "kld": kld_of[name], "resolution": floor})
-    nearest = min((x["kld"] for x in found), default=math.nan)
+    nearest = min((x["kld"] for x in found if math.isfinite(x["kld"])), default=math.nan)
     for x in found:
         x["cause"], x["said"] = _cause(x, kld_of[kernel], nearest, types)
     return found
@@ -125,6 +125,8 @@ def _cause(x: dict[str, Any], kernel: float, nearest: float, types: Sequence[str
     where = f"{x['arm']} ({x['path']}): KLD to exact {kld:.2g}"
     if not math.isfinite(kld):
         return "engine", f"{where}: NaN or Inf in its file"
+    if not math.isfinite(kernel):
+        return "not known", f"{where}; our own baseline failed, so there is nothing to hold it against"
     limit = max(KERNEL_FACTOR * kernel, floor)
     if kld <= limit:
         return "kernel", (

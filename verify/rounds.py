@@ -12,6 +12,7 @@ from data import Windows
 from model.runner import LayerCall, Progress, Runner
 from verify.arms import Arm
 from verify.checkpoint import Checkpoints
+from verify.errors import UsageError
 from verify.frozen import Fault
 from verify.grouping import Grouping, uncovered
 from verify.groups import GroupResult, run_group
@@ -114,10 +115,14 @@ class Rounds:
                 checkpoints=checkpoints,
                 begin=begin,
             )
-        except torch.cuda.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError as error:
             # Ranks that share their reading cannot go back alone.
-            if self.grouping.windows == 1 or self.ranks.size > 1:
-                raise
+            if len(chosen) == 1 or self.ranks.size > 1:
+                said = " ".join(str(error).split())[:200]
+                raise UsageError(
+                    f"{self.runner.device}: too little memory for {len(chosen)} windows ({said}); expected a"
+                    " smaller -c, a smaller --memory, or another --device"
+                ) from None
         self.grouping = self.grouping.halved()
         if self.folder is not None:
             self.folder.drop_checkpoint(chosen.start)

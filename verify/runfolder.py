@@ -29,6 +29,8 @@ from verify.jsontext import to_json_text
 
 SETTINGS, GROUPS, RESULT = "settings.json", "groups", "run.json"
 REPORT, PAGE = "report.md", "report.html"
+# What reading a file that is not a whole checkpoint raises.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
 # Ends the name of what is being written.
 PART = ".part"
 
@@ -103,7 +105,7 @@ class RunFolder:
             return None
         try:
             return read_checkpoint(path, device)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        except _UNREADABLE as error:
             raise UsageError(
                 f"--resume {self.path}: {path.name} of {GROUPS} cannot be read ({type(error).__name__}):"
                 " remove it, and its windows are run again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class PplSettings:
             raise UsageError(f"--cache-type {self.cache_type}: expected one of {known}")
         if not 0 <= self.min_coverage <= 1:
             raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
-        if not self.margin > 1:
+        if not 1 < self.margin < math.inf:
             raise UsageError(f"--margin {self.margin:g}: expected a ratio above 1")
         if self.noise == 1 or self.noise < 0:
             raise UsageError(f"--noise {self.noise}: expected 0 (none) or at least 2 arms")
@@ -84,7 +85,7 @@ class PplSettings:
             raise UsageError(
                 f"--measured-windows {self.measured_windows}: expected a number of windows, or 0 for all"
             )
-        if not self.checkpoint_minutes >= 0:
+        if not 0 <= self.checkpoint_minutes < math.inf:
             raise UsageError(
                 f"--checkpoint-minutes {self.checkpoint_minutes:g}: expected 0 (after every layer) or more"
             )
@@ -127,6 +128,6 @@ def parse_size(text: str) -> int:
         size = float(number) * units.get(unit, 1)
     except ValueError:
         size = 0
-    if not size >= 1:
+    if not 1 <= size < math.inf:
         raise UsageError(f"--memory {text}: expected a size such as 8G or 512M")
     return int(size)

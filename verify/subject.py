@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kernels.contract import checked_call
+from kernels.errors import KernelFailure
 from model.architectures.architecture import Architecture
 from model.runner import ATTENTION_TYPES
 from verify.arms import Arm
@@ -52,20 +55,40 @@ def fingerprint(paths: Sequence[Path]) -> str:
 def try_kernels(
     arms: Sequence[Arm], architecture: Architecture, cache_type: str, device: torch.device
 ) -> None:
-    """Run each of our kernels on one row of this model: a plan that does not fit is refused now.
+    """Run each kernel on one row of this model: what does not fit it, or is not taken, is refused now.
 
-    Raises UsageError.
+    A function in a file is only asked what it takes: to run it is to judge it. So is a kernel that fails
+    otherwise. Raises UsageError.
     """
     sizes, kind = architecture.sizes, ATTENTION_TYPES[cache_type]
+    settings = {architecture.attention_settings(layer) for layer in range(sizes.layers)}
     q = torch.zeros(1, 1, sizes.heads, sizes.k_size, dtype=kind, device=device)
     k = torch.zeros(1, 1, sizes.kv_heads, sizes.k_size, dtype=kind, device=device)
     v = torch.zeros(1, 1, sizes.kv_heads, sizes.v_size, dtype=kind, device=device)
     one = torch.ones(1, 1, dtype=torch.int32, device=device)
-    for arm in arms:
-        if arm.kernel is None or arm.spec.startswith("py:"):
+    for arm, given in itertools.product(arms, settings):
+        if arm.kernel is None:
             continue
+        call = checked_call(
+            q,
+            k,
+            v,
+            kv_len=one,
+            scale=given.scale,
+            path=arm.path,
+            sliding_window=given.sliding_window,
+            softcap=given.softcap,
+        )
+        why = None
         with untraced(arm.kernel) as kernel:
-            try:
-                kernel.attend(q, k, v, kv_len=one, scale=1.0, path=arm.path)
-            except ValueError as error:
-                raise UsageError(f"kernel {arm.spec!r} does not fit this model: {error}") from None
+            if arm.spec.startswith("py:"):
+                why = kernel.capabilities().refuses(call)
+            else:
+                try:
+                    kernel.run(call)
+                except ValueError as error:
+                    why = str(error)
+                except KernelFailure as failed:
+                    why = str(failed) if failed.kind == "unsupported" else None
+        if why is not None:
+            raise UsageError(f"kernel {arm.spec!r} does not fit this model: {why}")

@@ -57,7 +57,8 @@ class PairEvidence:
     faults: failures, budget breaches and non-finite values, each a sentence; coverage: share of scored tokens
     whose plan or kernel differed from the reference's; bitwise_equal: attention outputs of every layer and
     logits; distance: None where there are no finite divergences; frozen_kld: mean divergences to exact in
-    nats a token, of the candidate and of the reference, where they are known.
+    nats a token, of the candidate and of the reference, where they are known; not_compared: why there is
+    nothing to compare the two by, if there is not.
     """
 
     faults: Sequence[str]
@@ -67,7 +68,7 @@ class PairEvidence:
     distance: DistanceRatio | None
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
-    why_uncovered: str = ""
+    not_compared: str = ""
     narrowed_by: str = "more windows (--chunks) narrow it"
     frozen_kld: tuple[float, float] | None = None
 
@@ -83,12 +84,14 @@ def decide(e: PairEvidence) -> Decision:
     """The verdict on one pair."""
     if e.faults:
         return Decision("broken", list(e.faults))
+    if e.not_compared:
+        return Decision("inconclusive", [e.not_compared])
     if not e.same_spec and (e.coverage == 0 or e.coverage < e.min_coverage):
         if e.coverage == 0:
             return Decision(
                 "inconclusive",
                 ["the path under test did not run: at every n_kv the candidate launched what the baseline"
-                 f" launched{e.why_uncovered}"],
+                 " launched"],
             )  # fmt: skip
         return Decision(
             "inconclusive",

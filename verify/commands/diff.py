@@ -40,7 +40,6 @@ def command(
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="default runs/diff-TIME")] = None,
     json_: options.Json = False,
-    debug: options.Debug = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from kernels.contract import PATHS
@@ -97,7 +96,7 @@ def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    from verify.environment import on_terminal
+    from verify.terminal import on_terminal
 
     if not on_terminal(sys.stderr):
         return each

@@ -70,6 +70,17 @@ def command(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--work {folder}: cannot be written: {error.strerror or error}") from None
+    written = {
+        (folder / f"{name.lower()}.kld").resolve()
+        for (name, *_), program in zip(builds, programs, strict=True)
+        if program
+    }
+    for (name, build, _), program in zip(builds, programs, strict=True):
+        if program is None and Path(build).resolve() in written:
+            raise UsageError(
+                f"--{name.lower()} {build}: the other build's logits would be written there,"
+                f" expected another --work than {folder}"
+            )
     screen = sys.stderr if json_ else sys.stdout
     print(
         f"one query token a call (-b 1 -ub 1), windows of {n_ctx}: n_kv {n_ctx // 2 + 1} to {n_ctx - 1} are"

@@ -38,7 +38,6 @@ def command(
         Path | None, typer.Option("--out", help="folder of the run; default runs/gen-TIME")
     ] = None,
     json_: options.Json = False,
-    debug: options.Debug = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     import pyarrow.parquet as pq

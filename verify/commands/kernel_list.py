@@ -9,27 +9,25 @@ HELP = "The kernels that can be named, their options, and the policies."
 
 def command() -> int:
     """Print every kernel and option; exit 0."""
-    from rich.console import Console
     from rich.table import Table
 
     from kernels.policy import POLICIES
     from kernels.registry import ENTRIES
-    from verify.console import PIPE_WIDTH
-    from verify.environment import on_terminal
+    from verify.terminal import console_on
 
-    console = Console(file=sys.stdout, width=None if on_terminal(sys.stdout) else PIPE_WIDTH, highlight=False)
+    console = console_on(sys.stdout)
     for entry in ENTRIES.values():
         why = entry.why_not()
         names = "|".join(entry.variants)
         named = f"{entry.name}:{names}" if names else entry.name
-        console.print(f"{named}  {entry.summary}" + (f"  [here: {why}]" if why else ""), markup=False)
+        console.print(f"{named}  {entry.summary}" + (f"  [here: {why}]" if why else ""))
         for name, has in entry.limits.items():
-            console.print(f"    {name}: " + "; ".join(has.limits()), markup=False)
+            console.print(f"    {name}: " + "; ".join(has.limits()))
         if entry.options:
             table = Table(box=None, show_header=False, pad_edge=False)
             for name, text in entry.options.items():
                 table.add_row(f"    {name}", text)
-            console.print(table, markup=False)
+            console.print(table)
     console.print("policies (policy=NAME)")
     table = Table(box=None, show_header=False, pad_edge=False)
     for policy in POLICIES.values():

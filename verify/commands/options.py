@@ -33,4 +33,3 @@ Gpus = Annotated[
     int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")]
-Debug = Annotated[bool, typer.Option("--debug", hidden=True)]

@@ -22,10 +22,14 @@ from verify.settings import (
 )
 from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
 
+# What --resume may stand beside: all else is the run's.
+_WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
+
 HELP = "Perplexity of a GGUF model with two kernels, paired, and a verdict with its evidence."
 
 
 def command(
+    context: typer.Context,
     model: options.Model = None,
     file: Annotated[str | None, typer.Option("-f", "--file", help="text file, byte-exact")] = None,
     corpus: Annotated[
@@ -96,7 +100,6 @@ def command(
         Path | None, typer.Option("--out", help="folder of the run; default runs/ppl-TIME")
     ] = None,
     json_: options.Json = False,
-    debug: options.Debug = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from verify.console import PplConsole
@@ -113,6 +116,13 @@ def command(
     console = PplConsole(json=json_, silent=not ranks.leads)
     folder, stored = None, {}
     if resume is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        if other := sorted(set(given) - _WITH_RESUME):
+            raise UsageError(
+                f"--resume {resume}: the run goes on with its own settings, expected no"
+                f" {' or '.join('--' + name.replace('_', '-') for name in other)} beside it"
+            )
         if ranks.leads:
             folder = RunFolder.reopen(resume)
             stored = folder.read_settings("ppl")
@@ -120,6 +130,8 @@ def command(
         settings = PplSettings.from_json(stored["settings"])
         if memory:
             settings = replace(settings, memory=parse_size(memory))
+        if "checkpoint_minutes" in given:
+            settings = replace(settings, checkpoint_minutes=checkpoint_minutes)
     else:
         settings = PplSettings(
             model=model,
@@ -148,10 +160,10 @@ def command(
             split_mode=split_mode,
             gpus=gpus,
         )
-        if ranks.leads:
-            folder = RunFolder.create(out or default_folder())
     experiment = Experiment(settings, console, ranks)
     try:
+        if resume is None and ranks.leads:
+            folder = RunFolder.create(out or default_folder())
         identity = experiment.identity()
         ranks.agree(identity)
         for what, value in identity.items() if stored else ():

@@ -36,7 +36,6 @@ def command(
     junit: Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")] = None,
     device: options.Device = None,
     json_: options.Json = False,
-    debug: options.Debug = False,
 ) -> int:
     """Run the command. Exit 0 if every law holds that applies, 1 if one is broken."""
     import torch
@@ -95,12 +94,12 @@ def chosen_laws(names: Sequence[str]) -> list[Law]:
 
 
 def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None) -> list[LawResult]:
-    """Every law, with progress on a terminal; an interrupted run keeps what it has."""
+    """Every law, with progress on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from verify.environment import on_terminal
     from verify.laws.run import kept_examples, lse_withdrawn, run_law
+    from verify.terminal import on_terminal
 
     lse_withdrawn(subject)
     results = []

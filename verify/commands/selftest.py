@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,28 +23,28 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command. Exit 0 if every fault is caught with every seed and no clean variant is, else 1."""
-    import torch
     from rich.console import Console
     from rich.markup import escape
 
-    from verify.console import PIPE_WIDTH
-    from verify.environment import on_terminal, prepare_torch
+    from verify.devices import chosen_device, default_device
+    from verify.environment import prepare_torch
+    from verify.jsontext import to_json_text
     from verify.selftest import run_selftest
+    from verify.terminal import console_on
 
     prepare_torch()
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = str(chosen_device(device or default_device()))
     out = sys.stderr if json_ else sys.stdout
-    console = Console(file=out, width=None if on_terminal(out) else PIPE_WIDTH, highlight=False)
+    console = console_on(out)
     stderr = Console(stderr=True)
     with stderr.status("selftest") as status:
         result = run_selftest(seeds, device=chosen, progress=lambda text: status.update(escape(text)))
     console.print(_table(result, "fault"))
     console.print(_table(result, "clean"))
     for line in _summary(result):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if json_:
-        json.dump(result.to_json(), sys.stdout, indent=1)
-        print()
+        print(to_json_text(result.to_json()), end="")
     return result.exit_code
 
 

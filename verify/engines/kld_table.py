@@ -112,9 +112,6 @@ def table_lines(t: Table) -> list[str]:
     def kld_name(share: float) -> str:
         return "Median " if share == 0.5 else f"{100 * share:4.1f}%  "
 
-    def dp_name(share: float) -> str:
-        return kld_name(share)
-
     return [
         "====== Perplexity statistics ======",
         wide("Mean PPL(Q)", t.ppl),
@@ -133,7 +130,7 @@ def table_lines(t: Table) -> list[str]:
         "====== Token probability statistics ======",
         f"Mean    Δp: {100 * t.dp.value:6.3f} ± {100 * t.dp.error:5.3f} %",
         f"Maximum Δp: {100 * t.dp_most:6.3f}%",
-        *(f"{dp_name(share)} Δp: {100 * x:6.3f}%" for share, x in t.dp_percentiles.items()),
+        *(f"{kld_name(share)} Δp: {100 * x:6.3f}%" for share, x in t.dp_percentiles.items()),
         f"Minimum Δp: {100 * t.dp_least:6.3f}%",
         f"RMS Δp    : {100 * t.dp_rms.value:6.3f} ± {100 * t.dp_rms.error:5.3f} %",
         f"Same top p: {100 * t.same_top.value:6.3f} ± {100 * t.same_top.error:5.3f} %",

@@ -2,7 +2,7 @@
 
 from verify.evidence.by_n_kv import by_n_kv
 from verify.evidence.kernel_errors import in_place_json
-from verify.evidence.noise import noise_json
+from verify.evidence.noise import noise_json, noise_notes
 from verify.evidence.pairs import (
     ArmSummary,
     PairSummary,
@@ -26,6 +26,7 @@ __all__ = [
     "detectable_json",
     "in_place_json",
     "noise_json",
+    "noise_notes",
     "pair_json",
     "power_json",
     "summarize_arm",

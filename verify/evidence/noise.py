@@ -17,6 +17,8 @@ from verify.frozen import frozen_name
 from verify.groups import GroupResult
 from verify.statistics import CONFIDENCE
 
+_NO_LIMITS: dict[str, Any] = {"theta_mean": None, "theta_sd": None, "theta_limits": None, "candidates": []}
+
 
 def noise_json(
     arms: Sequence[Arm], pairs: Sequence[PairSummary], result: GroupResult, scores: Scores
@@ -27,7 +29,11 @@ def noise_json(
         mine = [arm for arm in arms if arm.role == "noise" and arm.reference == reference.name]
         lines = [_arm(arm, reference, result, scores) for arm in mine]
         thetas = [line["theta"] for line in lines if line["theta"] is not None]
+        if not mine:
+            continue
         if len(thetas) < 2:
+            # Arms that failed are told of all the same.
+            found.append({"reference": reference.name, "arms": lines, **_NO_LIMITS})
             continue
         mean, limits = float(np.mean(thetas)), prediction_interval(thetas)
         shifts = prediction_interval([line["dlnppl"] for line in lines if line["theta"] is not None])
@@ -55,6 +61,16 @@ def noise_json(
     return found
 
 
+def noise_notes(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of the verdict must know of the noise arms: plans with which the baseline is at fault."""
+    return [
+        f"the baseline's kernel with another plan, {arm['spec']}: {fault}"
+        for entry in found
+        for arm in entry["arms"]
+        for fault in arm["faults"]
+    ]
+
+
 def prediction_interval(samples: Sequence[float]) -> tuple[float, float]:
     """Where one more sample like these lies at CONFIDENCE: mean +/- t_{K-1} s sqrt(1 + 1/K), K >= 2."""
     k = len(samples)
@@ -75,5 +91,8 @@ def _arm(arm: Arm, reference: Arm, result: GroupResult, scores: Scores) -> dict[
         "dlnppl": difference_of(scores, arm.name, reference.name).mean,
         "kld_mean": scores.mean(arm.name, "kld_to_baseline"),
         "top1_changes": int((top1 != top1_reference).sum()),
-        "faults": faults_in_place(result.layers, arm.name, arm.name),
+        "faults": [
+            *([f"{arm.name} failed: {result.findings[arm.name].failure}"] if arm.failed else []),
+            *faults_in_place(result.layers, arm.name, arm.name),
+        ],
     }

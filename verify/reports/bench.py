@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from verify.bench import Measurement
-from verify.console import PIPE_WIDTH
-from verify.environment import on_terminal
+from verify.terminal import console_on
 
 
 def table(found: Sequence[Measurement], to: TextIO) -> None:
@@ -26,13 +23,12 @@ def table(found: Sequence[Measurement], to: TextIO) -> None:
     rows.add_column("launched", overflow="fold")
     for m in found:
         if m.failed is not None or m.us is None or m.gb_s is None or m.share is None:
-            rows.add_row(m.shape, str(m.n_kv), m.spec, "failed", "", "", escape(m.failed or ""))
+            rows.add_row(m.shape, str(m.n_kv), m.spec, "failed", "", "", m.failed or "")
             continue
         rows.add_row(
-            m.shape, str(m.n_kv), m.spec, f"{m.us:.1f}", f"{m.gb_s:.1f}", f"{m.share:.1%}", escape(m.launched)
+            m.shape, str(m.n_kv), m.spec, f"{m.us:.1f}", f"{m.gb_s:.1f}", f"{m.share:.1%}", m.launched
         )
-    width = None if on_terminal(to) else PIPE_WIDTH
-    Console(file=to, width=width, highlight=False).print(rows)
+    console_on(to).print(rows)
 
 
 def crossover_lines(crossovers: Sequence[dict[str, Any]]) -> list[str]:

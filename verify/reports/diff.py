@@ -9,15 +9,12 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from verify.cells import Cell
-from verify.console import PIPE_WIDTH
 from verify.diff import CandidateResult, DiffOutcome, Line, command_of
-from verify.environment import on_terminal
 from verify.reports.templating import TEMPLATES, flat
+from verify.terminal import console_on
 
 
 def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
@@ -51,7 +48,7 @@ def _largest(values: Sequence[float]) -> float:
 
 def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
     """A table a candidate, its verdict and why."""
-    console = Console(file=to, width=None if on_terminal(to) else PIPE_WIDTH, highlight=False)
+    console = console_on(to)
     for result in outcome.candidates:
         table = Table(box=None, pad_edge=False, header_style="bold", title=None)
         table.add_column("shape", overflow="fold")
@@ -61,7 +58,7 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
         table.add_column("verdict", no_wrap=True)
         for line in summary_lines(result):
             table.add_row(
-                escape(line["shape"]),
+                line["shape"],
                 str(line["n_kv"]),
                 _figure(line["budget"]),
                 line["budget_family"],
@@ -72,19 +69,19 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
                 _figure(line["ratio"]),
                 line["verdict"],
             )
-        console.print(f"{result.spec} against {outcome.run['settings']['baseline']}", markup=False)
+        console.print(f"{result.spec} against {outcome.run['settings']['baseline']}")
         console.print(table)
-        console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", markup=False, soft_wrap=True)
+        console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
         if result.cells:
             worst = max(result.cells, key=lambda c: c.candidate.severity)
             again = command_of(outcome.settings, worst)
-            console.print(f"worst element again: {again}", markup=False, soft_wrap=True)
+            console.print(f"worst element again: {again}", soft_wrap=True)
         if result.ratio is not None:
             seen = f"could have seen an rms ratio from {result.ratio.detectable:.3g}"
-            console.print(f"{seen}, and any error beyond its budget", markup=False, soft_wrap=True)
+            console.print(f"{seen}, and any error beyond its budget", soft_wrap=True)
     if len(outcome.candidates) > 1 or outcome.notes:
         said = "; ".join([f"verdict: {outcome.verdict}", *outcome.notes])
-        console.print(said, markup=False, soft_wrap=True)
+        console.print(said, soft_wrap=True)
 
 
 def _figure(x: float) -> str:

@@ -67,6 +67,8 @@ def command_line(run: dict[str, Any]) -> str:
         ("--cache-type", s["cache_type"]),
         ("--device", s["device"]),
         *((("--split-mode", s["split_mode"]), ("--gpus", s["gpus"])) if s.get("gpus", 1) > 1 else ()),
+        ("--margin", s.get("margin")),
+        ("--min-coverage", s.get("min_coverage")),
         ("--seed", s["seed"]),
     ):
         if value is not None:

@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Any, TextIO
 from xml.etree import ElementTree
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from verify.console import PIPE_WIDTH
-from verify.environment import on_terminal
 from verify.laws.run import LawResult
+from verify.terminal import console_on
 
 
 def print_results(results: Sequence[LawResult], spec: str, device: str, to: TextIO) -> None:
     """A row a law; then every law that broke, with its shrunk case as a command and as a test."""
-    console = Console(file=to, width=None if on_terminal(to) else PIPE_WIDTH, highlight=False)
+    console = console_on(to)
     console.print(table(results))
     for result in results:
         if result.state == "broken":
             for line in failure_lines(result, spec, device):
-                console.print(line, markup=False, soft_wrap=True)
-    console.print(f"\n{summary(results)}", markup=False, soft_wrap=True)
+                console.print(line, soft_wrap=True)
+    console.print(f"\n{summary(results)}", soft_wrap=True)
 
 
 def table(results: Sequence[LawResult]) -> Table:
@@ -41,7 +38,7 @@ def table(results: Sequence[LawResult]) -> Table:
             {"holds": "holds", "broken": "BROKEN", "not applicable": "n/a"}[result.state],
             str(result.examples) if applies else "",
             margin(result) if applies else "",
-            escape(result.law.statement if applies else f"not applicable: {result.reason}"),
+            result.law.statement if applies else f"not applicable: {result.reason}",
         )
     return rows
 

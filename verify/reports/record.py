@@ -87,8 +87,9 @@ def _table(path: Path) -> pa.Table | None:
 
 
 def command_line(run: dict[str, Any]) -> str:
-    """The command that makes a run of `verify ppl` again, from its settings: defaults are left out."""
-    defaults = {f.name: f.default for f in fields(PplSettings)}
+    """The command that makes a run of `verify ppl` again, from its settings: defaults are left out, but the
+    device, whose default is the machine's."""
+    defaults = {f.name: f.default for f in fields(PplSettings) if f.name != "device"}
     words = ["verify", run["command"]]
     for name, value in run["settings"].items():
         several = value if isinstance(value, (list, tuple)) else [value]
