@@ -26,6 +26,7 @@ def write_tiny_model(
     drop: tuple[str, ...] = (),
     eos: int = 256,
     restless: bool = False,
+    key_spread: float = 2.0,
     **numbers_given: int,
 ) -> Path:
     """Write the file. `drop` leaves tensors out; `numbers_given` replaces metadata, `.` written as `__`.
@@ -75,7 +76,7 @@ def write_tiny_model(
         for norm in ("attn_norm", "ffn_norm"):
             ones(f"blk.{layer}.{norm}.weight")
         tensor(f"blk.{layer}.attn_q.weight", HEADS * SIZE, WIDTH, spread=2.0)
-        tensor(f"blk.{layer}.attn_k.weight", KV_HEADS * SIZE, WIDTH, spread=2.0)
+        tensor(f"blk.{layer}.attn_k.weight", KV_HEADS * SIZE, WIDTH, spread=key_spread)
         tensor(f"blk.{layer}.attn_v.weight", KV_HEADS * SIZE, WIDTH)
         tensor(f"blk.{layer}.attn_output.weight", WIDTH, HEADS * SIZE)
         tensor(f"blk.{layer}.ffn_gate.weight", INNER, WIDTH)

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from model.products import Tiling
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
 
@@ -98,6 +100,21 @@ def test_the_same_plan_is_inconclusive_and_the_same_text_identical(tmp_path: Pat
     assert (done.returncode, report["verdict"]) == (3, "inconclusive")
 
 
+def test_the_same_text_is_identical_beside_probes_too(tmp_path: Path) -> None:
+    done, report = run(
+        tmp_path / "run", "--baseline", "eager", "--candidate", "eager", inputs="gaussian,probes"
+    )
+    assert (done.returncode, report["verdict"]) == (0, "identical")
+    assert report["pairs"][0]["bitwise_equal"]
+
+
+def test_probes_alone_compare_nothing(tmp_path: Path) -> None:
+    done, report = run(tmp_path / "run", "--baseline", "eager", "--candidate", "eager:kv=2", inputs="probes")
+    assert (done.returncode, report["verdict"]) == (3, "inconclusive")
+    assert "probes show faults alone" in report["reasons"][0]
+    assert not report["pairs"][0]["bitwise_equal"]
+
+
 def test_head_groups_alone_are_identical(tmp_path: Path) -> None:
     _, report = run(tmp_path / "d", "--baseline", "eager", "--candidate", "eager:heads=2+1")
     assert report["verdict"] == "identical"
@@ -137,6 +154,18 @@ def test_layers_captured_from_a_run(tmp_path: Path) -> None:
     assert cell["family"] == "layer 1"
     assert cell["n_kv"] == 128
     assert cell["max_budget_ratio"] <= 1
+
+
+def test_one_window_is_captured_of_those_computed_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("model.runner.tiling_of", lambda *_: Tiling(256, 2))
+    model, text = write_tiny_model(tmp_path / "tiny.gguf"), write_text(tmp_path / "text.txt")
+    base = ("ppl", "-m", str(model), "-f", str(text), "-c", "128", "--chunks", "2", "--device", "cpu")
+    verify(*base, "--capture", "0", "--out", str(tmp_path / "ppl"))
+    found = np.load(tmp_path / "ppl/captured/layer-000.npz")
+    assert found["q"].shape[:2] == found["k"].shape[:2] == found["kv_len"].shape == (1, 128)
 
 
 @pytest.mark.parametrize(

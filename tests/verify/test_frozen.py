@@ -8,8 +8,17 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from kernels.contract import checked_call
+from kernels.exact import exact_attention
+from model.architectures.architecture import AttentionInputs, AttentionSettings
+from model.runner import LayerCall
 from support.ppl_runs import Tiny, run
+from verify.arms import Arm
+from verify.frozen import FrozenRunner, Teacher
+from verify.inplace import InPlace
+from verify.sample import Sample
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -113,3 +122,21 @@ def test_ranges_of_n_kv_add_up(five: tuple[dict[str, Any], Path]) -> None:
         assert sum(line["tokens"] for line in lines) == pair["tokens"]
         mean = sum(line["tokens"] * line["frozen_kld"] for line in lines) / pair["tokens"]
         assert mean == pytest.approx(pair["frozen_kld"])
+
+
+def test_frozen_attention_stays_as_wide_as_the_model() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 5, heads, 8, generator=generator) for heads in (4, 2, 2))
+    kv_len = torch.arange(1, 6, dtype=torch.int32)[None]
+    teacher = Teacher([], InPlace(Sample(1)))
+    teacher.roundings = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v))
+    teacher.errors["arm/frozen"] = torch.zeros(q.shape, dtype=torch.float64)
+    runner = FrozenRunner("arm/frozen", Arm("arm", "floor", "exact", "decode"), teacher)
+    call = LayerCall(0, 0, q, k, v, kv_len, AttentionSettings(1.0), AttentionInputs(q, k, v))
+    due = exact_attention(checked_call(*(x.double() for x in (q, k, v)), kv_len=kv_len, scale=1.0)).out
+    wide = runner.attend(call._replace(x=torch.zeros(1, 5, 4, dtype=torch.float64)))
+    assert wide is not None
+    assert torch.equal(wide, due)
+    narrow = runner.attend(call._replace(x=torch.zeros(1, 5, 4)))
+    assert narrow is not None
+    assert torch.equal(narrow, due.float())

@@ -11,19 +11,30 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import model.runner
+from kernels.contract import AttentionOutput, Call
+from kernels.eager import EagerKernel, EagerOptions
+from kernels.registry import build_kernel
+from model.architectures import architecture_of
 from model.gguf_file import GGUFFile
 from model.products import Tiling
 from support.cli import Done, assert_refused, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
+from support.twins import TWINS
+from verify import experiment, rounds
+from verify.arms import Arm
+from verify.errors import UsageError
 from verify.inplace import InPlace
 from verify.sample import Sample
+from verify.subject import try_kernels
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -410,3 +421,141 @@ def test_variables_that_the_user_set_are_kept() -> None:
 )
 def test_of_many_windows_some_are_checked_in_place(windows: int, at_once: int, stride: int) -> None:
     assert InPlace(Sample(windows, at_once=at_once), at_once=at_once).stride == stride
+
+
+def test_a_resumed_run_takes_no_other_settings(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(tiny, out)
+    done = verify("ppl", "--resume", str(out), "--candidate", "eager", "--device", "cpu")
+    assert_refused(done, f"--resume {out}", "expected no --candidate or --device beside it")
+    # What may stand there gets further.
+    assert_refused(verify("ppl", "--resume", str(out), "--memory", "8G"), "that run is finished")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--candidate", "sdpa:flash", "--path", "prefill"), "has no path prefill"),
+        (("--candidate", "sdpa:flash", "--cache-type", "f32"), "has no dtype torch.float32"),
+        (("--margin", "inf"), "--margin inf"),
+        (("--memory", "inf"), "--memory inf"),
+        (("--checkpoint-minutes", "inf"), "--checkpoint-minutes inf"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    tiny: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    done, _ = run(tiny, tmp_path / "run", *options)
+    assert_refused(done, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: Path) -> None:
+    """Some layers of gemma3 have a sliding window; a function that takes one is not run here."""
+    TWINS["gemma3"].build(tmp_path / "gemma3.gguf")
+    architecture = architecture_of(GGUFFile.open(tmp_path / "gemma3.gguf"))
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def plain(q, k, v, *, kv_len, scale):\n    raise NotImplementedError\n"
+        "def windowed(q, k, v, *, kv_len, scale, sliding_window):\n    raise NotImplementedError\n"
+    )
+    for function, refused in (("windowed", False), ("plain", True)):
+        spec = f"py:{own}::{function}"
+        arm = Arm("candidate", "candidate", spec, "decode", build_kernel(spec))
+        with pytest.raises(UsageError, match="sliding window") if refused else nullcontext():
+            try_kernels([arm], architecture, "f16", torch.device("cpu"))
+
+
+class OutOfMemory(EagerKernel):
+    """`eager`, on a device that is full for calls in a group of more than two windows."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__("full", EagerOptions())
+        self.limit = limit
+
+    def run(self, call: Call) -> AttentionOutput:
+        if call.shape.rows > 1 and OutOfMemory.group > self.limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super().run(call)
+
+    group = 0
+
+
+@pytest.mark.parametrize(("limit", "groups"), [(3, 2), (0, None)])
+def test_a_kernel_without_memory_makes_groups_smaller(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, groups: int | None
+) -> None:
+    plain = rounds.run_group
+
+    def counted(runner: Any, windows: Any, chosen: range, *rest: Any, **more: Any) -> Any:
+        OutOfMemory.group = len(chosen)
+        return plain(runner, windows, chosen, *rest, **more)
+
+    monkeypatch.setattr(rounds, "run_group", counted)
+    build = experiment.build_shared_kernel
+    monkeypatch.setattr(
+        experiment,
+        "build_shared_kernel",
+        lambda spec, gpus: OutOfMemory(limit) if spec == "eager:kv=2" else build(spec, gpus),
+    )
+    done, report = run(tiny, tmp_path / "run", "--candidate", "eager:kv=2", "--memory", "8G")
+    if groups is None:
+        assert_refused_last(done, "too little memory for 1 windows", "expected a smaller -c")
+        return
+    assert report["speed"]["groups"] == groups
+    assert report["verdict"] != "broken"
+    assert "too little memory for 6 windows: groups of 3" in done.stderr
+
+
+def assert_refused_last(done: Done, *said: str) -> None:
+    assert done.returncode == 2
+    assert all(words in done.stderr.splitlines()[-1] for words in said), done.stderr
+
+
+def test_a_model_that_overflows_is_no_fault_of_a_kernel(tmp_path: Path) -> None:
+    model, text = write_tiny_model(tmp_path / "tiny.gguf", key_spread=1e6), write_text(tmp_path / "text.txt")
+    done, report = run((model, text), tmp_path / "run")
+    assert done.returncode == 4
+    assert report["verdict"] == "void"
+    assert any("exact attention gives NaN or Inf, first at window 1" in why for why in report["reasons"])
+
+
+class FailsOn(EagerKernel):
+    """`eager` that raises in a call of so many sequences."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__("fails", EagerOptions())
+        self.batch = batch
+
+    def run(self, call: Call) -> AttentionOutput:
+        if call.shape.batch == self.batch:
+            raise RuntimeError("this batch is too much")
+        return super().run(call)
+
+
+def test_a_baseline_that_fails_half_way_is_what_is_broken(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows side by side, four and then two: the candidate has nothing of the same shape to differ from."""
+    monkeypatch.setattr(model.runner, "tiling_of", lambda *_: Tiling(256, 4))
+    build = experiment.build_shared_kernel
+    monkeypatch.setattr(
+        experiment,
+        "build_shared_kernel",
+        lambda spec, gpus: FailsOn(2) if spec == "eager:block=16" else build(spec, gpus),
+    )
+    done, report = run(tiny, tmp_path / "run", "--baseline", "eager:block=16", "--candidate", "eager:kv=2")
+    assert (done.returncode, report["verdict"]) == (1, "broken")
+    assert any("this batch is too much" in why for why in report["reasons"])
+
+
+def test_brackets_in_a_specification_are_no_markup(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "[old]"
+    folder.mkdir()
+    (folder / "k.py").write_text(KERNELS.read_text())
+    done, _ = run(tiny, tmp_path / "run", "--candidate", f"py:{folder}/k.py::good")
+    assert "[old]/k.py" in "".join(done.stdout.split())
+
+
+def test_every_command_takes_debug() -> None:
+    assert verify("list", "--debug").returncode == 0

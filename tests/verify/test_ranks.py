@@ -6,11 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from support.ranks import verify_ranks
 from support.synthetic_moe import write_moe
 from support.tiny_model import write_text, write_tiny_model
+from verify.arms import Findings
+from verify.console import PplConsole
+from verify.experiment import Experiment
+from verify.grouping import group_windows
+from verify.groups import TOKEN_SCHEMA, GroupResult
+from verify.inplace import LAYER_SCHEMA
+from verify.settings import PplSettings
+from verify.top1 import TOP1_SCHEMA
 
-MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
+MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2", "--candidate", "eager:p=bf16")
 
 
 def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
@@ -18,14 +29,15 @@ def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     return [*base, "--out", str(out), *MORE, *more]
 
 
-def run(size: int, model: Path, text: Path, work: Path, *more: str) -> tuple[bytes, dict[str, Any]]:
+def run(size: int, model: Path, text: Path, work: Path, *more: str) -> tuple[list[bytes], dict[str, Any]]:
     work.mkdir()
     out = work / "run"
     done = verify_ranks([command(model, text, out, *more)] * size, work)
     assert [d.returncode for d in done[1:]] == [0] * (size - 1), done
     assert done[0].returncode in (0, 1, 3), done[0].stderr
     assert not any(d.stdout for d in done[1:])
-    return (out / "tokens.parquet").read_bytes(), json.loads((out / "run.json").read_text())
+    written = [(out / f"{name}.parquet").read_bytes() for name in ("tokens", "top1")]
+    return written, json.loads((out / "run.json").read_text())
 
 
 def test_ranks_and_memory_change_no_bit(tmp_path: Path) -> None:
@@ -55,3 +67,43 @@ def test_ranks_that_see_different_files_are_refused(tmp_path: Path) -> None:
     for each in done:
         assert "rank 1 of 2 has another model than rank 0" in each.stderr
         assert len(each.stderr.strip().splitlines()) == 1
+
+
+def test_an_arm_that_failed_in_one_rank_stays_failed(tmp_path: Path) -> None:
+    """Rank 0 takes in the groups of all ranks; the last of them knows nothing of a failure in the first."""
+    model, text = write_tiny_model(tmp_path / "tiny.gguf"), write_text(tmp_path / "text.txt")
+    settings = PplSettings(model=str(model), file=str(text), n_ctx=64, chunks=2, candidates=("eager:kv=2",))
+    experiment = Experiment(settings, PplConsole(silent=True))
+    names = [arm.name for arm in experiment.arms]
+    for first, failure in ((0, "raised"), (1, None)):
+        result = GroupResult(
+            TOKEN_SCHEMA.empty_table(),
+            LAYER_SCHEMA.empty_table(),
+            TOP1_SCHEMA.empty_table(),
+            {name: Findings(failure=failure if name == "candidate" else None) for name in names},
+            {},
+            windows=range(first, first + 1),
+        )
+        experiment.taken_in(first, result)
+    assert [arm.name for arm in experiment.arms if arm.failed] == ["candidate"]
+    experiment.close()
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verify.grouping.available_memory", lambda: 64_000)
+
+    def windows() -> int:
+        return group_windows(
+            windows=100,
+            at_once=1,
+            n_ctx=8,
+            state_bytes=100,
+            model_bytes=1 << 40,
+            memory=None,
+            device=torch.device("cpu"),
+        ).windows
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert windows() == 100
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert windows() == 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.cli import assert_refused, verify
 from support.logits_files import decode
 from support.tiny_model import write_text, write_tiny_model
 from verify.formats.logits_file import LogitsFile, LogitsWriter
+from verify.referee import _cause
 
 SCORED, VOCABULARY = 31, 259
 
@@ -153,3 +155,10 @@ def test_a_resumed_run_saves_what_is_left(saved: Path, monkeypatch: pytest.Monke
     assert verify("ppl", "--resume", str(saved / "again")).returncode in (0, 3)
     assert len(done) > 1
     assert path.read_bytes() == whole
+
+
+def test_a_baseline_that_failed_says_nothing_of_an_engine() -> None:
+    found = {"arm": "engine", "path": "a.kld", "kld": 1e-3, "resolution": 1e-6}
+    cause, said = _cause(found, math.nan, 1e-3, ["F32"])
+    assert cause == "not known"
+    assert "nothing to hold it against" in said

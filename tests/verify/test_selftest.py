@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from kernels.faults import FAULTS, VARIANTS
+from support.cli import assert_refused, verify
 from verify import selftest
 from verify.commands import selftest as command
 from verify.selftest import run_selftest
@@ -86,3 +87,7 @@ def test_the_whole_corpus_over_20_seeds() -> None:
     found = run_selftest(20)
     assert [s.name for s in found.missed] == []
     assert [s.name for s in found.false_alarms] == []
+
+
+def test_a_device_that_is_not_one() -> None:
+    assert_refused(verify("selftest", "--device", "tpu"), "--device tpu", "expected cpu")

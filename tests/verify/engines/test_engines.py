@@ -116,3 +116,12 @@ def test_bad_input(tmp_path: Path, given: tuple[str, ...]) -> None:
     ):
         assert_refused(verify(*both, *given, *more), said)
     assert_refused(verify("engines", "--a", str(a)), "Missing option")
+
+
+def test_a_logits_file_that_a_run_would_overwrite_is_refused(tmp_path: Path, given: tuple[str, ...]) -> None:
+    a, b = write_engine(tmp_path / "a"), write_engine(tmp_path / "b", noise=2000)
+    run(a, b, *given)
+    kept = tmp_path / "work" / "b.kld"
+    before = kept.read_bytes()
+    assert_refused(verify("engines", "--a", str(kept), "--b", str(a), *given), "--a", "another --work")
+    assert kept.read_bytes() == before
