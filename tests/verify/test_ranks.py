@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -16,12 +17,12 @@ from verify.arms import Findings
 from verify.console import PplConsole
 from verify.experiment import Experiment
 from verify.grouping import group_windows
-from verify.groups import TOKEN_SCHEMA, GroupResult
+from verify.groups import TOKEN_SCHEMA, GroupResult, join_groups
 from verify.inplace import LAYER_SCHEMA
 from verify.settings import PplSettings
 from verify.top1 import TOP1_SCHEMA
 
-MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2", "--candidate", "eager:p=bf16")
+MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
 
 
 def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
@@ -29,15 +30,14 @@ def command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     return [*base, "--out", str(out), *MORE, *more]
 
 
-def run(size: int, model: Path, text: Path, work: Path, *more: str) -> tuple[list[bytes], dict[str, Any]]:
+def run(size: int, model: Path, text: Path, work: Path, *more: str) -> tuple[bytes, dict[str, Any]]:
     work.mkdir()
     out = work / "run"
     done = verify_ranks([command(model, text, out, *more)] * size, work)
     assert [d.returncode for d in done[1:]] == [0] * (size - 1), done
     assert done[0].returncode in (0, 1, 3), done[0].stderr
     assert not any(d.stdout for d in done[1:])
-    written = [(out / f"{name}.parquet").read_bytes() for name in ("tokens", "top1")]
-    return written, json.loads((out / "run.json").read_text())
+    return (out / "tokens.parquet").read_bytes(), json.loads((out / "run.json").read_text())
 
 
 def test_ranks_and_memory_change_no_bit(tmp_path: Path) -> None:
@@ -69,6 +69,39 @@ def test_ranks_that_see_different_files_are_refused(tmp_path: Path) -> None:
         assert len(each.stderr.strip().splitlines()) == 1
 
 
+def of_group(
+    windows: range, names: list[str], top1: pa.Table | None = None, **findings: Findings
+) -> GroupResult:
+    """A group that left nothing but what is given."""
+    return GroupResult(
+        TOKEN_SCHEMA.empty_table(),
+        LAYER_SCHEMA.empty_table(),
+        TOP1_SCHEMA.empty_table() if top1 is None else top1,
+        {name: findings.get(name, Findings()) for name in names},
+        {},
+        {"edges": [0, 1], "sums": []},
+        windows=windows,
+    )
+
+
+def test_changed_tokens_are_in_the_order_of_the_text() -> None:
+    """A group lists all of one candidate, then all of the next; how long it is must not show."""
+
+    def changes(*rows: tuple[int, int, str]) -> pa.Table:
+        rest = dict.fromkeys(TOP1_SCHEMA.names[3:], 0) | {"reference": "baseline"}
+        lines = [{"window": w, "position": p, "candidate": c} | rest for w, p, c in rows]
+        return pa.Table.from_pylist(lines, schema=TOP1_SCHEMA)
+
+    a, b = [(0, 7, "a"), (1, 5, "a")], [(0, 3, "b"), (1, 5, "b")]
+    together = join_groups([of_group(range(2), [], changes(*a, *b))])
+    apart = join_groups(
+        [of_group(range(w, w + 1), [], changes(*(x for x in (*a, *b) if x[0] == w))) for w in range(2)]
+    )
+    assert together.top1.equals(apart.top1)
+    assert together.top1["position"].to_pylist() == [3, 7, 5, 5]
+    assert together.top1["candidate"].to_pylist() == ["b", "a", "a", "b"]
+
+
 def test_an_arm_that_failed_in_one_rank_stays_failed(tmp_path: Path) -> None:
     """Rank 0 takes in the groups of all ranks; the last of them knows nothing of a failure in the first."""
     model, text = write_tiny_model(tmp_path / "tiny.gguf"), write_text(tmp_path / "text.txt")
@@ -76,15 +109,8 @@ def test_an_arm_that_failed_in_one_rank_stays_failed(tmp_path: Path) -> None:
     experiment = Experiment(settings, PplConsole(silent=True))
     names = [arm.name for arm in experiment.arms]
     for first, failure in ((0, "raised"), (1, None)):
-        result = GroupResult(
-            TOKEN_SCHEMA.empty_table(),
-            LAYER_SCHEMA.empty_table(),
-            TOP1_SCHEMA.empty_table(),
-            {name: Findings(failure=failure if name == "candidate" else None) for name in names},
-            {},
-            windows=range(first, first + 1),
-        )
-        experiment.taken_in(first, result)
+        found = {"candidate": Findings(failure=failure)}
+        experiment.taken_in(first, of_group(range(first, first + 1), names, **found))
     assert [arm.name for arm in experiment.arms if arm.failed] == ["candidate"]
     experiment.close()
 
