@@ -36,6 +36,9 @@ FLOAT_TYPES: dict[str, FloatType] = {
 EXP_UNDERFLOW = 2.0**-126
 # Keys that one matrix instruction adds up before its accumulator is rounded.
 MMA_KEYS = 16
+# Roundings that a float32 accumulator of tensor cores is charged for each of them: one of the sum, and one
+# for all that is truncated of the products.
+MMA_ROUNDINGS = 2
 # Bits that a tensor core keeps below the accumulator's last place while it adds the products of one
 # instruction: products are truncated there. As measured on an H100 (see docs/numerics.md).
 MMA_GUARD_BITS = 2
@@ -65,7 +68,10 @@ class Arithmetic:
     are not known; block: keys a tile, None where it is not known; l_from_rounded_p: the denominator sums P
     after it was rounded; p_shift: P is exp(s - m - p_shift), so that much sooner it underflows; u_tanh:
     relative error of the softcap's tanh; stale_maximum: the running maximum may lag behind, so that the
-    largest P is not 1; q_blocks: q is quantised to blocks of q8_0 before the product.
+    largest P is not 1; q_blocks: q is quantised to blocks of q8_0 before the product; chained: roundings that
+    a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs on from tile to
+    tile (0: each tile is a product of its own, added to it); shared_up_to: a row may have the cuts of another
+    row, of up to so many keys, that shares its tile (0: it has its own).
     """
 
     p: str = "f16"
@@ -83,6 +89,8 @@ class Arithmetic:
     u_tanh: float = 2 * U_F32
     stale_maximum: bool = False
     q_blocks: bool = False
+    chained: int = 0
+    shared_up_to: int = 0
 
     @property
     def truncates(self) -> bool:
@@ -117,13 +125,20 @@ class Arithmetic:
             # A key at a time, rescaled after each; parts of 16 keys.
             parts = max(-(-n_kv // 16), 1)
             return Depths(parts, n_kv, 2 * n_kv, 2 * n_kv, parts + 3, n_kv)
-        cuts = self.cuts_at(n_kv)
-        parts = max(len(cuts) - 1, 1)
-        longest = max((b - a for a, b in pairwise(cuts)), default=0)
+        possible = [self.cuts_at(n_kv)]
+        if self.shared_up_to > n_kv:
+            possible.append(self.cuts_at(self.shared_up_to))
+        parts = max(1, *(len(cuts) - 1 for cuts in possible))
+        longest = max((b - a for cuts in possible for a, b in pairwise(cuts)), default=0)
+        longest = min(longest, n_kv)
         tiles = -(-longest // self.block)
-        d_l = self.block + 2 * tiles
-        # A float16 accumulator is rounded once a matrix instruction and once a rescale, in every tile.
-        d_n = d_l if self.acc == "f32" else tiles * (-(-self.block // MMA_KEYS) + 1) + 1
+        d_l = d_n = self.block + 2 * tiles
+        # An accumulator that runs on is rounded at each matrix instruction and rescale, in every tile.
+        instructions = -(-self.block // MMA_KEYS)
+        if self.acc != "f32":
+            d_n = tiles * (instructions + 1) + 1
+        elif self.chained:
+            d_n = max(d_n, tiles * (self.chained * instructions + 1) + 1)
         return Depths(parts, tiles, d_l, d_n, parts + 3 if parts > 1 else 0, longest)
 
 

@@ -31,6 +31,11 @@ def gamma(depth: torch.Tensor, u: float) -> torch.Tensor:
     return torch.where(du < 1, du / (1 - du).clamp(min=1e-300), torch.inf)
 
 
+def finite_size(sink: torch.Tensor) -> torch.Tensor:
+    """|sink|; 0 for a sink of -inf, which is no key at all."""
+    return torch.where(torch.isneginf(sink), 0.0, sink.abs())
+
+
 class Block(NamedTuple):
     """Some keys, float64. raw and s: logits before and after softcap, bias and mask, big_s: S_j, p: weights,
     seen: whether the row sees the key, abs_s: |s|, 0 where it does not: all [Hkv, t, r, n]. k [Hkv, Dk, n];
@@ -122,7 +127,7 @@ class Rows:
         self.lse = torch.where(self.empty, -math.inf, shift + torch.log(self.l))
         self.largest = torch.where(torch.isneginf(m), 0.0, m).abs()
         if self.sink is not None:
-            self.largest = torch.maximum(self.largest, self.sink.abs())
+            self.largest = torch.maximum(self.largest, finite_size(self.sink))
         self.top = shift
 
     def _largest_seen(self, abs_v: torch.Tensor, keys: slice) -> torch.Tensor:
@@ -164,11 +169,11 @@ class Sums:
         """Add the terms of a block of keys."""
         a, p, seen = self.a, block.p, block.seen
         underflow = self._underflow(block.k)
-        eta = self._eta(block, underflow)
+        # eta is beside the point, and may be infinite or NaN, where a row does not see.
+        eta = torch.where(seen, self._eta(block, underflow), 0.0)
         spread = p * torch.expm1(eta)
-        # eta is beside the point, and may be NaN, where a row does not see.
         shared = torch.where(seen, a.u_q * block.big_s + underflow, 0.0)
-        big_s, eta = torch.where(seen, block.big_s, 0.0), torch.where(seen, eta, 0.0)
+        big_s = torch.where(seen, block.big_s, 0.0)
         lost = torch.minimum(p, torch.maximum(FLOAT_TYPES[a.p].u * p, a.tau_p / self.rows.l))
         rounded = lost * torch.exp(eta)
         variances = self._variances(block, big_s)
@@ -258,7 +263,7 @@ class Sums:
         if self.sink is None:
             return
         p = torch.where(self.rows.empty, 0.0, torch.exp(self.sink - self.rows.lse))
-        eta = self._exponent_error(self.sink.abs())
+        eta = self._exponent_error(finite_size(self.sink))
         self.alone[0] += p * torch.exp(-eta)
         self.alone[1] += p * torch.expm1(eta)
         self.alone[6] += (p * torch.expm1(eta)).square()
@@ -375,5 +380,6 @@ def _depth(depths: Depths, name: str, sink: bool) -> int:
 def _step(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """Distance between neighbouring numbers of a type at x (its spacing), in float64."""
     digits, least = {"f16": (10, -24), "bf16": (7, -133), "f32": (23, -149)}[dtype]
-    exponent = torch.frexp(x).exponent - 1
-    return torch.ldexp(torch.ones_like(x), (exponent - digits).clamp(min=least))
+    # frexp has the exponent 0 for 0, whose neighbour is the smallest subnormal.
+    exponent = torch.where(x == 0, least, (torch.frexp(x).exponent - 1 - digits).clamp(min=least))
+    return torch.ldexp(torch.ones_like(x), exponent)

@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 
@@ -58,9 +59,9 @@ class EagerOptions:
 
 @cache
 def source_hash() -> str:
-    """Hash of the code that runs: the `binary` of an interpreted kernel's launch trace."""
-    here = FilePath(__file__)
-    return hashlib.sha256(here.read_bytes() + here.with_name("merge.py").read_bytes()).hexdigest()[:12]
+    """Hash of the code that runs, masks of `exact` included: the `binary` of a kernel that is interpreted."""
+    sources = [FilePath(__file__).with_name(name) for name in ("eager.py", "merge.py", "exact.py")]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 class EagerKernel(Kernel):
@@ -86,19 +87,20 @@ class EagerKernel(Kernel):
         return AttentionOutput(out, lse)
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
-        options, decode = self.options, path == "decode"
+        return self._arithmetic(self.options, shape, path)
 
-        def cuts(n_kv: int) -> tuple[int, ...]:
-            return plan_of_row(options.plan, shape, n_kv, decode).cuts
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        return self._arithmetic(options, call.shape, call.path, **asked_of(call))
 
+    def _arithmetic(self, options: EagerOptions, shape: Shape, path: Path, **asked: bool) -> Arithmetic:
         return Arithmetic(
             p=options.p,
             out=options.out,
             acc=options.acc,
             u=U_F32,
             block=options.plan.block,
-            # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
-            cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + QUERY_TILE, shape.keys))),
+            **cuts_of_rows(options.plan, shape, path, cache_type=self.cache, **asked),
         )
 
     def capabilities(self) -> Capabilities:
@@ -133,12 +135,7 @@ class EagerKernel(Kernel):
         for i, n in enumerate(tile_n_kv):
             if n not in plans:
                 plans[n] = plan_of_row(
-                    options.plan,
-                    shape,
-                    n,
-                    decode,
-                    sinks=call.sinks is not None,
-                    sliding_window=call.sliding_window is not None,
+                    options.plan, shape, n, decode, cache_type=self.cache, **asked_of(call)
                 )
             by_groups.setdefault(plans[n].head_groups, []).append(i)
         tile_rows = 1 if decode else QUERY_TILE
@@ -169,10 +166,35 @@ class EagerKernel(Kernel):
                         self.trace.record(call.path, n_kv_list[row], signature, 1)
 
 
+def asked_of(call: Call) -> dict[str, bool]:
+    """What a call asks for beside its shape that a policy looks at."""
+    return {"sinks": call.sinks is not None, "sliding_window": call.sliding_window is not None}
+
+
+def cuts_of_rows(plan: Plan, shape: Shape, path: Path, *, cache_type: str, **asked: bool) -> dict[str, Any]:
+    """`cuts_at` and `shared_up_to` of the arithmetic of calls of this shape.
+
+    A prefill tile is cut for its longest row, which may be any row of the call.
+    """
+    decode = path == "decode"
+
+    def cuts(n_kv: int) -> tuple[int, ...]:
+        return plan_of_row(plan, shape, n_kv, decode, cache_type=cache_type, **asked).cuts
+
+    return {"cuts_at": cuts, "shared_up_to": 0 if decode else shape.keys}
+
+
 def plan_of_row(
-    plan: Plan, shape: Shape, n_kv: int, decode: bool, *, sinks: bool = False, sliding_window: bool = False
+    plan: Plan,
+    shape: Shape,
+    n_kv: int,
+    decode: bool,
+    *,
+    cache_type: str = "f16",
+    sinks: bool = False,
+    sliding_window: bool = False,
 ) -> RowPlan:
-    """The plan of a row of a call of this shape."""
+    """The plan of a row of a call of this shape; cache_type: what the kernel's own cache holds."""
     return plan.at(
         n_kv,
         ratio=shape.ratio,
@@ -180,6 +202,7 @@ def plan_of_row(
         k_size=shape.k_size,
         v_size=shape.v_size,
         decode=decode,
+        cache_type=cache_type,
         sinks=sinks,
         sliding_window=sliding_window,
     )

@@ -20,6 +20,7 @@ from kernels.arithmetic import Arithmetic
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.lengths import lengths_of
+from kernels.sliced_products import sliced_bmm
 from kernels.trace import Signature
 
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
@@ -39,17 +40,19 @@ def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = Tr
     """
     shape = call.shape
     logits = shape.q_heads * shape.keys * -(-shape.rows // _ROW_STEPS_CUDA)
+    lengths = lengths_of(call.kv_len)
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
-        return _attention(call, bmm, with_lse)
-    if lengths_of(call.kv_len).of_first is None:
-        return _attention(call, bmm, with_lse)
-    return _sequences_together(call, 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1, bmm, with_lse)
+        return _attention(call, lengths.of_rows, bmm, with_lse)
+    if lengths.of_first is None:
+        return _attention(call, lengths.of_rows, bmm, with_lse)
+    count = 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1
+    return _sequences_together(call, lengths.of_first, count, bmm, with_lse)
 
 
 def _sequences_together(
-    call: Call, count: int, bmm: Product = torch.bmm, with_lse: bool = True
+    call: Call, lengths: tuple[int, ...], count: int, bmm: Product = torch.bmm, with_lse: bool = True
 ) -> AttentionOutput:
-    """Sequences of equal lengths, `count` at a time, as further KV heads of one.
+    """Sequences of equal lengths [T], `count` at a time, as further KV heads of one.
 
     There are always `count`, the last ones repeated if need be: a product of fewer could have other bits.
     """
@@ -64,14 +67,15 @@ def _sequences_together(
             None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
         )
         together = replace(call, q=q, k=k, v=v, kv_len=kv_len, shape=shape, sinks=sinks, alibi_slopes=slopes)
-        found = _attention(together, bmm, with_lse)
+        found = _attention(together, lengths, bmm, with_lse)
         wanted = slice(0, min(count, call.shape.batch - first))
         outs.append(found.out[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
         lses.append(found.lse[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
     return AttentionOutput(torch.cat(outs), torch.cat(lses))
 
 
-def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
+def _attention(call: Call, lengths: tuple[int, ...], bmm: Product, with_lse: bool) -> AttentionOutput:
+    """lengths: the numbers of call.kv_len [B, T], flattened."""
     q, k, v, kv_len, scale, shape = call.q, call.k, call.v, call.kv_len, call.scale, call.shape
     sinks = None if call.sinks is None else call.sinks.to(torch.float64)
     r, heads = shape.ratio, shape.kv_heads
@@ -81,7 +85,6 @@ def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
     chunk = max(at_once // max(shape.q_heads * shape.keys, 1), 1)
     if shape.rows >= _ROWS_OF_MANY:
         chunk = min(chunk, -(-shape.rows // (_ROW_STEPS_CUDA if q.is_cuda else _ROW_STEPS)))
-    lengths = lengths_of(kv_len).of_rows
     if shape.keys == 0:
         raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
     for b in range(shape.batch):
@@ -154,8 +157,9 @@ class ExactKernel(Kernel):
         self.acc = acc
 
     def run(self, call: Call) -> AttentionOutput:
-        result = exact_attention(call)
-        self.trace.record_rows(call.path, call.kv_len, Signature("exact", "float64", (), (), "one"))
+        sliced = self.acc == "double-float32"
+        result = exact_attention(call, sliced_bmm if sliced else torch.bmm)
+        self.trace.record_rows(call.path, call.kv_len, Signature("exact", self.acc, (), (), "one"))
         return AttentionOutput(result.out.float(), result.lse.float())
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:

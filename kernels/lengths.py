@@ -1,6 +1,7 @@
-"""Visible keys of every row as numbers of the host, read from the device once a tensor.
+"""Visible keys of every row as numbers of the host, read from the device.
 
-A model asks with the same tensor at every layer and arm; each time the host would wait for the device.
+A model asks with the same tensor at every layer and arm, and each time the host would wait for the device:
+what it owns, and writes to no more, it asks to have kept.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ import weakref
 from typing import NamedTuple
 
 import torch
-
-_MOST_KEPT = 32
 
 
 class RowLengths(tuple[int, ...]):
@@ -36,19 +35,25 @@ class Lengths(NamedTuple):
     greatest: int
 
 
-_kept: dict[int, tuple[weakref.ref[torch.Tensor], int, Lengths]] = {}
+# By identity of the tensor; an entry goes with it.
+_kept: dict[int, tuple[weakref.ref[torch.Tensor], Lengths]] = {}
+
+
+def keep_lengths(kv_len: torch.Tensor) -> torch.Tensor:
+    """kv_len, whose lengths are read now and never again: nobody may write to it from here on."""
+    key = id(kv_len)
+    _kept[key] = weakref.ref(kv_len, lambda _: _kept.pop(key, None)), _read(kv_len)
+    return kv_len
 
 
 def lengths_of(kv_len: torch.Tensor) -> Lengths:
-    """The lengths of kv_len [B, T]. A tensor that was written to is read again."""
+    """The lengths of kv_len [B, T]."""
     kept = _kept.get(id(kv_len))
-    if kept is not None and kept[0]() is kv_len and kept[1] == kv_len._version:
-        return kept[2]
+    return kept[1] if kept is not None and kept[0]() is kv_len else _read(kv_len)
+
+
+def _read(kv_len: torch.Tensor) -> Lengths:
     rows = RowLengths(kv_len.flatten().tolist())
     first = RowLengths(rows[: kv_len.shape[-1]])
     alike = rows == tuple(first) * (len(rows) // max(len(first), 1))
-    lengths = Lengths(rows, first if alike else None, min(rows, default=0), max(rows, default=0))
-    if len(_kept) >= _MOST_KEPT:
-        _kept.clear()
-    _kept[id(kv_len)] = weakref.ref(kv_len), kv_len._version, lengths
-    return lengths
+    return Lengths(rows, first if alike else None, min(rows, default=0), max(rows, default=0))

@@ -38,6 +38,10 @@ class _OfAnyGpu(Arithmetic):
         return Depths(*map(max, zip(*(gpu.depths(n_kv) for gpu in self.gpus), strict=True)))
 
 
+def _of_any_gpu(found: list[Arithmetic]) -> Arithmetic:
+    return _OfAnyGpu(**vars(found[0]), gpus=tuple(found)) if len(found) > 1 else found[0]
+
+
 class TensorParallelKernel(Kernel):
     """A kernel called once a GPU, in their order, on its KV heads and the query heads that read them.
 
@@ -59,10 +63,23 @@ class TensorParallelKernel(Kernel):
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
         counts = {len(heads) for heads in _heads(shape, self.gpus)}
-        first, *others = (self.inner.arithmetic(_of_heads(shape, count), path) for count in sorted(counts))
-        if not others:
-            return first
-        return _OfAnyGpu(**vars(first), gpus=(first, *others))
+        return _of_any_gpu([self.inner.arithmetic(_of_heads(shape, n), path) for n in sorted(counts)])
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        found = {}
+        for heads in _heads(call.shape, self.gpus):
+            asking = slice(0, len(heads) * call.shape.ratio)
+            own = replace(
+                call,
+                q=call.q[:, :, asking],
+                k=call.k[:, :, : len(heads)],
+                v=call.v[:, :, : len(heads)],
+                sinks=None if call.sinks is None else call.sinks[asking],
+                alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[asking],
+                shape=_of_heads(call.shape, len(heads)),
+            )
+            found[len(heads)] = self.inner.arithmetic_of(own)
+        return _of_any_gpu([found[count] for count in sorted(found)])
 
     def capabilities(self) -> Capabilities:
         return self.inner.capabilities()

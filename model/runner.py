@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kernels.bits import same_bits
+from kernels.lengths import keep_lengths
 from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings, Weights
 from model.logits import VOCABULARY_ROWS, LogitSlice, State, logit_slices
 from model.products import Products, Tiling, tile_rows, tiling_of
@@ -254,7 +255,7 @@ class Runner:
             one = torch.arange(span.start, span.stop, device=self.device)
             for count in sorted({len(slab) for slab in slabs}):
                 positions[count, span] = one.repeat(count)
-                kv_lens[count, span] = (one + 1).to(torch.int32).expand(count, -1).contiguous()
+                kv_lens[count, span] = keep_lengths((one + 1).to(torch.int32).expand(count, -1).contiguous())
         return positions, kv_lens
 
     def _logits(

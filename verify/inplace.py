@@ -118,7 +118,7 @@ class InPlace:
                 figures = _all_rows(error, one.exact, call.kv_len[0])
                 if rows is not None:
                     kv_len = call.kv_len[0, rows]
-                    arithmetic = one.arm.kernel.arithmetic(one.own.shape, one.arm.path)
+                    arithmetic = one.arm.kernel.arithmetic_of(one.own)
                     side_by_side = error[:, rows].transpose(0, 1).flatten(1, 2)
                     shrinking = [arithmetic.shrinking(n) for n in kv_len.tolist()]
                     bias = torch.tensor(shrinking, dtype=torch.float64, device=kv_len.device)
@@ -158,7 +158,7 @@ def _budgets(measured: Sequence[Measured], rows: torch.Tensor) -> dict[str, Budg
         arithmetics = []
         for one in group:
             assert one.arm.kernel is not None
-            arithmetics.append(one.arm.kernel.arithmetic(one.own.shape, one.arm.path))
+            arithmetics.append(one.arm.kernel.arithmetic_of(one.own))
         budgets = error_budgets(_as_one_sequence(group[0].own, rows), arithmetics)
         found |= {one.arm.name: budget for one, budget in zip(group, budgets, strict=True)}
     return found

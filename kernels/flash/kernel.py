@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
+from kernels.arithmetic import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, Arithmetic
 from kernels.cache import BLOCK, CACHE_TYPES, dequantise, quantise
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.eager import EagerKernel, EagerOptions, plan_of_row
+from kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
 from kernels.flash.launch import (
     FUSED_TYPES,
     Prepared,
@@ -105,7 +105,6 @@ class FlashKernel(Kernel):
         self.expand = expand
         self.tiles = tiles
         self.overlap = overlap
-        self._keys_used: set[int] = set()
         self._shared_limit: int | None = None
 
     def prepare(self, call: Call) -> Prepared | None:
@@ -118,7 +117,8 @@ class FlashKernel(Kernel):
         planes = None
         if self.cache != "f16":
             k, v = quantise(call.k, self.cache), quantise(call.v, self.cache)
-            if self.cache in FUSED_TYPES and call.q.dtype == torch.float16 and call.shape.k_size % 64 == 0:
+            sizes = call.shape.k_size % 64 or call.shape.v_size % 64
+            if self.cache in FUSED_TYPES and call.q.dtype == torch.float16 and not sizes:
                 planes = planes_of(k, v)
             call = replace(call, k=dequantise(k).to(call.k.dtype), v=dequantise(v).to(call.v.dtype))
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
@@ -127,7 +127,7 @@ class FlashKernel(Kernel):
             return None
         if fused:
             tiles = self.tiles or tiles._replace(warps=4, stages=4)
-        prepared = prepare(call, options, tiles, overlap=overlap)
+        prepared = prepare(call, options, tiles, overlap=overlap, cache_type=self.cache)
         prepared.planes, prepared.expand = planes, not fused
         return prepared
 
@@ -150,7 +150,6 @@ class FlashKernel(Kernel):
                 # The estimate of shared memory was too low for this device's code: ask for less.
                 self._shared_limit = error.limit * error.limit // error.required - 1
         prepared.record(self.trace, self.label(prepared))
-        self._keys_used.add(prepared.tiles.keys)
         for note in prepared.notes:
             self._note(note)
         return result
@@ -171,25 +170,39 @@ class FlashKernel(Kernel):
         return f"flash[{options.label}{tile}{cache}]"
 
     def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
-        options, decode = self.options, path == "decode"
+        """Of float16 inputs."""
+        decode, block = path == "decode", self.options.plan.block
         tiles = self.tiles or self._tiles_of(
-            self._limit(None), shape, decode, options.plan.block, item_size=2, v_is_k=False
+            self._limit(None), shape, decode, block, item_size=2, v_is_k=False
         )
-        rows = 64 if tiles is None else tiles.rows
-        keys = min({options.plan.block if tiles is None else tiles.keys} | self._keys_used)
+        return self._arithmetic(self.options, shape, path, tiles, torch.float16)
 
-        def cuts(n_kv: int) -> tuple[int, ...]:
-            return plan_of_row(options.plan, shape, n_kv, decode).cuts
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        tiles = self.tiles or self._tiles(call.q.device, call, options)
+        return self._arithmetic(options, call.shape, call.path, tiles, call.q.dtype, **asked_of(call))
 
+    def _arithmetic(
+        self,
+        options: EagerOptions,
+        shape: Shape,
+        path: Path,
+        tiles: Tiles | None,
+        dtype: torch.dtype,
+        **asked: bool,
+    ) -> Arithmetic:
+        # `weighted_values` has one product of a tile where P is narrow, six where both operands are split;
+        # float32 values go through float32 units, a key at a time.
+        chained = MMA_ROUNDINGS * (1 if options.p != "f32" else 6)
         return Arithmetic(
             p=options.p,
             out=options.out,
             acc=options.acc,
             # Tensor cores truncate where float32 units round.
             u=U_F32_TENSOR_CORE,
-            block=keys,
-            # A prefill tile is cut for its longest row: a shorter row has at most as many parts.
-            cuts_at=cuts if decode else (lambda n_kv: cuts(min(n_kv + rows, shape.keys))),
+            block=options.plan.block if tiles is None else tiles.keys,
+            chained=MMA_KEYS if dtype == torch.float32 else chained,
+            **cuts_of_rows(options.plan, shape, path, cache_type=self.cache, **asked),
             u_tanh=U_TANH,
             # Numbers of a quantised cache are rounded to float16 where they are expanded.
             u_k=2.0**-11 if self.cache != "f16" else 0.0,

@@ -18,7 +18,7 @@ import torch
 
 from kernels.cache import Quantised
 from kernels.contract import AttentionOutput, Call
-from kernels.eager import EagerOptions
+from kernels.eager import EagerOptions, asked_of
 from kernels.flash.rows import RowPlans, plans_of_rows
 from kernels.flash.tiles import (
     LARGEST_GROUP,
@@ -51,7 +51,8 @@ def device_code() -> Any:
 @functools.cache
 def source_hash() -> str:
     """Hash of the device code: the `binary` in the trace where Triton interprets it."""
-    return hashlib.sha256(FilePath(__file__).with_name("device.py").read_bytes()).hexdigest()[:12]
+    sources = [FilePath(__file__).with_name(name) for name in ("device.py", "quantised.py")]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,6 +131,7 @@ def expanded(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
     """A plane of codes and one of scales as float16 [B, S, Hkv, D]: a view of [B, Hkv, S, D]."""
     batch, heads, keys, width = codes.shape
     size = width * 8 // bits
+    assert width % 32 == 0, "the kernel expands 32 codes at a time"
     out = torch.empty((batch, heads, keys, size), dtype=torch.float16, device=codes.device)
     quantised_code().expand_planes[(-(-keys // 64), batch * heads)](
         codes, scales, out, keys, D=size, BITS=bits, TILE=64
@@ -421,8 +423,12 @@ def prepare(
     tiles: Tiles,
     *,
     overlap: bool = False,
+    cache_type: str = "f16",
 ) -> Prepared:
-    """Plans and buffers of a call. Raises ValueError where head groups do not sum to r or are too large."""
+    """Plans and buffers of a call; cache_type: what policies are told.
+
+    Raises ValueError where head groups do not sum to r or are too large.
+    """
     check_supported(call)
     shape, plan = call.shape, options.plan
     notes: list[str] = []
@@ -435,8 +441,8 @@ def prepare(
         lengths,
         1 if decode else tile_tokens(call, tiles),
         decode,
-        sinks=call.sinks is not None,
-        sliding_window=call.sliding_window is not None,
+        cache_type=cache_type,
+        **asked_of(call),
     )
     kv_len = call.kv_len.to(torch.int32).contiguous()
     launches = []

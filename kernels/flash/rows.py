@@ -43,6 +43,7 @@ def plans_of_rows(
     tokens_a_tile: int,
     decode: bool,
     *,
+    cache_type: str,
     sinks: bool,
     sliding_window: bool,
 ) -> RowPlans:
@@ -52,7 +53,9 @@ def plans_of_rows(
     longest row. Raises ValueError where head groups do not sum to r.
     """
     at = {
-        n: plan_of_row(plan, shape, n, decode, sinks=sinks, sliding_window=sliding_window)
+        n: plan_of_row(
+            plan, shape, n, decode, cache_type=cache_type, sinks=sinks, sliding_window=sliding_window
+        )
         for n in set(lengths)
     }
     planned = list(lengths)

@@ -55,3 +55,25 @@ def test_the_kernel_takes_it_by_name() -> None:
     call = draw("gaussian", SIZES, 1)
     plain, sliced = (build_kernel(spec).run(call) for spec in ("exact", "exact:acc=double-float32"))
     torch.testing.assert_close(sliced.out, plain.out, rtol=2e-7, atol=1e-12)
+    kernels = [build_kernel(spec) for spec in ("exact", "exact:acc=double-float32")]
+    for kernel in kernels:
+        kernel.run(call)
+    assert [{s.binary for _, _, s in kernel.trace.rows} for kernel in kernels] == [
+        {"float64"},
+        {"double-float32"},
+    ]
+
+
+def test_it_is_what_the_kernel_multiplies_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(a.shape))
+        return sliced_bmm(a, b)
+
+    monkeypatch.setattr("kernels.exact.sliced_bmm", counted)
+    call = draw("gaussian", SIZES, 1)
+    build_kernel("exact").run(call)
+    assert not calls
+    build_kernel("exact:acc=double-float32").run(call)
+    assert calls

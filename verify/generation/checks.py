@@ -84,7 +84,7 @@ class CheckedExact:
         if tried.output is None:
             arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
             return
-        arithmetic = arm.kernel.arithmetic(small.shape, arm.path)
+        arithmetic = arm.kernel.arithmetic_of(small)
         budget = error_budget(arm.kernel.held(small), arithmetic)
         error = tried.output.out[0].double() - budget.out[0]  # [rows, H, Dv]
         bad = ~torch.isfinite(error).all(-1)

@@ -93,7 +93,7 @@ def problems(
 def _holds_large(subject: Subject) -> bool:
     """Whether sums of values near 65504 are within the kernel's accumulators."""
     call = subject.simplest.call()
-    return subject.kernel.arithmetic(call.shape, call.path).acc != "f16"
+    return subject.kernel.arithmetic_of(call).acc != "f16"
 
 
 @st.composite
