@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -267,8 +267,3 @@ def finish(draft: Draft, sizes: Sizes, *, device: torch.device | str = "cpu") ->
         path=sizes.path,
         **options,
     )
-
-
-def at(sizes: Sizes, *n_kv: int) -> Sizes:
-    """The same sizes with other rows."""
-    return replace(sizes, n_kv=n_kv)

@@ -205,20 +205,16 @@ def counted(
     b: int,
     *,
     device: torch.device | str = "cpu",
-    lengths: Sequence[int] | None = None,
 ) -> Probe:
     """a keys just before a cut and b keys just after it have logit 0, all others -128; V is 1 and -1.
 
     The result is (a - b) / (a + b) in every column, ln(a + b) the lse: unequal a and b show merge weights,
     the base of the lse, and a zero key that does not belong. Demands a budget.
     """
-    lengths = lengths or sizes.n_kv
     levels = torch.full((sizes.keys,), LOW)
     levels[max(cut - a, 0) : cut + b] = 0
     v = torch.where(torch.arange(sizes.keys) < cut, 1.0, -1.0)
-    return _levels(
-        f"counted {a}+{b} at {cut}", "budget", replace(sizes, n_kv=tuple(lengths)), levels, v, device
-    )
+    return _levels(f"counted {a}+{b} at {cut}", "budget", sizes, levels, v, device)
 
 
 def constant_v(sizes: Sizes, *, seed: int = 0, device: torch.device | str = "cpu") -> Probe:
@@ -253,7 +249,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
     n = call.kv_len[..., None, None].double()
     lost = torch.clamp(n * a.tau_p, min=FLOAT_TYPES[a.p].u)
     if a.l_from_rounded_p:
-        lost = 2 * lost
+        lost = torch.zeros_like(lost)
     deep = gamma(per_row("d_n"), a.u_acc) + gamma(per_row("d_l"), a.u) + 2 * gamma(per_row("d_m"), a.u)
     relative = lost + (deep + 3 * a.u + a.u_v + a.u_part) * (1 + lost)
     out_type, tau = FLOAT_TYPES[a.out], FLOAT_TYPES["f16"].tau
@@ -265,22 +261,26 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
 
 
 def empty_rows(sizes: Sizes, *, device: torch.device | str = "cpu", sinks: bool = False) -> Probe:
-    """Rows that see nothing among rows that do: (0, -inf), or (0, the sink); demands bits of them."""
-    n_kv = (0, *[n for pair in zip(sizes.n_kv, [0] * len(sizes.n_kv), strict=True) for n in pair])
-    sizes = replace(sizes, n_kv=n_kv)
-    probe = one_hot_edges(replace(sizes, n_kv=tuple(n for n in n_kv if n)), sizes.edges, device=device)
-    batch, heads = sizes.batch, sizes.kv_heads * sizes.ratio
-    call = probe.call
-    q = torch.ones(batch, len(n_kv), heads, sizes.k_size, dtype=sizes.dtype, device=device)
-    lengths = torch.zeros(batch, len(n_kv), dtype=torch.int32, device=device)
+    """Rows that see nothing, among rows that see one key: (0, -inf), and the key's value; demands bits.
+
+    With sinks none sees a key: (0, the sink).
+    """
+    seeing = [0, *([0, 0] if sinks else [1, 0]) * len(sizes.n_kv)]
+    held = replace(sizes, n_kv=tuple(n for n in sizes.n_kv if n))
+    call = one_hot_edges(held, sizes.edges, device=device).call
+    batch, rows, heads = sizes.batch, len(seeing), sizes.kv_heads * sizes.ratio
+    lengths = torch.tensor(seeing, dtype=torch.int32, device=device).expand(batch, -1)
+    # A row that sees one key asks nothing of it: its logit is 0, and so is the lse.
+    q = (lengths == 0).to(sizes.dtype)[..., None, None].expand(-1, -1, heads, sizes.k_size).contiguous()
     level = torch.linspace(-3, 3, heads, device=device) if sinks else None
     call = checked_call(
         q, call.k, call.v, kv_len=lengths, scale=sizes.scale, path=sizes.path, sinks=level
     )  # fmt: skip
-    out = torch.zeros(batch, len(n_kv), heads, sizes.v_size, dtype=torch.float64, device=device)
-    lse = torch.full((batch, len(n_kv), heads), -math.inf, dtype=torch.float64, device=device)
+    first = call.v[:, :1].double().repeat_interleave(sizes.ratio, 2)
+    out = torch.where((lengths > 0)[..., None, None], first, 0.0)
+    lse = torch.where((lengths > 0)[..., None], 0.0, -math.inf).double().expand(-1, -1, heads)
     if level is not None:
-        lse = level.double().expand_as(lse)
+        lse = level.double().expand(batch, rows, heads)
     return Probe("empty rows with sinks" if sinks else "empty rows", "bits", call, out, lse)
 
 

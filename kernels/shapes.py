@@ -73,7 +73,7 @@ def shape_named(text: str) -> ModelShape:
         raise SpecError(f"shape {text!r}: {shape.q_heads} query heads do not divide among {shape.kv_heads}")
     if not at:
         return shape
-    if not gpus.isdigit() or int(gpus) < 1 or shape.kv_heads % int(gpus):
+    if not gpus.isdecimal() or int(gpus) < 1 or shape.kv_heads % int(gpus):
         raise SpecError(f"shape {text!r}: {shape.kv_heads} KV heads cannot be shared out over {gpus!r} GPUs")
     n = int(gpus)
     return shape._replace(name=text, q_heads=shape.q_heads // n, kv_heads=shape.kv_heads // n)

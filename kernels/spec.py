@@ -88,7 +88,7 @@ def number(spec: Spec, key: str, default: int, *, least: int = 1) -> int:
     text = spec.options.get(key)
     if text is None:
         return default
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise SpecError(f"kernel {spec.text!r}: {key}={text}, expected a whole number from {least}")
     return int(text)
 

@@ -121,6 +121,9 @@ class _Dressmaker:
         self._experts = lru_cache(maxsize=1)(self._make_experts)
 
     def write(self, path: Path) -> Path:
+        """Raises ModelError where the file would overwrite the model that it is made from."""
+        if path.exists() and any(path.samefile(own) for own in self.file.paths):
+            raise ModelError(f"{path}: is the model that would be dressed, expected another file to write")
         writer = gguf.GGUFWriter(path, self.to.to)
         self._write_metadata(writer)
         planned = [
@@ -269,7 +272,9 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        bits = 32 if -(1 << 31) <= value < 1 << 32 else 64
+        add = getattr(writer, f"add_{'u' if value >= 0 else ''}int{bits}")
+        add(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:

@@ -81,7 +81,10 @@ class GGUFFile:
             return cls([opened])
         # First of all: a number in a name is not enough to go and look for as many files.
         _expect_count(opened, _count_in(path.name))
-        present = {other.name for other in path.parent.iterdir()}
+        try:
+            present = {other.name for other in path.parent.iterdir()}
+        except OSError as error:
+            raise ModelError(f"{path.parent}: cannot be listed: {error.strerror or error}") from None
         missing = _some(name for name in _beside(path.name) if name not in present)
         if missing:
             raise ModelError(f"{path}: expected {count} shards beside each other, missing: {missing}")

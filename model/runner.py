@@ -10,7 +10,7 @@ other bits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -63,6 +63,23 @@ class Progress(Protocol):
     """Called with units of work done out of all of the group."""
 
     def __call__(self, done: int, total: int) -> None: ...
+
+
+class _Group(NamedTuple):
+    """What does not change while a group runs.
+
+    spans: what each arm computes of a window; products: on the tiles of its slabs; positions [B * T] and
+    kv_lens [B, T]: by B, the windows of a slab, and span.
+    """
+
+    slabs: list[range]
+    arms: list[Arm]
+    prompt: Arm | None
+    spans: dict[str, range]
+    first_window: int
+    products: Products
+    positions: dict[tuple[int, range], torch.Tensor]
+    kv_lens: dict[tuple[int, range], torch.Tensor]
 
 
 class Runner:
@@ -124,73 +141,48 @@ class Runner:
         layer_done: called with how many layers are done, and the hidden states after them; begin: to go on
         from what it was called with.
         """
+        self.architecture.check_tokens(tokens.flatten())
         windows, n_ctx = tokens.shape
-        sizes = self.architecture.sizes
+        layers, vocabulary = self.architecture.sizes.layers, self.architecture.sizes.vocabulary
         tiling = tiling or self.tiling(n_ctx, None if prompt is None else n_ctx - scored.start)
-        products = self.products.with_tile(tiling.rows)
-        slabs = _slabs(first_window, windows, tiling.windows)
         first = scored.start if prompt is not None else 0
-        arms = [prompt, *arms] if prompt is not None and first else list(arms)
+        if prompt is not None and first:
+            arms = [prompt, *arms]
         # What each arm computes of a window: the prompt its beginning, all others the rest.
         spans = {arm.name: range(first) if arm is prompt else range(first, n_ctx) for arm in arms}
-        positions, kv_lens = self._positions(slabs, sorted(set(spans.values()), key=lambda s: s.start))
-        output_rows = sizes.vocabulary if whole_vocabulary else VOCABULARY_ROWS
+        slabs = _slabs(first_window, windows, tiling.windows)
+        group = _Group(
+            slabs,
+            list(arms),
+            prompt,
+            spans,
+            first_window,
+            self.products.with_tile(tiling.rows),
+            *self._positions(slabs, sorted(set(spans.values()), key=lambda span: span.start)),
+        )
+        taken = {
+            slab.start: [n for n in spans if takes is None or takes(n, first_window + slab.start)]
+            for slab in slabs
+        }
+        output_rows = vocabulary if whole_vocabulary else VOCABULARY_ROWS
         self.stream.forget()
         # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
-        hidden: dict[State, torch.Tensor] = {}
-        for slab, start in zip(slabs, self._embed(tokens.to(self.device), slabs), strict=True):
-            by_window = start.unflatten(0, (len(slab), n_ctx))
-            of_span = {s: by_window[:, s.start : s.stop].flatten(0, 1) for s in set(spans.values())}
-            for name, span in spans.items():
-                if takes is None or takes(name, first_window + slab.start):
-                    hidden[slab.start, name] = of_span[span]
+        hidden: dict[State, torch.Tensor]
+        if begin is None:
+            layers_done, hidden = 0, self._first_states(tokens.to(self.device), group, taken)
+        else:
+            layers_done, hidden = begin[0], dict(begin[1])
         # Units of work of a slab in a layer: one a window and arm.
-        units = Counter(start for start, _ in hidden)
-        units = Counter({slab.start: len(slab) * units[slab.start] for slab in slabs})
-        done, steps = 0, (sizes.layers + 1) * units.total()
-        done_before = 0
-        if begin is not None:
-            done_before, hidden = begin[0], dict(begin[1])
-            done = done_before * units.total()
-        for layer in range(done_before, sizes.layers):
+        units = {slab.start: len(slab) * len(taken[slab.start]) for slab in slabs}
+        done, steps = layers_done * sum(units.values()), (layers + 1) * sum(units.values())
+        for layer in range(layers_done, layers):
             later = self.architecture.feed_forward_tensors(layer)
             held = self.architecture.layer_tensors(layer)
             weights: dict[str, torch.Tensor] = {}
             weights = self._weights({short: name for short, name in held.items() if short not in later})
             self.stream.ahead(Piece(name) for name in later.values())
-            settings = self.architecture.attention_settings(layer)
             for slab in slabs:
-                shared = _Shared(x for (start, _), x in hidden.items() if start == slab.start)
-                before: AttentionInputs | None = None
-                for arm in arms:
-                    x = hidden.get((slab.start, arm.name))
-                    if x is None:
-                        continue
-                    at = len(slab), spans[arm.name]
-                    with self.stopwatch.time("elementwise"):
-                        inputs, rounded = shared.inputs(
-                            x, partial(self._inputs, layer, x, at, positions[at], weights, products, before)
-                        )
-                    if arm is prompt:
-                        before = inputs
-                    call = LayerCall(
-                        layer,
-                        first_window + slab.start,
-                        *rounded,
-                        kv_lens[at],
-                        settings,
-                        inputs,
-                        x.unflatten(0, (len(slab), len(spans[arm.name]))),
-                    )
-                    with self.stopwatch.time(f"attention {arm.name}"):
-                        o = arm.attend(call)
-                    if o is None:
-                        hidden = {state: kept for state, kept in hidden.items() if state[1] != arm.name}
-                        continue
-                    with self.stopwatch.time("elementwise"):
-                        hidden[slab.start, arm.name] = shared.after(
-                            x, o, partial(self._after, layer, x, o, weights, products)
-                        )
+                self._attention(layer, slab, group, hidden, weights)
                 done += units[slab.start]
                 if progress:
                     progress(done, steps)
@@ -198,7 +190,7 @@ class Runner:
             weights = self._weights(later)
             self._read_ahead(layer + 1, output_rows)
             with self.stopwatch.time("elementwise"):
-                hidden = self._feed_forward(layer, hidden, weights, products)
+                hidden = self._feed_forward(layer, hidden, weights, group.products)
             weights = {}
             if layer_done is not None:
                 layer_done(layer + 1, hidden)
@@ -208,6 +200,61 @@ class Runner:
         yield from self._logits(hidden, rows, slabs, n_ctx - first, output_rows)
         if progress:
             progress(steps, steps)
+
+    def _first_states(
+        self, tokens: torch.Tensor, group: _Group, taken: Mapping[int, Sequence[str]]
+    ) -> dict[State, torch.Tensor]:
+        """Embeddings of tokens [W, T] as each arm has them; taken: names of the arms, by slab."""
+        hidden: dict[State, torch.Tensor] = {}
+        for slab, start in zip(group.slabs, self._embed(tokens, group.slabs), strict=True):
+            by_window = start.unflatten(0, (len(slab), tokens.shape[1]))
+            of_span = {s: by_window[:, s.start : s.stop].flatten(0, 1) for s in set(group.spans.values())}
+            hidden |= {(slab.start, name): of_span[group.spans[name]] for name in taken[slab.start]}
+        return hidden
+
+    def _attention(
+        self,
+        layer: int,
+        slab: range,
+        group: _Group,
+        hidden: dict[State, torch.Tensor],
+        weights: Weights,
+    ) -> None:
+        """The attention branch of a slab in every arm that runs it: `hidden` has the states after it."""
+        shared = _Shared(x for (start, _), x in hidden.items() if start == slab.start)
+        settings = self.architecture.attention_settings(layer)
+        before: AttentionInputs | None = None
+        for arm in group.arms:
+            x = hidden.get((slab.start, arm.name))
+            if x is None:
+                continue
+            at = len(slab), group.spans[arm.name]
+            with self.stopwatch.time("elementwise"):
+                inputs, rounded = shared.inputs(
+                    x,
+                    partial(self._inputs, layer, x, at, group.positions[at], weights, group.products, before),
+                )
+            if arm is group.prompt:
+                before = inputs
+            call = LayerCall(
+                layer,
+                group.first_window + slab.start,
+                *rounded,
+                group.kv_lens[at],
+                settings,
+                inputs,
+                x.unflatten(0, (len(slab), len(at[1]))),
+            )
+            with self.stopwatch.time(f"attention {arm.name}"):
+                o = arm.attend(call)
+            if o is None:
+                for state in [state for state in hidden if state[1] == arm.name]:
+                    del hidden[state]
+                continue
+            with self.stopwatch.time("elementwise"):
+                hidden[slab.start, arm.name] = shared.after(
+                    x, o, partial(self._after, layer, x, o, weights, group.products)
+                )
 
     def _inputs(
         self,

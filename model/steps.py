@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.lengths import keep_lengths
 from model.architectures.architecture import Architecture
 from model.errors import ModelError
 from model.products import Products, tile_rows
@@ -61,8 +62,12 @@ class Stepper:
             keep_weights=self.keep_weights,
             gpus=self.products.gpus,
         )
-        other._kept = self._kept
+        other._kept, other.stream = self._kept, self.stream
         return other
+
+    def close(self) -> None:
+        """End the reading of the file, for those made by `beside` and `branch` too."""
+        self.stream.close()
 
     def branch(self, arm: Arm, after: str) -> Stepper:
         """One arm that goes on, on tokens of its own, from where the arm named `after` is now."""
@@ -80,11 +85,12 @@ class Stepper:
         ModelError where there are no tokens, or one is not of the vocabulary.
         """
         architecture, n = self.architecture, len(tokens)
-        if n == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= architecture.sizes.vocabulary:
-            raise ModelError(f"tokens: expected at least one, all below {architecture.sizes.vocabulary}")
+        if n == 0:
+            raise ModelError("tokens: expected at least one")
+        architecture.check_tokens(tokens)
         products = self.products.with_tile(tile_rows(n))
         positions = torch.arange(self.length, self.length + n, device=self.device)
-        kv_len = (positions + 1).to(torch.int32)[None]
+        kv_len = keep_lengths((positions + 1).to(torch.int32)[None])
         start = self._rows_of_embedding(tokens) * architecture.embedding_scale
         states = {arm.name: start for arm in self.arms}
         for layer in range(architecture.sizes.layers):

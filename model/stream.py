@@ -186,7 +186,10 @@ class TensorStream:
 
     def _has_room(self) -> bool:
         held = sum(s.stored.numel() for s in self._staged.values() if isinstance(s, _Staged))
-        return not held or held + self._size(self._wanted[0]) <= self.ahead_bytes
+        try:
+            return not held or held + self._size(self._wanted[0]) <= self.ahead_bytes
+        except ModelError:
+            return True  # reading it fails too, and is told of there
 
     def _raw(self, piece: Piece) -> np.ndarray:
         return self.file.raw(piece.name, None if piece.rows is None else range(*piece.rows))

@@ -21,6 +21,7 @@ from model.pretokenizers import PreTokenizer, pretokenizer_named
 KINDS = ("gpt2", "llama")
 # Kinds of tokens in `tokenizer.ggml.token_type`; 1 is an ordinary token, 5 an unused one.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 # What SentencePiece writes for a space.
 _SPACE = "▁"
 
@@ -57,6 +58,13 @@ class Tokenizer:
             self._prefixed = file.optional("tokenizer.ggml.add_space_prefix", bool, True)
             self._library = _sentence_piece(file, self._tokens, self._types, self._prefixed)
             add_bos, bos, eos = True, 1, 2
+        if self.kind == "llama":
+            for i in np.flatnonzero(self._types == _BYTE):
+                if not _BYTE_TOKEN.fullmatch(self._tokens[i]):
+                    raise ModelError(
+                        f"{file.path}: metadata key tokenizer.ggml.tokens: byte token {i} is"
+                        f" {self._tokens[i]!r:.80}, expected <0x00> to <0xFF>"
+                    )
         # Only these are cut out of a text as they stand; a control token never comes from text.
         own = [self._tokens[i] for i in np.flatnonzero(self._types == _USER_DEFINED)]
         self._library.add_tokens([AddedToken(token, normalized=False) for token in own])

@@ -167,6 +167,13 @@ class PaddingSeen(TileKernel):
         return super().mask(replace(row, n=max(row.n, first + s.shape[-1])), s, first)
 
 
+class FirstRowsLength(TileKernel):
+    """A launch for rows of one length, taken for rows of several."""
+
+    def visible(self, call: Call, n_kv: int) -> int:
+        return int(call.kv_len[0, 0])
+
+
 class KeyBeyond(TileKernel):
     """One key beyond kv_len is seen."""
 
@@ -468,6 +475,7 @@ FAULTS: tuple[Fault, ...] = (
            "PyTorch #191937", block=32),
     _fault("padding seen", PaddingSeen, "zero padding of the last tile counts as keys",
            "llama.cpp #18487"),
+    _fault("first row's length", FirstRowsLength, "every row sees as many keys as the first of its call"),
     _fault("key beyond", KeyBeyond, "one key beyond kv_len is seen", "llama.cpp #18487"),
     _fault("cut key twice", CutKeyTwice, "the key at a cut counts in both parts", kv=3),
     _fault("cut key lost", CutKeyLost, "the key at a cut counts in no part", kv=3),

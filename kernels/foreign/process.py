@@ -25,6 +25,8 @@ import torch
 from kernels.errors import KernelFailure, SpecError
 
 START_LIMIT_S = 120
+# For a process to end after it has closed its pipes.
+END_LIMIT_S = 5.0
 CALL_LIMIT_S = 60
 _ALIGNMENT = 64
 
@@ -91,7 +93,15 @@ class WorkerProcess:
         for name, count in counts.items():
             places[name] = end
             end += 4 * count
-        os.ftruncate(self._shared.fileno(), max(end, 1))
+        try:
+            # Memory that is not there is refused here, not where it is written to.
+            os.ftruncate(self._shared.fileno(), max(end, 1))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._shared.fileno(), 0, max(end, 1))
+        except OSError as error:
+            raise KernelFailure(
+                "died", f"{self.name}: {end} bytes for its inputs cannot be had: {error.strerror or error}"
+            ) from None
         with mmap.mmap(self._shared.fileno(), max(end, 1)) as memory:
             for name, x in tensors.items():
                 start = layout[name][2]
@@ -147,10 +157,21 @@ class WorkerProcess:
 
     def _death(self) -> KernelFailure:
         assert self._process is not None
-        code = self._process.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        try:
+            code = self._process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return KernelFailure("hung", f"{self.name}: closed its pipes, and did not end")
+        how = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         self.close()
         return KernelFailure("died", f"{self.name}: its process was {how}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time one
+        return f"signal {number}"
 
 
 def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, list[Any]], int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from kernels.capabilities import Capabilities
+from kernels.merge import from_base2
 from kernels.peers.peer import Launch, PeerKernel, Rows, refuse, version_of, why_not
 from kernels.spec import Spec
 
@@ -70,7 +70,7 @@ def _flashinfer(library: Any, rows: Rows) -> Launch:
             window_left=-1 if window is None else window - 1,
             logits_soft_cap=rows.call.softcap, return_lse=True,
         )  # fmt: skip
-        return out[None], (lse * math.log(2.0))[None]
+        return out[None], from_base2(lse)[None]
 
     return launch
 

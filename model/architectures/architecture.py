@@ -86,6 +86,11 @@ class Architecture(ABC):
         self.file = file
         self.metadata = Metadata(file)
         self.blocks = self.metadata.whole("block_count")
+        if self.blocks > len(file.tensors):
+            raise ModelError(
+                f"{file.path}: metadata key {self.metadata.name('block_count')} is {self.blocks}, expected no"
+                f" more than there are tensors, {len(file.tensors)}"
+            )
         self.layers = self.blocks - self.metadata.whole("nextn_predict_layers", 0, least=0)
         if self.layers < 1:
             raise ModelError(
@@ -97,6 +102,11 @@ class Architecture(ABC):
         embedding = file.tensors.get(self.embedding_tensor)
         if embedding is None:
             raise ModelError(f"{file.path}: tensor {self.embedding_tensor} is missing")
+        if len(embedding.shape) != 2:
+            raise ModelError(
+                f"{file.path}: tensor {self.embedding_tensor} has shape {list(embedding.shape)},"
+                " expected a matrix"
+            )
         self.vocabulary = embedding.shape[0]
 
     @abstractmethod
@@ -157,6 +167,14 @@ class Architecture(ABC):
             if self.post_ffn_norm is not None:
                 branch = rms_norm(branch, weights[self.post_ffn_norm], self.eps)
             states[key] = states[key] + branch
+
+    def check_tokens(self, tokens: torch.Tensor) -> None:
+        """Raises ModelError where a token has no row in the embedding."""
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
+            raise ModelError(
+                f"{self.file.path}: tensor {self.embedding_tensor} has {self.vocabulary} rows, the text's"
+                f" tokens go from {int(tokens.min())} to {int(tokens.max())}"
+            )
 
     def final_norm(self, x: torch.Tensor, weights: Weights) -> torch.Tensor:
         """The last hidden states, ready for the output matrix."""

@@ -95,7 +95,9 @@ class Deepseek2(Architecture):
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         read = self.metadata
-        if layer < read.whole("leading_dense_block_count", 0, least=0) or not read.get("expert_count"):
+        if layer < read.whole("leading_dense_block_count", 0, least=0) or not read.whole(
+            "expert_count", 0, least=0
+        ):
             return Dense(self.width, read.per_layer("feed_forward_length", self.blocks)[layer])
         gating: Gating = "sigmoid" if self.blocks in _FLASH_BLOCKS else "softmax"
         experts: Experts = experts_of(self, layer, default_gating=gating)

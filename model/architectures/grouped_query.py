@@ -155,10 +155,15 @@ def rope_of(architecture: Architecture, head_size: int, kind: RopeKind, *, defau
             f" head size of {head_size}, got {size}"
         )
     base = read.number("rope.freq_base", 10000.0)
-    scaling = read.get("rope.scaling.type") or "none"
+    scaling = read.word("rope.scaling.type", "none")
     if scaling == "none":
         return Rope(kind, size, base)
     factor = read.number("rope.scaling.factor")
+    if factor <= 0:
+        raise ModelError(
+            f"{path}: metadata key {read.name('rope.scaling.factor')}: expected a number above 0,"
+            f" got {factor:g}"
+        )
     if scaling == "linear":
         return Rope(kind, size, base, factor)
     if scaling == "yarn":

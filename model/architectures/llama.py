@@ -25,7 +25,7 @@ class Llama(GroupedQuery):
     biases = "optional"
 
     def feed_forward_of(self, layer: int) -> FeedForward:
-        if not self.metadata.get("expert_count"):
+        if not self.metadata.whole("expert_count", 0, least=0):
             return Dense(self.width, self.inner(layer))
         experts: Experts = experts_of(
             self, layer, default_gating="softmax", normalised=True, default_size=self.inner(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class Metadata:
             value = default
         if value is None:
             raise ModelError(f"{self.file.path}: metadata key {self.name(key)} is missing, expected a number")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ModelError(
                 f"{self.file.path}: metadata key {self.name(key)}: expected a number, got {value!r:.60}"
             )
@@ -45,11 +46,20 @@ class Metadata:
         value = self.get(key)
         if value is None:
             return default
-        if value not in (True, False):
+        if isinstance(value, (list, np.ndarray)) or value not in (True, False):
             raise ModelError(
                 f"{self.file.path}: metadata key {self.name(key)}: expected true or false, got {value!r:.60}"
             )
         return bool(value)
+
+    def word(self, key: str, default: str) -> str:
+        """A text. Raises ModelError where it is something else."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ModelError(
+                f"{self.file.path}: metadata key {self.name(key)}: expected a text, got {value!r:.60}"
+            )
+        return value or default
 
     def per_layer(self, key: str, blocks: int, default: int | None = None) -> list[int]:
         """A whole number a block: an array of `blocks` values, or one value for all."""
@@ -65,7 +75,7 @@ class Metadata:
         return [self._whole(key, number, 1) for number in numbers]
 
     def _whole(self, key: str, value: Any, least: int) -> int:
-        if isinstance(value, (bool, str)) or value != int(value) or value < least:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value % 1 or value < least:
             raise ModelError(
                 f"{self.file.path}: metadata key {self.name(key)}:"
                 f" expected a whole number from {least}, got {value!r:.60}"

@@ -24,7 +24,7 @@ def experts_of(
             f" {count} experts that there are"
         )
     gating = default_gating
-    if read.get("expert_gating_func"):
+    if read.whole("expert_gating_func", 0, least=0):
         number = read.whole("expert_gating_func")
         if number not in GATING:
             raise ModelError(
@@ -59,4 +59,4 @@ def _shared_count(architecture: Architecture, layer: int, size: int) -> int:
     if architecture.metadata.get("expert_shared_count") is not None:
         return architecture.metadata.whole("expert_shared_count", least=0)
     tensor = architecture.file.tensors.get(architecture.tensor_name(layer, "ffn_gate_shexp"))
-    return 0 if tensor is None else tensor.shape[0] // size
+    return 0 if tensor is None or not tensor.shape else tensor.shape[0] // size

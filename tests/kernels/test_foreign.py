@@ -75,6 +75,35 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(spec: str, said: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        ("os.closerange(3, 256); time.sleep(600)", "hung", "did not end"),
+        ("os.kill(os.getpid(), 40)", "died", "killed by signal 40"),
+    ],
+)
+def test_odd_ways_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, kind: str, said: str
+) -> None:
+    monkeypatch.setattr("kernels.foreign.process.END_LIMIT_S", 0.5)
+    (tmp_path / "odd.py").write_text(f"import os, time\ndef f(q, k, v, *, kv_len, scale):\n    {body}\n")
+    kernel = build_kernel(f"py:{tmp_path / 'odd.py'}::f")
+    with pytest.raises(KernelFailure, match=said) as failed:
+        kernel.run(problem())
+    assert failed.value.kind == kind
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    kernel = build_kernel(f"py:{FILE}::good")
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(KernelFailure, match="bytes for its inputs cannot be had: No space left"):
+        kernel.run(problem())
+    kernel.close()
+
+
 def test_a_file_that_does_not_import(tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_this_name\n")

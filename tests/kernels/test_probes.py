@@ -123,6 +123,7 @@ def test_a_key_that_is_not_read_is_named(key: int) -> None:
         ("empty part finite", window_edge(SIZES, 20)),
         ("empty row NaN", empty_rows(SIZES)),
         ("empty row +inf", empty_rows(SIZES)),
+        ("first row's length", empty_rows(SIZES)),
         ("sinks dropped", sink_weights(SIZES)),
         ("sink in every part", sink_weights(SIZES)),
         ("second group's sinks", empty_rows(SIZES, sinks=True)),

@@ -105,6 +105,20 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"tensors": {"rope_freqs.weight": np.ones(5)}},
         "rope_freqs.weight has shape [5], expected [8]",
     ),
+    ("llama", {"keys": {"block_count": 2**32 - 1}}, "expected no more than there are tensors"),
+    ("llama", {"keys": {"rope.freq_base": float("inf")}}, "rope.freq_base: expected a number, got inf"),
+    ("llama", {"keys": {"feed_forward_length": float("nan")}}, "expected a number, got nan"),
+    ("llama", {"keys": {"attention.head_count": [4.0, float("inf")]}}, "whole number from 1, got inf"),
+    ("llama", {"keys": {"expert_count": [1, 2]}}, "llama.expert_count: expected a number"),
+    ("glm4moe", {"keys": {"expert_weights_norm": [1, 2]}}, "expected true or false, got"),
+    ("glm4moe", {"keys": {"expert_gating_func": [1, 2]}}, "expert_gating_func: expected a number"),
+    ("qwen2", {"keys": {"rope.scaling.type": [1, 2]}}, "rope.scaling.type: expected a text"),
+    (
+        "qwen2",
+        {"keys": {"rope.scaling.type": "yarn", "rope.scaling.factor": -2.0}},
+        "rope.scaling.factor: expected a number above 0, got -2",
+    ),
+    ("llama", {"tensors": {"token_embd.weight": np.ones(VOCABULARY)}}, "expected a matrix"),
 ]
 
 

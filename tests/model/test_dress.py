@@ -13,7 +13,7 @@ import torch
 
 from data.embedded import embedded_corpus
 from model.architectures import architecture_of
-from model.dress import Dress, dress, main
+from model.dress import Dress, _Dressmaker, dress, main
 from model.errors import ModelError
 from model.gguf_file import GGUFFile
 from model.reshape_heads import HeadShape, unequal_shares
@@ -21,6 +21,7 @@ from model.runner import Arm, Runner
 from model.tokenizer import Tokenizer
 from support.dresses import DRESSES, GLM, perplexity
 from support.plain_arms import ExactArm, KernelArm, logits_of, relative
+from support.rewrite import rewrite
 from support.tiny_model import write_tiny_model
 
 CPU = torch.device("cpu")
@@ -207,6 +208,27 @@ def test_bad_arguments_are_one_line(
     assert len(lines) == 1
     assert said in lines[0]
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_model_is_not_overwritten_by_what_is_made_of_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(tiny.read_bytes())
+    (tmp_path / "link.gguf").symlink_to(model)
+    for out in (model, tmp_path / "link.gguf", tmp_path / "." / "model.gguf"):
+        assert main([str(out), "-m", str(model)]) == 2
+        assert "expected another file to write" in capsys.readouterr().err
+    assert model.read_bytes() == tiny.read_bytes()
+
+
+@pytest.mark.parametrize("value", [-3, 0, 2**32 - 1, 2**32, 2**40])
+def test_whole_numbers_of_any_size_are_kept(tiny: Path, tmp_path: Path, value: int) -> None:
+    odd = rewrite(tiny, tmp_path / "odd.gguf")
+    file = GGUFFile.open(odd)
+    file.metadata["general.note"] = value
+    path = _Dressmaker(file, Dress()).write(tmp_path / "out.gguf")
+    assert GGUFFile.open(path).metadata["general.note"] == value
 
 
 def test_only_llama_can_be_dressed(twin: Callable[[str], Any], tmp_path: Path) -> None:

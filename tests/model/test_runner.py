@@ -204,6 +204,35 @@ def test_an_arm_may_take_some_windows_only(tiny: Path) -> None:
     assert torch.equal(part["b"][0], whole["b"][1])
 
 
+def test_tokens_without_an_embedding_are_refused(tiny: Path) -> None:
+    runner = Runner(architecture_of(GGUFFile.open(tiny)), device=CPU)
+    tokens = TOKENS.copy()
+    tokens[1, 3] = 10_000
+    with pytest.raises(
+        ModelError, match=r"token_embd\.weight has 259 rows, the text's tokens go from 0 to 10000"
+    ):
+        logits_of(runner, tokens, [ExactArm()], range(20, 39))
+
+
+def test_a_group_goes_on_from_any_layer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and without the embeddings."""
+    architecture, scored = architecture_of(GGUFFile.open(tiny)), range(20, 39)
+    arms = [ExactArm("a"), Counted("b", off=1e-3, off_at=0)]
+    kept: dict[int, dict[Any, torch.Tensor]] = {}
+    whole = logits_of(
+        Runner(architecture, device=CPU),
+        TOKENS,
+        arms,
+        scored,
+        layer_done=lambda layers, hidden: kept.update({layers: dict(hidden)}),
+    )
+    assert sorted(kept) == list(range(1, LAYERS + 1))
+    monkeypatch.setattr(Runner, "_embed", lambda *_: pytest.fail("embedded again"))
+    for begin in kept.items():
+        again = logits_of(Runner(architecture, device=CPU), TOKENS, arms, scored, begin=begin)
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_a_gpu_has_wider_tiles_by_the_shapes_alone() -> None:
     gpu = torch.device("cuda")
     assert tiling_of(512, 576, CPU) == Tiling(512, 1)

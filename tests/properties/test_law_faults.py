@@ -62,6 +62,7 @@ SEEN_BY = {
 # Of the other faults, the law that sees each; the rest is seen by a probe.
 SEES = {
     "fix-up columns": "kv-parts",
+    "first row's length": "row-alone",
     "empty part NaN": "sliding-window",
     "empty part finite": "sliding-window",
     "empty row +inf": "empty-rows",

@@ -158,6 +158,8 @@ class Generation:
         for arm in self.arms:
             if arm.kernel is not None:
                 arm.kernel.close()
+        if hasattr(self, "stepper"):
+            self.stepper.close()
 
     def run(self, wrote: Callable[[int], None]) -> Written:
         """Write the text; `wrote` is called with each token of the baseline.

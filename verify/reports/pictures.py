@@ -122,7 +122,10 @@ def own_error(record: RunRecord) -> Picture | None:
         if not error.size or arm["role"] not in ("baseline", "candidate"):
             continue
         layers = np.unique(layer)
-        rms = [float(np.sqrt(np.nanmean(np.square(error[layer == x])))) for x in layers]
+        known = np.isfinite(error)
+        if not known.all():
+            layers = np.unique(layer[known])
+        rms = [float(np.sqrt(np.mean(np.square(error[known & (layer == x)])))) for x in layers]
         lines[arm["name"]] = (layers.tolist(), rms)
     return _lines(
         record,
