@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.arithmetic import Arithmetic
-from kernels.budget_sums import Rows, Sums
+from kernels.budget_rows import Rows
+from kernels.budget_sums import Sums
 from kernels.contract import Call
 
 # Where the bound is more than this share of sum_j p_j |v_j|, it says nothing: it is called vacuous.

@@ -1,437 +1,71 @@
-"""The corpus of known faults: each class breaks one step of `TileKernel`; `FAULTS` says where it was seen."""
+"""The corpus of known faults: `FAULTS` says what each does, and where it was seen."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
-import torch
-
-from kernels.contract import Call, Kernel, Shape
+from kernels.contract import Kernel
+from kernels.faults.dispatch import (
+    NeverRan,
+    OtherHeadSize,
+)
+from kernels.faults.heads import (
+    GroupDoesNotDivide,
+    HeadsInterleaved,
+    LastColumns,
+    SecondGroupsQuery,
+    SinkOfFirstGroup,
+)
+from kernels.faults.keys import (
+    CutKeyLost,
+    CutKeyTwice,
+    FirstRowsLength,
+    KeyBeyond,
+    LastKeyDropped,
+    LoneKeyDropped,
+    OffsetWraps,
+    OffsetWraps32,
+    PaddingSeen,
+    PartialTileDropped,
+    PrefillKeyDropped,
+    StridesIgnored,
+    TilesSwapped,
+    WindowDropped,
+    WindowOffByOne,
+)
+from kernels.faults.merging import (
+    Base2Lse,
+    Base2Merge,
+    EmptyPartFinite,
+    EmptyPartNaN,
+    EmptyRowNaN,
+    EmptyRowPlusInf,
+    FixUpColumns,
+    LastPartLost,
+    MeanOfParts,
+    NoCommonMaximum,
+    PartOfOtherBatch,
+    Race,
+)
 from kernels.faults.record import Fault
-from kernels.faults.tile_kernel import Row, State, TileKernel, accumulate_f16
-from kernels.merge import Part, merge_sequential
-from kernels.plan import KVCuts, Plan, RowPlan
-
-# Merging
-
-
-class Base2Merge(TileKernel):
-    """The lse is in base 2, the merge takes it as natural."""
-
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
-        return [Part(part.out, part.lse / math.log(2.0)) for part in parts]
-
-    def merge(self, parts: list[Part]) -> Part:
-        result = merge_sequential(parts)
-        return Part(result.out, result.lse * math.log(2.0))
-
-
-class MeanOfParts(TileKernel):
-    def merge(self, parts: list[Part]) -> Part:
-        return Part(torch.stack([part.out for part in parts]).mean(0), merge_sequential(parts).lse)
-
-
-class Base2Lse(TileKernel):
-    """The lse that the kernel returns is in base 2."""
-
-    def store(self, result: Part) -> Part:
-        return super().store(Part(result.out, result.lse / math.log(2.0)))
-
-
-class LastPartLost(TileKernel):
-    """The merge rounds the number of parts down to a power of two."""
-
-    def merge(self, parts: list[Part]) -> Part:
-        return super().merge(parts[: 1 << (len(parts).bit_length() - 1)])
-
-
-class NoCommonMaximum(TileKernel):
-    """Merge weights exp(lse) instead of exp(lse - max lse)."""
-
-    def merge(self, parts: list[Part]) -> Part:
-        weights = torch.stack([torch.exp(part.lse) for part in parts])
-        total = weights.sum(0)
-        out = sum(w[..., None] * part.out for w, part in zip(weights, parts, strict=True)) / total[..., None]
-        return Part(torch.as_tensor(out), torch.log(total))
-
-
-class FixUpColumns(TileKernel):
-    """The fix-up of the last part writes its columns 16 further on."""
-
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
-        if len(parts) > 1:
-            parts[-1] = Part(parts[-1].out.roll(16, -1), parts[-1].lse)
-        return parts
-
-
-class PartOfOtherBatch(TileKernel):
-    """Partial results are found by a stride that leaves the sequence out of account."""
-
-    def __init__(self, spec: str, *, kv: int) -> None:
-        super().__init__(spec, kv=kv)
-        self.kept: dict[int, Part] = {}
-
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
-        if len(parts) > 1:
-            if row.b and self.kept[row.n].out.shape == parts[0].out.shape:
-                parts[0] = self.kept[row.n]
-            self.kept[row.n] = parts[0]
-        return parts
-
-
-class EmptyPartNaN(TileKernel):
-    """A part with no visible key is 0 / 0."""
-
-    def closed(self, state: State) -> Part:
-        return Part(state.a / state.l[..., None], state.m + torch.log(state.l))
-
-
-class EmptyPartFinite(TileKernel):
-    """A part with no visible key has lse 0: it weighs as much as a key."""
-
-    def closed(self, state: State) -> Part:
-        part = super().closed(state)
-        return Part(part.out, torch.where(torch.isneginf(part.lse), 0.0, part.lse))
-
-    def no_part(self, row: Row) -> Part:
-        return super().closed(self.begin(row))
-
-
-class EmptyRowPlusInf(TileKernel):
-    """A row with no visible key has lse +inf."""
-
-    def no_part(self, row: Row) -> Part:
-        part = super().no_part(row)
-        return Part(part.out, -part.lse)
-
-
-class EmptyRowNaN(TileKernel):
-    """A row with no visible key is 0 / 0."""
-
-    def no_part(self, row: Row) -> Part:
-        part = super().no_part(row)
-        return Part(part.out * math.nan, part.lse)
-
-
-class Race(TileKernel):
-    """Now and then the merge runs before the last part is written."""
-
-    def __init__(self, spec: str, *, kv: int) -> None:
-        super().__init__(spec, kv=kv)
-        self.generator = torch.Generator().manual_seed(7)
-
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
-        if len(parts) > 1:
-            # Drawn on the host: the same rows on every device.
-            written = (torch.rand(row.q.shape[:2], generator=self.generator) >= 0.05).to(row.q.device)
-            parts[-1] = Part(parts[-1].out * written[..., None], parts[-1].lse)
-        return parts
-
-
-# Which keys
-
-
-class LastKeyDropped(TileKernel):
-    def visible(self, call: Call, n_kv: int) -> int:
-        return max(n_kv - 1, min(n_kv, 1))
-
-
-class PartialTileDropped(TileKernel):
-    """Only whole tiles are read, once there is one."""
-
-    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
-        tiles = super().tiles(start, stop)
-        return [t for t in tiles if t[1] - t[0] == self.plan.block] or tiles
-
-
-class LoneKeyDropped(TileKernel):
-    """The last tile is lost where it has one key (n_kv % 32 = 1)."""
-
-    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
-        tiles = super().tiles(start, stop)
-        return tiles[:-1] if len(tiles) > 1 and tiles[-1][1] - tiles[-1][0] == 1 else tiles
-
-
-class PaddingSeen(TileKernel):
-    """The last tile is padded with zero keys that are not masked."""
-
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
-        seen = super().load(x, row, first, last)
-        if last < row.n or last - first == self.plan.block:
-            return seen
-        padding = self.plan.block - (last - first)
-        return torch.cat((seen, seen.new_zeros((padding, *seen.shape[1:]))))
-
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
-        return super().mask(replace(row, n=max(row.n, first + s.shape[-1])), s, first)
-
-
-class FirstRowsLength(TileKernel):
-    """A launch for rows of one length, taken for rows of several."""
-
-    def visible(self, call: Call, n_kv: int) -> int:
-        return int(call.kv_len[0, 0])
-
-
-class KeyBeyond(TileKernel):
-    """One key beyond kv_len is seen."""
-
-    def visible(self, call: Call, n_kv: int) -> int:
-        return min(n_kv + 1, call.shape.keys) if n_kv else 0
-
-
-class CutKeyTwice(TileKernel):
-    """A part ends one key too late: the first key of the next part counts twice."""
-
-    def part_bounds(self, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
-        return [(a, min(b + 1, cuts[-1])) for a, b in super().part_bounds(cuts)]
-
-
-class CutKeyLost(TileKernel):
-    """A part begins one key too late: the first key after each cut is lost."""
-
-    def part_bounds(self, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
-        return [(a + (a > 0 and a + 1 < b), b) for a, b in super().part_bounds(cuts)]
-
-
-class TilesSwapped(TileKernel):
-    """Values of the second tile are read where the third one's belong."""
-
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
-        if first == 2 * self.plan.block:
-            return super().values(row, first - self.plan.block, last - self.plan.block)
-        return super().values(row, first, last)
-
-
-class OffsetWraps(TileKernel):
-    """Offsets in elements are kept in 16 bits, signed: emulates what 32 bits do beyond 2^31 elements."""
-
-    bits = 16
-
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
-        key = x.shape[2] * x.shape[3]
-        positions = torch.arange(first, last, device=x.device)
-        half = 1 << (self.bits - 1)
-        wrapped = (positions * key + half) % (2 * half) - half
-        # Reading before the beginning would be an illegal access; it is clamped to stay one process.
-        return x[row.b, (wrapped // key).clamp(min=0)].float()[:, row.kv_head]
-
-
-class OffsetWraps32(OffsetWraps):
-    """The same in 32 bits: only inputs beyond 2^31 elements show it."""
-
-    bits = 32
-
-
-class StridesIgnored(TileKernel):
-    """K and V are read as if they lay contiguously."""
-
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
-        if not x.is_contiguous():
-            dense = torch.empty(x.shape, dtype=x.dtype, device="meta").stride()
-            x = x.as_strided(x.shape, dense, x.storage_offset())
-        return super().load(x, row, first, last)
-
-
-class WindowDropped(TileKernel):
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
-        return super().mask(replace(row, call=replace(row.call, sliding_window=None)), s, first)
-
-
-class WindowOffByOne(TileKernel):
-    """The window holds one key more."""
-
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
-        window = row.call.sliding_window
-        wider = None if window is None else window + 1
-        return super().mask(replace(row, call=replace(row.call, sliding_window=wider)), s, first)
-
-
-class PrefillKeyDropped(TileKernel):
-    """On the prefill path a row does not see its own key."""
-
-    def visible(self, call: Call, n_kv: int) -> int:
-        return n_kv if call.path == "decode" else max(n_kv - 1, min(n_kv, 1))
-
-
-# Which heads
-
-
-class HeadsInterleaved(TileKernel):
-    """Query head h reads KV head h % Hkv."""
-
-    def kv_heads(self, shape: Shape, groups: tuple[int, ...]) -> torch.Tensor:
-        return torch.arange(shape.q_heads) % shape.kv_heads
-
-
-class GroupDoesNotDivide(TileKernel):
-    """Query head h reads KV head h // g with g the first group's size."""
-
-    def kv_heads(self, shape: Shape, groups: tuple[int, ...]) -> torch.Tensor:
-        return (torch.arange(shape.q_heads) // groups[0]).clamp(max=shape.kv_heads - 1)
-
-
-class SecondGroupsQuery(TileKernel):
-    """The second head group reads the first group's query heads."""
-
-    def query(self, call: Call, b: int, t: torch.Tensor) -> torch.Tensor:
-        q = super().query(call, b, t)
-        groups, r = self.plan.groups(call.shape.ratio), call.shape.ratio
-        heads = torch.arange(call.shape.q_heads)
-        inside = heads % r
-        return q[:, torch.where(inside >= groups[0], heads - groups[0], heads)]
-
-
-class SinkOfFirstGroup(TileKernel):
-    """The second head group takes the first group's sinks."""
-
-    def sink(self, row: Row) -> torch.Tensor:
-        heads, r = torch.arange(row.call.shape.q_heads), row.call.shape.ratio
-        first = self.plan.groups(r)[0]
-        return super().sink(row)[torch.where(heads % r >= first, heads - first, heads)]
-
-
-class LastColumns(TileKernel):
-    """The last 16 columns of V are not written for the last query head of each KV head."""
-
-    def store(self, result: Part) -> Part:
-        out = result.out.clone()
-        out[..., -1, -16:] = 0
-        return super().store(Part(out, result.lse))
-
-
-# Softmax and its options
-
-
-class NoRescaleOfA(TileKernel):
-    def rescaled(self, state: State, m: torch.Tensor) -> None:
-        a, moved = state.a, ~torch.isneginf(state.m)
-        super().rescaled(state, m)
-        state.a = torch.where(moved[..., None], a, state.a)
-
-
-class NoRescaleOfL(TileKernel):
-    def rescaled(self, state: State, m: torch.Tensor) -> None:
-        l, moved = state.l, ~torch.isneginf(state.m)
-        super().rescaled(state, m)
-        state.l = torch.where(moved, l, state.l)
-
-
-class LateMaximum(TileKernel):
-    """The maximum is not updated in a row's last tile: P is relative to the one before and may overflow."""
-
-    def update(self, state: State, s: torch.Tensor, v: torch.Tensor) -> None:
-        if s.shape[-1] < self.plan.block and not bool(torch.isneginf(state.m).any()):
-            p = torch.exp(s - state.m[..., None])
-            state.l = state.l + p.sum(-1)
-            state.a = self.accumulate(state.a, p.half().float(), v)
-            return
-        super().update(state, s, v)
-
-
-class SoftcapDropped(TileKernel):
-    def cap(self, row: Row, s: torch.Tensor) -> torch.Tensor:
-        return s
-
-
-class AlibiDropped(TileKernel):
-    def bias(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
-        return s
-
-
-class SinksDropped(TileKernel):
-    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
-        return parts or super().with_sink(row, parts)
-
-
-class SinkInEveryPart(TileKernel):
-    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
-        sink = super().with_sink(row, [])
-        return parts + sink * max(len(parts), 1)
-
-
-# Arithmetic
-
-
-class UndeclaredF16(TileKernel):
-    """Accumulates in float16 and says float32."""
-
-    def accumulate(self, a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return accumulate_f16(a, p, v)
-
-
-class F16Overflow(TileKernel):
-    """Declared float16 accumulators, but nothing keeps sums of large values below 65504."""
-
-    def __init__(self, spec: str) -> None:
-        super().__init__(spec, acc="f16")
-
-
-class F16Logits(TileKernel):
-    """Q K^T is accumulated and kept in float16."""
-
-    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
-        return (torch.einsum("thd,nhd->thn", row.q, k).half() * row.call.scale).float()
-
-
-class ScaleOfResult(TileKernel):
-    """The result is wrong by one factor."""
-
-    factor = 1.02
-
-    def store(self, result: Part) -> Part:
-        return super().store(Part(result.out * self.factor, result.lse))
-
-
-class SlightScale(ScaleOfResult):
-    """By so little that no single element shows it."""
-
-    factor = 1 + 2e-4
-
-
-class ScaleOfValueSize(TileKernel):
-    """The softmax scale is off by a thousandth, as one kept in bfloat16 is."""
-
-    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
-        return super().logits(row, k) * (1 + 2.0**-9)
-
-
-class WrongCacheType(TileKernel):
-    """The bits of V are read as another 16-bit type in the second half of the head."""
-
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
-        v = super().values(row, first, last)
-        half = v.shape[-1] // 2
-        other = v[..., half:].half().view(torch.int16).view(torch.bfloat16).float()
-        return torch.cat((v[..., :half], other), -1)
-
-
-class ExpandedTwice(TileKernel):
-    """The scales of the cache's blocks of 32 are multiplied in twice."""
-
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
-        v = super().values(row, first, last)
-        blocks = v.unflatten(-1, (-1, 16))
-        return (blocks * blocks.abs().amax(-1, keepdim=True) / 127).flatten(-2)
-
-
-# Dispatch
-
-
-class NeverRan(TileKernel):
-    """A gate that is too narrow sends every call to the old path, one part and one group."""
-
-    def plan_of(self, shape: Shape, n: int) -> RowPlan:
-        old = Plan(heads=None, kv=KVCuts("parts", 1), block=self.plan.block)
-        return old.at(n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size)
-
-
-class OtherHeadSize(TileKernel):
-    """Right for a head size of 64, a key too few for all others."""
-
-    def visible(self, call: Call, n_kv: int) -> int:
-        return n_kv if call.shape.k_size == 64 else max(n_kv - 1, min(n_kv, 1))
+from kernels.faults.rounding import (
+    ExpandedTwice,
+    F16Logits,
+    F16Overflow,
+    ScaleOfResult,
+    ScaleOfValueSize,
+    SlightScale,
+    UndeclaredF16,
+    WrongCacheType,
+)
+from kernels.faults.softmax import (
+    AlibiDropped,
+    LateMaximum,
+    NoRescaleOfA,
+    NoRescaleOfL,
+    SinkInEveryPart,
+    SinksDropped,
+    SoftcapDropped,
+)
+from kernels.faults.tile_kernel import TileKernel
 
 
 def _fault(

@@ -11,7 +11,6 @@ from kernels.eager import EagerKernel
 from kernels.families import POISON, Sizes
 from kernels.faults import FAULTS
 from kernels.probes import (
-    GAP,
     Probe,
     alibi_edge,
     check,
@@ -29,6 +28,7 @@ from kernels.probes import (
     tags,
     window_edge,
 )
+from kernels.probes.one_hot_probes import GAP
 from kernels.registry import build_kernel
 
 SIZES = Sizes(n_kv=(150, 65, 1), edges=(64, 128))

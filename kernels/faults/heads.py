@@ -1,0 +1,55 @@
+"""Faults of which heads read which, and write which columns.
+
+Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.contract import Call, Shape
+from kernels.faults.tile_kernel import Row, TileKernel
+from kernels.merge import Part
+
+
+class HeadsInterleaved(TileKernel):
+    """Query head h reads KV head h % Hkv."""
+
+    def kv_heads(self, shape: Shape, groups: tuple[int, ...]) -> torch.Tensor:
+        return torch.arange(shape.q_heads) % shape.kv_heads
+
+
+class GroupDoesNotDivide(TileKernel):
+    """Query head h reads KV head h // g with g the first group's size."""
+
+    def kv_heads(self, shape: Shape, groups: tuple[int, ...]) -> torch.Tensor:
+        return (torch.arange(shape.q_heads) // groups[0]).clamp(max=shape.kv_heads - 1)
+
+
+class SecondGroupsQuery(TileKernel):
+    """The second head group reads the first group's query heads."""
+
+    def query(self, call: Call, b: int, t: torch.Tensor) -> torch.Tensor:
+        q = super().query(call, b, t)
+        groups, r = self.plan.groups(call.shape.ratio), call.shape.ratio
+        heads = torch.arange(call.shape.q_heads)
+        inside = heads % r
+        return q[:, torch.where(inside >= groups[0], heads - groups[0], heads)]
+
+
+class SinkOfFirstGroup(TileKernel):
+    """The second head group takes the first group's sinks."""
+
+    def sink(self, row: Row) -> torch.Tensor:
+        heads, r = torch.arange(row.call.shape.q_heads), row.call.shape.ratio
+        first = self.plan.groups(r)[0]
+        return super().sink(row)[torch.where(heads % r >= first, heads - first, heads)]
+
+
+class LastColumns(TileKernel):
+    """The last 16 columns of V are not written for the last query head of each KV head."""
+
+    def store(self, result: Part) -> Part:
+        out = result.out.clone()
+        out[..., -1, -16:] = 0
+        return super().store(Part(out, result.lse))

@@ -1,0 +1,126 @@
+"""Faults of partial results and their merge, empty parts and rows, and the returned lse.
+
+Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kernels.faults.tile_kernel import Row, State, TileKernel
+from kernels.merge import Part, merge_sequential
+
+
+class Base2Merge(TileKernel):
+    """The lse is in base 2, the merge takes it as natural."""
+
+    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+        return [Part(part.out, part.lse / math.log(2.0)) for part in parts]
+
+    def merge(self, parts: list[Part]) -> Part:
+        result = merge_sequential(parts)
+        return Part(result.out, result.lse * math.log(2.0))
+
+
+class MeanOfParts(TileKernel):
+    def merge(self, parts: list[Part]) -> Part:
+        return Part(torch.stack([part.out for part in parts]).mean(0), merge_sequential(parts).lse)
+
+
+class Base2Lse(TileKernel):
+    """The lse that the kernel returns is in base 2."""
+
+    def store(self, result: Part) -> Part:
+        return super().store(Part(result.out, result.lse / math.log(2.0)))
+
+
+class LastPartLost(TileKernel):
+    """The merge rounds the number of parts down to a power of two."""
+
+    def merge(self, parts: list[Part]) -> Part:
+        return super().merge(parts[: 1 << (len(parts).bit_length() - 1)])
+
+
+class NoCommonMaximum(TileKernel):
+    """Merge weights exp(lse) instead of exp(lse - max lse)."""
+
+    def merge(self, parts: list[Part]) -> Part:
+        weights = torch.stack([torch.exp(part.lse) for part in parts])
+        total = weights.sum(0)
+        out = sum(w[..., None] * part.out for w, part in zip(weights, parts, strict=True)) / total[..., None]
+        return Part(torch.as_tensor(out), torch.log(total))
+
+
+class FixUpColumns(TileKernel):
+    """The fix-up of the last part writes its columns 16 further on."""
+
+    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+        if len(parts) > 1:
+            parts[-1] = Part(parts[-1].out.roll(16, -1), parts[-1].lse)
+        return parts
+
+
+class PartOfOtherBatch(TileKernel):
+    """Partial results are found by a stride that leaves the sequence out of account."""
+
+    def __init__(self, spec: str, *, kv: int) -> None:
+        super().__init__(spec, kv=kv)
+        self.kept: dict[int, Part] = {}
+
+    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+        if len(parts) > 1:
+            if row.b and self.kept[row.n].out.shape == parts[0].out.shape:
+                parts[0] = self.kept[row.n]
+            self.kept[row.n] = parts[0]
+        return parts
+
+
+class EmptyPartNaN(TileKernel):
+    """A part with no visible key is 0 / 0."""
+
+    def closed(self, state: State) -> Part:
+        return Part(state.a / state.l[..., None], state.m + torch.log(state.l))
+
+
+class EmptyPartFinite(TileKernel):
+    """A part with no visible key has lse 0: it weighs as much as a key."""
+
+    def closed(self, state: State) -> Part:
+        part = super().closed(state)
+        return Part(part.out, torch.where(torch.isneginf(part.lse), 0.0, part.lse))
+
+    def no_part(self, row: Row) -> Part:
+        return super().closed(self.begin(row))
+
+
+class EmptyRowPlusInf(TileKernel):
+    """A row with no visible key has lse +inf."""
+
+    def no_part(self, row: Row) -> Part:
+        part = super().no_part(row)
+        return Part(part.out, -part.lse)
+
+
+class EmptyRowNaN(TileKernel):
+    """A row with no visible key is 0 / 0."""
+
+    def no_part(self, row: Row) -> Part:
+        part = super().no_part(row)
+        return Part(part.out * math.nan, part.lse)
+
+
+class Race(TileKernel):
+    """Now and then the merge runs before the last part is written."""
+
+    def __init__(self, spec: str, *, kv: int) -> None:
+        super().__init__(spec, kv=kv)
+        self.generator = torch.Generator().manual_seed(7)
+
+    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+        if len(parts) > 1:
+            # Drawn on the host: the same rows on every device.
+            written = (torch.rand(row.q.shape[:2], generator=self.generator) >= 0.05).to(row.q.device)
+            parts[-1] = Part(parts[-1].out * written[..., None], parts[-1].lse)
+        return parts

@@ -1,0 +1,73 @@
+"""Faults of types, accumulators and scales.
+
+Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.faults.tile_kernel import Row, TileKernel, accumulate_f16
+from kernels.merge import Part
+
+
+class UndeclaredF16(TileKernel):
+    """Accumulates in float16 and says float32."""
+
+    def accumulate(self, a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return accumulate_f16(a, p, v)
+
+
+class F16Overflow(TileKernel):
+    """Declared float16 accumulators, but nothing keeps sums of large values below 65504."""
+
+    def __init__(self, spec: str) -> None:
+        super().__init__(spec, acc="f16")
+
+
+class F16Logits(TileKernel):
+    """Q K^T is accumulated and kept in float16."""
+
+    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+        return (torch.einsum("thd,nhd->thn", row.q, k).half() * row.call.scale).float()
+
+
+class ScaleOfResult(TileKernel):
+    """The result is wrong by one factor."""
+
+    factor = 1.02
+
+    def store(self, result: Part) -> Part:
+        return super().store(Part(result.out * self.factor, result.lse))
+
+
+class SlightScale(ScaleOfResult):
+    """By so little that no single element shows it."""
+
+    factor = 1 + 2e-4
+
+
+class ScaleOfValueSize(TileKernel):
+    """The softmax scale is off by a thousandth, as one kept in bfloat16 is."""
+
+    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+        return super().logits(row, k) * (1 + 2.0**-9)
+
+
+class WrongCacheType(TileKernel):
+    """The bits of V are read as another 16-bit type in the second half of the head."""
+
+    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
+        v = super().values(row, first, last)
+        half = v.shape[-1] // 2
+        other = v[..., half:].half().view(torch.int16).view(torch.bfloat16).float()
+        return torch.cat((v[..., :half], other), -1)
+
+
+class ExpandedTwice(TileKernel):
+    """The scales of the cache's blocks of 32 are multiplied in twice."""
+
+    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
+        v = super().values(row, first, last)
+        blocks = v.unflatten(-1, (-1, 16))
+        return (blocks * blocks.abs().amax(-1, keepdim=True) / 127).flatten(-2)

@@ -1,0 +1,58 @@
+"""Faults of the running softmax, softcap, ALiBi and sinks.
+
+Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.faults.tile_kernel import Row, State, TileKernel
+from kernels.merge import Part
+
+
+class NoRescaleOfA(TileKernel):
+    def rescaled(self, state: State, m: torch.Tensor) -> None:
+        a, moved = state.a, ~torch.isneginf(state.m)
+        super().rescaled(state, m)
+        state.a = torch.where(moved[..., None], a, state.a)
+
+
+class NoRescaleOfL(TileKernel):
+    def rescaled(self, state: State, m: torch.Tensor) -> None:
+        l, moved = state.l, ~torch.isneginf(state.m)
+        super().rescaled(state, m)
+        state.l = torch.where(moved, l, state.l)
+
+
+class LateMaximum(TileKernel):
+    """The maximum is not updated in a row's last tile: P is relative to the one before and may overflow."""
+
+    def update(self, state: State, s: torch.Tensor, v: torch.Tensor) -> None:
+        if s.shape[-1] < self.plan.block and not bool(torch.isneginf(state.m).any()):
+            p = torch.exp(s - state.m[..., None])
+            state.l = state.l + p.sum(-1)
+            state.a = self.accumulate(state.a, p.half().float(), v)
+            return
+        super().update(state, s, v)
+
+
+class SoftcapDropped(TileKernel):
+    def cap(self, row: Row, s: torch.Tensor) -> torch.Tensor:
+        return s
+
+
+class AlibiDropped(TileKernel):
+    def bias(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+        return s
+
+
+class SinksDropped(TileKernel):
+    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
+        return parts or super().with_sink(row, parts)
+
+
+class SinkInEveryPart(TileKernel):
+    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
+        sink = super().with_sink(row, [])
+        return parts + sink * max(len(parts), 1)
