@@ -80,7 +80,7 @@ def test_a_file_gives_its_own_shape(tmp_path: Path) -> None:
         (("--arch", "none.gguf"), "none.gguf"),
         (("--cache-type", "q9"), "--cache-type q9: expected one of"),
         (("--gpus", "0"), "--gpus 0"),
-        (("--gpus", "3", "--split-mode", "graph"), "8 KV heads cannot be shared out over 3 GPUs"),
+        (("--gpus", "3", "--split-mode", "graph"), "8 KV heads are not equal shares for 3 GPUs"),
         (("--split-mode", "row"), "--split-mode row: expected layer or graph"),
         (("--policy", "ik-1"), "did you mean"),
         (("--n-kv", "0"), "--n-kv 0"),
