@@ -56,7 +56,7 @@ def setting_of(arch: str, cache_type: str, gpus: int, split_mode: str) -> Settin
     shape = find_shape(arch)
     if split_mode == "graph" and shape.kv_heads % gpus and shape.kv_heads > 1:
         raise UsageError(
-            f"--gpus {gpus}: {shape.kv_heads} KV heads are not equal shares for {gpus} GPUs, and a plan is that"
-            " of one GPU (verify ppl runs unequal shares)"
+            f"--gpus {gpus}: {shape.kv_heads} KV heads are not equal shares for {gpus} GPUs, and a plan is"
+            " that of one GPU (verify ppl runs unequal shares)"
         )
     return Setting(shape, cache_type, gpus, "graph" if split_mode == "graph" else "layer")
