@@ -19,15 +19,8 @@ from kernels.cache import BLOCK, CACHE_TYPES, dequantise, quantise
 from kernels.capabilities import Capabilities
 from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
 from kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
-from kernels.flash.launch import (
-    FUSED_TYPES,
-    Prepared,
-    check_supported,
-    device_code,
-    planes_of,
-    prepare,
-    shares_memory,
-)
+from kernels.flash.launch import Prepared, device_code, shares_memory
+from kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from kernels.flash.tiles import Tiles, choose_tiles
 from kernels.merge import Merge
 

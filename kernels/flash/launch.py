@@ -1,7 +1,6 @@
-"""The host side of `flash`: from a checked call to launches of `device`, and what was launched.
+"""The launches of a prepared call on the current stream, and what was launched.
 
-`prepare` does everything that needs the host once (plans, tiles, buffers); `Prepared.launch` only launches,
-so that it can be captured in a CUDA graph.
+`Prepared.launch` only launches, so that it can be captured in a CUDA graph; `prepare` made the call ready.
 """
 
 from __future__ import annotations
@@ -16,26 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.cache import Quantised
 from kernels.contract import AttentionOutput, Call
-from kernels.eager import EagerOptions, asked_of
-from kernels.flash.rows import RowPlans, plans_of_rows
+from kernels.eager import EagerOptions
+from kernels.flash.rows import RowPlans
 from kernels.flash.tiles import (
-    LARGEST_GROUP,
-    LARGEST_K_HEAD,
-    LARGEST_V_HEAD,
-    SMALLEST_HEAD,
     Tiles,
     next_power_of_two,
     split_head,
 )
-from kernels.lengths import lengths_of
 from kernels.trace import Batch, LaunchTrace, Signature
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
 PARTIALS_AT_ONCE = 1 << 28
-# Offsets inside a tile are 32 bits wide (a tile has at most 128 keys), all others 64.
-LARGEST_KEY_STRIDE = (1 << 31) // 256
 LOG2_E = math.log2(math.e)
 _TRITON_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
@@ -73,18 +64,6 @@ def _common_size(head_groups: tuple[int, ...]) -> int:
     return first if all(g == first for g in head_groups[:-1]) and head_groups[-1] <= first else 0
 
 
-def check_supported(call: Call) -> None:
-    """Raises ValueError, naming the argument, for a dtype or a head size that the kernel does not have."""
-    shape = call.shape
-    if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q: flash computes float16, bfloat16 and float32, got {call.q.dtype}")
-    for name, size, largest in (("k", shape.k_size, LARGEST_K_HEAD), ("v", shape.v_size, LARGEST_V_HEAD)):
-        if size % 8 or not SMALLEST_HEAD <= size <= largest:
-            raise ValueError(
-                f"{name}: flash has head sizes {SMALLEST_HEAD} to {largest} in steps of 8, got {size}"
-            )
-
-
 def shares_memory(call: Call) -> bool:
     """Whether v is the first Dv numbers of each key, in the same memory (MLA's latent cache)."""
     k, v = call.k, call.v
@@ -102,29 +81,12 @@ class Planes(NamedTuple):
     v_scales: torch.Tensor
 
 
-# Cache types that the kernel reads itself, and bits of their codes.
-FUSED_TYPES = {"q8_0": 8, "q4_0": 4}
-
-
 @functools.cache
 def quantised_code() -> Any:
     """The module of kernels that read quantised caches."""
     from kernels.flash import quantised as flash_quantised
 
     return flash_quantised
-
-
-def planes_of(k: Quantised, v: Quantised) -> Planes:
-    """Planes of codes [B, Hkv, S, D] (4 bits: half as wide) and of scales [B, Hkv, D / 32, S]."""
-    bits = FUSED_TYPES[k.type]
-    planes = []
-    for x in (k, v):
-        codes = x.codes.permute(0, 2, 1, 3)
-        if bits == 4:
-            half = codes.shape[-1] // 2
-            codes = codes[..., :half] | codes[..., half:] << 4
-        planes += [codes.contiguous(), x.scale.permute(0, 2, 3, 1).contiguous()]
-    return Planes(bits, *planes)
 
 
 def expanded(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
@@ -415,74 +377,3 @@ def _chunks(call: Call, item: Launches, tiles: Tiles) -> list[tuple[slice, slice
     return [
         (slice(b, b + 1), slice(t, t + step)) for b in range(shape.batch) for t in range(0, shape.rows, step)
     ]
-
-
-def prepare(
-    call: Call,
-    options: EagerOptions,
-    tiles: Tiles,
-    *,
-    overlap: bool = False,
-    cache_type: str = "f16",
-) -> Prepared:
-    """Plans and buffers of a call; cache_type: what policies are told.
-
-    Raises ValueError where head groups do not sum to r or are too large.
-    """
-    check_supported(call)
-    shape, plan = call.shape, options.plan
-    notes: list[str] = []
-    call = _contiguous_enough(call, notes)
-    lengths = lengths_of(call.kv_len).of_rows
-    decode = call.path == "decode"
-    rows = plans_of_rows(
-        plan,
-        shape,
-        lengths,
-        1 if decode else tile_tokens(call, tiles),
-        decode,
-        cache_type=cache_type,
-        **asked_of(call),
-    )
-    kv_len = call.kv_len.to(torch.int32).contiguous()
-    launches = []
-    for index, kind in enumerate(rows.kinds):
-        if max(kind.head_groups) > LARGEST_GROUP:
-            written = "+".join(map(str, kind.head_groups))
-            raise ValueError(f"heads={written}: flash has groups of at most {LARGEST_GROUP} heads")
-        mine = kv_len
-        if len(rows.kinds) > 1:
-            chosen = torch.tensor(rows.kind_of_row, device=kv_len.device).view(kv_len.shape) == index
-            mine = torch.where(chosen, kv_len, -1)
-        parts, tiles_a_part = 0, 0
-        if plan.kv.mode == "size":
-            tiles_a_part = -(-plan.kv.value // plan.block)
-        else:
-            parts = plan.kv.parts_wanted(shape.kv_heads * len(kind.head_groups), plan.sms)
-        same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
-        launches.append(
-            Launches(kind.head_groups, kind.launch, parts, tiles_a_part, kind.slots, mine, same_length)
-        )
-    out = call.q.new_empty((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
-    lse = out.new_empty((shape.batch, shape.rows, shape.q_heads))
-    return Prepared(call, options, tiles, overlap, out, lse, launches, lengths, rows, notes)
-
-
-def _contiguous_enough(call: Call, notes: list[str]) -> Call:
-    """The call with tensors whose last dimension is contiguous; a copy is noted."""
-    changed: dict[str, Any] = {}
-    for name in ("q", "k", "v"):
-        x: torch.Tensor = getattr(call, name)
-        if x.shape[3] > 1 and x.stride(3) != 1:
-            changed[name] = x.contiguous()
-            notes.append(f"{name}: strides {x.stride()} were copied to contiguous memory")
-        elif x.stride(1) > LARGEST_KEY_STRIDE:
-            raise ValueError(
-                f"{name}: a stride of {x.stride(1)} numbers from key to key, flash reads at most"
-                f" {LARGEST_KEY_STRIDE}"
-            )
-    for name in ("sinks", "alibi_slopes"):
-        per_head = getattr(call, name)
-        if per_head is not None:
-            changed[name] = per_head.to(torch.float32).contiguous()
-    return replace(call, **changed) if changed else call
