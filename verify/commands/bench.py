@@ -20,12 +20,21 @@ CPU_N_KV, CUDA_N_KV = "512,2048", "8192,16384,32768,65536,131072"
 def command(
     specs: Annotated[
         list[str] | None,
-        typer.Argument(help="kernel specifications; the first is what the others are compared with"),
+        typer.Argument(
+            help="kernel specifications; the first is what the others are compared with; default"
+            f" {' '.join(DEFAULT_SPECS)}"
+        ),
     ] = None,
     shape: Annotated[
-        str, typer.Option("--shape", help="names (glm-4.5-air, glm-4.5-air@4) or 96/8x128")
+        str,
+        typer.Option(
+            "--shape",
+            help="names (glm-4.5-air, glm-4.5-air@4) or 96/8x128; default glm-4.5-air (CPU: smollm2)",
+        ),
     ] = "",
-    n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = "",
+    n_kv: Annotated[
+        str, typer.Option("--n-kv", help=f"lengths, comma between; default {CUDA_N_KV} (CPU: {CPU_N_KV})")
+    ] = "",
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="folder for bench.json and bench.svg")] = None,
     json_: options.Json = False,

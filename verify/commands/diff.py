@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kernels.shapes import SHAPES
 from verify.commands import options
 from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.verdict import DEFAULT_MARGIN
@@ -23,9 +24,15 @@ CUDA_SHAPE, CUDA_N_KV = "glm-4.5-air", "512,8192,32768,131072"
 def command(
     shape: Annotated[
         str,
-        typer.Option("--shape", help="names, comma between; NAME@4 is one GPU of 4"),
+        typer.Option(
+            "--shape",
+            help=f"names ({', '.join(SHAPES)}) or 96/8x128, comma between; NAME@4 is one GPU of 4;"
+            f" default {CUDA_SHAPE} (CPU: {CPU_SHAPE})",
+        ),
     ] = "",
-    n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = "",
+    n_kv: Annotated[
+        str, typer.Option("--n-kv", help=f"lengths, comma between; default {CUDA_N_KV} (CPU: {CPU_N_KV})")
+    ] = "",
     baseline: options.Baseline = DEFAULT_BASELINE,
     candidate: options.Candidates = None,
     inputs: Annotated[str, typer.Option("--inputs", help="families, comma between, or all")] = "all",

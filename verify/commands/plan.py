@@ -25,7 +25,10 @@ def command(
     cache_type: Annotated[str, typer.Option("--cache-type", "-ctk", help="f16, q8_0, q4_0 ...")] = "f16",
     gpus: options.Gpus = 1,
     split_mode: options.SplitMode = "layer",
-    policy: Annotated[list[str] | None, typer.Option("--policy", help="may be repeated; default all")] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="may be repeated; default all (verify list names them)"),
+    ] = None,
     json_: options.Json = False,
 ) -> int:
     """Print; exit 0."""

@@ -94,7 +94,9 @@ def command(
             "--checkpoint-minutes", help="how often a group is kept between layers, for --resume; 0: always"
         ),
     ] = DEFAULT_CHECKPOINT_MINUTES,
-    seed: Annotated[int, typer.Option("--seed", help="of sampled rows and floor noise")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="of sampled rows, floor noise and noise arms' plans")
+    ] = 0,
     resume: Annotated[Path | None, typer.Option("--resume", help="go on with the run in this folder")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/ppl-TIME")
