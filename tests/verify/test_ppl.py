@@ -456,8 +456,8 @@ def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: 
     architecture = architecture_of(GGUFFile.open(tmp_path / "gemma3.gguf"))
     own = tmp_path / "own.py"
     own.write_text(
-        "def plain(q, k, v, *, kv_len, scale):\n    raise NotImplementedError\n"
-        "def windowed(q, k, v, *, kv_len, scale, sliding_window):\n    raise NotImplementedError\n"
+        "def plain(q, k, v, *, kv_len, scale):\n    raise AssertionError\n"
+        "def windowed(q, k, v, *, kv_len, scale, sliding_window):\n    raise AssertionError\n"
     )
     for function, refused in (("windowed", False), ("plain", True)):
         spec = f"py:{own}::{function}"

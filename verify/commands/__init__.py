@@ -22,8 +22,8 @@ from verify.commands import (
 
 app = typer.Typer(
     name="verify",
-    help="Evidence that a changed attention kernel is still right. --debug, beside any command, shows where an"
-    " internal error was.",
+    help="Evidence that a changed attention kernel is still right. --debug, beside any command, shows where"
+    " an internal error was.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
