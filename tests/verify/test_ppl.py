@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,13 @@ import torch
 import model.runner
 from kernels.contract import AttentionOutput, Call
 from kernels.eager import EagerKernel, EagerOptions
-from kernels.registry import build_kernel
-from model.architectures import architecture_of
 from model.gguf_file import GGUFFile
 from model.products import Tiling
-from support.cli import Done, assert_refused, verify, verify_apart
+from support.cli import Done, verify, verify_apart
 from support.tiny_model import write_text, write_tiny_model
-from support.twins import TWINS
 from verify import experiment, rounds
-from verify.arms import Arm
-from verify.errors import UsageError
 from verify.inplace import InPlace
 from verify.sample import Sample
-from verify.subject import try_kernels
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -307,108 +300,6 @@ def test_a_run_that_was_interrupted_goes_on(tiny: tuple[Path, Path], tmp_path: P
     assert (parts / "tokens.parquet").read_bytes() == (whole / "tokens.parquet").read_bytes()
 
 
-def test_a_finished_run_is_not_run_again(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    run(tiny, tmp_path / "run")
-    assert_refused(verify("ppl", "--resume", str(tmp_path / "run")), "is finished")
-
-
-def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
-    assert_refused(verify("ppl", "--resume", str(tmp_path)), "expected the folder of a run")
-
-
-def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path / "model.gguf")
-    out = tmp_path / "run"
-    run((model, tiny[1]), out)
-    (out / "groups").mkdir()
-    write_tiny_model(model, seed=5)
-    done = verify("ppl", "--resume", str(out))
-    assert done.returncode == 2
-    assert "model changed since the run began" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (("-m", "nowhere.gguf"), "nowhere.gguf"),
-        (("-f", "nowhere.txt"), "nowhere.txt"),
-        (("--candidate", "flahs"), "did you mean 'flash'"),
-        (("--candidate", "flash:heds=2"), "did you mean 'heads'"),
-        (("--candidate", "flash:heads=8+4"), "sums to 12, expected r = 2"),
-        (("--path", "sideways"), "--path sideways"),
-        (("--chunks", "0"), "chunks"),
-        (("--chunks", "many"), "'--chunks': Input should be a valid integer"),
-        (("--cache-type", "q9"), "--cache-type q9"),
-        (("--memory", "lots"), "--memory lots"),
-        (("--device", "tpu"), "--device tpu"),
-        (("--margin", "0.5"), "--margin"),
-        (("--compute", "f16"), "--compute f16"),
-        (("--nonsense",), "--nonsense"),
-        (("-c", "4096"), "expected at least 8192"),
-    ],
-)
-def test_bad_input_is_one_line(
-    tiny: tuple[Path, Path], tmp_path: Path, more: tuple[str, ...], said: str
-) -> None:
-    done, _ = run(tiny, tmp_path / "run", *more)
-    assert_refused(done, said)
-
-
-def test_an_unwritable_folder(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    done, _ = run(tiny, blocked / "run")
-    assert_refused(done, "--out", "cannot be written")
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    run(tiny, tmp_path / "run")
-    before = (tmp_path / "run/run.json").read_bytes()
-    done, _ = run(tiny, tmp_path / "run")
-    assert_refused(done, "--resume")
-    assert (tmp_path / "run/run.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"architecture": "mamba"}, "'mamba'"),
-        ({"pre": "klingon"}, "klingon"),
-        ({"drop": ("blk.1.ffn_up.weight",)}, "blk.1.ffn_up.weight is missing"),
-        ({"attention__head_count_kv": 3}, "not a multiple"),
-        ({"embedding_length": 32}, "expected [32]"),
-    ],
-)
-def test_models_that_cannot_be_run_are_named(
-    tiny: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
-    model = write_tiny_model(tmp_path / "odd.gguf", **change)
-    done, _ = run((model, tiny[1]), tmp_path / "run")
-    assert_refused(done, "odd.gguf", said)
-
-
-def test_a_truncated_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    cut = tmp_path / "cut.gguf"
-    whole = tiny[0].read_bytes()
-    cut.write_bytes(whole[: len(whole) - 5000])
-    done, _ = run((cut, tiny[1]), tmp_path / "run")
-    assert_refused(done, "cut.gguf")
-
-
-def test_a_file_that_is_no_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    done, _ = run((tiny[1], tiny[1]), tmp_path / "run")
-    assert_refused(done, "text.txt")
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("list", "ik-1183"), ("doctor", "kernel flash"), ("--help", "Commands")]
-)
-def test_commands_that_compare_nothing(name: str, said: str) -> None:
-    done = verify(name)
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
-
-
 def test_variables_that_the_user_set_are_kept() -> None:
     done = verify_apart("doctor", env={**os.environ, "MKL_CBWR": "COMPATIBLE"})
     assert "COMPATIBLE" in done.stdout
@@ -421,49 +312,6 @@ def test_variables_that_the_user_set_are_kept() -> None:
 )
 def test_of_many_windows_some_are_checked_in_place(windows: int, at_once: int, stride: int) -> None:
     assert InPlace(Sample(windows, at_once=at_once), at_once=at_once).stride == stride
-
-
-def test_a_resumed_run_takes_no_other_settings(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run(tiny, out)
-    done = verify("ppl", "--resume", str(out), "--candidate", "eager", "--device", "cpu")
-    assert_refused(done, f"--resume {out}", "expected no --candidate or --device beside it")
-    # What may stand there gets further.
-    assert_refused(verify("ppl", "--resume", str(out), "--memory", "8G"), "that run is finished")
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--candidate", "sdpa:flash", "--path", "prefill"), "has no path prefill"),
-        (("--candidate", "sdpa:flash", "--cache-type", "f32"), "has no dtype torch.float32"),
-        (("--margin", "inf"), "--margin inf"),
-        (("--memory", "inf"), "--memory inf"),
-        (("--checkpoint-minutes", "inf"), "--checkpoint-minutes inf"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_at_once(
-    tiny: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], said: str
-) -> None:
-    done, _ = run(tiny, tmp_path / "run", *options)
-    assert_refused(done, said)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: Path) -> None:
-    """Some layers of gemma3 have a sliding window; a function that takes one is not run here."""
-    TWINS["gemma3"].build(tmp_path / "gemma3.gguf")
-    architecture = architecture_of(GGUFFile.open(tmp_path / "gemma3.gguf"))
-    own = tmp_path / "own.py"
-    own.write_text(
-        "def plain(q, k, v, *, kv_len, scale):\n    raise AssertionError\n"
-        "def windowed(q, k, v, *, kv_len, scale, sliding_window):\n    raise AssertionError\n"
-    )
-    for function, refused in (("windowed", False), ("plain", True)):
-        spec = f"py:{own}::{function}"
-        arm = Arm("candidate", "candidate", spec, "decode", build_kernel(spec))
-        with pytest.raises(UsageError, match="sliding window") if refused else nullcontext():
-            try_kernels([arm], architecture, "f16", torch.device("cpu"))
 
 
 class OutOfMemory(EagerKernel):

@@ -1,0 +1,184 @@
+"""What `verify ppl` refuses, in one line: bad input, models that cannot be run, runs that cannot go on."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.registry import build_kernel
+from model.architectures import architecture_of
+from model.gguf_file import GGUFFile
+from support.cli import Done, assert_refused, verify
+from support.tiny_model import write_text, write_tiny_model
+from support.twins import TWINS
+from verify.arms import Arm
+from verify.errors import UsageError
+from verify.subject import try_kernels
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_tiny_model(folder / "tiny.gguf"), write_text(folder / "text.txt")
+
+
+def command(tiny: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    model, text = tiny
+    base = ["ppl", "-m", str(model), "-f", str(text), "-c", "64", "--chunks", "6"]
+    return [*base, "--device", "cpu", "--out", str(out), *more]
+
+
+def run(tiny: tuple[Path, Path], out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
+    done = verify(*command(tiny, out, *more))
+    report = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
+    return done, report
+
+
+def test_a_finished_run_is_not_run_again(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    assert_refused(verify("ppl", "--resume", str(tmp_path / "run")), "is finished")
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    assert_refused(verify("ppl", "--resume", str(tmp_path)), "expected the folder of a run")
+
+
+def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model.gguf")
+    out = tmp_path / "run"
+    run((model, tiny[1]), out)
+    (out / "groups").mkdir()
+    write_tiny_model(model, seed=5)
+    done = verify("ppl", "--resume", str(out))
+    assert done.returncode == 2
+    assert "model changed since the run began" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("-m", "nowhere.gguf"), "nowhere.gguf"),
+        (("-f", "nowhere.txt"), "nowhere.txt"),
+        (("--candidate", "flahs"), "did you mean 'flash'"),
+        (("--candidate", "flash:heds=2"), "did you mean 'heads'"),
+        (("--candidate", "flash:heads=8+4"), "sums to 12, expected r = 2"),
+        (("--path", "sideways"), "--path sideways"),
+        (("--chunks", "0"), "chunks"),
+        (("--chunks", "many"), "'--chunks': Input should be a valid integer"),
+        (("--cache-type", "q9"), "--cache-type q9"),
+        (("--memory", "lots"), "--memory lots"),
+        (("--device", "tpu"), "--device tpu"),
+        (("--margin", "0.5"), "--margin"),
+        (("--compute", "f16"), "--compute f16"),
+        (("--nonsense",), "--nonsense"),
+        (("-c", "4096"), "expected at least 8192"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny: tuple[Path, Path], tmp_path: Path, more: tuple[str, ...], said: str
+) -> None:
+    done, _ = run(tiny, tmp_path / "run", *more)
+    assert_refused(done, said)
+
+
+def test_an_unwritable_folder(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    done, _ = run(tiny, blocked / "run")
+    assert_refused(done, "--out", "cannot be written")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    before = (tmp_path / "run/run.json").read_bytes()
+    done, _ = run(tiny, tmp_path / "run")
+    assert_refused(done, "--resume")
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "mamba"}, "'mamba'"),
+        ({"pre": "klingon"}, "klingon"),
+        ({"drop": ("blk.1.ffn_up.weight",)}, "blk.1.ffn_up.weight is missing"),
+        ({"attention__head_count_kv": 3}, "not a multiple"),
+        ({"embedding_length": 32}, "expected [32]"),
+    ],
+)
+def test_models_that_cannot_be_run_are_named(
+    tiny: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    model = write_tiny_model(tmp_path / "odd.gguf", **change)
+    done, _ = run((model, tiny[1]), tmp_path / "run")
+    assert_refused(done, "odd.gguf", said)
+
+
+def test_a_truncated_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    whole = tiny[0].read_bytes()
+    cut.write_bytes(whole[: len(whole) - 5000])
+    done, _ = run((cut, tiny[1]), tmp_path / "run")
+    assert_refused(done, "cut.gguf")
+
+
+def test_a_file_that_is_no_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    done, _ = run((tiny[1], tiny[1]), tmp_path / "run")
+    assert_refused(done, "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("list", "ik-1183"), ("doctor", "kernel flash"), ("--help", "Commands")]
+)
+def test_commands_that_compare_nothing(name: str, said: str) -> None:
+    done = verify(name)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
+def test_a_resumed_run_takes_no_other_settings(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(tiny, out)
+    done = verify("ppl", "--resume", str(out), "--candidate", "eager", "--device", "cpu")
+    assert_refused(done, f"--resume {out}", "expected no --candidate or --device beside it")
+    # What may stand there gets further.
+    assert_refused(verify("ppl", "--resume", str(out), "--memory", "8G"), "that run is finished")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--candidate", "sdpa:flash", "--path", "prefill"), "has no path prefill"),
+        (("--candidate", "sdpa:flash", "--cache-type", "f32"), "has no dtype torch.float32"),
+        (("--margin", "inf"), "--margin inf"),
+        (("--memory", "inf"), "--memory inf"),
+        (("--checkpoint-minutes", "inf"), "--checkpoint-minutes inf"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    tiny: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    done, _ = run(tiny, tmp_path / "run", *options)
+    assert_refused(done, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: Path) -> None:
+    """Some layers of gemma3 have a sliding window; a function that takes one is not run here."""
+    TWINS["gemma3"].build(tmp_path / "gemma3.gguf")
+    architecture = architecture_of(GGUFFile.open(tmp_path / "gemma3.gguf"))
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def plain(q, k, v, *, kv_len, scale):\n    raise AssertionError\n"
+        "def windowed(q, k, v, *, kv_len, scale, sliding_window):\n    raise AssertionError\n"
+    )
+    for function, refused in (("windowed", False), ("plain", True)):
+        spec = f"py:{own}::{function}"
+        arm = Arm("candidate", "candidate", spec, "decode", build_kernel(spec))
+        with pytest.raises(UsageError, match="sliding window") if refused else nullcontext():
+            try_kernels([arm], architecture, "f16", torch.device("cpu"))
