@@ -2,9 +2,9 @@
 
 An arm that runs freely drifts from exact for many reasons; here each kernel gets the same inputs as the
 oracle and answers for its own rounding alone. All rows count for the size of the error and for its gain; the
-budget is derived for some rows: the first two, the last, and others drawn by seed; windows that are computed
-side by side share them. Of a long text a sample of windows is measured (`verify.sample`). An error above its
-budget is a bug, whatever the perplexity says.
+budget is derived for some rows: the first two, the last, others drawn by seed, and the two that err most;
+windows that are computed side by side share them. Of a long text a sample of windows is measured
+(`verify.sample`). An error above its budget is a bug, whatever the perplexity says.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class HeadErrors(NamedTuple):
     """One row of layers.parquet: a kernel at one layer, window and head.
 
     Over all rows: relative_rms: ||error|| / ||exact||; gain: <error, exact> / <exact, exact>, a scale error;
-    nonfinite: rows with NaN or Inf. Over the sampled rows, NaN where the window was not sampled:
-    max_budget_ratio: largest |error| / budget where the budget is not vacuous; rms_ratio: root mean square of
-    error / expected size; relative_max: largest ||error|| / ||sum p|v||| of a row with a vacuous budget;
-    vacuous: share of such rows; gain_bias: the common shrinking that accumulators may have which truncate.
-    position: of the worst row.
+    nonfinite: rows with NaN or Inf. Over the sampled rows and those that err most, NaN where the window was
+    not sampled: max_budget_ratio: largest |error| / budget where the budget is not vacuous; relative_max:
+    largest ||error|| / ||sum p|v||| of a row with a vacuous budget. Over the sampled ones alone: rms_ratio:
+    root mean square of error / expected size; vacuous: share of rows with such a budget; gain_bias: the
+    common shrinking that accumulators may have which truncate. position: of the worst row.
     """
 
     window: int
@@ -106,21 +106,23 @@ class InPlace:
     def __call__(self, call: LayerCall, measured: Sequence[Measured]) -> None:
         """Enter the errors of some kernels at one layer."""
         slab = call.window // self.at_once
-        rows, budgets = None, {}
+        rows, checked, budgets = None, None, {}
         if (self.sample.ordinal(call.window) + call.layer) % self.stride == 0 and measured:
             rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
             rows = rows.to(call.q.device)
-            budgets = _budgets(measured, rows)
+            worst = [_worst_rows(error, one.exact) for one in measured for error in one.errors.values()]
+            checked = torch.cat((rows, *worst))
+            budgets = _budgets(measured, checked)
         for one in measured:
             assert one.arm.kernel is not None
             for name, error in one.errors.items():
                 self._checks.append((call.window, call.layer, name, one.arm.path))
                 figures = _all_rows(error, one.exact, call.kv_len[0])
-                if rows is not None:
-                    kv_len = call.kv_len[0, rows]
+                if rows is not None and checked is not None:
+                    kv_len = call.kv_len[0, checked]
                     arithmetic = one.arm.kernel.arithmetic_of(one.own)
-                    side_by_side = error[:, rows].transpose(0, 1).flatten(1, 2)
-                    shrinking = [arithmetic.shrinking(n) for n in kv_len.tolist()]
+                    side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)
+                    shrinking = [arithmetic.shrinking(n) for n in kv_len[: len(rows)].tolist()]
                     bias = torch.tensor(shrinking, dtype=torch.float64, device=kv_len.device)
                     _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, bias)
                 self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
@@ -193,6 +195,16 @@ def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) ->
     return figures
 
 
+def _worst_rows(error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The rows [2] of the largest error of any window and head: relative to the row's own result, and to the
+    head's. A fault at one row in a hundred is no longer a matter of luck. error, exact [B, T, H, Dv]."""
+    size = torch.where(torch.isfinite(error), error, 0.0).norm(dim=-1)
+    due = exact.norm(dim=-1)
+    tiny = torch.finfo(torch.float64).tiny
+    of_row, of_head = size / due.clamp(min=tiny), size / due.amax(1, keepdim=True).clamp(min=tiny)
+    return torch.stack([share.amax((0, 2)).argmax() for share in (of_row, of_head)])
+
+
 def _some_rows(
     figures: dict[str, torch.Tensor],
     error: torch.Tensor,
@@ -200,24 +212,25 @@ def _some_rows(
     kv_len: torch.Tensor,
     bias: torch.Tensor,
 ) -> None:
-    """Enter the figures of the sampled rows.
+    """Enter the figures of the rows that have a budget: the sampled ones, as many as `bias`, then the worst.
 
-    error [rows, B * H, Dv], as the budget of `_as_one_sequence` has it; kv_len and bias [rows].
+    error [rows, B * H, Dv], as the budget of `_as_one_sequence` has it; kv_len [rows], bias [sampled].
     """
     exact, size, expected, vacuous = budget.out[0], budget.size[0], budget.expected[0], budget.vacuous[0]
     bad = ~torch.isfinite(error).all(-1)
     error = torch.where(bad[..., None], 0.0, error)
     ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
     relative = error.norm(dim=-1) / size.norm(dim=-1).clamp(min=1e-300)
-    square = torch.where(expected > 0, error / expected, 0.0).square().mean(-1)
     worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio)
-    shared = (bias[:, None, None] * size * exact.abs()).sum((0, 2))
+    sampled = slice(0, len(bias))
+    square = torch.where(expected > 0, error / expected, 0.0)[sampled].square().mean(-1)
+    shared = (bias[:, None, None] * size[sampled] * exact[sampled].abs()).sum((0, 2))
     found = {
         "max_budget_ratio": ratio.amax(0),
         "rms_ratio": square.mean(0).sqrt(),
         "relative_max": torch.where(vacuous, relative, 0.0).amax(0),
-        "vacuous": vacuous.double().mean(0),
-        "gain_bias": shared / exact.square().sum((0, 2)).clamp(min=1e-300),
+        "vacuous": vacuous[sampled].double().mean(0),
+        "gain_bias": shared / exact[sampled].square().sum((0, 2)).clamp(min=1e-300),
         "position": (kv_len.double() - 1)[worst.argmax(0)],
     }
     windows = figures["nonfinite"].shape
