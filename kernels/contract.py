@@ -161,6 +161,10 @@ class Kernel(ABC):
         """The merge that this kernel combines its parts by, where it can be called by itself."""
         return None
 
+    def forgive(self) -> None:
+        """Ask a kernel again that hung: one in a process of its own is not asked twice by itself."""
+        return None
+
     def close(self) -> None:
         """Give back what the kernel holds outside this process."""
         return None

@@ -90,6 +90,9 @@ class TensorParallelKernel(Kernel):
     def merger(self) -> Merge | None:
         return self.inner.merger()
 
+    def forgive(self) -> None:
+        self.inner.forgive()
+
     def close(self) -> None:
         self.inner.close()
 

@@ -165,7 +165,7 @@ def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> lis
             evidence.failure = each.failure
         elif plain is not None:
             with clock.stage("figures", inputs.n_kv):
-                _hold(evidence, inputs, each.output, due[i], plain)
+                _hold(evidence, inputs, each.output, due[i], plain, kernel.capabilities().lse)
         found.append(evidence)
     return found
 
@@ -201,12 +201,16 @@ def _all_due(kernels: Sequence[Kernel], call: Call) -> list[_Due]:
 
 
 def _hold(
-    found: KernelEvidence, inputs: Inputs, output: AttentionOutput, due: _Due, plain: torch.Tensor
+    found: KernelEvidence,
+    inputs: Inputs,
+    output: AttentionOutput,
+    due: _Due,
+    plain: torch.Tensor,
+    has_lse: bool,
 ) -> None:
     """Fill in a kernel's evidence: its output against the budget, and what the gates of others say."""
     call, budget, exact = inputs.call, due.budget, due.exact
     found.output = output
-    has_lse = not bool(output.lse.isnan().all())
     judged = output if has_lse else AttentionOutput(output.out, budget.lse)
     family = FAMILIES.get(inputs.family)
     distinct = family is not None and family.distinct

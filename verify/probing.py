@@ -63,12 +63,12 @@ def _failures(kernels: Sequence[Kernel], probe: Probe, tried: Sequence[Attempt])
     if probe.demand == "budget":
         budgets = error_budgets(call, arithmetics)
     failures = []
-    for each, arithmetic, budget in zip(tried, arithmetics, budgets, strict=True):
+    for kernel, each, arithmetic, budget in zip(kernels, tried, arithmetics, budgets, strict=True):
         if each.output is None:
             failures.append([] if each.unsupported else [f"probe {probe.name}: {each.failure}"])
             continue
         result = each.output
-        if bool(result.lse.isnan().all()):
+        if not kernel.capabilities().lse:
             # A kernel that returns no lse is not judged by it.
             due = budget.lse if budget is not None else probe.lse
             result = AttentionOutput(result.out, result.lse if due is None else due)

@@ -134,6 +134,9 @@ class GgmlKernel(Kernel):
         lse = call.q.new_full(call.q.shape[:3], torch.nan, dtype=torch.float32)
         return AttentionOutput(found["out"].to(call.q.device), lse)
 
+    def forgive(self) -> None:
+        self._worker.forgive()
+
     def close(self) -> None:
         self._worker.close()
 

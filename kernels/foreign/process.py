@@ -34,13 +34,20 @@ _ALIGNMENT = 64
 class WorkerProcess:
     """A running worker; `greeting` is what its servant said when it had loaded.
 
-    spec: the specification that asked for it; name: what messages call the kernel; servant: the file of
-    `worker.Servant`; arguments: what the servant is started with.
+    One that died is started again when it is next asked: what it is asked then is another question. One that
+    hung is not, until `forgive`. spec: the specification that asked for it; name: what messages call the
+    kernel; servant: the file of `worker.Servant`; arguments: what the servant is started with.
     Raises SpecError, one line, if the servant cannot use what it was given, or dies or hangs while it loads.
     """
 
     def __init__(self, spec: str, name: str, servant: str, arguments: Mapping[str, Any]) -> None:
-        self.name = name
+        self.spec, self.name, self.servant, self.arguments = spec, name, servant, arguments
+        self._hung = self._closed = False
+        # What it said beside the results of the last question.
+        self.said: dict[str, Any] = {}
+        self._begin()
+
+    def _begin(self) -> None:
         self._shared = tempfile.TemporaryFile(prefix="verify-")  # noqa: SIM115  (closed in `close`)
         child_reads, parent_writes = os.pipe()
         parent_reads, child_writes = os.pipe()
@@ -49,7 +56,7 @@ class WorkerProcess:
         command = [
             sys.executable, "-P", str(here / "worker.py"),
             str(child_reads), str(child_writes), str(self._shared.fileno()),
-            str(here / servant), json.dumps(arguments),
+            str(here / self.servant), json.dumps(self.arguments),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             command,
@@ -65,12 +72,12 @@ class WorkerProcess:
             self.greeting = self._read(START_LIMIT_S)
         except KernelFailure as failure:
             self.close()
-            raise SpecError(f"kernel {spec!r}: {failure} while it was loaded") from None
+            raise SpecError(f"kernel {self.spec!r}: {failure} while it was loaded") from None
         if "failure" in self.greeting:
             self.close()
             # What a library says while it fails to load may be many lines.
             said = " ".join(self.greeting["message"].split())
-            raise SpecError(f"kernel {spec!r}: {said}")
+            raise SpecError(f"kernel {self.spec!r}: {said}")
 
     def ask(
         self,
@@ -84,8 +91,12 @@ class WorkerProcess:
         tensors: contiguous, on the host. Raises KernelFailure on every way to fail, writing into an input
         among them.
         """
+        if self._hung:
+            raise KernelFailure("hung", f"{self.name}: hung before, and is not asked again")
+        if self._closed:
+            raise KernelFailure("died", f"{self.name}: its process was closed")
         if self._process is None:
-            raise KernelFailure("died", f"{self.name}: its process has ended")
+            self._begin()
         layout, size = _layout(tensors)
         counts = {name: int(np.prod(shape)) for name, shape in results.items()}
         places: dict[str, int] = {}
@@ -116,6 +127,7 @@ class WorkerProcess:
                 start = layout[name][2]
                 if memory[start : start + x.nbytes] != _bytes_of(x):
                     raise KernelFailure("wrote-inputs", f"{self.name}: wrote into its input {name}")
+            self.said = answer
             found = {}
             for name, place in places.items():
                 raw = bytearray(memory[place : place + 4 * counts[name]])
@@ -123,8 +135,16 @@ class WorkerProcess:
                 found[name] = numbers.view(results[name])
         return found
 
+    def forgive(self) -> None:
+        """Ask it again, though it hung."""
+        self._hung = False
+
     def close(self) -> None:
         """End the process; it can be asked nothing more."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -146,7 +166,8 @@ class WorkerProcess:
             selector.register(self._from, selectors.EVENT_READ)
             while not line.endswith(b"\n"):
                 if not selector.select(limit_s):
-                    self.close()
+                    self._hung = True
+                    self._end()
                     raise KernelFailure("hung", f"{self.name}: no answer within {limit_s:g} s")
                 piece = self._from.read(65536)
                 if not piece:
@@ -160,10 +181,11 @@ class WorkerProcess:
         try:
             code = self._process.wait(END_LIMIT_S)
         except subprocess.TimeoutExpired:
-            self.close()
+            self._hung = True
+            self._end()
             return KernelFailure("hung", f"{self.name}: closed its pipes, and did not end")
         how = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        self.close()
+        self._end()
         return KernelFailure("died", f"{self.name}: its process was {how}")
 
 

@@ -58,8 +58,9 @@ class PythonKernel(Kernel):
         return loosest_of(call.q.dtype, acc=self.acc)
 
     def capabilities(self) -> Capabilities:
-        # Whether it returns the lse, it shows when it runs.
+        # Whether it returns the lse, it shows when it runs: until then it is taken to.
         return Capabilities(
+            lse=self._worker.said.get("lse", True),
             sliding_window="sliding_window" in self._takes,
             softcap="softcap" in self._takes,
             sinks="sinks" in self._takes,
@@ -94,6 +95,9 @@ class PythonKernel(Kernel):
         signature = Signature(f"py:{self.file.name}::{self.function}", self.binary, (), (), "one")
         self.trace.record_rows(call.path, call.kv_len, signature)
         return AttentionOutput(found["out"].to(call.q.device), found["lse"].to(call.q.device))
+
+    def forgive(self) -> None:
+        self._worker.forgive()
 
     def close(self) -> None:
         self._worker.close()

@@ -98,10 +98,9 @@ def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from verify.laws.run import kept_examples, lse_withdrawn, run_law
+    from verify.laws.run import kept_examples, run_law
     from verify.terminal import on_terminal
 
-    lse_withdrawn(subject)
     results = []
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -126,8 +125,7 @@ def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None)
 
 
 def _one_case(law: Law, subject: Subject, text: str) -> LawResult:
-    from verify.laws.run import lse_withdrawn, try_case
+    from verify.laws.run import try_case
 
     case = law.case_type.from_json(text)
-    lse_withdrawn(subject)
     return try_case(law, subject, case)

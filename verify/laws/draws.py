@@ -107,10 +107,16 @@ def cut_problems(draw: st.DrawFn, subject: Subject) -> Problem:
 
 @st.composite
 def planned_problems(
-    draw: st.DrawFn, subject: Subject, *, groups: bool = False, parts: bool = False, block: bool = False
+    draw: st.DrawFn,
+    subject: Subject,
+    *,
+    groups: bool = False,
+    parts: bool = False,
+    block: bool = False,
+    path: str = "",
 ) -> Problem:
     """Problems with a plan of their own: a composition of r, a number of parts, a size of tiles."""
-    problem = draw(problems(subject))
+    problem = draw(problems(subject, path=path))
     if groups:
         problem = replace(problem, groups=draw(compositions(problem.ratio)))
     if parts:

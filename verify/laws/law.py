@@ -8,6 +8,7 @@ tolerance: 0 where bits were equal, at most 1 where it holds. Beyond that it rai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,7 +95,12 @@ def subject_of(spec: str, device: torch.device | str = "cpu") -> Subject:
 
     capabilities = kernel.capabilities()
     plan = _plan_of(spec) if capabilities.plans else None
-    return Subject(spec, kernel, variant, capabilities, kernel.merger(), plan, torch.device(device))
+    subject = Subject(spec, kernel, variant, capabilities, kernel.merger(), plan, torch.device(device))
+    # Whether a user's function returns an lse shows when it runs; what else is wrong with it, laws will say.
+    with suppress(Exception):
+        kernel.run(subject.simplest.call(subject.device))
+    subject.capabilities = kernel.capabilities()
+    return subject
 
 
 def _plan_of(spec: str) -> Callable[[Options], Plan]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import hypothesis
@@ -66,19 +66,6 @@ def said_by(error: Exception) -> str:
     return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def lse_withdrawn(subject: Subject) -> None:
-    """Note that a kernel returns no lse, where that shows only when it runs (a user's own)."""
-    if not subject.capabilities.lse:
-        return
-    try:
-        result = subject.kernel.run(subject.simplest.call(subject.device))
-    except Exception:
-        # What is wrong with it, the laws will say.
-        return
-    if bool(result.lse.isnan().all()):
-        subject.capabilities = replace(subject.capabilities, lse=False)
-
-
 def register_profiles() -> None:
     """hypothesis profiles: `ci` (the same cases every time), `night`, `cuda`; load one to choose it."""
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -107,15 +94,16 @@ def run_law(
     if why is not None:
         return LawResult(law, "not applicable", reason=why)
     result = LawResult(law, "holds")
-    refused = ""
+    refused, hung = "", False
+    subject.kernel.forgive()
     began = time.monotonic()
     deadline = float("inf")
     found: tuple[Case, str] | None = None
 
     def hold(case: Case) -> None:
-        nonlocal refused, deadline, found
-        if found is not None and time.monotonic() > deadline and case != found[0]:
-            # Shrunk enough: whatever is smaller counts as right.
+        nonlocal refused, deadline, found, hung
+        if found is not None and (hung or (time.monotonic() > deadline and case != found[0])):
+            # Shrunk enough, or every case would be waited for: whatever is smaller counts as right.
             return
         try:
             margin = law.check(subject, case)
@@ -123,6 +111,7 @@ def run_law(
             if isinstance(error, KernelFailure) and error.kind == "unsupported":
                 refused = str(error)
                 reject()
+            hung = isinstance(error, KernelFailure) and error.kind == "hung"
             fail(case, said_by(error))
         else:
             if found is None:

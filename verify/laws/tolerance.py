@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.budget import budget_ratio, error_budget
+from kernels.budget import Budget, budget_ratio, error_budget
 from kernels.contract import AttentionOutput, Call, Kernel
+from kernels.detectors import LARGEST_RELATIVE_ERROR
 from kernels.merge import Part
 from kernels.merge_bound import BoundedPart
 from verify.laws.law import LawBroken
@@ -29,6 +30,7 @@ def seen(kernel: Kernel, call: Call) -> Seen:
     """The kernel's result with the budget of its arithmetic."""
     result = kernel.run(call)
     budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
+    _not_far(result.out.double() - budget.out, budget)
     return Seen(result.out.double(), result.lse.double(), budget.bound, budget.lse_bound)
 
 
@@ -36,6 +38,7 @@ def against_exact(kernel: Kernel, call: Call, *, out: bool = True, lse: bool) ->
     """The margin of a kernel's result to the oracle's."""
     result = kernel.run(call)
     budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
+    _not_far(result.out.double() - budget.out, budget)
     margin = _judge("out against exact", result.out.double(), budget.out, budget.bound) if out else 0.0
     if lse:
         margin = max(margin, _judge("lse against exact", result.lse.double(), budget.lse, budget.lse_bound))
@@ -70,6 +73,18 @@ def same_bits(what: str, a: AttentionOutput | Part, b: AttentionOutput | Part, *
                 f" {float(y[at]):.9g} ({int(wrong.sum())} of {wrong.numel()} differ)"
             )
     return 0.0
+
+
+def _not_far(error: torch.Tensor, budget: Budget) -> None:
+    """Where a bound says nothing (`vacuous`), no right kernel errs by more than a share of sum p|v|."""
+    share = error.norm(dim=-1) / budget.size.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    far = budget.vacuous & ~(share <= LARGEST_RELATIVE_ERROR)
+    if bool(far.any()):
+        at = tuple(far.nonzero()[0].tolist())
+        raise LawBroken(
+            f"out {list(at)}: off by {float(share[at]):.3g} of sum p|v|, and no right kernel by more than"
+            f" {LARGEST_RELATIVE_ERROR:g}"
+        )
 
 
 def _judge(what: str, got: torch.Tensor, due: torch.Tensor, bound: torch.Tensor) -> float:
