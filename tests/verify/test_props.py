@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given, settings
 
+from kernels.arithmetic import Arithmetic, loosest
+from kernels.budget import error_budget
+from kernels.contract import AttentionOutput, Call, Kernel
+from kernels.eager import EagerKernel, EagerOptions
+from kernels.errors import KernelFailure
+from kernels.trace import LaunchTrace, Signature
 from support.cli import assert_refused, verify
-from verify.laws import LAWS
+from support.subjects import assert_keeps
+from verify.laws import LAWS, Subject, subject_of
 from verify.laws.cases import Parts, Problem, Rule
 from verify.laws.draws import part_lists
-from verify.laws.run import DATABASE
+from verify.laws.law import LawBroken
+from verify.laws.run import DATABASE, run_law
+from verify.laws.tolerance import against_exact
 
 USER = Path(__file__).parents[1] / "support/user_kernels.py"
 BROKEN = f"py:{USER}::last_key_dropped"
@@ -128,3 +140,168 @@ def test_cases_are_read_as_they_are_written() -> None:
 def test_orders_of_merging_take_neighbours_that_are_left(case: Parts) -> None:
     assert len(case.order) == len(case.parts) - 1
     assert all(pair < len(case.parts) - 1 - i for i, pair in enumerate(case.order))
+
+
+ATTENTION = """
+import os, time
+import torch
+
+def right(q, k, v, kv_len, scale):
+    ratio = q.shape[2] // k.shape[2]
+    k, v = (x.double().repeat_interleave(ratio, 2) for x in (k, v))
+    s = torch.einsum("bthd,bshd->bths", q.double(), k) * scale
+    hidden = torch.arange(k.shape[1]) >= kv_len[..., None]
+    s = s.masked_fill(hidden[:, :, None], -float("inf"))
+    p = torch.nan_to_num(s.softmax(-1))
+    return torch.einsum("bths,bshd->bthd", p, torch.nan_to_num(v)).float(), s.logsumexp(-1).float()
+
+def dies(q, k, v, *, kv_len, scale):
+    if kv_len.max() == 65:
+        os._exit(3)
+    return right(q, k, v, kv_len, scale)
+
+def hangs(q, k, v, *, kv_len, scale):
+    if kv_len.max() == 65:
+        time.sleep(60)
+    return right(q, k, v, kv_len, scale)
+
+def nan_lse(q, k, v, *, kv_len, scale):
+    out, lse = right(q, k, v, kv_len, scale)
+    return out, lse * float("nan")
+
+def no_lse(q, k, v, *, kv_len, scale):
+    return right(q, k, v, kv_len, scale)[0]
+
+def short_of_long_rows(q, k, v, *, kv_len, scale):
+    out, lse = right(q, k, v, kv_len, scale)
+    return torch.where((kv_len >= 200)[..., None, None], 0.8 * out, out), lse
+"""
+
+
+def of_user(tmp_path: Path, function: str, *options: str) -> str:
+    (tmp_path / "user.py").write_text(ATTENTION)
+    return ",".join((f"py:{tmp_path / 'user.py'}::{function}", *options))
+
+
+def test_a_kernel_that_dies_at_one_length_is_alive_at_the_others(tmp_path: Path) -> None:
+    """Each broken law has a case that breaks it when it is tried again, and the reason is the death."""
+    laws = ("--law", "within-budget", "--law", "two-runs", "--law", "masked-keys")
+    done = verify("props", of_user(tmp_path, "dies"), *laws, "--examples", "60", "--seed", "0")
+    assert done.returncode == 1
+    again = re.findall(r"again: verify (props .*)", done.stdout)
+    assert again
+    assert done.stdout.count("exit code 3") >= len(again)
+    for command in again:
+        assert "65" in command
+        assert verify(*shlex.split(command)).returncode == 1
+
+
+def test_a_kernel_that_hangs_is_waited_for_once_a_law(tmp_path: Path) -> None:
+    spec = of_user(tmp_path, "hangs", "timeout=1")
+    began = time.monotonic()
+    done = verify("props", spec, "--law", "within-budget", "--law", "large-values", "--examples", "60")
+    assert done.returncode == 1
+    assert "no answer within 1 s" in done.stdout
+    assert "hung before" not in done.stdout
+    assert time.monotonic() - began < 60
+
+
+def test_a_nan_is_no_lse_and_none_is_none(tmp_path: Path) -> None:
+    law = ("--law", "lse-exact", "--examples", "3")
+    assert verify("props", of_user(tmp_path, "nan_lse"), *law).returncode == 1
+    done = verify("props", of_user(tmp_path, "no_lse"), *law)
+    assert "returns no log-sum-exp" in done.stdout
+    # The same where a printed test builds the subject.
+    subject = subject_of(of_user(tmp_path, "no_lse"))
+    LAWS["within-budget"].check(subject, Problem(n_kv=(1,)))
+    subject.close()
+
+
+class OffBy(EagerKernel):
+    """Off by a share of sum p|v| in every column; its author says nothing of its arithmetic."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__("off", EagerOptions())
+        self.share = share
+
+    def run(self, call: Call) -> AttentionOutput:
+        out, lse = super().run(call)
+        size = error_budget(call, self.arithmetic_of(call)).size
+        return AttentionOutput(out + (self.share * size).float(), lse)
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        return loosest("f16")
+
+
+def test_a_bound_that_says_nothing_still_forbids_an_eighth() -> None:
+    """Of a float16 kernel nothing is known: of 300 keys its bound is a third of sum p|v|."""
+    call = Problem(n_kv=(300,)).call("cpu")
+    budget = error_budget(call, loosest("f16"))
+    assert budget.vacuous.all()
+    assert (budget.bound > 0.2 * budget.size).all()
+    for share, right in ((0.1, True), (0.2, False)):
+        with nullcontext() if right else pytest.raises(LawBroken, match="no right kernel by more than"):
+            against_exact(OffBy(share), call, lse=False)
+
+
+def test_values_may_be_scaled_where_nothing_is_rounded() -> None:
+    """Smaller values would be subnormal in float16, and rounded."""
+    cases = LAWS["values-scaled"].cases(subject_of("exact"))
+    twists = set()
+
+    @settings(max_examples=100, database=None)
+    @given(cases)
+    def collected(case: Problem) -> None:
+        twists.add(case.twist)
+
+    collected()
+    assert twists == {1, 2, 3}
+
+
+@pytest.mark.parametrize("spoilt", ["no rows", "first row alone"])
+def test_a_trace_must_hold_every_row(spoilt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LaunchTrace.record
+
+    def record(trace: LaunchTrace, path: str, n_kv: int, signature: Signature, rows: int) -> None:
+        if spoilt == "first row alone" and not trace.rows:
+            plain(trace, path, n_kv, signature, rows)
+
+    monkeypatch.setattr(LaunchTrace, "record", record)
+    result = run_law(LAWS["plan-runs"], subject_of("eager"), examples=40)
+    assert result.state == "broken"
+    assert "the trace has rows" in result.reason
+
+
+def alone(kernel: Kernel) -> Subject:
+    """A kernel that no specification names."""
+    return Subject(
+        kernel.spec, kernel, lambda _: kernel, kernel.capabilities(), None, None, torch.device("cpu")
+    )
+
+
+class SpoilsOthers(EagerKernel):
+    """Right, but where a row is empty every other row is 7."""
+
+    def run(self, call: Call) -> AttentionOutput:
+        result = super().run(call)
+        if bool((call.kv_len == 0).any()):
+            result.out[call.kv_len > 0] = 7.0
+        return result
+
+
+def test_an_empty_row_must_spoil_no_other() -> None:
+    kernel = SpoilsOthers("spoils", EagerOptions())
+    subject = alone(kernel)
+    assert run_law(LAWS["empty-rows"], subject, examples=60).state == "broken"
+
+
+class RefusesAll(EagerKernel):
+    def run(self, call: Call) -> AttentionOutput:
+        raise KernelFailure("unsupported", "nothing is taken")
+
+
+def test_a_law_in_a_test_does_not_hold_of_a_kernel_that_refuses() -> None:
+    kernel = RefusesAll("refuses", EagerOptions())
+    subject = alone(kernel)
+    with pytest.raises(AssertionError, match="nothing is taken"):
+        assert_keeps(LAWS["within-budget"], subject, examples=5)
