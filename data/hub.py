@@ -89,15 +89,21 @@ def is_cached(spec: DatasetSpec) -> bool:
     """
     wanted = _folded(spec.path.replace("/", "___"))
     root = _cache_root()
-    if not root.is_dir():
-        return False
-    return any(
-        any(folder.glob("*/*/dataset_info.json"))
-        for folder in (
-            config for owner in root.iterdir() if _folded(owner.name) == wanted for config in owner.glob("*")
+    try:
+        if not root.is_dir():
+            return False
+        return any(
+            any(folder.glob("*/*/dataset_info.json"))
+            for folder in (
+                config
+                for owner in root.iterdir()
+                if _folded(owner.name) == wanted
+                for config in owner.glob("*")
+            )
+            if spec.config is None or folder.name == spec.config
         )
-        if spec.config is None or folder.name == spec.config
-    )
+    except OSError:
+        return False
 
 
 def why_unreachable(repo: str, timeout_s: float) -> str | None:

@@ -1,5 +1,6 @@
 """Rows of a data set on this machine, and what both ways of loading share."""
 
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,9 @@ def local_rows(spec: DatasetSpec) -> list[str]:
     with load_quietly(datasets), without_network(datasets):
         try:
             if path.is_file():
-                found = datasets.load_dataset(_READERS[path.suffix], data_files={spec.split: str(path)})
+                found = datasets.load_dataset(
+                    _READERS[path.suffix], data_files={spec.split: glob.escape(str(path))}
+                )
             elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 found = datasets.load_from_disk(str(path))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from verify.environment import prepare_variables
@@ -20,6 +21,10 @@ def main() -> None:
 
     # An option of every command, for whoever follows up an internal error.
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        # Text of a model or a path, on a terminal that cannot show it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         code = app(args=arguments, standalone_mode=False)

@@ -155,7 +155,7 @@ class RunFolder:
         """The file is there whole, or not at all."""
         part = self.path / (name + PART)
         with self._writing():
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8", errors="surrogateescape")
             part.rename(self.path / name)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -113,11 +113,17 @@ class PplSettings:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PplSettings:
-        known = {f.name for f in fields(cls)}
-        given: dict[str, Any] = {k: v for k, v in stored.items() if k in known}
-        return cls(
-            **{**given, "candidates": tuple(given["candidates"]), "against": tuple(given.get("against", ()))}
-        )
+        """Raises UsageError where they are not those of a run."""
+        known = {f.name: f for f in fields(cls)}
+        try:
+            given: dict[str, Any] = {k: v for k, v in stored.items() if k in known}
+            for name in ("candidates", "against"):
+                if not all(isinstance(x, str) for x in given.setdefault(name, ())):
+                    raise TypeError(f"{name}: expected texts")
+                given[name] = tuple(given[name])
+            return cls(**given)
+        except (TypeError, AttributeError) as error:
+            raise UsageError(f"settings: not those of a run: {error}") from None
 
 
 def parse_size(text: str) -> int:

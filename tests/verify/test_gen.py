@@ -239,3 +239,13 @@ def test_bad_input_is_one_line(tiny: Path, tmp_path: Path, more: tuple[str, ...]
     out = tmp_path / "run"
     assert_refused(verify("gen", *model, *more, "--device", "cpu", "--out", str(out)), said)
     assert not out.exists()
+
+
+def test_a_prompt_in_a_file_is_taken_byte_for_byte(tmp_path: Path) -> None:
+    """Line ends and all, but for one newline at the end, as `verify ppl -f` and engines take it."""
+    model = write_tiny_model(tmp_path / "tiny.gguf")
+    (tmp_path / "prompt").write_bytes(b"a\r\nL\xc3\xb6we\n")
+    base = ["gen", "-m", str(model), "-f", str(tmp_path / "prompt"), "-n", "2", "--device", "cpu"]
+    verify(*base, "--out", str(tmp_path / "run"))
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["prompt"]["text"] == "a\r\nL\u00f6we"

@@ -182,3 +182,22 @@ def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: 
         arm = Arm("candidate", "candidate", spec, "decode", build_kernel(spec))
         with pytest.raises(UsageError, match="sliding window") if refused else nullcontext():
             try_kernels([arm], architecture, "f16", torch.device("cpu"))
+
+
+def test_keys_and_values_have_one_type(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    _, report = run(tiny, tmp_path / "both", "-ctk", "bf16", "-ctv", "bf16")
+    assert report["settings"]["cache_type"] == "bf16"
+    for i, more in enumerate(
+        (("-ctk", "bf16"), ("-ctk", "f16", "-ctv", "bf16"), ("--cache-type", "f32", "-ctk", "f16"))
+    ):
+        done, _ = run(tiny, tmp_path / str(i), *more)
+        assert_refused(done, "expected the same type for K and V")
+
+
+@pytest.mark.parametrize("settings", [{}, [], {"candidates": 5}, {"n_ctx": "x"}, {"candidates": [1]}])
+def test_settings_that_are_none(tmp_path: Path, settings: Any) -> None:
+    stored = {"command": "ppl", "settings": settings, "identity": {}}
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    done = verify("ppl", "--resume", str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -115,6 +115,16 @@ def test_a_kernel_that_raises_breaks_a_law_and_not_the_command() -> None:
         (("eager", "--law", "kv-parts", "--case", '{"n_kv": [-1]}'), ("n_kv: expected",)),
         (("eager", "--law", "kv-parts", "--case", '{"family": "x"}'), ("family: expected one of gaussian",)),
         (("eager", "--law", "merge-exact", "--case", '{"parts": []}'), ("at least one part",)),
+        (("eager", "--law", "kv-parts", "--case", '{"n_kv": [5], "block": 10}'), ("multiple of 16",)),
+        (
+            ("eager", "--law", "kv-parts", "--case", '{"n_kv": [5], "ratio": 3, "groups": [2, 2]}'),
+            ("sum to ratio = 3",),
+        ),
+        (("eager", "--law", "kv-parts", "--case", '{"n_kv": [5], "k_size": 100000000000}'), ("k_size",)),
+        (("eager", "--law", "kv-parts", "--case", '{"n_kv": [5], "spare": -5}'), ("spare",)),
+        (("eager", "--law", "parts-merge", "--case", '{"n_kv": [5], "cuts": [50]}'), ("cuts: expected",)),
+        (("flash", "--law", "caches", "--case", '{"n_kv": [5], "cache": "nope"}'), ("cache: expected",)),
+        (("eager", "--law", "groups-sum", "--case", '{"policy": "nope"}'), ("unknown policy",)),
         (("eager", "--junit", "/no/such/folder/x.xml"), ("no such folder",)),
         (("py:nowhere.py::f",), ("no such file",)),
     ],
@@ -125,7 +135,7 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], said: tuple[str, ...]
 
 def test_cases_are_read_as_they_are_written() -> None:
     cases = [
-        Problem(n_kv=(65, 0), dtype="bf16", cuts=(3, 3), groups=(2, 1), seed=7),
+        Problem(n_kv=(65, 0), ratio=3, dtype="bf16", cuts=(3, 3), groups=(2, 1), seed=7),
         Parts(((-float("inf"), 0), (1.5, -3)), order=(0,), shift=-4),
         Rule(ratio=12, n_kv=8192, policy="ik-1183"),
     ]

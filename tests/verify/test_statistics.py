@@ -74,7 +74,11 @@ def test_intervals_cover_at_their_nominal_rate(windows: int, repeats: int, confi
     for _ in range(repeats):
         found = window_interval(heavy_tailed(windows, rng, shared=shared), confidence=confidence)
         covered += found.low <= 0 <= found.high
-    assert covered / repeats == pytest.approx(confidence, abs=0.03)
+    if confidence == CONFIDENCE:
+        # Of 1,500 a nominal 99.9 % misses 1.5; 97.5 % would miss 37.
+        assert repeats - covered <= 8
+    else:
+        assert covered / repeats == pytest.approx(confidence, abs=0.03)
 
 
 def test_what_the_windows_have_in_common_is_not_overlooked() -> None:

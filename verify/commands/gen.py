@@ -42,6 +42,7 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     import pyarrow.parquet as pq
 
+    from data import read_text_file
     from verify.devices import default_device
     from verify.environment import prepare_torch
     from verify.errors import UsageError
@@ -58,10 +59,7 @@ def command(
     if (prompt is None) == (file is None):
         raise UsageError("-p, -f: expected a prompt, in one of these two ways")
     if file is not None:
-        try:
-            prompt = file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"-f {file}: cannot be read: {error}") from None
+        prompt = read_text_file(str(file)).text
     settings = GenSettings(
         prompt=prompt or "",
         model=model,

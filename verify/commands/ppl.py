@@ -43,8 +43,12 @@ def command(
     baseline: options.Baseline = DEFAULT_BASELINE,
     candidate: options.Candidates = None,
     cache_type: options.CacheType = "f16",
-    cache_type_k: Annotated[str | None, typer.Option("-ctk", help="as --cache-type; must equal -ctv")] = None,
-    cache_type_v: Annotated[str | None, typer.Option("-ctv", help="as --cache-type; must equal -ctk")] = None,
+    cache_type_k: Annotated[
+        str | None, typer.Option("-ctk", help="of K; default --cache-type; must equal -ctv")
+    ] = None,
+    cache_type_v: Annotated[
+        str | None, typer.Option("-ctv", help="of V; default --cache-type; must equal -ctk")
+    ] = None,
     device: options.Device = None,
     memory: Annotated[
         str | None, typer.Option("--memory", help="for hidden states of a group, 8G say")
@@ -207,7 +211,7 @@ def command(
 def _one_cache_type(both: str, k: str | None, v: str | None) -> str:
     from verify.errors import UsageError
 
-    chosen = {x for x in (k, v) if x is not None} or {both}
+    chosen = {k or both, v or both}
     if len(chosen) > 1:
-        raise UsageError(f"-ctk {k} -ctv {v}: expected the same type for K and V")
+        raise UsageError(f"-ctk {k or both} -ctv {v or both}: expected the same type for K and V")
     return chosen.pop()

@@ -13,10 +13,13 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
+from kernels.cache import CACHE_TYPES
 from kernels.contract import Call, Path
 from kernels.families import FAMILIES, Sizes, draw
 from verify.errors import UsageError
 
+# Of a size that a case names: what is larger is a slip of the pen.
+MOST = 1 << 20
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -143,8 +146,21 @@ class Problem(Case):
         if not self.n_kv or min(self.n_kv) < 0:
             raise UsageError(f"--case: n_kv: expected at least one length from 0, got {list(self.n_kv)}")
         for name in ("batch", "kv_heads", "ratio", "k_size", "v_size", "parts", "block"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--case: {name}: expected at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UsageError(f"--case: {name}: expected 1 to {MOST}, got {getattr(self, name)}")
+        if max(self.n_kv) > MOST or not 0 <= self.spare <= MOST:
+            raise UsageError(f"--case: n_kv, spare: expected 0 to {MOST}, got {max(self.n_kv)}, {self.spare}")
+        if self.block % 16:
+            raise UsageError(f"--case: block: expected a multiple of 16, got {self.block}")
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != self.ratio):
+            raise UsageError(
+                f"--case: groups: expected head groups that sum to ratio = {self.ratio},"
+                f" got {list(self.groups)}"
+            )
+        if any(not 0 <= cut <= max(self.n_kv) for cut in self.cuts):
+            raise UsageError(f"--case: cuts: expected 0 to {max(self.n_kv)}, got {list(self.cuts)}")
+        if self.cache and self.cache not in CACHE_TYPES:
+            raise UsageError(f"--case: cache: expected one of {', '.join(CACHE_TYPES)}, got {self.cache!r}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from hypothesis.errors import Flaky, Unsatisfiable
 
-from kernels.errors import KernelFailure
+from kernels.errors import KernelFailure, SpecError
 from verify.laws.cases import Case
 from verify.laws.law import Law, LawBroken, Subject
 
@@ -48,6 +48,8 @@ def try_case(law: Law, subject: Subject, case: Case) -> LawResult:
     began = time.monotonic()
     try:
         result = LawResult(law, "holds", 1, law.check(subject, case))
+    except SpecError:
+        raise  # the case names an option that there is not
     except Exception as error:
         state: State = "broken"
         if isinstance(error, KernelFailure) and error.kind == "unsupported":
