@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Promise = Literal[
     "lse", "sliding_window", "softcap", "sinks", "alibi", "plans", "head_groups", "empty_rows", "ragged",
-    "deterministic", "row_alone", "v_size",
+    "deterministic", "row_alone", "v_size", "strided",
 ]  # fmt: skip
 # What a kernel without one of them is said to lack.
 WORDS: dict[Promise, str] = {
@@ -31,6 +31,7 @@ WORDS: dict[Promise, str] = {
     "deterministic": "does not promise the same bits twice",
     "row_alone": "does not promise that a row alone has the bits of the row in a batch",
     "v_size": "needs values of the size of keys",
+    "strided": "is given copies without gaps, whatever the strides were",
 }
 
 
@@ -42,9 +43,10 @@ class Capabilities:
     head_groups: obeys the head groups of `Call.plan` (implied by `plans`); empty_rows: rows of kv_len 0;
     ragged: rows of different kv_len in one call; deterministic: the same call gives the same bits;
     row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
-    head size than keys; paths, dtypes, devices: which of them; k_sizes, ratios: the head sizes and ratios it
-    has, None for all; size_multiple: what head sizes of keys and values are multiples of (a quantised cache
-    holds them in blocks); caches: quantised cache types that the option `cache=` of its specification takes.
+    head size than keys; strided: sees keys and values where they lie, not copies; paths, dtypes, devices:
+    which of them; k_sizes, ratios: the head sizes and ratios it has, None for all; size_multiple: what
+    head sizes of keys and values are multiples of (a quantised cache holds them in blocks); caches:
+    quantised cache types that the option `cache=` of its specification takes.
     """
 
     lse: bool = True
@@ -59,6 +61,7 @@ class Capabilities:
     deterministic: bool = True
     row_alone: bool = True
     v_size: bool = True
+    strided: bool = True
     paths: tuple[str, ...] = ("decode", "prefill")
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     devices: tuple[str, ...] = ("cpu", "cuda")

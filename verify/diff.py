@@ -11,6 +11,7 @@ import torch
 from kernels.contract import Path as AttentionPath
 from kernels.contract import Shape
 from kernels.families import FAMILIES, Sizes, draw
+from kernels.probes import why_not_one_hot
 from kernels.registry import IN_OWN_PROCESS, build_kernel
 from kernels.shapes import ModelShape, shape_named
 from kernels.spec import parse_spec
@@ -128,6 +129,9 @@ def check_settings(settings: DiffSettings) -> None:
         try:
             for shape in shapes:
                 kernel.arithmetic(_shape_of(shape, 1), settings.path).depths(1)
+                odd = kernel.capabilities().size_multiple
+                if shape.k_size % odd or shape.v_size % odd:
+                    raise ValueError(f"it has only head sizes that are multiples of {odd}")
         except ValueError as error:
             raise UsageError(f"kernel {spec!r} does not fit this shape: {error}") from None
         finally:
@@ -144,9 +148,12 @@ def run_diff(
     traces = [LaunchTrace() for _ in candidates]
     base_trace = LaunchTrace()
     left_out: dict[str, set[str]] = {}
+    few_words: list[str] = []
     try:
         for each in inputs:
             if isinstance(each, Probing):
+                if (why := why_not_one_hot(each.sizes)) is not None:
+                    few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
                 probed = probe_kernels([baseline, *candidates], each, device, clock)
                 for i, evidence in enumerate(probed[1:]):
                     cells[i].append(compare(each.inputs, probed[0], evidence))
@@ -175,6 +182,7 @@ def run_diff(
     ]
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
     notes = sorted({note for kernel in (baseline, *candidates) for note in kernel.notes})
+    notes += few_words
     notes += [
         f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
         for spec, families in left_out.items()

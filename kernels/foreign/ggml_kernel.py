@@ -36,7 +36,7 @@ GGML_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
 }
 GGML_CAPABILITIES = Capabilities(
-    lse=False, alibi=False, plans=False, dtypes=(torch.float16,), caches=GGML_CACHES
+    lse=False, alibi=False, plans=False, strided=False, dtypes=(torch.float16,), caches=GGML_CACHES
 )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class PythonKernel(Kernel):
             plans=False,
             head_groups=False,
             row_alone=False,
+            strided=False,
         )
 
     def run(self, call: Call) -> AttentionOutput:

@@ -61,6 +61,9 @@ def main() -> None:
             answer = answer_to(question, memory)
         except Refusal as refusal:
             answer = {"failure": refusal.kind, "message": str(refusal)}
+        except NotImplementedError as error:
+            # What a kernel does not have is no evidence about what it has.
+            answer = {"failure": "unsupported", "message": str(error) or "NotImplementedError"}
         except Exception as error:
             traceback.print_exc()
             answer = {"failure": "raised", "message": f"{type(error).__name__}: {error}"}

@@ -31,6 +31,7 @@ from kernels.probes.one_hot_probes import (
     one_hot_edges,
     strided_one_hot,
     tags,
+    why_not_one_hot,
 )
 from kernels.probes.probe import Probe, ProbeFailure, check, judge, on_cache
 
@@ -56,6 +57,7 @@ __all__ = [
     "standard_probes",
     "strided_one_hot",
     "tags",
+    "why_not_one_hot",
     "window_edge",
 ]
 
@@ -66,18 +68,25 @@ def standard_probes(sizes: Sizes, *, device: torch.device | str = "cpu") -> list
 
 
 def probe_makers(sizes: Sizes, *, device: torch.device | str = "cpu") -> list[Callable[[], Probe]]:
-    """What makes each of the standard probes, for where they are too large to be held together."""
+    """What makes each of the standard probes, for where they are too large to be held together.
+
+    Without those that need a code word a key where there are too few (`why_not_one_hot`).
+    """
     n = max(sizes.n_kv)
     edges = [e for e in sizes.edges if 0 < e < n]
     long = replace(sizes, batch=1, n_kv=(n,))
     seeing = replace(sizes, n_kv=tuple(x for x in sizes.n_kv if x) or (1,))
-    makers: list[Callable[[], Probe]] = [
-        partial(one_hot, long, device=device),
-        partial(strided_one_hot, long, device=device),
-        partial(one_hot_edges, seeing, edges, device=device),
+    makers: list[Callable[[], Probe]] = []
+    if why_not_one_hot(sizes) is None:
+        makers = [
+            partial(one_hot, long, device=device),
+            partial(strided_one_hot, long, device=device),
+            partial(one_hot_edges, seeing, edges, device=device),
+            partial(empty_rows, sizes, device=device),
+            partial(empty_rows, sizes, device=device, sinks=True),
+        ]
+    makers += [
         partial(last_key_edge, sizes, device=device),
-        partial(empty_rows, sizes, device=device),
-        partial(empty_rows, sizes, device=device, sinks=True),
         partial(constant_v, sizes, device=device),
         partial(sink_weights, sizes, device=device),
         partial(softcap_edge, sizes, device=device),

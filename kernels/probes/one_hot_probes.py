@@ -23,6 +23,19 @@ GAP = 116.0
 STRIDED_ROWS = 128
 
 
+def words_of(size: int) -> int:
+    """How many words the code of a head size has: as many keys can be told apart."""
+    m = size.bit_length() - 1
+    return 1 << 1 + m + m * (m - 1) // 2
+
+
+def why_not_one_hot(sizes: Sizes) -> str | None:
+    """Why no one-hot probe can be made of these sizes, or None if it can."""
+    if sizes.keys > words_of(sizes.k_size):
+        return f"head size {sizes.k_size} tells {words_of(sizes.k_size)} keys apart, not {sizes.keys}"
+    return None
+
+
 def code_words(count: int, size: int, *, first: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
     """Words first .. first+count-1 of RM(2, m), 2^m <= size, as +-1 in [count, size], 0 beyond 2^m.
 
@@ -33,8 +46,8 @@ def code_words(count: int, size: int, *, first: int = 0, device: torch.device | 
     bits = (columns[:, None] >> torch.arange(m, device=device)) & 1  # [2^m, m]
     pairs = [bits[:, i] & bits[:, j] for i in range(m) for j in range(i)]
     rows = torch.stack([*bits.T, *pairs, torch.ones_like(columns)]).float()
-    if first + count > 1 << len(rows):
-        raise ValueError(f"head size {size}: {1 << len(rows)} code words, expected {first + count}")
+    if first + count > words_of(size):
+        raise ValueError(f"head size {size}: {words_of(size)} code words, expected {first + count}")
     index = torch.arange(first, first + count, device=device)
     chosen = ((index[:, None] >> torch.arange(len(rows), device=device)) & 1).float()
     words = torch.zeros(count, size, device=device)

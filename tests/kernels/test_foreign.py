@@ -93,6 +93,18 @@ def test_odd_ways_to_go(
     assert failed.value.kind == kind
 
 
+def test_what_a_function_does_not_implement_is_no_failure_of_it(tmp_path: Path) -> None:
+    (tmp_path / "some.py").write_text(
+        "import torch\ndef f(q, k, v, *, kv_len, scale):\n"
+        "    raise NotImplementedError(f'head size {q.shape[-1]}')\n"
+    )
+    kernel = build_kernel(f"py:{tmp_path / 'some.py'}::f")
+    with pytest.raises(KernelFailure, match="head size") as failed:
+        kernel.run(problem())
+    assert failed.value.kind == "unsupported"
+    kernel.close()
+
+
 def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")

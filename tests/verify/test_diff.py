@@ -116,6 +116,17 @@ def test_probes_alone_compare_nothing(tmp_path: Path) -> None:
     assert not report["pairs"][0]["bitwise_equal"]
 
 
+def test_more_keys_than_code_words_leave_the_one_hot_probes_out(tmp_path: Path) -> None:
+    """Head size 16 tells 2,048 keys apart."""
+    more = ("--shape", "6/2x16", "--baseline", "eager", "--candidate", "eager:kv=2")
+    done, report = run(tmp_path / "run", *more, n_kv="64,2100", inputs="gaussian,probes")
+    assert done.returncode in (0, 3), done.stderr
+    assert [note for note in report["notes"] if "left out" in note] == [
+        "one-hot probes of 6/2x16 at 2100 keys left out: head size 16 tells 2048 keys apart, not 2105"
+    ]
+    assert not any(cell["probes_failed"] for cell in report["cells"])
+
+
 def test_head_groups_alone_are_identical(tmp_path: Path) -> None:
     _, report = run(tmp_path / "d", "--baseline", "eager", "--candidate", "eager:heads=2+1")
     assert report["verdict"] == "identical"
@@ -178,6 +189,7 @@ def test_one_window_is_captured_of_those_computed_side_by_side(
         (("--candidate", "flahs"), "did you mean 'flash'"),
         (("--candidate", "eager:heads=8+4"), "sums to 12, expected r = 3"),
         (("--path", "both"), "--path both"),
+        (("--shape", "6/2x20", "--candidate", "flash:cache=q8_0"), "multiples of 32"),
         (("--margin", "1"), "--margin"),
         (("--seeds", "0"), "--seeds"),
         (("--captured-from", "nowhere"), "no captured layers there"),

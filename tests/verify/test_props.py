@@ -315,3 +315,17 @@ def test_a_law_in_a_test_does_not_hold_of_a_kernel_that_refuses() -> None:
     subject = alone(kernel)
     with pytest.raises(AssertionError, match="nothing is taken"):
         assert_keeps(LAWS["within-budget"], subject, examples=5)
+
+
+def test_laws_that_apply_to_nothing_show_nothing() -> None:
+    done = verify("props", "sdpa:math", "--law", "merge", "--examples", "3")
+    assert done.returncode == 3
+    assert "0 laws hold, 0 broken" in done.stdout
+
+
+def test_a_kernel_that_is_given_copies_is_not_asked_about_strides(tmp_path: Path) -> None:
+    done = verify(
+        "props", of_user(tmp_path, "no_lse"), "--law", "strides", "--law", "two-runs", "--examples", "3"
+    )
+    assert done.returncode == 0
+    assert "is given copies without gaps" in done.stdout

@@ -37,7 +37,7 @@ def command(
     device: options.Device = None,
     json_: options.Json = False,
 ) -> int:
-    """Run the command. Exit 0 if every law holds that applies, 1 if one is broken."""
+    """Run the command. Exit 0 if every law holds that applies, 1 if one is broken, 3 if none applies."""
     import torch
 
     from verify.devices import chosen_device, default_device

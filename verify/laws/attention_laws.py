@@ -347,6 +347,7 @@ def two_runs(subject: Subject, problem: Problem) -> float:
     tolerance=BOTH,
     cases=lambda subject: problems(subject),
     case_type=Problem,
+    needs=("strided",),
 )
 def strides(subject: Subject, problem: Problem) -> float:
     """K and V that lie head by head in memory, or between other numbers, are the same K and V."""

@@ -126,8 +126,9 @@ def to_json(
 
 
 def exit_code(results: Sequence[LawResult]) -> int:
-    """1 if a law is broken, else 0."""
-    return int(any(result.state == "broken" for result in results))
+    """1 if a law is broken, 3 if none holds either (nothing was shown), else 0."""
+    states = {result.state for result in results}
+    return 1 if "broken" in states else 0 if "holds" in states else 3
 
 
 def write_junit(results: Sequence[LawResult], spec: str, device: str, path: Path) -> None:
