@@ -39,6 +39,10 @@ from kernels.contract import Call
 
 # Where the bound is more than this share of sum_j p_j |v_j|, it says nothing: it is called vacuous.
 VACUOUS = 1.0 / 8.0
+# Sums p|v| below this have less than float32's precision in float32: its smallest normal number, times 2^6.
+SMALLEST_SIZE = 2.0**-120
+# An error of up to so many times its expected root mean square is of that size.
+EXPECTED_TIMES = 8.0
 # Logits held at once: rows and keys are taken in blocks of this many. A rule of shapes and device alone.
 _LOGITS_AT_ONCE = 1 << 20
 _LOGITS_AT_ONCE_CUDA = 1 << 24
@@ -143,3 +147,15 @@ def budget_ratio(error: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     error = error.abs()
     ratio = torch.where(error == 0, 0.0, error / bound)
     return ratio.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def relative_error(error: torch.Tensor, size: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """||error|| / ||sum p|v||| of each row, [..., D] to [...]: what is judged where a budget is vacuous.
+
+    0 where a right kernel may have few digits or none: where the sum is beyond float32's normal numbers (all
+    weight on a sink), or the error is of the size that is expected (all weight on keys whose values are 0,
+    beside which the other weights underflow in P's type).
+    """
+    norm, size = error.norm(dim=-1), size.norm(dim=-1)
+    few = (size < SMALLEST_SIZE) | (norm <= EXPECTED_TIMES * expected.norm(dim=-1))
+    return torch.where(few, 0.0, norm / size.clamp(min=SMALLEST_SIZE))

@@ -23,7 +23,7 @@ import torch
 
 from kernels.arithmetic import Arithmetic
 from kernels.bits import same_bits
-from kernels.budget import Budget, budget_ratio, error_budget
+from kernels.budget import Budget, budget_ratio, error_budget, relative_error
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.plan import RowPlan
 from kernels.trace import LaunchTrace
@@ -90,8 +90,7 @@ def measure(
     flat = int(judged.argmax()) if judged.numel() else 0
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), judged.shape))
     clean = torch.where(bad, 0.0, error)
-    size = b.size.norm(dim=-1)
-    relative = torch.where(b.vacuous & (size > 0), clean.norm(dim=-1) / size.clamp(min=1e-300), 0.0)
+    relative = torch.where(b.vacuous, relative_error(clean, b.size, b.expected), 0.0)
     rms, rms_limit = _rms(clean, b) if distinct else (math.nan, math.nan)
     used = b.quadrature > 0
     quadrature = budget_ratio(clean, b.quadrature)[used & ~b.vacuous[..., None]]

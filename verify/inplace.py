@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kernels.budget import Budget, budget_ratio, error_budgets
+from kernels.budget import Budget, budget_ratio, error_budgets, relative_error
 from kernels.contract import Call, checked_call
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
@@ -220,7 +220,7 @@ def _some_rows(
     bad = ~torch.isfinite(error).all(-1)
     error = torch.where(bad[..., None], 0.0, error)
     ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
-    relative = error.norm(dim=-1) / size.norm(dim=-1).clamp(min=1e-300)
+    relative = relative_error(error, size, expected)
     worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio)
     sampled = slice(0, len(bias))
     square = torch.where(expected > 0, error / expected, 0.0)[sampled].square().mean(-1)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
-from kernels.budget import error_budget
+from kernels.budget import error_budget, relative_error
 from kernels.budget_sums import _step
 from kernels.contract import Call, checked_call
+from kernels.detectors import measure
 from kernels.eager import EagerKernel, EagerOptions
 from kernels.flash.kernel import EagerOverCache, FlashKernel
 from kernels.flash.tiles import Tiles
@@ -135,3 +136,29 @@ def test_the_spacing_at_zero_is_the_smallest_subnormal() -> None:
     due = torch.tensor([2.0**-24, 2.0**-10, 2.0**-10, 2.0**-24, 2.0**-8], dtype=torch.float64)
     assert torch.equal(_step(x, "f16"), due)
     assert float(_step(x[:1], "bf16")) == 2.0**-133
+
+
+def test_results_below_float32_are_not_judged_by_their_digits() -> None:
+    """Beside a sink that has all the weight, even exact attention in float32 is subnormal."""
+    call = replace(call_of([3], heads=2, kv_heads=1), sinks=torch.tensor([101.5, 101.5]))
+    kernel = build_kernel("eager")
+    budget = error_budget(call, kernel.arithmetic_of(call))
+    result = kernel.run(call)
+    assert 0 < budget.size.max() < 2.0**-120
+    # The nearest float32 numbers are farther apart than an eighth.
+    assert ((result.out - budget.out).abs() > budget.size / 100).any()
+    assert measure(call, result, kernel.arithmetic_of(call), distinct=True).relative == 0
+    assert float(relative_error(torch.ones(1, 4), 2 * torch.ones(1, 4), torch.zeros(1, 4))) == 0.5
+
+
+def test_weights_that_underflow_beside_a_key_of_value_0_are_expected_to() -> None:
+    """P of the other keys is subnormal in float16: the result is off by a tenth of itself, and right."""
+    call = call_of([2], heads=1, kv_heads=1)
+    call.q[:], call.k[0, :, 0] = 0.0, 0.0
+    call.q[..., 0], call.k[0, 0, 0, 0], call.v[0, 0] = 8.0, 8.0, 0.0
+    kernel = build_kernel("eager")
+    budget = error_budget(call, kernel.arithmetic_of(call))
+    error = kernel.run(call).out - budget.out
+    assert budget.vacuous.all()
+    assert error.norm() > budget.size.norm() / 100
+    assert float(relative_error(error, budget.size, budget.expected)) == 0

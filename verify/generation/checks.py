@@ -14,7 +14,7 @@ from typing import NamedTuple, get_type_hints
 import pyarrow as pa
 import torch
 
-from kernels.budget import budget_ratio, error_budget
+from kernels.budget import budget_ratio, error_budget, relative_error
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from model.runner import LayerCall
 from verify.arms import Arm, ArmRunner, Place, kernel_call
@@ -91,7 +91,7 @@ class CheckedExact:
         error = torch.where(bad[..., None], 0.0, error)
         vacuous = budget.vacuous[0]
         ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
-        relative = error.norm(dim=-1) / budget.size[0].norm(dim=-1).clamp(min=_SMALLEST_SQUARE)
+        relative = relative_error(error, budget.size[0], budget.expected[0])
         relative = torch.where(vacuous, relative, 0.0)
         worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad * 1e9).argmax())
         row, head = divmod(worst, error.shape[1])

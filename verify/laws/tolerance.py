@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.budget import Budget, budget_ratio, error_budget
+from kernels.budget import Budget, budget_ratio, error_budget, relative_error
 from kernels.contract import AttentionOutput, Call, Kernel
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from kernels.merge import Part
@@ -77,7 +77,7 @@ def same_bits(what: str, a: AttentionOutput | Part, b: AttentionOutput | Part, *
 
 def _not_far(error: torch.Tensor, budget: Budget) -> None:
     """Where a bound says nothing (`vacuous`), no right kernel errs by more than a share of sum p|v|."""
-    share = error.norm(dim=-1) / budget.size.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    share = relative_error(error, budget.size, budget.expected)
     far = budget.vacuous & ~(share <= LARGEST_RELATIVE_ERROR)
     if bool(far.any()):
         at = tuple(far.nonzero()[0].tolist())
