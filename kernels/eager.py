@@ -56,6 +56,10 @@ class EagerOptions:
     def label(self) -> str:
         return f"block={self.plan.block},p={self.p},acc={self.acc},out={self.out}"
 
+    def with_plan_of(self, call: Call) -> EagerOptions:
+        """These options, with the call's own plan where it has one."""
+        return self if call.plan is None else replace(self, plan=call.plan)
+
 
 @cache
 def source_hash() -> str:
@@ -72,8 +76,7 @@ class EagerKernel(Kernel):
         self.options = options
 
     def run(self, call: Call) -> AttentionOutput:
-        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
-        shape = call.shape
+        options, shape = self.options.with_plan_of(call), call.shape
         if options.plan.policy is None:
             options.plan.groups(shape.ratio)  # raises before anything is computed
         out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
@@ -90,8 +93,7 @@ class EagerKernel(Kernel):
         return self._arithmetic(self.options, shape, path)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
-        return self._arithmetic(options, call.shape, call.path, **asked_of(call))
+        return self._arithmetic(self.options.with_plan_of(call), call.shape, call.path, **asked_of(call))
 
     def _arithmetic(self, options: EagerOptions, shape: Shape, path: Path, **asked: bool) -> Arithmetic:
         return Arithmetic(

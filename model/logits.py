@@ -24,12 +24,10 @@ class LogitSlice(NamedTuple):
 
     The group's scored positions, window by window, are its rows; `rows` are the ones of this slice, all of
     one slab, and tensors have as many rows as a tile, those beyond len(rows) of no meaning. logits: of the
-    arms that took the slab; arms whose hidden states are one tensor share one here too. block: number of the
-    row range, the same for each part of the vocabulary; all row ranges come before the next part. The tensors
-    are overwritten by the next slice.
+    arms that took the slab; arms whose hidden states are one tensor share one here too. All rows of a part
+    of the vocabulary come before the next part. The tensors are overwritten by the next slice.
     """
 
-    block: int
     rows: range
     vocabulary: range
     logits: dict[str, torch.Tensor]
@@ -57,7 +55,6 @@ def logit_slices(
     for part in parts:
         matrix = output(part)
         buffers = [matrix.new_empty((tile, len(part))) for _ in range(distinct)]
-        block = 0
         for slab in slabs:
             arms = by_slab.get(slab.start, {})
             for first in range(0, len(slab) * scored, tile):
@@ -68,5 +65,4 @@ def logit_slices(
                         found[id(state)] = buffers[len(found)]
                         products(state[rows.start : rows.stop], matrix, out=found[id(state)])
                 of_group = range(slab.start * scored + rows.start, slab.start * scored + rows.stop)
-                yield LogitSlice(block, of_group, part, {name: found[id(x)] for name, x in arms.items()})
-                block += 1
+                yield LogitSlice(of_group, part, {name: found[id(x)] for name, x in arms.items()})

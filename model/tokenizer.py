@@ -58,7 +58,6 @@ class Tokenizer:
             self._prefixed = file.optional("tokenizer.ggml.add_space_prefix", bool, True)
             self._library = _sentence_piece(file, self._tokens, self._types, self._prefixed)
             add_bos, bos, eos = True, 1, 2
-        if self.kind == "llama":
             for i in np.flatnonzero(self._types == _BYTE):
                 if not _BYTE_TOKEN.fullmatch(self._tokens[i]):
                     raise ModelError(

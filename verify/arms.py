@@ -181,8 +181,7 @@ class ArmRunner:
             return oracle if call.x is not None and call.x.dtype == torch.float64 else oracle.float()
         tried = attempt(arm.kernel, kernel_call(call, arm.path))
         arm.kernel.trace.add(tried.trace)
-        if tried.no_memory:
-            raise torch.cuda.OutOfMemoryError(f"{arm.spec}: {tried.failure}")
+        tried.check_memory(arm.spec)
         if tried.output is None:
             arm.findings.failure = tried.failure
             arm.findings.failure_place = Place(call.window, call.layer)

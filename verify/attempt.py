@@ -22,6 +22,11 @@ class Attempt(NamedTuple):
     trace: LaunchTrace
     no_memory: bool = False
 
+    def check_memory(self, spec: str) -> None:
+        """Raises torch.cuda.OutOfMemoryError if that is why it failed: no finding where calls can shrink."""
+        if self.no_memory:
+            raise torch.cuda.OutOfMemoryError(f"{spec}: {self.failure}")
+
 
 def attempt(kernel: Kernel, call: Call) -> Attempt:
     """Run a kernel once. Its own trace stays as it was: who counts the launches adds the attempt's."""

@@ -83,8 +83,7 @@ class Teacher:
         assert arm.kernel is not None
         whole = kernel_call(call, arm.path)
         tried = attempt(arm.kernel, whole)
-        if tried.no_memory:
-            raise torch.cuda.OutOfMemoryError(f"{arm.spec}: {tried.failure}")
+        tried.check_memory(arm.spec)
         if tried.output is None:
             arm.findings.failure = tried.failure
             arm.findings.failure_place = Place(call.window, call.layer)

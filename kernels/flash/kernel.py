@@ -105,7 +105,7 @@ class FlashKernel(Kernel):
 
         Raises ValueError on a dtype, a head size or head groups that the kernel does not have.
         """
-        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        options = self.options.with_plan_of(call)
         overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
         planes = None
         if self.cache != "f16":
@@ -171,7 +171,7 @@ class FlashKernel(Kernel):
         return self._arithmetic(self.options, shape, path, tiles, torch.float16)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        options = self.options if call.plan is None else replace(self.options, plan=call.plan)
+        options = self.options.with_plan_of(call)
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         return self._arithmetic(options, call.shape, call.path, tiles, call.q.dtype, **asked_of(call))
 

@@ -24,8 +24,7 @@ def experts_of(
             f" {count} experts that there are"
         )
     gating = default_gating
-    if read.whole("expert_gating_func", 0, least=0):
-        number = read.whole("expert_gating_func")
+    if number := read.whole("expert_gating_func", 0, least=0):
         if number not in GATING:
             raise ModelError(
                 f"{path}: metadata key {read.name('expert_gating_func')} is {number},"

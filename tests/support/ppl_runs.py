@@ -15,13 +15,19 @@ class Tiny(NamedTuple):
     text: Path
 
 
-def write_tiny(folder: Path) -> Tiny:
-    return Tiny(write_tiny_model(folder / "tiny.gguf"), write_text(folder / "text.txt"))
+def write_tiny(folder: Path, **change: Any) -> Tiny:
+    """change: see `write_tiny_model`."""
+    return Tiny(write_tiny_model(folder / "tiny.gguf", **change), write_text(folder / "text.txt"))
+
+
+def command(tiny: Tiny, out: Path, *more: str) -> list[str]:
+    """Arguments of `verify ppl` with windows of 64 tokens, 6 of them."""
+    base = ["ppl", "-m", str(tiny.model), "-f", str(tiny.text), "-c", "64", "--chunks", "6"]
+    return [*base, "--device", "cpu", "--out", str(out), *more]
 
 
 def run(tiny: Tiny, out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
-    """`verify ppl` with windows of 64 tokens, 6 of them, and what its run.json says ({} if it wrote none)."""
-    base = ["ppl", "-m", str(tiny.model), "-f", str(tiny.text), "-c", "64", "--chunks", "6"]
-    done = verify(*base, "--device", "cpu", "--out", str(out), *more)
+    """The run of `command`, and what its run.json says ({} if it wrote none)."""
+    done = verify(*command(tiny, out, *more))
     written = out / "run.json"
     return done, json.loads(written.read_text()) if written.is_file() else {}

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from model.runner import Runner
+from support import ppl_runs
 from support.cli import assert_refused, verify, verify_apart
-from support.tiny_model import write_text, write_tiny_model
+from support.ppl_runs import Tiny, write_tiny
 from verify.checkpoint import Checkpoint, Checkpoints
 from verify.errors import UsageError
 from verify.reports import writing
@@ -27,16 +28,13 @@ RESULTS = ("tokens.parquet", "layers.parquet")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_tiny_model(folder / "tiny.gguf", block_count=2), write_text(folder / "text.txt")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return write_tiny(tmp_path_factory.mktemp("tiny"), block_count=2)
 
 
-def command(tiny: tuple[Path, Path], out: Path, *more: str) -> list[str]:
-    model, text = tiny
-    base = ["ppl", "-m", str(model), "-f", str(text), "-c", "64", "--chunks", "6", "--device", "cpu"]
+def command(tiny: Tiny, out: Path, *more: str) -> list[str]:
     kernels = ["--baseline", "eager:block=16", "--candidate", "eager:block=16,kv=2"]
-    return [*base, *kernels, "--memory", "170K", "--out", str(out), *more]
+    return ppl_runs.command(tiny, out, *kernels, "--memory", "170K", *more)
 
 
 def results(out: Path) -> list[bytes]:
@@ -44,7 +42,7 @@ def results(out: Path) -> list[bytes]:
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_finished(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     verify(*command(tiny, whole))
@@ -81,7 +79,7 @@ def finished(out: Path) -> bool:
 
 
 def test_a_run_cut_off_before_its_reports_makes_them_when_resumed(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
 
@@ -116,7 +114,7 @@ class CutOff:
 
 @pytest.mark.parametrize("more", [(), ("--score-last", "9"), ("--measured-windows", "2", "--power")])
 def test_a_group_goes_on_between_its_layers(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     options = ("--memory", "8G", "--checkpoint-minutes", "0", *more)
@@ -142,7 +140,7 @@ def test_a_group_goes_on_between_its_layers(
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")
@@ -155,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
 
 
 def test_a_checkpoint_that_is_not_one_is_named(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -179,7 +177,7 @@ def test_checkpoints_come_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_kills_at_random_moments(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ten_kills_at_random_moments(tiny: Tiny, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert verify_apart(*command(tiny, whole)).returncode in (0, 1, 3)
     draw, kills = random.Random(8), 0

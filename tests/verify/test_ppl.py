@@ -24,6 +24,7 @@ from kernels.eager import EagerKernel, EagerOptions
 from model.gguf_file import GGUFFile
 from model.products import Tiling
 from support.cli import Done, verify, verify_apart
+from support.ppl_runs import Tiny, command, run
 from support.tiny_model import write_text, write_tiny_model
 from verify import experiment, rounds
 from verify.inplace import InPlace
@@ -32,25 +33,7 @@ from verify.sample import Sample
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_tiny_model(folder / "tiny.gguf"), write_text(folder / "text.txt")
-
-
-def command(tiny: tuple[Path, Path], out: Path, *more: str) -> list[str]:
-    model, text = tiny
-    base = ["ppl", "-m", str(model), "-f", str(text), "-c", "64", "--chunks", "6"]
-    return [*base, "--device", "cpu", "--out", str(out), *more]
-
-
-def run(tiny: tuple[Path, Path], out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
-    done = verify(*command(tiny, out, *more))
-    report = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-    return done, report
-
-
-def test_a_round_off_run_shows_its_evidence(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_round_off_run_shows_its_evidence(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(
         tiny, tmp_path / "run", "--candidate", "eager:block=16,kv=2", "--baseline", "eager:block=16"
     )
@@ -78,7 +61,7 @@ def test_a_round_off_run_shows_its_evidence(tiny: tuple[Path, Path], tmp_path: P
     assert set(tokens["position"].to_pylist()) == set(range(32, 63))
 
 
-def test_coverage_is_what_ran_not_what_was_asked_for(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_coverage_is_what_ran_not_what_was_asked_for(tiny: Tiny, tmp_path: Path) -> None:
     _, report = run(
         tiny, tmp_path / "run", "--baseline", "eager:block=48", "--candidate", "eager:block=48,kv=4"
     )
@@ -92,7 +75,7 @@ def test_coverage_is_what_ran_not_what_was_asked_for(tiny: tuple[Path, Path], tm
     assert report["pairs"][0]["coverage"] == pytest.approx((63 - 48) / 31)
 
 
-def test_the_same_command_twice_gives_the_same_bytes(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_same_command_twice_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     hashes = []
     for name in ("one", "two"):
         more = ("--baseline", "eager:block=16", "--candidate", "eager:block=16,kv=2")
@@ -101,7 +84,7 @@ def test_the_same_command_twice_gives_the_same_bytes(tiny: tuple[Path, Path], tm
     assert hashes[0] == hashes[1]
 
 
-def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_size_of_groups_changes_no_bit(tiny: Tiny, tmp_path: Path) -> None:
     files = []
     for memory, windows in (("80K", 1), ("530K", 4), ("8G", 6)):
         out = tmp_path / memory
@@ -110,7 +93,7 @@ def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Pa
         speed = report["speed"]
         assert (speed["group_windows"], speed["groups"]) == (windows, groups)
         # Every tensor once a group for all arms; the embedding, which is the output matrix too, twice.
-        with GGUFFile.open(tiny[0]) as file:
+        with GGUFFile.open(tiny.model) as file:
             once = sum(info.n_bytes for info in file.tensors.values())
             assert speed["read_bytes"] == groups * (once + file.tensor("token_embd.weight").n_bytes)
         assert f"in {groups} group" in done.stdout
@@ -119,7 +102,7 @@ def test_the_size_of_groups_changes_no_bit(tiny: tuple[Path, Path], tmp_path: Pa
     assert len(set(files)) == 1
 
 
-def test_the_whole_reference_in_float64(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_whole_reference_in_float64(tiny: Tiny, tmp_path: Path) -> None:
     reports = {kind: run(tiny, tmp_path / kind, "--compute", kind)[1] for kind in ("f32", "f64")}
     ppl = {kind: [arm["ppl"] for arm in report["arms"]] for kind, report in reports.items()}
     assert ppl["f32"] != ppl["f64"]
@@ -128,7 +111,7 @@ def test_the_whole_reference_in_float64(tiny: tuple[Path, Path], tmp_path: Path)
 
 
 def test_windows_side_by_side_change_no_bit(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a GPU computes them, here with the tiles of a CPU."""
     more = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
@@ -155,7 +138,7 @@ def test_windows_side_by_side_change_no_bit(
         ("writes_inputs", "wrote-inputs"),
     ],
 )
-def test_wrong_kernels_are_broken(tiny: tuple[Path, Path], tmp_path: Path, function: str, said: str) -> None:
+def test_wrong_kernels_are_broken(tiny: Tiny, tmp_path: Path, function: str, said: str) -> None:
     done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::{function}")
     assert done.returncode == 1, done.stderr
     assert report["verdict"] == "broken"
@@ -165,13 +148,13 @@ def test_wrong_kernels_are_broken(tiny: tuple[Path, Path], tmp_path: Path, funct
     assert baseline["tokens"] == 6 * 31
 
 
-def test_a_scale_that_is_off_is_caught(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_scale_that_is_off_is_caught(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::scale_off")
     assert done.returncode == 1
     assert report["verdict"] in ("degraded", "broken")
 
 
-def test_one_failing_candidate_does_not_stop_the_others(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_failing_candidate_does_not_stop_the_others(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(
         tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::raises", "--candidate", f"py:{KERNELS}::good"
     )
@@ -182,19 +165,19 @@ def test_one_failing_candidate_does_not_stop_the_others(tiny: tuple[Path, Path],
     assert second["tokens"] == 6 * 31
 
 
-def test_the_same_specification_is_identical(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_same_specification_is_identical(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(tiny, tmp_path / "run", "--baseline", "flash", "--candidate", "flash")
     assert done.returncode == 0
     assert report["verdict"] == "identical"
 
 
-def test_other_head_groups_alone_are_identical(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_head_groups_alone_are_identical(tiny: Tiny, tmp_path: Path) -> None:
     _, report = run(tiny, tmp_path / "run", "--baseline", "eager", "--candidate", "eager:heads=1+1")
     assert report["verdict"] == "identical"
     assert report["pairs"][0]["bitwise_equal"]
 
 
-def test_a_plan_that_never_differs_is_inconclusive(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_plan_that_never_differs_is_inconclusive(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(
         tiny,
         tmp_path / "run",
@@ -205,7 +188,7 @@ def test_a_plan_that_never_differs_is_inconclusive(tiny: tuple[Path, Path], tmp_
     assert "the path under test did not run" in report["reasons"][0]
 
 
-def test_coverage_can_be_a_gate(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_coverage_can_be_a_gate(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(
         tiny,
         tmp_path / "run",
@@ -215,9 +198,7 @@ def test_coverage_can_be_a_gate(tiny: tuple[Path, Path], tmp_path: Path) -> None
     assert "--min-coverage" in report["reasons"][0]
 
 
-def test_a_baseline_that_gives_other_bits_each_time_voids_the_run(
-    tiny: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_baseline_that_gives_other_bits_each_time_voids_the_run(tiny: Tiny, tmp_path: Path) -> None:
     kernel = tmp_path / "restless.py"
     kernel.write_text(
         KERNELS.read_text()
@@ -230,19 +211,19 @@ def test_a_baseline_that_gives_other_bits_each_time_voids_the_run(
     assert "the control arm differs from its baseline" in report["reasons"][0]
 
 
-def test_both_paths_are_judged_apart(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_both_paths_are_judged_apart(tiny: Tiny, tmp_path: Path) -> None:
     _, report = run(tiny, tmp_path / "run", "--path", "both", "--candidate", "flash:block=16,kv=2")
     assert [pair["path"] for pair in report["pairs"]] == ["decode", "prefill"]
     assert {line["path"] for line in report["coverage"]} == {"decode", "prefill"}
 
 
-def test_json_alone_goes_to_stdout(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_json_alone_goes_to_stdout(tiny: Tiny, tmp_path: Path) -> None:
     done, report = run(tiny, tmp_path / "run", "--json")
     assert json.loads(done.stdout) == report
     assert "Final estimate" in done.stderr
 
 
-def test_a_progress_bar_on_a_terminal(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_progress_bar_on_a_terminal(tiny: Tiny, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "verify", *command(tiny, tmp_path / "run")],
@@ -260,13 +241,13 @@ def test_a_progress_bar_on_a_terminal(tiny: tuple[Path, Path], tmp_path: Path) -
     assert b"windows 1 to 6 of 6" in seen
 
 
-def test_no_progress_bar_in_a_pipe(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_no_progress_bar_in_a_pipe(tiny: Tiny, tmp_path: Path) -> None:
     done, _ = run(tiny, tmp_path / "run")
     assert "\x1b" not in done.stdout + done.stderr
     assert "\r" not in done.stdout + done.stderr
 
 
-def test_a_run_that_was_interrupted_goes_on(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text(
         KERNELS.read_text()
@@ -331,7 +312,7 @@ class OutOfMemory(EagerKernel):
 
 @pytest.mark.parametrize(("limit", "groups"), [(3, 2), (0, None)])
 def test_a_kernel_without_memory_makes_groups_smaller(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, groups: int | None
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, groups: int | None
 ) -> None:
     plain = rounds.run_group
 
@@ -362,7 +343,7 @@ def assert_refused_last(done: Done, *said: str) -> None:
 
 def test_a_model_that_overflows_is_no_fault_of_a_kernel(tmp_path: Path) -> None:
     model, text = write_tiny_model(tmp_path / "tiny.gguf", key_spread=1e6), write_text(tmp_path / "text.txt")
-    done, report = run((model, text), tmp_path / "run")
+    done, report = run(Tiny(model, text), tmp_path / "run")
     assert done.returncode == 4
     assert report["verdict"] == "void"
     assert any("exact attention gives NaN or Inf, first at window 1" in why for why in report["reasons"])
@@ -382,7 +363,7 @@ class FailsOn(EagerKernel):
 
 
 def test_a_baseline_that_fails_half_way_is_what_is_broken(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows side by side, four and then two: the candidate has nothing of the same shape to differ from."""
     monkeypatch.setattr(model.runner, "tiling_of", lambda *_: Tiling(256, 4))
@@ -397,7 +378,7 @@ def test_a_baseline_that_fails_half_way_is_what_is_broken(
     assert any("this batch is too much" in why for why in report["reasons"])
 
 
-def test_brackets_in_a_specification_are_no_markup(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_brackets_in_a_specification_are_no_markup(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "[old]"
     folder.mkdir()
     (folder / "k.py").write_text(KERNELS.read_text())

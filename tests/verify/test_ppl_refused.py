@@ -13,33 +13,16 @@ import torch
 from kernels.registry import build_kernel
 from model.architectures import architecture_of
 from model.gguf_file import GGUFFile
-from support.cli import Done, assert_refused, verify
-from support.tiny_model import write_text, write_tiny_model
+from support.cli import assert_refused, verify
+from support.ppl_runs import Tiny, run
+from support.tiny_model import write_tiny_model
 from support.twins import TWINS
 from verify.arms import Arm
 from verify.errors import UsageError
 from verify.subject import try_kernels
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return write_tiny_model(folder / "tiny.gguf"), write_text(folder / "text.txt")
-
-
-def command(tiny: tuple[Path, Path], out: Path, *more: str) -> list[str]:
-    model, text = tiny
-    base = ["ppl", "-m", str(model), "-f", str(text), "-c", "64", "--chunks", "6"]
-    return [*base, "--device", "cpu", "--out", str(out), *more]
-
-
-def run(tiny: tuple[Path, Path], out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
-    done = verify(*command(tiny, out, *more))
-    report = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
-    return done, report
-
-
-def test_a_finished_run_is_not_run_again(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny, tmp_path / "run")
     assert_refused(verify("ppl", "--resume", str(tmp_path / "run")), "is finished")
 
@@ -48,10 +31,10 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     assert_refused(verify("ppl", "--resume", str(tmp_path)), "expected the folder of a run")
 
 
-def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_run_is_not_continued_with_another_model(tiny: Tiny, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model.gguf")
     out = tmp_path / "run"
-    run((model, tiny[1]), out)
+    run(Tiny(model, tiny.text), out)
     (out / "groups").mkdir()
     write_tiny_model(model, seed=5)
     done = verify("ppl", "--resume", str(out))
@@ -79,21 +62,19 @@ def test_a_run_is_not_continued_with_another_model(tiny: tuple[Path, Path], tmp_
         (("-c", "4096"), "expected at least 8192"),
     ],
 )
-def test_bad_input_is_one_line(
-    tiny: tuple[Path, Path], tmp_path: Path, more: tuple[str, ...], said: str
-) -> None:
+def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path, more: tuple[str, ...], said: str) -> None:
     done, _ = run(tiny, tmp_path / "run", *more)
     assert_refused(done, said)
 
 
-def test_an_unwritable_folder(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_unwritable_folder(tiny: Tiny, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     done, _ = run(tiny, blocked / "run")
     assert_refused(done, "--out", "cannot be written")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny, tmp_path / "run")
     before = (tmp_path / "run/run.json").read_bytes()
     done, _ = run(tiny, tmp_path / "run")
@@ -112,23 +93,23 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tiny: tuple[Path, Path], t
     ],
 )
 def test_models_that_cannot_be_run_are_named(
-    tiny: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], said: str
+    tiny: Tiny, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     model = write_tiny_model(tmp_path / "odd.gguf", **change)
-    done, _ = run((model, tiny[1]), tmp_path / "run")
+    done, _ = run(Tiny(model, tiny.text), tmp_path / "run")
     assert_refused(done, "odd.gguf", said)
 
 
-def test_a_truncated_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_truncated_model(tiny: Tiny, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
-    whole = tiny[0].read_bytes()
+    whole = tiny.model.read_bytes()
     cut.write_bytes(whole[: len(whole) - 5000])
-    done, _ = run((cut, tiny[1]), tmp_path / "run")
+    done, _ = run(Tiny(cut, tiny.text), tmp_path / "run")
     assert_refused(done, "cut.gguf")
 
 
-def test_a_file_that_is_no_model(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    done, _ = run((tiny[1], tiny[1]), tmp_path / "run")
+def test_a_file_that_is_no_model(tiny: Tiny, tmp_path: Path) -> None:
+    done, _ = run(Tiny(tiny.text, tiny.text), tmp_path / "run")
     assert_refused(done, "text.txt")
 
 
@@ -141,7 +122,7 @@ def test_commands_that_compare_nothing(name: str, said: str) -> None:
     assert said in done.stdout
 
 
-def test_a_resumed_run_takes_no_other_settings(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_takes_no_other_settings(tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(tiny, out)
     done = verify("ppl", "--resume", str(out), "--candidate", "eager", "--device", "cpu")
@@ -161,7 +142,7 @@ def test_a_resumed_run_takes_no_other_settings(tiny: tuple[Path, Path], tmp_path
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
-    tiny: tuple[Path, Path], tmp_path: Path, options: tuple[str, ...], said: str
+    tiny: Tiny, tmp_path: Path, options: tuple[str, ...], said: str
 ) -> None:
     done, _ = run(tiny, tmp_path / "run", *options)
     assert_refused(done, said)
@@ -184,7 +165,7 @@ def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: 
             try_kernels([arm], architecture, "f16", torch.device("cpu"))
 
 
-def test_keys_and_values_have_one_type(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+def test_keys_and_values_have_one_type(tiny: Tiny, tmp_path: Path) -> None:
     _, report = run(tiny, tmp_path / "both", "-ctk", "bf16", "-ctv", "bf16")
     assert report["settings"]["cache_type"] == "bf16"
     for i, more in enumerate(

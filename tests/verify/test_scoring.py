@@ -30,7 +30,7 @@ def scored(given: dict[str, torch.Tensor], part: int, tile: int) -> tuple[dict[s
     scorer = Scorer(exact="exact", baseline_of=BASELINE_OF, targets=TARGETS)
     for first in range(0, VOCABULARY, part):
         vocabulary = range(first, min(first + part, VOCABULARY))
-        for block, start in enumerate(range(0, ROWS, tile)):
+        for start in range(0, ROWS, tile):
             rows = range(start, min(start + tile, ROWS))
             pieces = {
                 name: torch.nn.functional.pad(
@@ -38,7 +38,7 @@ def scored(given: dict[str, torch.Tensor], part: int, tile: int) -> tuple[dict[s
                 )
                 for name, x in given.items()
             }
-            scorer.add(LogitSlice(block, rows, vocabulary, pieces))
+            scorer.add(LogitSlice(rows, vocabulary, pieces))
     return scorer.scores(), scorer
 
 

@@ -70,11 +70,12 @@ def command(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--work {folder}: cannot be written: {error.strerror or error}") from None
-    written = {
-        (folder / f"{name.lower()}.kld").resolve()
-        for (name, *_), program in zip(builds, programs, strict=True)
-        if program
-    }
+    # Where each build's logits lie, or will.
+    paths = [
+        str(folder / f"{name.lower()}.kld") if program else build
+        for (name, build, _), program in zip(builds, programs, strict=True)
+    ]
+    written = {Path(path).resolve() for path, program in zip(paths, programs, strict=True) if program}
     for (name, build, _), program in zip(builds, programs, strict=True):
         if program is None and Path(build).resolve() in written:
             raise UsageError(
@@ -87,12 +88,11 @@ def command(
         " scored; whether that reaches a split, verify plan says",
         file=screen,
     )
-    runs, paths = [], []
-    for (name, build, _), program, own in zip(builds, programs, more, strict=True):
+    runs = []
+    for (name, *_), program, own, path in zip(builds, programs, more, paths, strict=True):
         if program is None:
-            paths.append(build)
             continue
-        logits, log = folder / f"{name.lower()}.kld", folder / f"{name.lower()}.log"
+        logits, log = Path(path), folder / f"{name.lower()}.log"
         line = engine_command(
             program, model=model, text=file, n_ctx=n_ctx, chunks=chunks, logits=logits, more=own
         )
@@ -105,7 +105,6 @@ def command(
         for said in run.last:
             print(f"{name} |   {said}", file=screen)
         runs.append(run)
-        paths.append(str(logits))
     failed = [run for run in runs if run.failure]
     if failed:
         verdict: Verdict = "broken" if all(run.name == "B" for run in failed) else "inconclusive"
