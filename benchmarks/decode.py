@@ -1,6 +1,6 @@
 """Decode attention on the CUDA device at hand: our kernel, its plans, and other libraries, in one run.
 
-    python benchmarks/decode.py --out benchmarks/results/decode.json [--commit HASH] [--only SECTION,...]
+    python benchmarks/decode.py --out benchmarks/results/decode.json [--only SECTION,...]
 
 Every time is a CUDA-graph replay over inputs that together exceed the level-2 cache (`kernels.timing`);
 GB/s counts K and V once; shares are of the read bandwidth measured in the same run, over a tensor of 4 GB;
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from commit import commit
 from peers import PEERS
 
 from kernels.cache import bits_per_number
@@ -313,15 +313,9 @@ class Bench:
 SECTIONS = ("glm", "splits", "shapes", "errors", "acc_f16", "window", "twice", "cache", "sweep", "flex")
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, help="JSON of everything measured")
-    parser.add_argument("--commit", default=None, help="what was measured, where git cannot tell")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, in order")
     parser.add_argument("--seconds", type=float, default=540, help="begin no section after this many")
     args = parser.parse_args()
@@ -338,7 +332,7 @@ def main() -> None:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": sys.version.split()[0],
-        "commit": args.commit or commit(),
+        "commit": commit(),
         "command": "python " + " ".join(sys.argv),
     }
     print(bench.results["environment"], flush=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from commit import commit
 
 from kernels.timing import input_sets, time_calls
 from model.dequantize import decode, type_is_supported
@@ -138,20 +138,12 @@ def line(type_name: str, shape: str, weights: int, n_bytes: int, found: dict[str
     return entry
 
 
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--types", help="names, with commas between; default: all that are decoded")
     parser.add_argument("--shapes", default="expert,embedding", help="of: expert, embedding")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--commit", help="what was measured, where git cannot tell")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     prepare_variables()
@@ -161,7 +153,7 @@ def main() -> None:
     names = arguments.types.split(",") if arguments.types else list(TYPES_BY_NAME)
     result: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": arguments.commit or commit(),
+        "commit": commit(),
         "environment": describe(arguments.device),
         "vocabulary": vocabulary_seconds(arguments.repeats),
         "results": (results := []),

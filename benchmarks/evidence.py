@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from commit import commit
 
 from kernels.budget import error_budgets
 from kernels.contract import Kernel
@@ -45,6 +46,7 @@ def main() -> None:
     clock = StageClock(device)
     failures = _measure(clock, kernels, sizes)
     found = {
+        "commit": commit(),
         "n_kv": n_kv,
         "kv_heads": heads,
         "probe_failures": failures,

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from commit import commit
 from ppl_cuda import product_rate
 
 from model.architectures.experts import GPU_EXPERT_ROWS
@@ -138,6 +139,7 @@ def main() -> None:
     limits = {"disk": stored / disk, "pcie": stored / pcie, "gemm": flop / gemm, "expert_tile": flop / tile}
     result = {
         "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
         "environment": describe("cuda"),
         "windows": known.windows,
         "n_ctx": N_CTX,

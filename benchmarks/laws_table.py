@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from commit import commit
+
 from verify.laws import LAWS
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,7 @@ def props(spec: str, device: str, examples: int) -> dict[str, Any]:
     result["environment"] = {
         key: result["environment"].get(key) for key in ("cpu", "gpu", "cuda", "packages", "python")
     }
+    result["commit"] = commit()
     # Where a library lies on this machine is nobody's business: `shown` names the kernel.
     del result["spec"]
     for law in result["laws"]:

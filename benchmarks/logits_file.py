@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from commit import commit
 
 from verify.environment import describe
 from verify.formats.logits_file import BLOCK_BYTES, LogitsWriter, encode
@@ -93,6 +94,7 @@ def main() -> None:
         read = plain_read([a, b])
         result = {
             "command": " ".join(["python", *sys.argv]),
+            "commit": commit(),
             "environment": describe("cpu"),
             "load_average": os.getloadavg(),
             "file_bytes": a.stat().st_size,

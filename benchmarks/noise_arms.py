@@ -12,13 +12,12 @@ JSON, and the table into the page, between its marks. On two CPU cores 4 windows
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from pages import between_marks
-from runs import ppl_run
+from runs import device_of, keep_run, ppl_run
 
 CANDIDATE = "flash:heads=2+1,kv=4"
 COLUMNS = (
@@ -50,10 +49,9 @@ def line_of(run: dict[str, Any]) -> str:
     ratios = [arm["distance_ratio"] for arm in noise["arms"]]
     shifts = [arm["dlnppl"] for arm in noise["arms"]]
     low, high = (exp(theta / 2) for theta in noise["theta_limits"])
-    device = run["environment"].get("gpu") or run["environment"]["device"]
     where = "outside" if place["outside"] else "inside"
     return (
-        f"| {device} | {run['n_ctx']} | {pair['tokens']} | {baseline['ppl']:.4f}"
+        f"| {device_of(run)} | {run['n_ctx']} | {pair['tokens']} | {baseline['ppl']:.4f}"
         f" | {min(ratios):.3f} to {max(ratios):.3f} | {low:.3f} to {high:.3f} | {pair['distance_ratio']:.3f}"
         f" | {where}, {place['rank']} of {len(ratios)} closer | {min(shifts):+.1e} to {max(shifts):+.1e}"
         f" | {pair['dlnppl']:+.1e} | {run['verdict']} |"
@@ -72,22 +70,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/noise-arms.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/noise.md"))
     arguments = parser.parse_args()
-    # Runs on other devices and at other lengths are kept: a page shows a CPU's and a GPU's side by side.
-    found: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         for n_ctx in arguments.n_ctx:
-            run = noise_run(n_ctx, arguments, Path(work) / str(n_ctx))
-            found = [old for old in found if _key(old) != _key(run)] + [run]
-            found.sort(key=_key)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+            found = keep_run(arguments.out, noise_run(n_ctx, arguments, Path(work) / str(n_ctx)), _key)
     table = "\n".join([HEADER, *map(line_of, found)])
     arguments.page.write_text(between_marks(arguments.page.read_text(), table))
     print(table)
 
 
-def _key(run: dict[str, Any]) -> tuple[str, int]:
-    return run["environment"]["device"], run["n_ctx"]
+def _key(run: dict[str, Any]) -> tuple[str, str]:
+    return run["environment"]["device"], f"{run['n_ctx']:6}"
 
 
 if __name__ == "__main__":

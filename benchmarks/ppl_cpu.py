@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from commit import commit
+
 from verify.environment import describe, prepare_torch, prepare_variables
 
 SIZE, REPEATS = 2048, 10
@@ -33,13 +35,6 @@ def product_rate() -> float:
         torch.mm(a, b, out=out)
         best = min(best, time.perf_counter() - started)
     return 2 * SIZE**3 / best
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 def main() -> None:

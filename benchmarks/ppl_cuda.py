@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commit import commit
+
 from verify.environment import describe, prepare_torch, prepare_variables
 
 SIZE, REPEATS, SHOWN = 8192, 5, 30
@@ -123,6 +125,7 @@ def main() -> None:
             run["share_of_matmul"] = run["product_flop_per_s"] / max(before, after)
     result = {
         "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
         "environment": describe("cuda"),
         "matmul_8192_flop_per_s": [before, after],
         "tile_16384_flop_per_s": by_shape,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import between_marks
-from runs import ppl_run
+from runs import device_of, ppl_run
 
 from model.dress import Dress, dress
 from model.locate import locate_model
@@ -78,8 +78,11 @@ def main() -> None:
         runs = [compared(model, acc, arguments, Path(work) / acc) for acc in ACCUMULATORS]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"dressing_seconds": dressing, "runs": runs}, indent=1) + "\n")
-    device = runs[0]["environment"].get("gpu") or runs[0]["environment"]["device"]
-    said = [f"Measured on {device}, {arguments.chunks} windows of {arguments.n_ctx} tokens.", "", HEADER]
+    said = [
+        f"Measured on {device_of(runs[0])}, {arguments.chunks} windows of {arguments.n_ctx} tokens.",
+        "",
+        HEADER,
+    ]
     table = "\n".join([*said, *map(line_of, runs)])
     arguments.page.write_text(between_marks(arguments.page.read_text(), table))
     print(table)

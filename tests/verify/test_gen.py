@@ -190,6 +190,20 @@ def test_float16_accumulators_are_degraded(tiny: Path, tmp_path: Path) -> None:
     assert [pair["verdict"] for pair in run["pairs"]] == ["degraded", "round-off"]
 
 
+@pytest.mark.parametrize(("cache", "least"), [("q8_0", 5.0), ("q4_0", 50.0)])
+def test_what_a_cache_loses_is_distance_and_no_fault(tmp_path: Path, cache: str, least: float) -> None:
+    # Two heads of 32, the size of a block of the cache.
+    heads = {"attention__head_count": 2, "attention__head_count_kv": 1}
+    model = write_tiny_model(tmp_path / "tiny.gguf", seed=3, restless=True, **heads)
+    done, run = gen(model, tmp_path / "run", "--candidate", f"flash:cache={cache}")
+    assert done.returncode == 1, done.stderr
+    (pair,) = run["pairs"]
+    assert pair["verdict"] == "degraded"
+    assert pair["distance_ratio"] > least
+    checks = pq.read_table(tmp_path / "run/layers.parquet").to_pylist()
+    assert max(c["max_budget_ratio"] for c in checks if c["arm"] == "candidate") <= 1
+
+
 def test_the_text_ends_where_the_model_ends_it(tiny: Path, tmp_path: Path) -> None:
     _, run = gen(tiny, tmp_path / "all")
     tokens = pq.read_table(tmp_path / "all/tokens.parquet").to_pylist()

@@ -16,6 +16,7 @@ import torch
 
 from kernels.budget import budget_ratio, error_budget, relative_error
 from kernels.detectors import LARGEST_RELATIVE_ERROR
+from kernels.exact import exact_attention
 from model.runner import LayerCall
 from verify.arms import Arm, ArmRunner, Place, kernel_call
 from verify.attempt import attempt
@@ -29,9 +30,10 @@ _SMALLEST_SQUARE = 1e-300
 class StepCheck(NamedTuple):
     """One row of layers.parquet: a kernel at one step and layer, over all heads. Step -1 is the prompt.
 
-    square_error: sum of squared errors over that of the exact output; max_budget_ratio: largest |error| /
-    budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head where it
-    is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst.
+    square_error: squared distance to the exact output over the square of that. The others are of the error on
+    what the kernel's own cache holds: what a cache loses is distance, not a fault. max_budget_ratio: largest
+    |error| / budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head
+    where it is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst.
     """
 
     step: int
@@ -85,7 +87,9 @@ class CheckedExact:
             arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
             return
         arithmetic = arm.kernel.arithmetic_of(small)
-        budget = error_budget(arm.kernel.held(small), arithmetic)
+        held = arm.kernel.held(small)
+        budget = error_budget(held, arithmetic)
+        exact = budget.out[0] if held is small else exact_attention(small, with_lse=False).out[0]
         error = tried.output.out[0].double() - budget.out[0]  # [rows, H, Dv]
         bad = ~torch.isfinite(error).all(-1)
         error = torch.where(bad[..., None], 0.0, error)
@@ -95,7 +99,8 @@ class CheckedExact:
         relative = torch.where(vacuous, relative, 0.0)
         worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad * 1e9).argmax())
         row, head = divmod(worst, error.shape[1])
-        square = error.square().sum() / budget.out[0].square().sum().clamp(min=_SMALLEST_SQUARE)
+        distance = torch.where(bad[..., None], 0.0, tried.output.out[0].double() - exact)
+        square = distance.square().sum() / exact.square().sum().clamp(min=_SMALLEST_SQUARE)
         self.checks.append(
             StepCheck(
                 self.step,

@@ -1,0 +1,15 @@
+"""Which source was measured: git's HEAD, or the variable COMMIT where the sources lie without their git."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+
+def commit() -> str:
+    """A short hash, "-dirty" behind it where the working tree has other contents; or "unknown"."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
