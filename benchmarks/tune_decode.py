@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--head-size", default="128")
     parser.add_argument("--n-kv", default="8192,32768,65536")
     parser.add_argument("--parts", default="16,33,49,66")
+    parser.add_argument("--rows", help="of a tile; default: the fewest that hold a group")
     parser.add_argument("--keys", default="32,64,128")
     parser.add_argument("--warps", default="4,8")
     parser.add_argument("--stages", default="2,3,4,5,6")
@@ -53,14 +54,14 @@ def main() -> None:
     numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
     begun = time.time()
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-    rows = max(next_power_of_two(args.heads // args.kv_heads), 16)
+    fewest = max(next_power_of_two(args.heads // args.kv_heads), 16)
     results = []
     bandwidth = read_bandwidth()
     print({name: round(value) for name, value in bandwidth.items()}, flush=True)
     for n_kv in numbers(args.n_kv):
         found = []
-        for keys, warps, stages, parts in itertools.product(
-            *map(numbers, (args.keys, args.warps, args.stages, args.parts))
+        for rows, keys, warps, stages, parts in itertools.product(
+            *map(numbers, (args.rows or str(fewest), args.keys, args.warps, args.stages, args.parts))
         ):
             tiles = Tiles(rows, keys, warps, stages)
             if (
