@@ -5,15 +5,16 @@
     weights  = s (without the bias) of the chosen, divided by their sum if `normalised`, times `scale`
     out      = shared expert + sum over the chosen of weight * expert
 
-Experts are decoded one at a time and applied to the rows that chose them, each state by itself and on row
-tiles of one size, so that how many states there are changes no bit.
+Experts are decoded one at a time and applied to the rows that chose them, on row tiles of one size. A CPU
+takes each state by itself, so that how many there are changes no bit. A GPU needs more rows than one state
+has: there a tile holds rows of several, side by side, which rests on `model.products.moves_no_bit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,9 +25,18 @@ from model.products import Products
 Gating = Literal["softmax", "sigmoid"]
 # Values of `expert_gating_func`.
 GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid"}
-# Rows a tile: a window of 512 with 8 experts of 128 gives an expert 32 rows in the mean. A GPU is given many
-# windows at once, and needs more rows.
-EXPERT_ROWS, GPU_EXPERT_ROWS = 64, 256
+class Rows(NamedTuple):
+    """Rows of a tile at most; of the states that lie in one tensor, and of what an expert takes at once, at
+    least (0: each state by itself)."""
+
+    tile: int
+    pack: int
+    batch: int
+
+
+# A window of 512 with 8 experts of 128 gives an expert 32 rows in the mean; a group of windows, in all arms
+# that a GPU computes side by side, thousands.
+ON_CPU, ON_GPU = Rows(64, 0, 0), Rows(1024, 16384, 16384)
 
 
 def route(
@@ -49,6 +59,56 @@ def route(
     if normalised:
         weights = weights / weights.sum(-1, keepdim=True)
     return chosen, weights * scale
+
+
+class _State(NamedTuple):
+    """One state: its normed rows h [T, E], chosen experts and shares [T, used], and the sum so far [T, E]."""
+
+    key: Any
+    h: torch.Tensor
+    chosen: torch.Tensor
+    shares: torch.Tensor
+    total: torch.Tensor
+
+
+class _Pack(NamedTuple):
+    """States that lie in one tensor, one behind the other.
+
+    lengths: rows of each; h, total [rows, E]; by expert: the rows that chose it, and its shares in them.
+    """
+
+    keys: list[Any]
+    lengths: list[int]
+    h: torch.Tensor
+    total: torch.Tensor
+    rows: Sequence[torch.Tensor]
+    shares: Sequence[torch.Tensor]
+
+
+def _batches(packs: Sequence[_Pack], expert: int, rows: int) -> Iterator[list[_Pack]]:
+    """The packs with rows for an expert, in batches of at least so many of these rows."""
+    batch: list[_Pack] = []
+    for pack in packs:
+        if len(pack.rows[expert]):
+            batch.append(pack)
+        if batch and sum(len(p.rows[expert]) for p in batch) >= rows:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _add_rows(total: torch.Tensor, rows: torch.Tensor, addend: torch.Tensor) -> None:
+    """total[rows] += addend, where no row is named twice.
+
+    So there is no order of additions to promise, for which torch would sort the rows.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        total.index_add_(0, rows, addend)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 @dataclass(frozen=True)
@@ -94,40 +154,72 @@ class Experts:
         products: Products,
         pull: Pull,
     ) -> Iterator[tuple[Key, torch.Tensor]]:
-        states = list(inputs)
-        routes = []
-        sums = []
-        for _, h in states:
-            logits = products(h, weights["ffn_gate_inp"])
-            routes.append(
-                route(
-                    logits,
-                    weights.get("exp_probs_b.bias"),
-                    used=self.used,
-                    gating=self.gating,
-                    normalised=self.normalised,
-                    scale=self.scale,
-                )
-            )
-            sums.append(self._shared_expert(h, weights, products, pull))
-        tiles = products.with_tile(GPU_EXPERT_ROWS if weights["ffn_gate_inp"].is_cuda else EXPERT_ROWS)
-        places = [self._places(chosen) for chosen, _ in routes]
-        wanted = [expert for expert in range(self.count) if any(len(place[expert]) for place in places)]
+        at_once = ON_GPU if weights["ffn_gate_inp"].is_cuda else ON_CPU
+        tiles = products.with_tile(min(products.tile, at_once.tile))
+        packs = list(self._packs(inputs, weights, products, pull, at_once.pack))
+        wanted = [expert for expert in range(self.count) if any(len(pack.rows[expert]) for pack in packs)]
         for expert in pull.announce(self.streamed, wanted):
             part = {name: pull(name, expert) for name in self.streamed}
-            for (_, h), (_, shares), place, total in zip(states, routes, places, sums, strict=True):
-                if len(place[expert]):
-                    rows, slots = place[expert] // self.used, place[expert] % self.used
-                    out = self._expert(h[rows], part, tiles, pull)
-                    total[rows] += out * shares[rows, slots][:, None]
-        for (key, _), total in zip(states, sums, strict=True):
-            yield key, total
+            for batch in _batches(packs, expert, at_once.batch):
+                self._add_expert(expert, batch, part, tiles, pull)
+        for pack in packs:
+            yield from zip(pack.keys, pack.total.split(pack.lengths), strict=True)
 
-    def _places(self, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of each expert the entries of chosen [T, used], flattened, that name it, in their order."""
-        flat = chosen.flatten()
-        order = torch.sort(flat, stable=True).indices
-        return order.split(torch.bincount(flat.cpu(), minlength=self.count).tolist())
+    def _packs(
+        self,
+        inputs: Iterable[tuple[Key, torch.Tensor]],
+        weights: Mapping[str, torch.Tensor],
+        products: Products,
+        pull: Pull,
+        rows: int,
+    ) -> Iterator[_Pack]:
+        """The states in packs of at least so many rows each, their rows sent to the experts."""
+        states: list[_State] = []
+        for key, h in inputs:
+            chosen, shares = route(
+                products(h, weights["ffn_gate_inp"]),
+                weights.get("exp_probs_b.bias"),
+                used=self.used,
+                gating=self.gating,
+                normalised=self.normalised,
+                scale=self.scale,
+            )
+            states.append(_State(key, h, chosen, shares, self._shared_expert(h, weights, products, pull)))
+            if sum(len(state.h) for state in states) >= rows:
+                yield self._pack(states)
+                states = []
+        if states:
+            yield self._pack(states)
+
+    def _pack(self, states: list[_State]) -> _Pack:
+        keys, *each = zip(*states, strict=True)
+        h, chosen, shares, total = (x[0] if len(x) == 1 else torch.cat(x) for x in each)
+        entries = chosen.flatten()
+        # Of each expert the entries that name it, in their order.
+        order = torch.sort(entries, stable=True).indices
+        counts = torch.bincount(entries.cpu(), minlength=self.count).tolist()
+        rows, of_entries = order // self.used, shares.flatten()[order]
+        lengths = [len(state.h) for state in states]
+        return _Pack(list(keys), lengths, h, total, rows.split(counts), of_entries.split(counts))
+
+    def _add_expert(
+        self,
+        expert: int,
+        packs: Sequence[_Pack],
+        part: Mapping[str, torch.Tensor],
+        tiles: Products,
+        pull: Pull,
+    ) -> None:
+        """Add what the expert makes of the rows that chose it, in whole tiles, to their totals."""
+        rows = [pack.rows[expert] for pack in packs]
+        counts = [len(r) for r in rows]
+        x = packs[0].h.new_zeros((-(-sum(counts) // tiles.tile) * tiles.tile, self.width))
+        for pack, mine, place in zip(packs, rows, x[: sum(counts)].split(counts), strict=True):
+            torch.index_select(pack.h, 0, mine, out=place)
+        out = self._expert(x, part, tiles, pull)[: sum(counts)]
+        out *= torch.cat([pack.shares[expert] for pack in packs])[:, None]
+        for pack, mine, addend in zip(packs, rows, out.split(counts), strict=True):
+            _add_rows(pack.total, mine, addend)
 
     def _shared_expert(
         self, h: torch.Tensor, weights: Mapping[str, torch.Tensor], products: Products, pull: Pull
