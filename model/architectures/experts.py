@@ -25,6 +25,8 @@ from model.products import Products
 Gating = Literal["softmax", "sigmoid"]
 # Values of `expert_gating_func`.
 GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid"}
+
+
 class Rows(NamedTuple):
     """Rows of a tile at most; of the states that lie in one tensor, and of what an expert takes at once, at
     least (0: each state by itself)."""
