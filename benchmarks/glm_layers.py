@@ -6,8 +6,9 @@ Writes two files with random blocks (Q8_0 attention, Q4_K and Q8_0 experts; 2.0 
 layers of 128 experts more than the other, and runs `verify ppl` on each over the same windows of 512 tokens,
 with the file dropped from the page cache before, once the kernels are compiled. A third of the difference is
 one layer, for five arms: seven passes, as the control shares its baseline's states and three arms have a pass
-with frozen casts. In the same run: the rate of reading the file from the disk, of copying pinned memory to the GPU, and of float32
-products of 8192 x 8192 and of an expert's tile. What is extrapolated from that is called so.
+with frozen casts. In the same run: the rate of reading the file from the disk, of copying pinned memory to
+the GPU, and of float32 products of 8192 x 8192 and of an expert's tile. What is extrapolated from that is
+called so.
 """
 
 from __future__ import annotations
