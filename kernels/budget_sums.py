@@ -205,7 +205,13 @@ class Sums:
     def _variances(self, block: Block, big_s: torch.Tensor) -> _Variances:
         a, u = self.a, self.a.u
         p, abs_s, m = block.p, block.abs_s, self.rows.largest
-        relative = u**2 * (big_s.square() / 2 + 4 * abs_s.square() + 4 * m.square() + 4)
+        # Partial sums of q.k wander where signs differ. Where one column makes the logit, as outlying
+        # channels of real keys do, they are as large as it from there on, and each of D steps rounds that.
+        grown = torch.where(block.seen, block.raw, 0.0)
+        if self.call.softcap is not None:
+            grown = grown * (1 - torch.tanh(grown / self.call.softcap).square())
+        walked = big_s.square() / 2 + self.call.shape.k_size * grown.square()
+        relative = u**2 * (walked + 4 * abs_s.square() + 4 * m.square() + 4)
         relative = relative + a.u_k**2 * big_s.square() / 2
         if self.call.softcap is not None:
             relative = relative + a.u_tanh**2 * abs_s.square()
@@ -234,7 +240,7 @@ class Sums:
         if a.acc == "f16":
             # Partial sums grow from nothing to o: like t where signs agree, like sqrt(t) where they do not.
             steps = a.u_acc**2 * d_n * (square_o / 3 + p_square_vv / 2)
-            variance = variance + steps + d_n * _TAU**2 / self.rows.l**2
+            variance = variance + steps + d_n * _TAU**2 / 3 / MEAN_SQUARE / self.rows.l**2
         variance = variance + a.u_v**2 * p_square_vv + a.u_part**2 * size.square()
         if a.u_v or a.u_part:
             variance = variance + _TAU**2 / 3 / MEAN_SQUARE

@@ -87,10 +87,14 @@ def measure(
     error = torch.where(bad, math.inf, error)
     ratio = budget_ratio(error, b.bound)
     judged = torch.where(b.vacuous[..., None] & ~bad, 0.0, ratio)
-    flat = int(judged.argmax()) if judged.numel() else 0
-    worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), judged.shape))
     clean = torch.where(bad, 0.0, error)
     relative = torch.where(b.vacuous, relative_error(clean, b.size, b.expected), 0.0)
+    # Where budgets say nothing, the place is that of the largest relative error.
+    found = judged
+    if judged.numel() and float(judged.max()) <= 1 and float(relative.max()) > LARGEST_RELATIVE_ERROR:
+        found = torch.where((relative == relative.max())[..., None], clean.abs(), -1.0)
+    flat = int(found.argmax()) if judged.numel() else 0
+    worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), judged.shape))
     rms, rms_limit = _rms(clean, b) if distinct else (math.nan, math.nan)
     used = b.quadrature > 0
     quadrature = budget_ratio(clean, b.quadrature)[used & ~b.vacuous[..., None]]

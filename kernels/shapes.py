@@ -69,7 +69,9 @@ def shape_named(text: str) -> ModelShape:
     else:
         known = ", ".join(SHAPES)
         raise SpecError(f"shape {text!r}: unknown shape{nearest(name, SHAPES)} (known: {known}, or 96/8x128)")
-    if min(shape.q_heads, shape.kv_heads, shape.k_size) < 1 or shape.q_heads % shape.kv_heads:
+    if min(shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size) < 1:
+        raise SpecError(f"shape {text!r}: expected heads and head sizes from 1")
+    if shape.q_heads % shape.kv_heads:
         raise SpecError(f"shape {text!r}: {shape.q_heads} query heads do not divide among {shape.kv_heads}")
     if not at:
         return shape

@@ -118,9 +118,9 @@ class LaunchTrace:
         return {n_kv: frozenset(kinds) for n_kv, kinds in found.items()}
 
     def differs_from(self, other: LaunchTrace) -> frozenset[int]:
-        """The n_kv at which this trace ran something that `other` did not run there, or the reverse."""
+        """The n_kv at which this trace ran, and not the same as `other` did."""
         mine, theirs = self._by_n_kv(), other._by_n_kv()
-        return frozenset(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        return frozenset(n for n, kinds in mine.items() if kinds != theirs.get(n))
 
     @property
     def total_rows(self) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gguf
 import numpy as np
@@ -31,6 +31,8 @@ from model.reshape_heads import HeadShape
 
 SOURCE = "llama"
 TARGETS = ("llama", "qwen2", "glm4moe")
+# More is a slip of the pen: tensors of that size are made in memory.
+MOST_COPIES = 64
 # Architectures whose rotation takes halves rather than neighbours.
 _NEOX = ("qwen2", "glm4moe")
 # What a target calls the norm before the feed-forward.
@@ -68,6 +70,8 @@ class Dress:
             raise ModelError(f"--experts {self.experts}: expected {' or '.join(allowed)} for {self.to}")
         if self.dtype not in ("f32", "f16"):
             raise ModelError(f"--type {self.dtype}: expected f32 or f16")
+        if self.copies > MOST_COPIES:
+            raise ModelError(f"--copies {self.copies}: expected at most {MOST_COPIES}")
 
 
 @dataclass(frozen=True)
@@ -281,10 +285,15 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 with one line on stderr."""
     about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m model.dress", description=about)
+    parser = _Parser(prog="python -m model.dress", description=about)
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("-m", "--model", help="a llama GGUF file; the installed small model if not given")
     parser.add_argument("--to", default=SOURCE, help=f"architecture: {', '.join(TARGETS)}")
@@ -295,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--experts", default="dense", help=f"the feed-forward: {', '.join(FORMS)}")
     parser.add_argument("--dense-first", type=int, default=1, help="layers before the first one with experts")
     parser.add_argument("--layers", type=int, help="keep only the first so many layers")
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
     parser.add_argument("--type", default="f32", help="type of what is rewritten: f32, or f16 (rounds it)")
     given = parser.parse_args(arguments)
     try:
@@ -310,8 +320,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             layers=given.layers,
             dtype=given.type,
         )
-        path = dress(locate_model(given.model), given.out, to)
-    except (ValueError, OSError) as error:
+        source = locate_model(given.model)
+        if given.out.exists() and not given.force and not given.out.samefile(source):
+            raise ModelError(f"{given.out}: is there already, expected a new file (or --force)")
+        path = dress(source, given.out, to)
+    except OSError as error:
+        print(f"error: {error.filename or given.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 
 from verify.environment import prepare_variables
@@ -17,14 +16,12 @@ def main() -> None:
 
     from verify.commands import app
     from verify.errors import INPUT_ERRORS
+    from verify.terminal import outlast_readers, unwritten
     from verify.verdict import EXIT_INTERRUPTED, EXIT_VOID
 
     # An option of every command, for whoever follows up an internal error.
     debug = "--debug" in sys.argv
-    for stream in (sys.stdout, sys.stderr):
-        # Text of a model or a path, on a terminal that cannot show it.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    outlast_readers()
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -32,7 +29,8 @@ def main() -> None:
         code = _refuse(str(error))
     except typer.Exit as stop:
         code = stop.exit_code
-    except (KeyboardInterrupt, typer.Abort, BrokenPipeError):
+    except (KeyboardInterrupt, typer.Abort):
+        print("verify: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except Exception as error:
         # The command line's own usage errors; typer may carry its click inside, so the class is not named.
@@ -48,6 +46,8 @@ def main() -> None:
                 f"verify: internal error, nothing was measured: {said} (--debug shows where)", file=sys.stderr
             )
             code = EXIT_VOID
+    if (lost := unwritten()) is not None:
+        code = _refuse(f"standard output: {lost.strerror}; what a command keeps in a folder is kept")
     sys.exit(code if isinstance(code, int) else 0)
 
 

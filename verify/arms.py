@@ -15,7 +15,7 @@ Every kernel's arm runs twice, freely, as an engine would run it, and with froze
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -64,6 +64,12 @@ class Findings:
     attention_equal: bool = True
     logits_equal: bool = True
     first_difference: Place | None = None
+    unsteady: str | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the kernel said that it does not take such calls, which is no evidence either way."""
+        return self.failure is not None and self.failure.startswith(REFUSED)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +89,7 @@ class Findings:
         self.attention_equal &= later.attention_equal
         self.logits_equal &= later.logits_equal
         self.first_difference = self.first_difference or later.first_difference
+        self.unsteady = self.unsteady or later.unsteady
 
 
 @dataclass
@@ -102,6 +109,26 @@ class Arm:
         return self.findings.failure is not None
 
 
+def common_cache(arms: Iterable[Arm]) -> str | None:
+    """The quantised type in which all kernels hold keys and values: no difference between them. Else None."""
+    caches = {arm.kernel.cache for arm in arms if arm.kernel is not None}
+    return caches.pop() if len(caches) == 1 and caches != {"f16"} else None
+
+
+def cache_note(arms: Iterable[Arm]) -> str | None:
+    """What a reader must know where there is one."""
+    cache = common_cache(arms)
+    return None if cache is None else f"all kernels hold {cache}: what that loses is in no distance"
+
+
+class FirstResult(NamedTuple):
+    """A kernel's result for a call that it will be given again; error: the norm of its error."""
+
+    window: int
+    out: torch.Tensor
+    error: float
+
+
 def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None = None) -> Call:
     """The kernel's call of a layer; `rows` narrows it to some query rows."""
     q, kv_len = call.q, call.kv_len
@@ -117,6 +144,11 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
         sliding_window=call.settings.sliding_window,
         softcap=call.settings.softcap,
     )
+
+
+# What kernels that do not take a call say first; and how far results of one call may lie apart, in units of
+# their own error: sums in another order differ by less.
+REFUSED, STEADY_TIMES = "unsupported:", 4.0
 
 
 class _Look(NamedTuple):
@@ -142,7 +174,8 @@ class ArmRunner:
     `board` holds, for the layer and windows at hand, the outputs of arms that others are compared with.
     watch: called with each call of the exact arm and its float64 result; seen: with every call; wait: whether
     the findings are complete after each call, which on a GPU has the host wait for it; else they are after
-    `settle`.
+    `settle`. again: what kernels gave for this very call, and the size of its error, by arm: the next result
+    is compared with it.
     """
 
     def __init__(
@@ -154,9 +187,10 @@ class ArmRunner:
         watch: Callable[[LayerCall, torch.Tensor], None] | None = None,
         seen: Callable[[str, LayerCall], None] | None = None,
         wait: bool = True,
+        again: dict[str, FirstResult] | None = None,
     ) -> None:
         self.arm, self.board, self.seed, self.watch, self.seen = arm, board, seed, watch, seen
-        self.wait = wait
+        self.wait, self.again = wait, {} if again is None else again
         self._looked: list[_Look] = []
         self.name = arm.name
 
@@ -190,9 +224,22 @@ class ArmRunner:
         out = tried.output.out
         self._look("nonfinite", call, ~torch.isfinite(out).all(-1))
         self._compare(call, out)
+        self._check_steady(call, out)
         if self.wait:
             self.settle()
         return out
+
+    def _check_steady(self, call: LayerCall, out: torch.Tensor) -> None:
+        """Compare with what the kernel gave for the same call before, if it did."""
+        first = self.again.pop(self.arm.name, None)
+        if first is None or first.window != call.window or same_bits(out, first.out):
+            return
+        moved = float((out.double() - first.out.double()).norm())
+        if not moved <= STEADY_TIMES * first.error:
+            self.arm.findings.unsteady = self.arm.findings.unsteady or (
+                f"window {call.window + 1}, layer {call.layer}: {moved / max(first.error, 1e-300):.3g} times"
+                " its error"
+            )
 
     def settle(self) -> None:
         """Enter what the calls so far have shown; waits for the device."""

@@ -35,11 +35,15 @@ def attempt(kernel: Kernel, call: Call) -> Attempt:
         try:
             output = traced.run(call)
         except KernelFailure as failed:
-            failure, unsupported = f"{failed.kind}: {failed}", failed.kind == "unsupported"
+            failure, unsupported = _one_line(f"{failed.kind}: {failed}"), failed.kind == "unsupported"
         except Exception as raised:
-            failure = f"raised: {type(raised).__name__}: {raised}"
+            failure = _one_line(f"raised: {type(raised).__name__}: {raised}")
             no_memory = isinstance(raised, torch.cuda.OutOfMemoryError)
         return Attempt(output, failure, unsupported, traced.trace, no_memory)
+
+
+def _one_line(said: str) -> str:
+    return " ".join(said.split())
 
 
 class untraced:

@@ -19,6 +19,7 @@ from kernels.contract import Call, Kernel, checked_call
 from kernels.registry import build_kernel
 from kernels.shapes import ModelShape
 from kernels.timing import input_sets, read_bandwidth, time_calls
+from verify.subject import check_lengths, check_shapes
 
 CPU_CALLS = 5
 CPU_READ_BYTES = 1 << 28
@@ -45,9 +46,10 @@ class Measurement:
 def measure(
     shapes: Sequence[ModelShape], n_kvs: Sequence[int], specs: Sequence[str], device: torch.device
 ) -> tuple[dict[str, float], Iterator[Measurement]]:
-    """The machine's bandwidth in GB/s, and the measurements one by one."""
-    for spec in specs:
-        build_kernel(spec).close()  # a specification that cannot be built is refused before anything runs
+    """The machine's bandwidth in GB/s, and the measurements one by one. Raises SpecError, UsageError."""
+    # What cannot be built, or cut so, is refused before anything runs.
+    check_shapes(specs, shapes, "decode")
+    check_lengths(n_kvs, shapes, device)
     bandwidth = read_bandwidth() if device.type == "cuda" else _cpu_bandwidth()
 
     def each() -> Iterator[Measurement]:

@@ -58,11 +58,11 @@ class KernelEvidence:
     """One kernel's errors in one cell.
 
     failure: what it failed with instead of a result; measures and findings: of `kernels.detectors`; gates:
-    what the gates of others say; nmse: square error over the square of exact; worst: [b, row, head, element]
-    of the largest |error| / budget, worst_values: got and exact there; cache: type of the kernel's own cache;
-    row_square [T * Hq]: square error a row and head, on keys and values as that cache holds them, and
-    given_square the same to exact on the inputs as they were given; heat [T, Hq] and ratios: |error| /
-    budget, the largest of each row and head, and all.
+    what the gates of others say; refused: it took none of the probes; nmse: square error over the square of
+    exact; worst: [b, row, head, element] of the largest |error| / budget, worst_values: got and exact there;
+    cache: type of the kernel's own cache; row_square [T * Hq]: square error a row and head, on keys and
+    values as that cache holds them, and given_square the same to exact on the inputs as they were given; heat
+    [T, Hq] and ratios: |error| / budget, the largest of each row and head, and all.
     """
 
     spec: str
@@ -71,6 +71,7 @@ class KernelEvidence:
     findings: list[Finding] = field(default_factory=list)
     gates: dict[str, bool] = field(default_factory=dict)
     probes_failed: list[str] = field(default_factory=list)
+    refused: bool = False
     nmse: float = math.nan
     worst: tuple[int, ...] = ()
     worst_values: tuple[float, float] = (math.nan, math.nan)
@@ -213,7 +214,7 @@ def _hold(
     found.output = output
     judged = output if has_lse else AttentionOutput(output.out, budget.lse)
     family = FAMILIES.get(inputs.family)
-    distinct = family is not None and family.distinct
+    distinct = family is None or family.distinct
     found.measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget)
     found.findings = findings(found.measures)
     found.gates = verdicts(compared(call, output.out, exact, plain))
@@ -279,6 +280,8 @@ def judge(cells: Sequence[Cell], margin: float) -> tuple[Decision, DistanceRatio
             not_compared="" if compared else "probes show faults alone: none was found, and none is compared",
             distance=ratio,
             margin=margin,
+            unit="cells",
+            narrowed_by="more draws (--seeds) or lengths (--n-kv) narrow it",
         )
     )
     return decision, ratio

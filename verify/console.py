@@ -25,7 +25,7 @@ from verify.evidence import PairSummary
 from verify.experiment import Experiment, Outcome
 from verify.perplexity import Perplexity, final_line, running_line
 from verify.reports.split_mode import split_mode_sentence
-from verify.terminal import console_on, on_terminal
+from verify.terminal import console_on, counted, on_terminal, print_table_on
 
 
 class PplConsole:
@@ -57,8 +57,9 @@ class PplConsole:
             f" {sizes.heads} heads over {sizes.kv_heads} KV heads (r = {sizes.ratio}),"
             f" head size {sizes.k_size}",
             *([shared_out] if shared_out else []),
-            f"text {experiment.corpus.name}: {windows.n_tokens_total} tokens, {windows.n_windows} windows of"
-            f" {windows.n_ctx}, {windows.scored_per_window} scored in each",
+            f"text {experiment.corpus.name}: {windows.n_tokens_total} tokens,"
+            f" {counted(windows.n_windows, 'window')} of {windows.n_ctx},"
+            f" {windows.scored_per_window} scored in each",
             sep="\n",
             file=self.out,
             flush=True,
@@ -110,7 +111,7 @@ class PplConsole:
         )
         print(line, file=self.out)
         console = console_on(self.out)
-        console.print(_table(outcome))
+        print_table_on(console, _table(outcome))
         for text in _coverage(outcome):
             console.print(text, soft_wrap=True)
         print(_read(outcome), file=self.out)
@@ -134,7 +135,7 @@ def _table(outcome: Outcome) -> Table:
     table.add_column("kernel", overflow="fold", min_width=12)
     numbers = ("PPL", "ln PPL - baseline", "KLD to exact", "casts frozen", "KLD to baseline", "top-1 changes")
     for name in numbers:
-        table.add_column(name, justify="right", no_wrap=name in numbers[:2])
+        table.add_column(name, justify="right", no_wrap=True)
     pairs = {pair.candidate.name: pair for pair in outcome.pairs}
     most = max(summary.perplexity.tokens for summary in outcome.arms)
     for summary in outcome.arms:
@@ -180,9 +181,10 @@ def _coverage(outcome: Outcome) -> list[str]:
 def _read(outcome: Outcome) -> str:
     """How often the model was read, and how much of it."""
     speed, model = outcome.run["speed"], outcome.run["model"]
-    groups = f"{speed['groups']} group{'s' if speed['groups'] > 1 else ''}"
+    groups = counted(speed["groups"], "group")
     read, size = speed["read_bytes"] / 1e6, model["bytes"] / 1e6
-    return f"read: {read:.0f} MB of a model of {size:.0f} MB, in {groups} of {speed['group_windows']} windows"
+    windows = counted(speed["group_windows"], "window")
+    return f"read: {read:.0f} MB of a model of {size:.0f} MB, in {groups} of {windows}"
 
 
 def _verdict(outcome: Outcome) -> list[str]:
@@ -203,8 +205,9 @@ def _verdict(outcome: Outcome) -> list[str]:
 def _seen(pair: PairSummary) -> str:
     """What this run would have seen of a pair."""
     assert pair.distance is not None
+    least = pair.distance.detectable
+    could = f"could have seen a distance ratio from {least:.3g}" if math.isfinite(least) else "no interval"
     return (
-        f"  could have seen a distance ratio from {pair.distance.detectable:.3g}, on"
-        f" {pair.measured_tokens} tokens, about {pair.distance.scope};"
+        f"  {could}, on {pair.measured_tokens} tokens, about {pair.distance.scope};"
         f" {pair.coverage.tokens:.1%} of them went through the changed plan"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from verify import environment
 from verify.errors import UsageError
 
 
@@ -25,3 +26,17 @@ def chosen_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return environment.available_memory()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch has a class of its own for that on a GPU alone."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "alloc" in str(error)

@@ -19,10 +19,13 @@ from kernels.trace import LaunchTrace
 from verify import environment
 from verify.captured import captured_inputs
 from verify.cells import Cell, Inputs, compare, examine, judge, suspicions
+from verify.devices import is_out_of_memory
 from verify.errors import UsageError
 from verify.probing import PROBES, Probing, probe_kernels
+from verify.settings import check_margin
 from verify.stages import StageClock
 from verify.statistics import DistanceRatio
+from verify.subject import check_lengths, check_shapes
 from verify.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 
 SCHEMA = 1
@@ -32,7 +35,10 @@ MOST_EDGES = 6
 
 @dataclass(frozen=True)
 class DiffSettings:
-    """What a kernel diff runs over. captured_from: folder of a `verify ppl --capture` run, or None."""
+    """What a kernel diff runs over, each shape, length and family once.
+
+    captured_from: folder of a `verify ppl --capture` run, whose inputs stand in the place of all these.
+    """
 
     shapes: tuple[str, ...]
     n_kvs: tuple[int, ...]
@@ -51,10 +57,14 @@ class DiffSettings:
         unknown = [f for f in self.families if f not in known]
         if unknown:
             raise UsageError(f"--inputs {unknown[0]}: expected all or any of {', '.join(known)}")
-        if not self.margin > 1:
-            raise UsageError(f"--margin {self.margin:g}: expected a ratio above 1")
+        check_margin(self.margin)
         if self.seeds < 1:
             raise UsageError(f"--seeds {self.seeds}: expected at least 1")
+        # The same inputs twice are no more evidence than once, under whatever name.
+        shapes = {shape_named(name)._replace(name=""): name for name in reversed(self.shapes)}
+        object.__setattr__(self, "shapes", tuple(reversed(shapes.values())))
+        object.__setattr__(self, "n_kvs", tuple(dict.fromkeys(self.n_kvs)))
+        object.__setattr__(self, "families", tuple(dict.fromkeys(self.families)))
 
 
 class Line(NamedTuple):
@@ -80,7 +90,10 @@ class CandidateResult:
 
 @dataclass
 class DiffOutcome:
-    """The results, `run.json`, and one line that says where the time went."""
+    """The results, `run.json`, and one line that says where the time went.
+
+    stopped: why the cells end before their time, or nothing; interrupted: by the user.
+    """
 
     settings: DiffSettings
     candidates: list[CandidateResult]
@@ -89,6 +102,8 @@ class DiffOutcome:
     notes: list[str]
     run: dict[str, Any]
     seconds: str
+    stopped: str = ""
+    interrupted: bool = False
 
 
 def all_inputs(settings: DiffSettings, device: torch.device, clock: StageClock) -> Iterator[Inputs | Probing]:
@@ -124,24 +139,18 @@ def check_settings(settings: DiffSettings) -> None:
     Raises SpecError, UsageError.
     """
     shapes = [shape_named(name) for name in settings.shapes]
-    for spec in (settings.baseline, *settings.candidates):
-        kernel = build_kernel(spec)
-        try:
-            for shape in shapes:
-                kernel.arithmetic(_shape_of(shape, 1), settings.path).depths(1)
-                odd = kernel.capabilities().size_multiple
-                if shape.k_size % odd or shape.v_size % odd:
-                    raise ValueError(f"it has only head sizes that are multiples of {odd}")
-        except ValueError as error:
-            raise UsageError(f"kernel {spec!r} does not fit this shape: {error}") from None
-        finally:
-            kernel.close()
+    check_shapes((settings.baseline, *settings.candidates), shapes, settings.path)
+    check_lengths(settings.n_kvs, shapes, torch.device(settings.device))
 
 
 def run_diff(
     settings: DiffSettings, device: torch.device, inputs: Iterator[Inputs | Probing], clock: StageClock
 ) -> DiffOutcome:
-    """Examine every kernel on every input, and judge every candidate."""
+    """Examine every kernel on every input, and judge every candidate.
+
+    An interruption, or too little memory, ends it: what was examined by then is judged, and the outcome says
+    what stopped it. Raises UsageError for too little memory where nothing was.
+    """
     baseline = build_kernel(settings.baseline)
     candidates = [build_kernel(spec) for spec in settings.candidates]
     cells: list[list[Cell]] = [[] for _ in candidates]
@@ -149,6 +158,8 @@ def run_diff(
     base_trace = LaunchTrace()
     left_out: dict[str, set[str]] = {}
     few_words: list[str] = []
+    stopped, interrupted, examined = "", False, 0
+    each: Inputs | Probing | None = None
     try:
         for each in inputs:
             if isinstance(each, Probing):
@@ -156,7 +167,11 @@ def run_diff(
                     few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
                 probed = probe_kernels([baseline, *candidates], each, device, clock)
                 for i, evidence in enumerate(probed[1:]):
-                    cells[i].append(compare(each.inputs, probed[0], evidence))
+                    if evidence.refused:
+                        left_out.setdefault(evidence.spec, set()).add(PROBES)
+                    else:
+                        cells[i].append(compare(each.inputs, probed[0], evidence))
+                examined += 1
                 continue
             reference, *others = examine([baseline, *candidates], each, clock)
             if reference is None:
@@ -173,6 +188,16 @@ def run_diff(
                 found.output = None
                 cells[i].append(cell)
             reference.output = None
+            examined += 1
+    except KeyboardInterrupt:
+        stopped, interrupted = f"interrupted after {examined} inputs", True
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        after = f"after {each.shape} at {each.n_kv} keys" if each else "at the first inputs"
+        stopped = f"--shape, --n-kv: {settings.device} has too little memory, {after}"
+        if not any(cells):
+            raise UsageError(stopped) from None
     finally:
         for kernel in (baseline, *candidates):
             kernel.close()
@@ -182,14 +207,16 @@ def run_diff(
     ]
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
     notes = sorted({note for kernel in (baseline, *candidates) for note in kernel.notes})
-    notes += few_words
+    notes += [*few_words, *([stopped] if stopped else [])]
     notes += [
         f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
         for spec, families in left_out.items()
     ]
     run = _run_json(settings, results, base_trace, verdict, notes, str(device))
     run["seconds"] = clock.to_json()
-    return DiffOutcome(settings, results, verdict, EXIT_CODES[verdict], notes, run, str(clock))
+    return DiffOutcome(
+        settings, results, verdict, EXIT_CODES[verdict], notes, run, str(clock), stopped, interrupted
+    )
 
 
 def command_of(settings: DiffSettings, cell: Cell) -> str:

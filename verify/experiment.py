@@ -23,7 +23,7 @@ from model.locate import locate_model
 from model.runner import COMPUTE_TYPES, Progress, Runner
 from model.tokenizer import Tokenizer
 from verify import environment
-from verify.arms import Arm, void_reasons
+from verify.arms import Arm, cache_note, void_reasons
 from verify.captured import capture_to, parse_layers
 from verify.devices import chosen_device
 from verify.errors import UsageError
@@ -142,6 +142,8 @@ class Experiment:
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
         notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
+        if (said := cache_note(self.arms)) is not None:
+            notes.add(said)
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
         if len(self.sample) < self.windows.n_windows:

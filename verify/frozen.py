@@ -21,7 +21,7 @@ import torch
 from kernels.contract import AttentionOutput, Call
 from kernels.exact import exact_attention
 from model.runner import LayerCall
-from verify.arms import Arm, Place, floor_noise, kernel_call
+from verify.arms import Arm, FirstResult, Place, common_cache, floor_noise, kernel_call
 from verify.attempt import attempt
 from verify.inplace import InPlace, Measured
 
@@ -59,6 +59,9 @@ class Teacher:
         self.arms = carried(arms)
         self.in_place, self.seed = in_place, seed
         self.faults, self.victim = faults or {}, victim
+        self.common_cache = common_cache(self.arms)
+        # What each kernel gave in the first layer, where the arms that run freely are given the same call.
+        self.first: dict[str, FirstResult] = {}
         # By pass: the error [B, T, H, Dv]; and the roundings of q, k and v, float64.
         self.errors: dict[str, torch.Tensor] = {}
         self.roundings: tuple[torch.Tensor, ...] = ()
@@ -93,11 +96,16 @@ class Teacher:
             exactly = exact_attention(whole)
             for name, fault in self.faults.items():
                 results[name] = results[arm.name] + fault(whole, exactly, results[arm.name])
-        # Its arithmetic answers for what its own cache holds; what the cache loses is distance all the same.
+        # Its arithmetic answers for what its own cache holds; what the cache loses is distance all the same,
+        # unless all have it.
         own = arm.kernel.held(whole)
         exact = oracle if own is whole else exact_attention(own, with_lse=False).out
+        aim = exact if self.common_cache else oracle
+        if call.layer == 0:
+            error = float((results[arm.name] - exact).norm())
+            self.first[arm.name] = FirstResult(call.window, tried.output.out, error)
         for name, result in results.items():
-            self.errors[frozen_name(name) if name == arm.name else name] = result - oracle
+            self.errors[frozen_name(name) if name == arm.name else name] = result - aim
         errors = {name: result - exact for name, result in results.items()}
         return [Measured(arm, own, own is not whole, exact, errors)]
 

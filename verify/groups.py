@@ -160,7 +160,15 @@ def run_group(
         # The control has its baseline's bits, or the run is void.
         seen = None if arm.role == "control" else partial(drift, exact=is_exact)
         passes.append(
-            ArmRunner(arm, board, seed=seed, watch=watch if is_exact else None, seen=seen, wait=False)
+            ArmRunner(
+                arm,
+                board,
+                seed=seed,
+                watch=watch if is_exact else None,
+                seen=seen,
+                wait=False,
+                again=teacher.first,
+            )
         )
     passes += [FrozenRunner(frozen_name(arm.name), arm, teacher, drift) for arm in teacher.arms]
     if victim is not None:

@@ -38,7 +38,7 @@ def probe_kernels(
     kernels: Sequence[Kernel], probing: Probing, device: torch.device, clock: StageClock
 ) -> list[KernelEvidence]:
     """What each kernel's failed probes say; those that ask for an option a kernel lacks are left out."""
-    found = [KernelEvidence(kernel.spec) for kernel in kernels]
+    found = [KernelEvidence(kernel.spec, refused=True) for kernel in kernels]
     for make in probe_makers(probing.sizes, device=device):
         with clock.stage("probes made", probing.n_kv):
             probe = make()
@@ -46,6 +46,8 @@ def probe_kernels(
         for kernel in kernels:
             with clock.stage(f"probes of {kernel.spec}", probing.n_kv):
                 tried.append(attempt(kernel, probe.call))
+        for evidence, each in zip(found, tried, strict=True):
+            evidence.refused &= each.unsupported
         with clock.stage("probes judged", probing.n_kv):
             for which in by_cache(kernels):
                 seen = on_cache(probe, kernels[which[0]].held(probe.call))

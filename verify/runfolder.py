@@ -35,6 +35,10 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError,
 PART = ".part"
 
 
+def _of_a_run(stored: dict[str, Any]) -> bool:
+    return all(isinstance(stored.get(name), dict) for name in ("settings", "identity"))
+
+
 class RunFolder:
     """A run's folder. Raises UsageError where it cannot be written or read."""
 
@@ -45,9 +49,12 @@ class RunFolder:
     def create(cls, path: Path, *, groups: bool = True) -> RunFolder:
         """A new folder; `groups`: for a run that goes on a group at a time."""
         if (path / SETTINGS).exists() or (path / RESULT).exists():
-            raise UsageError(
-                f"--out {path}: holds a run already; go on with --resume {path}, or name another"
-            )
+            other = f"go on with --resume {path}, or name another" if groups else "name another folder"
+            raise UsageError(f"--out {path}: holds a run already; {other}")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"--out {str(path)!a}: expected a name in UTF-8") from None
         try:
             (path / GROUPS if groups else path).mkdir(parents=True, exist_ok=True)
             probe = path / "writable"
@@ -74,7 +81,7 @@ class RunFolder:
             found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
         except (OSError, ValueError) as error:
             raise UsageError(f"--resume {self.path}: {SETTINGS} cannot be read: {error}") from None
-        if found.get("command") != command or not {"settings", "identity"} <= found.keys():
+        if not isinstance(found, dict) or found.get("command") != command or not _of_a_run(found):
             raise UsageError(f"--resume {self.path}: {SETTINGS} is not that of a run of verify {command}")
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from data.corpora import DEFAULT_CORPUS
 from verify.errors import UsageError
@@ -67,8 +67,7 @@ class PplSettings:
             raise UsageError(f"--cache-type {self.cache_type}: expected one of {known}")
         if not 0 <= self.min_coverage <= 1:
             raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
-        if not 1 < self.margin < math.inf:
-            raise UsageError(f"--margin {self.margin:g}: expected a ratio above 1")
+        check_margin(self.margin)
         if self.noise == 1 or self.noise < 0:
             raise UsageError(f"--noise {self.noise}: expected 0 (none) or at least 2 arms")
         if self.score_last is not None and not 1 <= self.score_last < self.n_ctx:
@@ -113,17 +112,29 @@ class PplSettings:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> PplSettings:
-        """Raises UsageError where they are not those of a run."""
-        known = {f.name: f for f in fields(cls)}
-        try:
-            given: dict[str, Any] = {k: v for k, v in stored.items() if k in known}
-            for name in ("candidates", "against"):
-                if not all(isinstance(x, str) for x in given.setdefault(name, ())):
-                    raise TypeError(f"{name}: expected texts")
-                given[name] = tuple(given[name])
-            return cls(**given)
-        except (TypeError, AttributeError) as error:
-            raise UsageError(f"settings: not those of a run: {error}") from None
+        """Raises UsageError that names the field where they are not those of a run."""
+        kinds = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls) if f.name in stored):
+            value = stored[name]
+            if kinds[name] == tuple[str, ...]:
+                if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+                    raise UsageError(f"{name}: expected a list of texts, got {value!r}")
+                given[name] = tuple(value)
+                continue
+            kind = kinds[name] | int if kinds[name] is float else kinds[name]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                called = getattr(kinds[name], "__name__", None) or str(kinds[name])
+                raise UsageError(f"{name}: expected {called}, got {value!r}")
+            given[name] = value
+        if "candidates" not in given:
+            raise UsageError("candidates: expected a list of texts, got none")
+        return cls(**given)
+
+
+def check_margin(margin: float) -> None:
+    if not 1 < margin < math.inf:
+        raise UsageError(f"--margin {margin:g}: expected a ratio above 1")
 
 
 def parse_size(text: str) -> int:

@@ -25,6 +25,8 @@ BLOCK_WIDENING = 1.2
 WINDOWS_FOR_T = 8
 # Divergences are computed in float64 from float32 logits: below this they are its rounding.
 SMALLEST_KLD = 1e-15
+# From here on exp(theta / 2) is no number.
+_LARGEST = 1400.0
 
 
 class Interval(NamedTuple):
@@ -41,8 +43,8 @@ class Interval(NamedTuple):
 class DistanceRatio(NamedTuple):
     """Distance of the candidate to exact over that of the reference, with its interval at CONFIDENCE.
 
-    detectable: the smallest ratio that this run would have told from 1, with probability POWER; theta and
-    its standard error: 2 ln ratio.
+    detectable: the smallest ratio that this run would have told from 1, with probability POWER; infinite, as
+    high is, where there is one sample and so no interval. theta and its standard error: 2 ln ratio.
     """
 
     ratio: float
@@ -90,7 +92,7 @@ def _ratio(interval: Interval) -> DistanceRatio:
     """exp(theta / 2) of an interval of theta."""
     reach = detectable_shift(max(interval.degrees, 1))
     low, mean, high, detectable = (
-        math.exp(min(max(x / 2, -300.0), 300.0))
+        math.exp(x / 2) if x < _LARGEST else math.inf
         for x in (interval.low, interval.mean, interval.high, reach * interval.se)
     )
     return DistanceRatio(mean, low, high, detectable, interval.scope, interval.mean, interval.se)

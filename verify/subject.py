@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
-from kernels.contract import checked_call
+from kernels.contract import Path as AttentionPath
+from kernels.contract import Shape, checked_call
 from kernels.errors import KernelFailure
+from kernels.registry import build_kernel
+from kernels.shapes import ModelShape
 from model.architectures.architecture import Architecture
 from model.runner import ATTENTION_TYPES
 from verify.arms import Arm
 from verify.attempt import untraced
+from verify.devices import free_memory
 from verify.errors import UsageError
 
 SAMPLE_BYTES = 1 << 20
@@ -50,6 +54,35 @@ def fingerprint(paths: Sequence[Path]) -> str:
             f.seek(max(size - SAMPLE_BYTES, 0))
             digest.update(f.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def check_shapes(specs: Sequence[str], shapes: Sequence[ModelShape], path: AttentionPath) -> None:
+    """Raises UsageError where a plan or a head size does not fit, SpecError for no specification."""
+    for spec in specs:
+        kernel = build_kernel(spec)
+        try:
+            for shape in shapes:
+                asked = Shape(1, 2, 1, shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size)
+                kernel.arithmetic(asked, path).depths(1)
+                odd = kernel.capabilities().size_multiple
+                if shape.k_size % odd or shape.v_size % odd:
+                    raise ValueError(f"it has only head sizes that are multiples of {odd}")
+        except ValueError as error:
+            raise UsageError(f"kernel {spec!r} does not fit this shape: {error}") from None
+        finally:
+            kernel.close()
+
+
+def check_lengths(n_kvs: Sequence[int], shapes: Sequence[ModelShape], device: torch.device) -> None:
+    """Raises UsageError where keys and values of one layer alone are more than is free."""
+    free = free_memory(device)
+    for shape in shapes:
+        for n_kv in n_kvs:
+            if (needed := shape.cache_bytes(n_kv)) > free:
+                raise UsageError(
+                    f"--n-kv {n_kv}: keys and values of shape {shape.name} alone take {needed / 1e9:.3g} GB,"
+                    f" {free / 1e9:.3g} GB are free on {device}"
+                )
 
 
 def try_kernels(

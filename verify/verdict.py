@@ -12,6 +12,7 @@ The first that applies, from the top.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -55,10 +56,11 @@ class PairEvidence:
     """Everything that decides about one candidate.
 
     faults: failures, budget breaches and non-finite values, each a sentence; coverage: share of scored tokens
-    whose plan or kernel differed from the reference's; bitwise_equal: attention outputs of every layer and
-    logits; distance: None where there are no finite divergences; frozen_kld: mean divergences to exact in
-    nats a token, of the candidate and of the reference, where they are known; not_compared: why there is
-    nothing to compare the two by, if there is not.
+    (or of a `unit`) whose plan or kernel differed from the reference's; bitwise_equal: attention outputs of
+    every layer and logits; distance: None where there are no finite divergences; frozen_kld: mean divergences
+    to exact in nats a token, of the candidate and of the reference, where they are known; not_compared: why
+    there is nothing to compare the two by, if there is not; reference: whose distance the ratio is to;
+    narrowed_by: what makes an interval narrower.
     """
 
     faults: Sequence[str]
@@ -69,6 +71,8 @@ class PairEvidence:
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
     not_compared: str = ""
+    unit: str = "scored tokens"
+    reference: str = "reference"
     narrowed_by: str = "more windows (--chunks) narrow it"
     frozen_kld: tuple[float, float] | None = None
 
@@ -95,7 +99,7 @@ def decide(e: PairEvidence) -> Decision:
             )  # fmt: skip
         return Decision(
             "inconclusive",
-            [f"{e.coverage:.1%} of the scored tokens went through the changed plan,"
+            [f"{e.coverage:.1%} of the {e.unit} went through the changed plan,"
              f" --min-coverage asks for {e.min_coverage:.1%}"],
         )  # fmt: skip
     if e.bitwise_equal:
@@ -103,7 +107,7 @@ def decide(e: PairEvidence) -> Decision:
             return Decision("identical", ["every bit is equal; the two specifications are the same text"])
         return Decision(
             "identical",
-            [f"every bit is equal, and {e.coverage:.1%} of the scored tokens went through another plan"],
+            [f"every bit is equal, and {e.coverage:.1%} of the {e.unit} went through another plan"],
         )
     if e.distance is None:
         return Decision("inconclusive", ["there is no scored token to measure a distance on"])
@@ -114,7 +118,9 @@ def _by_distance(e: PairEvidence) -> Decision:
     d, kld, margin, narrowed_by = e.distance, e.frozen_kld, e.margin, e.narrowed_by
     assert d is not None
     interval = f"99.9 % interval {d.low:.3g} to {d.high:.3g}"
-    said = f"distance to exact is {d.ratio:.3g} times the reference's ({interval}"
+    if math.isinf(d.high):
+        interval = "too little data for an interval"
+    said = f"distance to exact is {d.ratio:.3g} times the {e.reference}'s ({interval}"
     said += f"; {kld[0]:.2g} against {kld[1]:.2g} nats a token)" if kld is not None else ")"
     if d.low > SIGNIFICANT_RATIO:
         return Decision("degraded", [f"{said}: farther, beyond {SIGNIFICANT_RATIO:g}"])

@@ -33,4 +33,5 @@ def test_traces_add_up_with_their_batches() -> None:
     assert LaunchTrace.from_json(a.to_json()).rows == a.rows
     assert a.differs_from(b) == frozenset()
     b.record("decode", 66, TWO, 1)
-    assert a.differs_from(b) == {66}
+    assert b.differs_from(a) == {66}
+    assert a.differs_from(b) == frozenset(), "what did not run covers nothing"

@@ -196,6 +196,8 @@ def test_copies_are_interleaved() -> None:
         (["--kv-heads", "1"], "expected places below 1"),
         (["--head-size", "8"], "head size: 8, expected at least 16"),
         (["--copies", "0"], "copies: 0, expected at least 1"),
+        (["--copies", "999999"], "--copies 999999: expected at most 64"),
+        (["-m", "/nowhere/x.gguf"], "/nowhere/x.gguf"),
         (["--layers", "3"], "--layers 3: expected 1 to 2"),
         (["--type", "q8_0"], "--type q8_0: expected f32 or f16"),
     ],
@@ -220,6 +222,24 @@ def test_a_model_is_not_overwritten_by_what_is_made_of_it(
         assert main([str(out), "-m", str(model)]) == 2
         assert "expected another file to write" in capsys.readouterr().err
     assert model.read_bytes() == tiny.read_bytes()
+
+
+def test_what_is_there_is_kept(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / "other.gguf"
+    there.write_text("mine")
+    assert main([str(there), "-m", str(tiny)]) == 2
+    assert "other.gguf: is there already" in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    assert main([str(there), "-m", str(tiny), "--force"]) == 0
+    assert there.read_bytes()[:4] == b"GGUF"
+
+
+def test_usage_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--kv-heads", "x", "out.gguf"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("value", [-3, 0, 2**32 - 1, 2**32, 2**40])

@@ -81,3 +81,37 @@ def coarse(q, k, v, *, kv_len, scale):
     """Values rounded to 2 bits: a loss of precision that turns tokens round."""
     mantissa, exponent = torch.frexp(v.float())
     return good(q, k, torch.ldexp(torch.round(mantissa * 4) / 4, exponent), kv_len=kv_len, scale=scale)
+
+
+_calls = 0
+
+
+def every_second_call_halved(q, k, v, *, kv_len, scale):
+    """A counter that nobody resets."""
+    global _calls
+    _calls += 1
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return (out / 2 if _calls % 2 == 0 else out), lse
+
+
+def prompt_row_wrong(q, k, v, *, kv_len, scale, path):
+    """One row of a prompt."""
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    if path == "prefill":
+        out = torch.where((kv_len == 11)[..., None, None], -3 * out, out)
+    return out, lse
+
+
+def decode_only(q, k, v, *, kv_len, scale, path):
+    if path == "prefill":
+        raise NotImplementedError("decode only")
+    return good(q, k, v, kv_len=kv_len, scale=scale)
+
+
+def refuses(q, k, v, *, kv_len, scale):
+    raise NotImplementedError("not today")
+
+
+def off_by_1e_4(q, k, v, *, kv_len, scale):
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return out * 1.0001, lse

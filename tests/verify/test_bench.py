@@ -8,6 +8,8 @@ import pytest
 from support.cli import assert_refused, verify
 from verify.bench import Measurement, crossovers
 
+KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+
 
 def test_every_kernel_is_measured_and_said_to_have_run(tmp_path: Path) -> None:
     done = verify(
@@ -30,9 +32,10 @@ def test_every_kernel_is_measured_and_said_to_have_run(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_cannot_run_is_a_line_of_the_table() -> None:
-    done = verify("bench", "--device", "cpu", "--shape", "3/1x16", "--n-kv", "64", "eager:heads=8+4", "eager")
+    raises = f"py:{KERNELS}::raises"
+    done = verify("bench", "--device", "cpu", "--shape", "3/1x16", "--n-kv", "64", raises, "eager")
     assert done.returncode == 0
-    assert "sums to 12, expected r = 3" in " ".join(done.stdout.split())
+    assert "no such luck" in " ".join(done.stdout.split())
 
 
 def measured(spec: str, n_kv: int, us: float | None) -> Measurement:
@@ -62,6 +65,9 @@ def test_a_split_pays_from_a_length_on(times: dict[int, float | None], pays_from
     [
         (("--shape", "nope"), "unknown shape"),
         (("--n-kv", "0"), "--n-kv 0"),
+        (("--n-kv", "64,99999999999"), "GB are free on cpu"),
+        (("--shape", "4/2x0"), "expected heads and head sizes from 1"),
+        (("--shape", "3/1x16", "eager:heads=8+4"), "sums to 12, expected r = 3"),
         (("--n-kv", "some"), "--n-kv some"),
         (("--device", "tpu"), "--device tpu"),
         (("flahs",), "did you mean 'flash'"),

@@ -13,6 +13,7 @@ import pytest
 from model.products import Tiling
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
+from verify import diff
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 PLAIN = "gaussian,needles,gaps,rising,falling,one-sign"
@@ -192,7 +193,6 @@ def test_one_window_is_captured_of_those_computed_side_by_side(
         (("--shape", "6/2x20", "--candidate", "flash:cache=q8_0"), "multiples of 32"),
         (("--margin", "1"), "--margin"),
         (("--seeds", "0"), "--seeds"),
-        (("--captured-from", "nowhere"), "no captured layers there"),
     ],
 )
 def test_bad_input(tmp_path: Path, more: tuple[str, ...], said: str) -> None:
@@ -215,3 +215,77 @@ def test_a_quantised_cache_is_charged_as_distance_and_is_no_fault(tmp_path: Path
     both = ("--baseline", "flash:cache=q8_0", "--candidate", "flash:cache=q8_0,kv=2", "--margin", "2")
     done, report = run(tmp_path / "b", *seeds, *both, inputs=inputs)
     assert (done.returncode, report["verdict"]) == (0, "round-off"), report["reasons"]
+
+
+def test_the_same_inputs_twice_are_no_more_evidence(tmp_path: Path) -> None:
+    _, once = run(tmp_path / "a", inputs="gaussian")
+    twice = ("--shape", "6/2x32,6/2x32/32", "--n-kv", "130,130")
+    _, again = run(tmp_path / "b", *twice, inputs="gaussian,gaussian")
+    assert len(again["cells"]) == len(once["cells"]) == 1
+    assert again["pairs"][0]["distance_ratio_ci"] == once["pairs"][0]["distance_ratio_ci"]
+
+
+def test_a_margin_without_end_is_refused(tmp_path: Path) -> None:
+    done, _ = run(tmp_path / "a", "--margin", "inf")
+    assert_refused(done, "--margin inf")
+
+
+def test_inputs_of_a_folder_stand_alone(tmp_path: Path) -> None:
+    done = verify("diff", "--captured-from", "nowhere", "--out", str(tmp_path / "none"))
+    assert_refused(done, "no captured layers there")
+    done = verify("diff", "--captured-from", str(tmp_path), "--n-kv", "7", "--out", str(tmp_path / "out"))
+    assert_refused(done, "--captured-from", "expected no --shape, --n-kv or --inputs beside it")
+
+
+def test_lengths_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
+    done, _ = run(tmp_path / "a", n_kv="64,99999999999")
+    assert_refused(done, "--n-kv 99999999999", "GB are free on cpu")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("can't allocate memory: 8 bytes"), 2)]
+)
+def test_what_was_measured_before_an_end_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    """Of two lengths the second is cut off."""
+    drawn = diff.draw
+
+    def cut_off(family: str, sizes: Any, *more: Any, **options: Any) -> Any:
+        if max(sizes.n_kv) > 130:
+            raise error
+        return drawn(family, sizes, *more, **options)
+
+    monkeypatch.setattr(diff, "draw", cut_off)
+    done, report = run(tmp_path / "a", n_kv="130,200", inputs="gaussian,needles")
+    assert done.returncode == code
+    assert {cell["n_kv"] for cell in report["cells"]} == {130}
+    assert len(report["cells"]) == 2
+    said = "interrupted after 2 inputs" if code == 130 else "cpu has too little memory, after 6/2x32 at 130"
+    assert any(said in note for note in report["notes"])
+
+
+def test_advice_names_options_that_there_are(tmp_path: Path) -> None:
+    more = ("--baseline", "eager:kv=2", "--candidate", "eager:kv=2,block=32", "--margin", "1.001")
+    done, report = run(tmp_path / "a", *more, inputs="gaussian")
+    assert report["verdict"] == "inconclusive", done.stdout
+    assert "more draws (--seeds) or lengths (--n-kv) narrow it" in done.stdout
+    assert_refused(run(tmp_path / "a")[0], "holds a run already; name another folder")
+
+
+def test_clean_float32_weights_are_no_fault(tmp_path: Path) -> None:
+    """Where one column makes the logits, every partial sum of q.k is as large as they are."""
+    families = "gaps,rising,peaked,denormal"
+    more = ("--shape", "12/1x128", "--candidate", "eager:p=f32", "--candidate", "eager:acc=f16,kv=4")
+    _, report = run(tmp_path / "a", *more, "--seeds", "3", n_kv="64,512", inputs=families)
+    assert not [cell["faults"] for cell in report["cells"] if cell["faults"]]
+    of_f32 = [cell["rms_ratio"] for cell in report["cells"] if cell["spec"] == "eager:p=f32"]
+    assert max(of_f32) < 1.3
+    assert max(of_f32) > 0.8, "expected sizes that are far too large would hide faults"
+
+
+def test_a_kernel_that_takes_nothing_passes_no_probes(tmp_path: Path) -> None:
+    done, report = run(tmp_path / "a", "--candidate", f"py:{KERNELS}::refuses", inputs="all")
+    assert done.returncode == 3
+    assert report["reasons"] == [f"py:{KERNELS}::refuses: it takes none of the inputs"]

@@ -182,6 +182,43 @@ def test_wrong_kernels_are_broken_and_do_not_stop_the_others(tiny: Path, tmp_pat
     assert "Traceback" not in done.stderr
 
 
+def test_nan_is_no_distance(tiny: Path, tmp_path: Path) -> None:
+    done, run = gen(tiny, tmp_path, "--candidate", f"py:{KERNELS}::nan_in_one_row")
+    assert done.returncode == 1
+    (pair,) = run["pairs"]
+    assert pair["verdict"] == "broken"
+    assert pair["distance_ratio"] is None
+    words = done.stdout.replace("nan_in_one_row", "").replace(str(tmp_path), "")
+    assert "nan" not in words
+    assert "times that" not in words
+
+
+def test_every_row_of_the_prompt_counts(tiny: Path, tmp_path: Path) -> None:
+    done, run = gen(tiny, tmp_path, "--candidate", f"py:{KERNELS}::prompt_row_wrong")
+    assert done.returncode == 1
+    assert run["prompt"]["tokens"] > 12
+    assert "at the prompt, layer" in run["reasons"][0]
+    assert "n_kv 11" in run["reasons"][0]
+
+
+def test_a_common_factor_shows(tiny: Path, tmp_path: Path) -> None:
+    done, run = gen(tiny, tmp_path, "--candidate", f"py:{KERNELS}::off_by_1e_4,acc=f32")
+    assert done.returncode == 1
+    assert "every result is off by a common factor of 1 +0.0001" in run["reasons"][0]
+
+
+def test_a_failure_in_the_prompt_is_said_to_be_there(tiny: Path, tmp_path: Path) -> None:
+    done, run = gen(tiny, tmp_path, "--candidate", f"py:{KERNELS}::raises")
+    assert done.returncode == 1
+    assert "failed at the prompt, layer 0" in run["reasons"][0]
+
+
+def test_a_kernel_that_has_no_prefill_is_no_bug(tiny: Path, tmp_path: Path) -> None:
+    done, run = gen(tiny, tmp_path, "--candidate", f"py:{KERNELS}::decode_only")
+    assert done.returncode == 3
+    assert "candidate does not take this call, unsupported: decode_only: decode only" in run["reasons"][0]
+
+
 def test_float16_accumulators_are_degraded(tiny: Path, tmp_path: Path) -> None:
     candidates = ("--candidate", "eager:block=16,acc=f16", "--candidate", "eager:block=16,kv=2")
     done, run = gen(tiny, tmp_path, "--baseline", "eager:block=16", *candidates, "--json")
@@ -263,3 +300,4 @@ def test_a_prompt_in_a_file_is_taken_byte_for_byte(tmp_path: Path) -> None:
     verify(*base, "--out", str(tmp_path / "run"))
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["prompt"]["text"] == "a\r\nL\u00f6we"
+    assert f"verify gen -m {model} -f {tmp_path / 'prompt'} -n 2" in (tmp_path / "run/report.md").read_text()

@@ -24,7 +24,7 @@ from kernels.eager import EagerKernel, EagerOptions
 from model.gguf_file import GGUFFile
 from model.products import Tiling
 from support.cli import Done, verify, verify_apart
-from support.ppl_runs import Tiny, command, run
+from support.ppl_runs import Tiny, command, run, write_tiny
 from support.tiny_model import write_text, write_tiny_model
 from verify import experiment, rounds
 from verify.inplace import InPlace
@@ -161,8 +161,52 @@ def test_one_failing_candidate_does_not_stop_the_others(tiny: Tiny, tmp_path: Pa
     assert done.returncode == 1
     first, second = report["pairs"]
     assert first["verdict"] == "broken"
+    assert (first["coverage"], first["changed_n_kv"]) == (0, None), "what never ran covers nothing"
     assert second["verdict"] in ("round-off", "improved")
     assert second["tokens"] == 6 * 31
+
+
+def test_a_baseline_that_is_exact_leaves_its_place_to_the_floor(tiny: Tiny, tmp_path: Path) -> None:
+    candidates = ("--baseline", "exact", "--candidate", "exact", "--candidate", "flash")
+    done, report = run(tiny, tmp_path / "run", *candidates)
+    assert done.returncode == 1
+    same, other = report["pairs"]
+    assert same["verdict"] == "identical"
+    assert (same["distance_ratio"], same["distance_to"]) == (1, "reference")
+    assert other["distance_to"] == "floor"
+    assert other["distance_ratio"] > 10
+    assert "times the floor's" in other["reasons"][0]
+    assert other["frozen_kld_reference"] > 0
+
+
+def test_a_kernel_that_remembers_is_broken(tiny: Tiny, tmp_path: Path) -> None:
+    """What is measured in place is right there; what the model runs on is not."""
+    done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::every_second_call_halved")
+    assert done.returncode == 1
+    assert "gave another result for the same call at window 1, layer 0" in report["reasons"][0]
+
+
+def test_a_kernel_that_refuses_is_no_bug(tiny: Tiny, tmp_path: Path) -> None:
+    done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::refuses")
+    assert done.returncode == 3
+    assert report["verdict"] == "inconclusive"
+    assert "candidate does not take this call" in report["reasons"][0]
+    assert "not today" in report["reasons"][0]
+
+
+def test_a_cache_that_all_have_is_no_difference(tmp_path: Path) -> None:
+    """A loss beside it is seen as it is without it; a note says what was left out."""
+    heads = {"attention__head_count": 2, "attention__head_count_kv": 1}
+    model = write_tiny(tmp_path, **heads)
+    ratios = []
+    for i, cache in enumerate(("", "cache=q8_0,")):
+        more = ("--baseline", f"eager:{cache}block=16", "--candidate", f"eager:{cache}block=16,p=bf16")
+        done, report = run(model, tmp_path / str(i), *more)
+        (pair,) = report["pairs"]
+        assert pair["verdict"] == "degraded", done.stdout
+        ratios.append(pair["distance_ratio"])
+        assert any("all kernels hold q8_0" in note for note in report["notes"]) == bool(cache)
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.3)
 
 
 def test_the_same_specification_is_identical(tiny: Tiny, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from kernels.registry import build_kernel
 from model.architectures import architecture_of
 from model.gguf_file import GGUFFile
 from support.cli import assert_refused, verify
-from support.ppl_runs import Tiny, run
+from support.ppl_runs import Tiny, command, run
 from support.tiny_model import write_tiny_model
 from support.twins import TWINS
 from verify.arms import Arm
 from verify.errors import UsageError
+from verify.runfolder import RunFolder
 from verify.subject import try_kernels
 
 
@@ -182,3 +183,55 @@ def test_settings_that_are_none(tmp_path: Path, settings: Any) -> None:
     done = verify("ppl", "--resume", str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_field_that_is_no_setting_is_named(tmp_path: Path) -> None:
+    for settings, said in (
+        ({"n_ctx": "x"}, "n_ctx: expected int, got 'x'"),
+        ({"margin": None}, "margin: expected float, got None"),
+        ({"candidates": [1]}, "candidates: expected a list of texts"),
+    ):
+        stored = {"command": "ppl", "settings": settings, "identity": {}}
+        (tmp_path / "settings.json").write_text(json.dumps(stored))
+        assert_refused(verify("ppl", "--resume", str(tmp_path)), "settings.json", said)
+    (tmp_path / "settings.json").write_text("[]")
+    assert_refused(verify("ppl", "--resume", str(tmp_path)), "settings.json is not that of a run")
+
+
+def test_logits_that_cannot_be_written_are_refused_before_there_is_a_folder(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    for target, said in ((tmp_path / "none/x.kld", "no such folder"), (tmp_path, "is a folder")):
+        done, _ = run(tiny, tmp_path / "run", "--save-logits", str(target))
+        assert_refused(done, f"--save-logits {target}", said)
+        assert not (tmp_path / "run").exists()
+
+
+def test_options_are_called_what_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny, tmp_path / "run")
+    done = verify("ppl", "--resume", str(tmp_path / "run"), "-c", "32", "-ctk", "f16")
+    assert_refused(done, "expected no -ctk or --ctx-size beside it")
+
+
+def test_a_run_goes_on_from_another_folder(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model and text were named from where it was begun."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here, elsewhere):
+        folder.mkdir()
+    for name, file in (("tiny.gguf", tiny.model), ("text.txt", tiny.text)):
+        (here / name).symlink_to(file)
+    monkeypatch.chdir(here)
+    short = Tiny(Path("tiny.gguf"), Path("text.txt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_results", _interrupted)
+        assert verify(*command(short, Path("run"))).returncode == 130
+    monkeypatch.chdir(elsewhere)
+    done = verify("ppl", "--resume", "../here/run")
+    assert done.returncode in (0, 3), done.stderr
+    assert (here / "run/run.json").is_file()
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import shlex
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -25,8 +26,8 @@ from support.subjects import assert_keeps
 from verify.laws import LAWS, Subject, subject_of
 from verify.laws.cases import Parts, Problem, Rule
 from verify.laws.draws import part_lists
-from verify.laws.law import LawBroken
-from verify.laws.run import DATABASE, run_law
+from verify.laws.law import Law, LawBroken
+from verify.laws.run import DATABASE, LawResult, run_law
 from verify.laws.tolerance import against_exact
 
 USER = Path(__file__).parents[1] / "support/user_kernels.py"
@@ -92,7 +93,7 @@ def test_a_kernel_without_lse_is_not_judged_by_it(tmp_path: Path) -> None:
     done = verify("props", "py:mine.py::no_lse", "--law", "lse-exact", "--law", "two-runs", "--examples", "3")
     assert done.returncode == 0, done.stdout
     assert "not applicable: returns no log-sum-exp" in " ".join(done.stdout.split())
-    assert "1 laws hold, 0 broken, 1 not applicable" in done.stdout
+    assert "1 law holds, 0 broken, 1 not applicable" in done.stdout
 
 
 def test_a_kernel_that_raises_breaks_a_law_and_not_the_command() -> None:
@@ -126,6 +127,7 @@ def test_a_kernel_that_raises_breaks_a_law_and_not_the_command() -> None:
         (("flash", "--law", "caches", "--case", '{"n_kv": [5], "cache": "nope"}'), ("cache: expected",)),
         (("eager", "--law", "groups-sum", "--case", '{"policy": "nope"}'), ("unknown policy",)),
         (("eager", "--junit", "/no/such/folder/x.xml"), ("no such folder",)),
+        (("eager", "--junit", "/"), ("--junit /: is a folder",)),
         (("py:nowhere.py::f",), ("no such file",)),
     ],
 )
@@ -143,6 +145,24 @@ def test_cases_are_read_as_they_are_written() -> None:
         assert type(case).from_json(case.to_json()) == case
         assert eval(str(case)) == case
     assert str(Problem(n_kv=(2,), cuts=(1,))) == "Problem(n_kv=(2,), cuts=(1,))"
+
+
+def test_laws_before_an_interruption_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def cut_off(law: Law, *more: Any, **options: Any) -> LawResult:
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        tried.append(law.name)
+        return run_law(law, *more, **options)
+
+    monkeypatch.setattr("verify.laws.run.run_law", cut_off)
+    junit = tmp_path / "props.xml"
+    done = verify("props", "eager", "--law", "merge", "--examples", "3", "--junit", str(junit), "--json")
+    assert done.returncode == 130
+    assert [law["name"] for law in json.loads(done.stdout)["laws"]] == tried
+    assert "interrupted after 2 of" in done.stderr
+    assert junit.is_file()
 
 
 @given(part_lists(least=2, most=5, order=True))

@@ -52,6 +52,9 @@ def test_one_short_window_promises_nothing() -> None:
     interval = window_interval(np.ones((1, 30)))
     assert interval.low == -math.inf
     assert interval.high == math.inf
+    ratio = distance_ratio(np.full((1, 30), 4e-9), np.full((1, 30), 1e-9))
+    assert ratio.ratio == pytest.approx(2)
+    assert (ratio.low, ratio.high, ratio.detectable) == (0, math.inf, math.inf)
 
 
 def heavy_tailed(windows: int, rng: np.random.Generator, *, shared: float) -> np.ndarray:

@@ -13,7 +13,7 @@ import typer
 from kernels.shapes import SHAPES
 from verify.commands import options
 from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
-from verify.verdict import DEFAULT_MARGIN
+from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
 
 HELP = "The kernel diff report: candidates against a baseline over shapes, lengths and families of inputs."
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
@@ -35,7 +35,9 @@ def command(
     ] = "",
     baseline: options.Baseline = DEFAULT_BASELINE,
     candidate: options.Candidates = None,
-    inputs: Annotated[str, typer.Option("--inputs", help="families, comma between, or all")] = "all",
+    inputs: Annotated[
+        str, typer.Option("--inputs", help="families, comma between, or all; default all")
+    ] = "",
     captured_from: Annotated[
         str | None,
         typer.Option("--captured-from", help="run folder of verify ppl --capture"),
@@ -50,14 +52,12 @@ def command(
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from kernels.contract import PATHS
-    from kernels.families import FAMILIES
     from verify.commands.bench import parse_lengths
     from verify.devices import chosen_device, default_device
     from verify.diff import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
     from verify.environment import prepare_torch
     from verify.errors import UsageError
     from verify.jsontext import to_json_text
-    from verify.probing import PROBES
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
     from verify.runfolder import RunFolder
     from verify.stages import StageClock
@@ -68,10 +68,17 @@ def command(
     found_path = next((p for p in PATHS if p == path), None)
     if found_path is None:
         raise UsageError(f"--path {path}: expected decode or prefill")
+    if captured_from is not None and (shape or n_kv or inputs):
+        raise UsageError(
+            f"--captured-from {captured_from}: the inputs are those of the folder, expected no --shape,"
+            " --n-kv or --inputs beside it"
+        )
+    drawn = captured_from is None
+    lengths = n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV)
     settings = DiffSettings(
-        shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")),
-        n_kvs=tuple(parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))),
-        families=(PROBES, *FAMILIES) if inputs == "all" else tuple(inputs.split(",")),
+        shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")) if drawn else (),
+        n_kvs=tuple(parse_lengths(lengths)) if drawn else (),
+        families=_families(inputs or "all") if drawn else (),
         baseline=baseline,
         candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
         device=str(chosen),
@@ -95,16 +102,33 @@ def command(
     print(f"report: {folder.path / 'report.html'}", file=screen, flush=True)
     if json_:
         print(to_json_text(outcome.run), end="")
+    if outcome.interrupted:
+        return EXIT_INTERRUPTED
+    if outcome.stopped:
+        raise UsageError(f"{outcome.stopped}; what was measured is in {folder.path}")
     return outcome.exit_code
 
 
+def _families(inputs: str) -> tuple[str, ...]:
+    from kernels.families import FAMILIES
+    from verify.probing import PROBES
+
+    return (PROBES, *FAMILIES) if inputs == "all" else tuple(inputs.split(","))
+
+
 def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:
-    """The same, with a progress bar on a terminal."""
+    """The same, with a progress bar on a terminal, and a line a shape and length elsewhere."""
     from rich.console import Console
     from rich.progress import track
 
     from verify.terminal import on_terminal
 
-    if not on_terminal(sys.stderr):
-        return each
-    return iter(track(each, description="cells", total=total, console=Console(stderr=True), transient=True))
+    if on_terminal(sys.stderr):
+        yield from track(each, description="cells", total=total, console=Console(stderr=True), transient=True)
+        return
+    last = None
+    for one in each:
+        if (one.shape, one.n_kv) != last:
+            last = one.shape, one.n_kv
+            print(f"  {one.shape} at {one.n_kv} keys", file=sys.stderr, flush=True)
+        yield one

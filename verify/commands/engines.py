@@ -64,6 +64,9 @@ def command(
     builds = [("A", a, args_a), ("B", b, args_b)]
     # Everything that can be refused is, before the first build runs.
     programs = [None if _is_logits_file(build) else find_program(build) for _, build, _ in builds]
+    for (name, build, _), program in zip(builds, programs, strict=True):
+        if program is None:
+            _check_fits(f"--{name.lower()} {build}", build, n_ctx, chunks)
     more = [_split(f"{args} {own}") for _, _, own in builds]
     folder = work or Path("runs") / f"engines-{datetime.now():%Y%m%d-%H%M%S}"
     try:
@@ -150,6 +153,22 @@ def _is_logits_file(build: str) -> bool:
         return False
     LogitsFile(path).close()
     return True
+
+
+def _check_fits(called: str, path: str, n_ctx: int, chunks: int) -> None:
+    """Raises UsageError for a logits file that holds other windows than the other build will write."""
+    from contextlib import closing
+
+    from verify.errors import UsageError
+    from verify.formats.logits_file import LogitsFile
+
+    with closing(LogitsFile(path)) as file:
+        found = file.layout
+    if found.n_ctx != n_ctx or chunks not in (-1, found.n_chunk):
+        raise UsageError(
+            f"{called}: holds {found.n_chunk} windows of {found.n_ctx} tokens, expected -c {found.n_ctx}"
+            f" --chunks {found.n_chunk}, got -c {n_ctx} --chunks {chunks}"
+        )
 
 
 def _split(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,7 @@ def command(
     from verify.reports.writing import write_reports
     from verify.runfolder import PAGE, RESULT, RunFolder
     from verify.split_mode import tensor_parallel_json
+    from verify.terminal import visible
 
     prepare_torch()
     if (prompt is None) == (file is None):
@@ -62,6 +64,7 @@ def command(
         prompt = read_text_file(str(file)).text
     settings = GenSettings(
         prompt=prompt or "",
+        prompt_file=None if file is None else str(file),
         model=model,
         n_predict=n_predict,
         ignore_eos=ignore_eos,
@@ -83,7 +86,8 @@ def command(
         folder = RunFolder.create(out or Path("runs") / f"gen-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
         print(f"baseline {baseline} writes: ", end="", file=screen, flush=True)
         text = _Text(generation.tokenizer.decode)
-        found = generation.run(lambda token: print(text.more(token), end="", file=screen, flush=True))
+        show = partial(print, end="", file=screen, flush=True)
+        found = generation.run(lambda token: show(visible(text.more(token))))
         print(file=screen)
         compared, run = conclude(generation, found)
         pq.write_table(token_table(generation, found), folder.path / "tokens.parquet")
@@ -96,7 +100,7 @@ def command(
     for one, pair in zip(compared, run["pairs"], strict=True):
         print(f"{one.arm.name} {one.arm.spec}:", file=screen)
         if one.first is not None:
-            print(f"  writes: {texts[one.arm.name]}", file=screen)
+            print(f"  writes: {visible(texts[one.arm.name])}", file=screen)
         for sentence in pair_sentences(pair):
             print(f"  {sentence}", file=screen)
     print(f"verdict: {run['verdict']}: {'; '.join([*run['reasons'], *run['notes']])}", file=screen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -114,6 +115,7 @@ def command(
     from verify.errors import UsageError
     from verify.experiment import Experiment, default_folder
     from verify.jsontext import to_json_text
+    from verify.outfile import check_writable
     from verify.ranks import ranks_of_environment
     from verify.runfolder import RunFolder
 
@@ -125,15 +127,21 @@ def command(
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         if other := sorted(set(given) - _WITH_RESUME):
+            called = {p.name: max(p.opts, key=len) for p in context.command.params}
             raise UsageError(
                 f"--resume {resume}: the run goes on with its own settings, expected no"
-                f" {' or '.join('--' + name.replace('_', '-') for name in other)} beside it"
+                f" {' or '.join(called[name] for name in other)} beside it"
             )
         if ranks.leads:
             folder = RunFolder.reopen(resume)
             stored = folder.read_settings("ppl")
+            folder = RunFolder(folder.path.absolute())
         stored = ranks.of_leader(stored)
-        settings = PplSettings.from_json(stored["settings"])
+        try:
+            settings = PplSettings.from_json(stored["settings"])
+        except UsageError as error:
+            raise UsageError(f"--resume {resume}: settings.json: {error}") from None
+        _go_to(stored.get("folder"), resume)
         if memory:
             settings = replace(settings, memory=parse_size(memory))
         if "checkpoint_minutes" in given:
@@ -166,6 +174,8 @@ def command(
             split_mode=split_mode,
             gpus=gpus,
         )
+    if settings.save_logits is not None:
+        check_writable("--save-logits", settings.save_logits)
     experiment = Experiment(settings, console, ranks)
     try:
         if resume is None and ranks.leads:
@@ -176,7 +186,14 @@ def command(
             if stored["identity"].get(what) != value:
                 raise UsageError(f"--resume {resume}: {what} changed since the run began")
         if folder is not None and not stored:
-            folder.write_settings({"command": "ppl", "settings": settings.to_json(), "identity": identity})
+            folder.write_settings(
+                {
+                    "command": "ppl",
+                    "settings": settings.to_json(),
+                    "identity": identity,
+                    "folder": str(Path.cwd()),
+                }
+            )
         if folder is not None:
             # What draws the report takes a second to load: it is there when the last group is.
             Thread(target=import_module, args=("verify.reports.writing",), daemon=True).start()
@@ -206,6 +223,21 @@ def command(
     if json_:
         print(to_json_text(outcome.run), end="")
     return outcome.exit_code
+
+
+def _go_to(folder: str | None, resume: Path) -> None:
+    """To where the run was begun: names of files in its settings are seen from there."""
+    from verify.errors import UsageError
+
+    if folder is None or Path(folder) == Path.cwd():
+        return
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UsageError(
+            f"--resume {resume}: the run was begun in {folder}, where its files are named from:"
+            f" {error.strerror}"
+        ) from None
 
 
 def _one_cache_type(both: str, k: str | None, v: str | None) -> str:

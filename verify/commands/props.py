@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from verify.commands import options
+from verify.verdict import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from verify.laws import Law, Subject
@@ -45,14 +47,15 @@ def command(
     from verify.errors import UsageError
     from verify.jsontext import to_json_text
     from verify.laws import subject_of
+    from verify.outfile import check_writable
     from verify.reports.props import exit_code, print_results, to_json, write_junit
 
     prepare_torch()
     laws = chosen_laws(law or [])
     if case is not None and len(laws) != 1:
         raise UsageError("--case: needs the --law that it is a case of")
-    if junit is not None and not junit.resolve().parent.is_dir():
-        raise UsageError(f"--junit {junit}: no such folder: {junit.resolve().parent}")
+    if junit is not None:
+        check_writable("--junit", junit)
     on = chosen_device(device or default_device())
     subject = subject_of(spec, on)
     threads = torch.get_num_threads()
@@ -74,6 +77,9 @@ def command(
         write_junit(results, spec, str(on), junit)
     if json_:
         print(to_json_text(to_json(results, spec, str(on), describe(str(on)))), end="")
+    if len(results) < len(laws):
+        print(f"verify: interrupted after {len(results)} of {len(laws)} laws", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return exit_code(results)
 
 
@@ -94,7 +100,7 @@ def chosen_laws(names: Sequence[str]) -> list[Law]:
 
 
 def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None) -> list[LawResult]:
-    """Every law, with progress on a terminal."""
+    """Every law, with progress; those that were tried before an interruption."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -106,7 +112,7 @@ def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None)
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True, disable=not on_terminal(sys.stderr),
     )  # fmt: skip
-    with bar:
+    with bar, suppress(KeyboardInterrupt):
         all_laws = bar.add_task("laws", total=len(laws))
         cases = bar.add_task("", total=examples)
         for each in laws:
@@ -121,6 +127,8 @@ def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None)
             )
             results.append(done)
             bar.advance(all_laws)
+            if bar.disable:
+                print(f"  {each.name}: {done.state}, {done.seconds:.1f} s", file=sys.stderr, flush=True)
     return results
 
 

@@ -32,7 +32,7 @@ def command(
         if out is not None:
             raise UsageError(f"--out {out}: is for two runs; the reports of one go into its folder")
         record = write_reports(runs[0])
-        reasons = "; ".join(record.run["reasons"])
+        reasons = "; ".join([*record.run["reasons"], *record.run["notes"]])
         print(f"verdict: {record.run['verdict']}: {reasons}\nreport: {runs[0] / PAGE}", file=sys.stdout)
         return 0
     first, second = (RunRecord.load(run) for run in runs)

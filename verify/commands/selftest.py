@@ -30,7 +30,7 @@ def command(
     from verify.environment import prepare_torch
     from verify.jsontext import to_json_text
     from verify.selftest import run_selftest
-    from verify.terminal import console_on
+    from verify.terminal import console_on, print_table_on
 
     prepare_torch()
     chosen = str(chosen_device(device or default_device()))
@@ -38,9 +38,16 @@ def command(
     console = console_on(out)
     stderr = Console(stderr=True)
     with stderr.status("selftest") as status:
-        result = run_selftest(seeds, device=chosen, progress=lambda text: status.update(escape(text)))
-    console.print(_table(result, "fault"))
-    console.print(_table(result, "clean"))
+
+        def progress(text: str) -> None:
+            if stderr.is_terminal:
+                status.update(escape(text))
+            else:
+                print(f"  {text}", file=sys.stderr, flush=True)
+
+        result = run_selftest(seeds, device=chosen, progress=progress)
+    print_table_on(console, _table(result, "fault"))
+    print_table_on(console, _table(result, "clean"))
     for line in _summary(result):
         console.print(line, soft_wrap=True)
     if json_:

@@ -42,12 +42,15 @@ def command(
     from verify.errors import UsageError
     from verify.formats.sweep_log import read_sweep
     from verify.jsontext import to_json_text
+    from verify.outfile import check_writable
     from verify.reports.sweep import compared_lines, line_text, plot, policy_lines, print_times
 
     if (policy is None) != (arch is None):
         raise UsageError("--policy and --arch: expected both or neither")
     if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out {out}: expected a file name that ends in .png, .svg or .pdf")
+    if out is not None:
+        check_writable("--out", out)
     chosen = policy_named(policy) if policy else None
     setting = setting_of(arch, cache_type, gpus, split_mode) if arch else None
     found = [read_sweep(path) for path in logs]

@@ -114,7 +114,7 @@ def find_shape(text: str) -> ModelShape:
     except SpecError:
         if text.partition("@")[0] in SHAPES or text[:1].isdigit():
             raise
-        known = [*ARCHITECTURE_SHAPES, *SHAPES]
+        known = list(dict.fromkeys([*ARCHITECTURE_SHAPES, *SHAPES]))
         raise SpecError(
             f"--arch {text}: unknown architecture{nearest(text, known)}"
             f" (known: {', '.join(known)}, heads such as 96/8x128, or a GGUF file)"
@@ -194,7 +194,7 @@ def chosen_policies(names: Sequence[str] | None) -> list[Policy]:
     """The named policies, all for none. Raises SpecError."""
     from kernels.policy import policy_named
 
-    return [policy_named(name) for name in names] if names else list(POLICIES.values())
+    return [policy_named(name) for name in dict.fromkeys(names)] if names else list(POLICIES.values())
 
 
 def _padded(policy: Policy, group: int) -> int:

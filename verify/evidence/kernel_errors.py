@@ -13,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kernels.detectors import GAIN_SIGMAS, RMS_LIMIT
+from kernels.detectors import GAIN_SIGMAS, LARGEST_RELATIVE_ERROR, RMS_LIMIT
 from verify.inplace import HeadErrors, fault_of
 
 # Beside chance and truncation: what a denominator in float32 may be off by, in common.
 GAIN_ROUNDING = 8 * 2.0**-24
 # Layer, head and window: fewer say nothing about a mean.
 FEWEST_CHECKS = 4
+# From this share of the square error on, a gain is what is wrong, and not a shadow of something else.
+ALIKE = 0.5
 
 
 class KernelErrors(NamedTuple):
@@ -117,20 +119,36 @@ def faults_in_place(layers: pa.Table, arm: str, called: str) -> list[str]:
     wrong = [errors for row in suspects.to_pylist() if fault_of(errors := HeadErrors(**row))]
     faults = []
     if wrong:
-        worst = max(wrong, key=lambda e: (e.nonfinite > 0, max(e.max_budget_ratio, e.relative_max)))
+        worst = max(wrong, key=lambda e: graveness(e.nonfinite, e.max_budget_ratio, e.relative_max))
         faults.append(
             f"{called}: {fault_of(worst)}, on the exact arm's own q, k and v"
             f" ({len(wrong)} of {whole.checks} checks of a layer and head failed)"
         )
+    return [*faults, *faults_in_common(whole, called)]
+
+
+def graveness(nonfinite: int, budget_ratio: float, relative_max: float) -> tuple[bool, float]:
+    """What the worst of several faults is the largest by: NaN first, then times what is allowed."""
+    return nonfinite > 0, max(budget_ratio, relative_max / LARGEST_RELATIVE_ERROR)
+
+
+def faults_in_common(whole: KernelErrors, called: str) -> list[str]:
+    """What no single element shows: a gain, and errors larger than the kernel's arithmetic makes them."""
+    faults = []
     if abs(whole.gain) > whole.gain_limit:
-        faults.append(
-            f"{called}: every result is off by a common factor of 1 {whole.gain:+.3g}, on the exact arm's own"
-            f" q, k and v ({abs(whole.gain_z):.0f} standard errors; rounding explains {whole.gain_limit:.1g})"
+        alike = whole.gain**2 > ALIKE * whole.relative_rms**2
+        said = (
+            "every result is off by a common factor" if alike else "results are off, on average by a factor"
         )
-    if whole.rms_ratio > RMS_LIMIT:
+        faults.append(
+            f"{called}: {said} of 1 {whole.gain:+.3g}, on the exact arm's own q, k and v"
+            f" ({abs(whole.gain_z):.0f} standard errors; rounding explains {whole.gain_limit:.1g})"
+        )
+    limit = RMS_LIMIT * math.sqrt(1 + 4 / math.sqrt(whole.checks))
+    if whole.rms_ratio > limit:
         faults.append(
             f"{called}: errors are {whole.rms_ratio:.3g} times their expected size on the exact arm's own"
-            f" q, k and v (limit {RMS_LIMIT:g}): less precise than the kernel says it is"
+            f" q, k and v (limit {limit:.3g}): less precise than the kernel says it is"
         )
     return faults
 

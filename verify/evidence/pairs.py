@@ -42,7 +42,8 @@ class PairSummary(NamedTuple):
     """One candidate against its baseline: what was measured, and the verdict on it.
 
     distance, cost, frozen_kld (candidate, reference): casts frozen, on `measured_tokens`; free, difference,
-    kld_mean, kld_max, top1_changes: free-running, on `tokens`.
+    kld_mean, kld_max, top1_changes: free-running, on `tokens`. distance_to: whose distance the ratio is to:
+    `reference`, or `floor` where the reference is exact to the bit.
     """
 
     reference: Arm
@@ -60,6 +61,7 @@ class PairSummary(NamedTuple):
     tokens: int
     measured_tokens: int
     bitwise_equal: bool
+    distance_to: str
 
 
 def summarize_arm(arm: Arm, scores: Scores) -> ArmSummary:
@@ -78,14 +80,20 @@ def distance_between(
 ) -> DistanceRatio | None:
     """The ratio of two passes' distances to exact; None without finite divergences of both.
 
-    floor: the pass that stands in for a reference which is exact to the bit and so has no distance.
+    floor: the pass that stands in for a reference which is exact to the bit and so has no distance, where the
+    candidate has one.
     """
     kld, kld_reference = both(scores, candidate, reference, "kld_to_exact")
     if not len(kld) or not (np.isfinite(kld).all() and np.isfinite(kld_reference).all()):
         return None
-    if floor is not None and not kld_reference.any():
+    if floor is not None and only_reference_exact(kld, kld_reference):
         kld, kld_reference = both(scores, candidate, floor, "kld_to_exact")
     return distance_ratio(kld, kld_reference)
+
+
+def only_reference_exact(kld: np.ndarray, kld_reference: np.ndarray) -> bool:
+    """Whether the reference is exact to the bit, and the candidate is not."""
+    return bool(kld.any() and not kld_reference.any())
 
 
 def both(scores: Scores, candidate: str, reference: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +149,10 @@ def summarize_pair(
         scores.mean(frozen_name(other), "kld_to_exact"),
     )
     cost = difference_of(scores, frozen_name(name), frozen_name(other))
+    frozen_klds = both(scores, frozen_name(name), frozen_name(other), "kld_to_exact")
+    distance_to = "floor" if frozen_floor and only_reference_exact(*frozen_klds) else "reference"
+    if distance_to == "floor":
+        frozen_kld = frozen_kld[0], scores.mean(frozen_floor or "", "kld_to_exact")
     decision = decide(
         PairEvidence(
             faults=faults,
@@ -148,9 +160,11 @@ def summarize_pair(
             coverage=coverage.tokens,
             bitwise_equal=equal,
             distance=distance,
+            not_compared=refusal(candidate, "candidate") or refusal(reference, "baseline"),
             min_coverage=min_coverage,
             margin=margin,
             frozen_kld=frozen_kld,
+            reference=distance_to,
         )
     )
     between, _ = both(scores, name, other, "kld_to_baseline")
@@ -167,19 +181,28 @@ def summarize_pair(
         difference_of(scores, name, other),
         float(between.mean()) if between.size else math.nan,
         float(between.max()) if between.size else math.nan,
-        int((top1 != top1_reference).sum()),
+        int(((top1 != top1_reference) & np.isfinite(nll) & np.isfinite(nll_reference)).sum()),
         int(nll.size),
-        int(both(scores, frozen_name(name), frozen_name(other), "kld_to_exact")[0].size),
+        int(frozen_klds[0].size),
         equal,
+        distance_to,
     )
+
+
+def refusal(arm: Arm, called: str) -> str:
+    """That a kernel does not take what the model asks for, or nothing."""
+    found = arm.findings
+    return f"{called} does not take this call, {found.failure}" if found.refused else ""
 
 
 def _faults(arm: Arm, called: str, result: GroupResult, nll: np.ndarray) -> list[str]:
     """What makes an arm `broken`, as sentences that begin with `called`."""
     found = result.findings[arm.name]
     faults = []
-    if found.failure is not None:
+    if found.failure is not None and not found.refused:
         faults.append(f"{called} failed at {found.failure_place}: {found.failure}")
+    if found.unsteady is not None:
+        faults.append(f"{called} gave another result for the same call at {found.unsteady} away")
     if found.nonfinite_place is not None:
         faults.append(
             f"{called}: NaN or Inf in {found.nonfinite_rows} attention rows, first at {found.nonfinite_place}"
@@ -232,6 +255,7 @@ def pair_json(pair: PairSummary) -> dict[str, Any]:
         "distance_ratio": d.ratio if d else None,
         "distance_ratio_ci": [d.low, d.high] if d else None,
         "distance_kind": "frozen-cast",
+        "distance_to": pair.distance_to,
         "distance_scope": d.scope if d else None,
         "free": {"distance_ratio": free.ratio, "distance_ratio_ci": [free.low, free.high]} if free else None,
         "frozen_kld": pair.frozen_kld[0],

@@ -18,7 +18,7 @@ from kernels.budget import budget_ratio, error_budget, relative_error
 from kernels.detectors import LARGEST_RELATIVE_ERROR
 from kernels.exact import exact_attention
 from model.runner import LayerCall
-from verify.arms import Arm, ArmRunner, Place, kernel_call
+from verify.arms import Arm, ArmRunner, Place, common_cache, kernel_call
 from verify.attempt import attempt
 from verify.inplace import fault_sentence
 
@@ -33,7 +33,8 @@ class StepCheck(NamedTuple):
     square_error: squared distance to the exact output over the square of that. The others are of the error on
     what the kernel's own cache holds: what a cache loses is distance, not a fault. max_budget_ratio: largest
     |error| / budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head
-    where it is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst.
+    where it is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst;
+    relative_rms, rms_ratio, gain, gain_bias: as in `verify.inplace.HeadErrors`.
     """
 
     step: int
@@ -46,6 +47,10 @@ class StepCheck(NamedTuple):
     nonfinite: int
     n_kv: int
     head: int
+    relative_rms: float = math.nan
+    rms_ratio: float = math.nan
+    gain: float = math.nan
+    gain_bias: float = math.nan
 
     @property
     def fault(self) -> str | None:
@@ -67,52 +72,74 @@ class CheckedExact:
         self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
         self.stride = max(layers // LAYERS_A_STEP, 1)
         self.step = -1
+        self.common_cache = common_cache(self.arms)
         self.checks: list[StepCheck] = []
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         out = self.exact.attend(call)
         if (call.layer - self.step) % self.stride == 0:
-            rows = call.q.shape[1]
-            chosen = torch.linspace(0, rows - 1, min(rows, PROMPT_ROWS)).long().to(call.q.device)
+            path = self.arms[0].path if self.arms else "decode"
+            oracle = exact_attention(kernel_call(call, path), with_lse=False).out[0]
             for arm in self.arms:
-                self._check(call, arm, chosen)
+                self._check(call, arm, oracle)
         return out
 
-    def _check(self, call: LayerCall, arm: Arm, rows: torch.Tensor) -> None:
+    def _check(self, call: LayerCall, arm: Arm, oracle: torch.Tensor) -> None:
+        """One kernel on all rows of a layer; budgets of some, and of those that err most.
+
+        oracle [T, H, Dv]: float64 attention on keys and values as they were given.
+        """
         if arm.failed or arm.kernel is None:
             return
-        small = kernel_call(call, arm.path, rows)
-        tried = attempt(arm.kernel, small)
+        whole = kernel_call(call, arm.path)
+        tried = attempt(arm.kernel, whole)
         if tried.output is None:
             arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
             return
-        arithmetic = arm.kernel.arithmetic_of(small)
+        got = tried.output.out[0].double()  # [T, H, Dv]
+        distance = got - oracle
+        bad = ~torch.isfinite(distance).all(-1)
+        distance = torch.where(bad[..., None], 0.0, distance)
+        rows = _rows_to_check(distance, oracle, bad)
+        small = kernel_call(call, arm.path, rows)
         held = arm.kernel.held(small)
+        arithmetic = arm.kernel.arithmetic_of(small)
         budget = error_budget(held, arithmetic)
-        exact = budget.out[0] if held is small else exact_attention(small, with_lse=False).out[0]
-        error = tried.output.out[0].double() - budget.out[0]  # [rows, H, Dv]
-        bad = ~torch.isfinite(error).all(-1)
-        error = torch.where(bad[..., None], 0.0, error)
+        exact, bad_here = budget.out[0], bad[rows]
+        error = torch.where(bad_here[..., None], 0.0, got[rows] - exact)
         vacuous = budget.vacuous[0]
         ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
         relative = relative_error(error, budget.size[0], budget.expected[0])
         relative = torch.where(vacuous, relative, 0.0)
-        worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad * 1e9).argmax())
+        worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad_here * 1e9).argmax())
         row, head = divmod(worst, error.shape[1])
-        distance = torch.where(bad[..., None], 0.0, tried.output.out[0].double() - exact)
-        square = distance.square().sum() / exact.square().sum().clamp(min=_SMALLEST_SQUARE)
+        if self.common_cache:
+            square, power = error.square().sum(), exact.square().sum()
+        else:
+            square, power = distance.square().sum(), oracle.square().sum()
+        expected = budget.expected[0]
+        aim = exact.square().sum().clamp(min=_SMALLEST_SQUARE)
+        shrinking = torch.tensor(
+            [arithmetic.shrinking(n) for n in small.kv_len[0].tolist()],
+            dtype=torch.float64,
+            device=got.device,
+        )
         self.checks.append(
             StepCheck(
                 self.step,
                 call.layer,
                 arm.name,
-                float(square),
+                float(square / power.clamp(min=_SMALLEST_SQUARE)),
                 float(ratio.max()),
                 float(relative.max()),
                 float(vacuous.double().mean()),
                 int(bad.sum()),
                 int(small.kv_len[0, row]),
                 head,
+                relative_rms=float((error.square().sum() / aim).sqrt()),
+                rms_ratio=float(torch.where(expected > 0, error / expected, 0.0).square().mean().sqrt()),
+                gain=float((error * exact).sum() / aim),
+                gain_bias=float((shrinking[:, None, None] * budget.size[0] * exact.abs()).sum() / aim),
             )
         )
 
@@ -121,6 +148,19 @@ class CheckedExact:
         columns = list(zip(*self.checks, strict=True)) or [()] * len(CHECK_SCHEMA)
         arrays = [pa.array(c, f.type) for c, f in zip(columns, CHECK_SCHEMA, strict=True)]
         return pa.Table.from_arrays(arrays, schema=CHECK_SCHEMA)
+
+
+def _rows_to_check(distance: torch.Tensor, oracle: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+    """Rows [n], ascending: some spread over the call, those that err most, and the first with NaN or Inf."""
+    count = distance.shape[0]
+    if count == 1:
+        return torch.zeros(1, dtype=torch.long, device=distance.device)
+    size, due = distance.norm(dim=-1), oracle.norm(dim=-1)
+    tiny = torch.finfo(torch.float64).tiny
+    of_row, of_head = size / due.clamp(min=tiny), size / due.amax(0, keepdim=True).clamp(min=tiny)
+    most = torch.stack([of_row.amax(-1).argmax(), of_head.amax(-1).argmax(), bad.any(-1).long().argmax()])
+    spread = torch.linspace(0, count - 1, min(count, PROMPT_ROWS), device=distance.device).long()
+    return torch.cat((spread, most)).unique()
 
 
 def log_squares(checks: Sequence[StepCheck], candidate: str, reference: str) -> list[float]:

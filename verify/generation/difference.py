@@ -68,9 +68,11 @@ class Difference:
         """What a user needs to know about it."""
         x, y = self.baseline_token.text, self.candidate_token.text
         exact = self.margins["exact"]
+        where = f"token {self.step + 1}: after {self.before[-40:]!r} the baseline writes {x!r}, the candidate"
+        if not math.isfinite(self.moved):
+            return [f"{where} has NaN or Inf among its logits, which no token is the largest of"]
         said = [
-            f"token {self.step + 1}: after {self.before[-40:]!r} the baseline writes {x!r}, the candidate"
-            f" {y!r}",
+            f"{where} {y!r}",
             f"the two top tokens were {_nats(self.margin)} apart; the candidate moves them by"
             f" {_nats(self.moved)}" + self._floor_words(),
             f"exact attention prefers {x if exact > 0 else y!r}, by {_nats(abs(exact))}"

@@ -12,6 +12,8 @@ import pyarrow as pa
 from kernels.trace import LaunchTrace
 from verify import environment
 from verify.arms import Arm, void_reasons
+from verify.evidence.kernel_errors import faults_in_common, graveness, kernel_errors, rows_of
+from verify.evidence.pairs import refusal
 from verify.generation.checks import log_squares
 from verify.generation.difference import Difference
 from verify.generation.run import Generation, Step, Written
@@ -56,7 +58,8 @@ def compare(generation: Generation, found: Written, candidate: Arm) -> Compared:
     equal = bool(steps) and not candidate.failed and findings.attention_equal and findings.logits_equal
     logs = log_squares(generation.exact.checks, candidate.name, "baseline")
     enough = bool(steps) and len(logs) >= FEWEST_SAMPLES
-    distance = ratio_of_samples(np.array(logs), "this text only") if enough else None
+    finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in (candidate.name, "baseline"))
+    distance = ratio_of_samples(np.array(logs), "this text only") if enough and finite else None
     coverage = _coverage(candidate, baseline, steps)
     decision = decide(
         PairEvidence(
@@ -67,6 +70,8 @@ def compare(generation: Generation, found: Written, candidate: Arm) -> Compared:
             distance=distance,
             min_coverage=generation.settings.min_coverage,
             margin=generation.settings.margin,
+            not_compared=refusal(candidate, "candidate") or refusal(baseline, "baseline"),
+            unit="tokens",
             narrowed_by="more tokens (-n) narrow it",
         )
     )
@@ -98,8 +103,9 @@ def _faults(generation: Generation, found: Written, arm: Arm) -> list[str]:
     """What makes an arm `broken`, as sentences."""
     called = "candidate" if arm.role == "candidate" else f"baseline {arm.spec}"
     findings, faults = arm.findings, []
-    if findings.failure is not None:
-        at = f"token {len([s for s in found.steps if arm.name in s.arms]) + 1}"
+    if findings.failure is not None and not findings.refused:
+        steps = len([s for s in found.steps if arm.name in s.arms])
+        at = "the prompt" if arm.name in found.failed_in_prompt else f"token {steps + 1}"
         layer = f", layer {findings.failure_place.layer}" if findings.failure_place else ""
         faults.append(f"{called} failed at {at}{layer}: {findings.failure}")
     infinite = [i for i, s in enumerate(found.steps) if arm.name in s.arms and not s.arms[arm.name].finite]
@@ -111,12 +117,13 @@ def _faults(generation: Generation, found: Written, arm: Arm) -> list[str]:
     checks = [c for c in generation.exact.checks if c.arm == arm.name]
     wrong = [c for c in checks if c.fault]
     if wrong:
-        worst = max(wrong, key=lambda c: (c.nonfinite > 0, max(c.max_budget_ratio, c.relative_max)))
+        worst = max(wrong, key=lambda c: graveness(c.nonfinite, c.max_budget_ratio, c.relative_max))
         faults.append(
             f"{called}: {worst.fault}, on the exact arm's own q, k and v"
             f" ({len(wrong)} of {len(checks)} checks of a step and layer failed)"
         )
-    return faults
+    whole = kernel_errors(rows_of(generation.exact.table(), arm.name))
+    return [*faults, *(faults_in_common(whole, called) if whole is not None else [])]
 
 
 def _moved(steps: Sequence[Step], arm: str, reference: str) -> float:

@@ -20,10 +20,9 @@ from model.gguf_file import GGUFFile
 from model.locate import locate_model
 from model.steps import Stepper, weight_bytes
 from model.tokenizer import Tokenizer
-from verify import environment
-from verify.arms import Arm, ArmRunner
+from verify.arms import Arm, ArmRunner, cache_note
 from verify.attempt import untraced
-from verify.devices import chosen_device
+from verify.devices import chosen_device, free_memory
 from verify.errors import UsageError
 from verify.generation.checks import CheckedExact
 from verify.generation.difference import Difference, Token, difference_at, measure_floor
@@ -37,12 +36,12 @@ DEFAULT_TOKENS = 64
 
 @dataclass(frozen=True)
 class GenSettings:
-    """n_predict: tokens to write; ignore_eos: go on after the model has ended its text.
-
-    gpus, split_mode: of the engine that is reproduced.
+    """prompt_file: where the prompt was read, if it was; n_predict: tokens to write; ignore_eos: go on after
+    the model has ended its text; gpus, split_mode: of the engine that is reproduced.
     """
 
     prompt: str
+    prompt_file: str | None = None
     model: str | None = None
     n_predict: int = DEFAULT_TOKENS
     ignore_eos: bool = False
@@ -103,6 +102,7 @@ class Written:
     first: dict[str, Difference] = field(default_factory=dict)
     own_tokens: dict[str, list[int]] = field(default_factory=dict)
     ended: str | None = None
+    failed_in_prompt: frozenset[str] = frozenset()
 
 
 class Generation:
@@ -130,7 +130,7 @@ class Generation:
         length = len(ids) + settings.n_predict
         if length > sizes.context:
             notice(f"{length} tokens are beyond the model's training context of {sizes.context}")
-        self.resident = weight_bytes(self.architecture) < _free_memory(self.device) // 2
+        self.resident = weight_bytes(self.architecture) < free_memory(self.device) // 2
         if not self.resident:
             notice("the weights do not fit into memory: they are decoded again for every token")
         board: dict[str, torch.Tensor] = {}
@@ -148,7 +148,8 @@ class Generation:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        return sorted({note for arm in self.arms if arm.kernel for note in arm.kernel.notes})
+        notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
+        return sorted(notes | ({said} if (said := cache_note(self.arms)) is not None else set()))
 
     @property
     def candidates(self) -> list[Arm]:
@@ -177,6 +178,7 @@ class Generation:
         self._take("prefill")
         if len(self.prompt) > 1:
             self.stepper.step(torch.tensor(self.prompt[:-1]), scored=0)
+        found.failed_in_prompt = frozenset(arm.name for arm in self.arms if arm.failed)
         self._take("decode")
         sequence = list(self.prompt)
         for i in range(self.settings.n_predict):
@@ -294,9 +296,3 @@ def _build_arms(settings: GenSettings) -> list[Arm]:
                 arm.kernel.close()
         raise
     return arms
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return environment.available_memory()

@@ -14,7 +14,7 @@ from verify.laws.cases import DTYPES, Parts, Problem
 from verify.laws.law import Subject, head_sizes
 
 # Lengths around the edges of tiles, and a few tiles.
-LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 200, 300)
+LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 200, 300, 520)
 # The longest row of a subject that is slow.
 SMALL = 65
 # Families whose logits depend on where a key stands: cutting or moving keys changes the problem.

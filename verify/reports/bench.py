@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.table import Table
 
 from verify.bench import Measurement
-from verify.terminal import console_on
+from verify.terminal import console_on, print_table_on
 
 
 def table(found: Sequence[Measurement], to: TextIO) -> None:
@@ -28,7 +28,7 @@ def table(found: Sequence[Measurement], to: TextIO) -> None:
         rows.add_row(
             m.shape, str(m.n_kv), m.spec, f"{m.us:.1f}", f"{m.gb_s:.1f}", f"{m.share:.1%}", m.launched
         )
-    console_on(to).print(rows)
+    print_table_on(console_on(to), rows)
 
 
 def crossover_lines(crossovers: Sequence[dict[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from verify.cells import Cell
 from verify.diff import CandidateResult, DiffOutcome, Line, command_of
 from verify.reports.templating import TEMPLATES, flat
-from verify.terminal import console_on
+from verify.terminal import console_on, print_table_on
 
 
 def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
@@ -25,12 +25,15 @@ def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
 def _row(line: Line) -> dict[str, Any]:
     cells = [c.candidate for c in line.cells]
     worst = max(line.cells, key=lambda c: c.candidate.severity)
+    # Where every budget is vacuous none says anything, and no inputs are the worst.
+    measured = [c.measures for c in cells if c.measures is not None]
+    says = worst.candidate.severity > 0 or not measured or any(m.vacuous < 1 for m in measured)
     return {
         "shape": worst.inputs.shape,
         "n_kv": worst.inputs.n_kv,
         "verdict": line.decision.verdict,
-        "budget": worst.candidate.figure("budget"),
-        "budget_family": worst.inputs.family,
+        "budget": worst.candidate.figure("budget") if says else math.nan,
+        "budget_family": worst.inputs.family if says else "no budget says anything",
         "lse": _largest([c.figure("lse") for c in cells]),
         "rms": _largest([c.figure("rms") for c in cells]),
         "gain": _largest([abs(c.figure("gain")) for c in cells]),
@@ -64,19 +67,19 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
                 line["budget_family"],
                 _figure(line["lse"]),
                 _figure(line["rms"]),
-                f"{line['gain']:.1e}",
-                f"{line['nmse']:.1e}",
+                _figure(line["gain"], ".1e"),
+                _figure(line["nmse"], ".1e"),
                 _figure(line["ratio"]),
                 line["verdict"],
             )
         console.print(f"{result.spec} against {outcome.run['settings']['baseline']}")
-        console.print(table)
+        print_table_on(console, table)
         console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
         if result.cells:
             worst = max(result.cells, key=lambda c: c.candidate.severity)
             again = command_of(outcome.settings, worst)
             console.print(f"worst element again: {again}", soft_wrap=True)
-        if result.ratio is not None:
+        if result.ratio is not None and math.isfinite(result.ratio.detectable):
             seen = f"could have seen an rms ratio from {result.ratio.detectable:.3g}"
             console.print(f"{seen}, and any error beyond its budget", soft_wrap=True)
     if len(outcome.candidates) > 1 or outcome.notes:
@@ -84,8 +87,8 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
         console.print(said, soft_wrap=True)
 
 
-def _figure(x: float) -> str:
-    return "-" if math.isnan(x) else f"{x:.3g}"
+def _figure(x: float, digits: str = ".3g") -> str:
+    return "-" if math.isnan(x) else f"{x:{digits}}"
 
 
 def diff_markdown(outcome: DiffOutcome) -> str:

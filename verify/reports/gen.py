@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import Any
 
@@ -11,6 +12,7 @@ from verify.reports.drawing import Picture, finish, legend, new_figure, plain_po
 from verify.reports.record import RunRecord
 from verify.reports.split_mode import shared_out
 from verify.reports.templating import TEMPLATES, figure, flat, interval
+from verify.terminal import counted
 
 
 def gen_html(record: RunRecord) -> str:
@@ -34,16 +36,19 @@ def pair_sentences(pair: dict[str, Any]) -> list[str]:
             f" {len(pair['disagreements'])} of {tokens} steps"
         )
     else:
-        said = [f"the same {tokens} tokens"]
-        if pair["closest"] is not None:
+        said = [f"the same {counted(tokens, 'token')}" if tokens else "no token was written with it"]
+        margin = (pair["closest"] or {}).get("margin")
+        if margin is not None and math.isfinite(margin):
             said.append(
                 f"closest at token {pair['closest']['step'] + 1}: the two top tokens were"
-                f" {figure(pair['closest']['margin'], '%.2g')} nats apart"
+                f" {figure(margin, '%.2g')} nats apart"
             )
-    said.append(
-        f"over all steps the candidate moves the two top tokens by {figure(pair['margin_moved_rms'], '%.2g')}"
-        f" nats (rms); one rounding of noise moves them by {figure(pair['margin_moved_rms_floor'], '%.2g')}"
-    )
+    moved, floor = pair["margin_moved_rms"], pair["margin_moved_rms_floor"]
+    if moved is not None and math.isfinite(moved):
+        said.append(
+            f"over all steps the candidate moves the two top tokens by {figure(moved, '%.2g')} nats (rms);"
+            f" one rounding of noise moves them by {figure(floor, '%.2g')}"
+        )
     if pair["distance_ratio"] is not None:
         said.append(
             f"error of the attention output over the baseline's: {figure(pair['distance_ratio'])}"
@@ -60,7 +65,7 @@ def command_line(run: dict[str, Any]) -> str:
     words = ["verify", "gen"]
     for flag, value in (
         ("-m", s["model"]),
-        ("-p", s["prompt"]),
+        ("-f", file) if (file := s.get("prompt_file")) else ("-p", s["prompt"]),
         ("-n", s["n_predict"]),
         ("--baseline", s["baseline"]),
         *(("--candidate", spec) for spec in s["candidates"]),

@@ -8,13 +8,15 @@ from typing import TextIO
 from kernels.policy import Policy
 from verify.engines.plans import Setting, plan_at, stretches
 from verify.reports.text import print_table
+from verify.terminal import counted
 
 
 def print_plans(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int], to: TextIO) -> None:
     """Where each policy's plans start, then a row a policy and length."""
     print(
-        f"{setting.shape}, cache {setting.cache_type}, {setting.gpus} GPUs, split mode {setting.split_mode}:"
-        f" {setting.kv_heads_a_gpu} KV heads a GPU; one query token a call, one layer",
+        f"{setting.shape}, cache {setting.cache_type}, {counted(setting.gpus, 'GPU')}, split mode"
+        f" {setting.split_mode}: {counted(setting.kv_heads_a_gpu, 'KV head')} a GPU; one query token a call,"
+        " one layer",
         file=to,
     )
     for policy in policies:

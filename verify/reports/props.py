@@ -9,14 +9,15 @@ from xml.etree import ElementTree
 
 from rich.table import Table
 
+from verify.laws.draws import LENGTHS
 from verify.laws.run import LawResult
-from verify.terminal import console_on
+from verify.terminal import console_on, counted, print_table_on
 
 
 def print_results(results: Sequence[LawResult], spec: str, device: str, to: TextIO) -> None:
     """A row a law; then every law that broke, with its shrunk case as a command and as a test."""
     console = console_on(to)
-    console.print(table(results))
+    print_table_on(console, table(results))
     for result in results:
         if result.state == "broken":
             for line in failure_lines(result, spec, device):
@@ -87,11 +88,12 @@ def snippet(result: LawResult, spec: str, device: str) -> list[str]:
 
 def summary(results: Sequence[LawResult]) -> str:
     states = [result.state for result in results]
-    seconds = sum(result.seconds for result in results)
+    seconds, held = sum(result.seconds for result in results), states.count("holds")
     return (
-        f"{states.count('holds')} laws hold, {states.count('broken')} broken,"
+        f"{counted(held, 'law')} hold{'s' if held == 1 else ''}, {states.count('broken')} broken,"
         f" {states.count('not applicable')} not applicable;"
-        f" {sum(result.examples for result in results)} examples in {seconds:.0f} s"
+        f" {counted(sum(result.examples for result in results), 'example')} in {seconds:.0f} s, rows"
+        f" of at most {LENGTHS[-1]} keys"
     )
 
 

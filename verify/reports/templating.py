@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from verify.terminal import visible
+
 
 def figure(x: float | None, form: str = "%.3g") -> str:
     """A number as it is printed; `-` where it is not known (JSON has null for NaN and infinity)."""
@@ -49,10 +51,16 @@ def _is_page(name: str | None) -> bool:
     return name is not None and name.endswith(".html.j2")
 
 
+def _shown(value: object) -> object:
+    """What a model or a kernel said, without control characters; markup stays markup."""
+    return type(value)(visible(value)) if isinstance(value, str) else value
+
+
 # Values are escaped in pages, and only there.
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("verify.reports"),
     autoescape=_is_page,
+    finalize=_shown,
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
     trim_blocks=False,

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from verify.terminal import console_on, on_terminal
+from verify.terminal import console_on, on_terminal, print_table_on
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], to: TextIO, *, words: int = 1) -> None:
@@ -28,7 +28,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], to: TextI
         table.add_column(name, justify="left" if i < words else "right", no_wrap=i >= words, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console_on(to).print(table)
+    print_table_on(console_on(to), table)
 
 
 @contextmanager

@@ -125,3 +125,17 @@ def test_a_logits_file_that_a_run_would_overwrite_is_refused(tmp_path: Path, giv
     before = kept.read_bytes()
     assert_refused(verify("engines", "--a", str(kept), "--b", str(a), *given), "--a", "another --work")
     assert kept.read_bytes() == before
+
+
+def test_a_logits_file_of_other_windows_is_refused_before_the_other_build_runs(
+    tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    a = write_engine(tmp_path / "a")
+    run(a, a, *given)
+    kept = tmp_path / "work/a.kld"
+    for more in (("-c", "16"), ("--chunks", "3")):
+        done = verify(
+            "engines", "--a", str(kept), "--b", str(a), *given, *more, "--work", str(tmp_path / "w")
+        )
+        assert_refused(done, "holds 4 windows of 32 tokens", "got")
+    assert not (tmp_path / "w").exists()
