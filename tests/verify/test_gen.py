@@ -175,7 +175,7 @@ def test_wrong_kernels_are_broken_and_do_not_stop_the_others(tiny: Path, tmp_pat
     rotated, raised, good = (" ".join(pair["reasons"]) for pair in run["pairs"])
     assert "times its rounding budget at the prompt, layer " in rotated
     assert raised.startswith(
-        "candidate failed at token 1, layer 0: raised: raises: RuntimeError: no such luck"
+        "candidate failed at the prompt, layer 0: raised: raises: RuntimeError: no such luck"
     )
     assert "broken" not in good
     assert run["pairs"][2]["tokens"] == 4
