@@ -70,8 +70,9 @@ class Arithmetic:
     relative error of the softcap's tanh; stale_maximum: the running maximum may lag behind, so that the
     largest P is not 1; q_blocks: q is quantised to blocks of q8_0 before the product; chained: roundings that
     a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs on from tile to
-    tile (0: each tile is a product of its own, added to it); shared_up_to: a row may have the cuts of another
-    row, of up to so many keys, that shares its tile (0: it has its own).
+    tile (0: each tile is a product of its own, added to it); passes: matrix products that a tile of P and V
+    takes, each of which rounds that accumulator (more than one where an operand is split); shared_up_to: a row
+    may have the cuts of another row, of up to so many keys, that shares its tile (0: it has its own).
     """
 
     p: str = "f16"
@@ -90,6 +91,7 @@ class Arithmetic:
     stale_maximum: bool = False
     q_blocks: bool = False
     chained: int = 0
+    passes: int = 1
     shared_up_to: int = 0
 
     @property
@@ -107,7 +109,7 @@ class Arithmetic:
         if self.u != U_F32_TENSOR_CORE:
             return 0.0
         products = 0.0 if self.truncates else MMA_KEYS / 2**MMA_GUARD_BITS
-        return self.depths(n_kv).longest / MMA_KEYS * self.u * (1 + products)
+        return self.depths(n_kv).longest / MMA_KEYS * self.passes * self.u * (1 + products)
 
     @property
     def u_acc(self) -> float:

@@ -131,20 +131,23 @@ class Sums:
     def _shrinkage(self) -> torch.Tensor:
         """What truncating accumulators lose on average, [Hkv, t, r, Dv]: not a random error, it adds up.
 
-            steps * 2^-24 * MEAN_INVERSE * |A| * (1/2) (1 + c * MMA_KEYS / 2^MMA_GUARD_BITS)
+            steps * passes * 2^-24 * MEAN_INVERSE * |A| * (1/2) (1 + c * MMA_KEYS / 2^MMA_GUARD_BITS)
 
         A matrix instruction drops what lies below the last place of its sum, half a unit on average, and of
         each of its products what lies below the guard bits, which adds up where the products have one sign:
         c = |o| / sum p|v|. |A|^2 = o^2 + sum p^2 v^2 is the size that partial sums reach, half of it their
         mean while they grow.
         """
+        steps = self._depth("longest") / MMA_KEYS
+        if self.a.acc == "f16" and self.a.u != U_F32:
+            # Sums among the subnormal numbers lose half a unit a step, and mostly the same way.
+            return (steps * _TAU / self.rows.l).expand_as(self.rows.out)
         if not self.a.truncates:
             return torch.zeros_like(self.rows.out)
         size = self.rows.size.clamp(min=torch.finfo(torch.float64).tiny)
         one_sign = self.rows.out.abs() / size * (MMA_KEYS / 2**MMA_GUARD_BITS)
         reached = (self.rows.out.square() + self.rows.p_square_vv).sqrt()
-        steps = self._depth("longest") / MMA_KEYS
-        return steps * U_F32 * MEAN_INVERSE / 2 * reached * (1 + one_sign)
+        return steps * self.a.passes * U_F32 * MEAN_INVERSE / 2 * reached * (1 + one_sign)
 
     def _add_sink(self) -> None:
         """The sink is one more key, whose value is 0."""

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from kernels.arithmetic import Arithmetic
+from kernels.arithmetic import FLOAT_TYPES, Arithmetic
 from kernels.bits import same_bits
 from kernels.budget import Budget, budget_ratio, error_budget, relative_error
 from kernels.contract import AttentionOutput, Call, Kernel
@@ -38,6 +38,8 @@ RMS_LIMIT = 1.3
 # Chance of one false suspicion in one call, and deviations of the gain that chance does not reach.
 ALPHA = 1e-6
 GAIN_SIGMAS = 6.0
+# Results below so many times half the smallest number of their type have no gain.
+SMALLEST_NUMBERS = 64.0
 # Where the budget is vacuous, a relative error above this is a bug all the same.
 LARGEST_RELATIVE_ERROR = 1.0 / 8.0
 
@@ -137,6 +139,9 @@ def _gain(call: Call, error: torch.Tensor, b: Budget, a: Arithmetic) -> tuple[fl
     An accumulator that truncates shrinks every result alike (`Arithmetic.shrinking`).
     """
     used = (b.expected > 0).all(-1) & (b.size > 0).any(-1)
+    # A result of the size of its type's smallest numbers is rounded to one of few, or to 0.
+    least = SMALLEST_NUMBERS * FLOAT_TYPES[a.out].tau
+    used &= b.out.square().mean(-1).sqrt() >= least
     if not bool(used.any()):
         return math.nan, math.nan
     weight = 1 / b.expected[used].square().mean(-1, keepdim=True)

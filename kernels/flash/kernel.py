@@ -75,6 +75,10 @@ def _limits(index: int | None) -> Limits:
     return Limits(shared_bytes, (properties.major, properties.minor))
 
 
+# Bfloat16 numbers that `weighted_values` writes an operand as, where the types of P and V differ.
+_PIECES = {"bf16": 1, "f16": 2, "f32": 3}
+
+
 class FlashKernel(Kernel):
     """The Triton kernel, on CUDA tensors (or interpreted, on CPU tensors).
 
@@ -187,6 +191,7 @@ class FlashKernel(Kernel):
         # `weighted_values` has one product of a tile where P is narrow, six where both operands are split;
         # float32 values go through float32 units, a key at a time.
         chained = MMA_ROUNDINGS * (1 if options.p != "f32" else 6)
+        values = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, options.p)
         return Arithmetic(
             p=options.p,
             out=options.out,
@@ -195,6 +200,7 @@ class FlashKernel(Kernel):
             u=U_F32_TENSOR_CORE,
             block=options.plan.block if tiles is None else tiles.keys,
             chained=MMA_KEYS if dtype == torch.float32 else chained,
+            passes=1 if values == options.p else _PIECES[options.p] * _PIECES[values],
             **cuts_of_rows(options.plan, shape, path, cache_type=self.cache, **asked),
             u_tanh=U_TANH,
             # Numbers of a quantised cache are rounded to float16 where they are expanded.
