@@ -71,8 +71,8 @@ class Arithmetic:
     largest P is not 1; q_blocks: q is quantised to blocks of q8_0 before the product; chained: roundings that
     a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs on from tile to
     tile (0: each tile is a product of its own, added to it); passes: matrix products that a tile of P and V
-    takes, each of which rounds that accumulator (more than one where an operand is split); shared_up_to: a row
-    may have the cuts of another row, of up to so many keys, that shares its tile (0: it has its own).
+    takes, each of which rounds that accumulator (more than one where an operand is split); shared_up_to: a
+    row may have the cuts of another row, of up to so many keys, that shares its tile (0: it has its own).
     """
 
     p: str = "f16"
