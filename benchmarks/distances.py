@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pages import between_marks
+from pages import between_marks, ratio_text
 from runs import device_of, keep_run, ppl_run
 
 CANDIDATES = (
@@ -29,13 +29,6 @@ COLUMNS = (
 )  # fmt: skip
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 KEPT = ("verdict", "reasons", "notes", "arms", "pairs", "environment", "speed")
-
-
-def ratio(value: float | None, interval: list[float] | None) -> str:
-    if value is None or interval is None:
-        return ""
-    low, high = interval
-    return f"{value:.3g} ({low:.3g} to {high:.3g})"
 
 
 def lines_of(run: dict[str, Any]) -> list[str]:
@@ -52,10 +45,12 @@ def lines_of(run: dict[str, Any]) -> list[str]:
         if pair is None:
             rest = "1 | 1 | | | " if arm["role"] == "baseline" else " | | | | "
         else:
-            free = pair["free"] or {"distance_ratio": None, "distance_ratio_ci": None}
+            frozen, free = (
+                ratio_text(one.get("distance_ratio"), one.get("distance_ratio_ci"), unknown="")
+                for one in (pair, pair["free"] or {})
+            )
             rest = (
-                f"{ratio(pair['distance_ratio'], pair['distance_ratio_ci'])}"
-                f" | {ratio(free['distance_ratio'], free['distance_ratio_ci'])}"
+                f"{frozen} | {free}"
                 f" | {pair['dlnppl']:+.1e} +/- {pair['dlnppl_se']:.0e}"
                 f" | {pair['cost_nats']:+.1e} +/- {pair['cost_nats_se']:.0e} | {pair['verdict']}"
             )

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pages import between_marks
+from pages import between_marks, ratio_text
 from runs import device_of, keep_run, verify_run
 
 CANDIDATES = (
@@ -35,10 +35,7 @@ def lines_of(run: dict[str, Any]) -> list[str]:
     where = f"{device_of(run)}, {run['prompt']['tokens']} + {run['pairs'][0]['tokens']} tokens"
     lines = []
     for pair in run["pairs"]:
-        ratio = "-"
-        if pair["distance_ratio"] is not None:
-            low, high = pair["distance_ratio_ci"]
-            ratio = f"{pair['distance_ratio']:.3g} ({low:.3g} to {high:.3g})"
+        ratio = ratio_text(pair["distance_ratio"], pair["distance_ratio_ci"])
         first = pair["first_difference"]
         parted = "none" if first is None else f"token {first['step'] + 1}"
         if first is not None and first["floor"] is not None:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pages import between_marks
+from pages import between_marks, ratio_text
 from runs import device_of, ppl_run
 
 from model.dress import Dress, dress
@@ -47,10 +47,7 @@ def compared(model: Path, acc: str, arguments: argparse.Namespace, folder: Path)
 def line_of(run: dict[str, Any]) -> str:
     """The run's line of the table."""
     (pair,) = run["pairs"]
-    ratio = "-"
-    if pair["distance_ratio"] is not None:
-        low, high = pair["distance_ratio_ci"]
-        ratio = f"{pair['distance_ratio']:.3g} ({low:.3g} to {high:.3g})"
+    ratio = ratio_text(pair["distance_ratio"], pair["distance_ratio_ci"])
     return (
         f"| {run['acc']} | {pair['tokens']}, {pair['coverage_rows']:.1%}"
         f" | {ratio}"

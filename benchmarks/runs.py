@@ -27,7 +27,8 @@ def verify_run(command: Sequence[str], folder: Path, kept: Sequence[str]) -> dic
     run: dict[str, Any] = json.loads((folder / "run.json").read_text())
     return {
         "seconds": seconds,
-        "command": list(command),
+        # Where files lie on this machine is nobody's business.
+        "command": [Path(word).name if word.startswith("/") else word for word in command],
         "commit": commit(),
         **{key: run[key] for key in kept},
     }

@@ -110,7 +110,7 @@ class InPlace:
         if (self.sample.ordinal(call.window) + call.layer) % self.stride == 0 and measured:
             rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
             rows = rows.to(call.q.device)
-            worst = [_worst_rows(error, one.exact) for one in measured for error in one.errors.values()]
+            worst = [worst_rows(error, one.exact) for one in measured for error in one.errors.values()]
             checked = torch.cat((rows, *worst))
             budgets = _budgets(measured, checked)
         for one in measured:
@@ -195,7 +195,7 @@ def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) ->
     return figures
 
 
-def _worst_rows(error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+def worst_rows(error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """The rows [2] of the largest error of any window and head: relative to the row's own result, and to the
     head's. A fault at one row in a hundred is no longer a matter of luck. error, exact [B, T, H, Dv]."""
     size = torch.where(torch.isfinite(error), error, 0.0).norm(dim=-1)

@@ -20,7 +20,7 @@ from kernels.exact import exact_attention
 from model.runner import LayerCall
 from verify.arms import Arm, ArmRunner, Place, common_cache, kernel_call
 from verify.attempt import attempt
-from verify.inplace import fault_sentence
+from verify.inplace import fault_sentence, worst_rows
 
 LAYERS_A_STEP = 4
 PROMPT_ROWS = 8
@@ -155,12 +155,9 @@ def _rows_to_check(distance: torch.Tensor, oracle: torch.Tensor, bad: torch.Tens
     count = distance.shape[0]
     if count == 1:
         return torch.zeros(1, dtype=torch.long, device=distance.device)
-    size, due = distance.norm(dim=-1), oracle.norm(dim=-1)
-    tiny = torch.finfo(torch.float64).tiny
-    of_row, of_head = size / due.clamp(min=tiny), size / due.amax(0, keepdim=True).clamp(min=tiny)
-    most = torch.stack([of_row.amax(-1).argmax(), of_head.amax(-1).argmax(), bad.any(-1).long().argmax()])
+    worst, first_bad = worst_rows(distance[None], oracle[None]), bad.any(-1).long().argmax()[None]
     spread = torch.linspace(0, count - 1, min(count, PROMPT_ROWS), device=distance.device).long()
-    return torch.cat((spread, most)).unique()
+    return torch.cat((spread, worst, first_bad)).unique()
 
 
 def log_squares(checks: Sequence[StepCheck], candidate: str, reference: str) -> list[float]:
