@@ -2,10 +2,10 @@
 
     python benchmarks/decode.py --out benchmarks/results/decode.json [--only SECTION,...]
 
-Every time is a CUDA-graph replay over inputs that together exceed the level-2 cache (`kernels.timing`);
-GB/s counts K and V once; shares are of the read bandwidth measured in the same run, over a tensor of 4 GB;
-`of_plain_read` is the time of a plain reduction over as many bytes, over that of the kernel. Errors are
-2-norms over those of float64.
+Every time is a CUDA-graph replay over inputs that together exceed the level-2 cache
+(`verify.kernels.timing`); GB/s counts K and V once; shares are of the read bandwidth measured in the same
+run, over a tensor of 4 GB; `of_plain_read` is the time of a plain reduction over as many bytes, over that of
+the kernel. Errors are 2-norms over those of float64.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import triton
 from commit import commit
 from peers import PEERS
 
-from kernels.cache import bits_per_number
-from kernels.contract import checked_call
-from kernels.exact import exact_attention
-from kernels.flash.kernel import FlashKernel
-from kernels.registry import build_kernel
-from kernels.timing import Timing, input_sets, read_bandwidth, read_time, time_calls
+from verify.kernels.cache import bits_per_number
+from verify.kernels.call import checked_call
+from verify.kernels.exact import exact_attention
+from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.registry import build_kernel
+from verify.kernels.timing import Timing, input_sets, read_bandwidth, read_time, time_calls
 
 LONG = (8192, 16_384, 32_768, 65_536, 131_072)
 

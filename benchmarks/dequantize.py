@@ -5,7 +5,7 @@
 
 Two shapes: an expert of GLM-4.5-Air, 1408 x 4096, and an embedding of 262,144 x 640 for the types whose
 blocks divide its rows. The bytes are random and lie on the device; what is timed is `decode` of
-model.dequantize. F32 is not: its weights are the bytes.
+verify.model.gguf.dequantize. F32 is not: its weights are the bytes.
 
 On a GPU, inputs go round so that they are never in the level-2 cache. `seconds` is of calls one after
 another, launches included, as a layer's weights are decoded; `device_seconds` is of the same calls replayed
@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from commit import commit
 
-from kernels.timing import input_sets, time_calls
-from model.dequantize import decode, type_is_supported
-from model.gguf_file import GGUFFile
-from model.tensor_types import TYPES_BY_NAME
-from verify.environment import describe, prepare_torch, prepare_variables
+from verify.kernels.timing import input_sets, time_calls
+from verify.machine.environment import describe, prepare_torch, prepare_variables
+from verify.model.gguf.dequantize import decode, type_is_supported
+from verify.model.gguf.file import GGUFFile
+from verify.model.gguf.types import TYPES_BY_NAME
 
 SHAPES = {"expert 1408 x 4096": (1408, 4096), "embedding 262144 x 640": (262_144, 640)}
 VOCABULARY = 262_144

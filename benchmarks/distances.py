@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import between_marks, ratio_text
-from runs import device_of, keep_run, ppl_run
+from timed_runs import device_of, keep_run, ppl_run
 
 CANDIDATES = (
     "flash:p=f32", "flash:heads=2+1,kv=4", "flash:acc=f16", "flash:p=bf16", "flash:cache=q8_0",

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from commit import commit
 
-from kernels.budget import error_budgets
-from kernels.contract import Kernel
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.gates import plain_attention
-from kernels.probes import judge, one_hot
-from kernels.registry import build_kernel
-from verify.devices import chosen_device, default_device
-from verify.environment import describe, prepare_torch
-from verify.stages import StageClock
+from verify.kernels.budget.bound import error_budgets
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.gates import plain_attention
+from verify.kernels.judging.probes import judge, one_hot
+from verify.kernels.kernel import Kernel
+from verify.kernels.registry import build_kernel
+from verify.machine.devices import chosen_device, default_device
+from verify.machine.environment import describe, prepare_torch
+from verify.machine.stages import StageClock
 
 SPECS = ("flash", "flash:heads=split,kv=4")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import between_marks, ratio_text
-from runs import device_of, keep_run, verify_run
+from timed_runs import device_of, keep_run, verify_run
 
 CANDIDATES = (
     "flash:heads=split,kv=4", "flash:acc=f16", "flash:p=bf16", "flash:cache=q8_0", "flash:cache=q4_0",

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from commit import commit
 from ppl_cuda import product_rate
 
-from model.architectures.experts import ON_GPU
 from support.synthetic_moe import MoeSizes, write_moe
-from verify.environment import describe, prepare_torch, prepare_variables
+from verify.machine.environment import describe, prepare_torch, prepare_variables
+from verify.model.architectures.experts import ON_GPU
 
 AIR = {
     "width": 4096, "heads": 96, "kv_heads": 8, "head_size": 128,

@@ -27,10 +27,10 @@ BY_HAND = "<!-- what follows is written by hand -->"
 HEAD = """# Laws: what holds for every right kernel, and for which it was seen to hold
 
 `verify props SPEC` asks a kernel every law below. Each is a function in `verify/laws/`, tried on cases that
-hypothesis draws and shrinks; its tolerance is derived (`docs/numerics.md`, `kernels/merge_bound.py`), never a
-constant, and `tests/properties/test_law_faults.py` shows that it fails on a known fault. Two results that
-exact arithmetic would make equal may differ by both their error budgets: a margin of 0.3 means that they came
-to differ by 0.3 of what rounding may do.
+hypothesis draws and shrinks; its tolerance is derived (`docs/numerics.md`, `kernels/budget/merge_bound.py`),
+never a constant, and `tests/properties/test_law_faults.py` shows that it fails on a known fault. Two results
+that exact arithmetic would make equal may differ by both their error budgets: a margin of 0.3 means that
+they came to differ by 0.3 of what rounding may do.
 
 This page is written by `benchmarks/laws_table.py` from runs kept in `benchmarks/results/laws-*.json`.
 """

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from commit import commit
 
-from verify.environment import describe
-from verify.formats.logits_file import BLOCK_BYTES, LogitsWriter, encode
+from verify.engines.logits_file import BLOCK_BYTES, LogitsWriter, encode
+from verify.machine.environment import describe
 
 N_CTX, N_VOCAB = 512, 49152
 

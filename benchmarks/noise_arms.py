@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import between_marks
-from runs import device_of, keep_run, ppl_run
+from timed_runs import device_of, keep_run, ppl_run
 
 CANDIDATE = "flash:heads=2+1,kv=4"
 COLUMNS = (

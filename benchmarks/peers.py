@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from kernels.contract import checked_call
-from kernels.registry import build_kernel
+from verify.kernels.call import checked_call
+from verify.kernels.registry import build_kernel
 
 Call = Callable[[], torch.Tensor]
 Build = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Call]

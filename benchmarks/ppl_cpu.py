@@ -18,7 +18,7 @@ from pathlib import Path
 
 from commit import commit
 
-from verify.environment import describe, prepare_torch, prepare_variables
+from verify.machine.environment import describe, prepare_torch, prepare_variables
 
 SIZE, REPEATS = 2048, 10
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from commit import commit
 
-from verify.environment import describe, prepare_torch, prepare_variables
+from verify.machine.environment import describe, prepare_torch, prepare_variables
 
 SIZE, REPEATS, SHOWN = 8192, 5, 30
 

@@ -3,12 +3,12 @@
     python benchmarks/question_1183.py -f wiki.test.raw [--chunks 8] [--device cuda]
         [--out benchmarks/results/question-1183.json] [--page docs/question-1183.md]
 
-SmolLM2-135M is dressed as glm4moe with 96 query heads over 8 KV heads of 128 (`python -m model.dress`), which
-computes the same function through the shapes of GLM-4.5. The last 256 positions of windows of 8,192 tokens
-take the decode path, as text generation does: n_kv is padded to 256, so the policy splits from 7,937 keys.
-Once with float16 accumulators, as that engine has them, and once with float32. Writes the figures as JSON,
-and the table into the page, between its marks. About 4 minutes on an H100, one of them for the dressing.
-"""
+SmolLM2-135M is dressed as glm4moe with 96 query heads over 8 KV heads of 128 (`python -m
+verify.model.dressing`), which computes the same function through the shapes of GLM-4.5. The last 256
+positions of windows of 8,192 tokens take the decode path, as text generation does: n_kv is padded to 256, so
+the policy splits from 7,937 keys. Once with float16 accumulators, as that engine has them, and once with
+float32. Writes the figures as JSON, and the table into the page, between its marks. About 4 minutes on an
+H100, one of them for the dressing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from pages import between_marks, ratio_text
-from runs import device_of, ppl_run
+from timed_runs import device_of, ppl_run
 
-from model.dress import Dress, dress
-from model.locate import locate_model
+from verify.model.dressing.dress import Dress, dress
+from verify.model.locate import locate_model
 
 GLM = Dress(to="glm4moe", copies=4, kv_heads=8, live=(0, 4, 7), head_size=128, experts="halves", dtype="f16")
 ACCUMULATORS = ("f16", "f32")

@@ -1,4 +1,4 @@
-"""Times tile sizes of the decode kernel on the device at hand: what `kernels.flash.tiles` was chosen by.
+"""Times tile sizes of the decode kernel on the device at hand: what `flash/tiles.py` was chosen by.
 
 python benchmarks/tune_decode.py [--heads 96 --kv-heads 8 --head-size 128] [--n-kv 8192,65536] [--out FILE]
 """
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from kernels.contract import checked_call
-from kernels.eager import EagerOptions
-from kernels.flash.kernel import FlashKernel
-from kernels.flash.tiles import Tiles, next_power_of_two, shared_bytes
-from kernels.plan import KVCuts, Plan
-from kernels.timing import input_sets, read_bandwidth, time_calls
+from verify.kernels.call import checked_call
+from verify.kernels.eager import EagerOptions
+from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.flash.tiles import Tiles, next_power_of_two, shared_bytes
+from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.timing import input_sets, read_bandwidth, time_calls
 
 
 def calls_of(kernel: FlashKernel, heads: int, kv_heads: int, k_size: int, v_size: int, n_kv: int) -> list:

@@ -9,11 +9,11 @@ and under them: `corpus` (what a text carries), `rows` (a data set's rows as one
 Tokenising lies between the two and is not done here; nothing here knows a model or a kernel.
 """
 
-from data.corpora import load_corpus, read_text_file
-from data.corpus import Corpus
-from data.embedded import embedded_corpus
-from data.errors import CorpusError
-from data.windows import Windows, cut_windows
+from verify.data.corpora import load_corpus, read_text_file
+from verify.data.corpus import Corpus
+from verify.data.embedded import embedded_corpus
+from verify.data.errors import CorpusError
+from verify.data.windows import Windows, cut_windows
 
 __all__ = [
     "Corpus",

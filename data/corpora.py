@@ -8,12 +8,12 @@ import hashlib
 import os
 from pathlib import Path
 
-from data.corpus import Corpus, corpus_from_bytes
-from data.embedded import embedded_corpus
-from data.errors import CorpusError
-from data.hub import HubUnavailable, hub_rows
-from data.local import local_rows
-from data.rows import SPEC_FORM, DatasetSpec, join_rows, parse_spec
+from verify.data.corpus import Corpus, corpus_from_bytes
+from verify.data.embedded import embedded_corpus
+from verify.data.errors import CorpusError
+from verify.data.hub import HubUnavailable, hub_rows
+from verify.data.local import local_rows
+from verify.data.rows import SPEC_FORM, DatasetSpec, join_rows, parse_spec
 
 DEFAULT_CORPUS = "wikitext-2"
 WIKITEXT = {
@@ -50,7 +50,7 @@ def load_corpus(name: str = DEFAULT_CORPUS, *, timeout_s: float = 5.0, allow_fal
     `wikitext-2` (checked against the size and hash of the published file) and `wikitext-103`: the raw test
     splits of `Salesforce/wikitext`. `ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]`: any data set of the hub, by
     default its split `test` and its column `text`. A local file or folder in place of ORG/NAME: that data
-    set. How rows become a text: `data.rows.join_rows`.
+    set. How rows become a text: `verify.data.rows.join_rows`.
 
     What is in the local cache of `datasets` is read from there. Otherwise a hub that has given no sign of
     life `timeout_s` seconds after the call counts as unreachable; a download that has begun is not cut off.

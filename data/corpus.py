@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
-from data.errors import CorpusError
+from verify.data.errors import CorpusError
 
 
 @dataclass(frozen=True)

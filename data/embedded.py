@@ -8,8 +8,8 @@ was.
 
 import platform
 
-from data.corpus import Corpus, corpus_from_bytes
-from data.errors import CorpusError
+from verify.data.corpus import Corpus, corpus_from_bytes
+from verify.data.errors import CorpusError
 
 
 def embedded_corpus(*, notice: str | None = None) -> Corpus:

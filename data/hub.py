@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from data.errors import one_line
-from data.local import load_quietly, rows_of, without_network
-from data.rows import DatasetSpec
+from verify.data.errors import one_line
+from verify.data.local import load_quietly, rows_of, without_network
+from verify.data.rows import DatasetSpec
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
 

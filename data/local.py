@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data.errors import CorpusError, one_line
-from data.rows import DatasetSpec
+from verify.data.errors import CorpusError, one_line
+from verify.data.rows import DatasetSpec
 
 _READERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.errors import CorpusError
+from verify.data.errors import CorpusError
 
 SPEC_FORM = "ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]"
 

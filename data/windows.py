@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.errors import CorpusError
+from verify.data.errors import CorpusError
 
 _SMALLEST_N_CTX = 4
 _LARGEST_ID = 2**31 - 1

@@ -6,12 +6,11 @@ A kernel that lacks something is not wrong; it is only not judged by what needs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from kernels.contract import Call
+from verify.kernels.call import Call
 
 Promise = Literal[
     "lse", "sliding_window", "softcap", "sinks", "alibi", "plans", "head_groups", "empty_rows", "ragged",

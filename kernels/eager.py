@@ -20,18 +20,19 @@ import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.exact import finish_logits
-from kernels.merge import Merge, Part, merge_sequential
-from kernels.plan import Plan, RowPlan
-from kernels.trace import Signature
+from verify.kernels.budget.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.exact import finish_logits
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Merge, Part, merge_sequential
+from verify.kernels.plans.plan import Plan, RowPlan
+from verify.kernels.trace import Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
@@ -64,7 +65,7 @@ class EagerOptions:
 @cache
 def source_hash() -> str:
     """Hash of the code that runs, masks of `exact` included: the `binary` of a kernel that is interpreted."""
-    sources = [FilePath(__file__).with_name(name) for name in ("eager.py", "merge.py", "exact.py")]
+    sources = [Path(__file__).with_name(name) for name in ("eager.py", "merge.py", "exact.py")]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
@@ -89,13 +90,15 @@ class EagerKernel(Kernel):
             out = out.to(_TORCH_TYPES[options.out]).float()
         return AttentionOutput(out, lse)
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return self._arithmetic(self.options, shape, path)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
         return self._arithmetic(self.options.with_plan_of(call), call.shape, call.path, **asked_of(call))
 
-    def _arithmetic(self, options: EagerOptions, shape: Shape, path: Path, **asked: bool) -> Arithmetic:
+    def _arithmetic(
+        self, options: EagerOptions, shape: Shape, path: AttentionPath, **asked: bool
+    ) -> Arithmetic:
         return Arithmetic(
             p=options.p,
             out=options.out,
@@ -173,7 +176,9 @@ def asked_of(call: Call) -> dict[str, bool]:
     return {"sinks": call.sinks is not None, "sliding_window": call.sliding_window is not None}
 
 
-def cuts_of_rows(plan: Plan, shape: Shape, path: Path, *, cache_type: str, **asked: bool) -> dict[str, Any]:
+def cuts_of_rows(
+    plan: Plan, shape: Shape, path: AttentionPath, *, cache_type: str, **asked: bool
+) -> dict[str, Any]:
     """`cuts_at` and `shared_up_to` of the arithmetic of calls of this shape.
 
     A prefill tile is cut for its longest row, which may be any row of the call.

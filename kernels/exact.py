@@ -16,12 +16,13 @@ from dataclasses import replace
 
 import torch
 
-from kernels.arithmetic import Arithmetic
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.lengths import lengths_of
-from kernels.sliced_products import sliced_bmm
-from kernels.trace import Signature
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.kernel import Kernel
+from verify.kernels.lengths import lengths_of
+from verify.kernels.sliced_products import sliced_bmm
+from verify.kernels.trace import Signature
 
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
@@ -162,7 +163,7 @@ class ExactKernel(Kernel):
         self.trace.record_rows(call.path, call.kv_len, Signature("exact", self.acc, (), (), "one"))
         return AttentionOutput(result.out.float(), result.lse.float())
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         # Only the rounding of the result to float32 is left.
         return Arithmetic(p="f32", block=max(shape.keys, 1), cuts_at=lambda n_kv: (0, n_kv))
 

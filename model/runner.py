@@ -17,13 +17,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels.bits import same_bits
-from kernels.lengths import keep_lengths
-from model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings, Weights
-from model.logits import VOCABULARY_ROWS, LogitSlice, State, logit_slices
-from model.products import Products, Tiling, tile_rows, tiling_of
-from model.stopwatch import Stopwatch
-from model.stream import Piece, Share, TensorStream
+from verify.kernels.bits import same_bits
+from verify.kernels.lengths import keep_lengths
+from verify.model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings, Weights
+from verify.model.logits import VOCABULARY_ROWS, LogitSlice, State, logit_slices
+from verify.model.products import Products, Tiling, tile_rows, tiling_of
+from verify.model.stopwatch import Stopwatch
+from verify.model.stream import Piece, Share, TensorStream
 
 ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 # Of everything but attention.

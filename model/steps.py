@@ -2,8 +2,8 @@
 
     x of the new tokens --layer--> k, v appended to the arm's cache; attention of the new tokens over it
 
-Layers are those of `model.runner`, and so is the one rounding of q, k and v. All arms are given the same
-tokens; each has a cache of its own, one sequence long, of keys and values in the run's attention type.
+Layers are those of `verify.model.runner`, and so is the one rounding of q, k and v. All arms are given the
+same tokens; each has a cache of its own, one sequence long, of keys and values in the run's attention type.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.lengths import keep_lengths
-from model.architectures.architecture import Architecture
-from model.errors import ModelError
-from model.products import Products, tile_rows
-from model.runner import ATTENTION_TYPES, Arm, LayerCall, round_inputs
-from model.stopwatch import Stopwatch
-from model.stream import TensorStream
+from verify.kernels.lengths import keep_lengths
+from verify.model.architectures.architecture import Architecture
+from verify.model.errors import ModelError
+from verify.model.products import Products, tile_rows
+from verify.model.runner import ATTENTION_TYPES, Arm, LayerCall, round_inputs
+from verify.model.stopwatch import Stopwatch
+from verify.model.stream import TensorStream
 
 _FIRST_ROOM = 64
 

@@ -17,10 +17,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from model.dequantize import PLAIN_TYPES, decode, type_is_supported
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.stopwatch import Stopwatch
+from verify.model.errors import ModelError
+from verify.model.gguf.dequantize import PLAIN_TYPES, decode, type_is_supported
+from verify.model.gguf.file import GGUFFile
+from verify.model.stopwatch import Stopwatch
 
 # Stored bytes read ahead at most (at least one tensor is, whatever its size).
 CPU_AHEAD_BYTES, GPU_AHEAD_BYTES = 64 << 20, 1 << 30
@@ -102,7 +102,7 @@ class TensorStream:
         return own if self.share is None else self.share.union(own)
 
     def take(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """The weights on the device as `model.dequantize` gives them, in `dtype`. Raises ModelError."""
+        """The weights on the device as `gguf.dequantize` gives them, in `dtype`. Raises ModelError."""
         info = self.file.tensor(name)
         if not type_is_supported(info.type_name):
             raise ModelError(f"{info.path}: tensor {name}: weights of type {info.type_name} are not decoded")

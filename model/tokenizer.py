@@ -14,9 +14,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.pretokenizers import PreTokenizer, pretokenizer_named
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.pretokenizers import PreTokenizer, pretokenizer_named
 
 KINDS = ("gpt2", "llama")
 # Kinds of tokens in `tokenizer.ggml.token_type`; 1 is an ordinary token, 5 an unused one.

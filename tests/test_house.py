@@ -1,4 +1,4 @@
-"""The house: four packages, each importing only from those below it, all of them in the distribution."""
+"""The house: one package, its floors importing only from those below, all of it in the distribution."""
 
 from __future__ import annotations
 
@@ -9,36 +9,53 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Each folder's floor: what stands on one imports only from lower ones, and from itself.
 FLOORS = {"data": 1, "kernels": 1, "model": 2, "verify": 3}
 MODULES = sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of our packages that a module imports, anywhere in it."""
+    """Dotted names that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found & FLOORS.keys()
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def floor_of(name: str) -> str | None:
+    """The folder that a dotted name of ours lives in; None for what is not ours."""
+    first, *rest = name.split(".")
+    if first != "verify":
+        return None
+    return rest[0] if rest and rest[0] in FLOORS else "verify"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_downwards(path: Path) -> None:
     own = path.relative_to(ROOT).parts[0]
-    for other in imported(path) - {own}:
+    for other in {floor_of(name) for name in imported(path)} - {own, None}:
         assert FLOORS[other] < FLOORS[own], f"{path.relative_to(ROOT)} imports {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_module_goes_by_a_name_that_others_have(path: Path) -> None:
+    """`kernels`, `model` and `data` are also names of other people's packages and files."""
+    assert not {name.split(".")[0] for name in imported(path)} & {"kernels", "model", "data"}
 
 
 @pytest.mark.parametrize("name", ["worker", "python_servant", "ggml_servant"])
 def test_the_worker_of_foreign_kernels_imports_nothing_of_ours(name: str) -> None:
-    assert not imported(ROOT / f"kernels/foreign/{name}.py")
+    names = imported(ROOT / f"kernels/foreign/{name}.py")
+    assert names and not [other for other in names if floor_of(other)]
 
 
 def test_every_package_is_listed_explicitly() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    there = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in MODULES if p.name == "__init__.py"}
+    folders = {p.parent.relative_to(ROOT).parts for p in MODULES if p.name == "__init__.py"}
+    there = {".".join(parts if parts[0] == "verify" else ("verify", *parts)) for parts in folders}
     assert set(listed) == there
 
 

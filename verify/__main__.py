@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from verify.environment import prepare_variables
+from verify.machine.environment import prepare_variables
 
 # Before torch is loaded: its libraries read these when they start.
 prepare_variables()
@@ -15,9 +15,9 @@ def main() -> None:
     import typer
 
     from verify.commands import app
-    from verify.errors import INPUT_ERRORS
-    from verify.terminal import outlast_readers, unwritten
-    from verify.verdict import EXIT_INTERRUPTED, EXIT_VOID
+    from verify.judge.verdict import EXIT_INTERRUPTED, EXIT_VOID
+    from verify.machine.errors import INPUT_ERRORS
+    from verify.machine.terminal import outlast_readers, unwritten
 
     # An option of every command, for whoever follows up an internal error.
     debug = "--debug" in sys.argv
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _refuse(message: str) -> int:
-    from verify.verdict import EXIT_USAGE
+    from verify.judge.verdict import EXIT_USAGE
 
     print(f"verify: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USAGE

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from kernels.contract import Call, Kernel, checked_call
-from kernels.registry import build_kernel
-from kernels.shapes import ModelShape
-from kernels.timing import input_sets, read_bandwidth, time_calls
-from verify.subject import check_lengths, check_shapes
+from verify.arms.model_facts import check_lengths, check_shapes
+from verify.kernels.call import Call, checked_call
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.shapes import ModelShape
+from verify.kernels.registry import build_kernel
+from verify.kernels.timing import input_sets, read_bandwidth, time_calls
 
 CPU_CALLS = 5
 CPU_READ_BYTES = 1 << 28

@@ -1,9 +1,9 @@
 """The mutation score: which of our detectors sees which known fault, and whether any sees a clean kernel.
 
-Every fault of `kernels.faults` and every clean variant runs over every input family and every probe, with as
-many seeds as asked for. A fault is caught if some detector that is sure by itself objects with every seed; a
-clean variant must make none of them object. The gates of other projects are asked about the same results: on
-Gaussian inputs, which is what they are run on, and on all families.
+Every fault of `verify.kernels.faults` and every clean variant runs over every input family and every probe,
+with as many seeds as asked for. A fault is caught if some detector that is sure by itself objects with every
+seed; a clean variant must make none of them object. The gates of other projects are asked about the same
+results: on Gaussian inputs, which is what they are run on, and on all families.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
-from kernels.arithmetic import Arithmetic
-from kernels.budget import Budget, error_budget, rounding_key
-from kernels.contract import AttentionOutput, Call, Kernel
-from kernels.detectors import (
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.bound import Budget, error_budget, rounding_key
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.eager import EagerKernel
+from verify.kernels.faults import FAULTS, VARIANTS
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.judging.detectors import (
     DETECTORS,
     SUSPICIONS,
     Detector,
@@ -28,13 +31,11 @@ from kernels.detectors import (
     measure,
     trace_finding,
 )
-from kernels.eager import EagerKernel
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.faults import FAULTS, VARIANTS
-from kernels.faults.tile_kernel import TileKernel
-from kernels.gates import GATES, compared, plain_attention, verdicts
-from kernels.plan import RowPlan
-from kernels.probes import Probe, check, far_offsets, standard_probes
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
+from verify.kernels.judging.probes import Probe, check, far_offsets, standard_probes
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.plan import RowPlan
 
 DEFAULT_SEEDS = 2
 # Two sequences; rows that end inside a tile, on its edge, one key after it, and one that sees nothing.

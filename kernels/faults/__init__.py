@@ -5,8 +5,8 @@ clean variant is the same kernel with other tiles, cuts, types or orders of summ
 both: they must see every fault and no variant.
 """
 
-from kernels.faults.clean import VARIANTS
-from kernels.faults.corpus import FAULTS
-from kernels.faults.record import Fault, Variant
+from verify.kernels.faults.clean import VARIANTS
+from verify.kernels.faults.corpus import FAULTS
+from verify.kernels.faults.record import Fault, Variant
 
 __all__ = ["FAULTS", "VARIANTS", "Fault", "Variant"]

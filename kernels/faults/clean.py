@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import torch
 
-from kernels.arithmetic import Arithmetic
-from kernels.contract import Call, Kernel, Path, Shape
-from kernels.eager import EagerKernel, EagerOptions
-from kernels.faults.record import Variant
-from kernels.faults.tile_kernel import Row, State, TileKernel
-from kernels.merge import Part, merge_tree
-from kernels.plan import KVCuts, Plan
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.call import AttentionPath, Call, Shape
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.faults.record import Variant
+from verify.kernels.faults.tile_kernel import Row, State, TileKernel
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Part, merge_tree
+from verify.kernels.plans.plan import KVCuts, Plan
 
 
 class ReversedTiles(TileKernel):
@@ -46,7 +47,7 @@ class ScaledQuery(TileKernel):
     def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
         return torch.einsum("thd,nhd->thn", row.q, k) * math.log(2.0)
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return replace(super().arithmetic(shape, path), u_q=2.0**-11)
 
 
@@ -56,7 +57,7 @@ class RoundedDenominator(TileKernel):
     def summed(self, p: torch.Tensor) -> torch.Tensor:
         return p.half().float().sum(-1)
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return replace(super().arithmetic(shape, path), l_from_rounded_p=True)
 
 
@@ -66,7 +67,7 @@ class HalfParts(TileKernel):
     def stored(self, row: Row, parts: list[Part]) -> list[Part]:
         return [Part(part.out.half().float(), part.lse) for part in parts]
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return replace(super().arithmetic(shape, path), u_part=2.0**-11)
 
 
@@ -77,7 +78,7 @@ class LazyRescale(TileKernel):
         keep = (m - state.m <= 8 * math.log(2.0)) & ~torch.isneginf(state.m)
         super().rescaled(state, torch.where(keep, state.m, m))
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return replace(super().arithmetic(shape, path), stale_maximum=True)
 
 

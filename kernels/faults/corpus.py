@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from kernels.contract import Kernel
-from kernels.faults.dispatch import (
-    NeverRan,
-    OtherHeadSize,
-)
-from kernels.faults.heads import (
+from verify.kernels.faults.dispatch import NeverRan, OtherHeadSize
+from verify.kernels.faults.heads import (
     GroupDoesNotDivide,
     HeadsInterleaved,
     LastColumns,
     SecondGroupsQuery,
     SinkOfFirstGroup,
 )
-from kernels.faults.keys import (
+from verify.kernels.faults.keys import (
     CutKeyLost,
     CutKeyTwice,
     FirstRowsLength,
@@ -31,7 +27,7 @@ from kernels.faults.keys import (
     WindowDropped,
     WindowOffByOne,
 )
-from kernels.faults.merging import (
+from verify.kernels.faults.merging import (
     Base2Lse,
     Base2Merge,
     EmptyPartFinite,
@@ -45,8 +41,8 @@ from kernels.faults.merging import (
     PartOfOtherBatch,
     Race,
 )
-from kernels.faults.record import Fault
-from kernels.faults.rounding import (
+from verify.kernels.faults.record import Fault
+from verify.kernels.faults.rounding import (
     ExpandedTwice,
     F16Logits,
     F16Overflow,
@@ -56,7 +52,7 @@ from kernels.faults.rounding import (
     UndeclaredF16,
     WrongCacheType,
 )
-from kernels.faults.softmax import (
+from verify.kernels.faults.softmax import (
     AlibiDropped,
     LateMaximum,
     NoRescaleOfA,
@@ -65,7 +61,8 @@ from kernels.faults.softmax import (
     SinksDropped,
     SoftcapDropped,
 )
-from kernels.faults.tile_kernel import TileKernel
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.kernel import Kernel
 
 
 def _fault(

@@ -5,9 +5,9 @@ Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
 
 from __future__ import annotations
 
-from kernels.contract import Call, Shape
-from kernels.faults.tile_kernel import TileKernel
-from kernels.plan import KVCuts, Plan, RowPlan
+from verify.kernels.call import Call, Shape
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.plans.plan import KVCuts, Plan, RowPlan
 
 
 class NeverRan(TileKernel):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.contract import Call, Shape
-from kernels.faults.tile_kernel import Row, TileKernel
-from kernels.merge import Part
+from verify.kernels.call import Call, Shape
+from verify.kernels.faults.tile_kernel import Row, TileKernel
+from verify.kernels.merge import Part
 
 
 class HeadsInterleaved(TileKernel):

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from kernels.contract import Call
-from kernels.faults.tile_kernel import Row, TileKernel
+from verify.kernels.call import Call
+from verify.kernels.faults.tile_kernel import Row, TileKernel
 
 
 class LastKeyDropped(TileKernel):

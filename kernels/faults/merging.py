@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from kernels.faults.tile_kernel import Row, State, TileKernel
-from kernels.merge import Part, merge_sequential
+from verify.kernels.faults.tile_kernel import Row, State, TileKernel
+from verify.kernels.merge import Part, merge_sequential
 
 
 class Base2Merge(TileKernel):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from kernels.plan import KVCuts, Plan
-from kernels.policy import N_KV_PADDING, CallShape, Rule
+from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.policy import N_KV_PADDING, CallShape, Rule
 
 
 class PlanFault(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from kernels.contract import Kernel
+from verify.kernels.kernel import Kernel
 
 
 class Fault(NamedTuple):

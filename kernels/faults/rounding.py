@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.faults.tile_kernel import Row, TileKernel, accumulate_f16
-from kernels.merge import Part
+from verify.kernels.faults.tile_kernel import Row, TileKernel, accumulate_f16
+from verify.kernels.merge import Part
 
 
 class UndeclaredF16(TileKernel):

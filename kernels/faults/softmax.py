@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.faults.tile_kernel import Row, State, TileKernel
-from kernels.merge import Part
+from verify.kernels.faults.tile_kernel import Row, State, TileKernel
+from verify.kernels.merge import Part
 
 
 class NoRescaleOfA(TileKernel):

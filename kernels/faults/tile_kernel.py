@@ -13,12 +13,13 @@ from itertools import pairwise
 
 import torch
 
-from kernels.arithmetic import MMA_KEYS, Arithmetic
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.merge import Merge, Part, merge_sequential
-from kernels.plan import KVCuts, Plan, RowPlan
-from kernels.trace import Signature
+from verify.kernels.budget.arithmetic import MMA_KEYS, Arithmetic
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Merge, Part, merge_sequential
+from verify.kernels.plans.plan import KVCuts, Plan, RowPlan
+from verify.kernels.trace import Signature
 
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -62,7 +63,7 @@ class TileKernel(Kernel):
         self.plan = Plan(heads=heads, kv=KVCuts("parts", kv), block=block)
         self.p, self.out, self.acc = p, out, acc
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return Arithmetic(
             p=self.p,
             out=self.out,

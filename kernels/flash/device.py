@@ -1,8 +1,8 @@
 """The device code of `flash`: one kernel that attends tile by tile, and one that combines KV parts.
 
 Importing this module imports Triton, and Triton decides then whether functions are compiled or interpreted
-(TRITON_INTERPRET=1): `kernels.flash` therefore imports it only when a kernel is built for a device that runs
-it.
+(TRITON_INTERPRET=1): `verify.kernels.flash` therefore imports it only when a kernel is built for a device
+that runs it.
 
 A program of `attend_tiles` handles one head group of one KV head, one KV part, and one matrix tile of M rows:
 row i of the tile is query token i // g of the tile and head i % g of the group of g heads. On the decode path

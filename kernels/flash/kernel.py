@@ -14,15 +14,16 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.arithmetic import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, Arithmetic
-from kernels.cache import BLOCK, CACHE_TYPES, dequantise, quantise
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
-from kernels.flash.launch import Prepared, device_code, shares_memory
-from kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
-from kernels.flash.tiles import Tiles, choose_tiles
-from kernels.merge import Merge
+from verify.kernels.budget.arithmetic import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, Arithmetic
+from verify.kernels.cache import BLOCK, CACHE_TYPES, dequantise, quantise
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
+from verify.kernels.flash.launch import Prepared, device_code, shares_memory
+from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
+from verify.kernels.flash.tiles import Tiles, choose_tiles
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Merge
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
 # Relative error of `device.tanh`: largest just above 0.25, where 1 - 2 / (exp(2 x) + 1) cancels.
@@ -166,7 +167,7 @@ class FlashKernel(Kernel):
             cache = f",cache={self.cache},expand={'fused' if fused else 'f16'}"
         return f"flash[{options.label}{tile}{cache}]"
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         """Of float16 inputs."""
         decode, block = path == "decode", self.options.plan.block
         tiles = self.tiles or self._tiles_of(
@@ -183,7 +184,7 @@ class FlashKernel(Kernel):
         self,
         options: EagerOptions,
         shape: Shape,
-        path: Path,
+        path: AttentionPath,
         tiles: Tiles | None,
         dtype: torch.dtype,
         **asked: bool,
@@ -212,7 +213,7 @@ class FlashKernel(Kernel):
         return over_cache(self.options, self.cache)
 
     def merger(self) -> Merge:
-        from kernels.flash.merge import combine
+        from verify.kernels.flash.merge import combine
 
         return combine
 

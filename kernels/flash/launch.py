@@ -15,15 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.contract import AttentionOutput, Call
-from kernels.eager import EagerOptions
-from kernels.flash.rows import RowPlans
-from kernels.flash.tiles import (
-    Tiles,
-    next_power_of_two,
-    split_head,
-)
-from kernels.trace import Batch, LaunchTrace, Signature
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.eager import EagerOptions
+from verify.kernels.flash.rows import RowPlans
+from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
+from verify.kernels.trace import Batch, LaunchTrace, Signature
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
 PARTIALS_AT_ONCE = 1 << 28
@@ -34,7 +30,7 @@ _TRITON_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 @functools.cache
 def device_code() -> Any:
     """The module of kernels; importing it decides whether Triton compiles or interprets them."""
-    from kernels.flash import device as flash_device
+    from verify.kernels.flash import device as flash_device
 
     return flash_device
 
@@ -84,7 +80,7 @@ class Planes(NamedTuple):
 @functools.cache
 def quantised_code() -> Any:
     """The module of kernels that read quantised caches."""
-    from kernels.flash import quantised as flash_quantised
+    from verify.kernels.flash import quantised as flash_quantised
 
     return flash_quantised
 

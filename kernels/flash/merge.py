@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.flash.launch import device_code, next_power_of_two, parts_at_once
-from kernels.merge import Part
+from verify.kernels.flash.launch import device_code, next_power_of_two, parts_at_once
+from verify.kernels.merge import Part
 
 
 def combine(parts: Sequence[Part]) -> Part:

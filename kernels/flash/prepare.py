@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from kernels.cache import Quantised
-from kernels.contract import Call
-from kernels.eager import EagerOptions, asked_of
-from kernels.flash.launch import Launches, Planes, Prepared, tile_tokens
-from kernels.flash.rows import plans_of_rows
-from kernels.flash.tiles import LARGEST_GROUP, LARGEST_K_HEAD, LARGEST_V_HEAD, SMALLEST_HEAD, Tiles
-from kernels.lengths import lengths_of
+from verify.kernels.cache import Quantised
+from verify.kernels.call import Call
+from verify.kernels.eager import EagerOptions, asked_of
+from verify.kernels.flash.launch import Launches, Planes, Prepared, tile_tokens
+from verify.kernels.flash.rows import plans_of_rows
+from verify.kernels.flash.tiles import LARGEST_GROUP, LARGEST_K_HEAD, LARGEST_V_HEAD, SMALLEST_HEAD, Tiles
+from verify.kernels.lengths import lengths_of
 
 # Offsets inside a tile are 32 bits wide (a tile has at most 128 keys), all others 64.
 LARGEST_KEY_STRIDE = (1 << 31) // 256

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.flash.device import _INTERPRETED, _LN_2, part_bounds, product
+from verify.kernels.flash.device import _INTERPRETED, _LN_2, part_bounds, product
 
 _BYTES = tl.constexpr(
     "{ .reg .b32 u, a, b, z; xor.b32 u, $2, 0x80808080; mov.b32 z, 0x64806480;"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from kernels.contract import Shape
-from kernels.eager import plan_of_row
-from kernels.plan import Plan, RowPlan
-from kernels.policy import Launch
+from verify.kernels.call import Shape
+from verify.kernels.eager import plan_of_row
+from verify.kernels.plans.plan import Plan, RowPlan
+from verify.kernels.plans.policy import Launch
 
 
 class Kind(NamedTuple):

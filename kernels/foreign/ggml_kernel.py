@@ -9,19 +9,20 @@ its queries, which is what ik_llama.cpp #1183 made of one call at r = 12.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
-from kernels.arithmetic import Arithmetic, loosest
-from kernels.cache import BLOCK, ggml_blocks, quantise
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.errors import KernelFailure, SpecError
-from kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
-from kernels.plan import Plan, parse_heads
-from kernels.spec import Spec, choice, number
-from kernels.trace import Signature
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
+from verify.kernels.cache import BLOCK, ggml_blocks, quantise
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.plan import Plan, parse_heads
+from verify.kernels.plans.spec import Spec, choice, number
+from verify.kernels.trace import Signature
 
 # With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
 # keeps sums of q in float16, and no budget has been derived for that.
@@ -46,7 +47,7 @@ class GgmlKernel(Kernel):
     def __init__(
         self,
         spec: str,
-        lib: FilePath,
+        lib: Path,
         *,
         backend: str = "cpu",
         plan: Plan | None = None,
@@ -74,7 +75,7 @@ class GgmlKernel(Kernel):
         """Raises SpecError, one line, if the library cannot be used."""
         if "lib" not in spec.options:
             raise SpecError(f"kernel {spec.text!r}: expected ggml:lib=FILE, a shared library of llama.cpp")
-        lib = FilePath(spec.options["lib"])
+        lib = Path(spec.options["lib"])
         if not lib.is_file():
             raise SpecError(f"kernel {spec.text!r}: {lib}: no such file")
         try:
@@ -92,7 +93,7 @@ class GgmlKernel(Kernel):
             limit_s=number(spec, "timeout", CALL_LIMIT_S),
         )
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         self.plan.groups(shape.ratio)  # refuses groups that do not sum to r
         quantised = self.cache != "f16"
         # The CPU adds up float16 values in float16, a key at a time, and quantised ones in float32.

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from kernels.errors import KernelFailure, SpecError
+from verify.kernels.errors import KernelFailure, SpecError
 
 START_LIMIT_S = 120
 # For a process to end after it has closed its pipes.

@@ -7,17 +7,18 @@ FUNCTION(q, k, v, *, kv_len, scale[, path, sliding_window, softcap, sinks, alibi
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 
-from kernels.arithmetic import Arithmetic, loosest, loosest_of
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.errors import KernelFailure, SpecError
-from kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
-from kernels.spec import Spec, choice, number
-from kernels.trace import Signature
+from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.spec import Spec, choice, number
+from verify.kernels.trace import Signature
 
 PYTHON_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
@@ -30,7 +31,7 @@ _OPTIONAL = ("sliding_window", "softcap", "sinks", "alibi_slopes")
 class PythonKernel(Kernel):
     """A function of a Python file, in its own process."""
 
-    def __init__(self, spec: str, file: FilePath, function: str, *, limit_s: int, acc: str | None) -> None:
+    def __init__(self, spec: str, file: Path, function: str, *, limit_s: int, acc: str | None) -> None:
         super().__init__(spec)
         self.file, self.function, self.limit_s, self.acc = file, function, limit_s, acc
         self.binary = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
@@ -45,13 +46,13 @@ class PythonKernel(Kernel):
         path, separator, function = spec.target.rpartition("::")
         if not separator or not function.isidentifier():
             raise SpecError(f"kernel {spec.text!r}: expected py:FILE.py::FUNCTION")
-        file = FilePath(path)
+        file = Path(path)
         if not file.is_file():
             raise SpecError(f"kernel {spec.text!r}: {path}: no such file")
         acc = choice(spec, "acc", "f32", ("f32", "f16")) if "acc" in spec.options else None
         return cls(spec.text, file, function, limit_s=number(spec, "timeout", CALL_LIMIT_S), acc=acc)
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return loosest("f16", acc=self.acc)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:

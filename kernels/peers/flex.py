@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn.attention import flex_attention as flex
 
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call
-from kernels.peers.peer import Launch, PeerKernel, Rows
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.peers.peer import Launch, PeerKernel, Rows
 
 FLEX_CAPABILITIES = Capabilities(
     sinks=False, plans=False, head_groups=False, empty_rows=False, row_alone=False,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kernels.capabilities import Capabilities
-from kernels.merge import from_base2
-from kernels.peers.peer import Launch, PeerKernel, Rows, refuse, version_of, why_not
-from kernels.spec import Spec
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.merge import from_base2
+from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse, version_of, why_not
+from verify.kernels.plans.spec import Spec
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECODE_ON_CUDA = Capabilities(

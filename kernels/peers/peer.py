@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.arithmetic import Arithmetic, loosest, loosest_of
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from kernels.errors import KernelFailure, SpecError
-from kernels.trace import Signature
+from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.kernel import Kernel
+from verify.kernels.trace import Signature
 
 # One launch: out [T, Hq, Dv] in the library's own dtype, lse [T, Hq] as natural logarithm, or None.
 Launch = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
@@ -51,7 +52,7 @@ class PeerKernel(Kernel):
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         # Libraries document float32 accumulators, and hardly more.
         return loosest("f16", acc="f32")
 

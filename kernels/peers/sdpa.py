@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.capabilities import Capabilities
-from kernels.contract import AttentionOutput, Call
-from kernels.errors import KernelFailure
-from kernels.peers.peer import Launch, PeerKernel, Rows, refuse
-from kernels.spec import Spec
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.errors import KernelFailure
+from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse
+from verify.kernels.plans.spec import Spec
 
 _PLAIN = Capabilities(
     lse=False, sliding_window=False, softcap=False, sinks=False, alibi=False, plans=False, head_groups=False,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from model.architectures.architecture import Architecture
-from model.architectures.deepseek2 import Deepseek2
-from model.architectures.gemma3 import Gemma3
-from model.architectures.glm4 import Glm4
-from model.architectures.glm4moe import Glm4Moe
-from model.architectures.llama import Llama
-from model.architectures.qwen2 import Qwen2
-from model.architectures.qwen3 import Qwen3
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
+from verify.model.architectures.architecture import Architecture
+from verify.model.architectures.deepseek2 import Deepseek2
+from verify.model.architectures.gemma3 import Gemma3
+from verify.model.architectures.glm4 import Glm4
+from verify.model.architectures.glm4moe import Glm4Moe
+from verify.model.architectures.llama import Llama
+from verify.model.architectures.qwen2 import Qwen2
+from verify.model.architectures.qwen3 import Qwen3
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "llama": Llama,

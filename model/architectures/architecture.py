@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-from model.architectures.feed_forward import FeedForward, Key, Shapes
-from model.architectures.metadata import Metadata
-from model.blocks import rms_norm
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.products import Products
-from model.stream import Piece, TensorStream
-from model.tensor_types import TENSOR_TYPES
+from verify.model.architectures.feed_forward import FeedForward, Key, Shapes
+from verify.model.architectures.metadata import Metadata
+from verify.model.blocks import rms_norm
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.gguf.types import TENSOR_TYPES
+from verify.model.products import Products
+from verify.model.stream import Piece, TensorStream
 
 Weights = Mapping[str, torch.Tensor]
 # Columns of a matrix that GPUs do not share out, where its type has no larger blocks.

@@ -14,21 +14,21 @@ from dataclasses import replace
 
 import torch
 
-from model.architectures.architecture import (
+from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
     AttentionSettings,
     Sizes,
     Weights,
 )
-from model.architectures.experts import Experts, Gating
-from model.architectures.feed_forward import Dense, FeedForward, Shapes
-from model.architectures.grouped_query import rope_of
-from model.architectures.mixture import experts_of
-from model.blocks import rms_norm
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.products import Products
+from verify.model.architectures.experts import Experts, Gating
+from verify.model.architectures.feed_forward import Dense, FeedForward, Shapes
+from verify.model.architectures.grouped_query import rope_of
+from verify.model.architectures.mixture import experts_of
+from verify.model.blocks import rms_norm
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.products import Products
 
 # Block counts of GLM-4.7-Flash, whose files may leave the gating function out.
 _FLASH_BLOCKS = (47, 48)

@@ -7,7 +7,7 @@
 
 Experts are decoded one at a time and applied to the rows that chose them, on row tiles of one size. A CPU
 takes each state by itself, so that how many there are changes no bit. A GPU needs more rows than one state
-has: there a tile holds rows of several, side by side, which rests on `model.products.moves_no_bit`.
+has: there a tile holds rows of several, side by side, which rests on `verify.model.products.moves_no_bit`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from model.architectures.feed_forward import Key, Pull, Shapes
-from model.blocks import swiglu
-from model.products import Products
+from verify.model.architectures.feed_forward import Key, Pull, Shapes
+from verify.model.blocks import swiglu
+from verify.model.products import Products
 
 Gating = Literal["softmax", "sigmoid"]
 # Values of `expert_gating_func`.

@@ -7,8 +7,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from model.blocks import Gate, swiglu
-from model.products import Products
+from verify.model.blocks import Gate, swiglu
+from verify.model.products import Products
 
 Key = TypeVar("Key", bound=Hashable)
 Shapes = dict[str, tuple[int, ...]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from model.architectures.architecture import AttentionSettings
-from model.architectures.feed_forward import Dense, FeedForward
-from model.architectures.grouped_query import GroupedQuery
-from model.blocks import geglu
-from model.gguf_file import GGUFFile
-from model.rope import Rope
+from verify.model.architectures.architecture import AttentionSettings
+from verify.model.architectures.feed_forward import Dense, FeedForward
+from verify.model.architectures.grouped_query import GroupedQuery
+from verify.model.blocks import geglu
+from verify.model.gguf.file import GGUFFile
+from verify.model.rope import Rope
 
 # Every so many layers there is one that sees all keys.
 GLOBAL_EVERY = 6

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from model.architectures.feed_forward import Dense, FeedForward
-from model.architectures.grouped_query import GroupedQuery
+from verify.model.architectures.feed_forward import Dense, FeedForward
+from verify.model.architectures.grouped_query import GroupedQuery
 
 
 class Glm4(GroupedQuery):

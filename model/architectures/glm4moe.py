@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from model.architectures.experts import Experts
-from model.architectures.feed_forward import Dense, FeedForward
-from model.architectures.grouped_query import GroupedQuery
-from model.architectures.mixture import experts_of
+from verify.model.architectures.experts import Experts
+from verify.model.architectures.feed_forward import Dense, FeedForward
+from verify.model.architectures.grouped_query import GroupedQuery
+from verify.model.architectures.mixture import experts_of
 
 
 class Glm4Moe(GroupedQuery):

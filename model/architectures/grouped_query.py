@@ -7,19 +7,19 @@ from typing import Literal
 
 import torch
 
-from model.architectures.architecture import (
+from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
     AttentionSettings,
     Sizes,
     Weights,
 )
-from model.architectures.feed_forward import Dense, FeedForward, Shapes
-from model.blocks import rms_norm
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.products import Products
-from model.rope import Rope, RopeKind
+from verify.model.architectures.feed_forward import Dense, FeedForward, Shapes
+from verify.model.blocks import rms_norm
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.products import Products
+from verify.model.rope import Rope, RopeKind
 
 Presence = Literal["never", "optional", "required"]
 

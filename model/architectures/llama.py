@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from model.architectures.experts import Experts
-from model.architectures.feed_forward import Dense, FeedForward, Shapes
-from model.architectures.grouped_query import GroupedQuery
-from model.architectures.mixture import experts_of
-from model.dequantize import dequantize
-from model.rope import Rope
+from verify.model.architectures.experts import Experts
+from verify.model.architectures.feed_forward import Dense, FeedForward, Shapes
+from verify.model.architectures.grouped_query import GroupedQuery
+from verify.model.architectures.mixture import experts_of
+from verify.model.gguf.dequantize import dequantize
+from verify.model.rope import Rope
 
 _FREQUENCIES = "rope_freqs.weight"
 

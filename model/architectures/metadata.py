@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
 
 
 class Metadata:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from model.architectures.architecture import Architecture
-from model.architectures.experts import GATING, Experts, Gating
-from model.errors import ModelError
+from verify.model.architectures.architecture import Architecture
+from verify.model.architectures.experts import GATING, Experts, Gating
+from verify.model.errors import ModelError
 
 
 def experts_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.architectures.grouped_query import GroupedQuery
+from verify.model.architectures.grouped_query import GroupedQuery
 
 
 class Qwen2(GroupedQuery):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.dequantize import decode, type_is_supported
-from model.tensor_types import TYPES_BY_NAME
+from verify.model.gguf.dequantize import decode, type_is_supported
+from verify.model.gguf.types import TYPES_BY_NAME
 
 pytestmark = pytest.mark.cuda
 DECODED = [name for name in TYPES_BY_NAME if type_is_supported(name)]
@@ -34,6 +34,6 @@ def test_parts_decoded_one_after_another_are_as_the_whole(kind: str, monkeypatch
     found = TYPES_BY_NAME[kind]
     stored = torch.randint(0, 256, (64 * found.row_bytes(1024),), dtype=torch.uint8, device="cuda")
     whole = decode(stored, kind, 1024)
-    monkeypatch.setattr("model.dequantize.GPU_CHUNK", 5000)
+    monkeypatch.setattr("verify.model.gguf.dequantize.GPU_CHUNK", 5000)
     parts = decode(stored, kind, 1024)
     assert torch.equal(parts.view(torch.int32), whole.view(torch.int32))

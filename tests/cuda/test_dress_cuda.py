@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.dress import Dress, dress
 from support.dresses import DRESSES, GLM, perplexity
 from support.plain_arms import ExactArm, KernelArm
+from verify.model.dressing.dress import Dress, dress
 
 pytestmark = pytest.mark.cuda
 

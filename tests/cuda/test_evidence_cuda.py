@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.budget import error_budget
-from kernels.detectors import measure
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.faults import FAULTS
-from kernels.probes import check, far_offsets, one_hot, standard_probes
-from kernels.registry import build_kernel
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.faults import FAULTS
+from verify.kernels.judging.detectors import measure
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.probes import check, far_offsets, one_hot, standard_probes
+from verify.kernels.registry import build_kernel
 from verify.selftest import run_selftest
 
 pytestmark = pytest.mark.cuda

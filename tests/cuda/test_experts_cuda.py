@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.architectures import architecture_of
-from model.gguf_file import GGUFFile
-from model.runner import Runner
 from support.plain_arms import ExactArm, logits_of
 from support.synthetic_moe import MoeSizes, write_moe
+from verify.model.architectures import architecture_of
+from verify.model.gguf.file import GGUFFile
+from verify.model.runner import Runner
 
 pytestmark = pytest.mark.cuda
 

@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.contract import checked_call
-from kernels.eager import EagerKernel, EagerOptions
-from kernels.exact import exact_attention
-from kernels.flash.kernel import FlashKernel
-from kernels.plan import KVCuts, Plan
-from kernels.registry import build_kernel
 from support import flash_laws as laws
+from verify.kernels.call import checked_call
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.exact import exact_attention
+from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.registry import build_kernel
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")

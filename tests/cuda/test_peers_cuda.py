@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.peers.libraries import LIBRARY_CAPABILITIES, why_not_library
 from support.peer_checks import agrees_with_exact
+from verify.kernels.peers.libraries import LIBRARY_CAPABILITIES, why_not_library
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")

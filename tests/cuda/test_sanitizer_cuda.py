@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cuda
 # Odd sizes, so that every mask matters; each kernel of kernels/flash once. Ends with the names that ran.
 SMALL_CASES = """
 import torch
-from kernels.registry import build_kernel
+from verify.kernels.registry import build_kernel
 
 torch.manual_seed(0)
 

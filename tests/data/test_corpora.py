@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data import corpora
-from data.corpora import check_wikitext_2, load_corpus, read_text_file
-from data.errors import CorpusError
+from verify.data import corpora
+from verify.data.corpora import check_wikitext_2, load_corpus, read_text_file
+from verify.data.errors import CorpusError
 
 
 def one_line_error(call: Callable[[], object]) -> str:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from data.embedded import embedded_corpus
-from data.errors import CorpusError
+from verify.data.embedded import embedded_corpus
+from verify.data.errors import CorpusError
 
 
 def test_name_says_which_text_it_is():

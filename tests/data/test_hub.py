@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from data import hub
-from data.corpora import WIKITEXT_2_SHA256
-from data.hub import HubUnavailable, hub_rows, is_cached, offline_variable, why_unreachable
-from data.rows import DatasetSpec
+from verify.data import hub
+from verify.data.corpora import WIKITEXT_2_SHA256
+from verify.data.hub import HubUnavailable, hub_rows, is_cached, offline_variable, why_unreachable
+from verify.data.rows import DatasetSpec
 
 WIKITEXT_2 = DatasetSpec("Salesforce/wikitext", "wikitext-2-raw-v1")
 

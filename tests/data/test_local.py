@@ -4,10 +4,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from data.corpora import WIKITEXT_2_SHA256, load_corpus
-from data.errors import CorpusError
-from data.local import rows_of
-from data.rows import DatasetSpec
+from verify.data.corpora import WIKITEXT_2_SHA256, load_corpus
+from verify.data.errors import CorpusError
+from verify.data.local import rows_of
+from verify.data.rows import DatasetSpec
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,14 @@ import hashlib
 
 import pytest
 
-import data.rows
-from data.corpora import WIKITEXT_2_SHA256
-from data.errors import CorpusError
-from data.rows import DatasetSpec, join_rows, parse_spec
+import verify.data.rows
+from verify.data.corpora import WIKITEXT_2_SHA256
+from verify.data.errors import CorpusError
+from verify.data.rows import DatasetSpec, join_rows, parse_spec
 
 
 def test_examples_in_the_docstrings_hold():
-    result = doctest.testmod(data.rows)
+    result = doctest.testmod(verify.data.rows)
     assert result.attempted and not result.failed
 
 

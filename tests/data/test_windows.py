@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data.windows
-from data.errors import CorpusError
-from data.windows import cut_windows
+import verify.data.windows
+from verify.data.errors import CorpusError
+from verify.data.windows import cut_windows
 
 BOS = 1_000_000
 
 
 def test_examples_in_the_docstrings_hold():
-    result = doctest.testmod(data.windows)
+    result = doctest.testmod(verify.data.windows)
     assert result.attempted and not result.failed
 
 

@@ -9,18 +9,18 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.arithmetic import U_F32_TENSOR_CORE, Arithmetic
-from kernels.budget import error_budget, relative_error
-from kernels.budget_sums import _step
-from kernels.contract import Call, checked_call
-from kernels.detectors import measure
-from kernels.eager import EagerKernel, EagerOptions
-from kernels.flash.kernel import EagerOverCache, FlashKernel
-from kernels.flash.tiles import Tiles
-from kernels.plan import KVCuts, Plan
-from kernels.policy import policy_named
-from kernels.registry import build_kernel
-from kernels.tensor_parallel import TensorParallelKernel
+from verify.kernels.budget.arithmetic import U_F32_TENSOR_CORE, Arithmetic
+from verify.kernels.budget.bound import error_budget, relative_error
+from verify.kernels.budget.sums import _step
+from verify.kernels.call import Call, checked_call
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.flash.kernel import EagerOverCache, FlashKernel
+from verify.kernels.flash.tiles import Tiles
+from verify.kernels.judging.detectors import measure
+from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.policy import policy_named
+from verify.kernels.registry import build_kernel
+from verify.kernels.tensor_parallel import TensorParallelKernel
 
 
 def call_of(rows: list[int], heads: int = 12, kv_heads: int = 1, size: int = 16, **more: object) -> Call:

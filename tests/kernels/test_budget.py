@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.arithmetic import U_F32, U_F32_TENSOR_CORE, Arithmetic, loosest
-from kernels.budget import error_budget
-from kernels.budget_sums import gamma
-from kernels.contract import checked_call
-from kernels.registry import build_kernel
 from support.problems import problem
+from verify.kernels.budget.arithmetic import U_F32, U_F32_TENSOR_CORE, Arithmetic, loosest
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.budget.sums import gamma
+from verify.kernels.call import checked_call
+from verify.kernels.registry import build_kernel
 
 
 def largest_ratio(spec: str, sharpness: float, seed: int, rows: int) -> float:

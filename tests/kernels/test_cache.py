@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cache import (
+from verify.kernels.cache import (
     BLOCK,
     CACHE_TYPES,
     IQ4_NL_VALUES,

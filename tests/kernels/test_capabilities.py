@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.capabilities import WORDS, Capabilities
-from kernels.registry import build_kernel
 from support.problems import problem
+from verify.kernels.capabilities import WORDS, Capabilities
+from verify.kernels.registry import build_kernel
 
 
 def test_a_kernel_says_in_words_what_it_lacks() -> None:

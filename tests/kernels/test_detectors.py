@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from kernels.contract import AttentionOutput, Call
-from kernels.detectors import determinism_finding, findings, measure, trace_finding
-from kernels.eager import EagerKernel
-from kernels.families import Sizes, draw
-from kernels.faults import FAULTS
-from kernels.faults.tile_kernel import TileKernel
-from kernels.registry import build_kernel
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.eager import EagerKernel
+from verify.kernels.faults import FAULTS
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.judging.detectors import determinism_finding, findings, measure, trace_finding
+from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.registry import build_kernel
 
 LONG = Sizes(n_kv=(2048,), kv_heads=1)
 

@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.budget import error_budget
-from kernels.contract import AttentionOutput, Call
-from kernels.exact import exact_attention
-from kernels.registry import build_kernel
 from support.problems import problem
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.exact import exact_attention
+from verify.kernels.registry import build_kernel
 
 SPECS = (
     "eager",

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.contract import Call, checked_call
-from kernels.exact import ExactKernel, _sequences_together, exact_attention
 from support.problems import problem
+from verify.kernels.call import Call, checked_call
+from verify.kernels.exact import ExactKernel, _sequences_together, exact_attention
 
 
 def by_hand(c: Call, b: int, t: int, h: int) -> tuple[list[float], float]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.budget import budget_ratio, error_budget
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.faults import FAULTS, VARIANTS, Fault, Variant
-from kernels.faults.tile_kernel import TileKernel
-from kernels.registry import build_kernel
 from support.other_device import other_device
+from verify.kernels.budget.bound import budget_ratio, error_budget
+from verify.kernels.faults import FAULTS, VARIANTS, Fault, Variant
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.registry import build_kernel
 
 SIZES = Sizes(n_kv=(161, 97, 0), batch=2)
 # One reference of every line of the list of real bugs that the corpus grew from.

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.contract import checked_call
-from kernels.eager import EagerOptions
-from kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel, why_not_cuda
-from kernels.plan import KVCuts, Plan
-from kernels.registry import build_kernel
 from support import flash_laws as laws
 from support.subjects import flash_subject
+from verify.kernels.call import checked_call
+from verify.kernels.eager import EagerOptions
+from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel, why_not_cuda
+from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, Law
 from verify.laws.run import run_law
 
@@ -40,10 +40,12 @@ try:
     for _name in tl.__all__:
         if hasattr(tl.standard, _name):
             setattr(tl, _name, getattr(tl.standard, _name))
-    from kernels.flash import device as flash_device
+    from verify.kernels.flash import device as flash_device
 finally:
     del os.environ["TRITON_INTERPRET"]
-assert flash_device.INTERPRETED, "kernels.flash.device was imported by something before this test module"
+assert flash_device.INTERPRETED, (
+    "verify.kernels.flash.device was imported by something before this test module"
+)
 
 CPU = torch.device("cpu")
 
@@ -194,7 +196,7 @@ def test_without_cuda_flash_is_eager_and_says_so() -> None:
 
 
 def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.flash import kernel as flash
+    from verify.kernels.flash import kernel as flash
 
     monkeypatch.setattr(flash, "NOMINAL_LIMITS", flash.Limits(16_384, (8, 6)))
     case = laws.Case("small", 576, 512, 20, 1, [[65]])
@@ -208,7 +210,7 @@ def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest
 
 
 def test_a_smaller_tile_keeps_the_cuts_and_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.flash import kernel as flash
+    from verify.kernels.flash import kernel as flash
 
     monkeypatch.setattr(flash, "NOMINAL_LIMITS", flash.Limits(40_000, (8, 6)))
     case = laws.Case("smaller", 256, 256, 4, 1, [[200]], plan=Plan(kv=KVCuts("parts", 2)))

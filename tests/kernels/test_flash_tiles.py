@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.flash.tiles import choose_tiles, split_head
+from verify.kernels.flash.tiles import choose_tiles, split_head
 
 # Shared memory that a program may ask for, by compute capability: an RTX 8000, an RTX 3090, an H100.
 SHARED_BYTES = {75: 65_536, 86: 101_376, 90: 232_448}
@@ -22,8 +22,8 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.flash import device as code
-from kernels.flash.tiles import choose_tiles, shared_bytes, split_head
+from verify.kernels.flash import device as code
+from verify.kernels.flash.tiles import choose_tiles, shared_bytes, split_head
 
 for capability, ratio, k_size, v_size, decode, limit in json.loads(sys.argv[1]):
     cores = capability >= 80

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.errors import KernelFailure, SpecError
-from kernels.exact import exact_attention
-from kernels.registry import build_kernel
 from support.problems import problem
+from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.exact import exact_attention
+from verify.kernels.registry import build_kernel
 
 FILE = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(spec: str, said: str) -> N
 def test_odd_ways_to_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, kind: str, said: str
 ) -> None:
-    monkeypatch.setattr("kernels.foreign.process.END_LIMIT_S", 0.5)
+    monkeypatch.setattr("verify.kernels.foreign.process.END_LIMIT_S", 0.5)
     (tmp_path / "odd.py").write_text(f"import os, time\ndef f(q, k, v, *, kv_len, scale):\n    {body}\n")
     kernel = build_kernel(f"py:{tmp_path / 'odd.py'}::f")
     with pytest.raises(KernelFailure, match=said) as failed:

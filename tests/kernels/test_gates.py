@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from kernels.exact import exact_attention
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.gates import GATES, NMSE_LIMIT, compared, nmse, plain_attention, verdicts
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.gates import GATES, NMSE_LIMIT, compared, nmse, plain_attention, verdicts
 
 CALL = draw("gaussian", Sizes(n_kv=(200, 65)), 0)
 EXACT = exact_attention(CALL).out
@@ -55,7 +55,7 @@ def test_the_error_of_plain_attention_is_the_limit_of_two_gates() -> None:
 def test_the_defaults_of_assert_close_are_torchs() -> None:
     from torch.testing._comparison import default_tolerances
 
-    from kernels.gates import _RTOL
+    from verify.kernels.judging.gates import _RTOL
 
     for dtype, rtol in _RTOL.items():
         assert default_tolerances(dtype)[0] == rtol

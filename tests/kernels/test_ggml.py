@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.bits import same_bits
-from kernels.budget import error_budget
-from kernels.contract import AttentionOutput, Call
-from kernels.detectors import measure
-from kernels.errors import KernelFailure, SpecError
-from kernels.exact import exact_attention
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.foreign import process, worker
-from kernels.foreign.ggml_kernel import GGML_CACHES, GgmlKernel
-from kernels.plan import Plan
-from kernels.registry import build_kernel
 from support.ggml_builds import ggml_library
 from support.problems import problem
+from verify.kernels.bits import same_bits
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.exact import exact_attention
+from verify.kernels.foreign import process, worker
+from verify.kernels.foreign.ggml_kernel import GGML_CACHES, GgmlKernel
+from verify.kernels.judging.detectors import measure
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.plans.plan import Plan
+from verify.kernels.registry import build_kernel
 
 # The shape of GLM on one GPU of eight: 12 query heads over one KV head.
 GLM = Sizes(n_kv=(300, 256, 1), ratio=12, kv_heads=1, k_size=128, v_size=128)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.trace import Batch, LaunchTrace, Signature
+from verify.kernels.trace import Batch, LaunchTrace, Signature
 
 ONE = Signature("flash", "b1", (12,), (0, 64), "one")
 TWO = Signature("flash", "b1", (8, 4), (0, 32, 64), "one")

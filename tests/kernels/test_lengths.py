@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kernels.lengths import _kept, keep_lengths, lengths_of
+from verify.kernels.lengths import _kept, keep_lengths, lengths_of
 
 
 def test_a_tensor_that_is_written_to_is_read_again() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.merge import Part, empty_part, from_base2, merge, merge_sequential, merge_tree
+from verify.kernels.merge import Part, empty_part, from_base2, merge, merge_sequential, merge_tree
 
 
 def part(*, out: list[float], lse: float) -> Part:

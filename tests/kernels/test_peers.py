@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.capabilities import Capabilities
-from kernels.contract import Call
-from kernels.errors import KernelFailure, SpecError
-from kernels.exact import exact_attention
-from kernels.families import Sizes, draw
-from kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel
-from kernels.peers.peer import PeerKernel
-from kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
-from kernels.registry import ENTRIES, build_kernel
 from support.peer_checks import agrees_with_exact
 from support.problems import problem
+from verify.kernels.call import Call
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel
+from verify.kernels.peers.peer import PeerKernel
+from verify.kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
+from verify.kernels.registry import ENTRIES, build_kernel
 
 
 @pytest.mark.parametrize("spec", ["sdpa:math", "sdpa:flash", "flex"])
@@ -75,7 +75,7 @@ def test_a_backend_that_is_not_deterministic_is_let_run(monkeypatch: pytest.Monk
         seen.append(torch.get_deterministic_debug_mode())
         return torch.zeros_like(q)
 
-    monkeypatch.setattr("kernels.peers.sdpa.F.scaled_dot_product_attention", attend)
+    monkeypatch.setattr("verify.kernels.peers.sdpa.F.scaled_dot_product_attention", attend)
     before = torch.get_deterministic_debug_mode()
     assert before
     for variant in ("cudnn", "math"):
@@ -170,7 +170,9 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[LibraryKerne
         monkeypatch.setitem(sys.modules, name, there)  # type: ignore[arg-type]
         if name == "xformers":
             monkeypatch.setitem(sys.modules, "xformers.ops", there)  # type: ignore[arg-type]
-        monkeypatch.setattr("kernels.peers.libraries.version_of", lambda distribution: distribution + " 1")
+        monkeypatch.setattr(
+            "verify.kernels.peers.libraries.version_of", lambda distribution: distribution + " 1"
+        )
         kernel = LibraryKernel(name, name)
         kernel._capabilities = Capabilities(
             **{**vars(LIBRARY_CAPABILITIES[name]), "devices": ("cpu",), "k_sizes": None}

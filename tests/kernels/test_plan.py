@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.errors import SpecError
-from kernels.plan import KVCuts, Plan, parse_heads, powers_of_two
-from kernels.registry import build_kernel
-from kernels.spec import with_options
+from verify.kernels.errors import SpecError
+from verify.kernels.plans.plan import KVCuts, Plan, parse_heads, powers_of_two
+from verify.kernels.plans.spec import with_options
+from verify.kernels.registry import build_kernel
 
 SHAPE = {"kv_heads": 8, "k_size": 128, "v_size": 128}
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.errors import SpecError
-from kernels.plan import KVCuts, Plan
-from kernels.policy import N_KV_PADDING, POLICIES, CallShape, policy_named
+from verify.kernels.errors import SpecError
+from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.policy import N_KV_PADDING, POLICIES, CallShape, policy_named
 
 GLM = CallShape(12, 8, 128, 128, 1, 8192, "f16", False, False, 1, "layer")
 MLA = CallShape(20, 1, 576, 512, 1, 8192, "f16", False, False, 1, "layer")

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from kernels.eager import EagerKernel
-from kernels.families import POISON, Sizes
-from kernels.faults import FAULTS
-from kernels.probes import (
+from verify.kernels.eager import EagerKernel
+from verify.kernels.faults import FAULTS
+from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.judging.probes import (
     Probe,
     alibi_edge,
     check,
@@ -28,8 +28,8 @@ from kernels.probes import (
     tags,
     window_edge,
 )
-from kernels.probes.one_hot_probes import GAP
-from kernels.registry import build_kernel
+from verify.kernels.judging.probes.one_hot_probes import GAP
+from verify.kernels.registry import build_kernel
 
 SIZES = Sizes(n_kv=(150, 65, 1), edges=(64, 128))
 SPECS = [
@@ -148,7 +148,7 @@ def test_unequal_counts_are_what_shows_the_base() -> None:
 
 
 def test_a_failing_kernel_is_a_failure_and_no_error() -> None:
-    from kernels.errors import KernelFailure
+    from verify.kernels.errors import KernelFailure
 
     class Dies(EagerKernel):
         def run(self, call: object) -> object:  # type: ignore[override]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.errors import SpecError
-from kernels.shapes import SHAPES, shape_named
+from verify.kernels.errors import SpecError
+from verify.kernels.plans.shapes import SHAPES, shape_named
 
 
 def test_a_model_by_name() -> None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.arithmetic import Arithmetic
-from kernels.budget import error_budget
-from kernels.exact import exact_attention
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.registry import build_kernel
-from kernels.sliced_products import BITS, CHUNK, sliced_bmm
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.registry import build_kernel
+from verify.kernels.sliced_products import BITS, CHUNK, sliced_bmm
 
 SIZES = Sizes(n_kv=(700, 300, 0), edges=(64, 256, 640))
 
@@ -71,7 +71,7 @@ def test_it_is_what_the_kernel_multiplies_by(monkeypatch: pytest.MonkeyPatch) ->
         calls.append(tuple(a.shape))
         return sliced_bmm(a, b)
 
-    monkeypatch.setattr("kernels.exact.sliced_bmm", counted)
+    monkeypatch.setattr("verify.kernels.exact.sliced_bmm", counted)
     call = draw("gaussian", SIZES, 1)
     build_kernel("exact").run(call)
     assert not calls

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.budget import budget_ratio, error_budget
-from kernels.contract import Call, checked_call
-from kernels.registry import build_kernel
-from kernels.tensor_parallel import TensorParallelKernel, shares
+from verify.kernels.budget.bound import budget_ratio, error_budget
+from verify.kernels.call import Call, checked_call
+from verify.kernels.registry import build_kernel
+from verify.kernels.tensor_parallel import TensorParallelKernel, shares
 
 
 def call_of(kv_heads: int, ratio: int, n_kv: int, *, sinks: bool = False) -> Call:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.architectures import ARCHITECTURES, architecture_of, experts
-from model.architectures.architecture import Architecture
-from model.gguf_file import GGUFFile
-from model.runner import Runner
 from support.plain_arms import ExactArm, KernelArm, logits_of, relative
 from support.twins import NOPE, TWINS
+from verify.model.architectures import ARCHITECTURES, architecture_of, experts
+from verify.model.architectures.architecture import Architecture
+from verify.model.gguf.file import GGUFFile
+from verify.model.runner import Runner
 
 CPU = torch.device("cpu")
 # transformers computes in float32 too: the two differ by the order of their sums.

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from model.architectures import architecture_of
-from model.dequantize import dequantize
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.runner import Runner
-from model.stream import TensorStream
 from support.plain_arms import ExactArm, logits_of, relative
 from support.rewrite import rewrite
 from support.twins import EXPERTS, HEADS, INNER, KV_HEADS, SIZE, VOCABULARY, WIDTH
+from verify.model.architectures import architecture_of
+from verify.model.errors import ModelError
+from verify.model.gguf.dequantize import dequantize
+from verify.model.gguf.file import GGUFFile
+from verify.model.runner import Runner
+from verify.model.stream import TensorStream
 
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, (1, 16)).astype(np.int32)
 

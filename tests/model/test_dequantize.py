@@ -15,11 +15,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from model.dequantize import decode, dequantize, type_is_supported
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.tensor_types import TENSOR_TYPES, TYPES_BY_NAME
 from support.gguf_bytes import entry, file_bytes
+from verify.model.errors import ModelError
+from verify.model.gguf.dequantize import decode, dequantize, type_is_supported
+from verify.model.gguf.file import GGUFFile
+from verify.model.gguf.types import TENSOR_TYPES, TYPES_BY_NAME
 
 STANDARD = [
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1_S", "IQ1_M",
@@ -145,7 +145,7 @@ def test_a_tensor_larger_than_what_is_decoded_at_a_time(
 ) -> None:
     file = stored({"t": (random_rows(kind, (7,), 3), kind)})
     whole = dequantize(file, "t").numpy()
-    monkeypatch.setattr("model.dequantize.CPU_CHUNK", chunk)
+    monkeypatch.setattr("verify.model.gguf.dequantize.CPU_CHUNK", chunk)
     check_same_bits(dequantize(file, "t"), whole)
 
 

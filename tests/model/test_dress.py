@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from data.embedded import embedded_corpus
-from model.architectures import architecture_of
-from model.dress import Dress, _Dressmaker, dress, main
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.reshape_heads import HeadShape, unequal_shares
-from model.runner import Arm, Runner
-from model.tokenizer import Tokenizer
 from support.dresses import DRESSES, GLM, perplexity
 from support.plain_arms import ExactArm, KernelArm, logits_of, relative
 from support.rewrite import rewrite
 from support.tiny_model import write_tiny_model
+from verify.data.embedded import embedded_corpus
+from verify.model.architectures import architecture_of
+from verify.model.dressing.dress import Dress, _Dressmaker, dress, main
+from verify.model.dressing.reshape_heads import HeadShape, unequal_shares
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.runner import Arm, Runner
+from verify.model.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 PATHS: list[Arm] = [KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2", "prefill")]
@@ -150,7 +150,7 @@ def test_dead_kv_heads_hold_noise_and_are_not_heard(tiny: Path, tmp_path: Path) 
 def test_the_bias_decides_among_the_halves(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from model.architectures import experts
+    from verify.model.architectures import experts
 
     path = dress(tiny, tmp_path / "dressed.gguf", TINY)
     plain = experts.route

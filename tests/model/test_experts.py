@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 
-from model.architectures import experts
-from model.architectures.experts import Experts, Rows
-from model.products import Products
-from model.stopwatch import Stopwatch
+from verify.model.architectures import experts
+from verify.model.architectures.experts import Experts, Rows
+from verify.model.products import Products
+from verify.model.stopwatch import Stopwatch
 
 WIDTH, INNER, COUNT, USED = 24, 20, 6, 2
 LAYER = Experts(WIDTH, COUNT, USED, INNER, 0, "sigmoid", normalised=True, scale=1.5, has_bias=True)

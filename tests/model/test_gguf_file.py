@@ -15,9 +15,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from model.errors import ModelError
-from model.gguf_file import GGUFFile, shard_names
-from model.tensor_types import INTERLEAVED_IDS, TENSOR_TYPES, TYPES_BY_NAME
 from support.gguf_bytes import (
     ARCHITECTURE,
     GOOD,
@@ -31,6 +28,9 @@ from support.gguf_bytes import (
     u32,
     write_shards,
 )
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile, shard_names
+from verify.model.gguf.types import INTERLEAVED_IDS, TENSOR_TYPES, TYPES_BY_NAME
 
 IK_TYPES = Path(__file__).parent / "oracles/ik_types.npz"
 

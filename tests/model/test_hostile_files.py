@@ -19,10 +19,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.dequantize import dequantize, type_is_supported
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.tensor_types import TENSOR_TYPES
 from support.gguf_bytes import (
     ARCHITECTURE,
     GOOD,
@@ -37,6 +33,10 @@ from support.gguf_bytes import (
     u32,
     write_shards,
 )
+from verify.model.errors import ModelError
+from verify.model.gguf.dequantize import dequantize, type_is_supported
+from verify.model.gguf.file import GGUFFile
+from verify.model.gguf.types import TENSOR_TYPES
 
 HUGE = 2**63 - 1
 HOSTILE = {

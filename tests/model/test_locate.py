@@ -19,9 +19,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from model import locate
-from model.errors import ModelError
-from model.locate import locate_model
+from verify.model import locate
+from verify.model.errors import ModelError
+from verify.model.locate import locate_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,8 @@ def server() -> Iterator[str]:
 def locate_in_process(spec: str, endpoint: str, home: Path, **variables: str) -> tuple[str, float]:
     """What a fresh process prints for `spec` with the hub at `endpoint`, and how long it took in there."""
     program = (
-        "import sys, time\nfrom model.errors import ModelError\nfrom model.locate import locate_model\n"
+        "import sys, time\nfrom verify.model.errors import ModelError\n"
+        "from verify.model.locate import locate_model\n"
         "import huggingface_hub.file_download\nstarted = time.perf_counter()\n"
         "try: print(locate_model(sys.argv[1]))\n"
         "except ModelError as error: print('refused:', error)\n"

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.contract import checked_call
-from kernels.exact import exact_attention
-from model.architectures import architecture_of
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.products import Products, Tiling, tile_rows, tiling_of
-from model.runner import COMPUTE_TYPES, LayerCall, Runner, _slabs
-from model.stopwatch import Stopwatch
 from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
 from support.twins import VOCABULARY
+from verify.kernels.call import checked_call
+from verify.kernels.exact import exact_attention
+from verify.model.architectures import architecture_of
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.products import Products, Tiling, tile_rows, tiling_of
+from verify.model.runner import COMPUTE_TYPES, LayerCall, Runner, _slabs
+from verify.model.stopwatch import Stopwatch
 
 
 def forward(path: Path, tokens: np.ndarray, *, neighbours: bool = True) -> np.ndarray:

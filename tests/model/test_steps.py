@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.architectures import architecture_of
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.runner import Runner
-from model.steps import Stepper, weight_bytes
 from support.plain_arms import ExactArm, KernelArm, logits_of, relative
 from support.twins import VOCABULARY
+from verify.model.architectures import architecture_of
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.runner import Runner
+from verify.model.steps import Stepper, weight_bytes
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, 20).astype(np.int32)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.dequantize import dequantize
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.stopwatch import Stopwatch
-from model.stream import Piece, TensorStream
 from support.tiny_model import write_tiny_model
+from verify.model.errors import ModelError
+from verify.model.gguf.dequantize import dequantize
+from verify.model.gguf.file import GGUFFile
+from verify.model.stopwatch import Stopwatch
+from verify.model.stream import Piece, TensorStream
 
 CPU = torch.device("cpu")
 NAMES = [f"blk.{layer}.{kind}.weight" for layer in range(2) for kind in ("attn_q", "attn_norm", "ffn_down")]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.architectures import architecture_of
-from model.gguf_file import GGUFFile
-from model.products import Products
-from model.runner import Runner
-from model.stopwatch import Stopwatch
 from support.plain_arms import ExactArm, logits_of, relative
 from support.synthetic_moe import MoeSizes, write_moe
+from verify.model.architectures import architecture_of
+from verify.model.gguf.file import GGUFFile
+from verify.model.products import Products
+from verify.model.runner import Runner
+from verify.model.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 U = 2.0**-24

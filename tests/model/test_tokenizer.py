@@ -18,11 +18,11 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.errors import ModelError
-from model.gguf_file import GGUFFile
-from model.pretokenizers import PRETOKENIZERS
-from model.tokenizer import Tokenizer
 from support.tiny_model import byte_symbols
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.pretokenizers import PRETOKENIZERS
+from verify.model.tokenizer import Tokenizer
 
 WIKITEXT_TOKENS = 303_415
 WIKITEXT_SHA256 = "5fd07bf3ef5c0ba1127c83f35687eded0e7c6b5d6f85e8426ad262fb04ed9725"

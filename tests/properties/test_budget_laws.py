@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.arithmetic import Arithmetic
-from kernels.budget import budget_ratio, error_budget
-from kernels.contract import Call
-from kernels.exact import exact_attention
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.registry import build_kernel
 from support.subjects import assert_keeps
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.bound import budget_ratio, error_budget
+from verify.kernels.call import Call
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, subject_of
 from verify.laws.run import run_law
 
@@ -132,7 +132,7 @@ def in_mpmath(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 @given(sizes=sizes(), family=st.sampled_from(sorted(FAMILIES)), seed=st.integers(0, 99))
 @settings(max_examples=25)
 def test_streaming_in_blocks_changes_nothing(sizes: Sizes, family: str, seed: int) -> None:
-    from kernels import budget as module
+    from verify.kernels.budget import bound as module
 
     call = draw(family, sizes, seed)
     arithmetic = Arithmetic(cuts_at=lambda n: (0, n))

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.families import Sizes
-from kernels.faults import FAULTS, VARIANTS
-from kernels.faults.plans import PLAN_FAULTS
-from kernels.faults.tile_kernel import TileKernel
-from kernels.probes import check, standard_probes
 from support.subjects import plan_subject, tile_subject
+from verify.kernels.faults import FAULTS, VARIANTS
+from verify.kernels.faults.plans import PLAN_FAULTS
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.judging.families import Sizes
+from verify.kernels.judging.probes import check, standard_probes
 from verify.laws import LAWS, Law, Subject
 from verify.laws.run import LawResult, run_law
 

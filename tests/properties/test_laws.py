@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from kernels.merge import merge_tree
-from kernels.merge_bound import given as exactly
-from kernels.merge_bound import merge_bound
 from support.subjects import assert_keeps
+from verify.kernels.budget.merge_bound import given as exactly
+from verify.kernels.budget.merge_bound import merge_bound
+from verify.kernels.merge import merge_tree
 from verify.laws import LAWS, Law, subject_of
 from verify.laws.cases import Parts
 from verify.laws.draws import part_lists

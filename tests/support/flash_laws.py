@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from kernels.contract import AttentionOutput, checked_call
-from kernels.eager import EagerOptions
-from kernels.exact import exact_attention
-from kernels.flash.kernel import FlashKernel
-from kernels.plan import KVCuts, Plan
+from verify.kernels.call import AttentionOutput, checked_call
+from verify.kernels.eager import EagerOptions
+from verify.kernels.exact import exact_attention
+from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.plans.plan import KVCuts, Plan
 from verify.laws.tolerance import against_exact
 
 # With 64 keys a tile: no key, one, tile - 1, tile, tile + 1, several tiles and a rest.
@@ -184,7 +184,7 @@ def automatic_cuts_move_with_the_groups(device: torch.device) -> None:
 
 def a_policy_runs_each_row_by_its_own_length(device: torch.device) -> None:
     """Rows on both sides of a threshold, in one call: each is traced, and is what it is alone."""
-    from kernels.policy import policy_named
+    from verify.kernels.plans.policy import policy_named
 
     policy = policy_named("ik-1183").with_threshold(256)
     case = Case("policy", ratio=12, kv_heads=1, lengths=[[0, 200, 257]], p="f16", plan=Plan(policy=policy))
@@ -224,7 +224,7 @@ def a_latent_cache_is_read_once_or_twice_alike(device: torch.device) -> None:
 
 def chunks_of_rows_change_no_bit(device: torch.device, monkeypatch: Any) -> None:
     """Partial results are held for some rows at a time; how many is no matter."""
-    from kernels.flash import launch as flash_launch
+    from verify.kernels.flash import launch as flash_launch
 
     for path in ("decode", "prefill"):
         case = Case("chunks", plan=Plan(kv=KVCuts("parts", 2)), p="f16", path=path, ratio=20, kv_heads=1)
@@ -238,7 +238,7 @@ def chunks_of_rows_change_no_bit(device: torch.device, monkeypatch: Any) -> None
 
 def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None:
     """Fused and expanded agree with the oracle on the cache's own numbers; the trace says which ran."""
-    from kernels.cache import CACHE_TYPES, through_cache
+    from verify.kernels.cache import CACHE_TYPES, through_cache
 
     for cache in CACHE_TYPES:
         for size in (64, 128) if cache in ("q8_0", "q4_0") else (64,):

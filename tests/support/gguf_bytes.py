@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.errors import ModelError
-from model.gguf_file import GGUFFile, shard_names
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile, shard_names
 
 U32, STRING, LIST = 4, 8, 9
 

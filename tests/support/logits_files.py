@@ -28,7 +28,7 @@ def write_file(
     path: Path, *, seed: int = 0, noise: float = 0.0, n_vocab: int = 31, n_ctx: int = 16, n_chunk: int = 3
 ) -> np.ndarray:
     """A file of random logits [n_chunk, scored, n_vocab], which are returned; noise leaves the tokens."""
-    from verify.formats.logits_file import LogitsWriter
+    from verify.engines.logits_file import LogitsWriter
 
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, n_vocab, (n_chunk, n_ctx)).astype(np.int32)

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from kernels.budget import error_budget
-from kernels.contract import AttentionOutput, Kernel
-from kernels.detectors import findings, measure
-from kernels.families import FAMILIES, Sizes, draw
-from kernels.registry import build_kernel
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import AttentionOutput
+from verify.kernels.judging.detectors import findings, measure
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.kernel import Kernel
+from verify.kernels.registry import build_kernel
 
 # Options that a family's inputs carry, and the capability that they need.
 NEEDS = {"window": "sliding_window", "softcap": "softcap", "alibi": "alibi"}

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.contract import checked_call
-from kernels.exact import exact_attention
-from kernels.registry import build_kernel
-from model.runner import Arm, LayerCall, Runner
+from verify.kernels.call import checked_call
+from verify.kernels.exact import exact_attention
+from verify.kernels.registry import build_kernel
+from verify.model.runner import Arm, LayerCall, Runner
 
 
 class ExactArm:

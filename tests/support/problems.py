@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.contract import Call, checked_call
+from verify.kernels.call import Call, checked_call
 
 
 def problem(

@@ -9,9 +9,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from model.dequantize import dequantize
-from model.gguf_file import GGUFFile
 from support.twins import add_key
+from verify.model.gguf.dequantize import dequantize
+from verify.model.gguf.file import GGUFFile
 
 
 def rewrite(

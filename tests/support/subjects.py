@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from kernels.cache import through_cache
-from kernels.contract import Call, Kernel
-from kernels.eager import EagerOptions
-from kernels.faults.plans import PlanFault
-from kernels.faults.tile_kernel import TileKernel
-from kernels.flash.kernel import FlashKernel
-from kernels.spec import Spec, parse_plan
-from kernels.trace import LaunchTrace
+from verify.kernels.cache import through_cache
+from verify.kernels.call import Call
+from verify.kernels.eager import EagerOptions
+from verify.kernels.faults.plans import PlanFault
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.spec import Spec, parse_plan
+from verify.kernels.trace import LaunchTrace
 from verify.laws import Law, Subject, subject_of
 from verify.laws.law import Options
 from verify.laws.run import kept_examples, run_law

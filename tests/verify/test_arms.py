@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.arithmetic import Arithmetic
-from kernels.contract import AttentionOutput, Call, Kernel, Path, Shape
-from model.architectures.architecture import AttentionSettings
-from model.runner import LayerCall
-from verify.arms import Arm, ArmRunner, Place
+from verify.arms.arm import Arm, ArmRunner, Place
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.kernel import Kernel
+from verify.model.architectures.architecture import AttentionSettings
+from verify.model.runner import LayerCall
 
 ROWS, HEADS = 3, 4
 
@@ -25,7 +26,7 @@ class Given(Kernel):
         out = next(self.outputs)
         return AttentionOutput(out, out.sum(-1))
 
-    def arithmetic(self, shape: Shape, path: Path) -> Arithmetic:
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return Arithmetic()
 
 

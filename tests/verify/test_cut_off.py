@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model.runner import Runner
 from support import ppl_runs
 from support.cli import assert_refused, verify, verify_apart
 from support.ppl_runs import Tiny, write_tiny
-from verify.checkpoint import Checkpoint, Checkpoints
-from verify.errors import UsageError
+from verify.judge.verdict import EXIT_INTERRUPTED
+from verify.machine.errors import UsageError
+from verify.model.runner import Runner
+from verify.ppl.checkpoint import Checkpoint, Checkpoints
 from verify.reports import writing
-from verify.verdict import EXIT_INTERRUPTED
 
 RESULTS = ("tokens.parquet", "layers.parquet")
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.products import Tiling
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
-from verify import diff
+from verify.diff import run as diff
+from verify.model.products import Tiling
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 PLAIN = "gaussian,needles,gaps,rising,falling,one-sign"
@@ -173,7 +173,7 @@ def test_one_window_is_captured_of_those_computed_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU."""
-    monkeypatch.setattr("model.runner.tiling_of", lambda *_: Tiling(256, 2))
+    monkeypatch.setattr("verify.model.runner.tiling_of", lambda *_: Tiling(256, 2))
     model, text = write_tiny_model(tmp_path / "tiny.gguf"), write_text(tmp_path / "text.txt")
     base = ("ppl", "-m", str(model), "-f", str(text), "-c", "128", "--chunks", "2", "--device", "cpu")
     verify(*base, "--capture", "0", "--out", str(tmp_path / "ppl"))

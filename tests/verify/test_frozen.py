@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kernels.contract import checked_call
-from kernels.exact import exact_attention
-from model.architectures.architecture import AttentionInputs, AttentionSettings
-from model.runner import LayerCall
 from support.ppl_runs import Tiny, run
-from verify.arms import Arm
-from verify.frozen import FrozenRunner, Teacher
-from verify.inplace import InPlace
-from verify.sample import Sample
+from verify.arms.arm import Arm
+from verify.arms.own_error import InPlace
+from verify.kernels.call import checked_call
+from verify.kernels.exact import exact_attention
+from verify.model.architectures.architecture import AttentionInputs, AttentionSettings
+from verify.model.runner import LayerCall
+from verify.ppl.frozen import FrozenRunner, Teacher
+from verify.ppl.sample import Sample
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model.architectures import architecture_of
-from model.gguf_file import GGUFFile
-from model.steps import Stepper
 from support.browser import Browser
 from support.cli import Done, assert_refused, verify
 from support.plain_arms import ExactArm
 from support.tiny_model import write_tiny_model
-from verify.generation.difference import Difference, Token, measure_floor
+from verify.gen.difference import Difference, Token, measure_floor
+from verify.model.architectures import architecture_of
+from verify.model.gguf.file import GGUFFile
+from verify.model.steps import Stepper
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 PROMPT = "the moth sat on that"
@@ -44,7 +44,7 @@ def coarse(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def plain_greedy(tiny: Path, tokens: int) -> str:
     """What exact attention writes, by the straightest way: the whole sequence again for every token."""
-    from model.tokenizer import Tokenizer
+    from verify.model.tokenizer import Tokenizer
 
     file = GGUFFile.open(tiny)
     tokenizer, architecture = Tokenizer.from_gguf(file), architecture_of(file)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from kernels.contract import Kernel
-from kernels.faults import FAULTS, Fault
-from kernels.faults.tile_kernel import TileKernel
 from support import tiny_model
 from support.ppl_runs import Tiny, run
-from verify import experiment
+from verify.kernels.faults import FAULTS, Fault
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.kernel import Kernel
+from verify.ppl import experiment
 
 # Detected by two runs that differ: the run is void if it is the baseline, and luck if it is not.
 NOT_REPEATABLE = {"race"}

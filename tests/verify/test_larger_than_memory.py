@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from model.gguf_file import GGUFFile
 from support.synthetic_moe import MoeSizes, write_moe
 from support.tiny_model import write_text
+from verify.model.gguf.file import GGUFFile
 
 # GLM-4.5-Air's layers, three of them with experts: 96 query heads over 8 KV heads, r = 12.
 SIZES = MoeSizes(

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels.errors import SpecError
-from kernels.registry import build_kernel
-from kernels.spec import parse_spec
 from support.cli import assert_refused
 from support.ppl_runs import Tiny, run
-from verify.evidence.noise import prediction_interval
-from verify.noise import noise_specs
+from verify.kernels.errors import SpecError
+from verify.kernels.plans.spec import parse_spec
+from verify.kernels.registry import build_kernel
+from verify.ppl.evidence.noise import prediction_interval
+from verify.ppl.noise_plans import noise_specs
 
 
 @pytest.mark.parametrize("ratio", [1, 3, 12, 20])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from verify.perplexity import final_line, perplexity, running_line, running_perplexity
+from verify.ppl.perplexity import final_line, perplexity, running_line, running_perplexity
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.exact import exact_attention
-from kernels.merge import Part, merge_sequential
 from support.ppl_runs import Tiny, run
 from support.problems import problem
-from verify.evidence.power import _nll_slope
-from verify.power import last_key_dropped, merge_weight_off, middle_key_dropped
+from verify.kernels.exact import exact_attention
+from verify.kernels.merge import Part, merge_sequential
+from verify.ppl.evidence.power import _nll_slope
+from verify.ppl.planted import last_key_dropped, merge_weight_off, middle_key_dropped
 
 
 @pytest.fixture(scope="module")

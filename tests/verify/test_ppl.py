@@ -18,17 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import model.runner
-from kernels.contract import AttentionOutput, Call
-from kernels.eager import EagerKernel, EagerOptions
-from model.gguf_file import GGUFFile
-from model.products import Tiling
 from support.cli import Done, verify, verify_apart
 from support.ppl_runs import Tiny, command, run, write_tiny
 from support.tiny_model import write_text, write_tiny_model
-from verify import experiment, rounds
-from verify.inplace import InPlace
-from verify.sample import Sample
+from verify.arms.own_error import InPlace
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.model import runner
+from verify.model.gguf.file import GGUFFile
+from verify.model.products import Tiling
+from verify.ppl import experiment, rounds
+from verify.ppl.sample import Sample
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -116,7 +116,7 @@ def test_windows_side_by_side_change_no_bit(
     """As a GPU computes them, here with the tiles of a CPU."""
     more = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
     run(tiny, tmp_path / "alone", *more)
-    monkeypatch.setattr(model.runner, "tiling_of", lambda n_ctx, width, device: Tiling(n_ctx, 4))
+    monkeypatch.setattr(runner, "tiling_of", lambda n_ctx, width, device: Tiling(n_ctx, 4))
     done, report = run(tiny, tmp_path / "together", *more)
     assert report["speed"]["group_windows"] == 6
     assert report["in_place"][0]["checks"] == 6 * 2 * 4
@@ -409,7 +409,7 @@ def test_a_baseline_that_fails_half_way_is_what_is_broken(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows side by side, four and then two: the candidate has nothing of the same shape to differ from."""
-    monkeypatch.setattr(model.runner, "tiling_of", lambda *_: Tiling(256, 4))
+    monkeypatch.setattr(runner, "tiling_of", lambda *_: Tiling(256, 4))
     build = experiment.build_shared_kernel
     monkeypatch.setattr(
         experiment,

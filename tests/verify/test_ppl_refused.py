@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.registry import build_kernel
-from model.architectures import architecture_of
-from model.gguf_file import GGUFFile
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny, command, run
 from support.tiny_model import write_tiny_model
 from support.twins import TWINS
-from verify.arms import Arm
-from verify.errors import UsageError
-from verify.runfolder import RunFolder
-from verify.subject import try_kernels
+from verify.arms.arm import Arm
+from verify.arms.model_facts import try_kernels
+from verify.kernels.registry import build_kernel
+from verify.machine.errors import UsageError
+from verify.model.architectures import architecture_of
+from verify.model.gguf.file import GGUFFile
+from verify.ppl.runfolder import RunFolder
 
 
 def test_a_finished_run_is_not_run_again(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,14 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kernels.arithmetic import Arithmetic, loosest
-from kernels.budget import error_budget
-from kernels.contract import AttentionOutput, Call, Kernel
-from kernels.eager import EagerKernel, EagerOptions
-from kernels.errors import KernelFailure
-from kernels.trace import LaunchTrace, Signature
 from support.cli import assert_refused, verify
 from support.subjects import assert_keeps
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.errors import KernelFailure
+from verify.kernels.kernel import Kernel
+from verify.kernels.trace import LaunchTrace, Signature
 from verify.laws import LAWS, Subject, subject_of
 from verify.laws.cases import Parts, Problem, Rule
 from verify.laws.draws import part_lists

@@ -13,14 +13,14 @@ import torch
 from support.ranks import verify_ranks
 from support.synthetic_moe import write_moe
 from support.tiny_model import write_text, write_tiny_model
-from verify.arms import Findings
-from verify.console import PplConsole
-from verify.experiment import Experiment
-from verify.grouping import group_windows
-from verify.groups import TOKEN_SCHEMA, GroupResult, join_groups
-from verify.inplace import LAYER_SCHEMA
-from verify.settings import PplSettings
-from verify.top1 import TOP1_SCHEMA
+from verify.arms.arm import Findings
+from verify.arms.own_error import LAYER_SCHEMA
+from verify.ppl.experiment import Experiment
+from verify.ppl.grouping import group_windows
+from verify.ppl.groups import TOKEN_SCHEMA, GroupResult, join_groups
+from verify.ppl.settings import PplSettings
+from verify.ppl.top1 import TOP1_SCHEMA
+from verify.reports.ppl_screen import PplConsole
 
 MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
 
@@ -116,7 +116,7 @@ def test_an_arm_that_failed_in_one_rank_stays_failed(tmp_path: Path) -> None:
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verify.grouping.available_memory", lambda: 64_000)
+    monkeypatch.setattr("verify.ppl.grouping.available_memory", lambda: 64_000)
 
     def windows() -> int:
         return group_windows(

@@ -15,8 +15,8 @@ import pytest
 from support.cli import assert_refused, verify
 from support.logits_files import decode
 from support.tiny_model import write_text, write_tiny_model
-from verify.formats.logits_file import LogitsFile, LogitsWriter
-from verify.referee import _cause
+from verify.engines.logits_file import LogitsFile, LogitsWriter
+from verify.ppl.referee import _cause
 
 SCORED, VOCABULARY = 31, 259
 
@@ -134,8 +134,8 @@ def test_files_of_another_text_or_model_are_refused_before_anything_runs(saved: 
 
 
 def test_a_resumed_run_saves_what_is_left(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verify import experiment
-    from verify.runfolder import RunFolder
+    from verify.ppl import experiment
+    from verify.ppl.runfolder import RunFolder
 
     whole = (saved / "exact.kld").read_bytes()
     path = saved / "again.kld"

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model.architectures import architecture_of
-from model.gguf_file import GGUFFile
-from model.runner import LayerCall, Runner
 from support.cli import assert_refused
 from support.plain_arms import ExactArm, logits_of, relative
 from support.ppl_runs import Tiny, run
+from verify.model.architectures import architecture_of
+from verify.model.gguf.file import GGUFFile
+from verify.model.runner import LayerCall, Runner
 
 SCORED = range(20, 31)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.logits import LogitSlice
-from verify.scoring import Scorer, TokenScores
+from verify.model.logits import LogitSlice
+from verify.ppl.scoring import Scorer, TokenScores
 
 ROWS, VOCABULARY = 23, 50
 NAMES = ("exact", "baseline", "control", "candidate")

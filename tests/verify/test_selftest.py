@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from kernels.faults import FAULTS, VARIANTS
 from support.cli import assert_refused, verify
 from verify import selftest
 from verify.commands import selftest as command
+from verify.kernels.faults import FAULTS, VARIANTS
 from verify.selftest import run_selftest
 
 SOME = {"base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain", "bf16 P"}

@@ -12,16 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kernels.errors import SpecError
-from kernels.tensor_parallel import TensorParallelKernel
-from model.architectures.architecture import Sizes
-from model.architectures.deepseek2 import Deepseek2
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny, run
 from support.ranks import verify_ranks
-from verify.errors import UsageError
+from verify.arms.split_mode import build_shared_kernel, check_model
+from verify.kernels.errors import SpecError
+from verify.kernels.tensor_parallel import TensorParallelKernel
+from verify.machine.errors import UsageError
+from verify.model.architectures.architecture import Sizes
+from verify.model.architectures.deepseek2 import Deepseek2
 from verify.reports.split_mode import split_mode_sentence
-from verify.split_mode import build_shared_kernel, check_model
 
 CANDIDATE = "eager:policy=ik-1190,threshold=0,block=16"
 KERNELS = ("--chunks", "3", "--baseline", "eager:block=16", "--candidate", CANDIDATE)

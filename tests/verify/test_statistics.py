@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from verify.statistics import CONFIDENCE, distance_ratio, paired_difference, window_interval
+from verify.judge.statistics import CONFIDENCE, distance_ratio, paired_difference, window_interval
 
 
 def draw(windows: int, *, ratio: float, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

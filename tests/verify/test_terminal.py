@@ -12,7 +12,7 @@ import pytest
 from rich.table import Table
 
 from support.ppl_runs import Tiny, command
-from verify.terminal import console_on, counted, print_table_on, visible
+from verify.machine.terminal import console_on, counted, print_table_on, visible
 
 
 def started(*arguments: str, stdout: int) -> subprocess.Popen[str]:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from verify.statistics import DistanceRatio
-from verify.verdict import EXIT_CODES, GRAVITY, PRECEDENCE, Decision, PairEvidence, decide, overall
+from verify.judge.statistics import DistanceRatio
+from verify.judge.verdict import EXIT_CODES, GRAVITY, PRECEDENCE, Decision, PairEvidence, decide, overall
 
 
 def ratio(low: float, high: float) -> DistanceRatio:

@@ -42,12 +42,12 @@ def command(
     """Measure and print; exit 0."""
     import torch
 
-    from kernels.shapes import shape_named
     from verify.bench import crossovers, measure, to_json
-    from verify.devices import chosen_device, default_device
-    from verify.environment import describe, prepare_torch
-    from verify.errors import UsageError
-    from verify.jsontext import to_json_text
+    from verify.kernels.plans.shapes import shape_named
+    from verify.machine.devices import chosen_device, default_device
+    from verify.machine.environment import describe, prepare_torch
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
     from verify.reports.bench import crossover_lines, plot, table
 
     prepare_torch()
@@ -93,7 +93,7 @@ def command(
 
 def parse_lengths(text: str) -> list[int]:
     """`512,8192` ascending, each once. Raises UsageError."""
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
 
     try:
         lengths = sorted({int(part) for part in text.split(",")})

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kernels.shapes import SHAPES
 from verify.commands import options
-from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
-from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.judge.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.kernels.plans.shapes import SHAPES
+from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 
 HELP = "The kernel diff report: candidates against a baseline over shapes, lengths and families of inputs."
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
@@ -51,16 +51,16 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from kernels.contract import PATHS
     from verify.commands.bench import parse_lengths
-    from verify.devices import chosen_device, default_device
-    from verify.diff import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
-    from verify.environment import prepare_torch
-    from verify.errors import UsageError
-    from verify.jsontext import to_json_text
+    from verify.diff.run import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
+    from verify.kernels.call import PATHS
+    from verify.machine.devices import chosen_device, default_device
+    from verify.machine.environment import prepare_torch
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.stages import StageClock
+    from verify.ppl.runfolder import RunFolder
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
-    from verify.runfolder import RunFolder
-    from verify.stages import StageClock
 
     prepare_torch()
     chosen = chosen_device(device or default_device())
@@ -110,8 +110,8 @@ def command(
 
 
 def _families(inputs: str) -> tuple[str, ...]:
-    from kernels.families import FAMILIES
-    from verify.probing import PROBES
+    from verify.diff.probing import PROBES
+    from verify.kernels.judging.families import FAMILIES
 
     return (PROBES, *FAMILIES) if inputs == "all" else tuple(inputs.split(","))
 
@@ -121,7 +121,7 @@ def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    from verify.terminal import on_terminal
+    from verify.machine.terminal import on_terminal
 
     if on_terminal(sys.stderr):
         yield from track(each, description="cells", total=total, console=Console(stderr=True), transient=True)

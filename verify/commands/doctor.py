@@ -14,10 +14,10 @@ def command() -> int:
     """Print what was found; exit 0."""
     import torch
 
-    from kernels.registry import ENTRIES
-    from model.errors import ModelError
-    from model.locate import locate_model
-    from verify.environment import describe
+    from verify.kernels.registry import ENTRIES
+    from verify.machine.environment import describe
+    from verify.model.errors import ModelError
+    from verify.model.locate import locate_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines: list[tuple[str, object]] = []

@@ -45,10 +45,10 @@ def command(
 ) -> int:
     """Run both and compare; returns the verdict's exit code."""
     from verify.engines.perplexity_runs import engine_command, find_program, run_engine
-    from verify.errors import UsageError
-    from verify.jsontext import to_json_text
-    from verify.reports.text import progress_of
-    from verify.verdict import EXIT_CODES, Verdict
+    from verify.judge.verdict import EXIT_CODES, Verdict
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
+    from verify.reports.tables import progress_of
 
     if n_ctx < 4 or chunks == 0 or chunks < -1:
         raise UsageError(
@@ -140,7 +140,7 @@ def command(
 
 def _is_logits_file(build: str) -> bool:
     """Whether `build` is a logits file rather than a program."""
-    from verify.formats.logits_file import MAGIC, LogitsFile
+    from verify.engines.logits_file import MAGIC, LogitsFile
 
     path = Path(build)
     if not path.is_file():
@@ -159,8 +159,8 @@ def _check_fits(called: str, path: str, n_ctx: int, chunks: int) -> None:
     """Raises UsageError for a logits file that holds other windows than the other build will write."""
     from contextlib import closing
 
-    from verify.errors import UsageError
-    from verify.formats.logits_file import LogitsFile
+    from verify.engines.logits_file import LogitsFile
+    from verify.machine.errors import UsageError
 
     with closing(LogitsFile(path)) as file:
         found = file.layout
@@ -172,7 +172,7 @@ def _check_fits(called: str, path: str, n_ctx: int, chunks: int) -> None:
 
 
 def _split(text: str) -> list[str]:
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
 
     try:
         return shlex.split(text)

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
-from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.judge.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 
 HELP = "Greedy text from two kernels, and why it comes to differ where it does."
 
@@ -43,19 +43,19 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     import pyarrow.parquet as pq
 
-    from data import read_text_file
-    from verify.devices import default_device
-    from verify.environment import prepare_torch
-    from verify.errors import UsageError
-    from verify.generation.evidence import conclude, token_table
-    from verify.generation.run import Generation, GenSettings
-    from verify.jsontext import to_json_text
+    from verify.arms.split_mode import tensor_parallel_json
+    from verify.data import read_text_file
+    from verify.gen.evidence import conclude, token_table
+    from verify.gen.run import Generation, GenSettings
+    from verify.machine.devices import default_device
+    from verify.machine.environment import prepare_torch
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.terminal import visible
+    from verify.ppl.runfolder import PAGE, RESULT, RunFolder
     from verify.reports.gen import pair_sentences
     from verify.reports.split_mode import split_mode_sentence
     from verify.reports.writing import write_reports
-    from verify.runfolder import PAGE, RESULT, RunFolder
-    from verify.split_mode import tensor_parallel_json
-    from verify.terminal import visible
 
     prepare_torch()
     if (prompt is None) == (file is None):

@@ -11,9 +11,9 @@ def command() -> int:
     """Print every kernel and option; exit 0."""
     from rich.table import Table
 
-    from kernels.policy import POLICIES
-    from kernels.registry import ENTRIES
-    from verify.terminal import console_on
+    from verify.kernels.plans.policy import POLICIES
+    from verify.kernels.registry import ENTRIES
+    from verify.machine.terminal import console_on
 
     console = console_on(sys.stdout)
     for entry in ENTRIES.values():

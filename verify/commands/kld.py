@@ -22,14 +22,14 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Compare; returns the exit code of the gravest verdict, 0 for one file alone."""
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
 
     if max_kld is not None and not max_kld >= 0:
         raise UsageError(f"--max-kld {max_kld:g}: expected a number from 0")
     screen = sys.stderr if json_ else sys.stdout
     run = compare_files(base, others or [], max_kld=max_kld, screen=screen)
     if json_:
-        from verify.jsontext import to_json_text
+        from verify.machine.jsontext import to_json_text
 
         print(to_json_text(run), end="")
     return int(run["exit_code"])
@@ -41,10 +41,10 @@ def compare_files(
     """Read, compare and print; the content of a `run.json`. Raises UsageError."""
     from verify.engines.conclusion import compare, comparison_json, file_json
     from verify.engines.divergence import check_same_text, score_file, score_pair
-    from verify.formats.logits_file import LogitsFile
+    from verify.engines.logits_file import LogitsFile
+    from verify.judge.verdict import EXIT_CODES, overall
     from verify.reports.kld import print_comparison, print_file
-    from verify.reports.text import progress_of
-    from verify.verdict import EXIT_CODES, overall
+    from verify.reports.tables import progress_of
 
     files, pairs, decisions = [], [], []
     with LogitsFile(base_path) as base:

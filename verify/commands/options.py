@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from verify.settings import DEFAULT_CANDIDATE
+from verify.ppl.settings import DEFAULT_CANDIDATE
 
 Model = Annotated[
     str | None,

@@ -34,7 +34,7 @@ def command(
     """Print; exit 0."""
     from verify.commands.bench import parse_lengths
     from verify.engines.plans import chosen_policies, plans_json
-    from verify.jsontext import to_json_text
+    from verify.machine.jsontext import to_json_text
     from verify.reports.plan import print_plans
 
     setting = setting_of(arch, cache_type, gpus, split_mode)
@@ -48,7 +48,7 @@ def command(
 def setting_of(arch: str, cache_type: str, gpus: int, split_mode: str) -> Setting:
     """The setting that options name. Raises UsageError, SpecError or ModelError."""
     from verify.engines.plans import CACHE_BITS, Setting, find_shape
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
 
     if cache_type not in CACHE_BITS:
         raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(CACHE_BITS)}")

@@ -12,16 +12,16 @@ from typing import Annotated
 
 import typer
 
-from data.corpora import DEFAULT_CORPUS
 from verify.commands import options
-from verify.settings import (
+from verify.data.corpora import DEFAULT_CORPUS
+from verify.judge.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.ppl.settings import (
     DEFAULT_BASELINE,
     DEFAULT_CANDIDATE,
     DEFAULT_CHECKPOINT_MINUTES,
     PplSettings,
     parse_size,
 )
-from verify.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
 
 # What --resume may stand beside: all else is the run's.
 _WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
@@ -109,15 +109,15 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.console import PplConsole
-    from verify.devices import default_device
-    from verify.environment import prepare_torch
-    from verify.errors import UsageError
-    from verify.experiment import Experiment, default_folder
-    from verify.jsontext import to_json_text
-    from verify.outfile import check_writable
-    from verify.ranks import ranks_of_environment
-    from verify.runfolder import RunFolder
+    from verify.machine.devices import default_device
+    from verify.machine.environment import prepare_torch
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.outfile import check_writable
+    from verify.machine.ranks import ranks_of_environment
+    from verify.ppl.experiment import Experiment, default_folder
+    from verify.ppl.runfolder import RunFolder
+    from verify.reports.ppl_screen import PplConsole
 
     prepare_torch()
     ranks = ranks_of_environment()
@@ -227,7 +227,7 @@ def command(
 
 def _go_to(folder: str | None, resume: Path) -> None:
     """To where the run was begun: names of files in its settings are seen from there."""
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
 
     if folder is None or Path(folder) == Path.cwd():
         return
@@ -241,7 +241,7 @@ def _go_to(folder: str | None, resume: Path) -> None:
 
 
 def _one_cache_type(both: str, k: str | None, v: str | None) -> str:
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
 
     chosen = {k or both, v or both}
     if len(chosen) > 1:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from verify.commands import options
-from verify.verdict import EXIT_INTERRUPTED
+from verify.judge.verdict import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from verify.laws import Law, Subject
@@ -42,12 +42,12 @@ def command(
     """Run the command. Exit 0 if every law holds that applies, 1 if one is broken, 3 if none applies."""
     import torch
 
-    from verify.devices import chosen_device, default_device
-    from verify.environment import describe, prepare_torch
-    from verify.errors import UsageError
-    from verify.jsontext import to_json_text
     from verify.laws import subject_of
-    from verify.outfile import check_writable
+    from verify.machine.devices import chosen_device, default_device
+    from verify.machine.environment import describe, prepare_torch
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.outfile import check_writable
     from verify.reports.props import exit_code, print_results, to_json, write_junit
 
     prepare_torch()
@@ -85,9 +85,9 @@ def command(
 
 def chosen_laws(names: Sequence[str]) -> list[Law]:
     """Laws by their names and those of groups; all if none is given. Raises UsageError."""
-    from kernels.errors import nearest
-    from verify.errors import UsageError
+    from verify.kernels.errors import nearest
     from verify.laws import GROUPS, LAWS
+    from verify.machine.errors import UsageError
 
     for name in names:
         if name not in LAWS and name not in GROUPS:
@@ -105,7 +105,7 @@ def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from verify.laws.run import kept_examples, run_law
-    from verify.terminal import on_terminal
+    from verify.machine.terminal import on_terminal
 
     results = []
     bar = Progress(

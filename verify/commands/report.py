@@ -20,11 +20,11 @@ def command(
     """Run the command; exit 0."""
     from datetime import datetime
 
-    from verify.errors import UsageError
+    from verify.machine.errors import UsageError
+    from verify.ppl.runfolder import PAGE, REPORT, RunFolder
     from verify.reports.comparison import comparison_html, comparison_markdown
     from verify.reports.record import RunRecord
     from verify.reports.writing import write_reports
-    from verify.runfolder import PAGE, REPORT, RunFolder
 
     if len(runs) > 2:
         raise UsageError(f"report: expected one run or two, got {len(runs)}")

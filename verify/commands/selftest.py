@@ -26,11 +26,11 @@ def command(
     from rich.console import Console
     from rich.markup import escape
 
-    from verify.devices import chosen_device, default_device
-    from verify.environment import prepare_torch
-    from verify.jsontext import to_json_text
+    from verify.machine.devices import chosen_device, default_device
+    from verify.machine.environment import prepare_torch
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.terminal import console_on, print_table_on
     from verify.selftest import run_selftest
-    from verify.terminal import console_on, print_table_on
 
     prepare_torch()
     chosen = str(chosen_device(device or default_device()))
@@ -58,8 +58,8 @@ def command(
 def _table(result: SelftestResult, kind: str) -> Table:
     from rich.table import Table
 
-    from kernels.detectors import DETECTORS
-    from kernels.gates import GATES
+    from verify.kernels.judging.detectors import DETECTORS
+    from verify.kernels.judging.gates import GATES
 
     title = {"fault": "known faults", "clean": "clean variants: nothing but ? may stand here"}[kind]
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
@@ -77,8 +77,8 @@ def _table(result: SelftestResult, kind: str) -> Table:
 
 
 def _row(result: SelftestResult, subject: Subject) -> list[str]:
-    from kernels.detectors import DETECTORS, SUSPICIONS
-    from kernels.gates import GATES
+    from verify.kernels.judging.detectors import DETECTORS, SUSPICIONS
+    from verify.kernels.judging.gates import GATES
 
     if subject.skipped:
         return [subject.name, subject.skipped]
@@ -96,7 +96,7 @@ def _row(result: SelftestResult, subject: Subject) -> list[str]:
 
 
 def _summary(result: SelftestResult) -> list[str]:
-    from kernels.gates import GATES
+    from verify.kernels.judging.gates import GATES
 
     faults, clean = len(result.faults), sum(s.kind == "clean" for s in result.subjects)
     lines = [

@@ -28,7 +28,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Compare; exit 1 for a significant slowdown, else 0."""
-    from kernels.policy import policy_named
     from verify.commands.plan import setting_of
     from verify.engines.sweep import (
         COLUMNS,
@@ -39,10 +38,11 @@ def command(
         split_starts,
         to_json,
     )
-    from verify.errors import UsageError
-    from verify.formats.sweep_log import read_sweep
-    from verify.jsontext import to_json_text
-    from verify.outfile import check_writable
+    from verify.engines.sweep_log import read_sweep
+    from verify.kernels.plans.policy import policy_named
+    from verify.machine.errors import UsageError
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.outfile import check_writable
     from verify.reports.sweep import compared_lines, line_text, plot, policy_lines, print_times
 
     if (policy is None) != (arch is None):

@@ -16,8 +16,8 @@ from scipy import special
 
 from verify.engines.divergence import FileScores, PairScores, clip_width
 from verify.engines.kld_table import Table, table_of
-from verify.statistics import CONFIDENCE, Interval, window_interval
-from verify.verdict import Decision
+from verify.judge.statistics import CONFIDENCE, Interval, window_interval
+from verify.judge.verdict import Decision
 
 # Edges in nats between classes of margin; the first class ends at the step of the codes.
 MARGIN_EDGES = (0.01, 0.1, 1.0)

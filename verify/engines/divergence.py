@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from verify.errors import UsageError
-from verify.formats.logits_file import CLIP_WIDTHS, LARGEST_CODE, LogitsFile, Records
+from verify.engines.logits_file import CLIP_WIDTHS, LARGEST_CODE, LogitsFile, Records
+from verify.machine.errors import UsageError
 
 # llama-perplexity leaves out what is less likely than exp(-16).
 SMALLEST_LOG_PROB = -16.0

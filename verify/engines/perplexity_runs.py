@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from verify.errors import UsageError
-from verify.formats.logits_file import LogitsFile
+from verify.engines.logits_file import LogitsFile
+from verify.machine.errors import UsageError
 
 PROGRAM_NAMES = ("llama-perplexity", "perplexity", "llama-perplexity.exe")
 PROGRAM_FOLDERS = ("", "bin", "build/bin", "build")

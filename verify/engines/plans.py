@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernels.errors import SpecError, nearest
-from kernels.policy import N_KV_PADDING, POLICIES, CallShape, Launch, Policy, SplitMode
-from kernels.shapes import SHAPES, ModelShape, shape_named
+from verify.kernels.errors import SpecError, nearest
+from verify.kernels.plans.policy import N_KV_PADDING, POLICIES, CallShape, Launch, Policy, SplitMode
+from verify.kernels.plans.shapes import SHAPES, ModelShape, shape_named
 
 # What engines' names of architectures stand for here; other sizes of a family have shapes of their own.
 ARCHITECTURE_SHAPES = {
@@ -101,7 +101,7 @@ def plan_name(groups: tuple[int, ...], launch: Launch, columns: tuple[int, ...])
 
 
 def find_shape(text: str) -> ModelShape:
-    """A GGUF file, an engine's name of an architecture, or what `kernels.shapes` takes.
+    """A GGUF file, an engine's name of an architecture, or what `verify.kernels.plans.shapes` takes.
 
     Raises SpecError or ModelError.
     """
@@ -122,9 +122,9 @@ def find_shape(text: str) -> ModelShape:
 
 
 def _shape_of_file(text: str) -> ModelShape:
-    from model.architectures import architecture_of
-    from model.gguf_file import GGUFFile
-    from model.locate import locate_model
+    from verify.model.architectures import architecture_of
+    from verify.model.gguf.file import GGUFFile
+    from verify.model.locate import locate_model
 
     file = GGUFFile.open(locate_model(text))
     sizes = architecture_of(file).sizes
@@ -192,7 +192,7 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
 
 def chosen_policies(names: Sequence[str] | None) -> list[Policy]:
     """The named policies, all for none. Raises SpecError."""
-    from kernels.policy import policy_named
+    from verify.kernels.plans.policy import policy_named
 
     return [policy_named(name) for name in dict.fromkeys(names)] if names else list(POLICIES.values())
 

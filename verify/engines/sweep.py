@@ -23,10 +23,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from kernels.policy import Policy
 from verify.engines.plans import Setting, Stretch, stretches
-from verify.errors import UsageError
-from verify.formats.sweep_log import SweepLog
+from verify.engines.sweep_log import SweepLog
+from verify.kernels.plans.policy import Policy
+from verify.machine.errors import UsageError
 
 Column = Literal["t_tg", "t_pp"]
 COLUMNS: dict[Column, str] = {"t_tg": "T_TG", "t_pp": "T_PP"}

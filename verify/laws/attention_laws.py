@@ -13,16 +13,16 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from kernels.cache import BLOCK
-from kernels.contract import AttentionOutput, Call
-from kernels.families import POISON
+from verify.kernels.cache import BLOCK
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.judging.families import POISON
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
 from verify.laws.law import LawBroken, Subject, law
 from verify.laws.tolerance import Seen, against_exact, agree, same_bits, seen
 
-OWN = "the kernel's own error budget (kernels/budget.py)"
-BOTH = "both results' own error budgets (kernels/budget.py)"
+OWN = "the kernel's own error budget (kernels/budget/bound.py)"
+BOTH = "both results' own error budgets (kernels/budget/bound.py)"
 BITS = "bits: nothing that is computed changes"
 
 

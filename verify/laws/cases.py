@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
-from kernels.cache import CACHE_TYPES
-from kernels.contract import Call, Path
-from kernels.families import FAMILIES, Sizes, draw
-from verify.errors import UsageError
+from verify.kernels.cache import CACHE_TYPES
+from verify.kernels.call import AttentionPath, Call
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.machine.errors import UsageError
 
 # Of a size that a case names: what is larger is a slip of the pen.
 MOST = 1 << 20
@@ -86,10 +86,10 @@ def _read(name: str, value: Any, kind: Any) -> Any:
 class Problem(Case):
     """One attention call, drawn from a family of inputs.
 
-    family: of `kernels.families`; n_kv: visible keys of each row; spare: keys held beyond the longest row;
-    k_size, v_size: head sizes; dtype: f16, bf16, f32. What a law does with it: cuts: keys at which the KV
-    range is cut; groups: head groups; parts, block: of a plan; cache: a quantised type; twist: what else a
-    law varies, such as a shift, a power of two, or the seed of a permutation.
+    family: of `verify.kernels.judging.families`; n_kv: visible keys of each row; spare: keys held beyond the
+    longest row; k_size, v_size: head sizes; dtype: f16, bf16, f32. What a law does with it: cuts: keys at
+    which the KV range is cut; groups: head groups; parts, block: of a plan; cache: a quantised type; twist:
+    what else a law varies, such as a shift, a power of two, or the seed of a permutation.
     """
 
     ALWAYS: ClassVar[tuple[str, ...]] = ("n_kv",)
@@ -114,7 +114,7 @@ class Problem(Case):
 
     @property
     def sizes(self) -> Sizes:
-        path: Path = "prefill" if self.path == "prefill" else "decode"
+        path: AttentionPath = "prefill" if self.path == "prefill" else "decode"
         return Sizes(
             n_kv=self.n_kv,
             batch=self.batch,

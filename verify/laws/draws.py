@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from kernels.capabilities import Capabilities
-from kernels.families import FAMILIES
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.judging.families import FAMILIES
 from verify.laws.cases import DTYPES, Parts, Problem
 from verify.laws.law import Subject, head_sizes
 

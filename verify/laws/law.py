@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from kernels.capabilities import Capabilities, Promise
-from kernels.contract import Kernel
-from kernels.merge import Merge
-from kernels.plan import Plan
-from kernels.registry import build_kernel
-from kernels.spec import PLAN_OPTIONS, parse_plan, parse_spec, replaced, with_options
+from verify.kernels.capabilities import Capabilities, Promise
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Merge
+from verify.kernels.plans.plan import Plan
+from verify.kernels.plans.spec import PLAN_OPTIONS, parse_plan, parse_spec, replaced, with_options
+from verify.kernels.registry import build_kernel
 from verify.laws.cases import DTYPES, Case, Problem
 
 Group = Literal["merge", "parts", "attention", "options", "plans"]

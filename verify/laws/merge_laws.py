@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from kernels.merge import Merge, Part, empty_part
-from kernels.merge_bound import BoundedPart, given, merge_bound
+from verify.kernels.budget.merge_bound import BoundedPart, given, merge_bound
+from verify.kernels.merge import Merge, Part, empty_part
 from verify.laws.cases import Parts
 from verify.laws.draws import far_parts, part_lists
 from verify.laws.law import LawBroken, Subject, law

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from kernels.contract import Call
+from verify.kernels.call import Call
 from verify.laws.attention_laws import BOTH
 from verify.laws.cases import Problem
 from verify.laws.draws import problems, twisted

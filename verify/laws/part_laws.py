@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from kernels.budget import error_budget
-from kernels.contract import Call
-from kernels.merge import Part, merge_sequential
-from kernels.merge_bound import BoundedPart, merge_bound
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.budget.merge_bound import BoundedPart, merge_bound
+from verify.kernels.call import Call
+from verify.kernels.merge import Part, merge_sequential
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, cut_problems, problems
 from verify.laws.law import Subject, law
@@ -115,7 +115,7 @@ def parts_far_apart(subject: Subject, problem: Problem) -> float:
 @law(
     "lse-exact",
     "parts",
-    tolerance="the lse's own budget (kernels/budget.py): a logarithm to another base is off by a factor",
+    tolerance="the lse's own budget (kernels/budget/bound.py): to another base it is off by a factor",
     cases=lambda subject: problems(subject),
     case_type=Problem,
     needs=("lse",),

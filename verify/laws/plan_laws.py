@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from kernels.plan import RowPlan
-from kernels.policy import N_KV_PADDING, POLICIES
+from verify.kernels.plans.plan import RowPlan
+from verify.kernels.plans.policy import N_KV_PADDING, POLICIES
 from verify.laws.cases import Rule
 from verify.laws.draws import compositions
 from verify.laws.law import LawBroken, Subject, law

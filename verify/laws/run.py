@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from hypothesis.errors import Flaky, Unsatisfiable
 
-from kernels.errors import KernelFailure, SpecError
+from verify.kernels.errors import KernelFailure, SpecError
 from verify.laws.cases import Case
 from verify.laws.law import Law, LawBroken, Subject
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.budget import Budget, budget_ratio, error_budget, relative_error
-from kernels.contract import AttentionOutput, Call, Kernel
-from kernels.detectors import LARGEST_RELATIVE_ERROR
-from kernels.merge import Part
-from kernels.merge_bound import BoundedPart
+from verify.kernels.budget.bound import Budget, budget_ratio, error_budget, relative_error
+from verify.kernels.budget.merge_bound import BoundedPart
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.judging.detectors import LARGEST_RELATIVE_ERROR
+from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Part
 from verify.laws.law import LawBroken
 
 # Of the budgets themselves: float64 where they are computed, and where exact results of an identity are.

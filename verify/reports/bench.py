@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.table import Table
 
 from verify.bench import Measurement
-from verify.terminal import console_on, print_table_on
+from verify.machine.terminal import console_on, print_table_on
 
 
 def table(found: Sequence[Measurement], to: TextIO) -> None:

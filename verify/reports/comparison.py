@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from verify.errors import UsageError
+from verify.machine.errors import UsageError
 from verify.reports.pictures import pictures
 from verify.reports.record import RunRecord, command_line
 from verify.reports.templating import TEMPLATES, figure, flat, interval, percent

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 import numpy as np
 from rich.table import Table
 
-from verify.cells import Cell
-from verify.diff import CandidateResult, DiffOutcome, Line, command_of
+from verify.diff.cells import Cell
+from verify.diff.run import CandidateResult, DiffOutcome, Line, command_of
+from verify.machine.terminal import console_on, print_table_on
 from verify.reports.templating import TEMPLATES, flat
-from verify.terminal import console_on, print_table_on
 
 
 def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:

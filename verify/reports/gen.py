@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from verify.machine.terminal import counted
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
 from verify.reports.record import RunRecord
 from verify.reports.split_mode import shared_out
 from verify.reports.templating import TEMPLATES, figure, flat, interval
-from verify.terminal import counted
 
 
 def gen_html(record: RunRecord) -> str:

@@ -8,9 +8,9 @@ from typing import TextIO
 from verify.engines.conclusion import Class, Comparison
 from verify.engines.divergence import FileScores, clip_width
 from verify.engines.kld_table import table_lines
-from verify.formats.logits_file import CLIP_WIDTHS, Layout
-from verify.perplexity import final_line, perplexity
-from verify.reports.text import print_table
+from verify.engines.logits_file import CLIP_WIDTHS, Layout
+from verify.ppl.perplexity import final_line, perplexity
+from verify.reports.tables import print_table
 
 # More windows than this are not listed one by one.
 MOST_WINDOWS = 16

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from verify.judge.verdict import DEFAULT_MARGIN, SIGNIFICANT_RATIO
 from verify.reports.drawing import (
     Picture,
     finish,
@@ -23,7 +24,6 @@ from verify.reports.drawing import (
     with_prefix,
 )
 from verify.reports.record import RunRecord
-from verify.verdict import DEFAULT_MARGIN, SIGNIFICANT_RATIO
 
 COLOURS = {"exact": "#000000", "floor": "#9a9a9a", "baseline": "#1f5fa8", "control": "#1f5fa8"}
 CANDIDATES = ("#c2410c", "#0f766e", "#7e22ce", "#a16207", "#be185d")

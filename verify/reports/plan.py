@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from kernels.policy import Policy
 from verify.engines.plans import Setting, plan_at, stretches
-from verify.reports.text import print_table
-from verify.terminal import counted
+from verify.kernels.plans.policy import Policy
+from verify.machine.terminal import counted
+from verify.reports.tables import print_table
 
 
 def print_plans(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int], to: TextIO) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from verify.laws.draws import LENGTHS
 from verify.laws.run import LawResult
-from verify.terminal import console_on, counted, print_table_on
+from verify.machine.terminal import console_on, counted, print_table_on
 
 
 def print_results(results: Sequence[LawResult], spec: str, device: str, to: TextIO) -> None:

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from verify.errors import UsageError
-from verify.runfolder import RESULT, SETTINGS
-from verify.settings import PplSettings
+from verify.machine.errors import UsageError
+from verify.ppl.runfolder import RESULT, SETTINGS
+from verify.ppl.settings import PplSettings
 
 _LETTERS = {"model": "-m", "file": "-f", "n_ctx": "-c", "candidates": "--candidate"}
 

@@ -1,4 +1,4 @@
-"""How reports name what several GPUs of an engine share (`verify.split_mode`)."""
+"""How reports name what several GPUs of an engine share (`verify.arms.split_mode`)."""
 
 from __future__ import annotations
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from kernels.policy import Policy
 from verify.engines.plans import Setting
 from verify.engines.sweep import COLUMNS, Column, Compared, Line, SplitStart, medians
-from verify.formats.sweep_log import SweepLog
-from verify.reports.text import print_table
+from verify.engines.sweep_log import SweepLog
+from verify.kernels.plans.policy import Policy
+from verify.reports.tables import print_table
 
 
 def print_times(logs: Sequence[SweepLog], compared: Sequence[Compared], to: TextIO) -> None:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import jinja2
 
-from verify.errors import UsageError
+from verify.machine.errors import UsageError
+from verify.ppl.runfolder import PAGE, REPORT, RESULT, RunFolder
 from verify.reports import gen, ppl
 from verify.reports.record import RunRecord
-from verify.runfolder import PAGE, REPORT, RESULT, RunFolder
 
 
 class Reports(NamedTuple):

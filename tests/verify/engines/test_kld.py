@@ -13,7 +13,7 @@ from support.cli import assert_refused, verify
 from support.logits_files import decode, write_file
 from verify.engines.divergence import FileScores, PairScores, score_pair
 from verify.engines.kld_table import table_lines, table_of
-from verify.formats.logits_file import LogitsFile, LogitsWriter
+from verify.engines.logits_file import LogitsFile, LogitsWriter
 
 
 def made(nll: list[float], base: list[float], kld: list[float], top1: list[int]) -> PairScores:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from kernels.policy import POLICIES
-from kernels.shapes import shape_named
 from support.cli import assert_refused, verify
 from support.tiny_model import write_tiny_model
 from verify.engines.plans import Setting, find_shape, plan_at, stretches
+from verify.kernels.plans.policy import POLICIES
+from verify.kernels.plans.shapes import shape_named
 
 
 @pytest.mark.parametrize(("gpus", "threshold"), [(1, 8192), (2, 16_384), (4, 32_768), (8, 65_536)])

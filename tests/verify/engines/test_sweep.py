@@ -10,7 +10,7 @@ from conftest import SHARED
 from support.cli import assert_refused, verify
 from verify.engines import sweep
 from verify.engines.sweep import change_point, fit_line
-from verify.formats.sweep_log import Row, read_sweep
+from verify.engines.sweep_log import Row, read_sweep
 
 HEADER = (
     "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |\n"

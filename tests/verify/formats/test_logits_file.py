@@ -10,9 +10,9 @@ from scipy.special import log_softmax
 
 from support.cli import assert_refused, verify
 from support.logits_files import decode, write_file
-from verify.errors import UsageError
-from verify.formats import logits_file
-from verify.formats.logits_file import LogitsFile, LogitsWriter, encode
+from verify.engines import logits_file
+from verify.engines.logits_file import LogitsFile, LogitsWriter, encode
+from verify.machine.errors import UsageError
 
 
 @pytest.mark.parametrize("n_vocab", [30, 31])

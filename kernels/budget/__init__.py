@@ -1,0 +1,1 @@
+"""The rounding-error bound of one output element, and of a merge."""

@@ -1,0 +1,161 @@
+"""The rounding-error bound (budget) of every output element of one call, its expected size and quadrature.
+
+For one row and head, with s_j the logits, p = softmax(s), m = max s, l = sum_j exp(s_j - m) and
+o = sum_j p_j v_j, all in float64, and the kernel's `Arithmetic` giving unit roundoffs u and depths d:
+
+    S_j   = scale * sum_c |q_c k_jc|            what rounding of the product q.k is relative to
+    eta_j = ((1 + gamma_D)(1 + u_q)(1 + u_k) - 1) S_j + 4u (|s_j| + |m|) + tiles * 3u
+            + [parts > 1] (2u (|s_j| + |m|) + 4u ln n + 6u)
+                                                bound of the relative error of exp(s_j - m), rescales included
+    W     = sum_j p_j exp(-eta_j)
+    r_j   = min(p_j, max(u_p p_j, tau_p / l)) exp(eta_j) / W       rounding of P to its type
+    A_i   = (1/W) sum_j p_j expm1(eta_j) (|v_ji| + |o_i|) + sum_j r_j |v_ji|
+    B_i   = A_i + g_n (sum_j p_j |v_ji| + A_i) + g_l (|o_i| + A_i)
+            g_n = gamma_dn + gamma_dm + u_v + u_part,  g_l = gamma_dl + gamma_dm + 3u
+    B'_i  = min(B_i, max_j |v_ji| + |o_i|)
+    bound = B'_i + (u_out + 2^-24) (|o_i| + B'_i) + tau_out + n 2^-149
+
+with gamma_d = d u / (1 - d u). The first term uses |v_ji - o_i| <= |v_ji| + |o_i|, which makes it a matrix
+product. A sink is one more key whose value is 0, merged as one more part. softcap multiplies the error of the
+product by at most exp(2 error / c) (1 - (s_j / c)^2). `docs/numerics.md` derives every line.
+Sources: N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., ch. 3 (gamma_d); P. Blanchard,
+D. Higham, N. Higham, Accurately computing the log-sum-exp and softmax functions, 2021 (the exponentials);
+N. Higham, T. Mary, A new approach to probabilistic rounding error analysis, 2019 (the quadrature).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.rows import Rows
+from verify.kernels.budget.sums import Sums
+from verify.kernels.call import Call
+
+# Where the bound is more than this share of sum_j p_j |v_j|, it says nothing: it is called vacuous.
+VACUOUS = 1.0 / 8.0
+# Sums p|v| below this have less than float32's precision in float32: its smallest normal number, times 2^6.
+SMALLEST_SIZE = 2.0**-120
+# An error of up to so many times its expected root mean square is of that size.
+EXPECTED_TIMES = 8.0
+# Logits held at once: rows and keys are taken in blocks of this many. A rule of shapes and device alone.
+_LOGITS_AT_ONCE = 1 << 20
+_LOGITS_AT_ONCE_CUDA = 1 << 24
+_KEYS_AT_ONCE = 1 << 14
+
+
+class Budget(NamedTuple):
+    """What the errors of one call are measured against; everything in float64.
+
+    out [B, T, Hq, Dv], lse [B, T, Hq]: the exact result; bound, lse_bound: what no correct kernel of this
+    arithmetic exceeds; size [B, T, Hq, Dv]: sum_j p_j |v_j|, what errors are relative to; vacuous
+    [B, T, Hq]: the bound says nothing there; expected [B, T, Hq, Dv]: root mean square of the error of a
+    correct kernel; quadrature [B, T, Hq, Dv]: root of the sum of squares of the single bounds.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    bound: torch.Tensor
+    lse_bound: torch.Tensor
+    size: torch.Tensor
+    vacuous: torch.Tensor
+    expected: torch.Tensor
+    quadrature: torch.Tensor
+
+
+def error_budget(call: Call, arithmetic: Arithmetic) -> Budget:
+    """The budget of a call for a kernel of this arithmetic: see `error_budgets`."""
+    return error_budgets(call, [arithmetic])[0]
+
+
+def error_budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
+    """The budget of a call for each of some kernels, streamed over rows and keys.
+
+    What follows from the inputs alone is computed once, and kernels that round alike share one budget.
+    Memory is a few blocks of logits beside the results, whatever n_kv is. Runs where the call's tensors lie.
+    Raises ValueError for a call that holds no keys.
+    """
+    shape = call.shape
+    if shape.keys == 0:
+        raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
+    lengths = call.kv_len.unique().tolist()
+    keys = [rounding_key(a, lengths) for a in arithmetics]
+    different = dict(zip(keys, arithmetics, strict=True))
+    made = dict(zip(different, _budgets(call, list(different.values())), strict=True))
+    return [made[key] for key in keys]
+
+
+def rounding_key(arithmetic: Arithmetic, lengths: Sequence[int]) -> Any:
+    """Equal for two arithmetics whose budgets are equal at these n_kv."""
+    return replace(arithmetic, cuts_at=None, block=None), tuple(arithmetic.depths(n) for n in lengths)
+
+
+def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
+    shape, like = call.shape, call.q
+    wide, narrow = (*like.shape[:3], shape.v_size), like.shape[:3]
+    out, size = (like.new_zeros(wide, dtype=torch.float64) for _ in range(2))
+    lse = like.new_full(narrow, -math.inf, dtype=torch.float64)
+    budgets = [
+        Budget(
+            out, lse,
+            bound=torch.zeros_like(out), lse_bound=torch.full_like(lse, -math.inf), size=size,
+            vacuous=torch.zeros(narrow, dtype=torch.bool, device=like.device),
+            expected=torch.zeros_like(out), quadrature=torch.zeros_like(out),
+        )
+        for _ in arithmetics
+    ]  # fmt: skip
+    logits_at_once = _LOGITS_AT_ONCE_CUDA if like.is_cuda else _LOGITS_AT_ONCE
+    at_once = max(logits_at_once // (shape.q_heads * min(shape.keys, _KEYS_AT_ONCE)), 1)
+    for b in range(shape.batch):
+        # Rows of like n_kv together, so that a block of rows reads no more keys than it needs.
+        order = call.kv_len[b].argsort()
+        for first in range(0, shape.rows, at_once):
+            chosen = order[first : first + at_once]
+            rows = Rows(call, b, chosen)
+            sums = [Sums(rows, a) for a in arithmetics]
+            for block in rows.blocks(_KEYS_AT_ONCE):
+                for each in sums:
+                    each.add(block)
+            for whole, part in ((out, rows.out), (size, rows.size), (lse, rows.lse.squeeze(-1))):
+                whole[b, chosen] = _by_row(part)
+            for budget, each in zip(budgets, sums, strict=True):
+                bound, lse_bound = each.bounds()
+                expected = each.expected()
+                quadrature = each.quadrature(bound)
+                for whole, part in (
+                    (budget.bound, bound), (budget.lse_bound, lse_bound),
+                    (budget.expected, expected), (budget.quadrature, quadrature),
+                ):  # fmt: skip
+                    whole[b, chosen] = _by_row(part)
+    for budget in budgets:
+        budget.vacuous.copy_(budget.bound.amax(-1) > VACUOUS * size.amax(-1))
+    return budgets
+
+
+def _by_row(x: torch.Tensor) -> torch.Tensor:
+    """[Hkv, t, r, ...] as [t, Hq, ...]."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def budget_ratio(error: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """|error| / bound, where 0 / 0 is 0, and a NaN or an Inf is infinitely wrong."""
+    error = error.abs()
+    ratio = torch.where(error == 0, 0.0, error / bound)
+    return ratio.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def relative_error(error: torch.Tensor, size: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """||error|| / ||sum p|v||| of each row, [..., D] to [...]: what is judged where a budget is vacuous.
+
+    0 where a right kernel may have few digits or none: where the sum is beyond float32's normal numbers (all
+    weight on a sink), or the error is of the size that is expected (all weight on keys whose values are 0,
+    beside which the other weights underflow in P's type).
+    """
+    norm, size = error.norm(dim=-1), size.norm(dim=-1)
+    few = (size < SMALLEST_SIZE) | (norm <= EXPECTED_TIMES * expected.norm(dim=-1))
+    return torch.where(few, 0.0, norm / size.clamp(min=SMALLEST_SIZE))

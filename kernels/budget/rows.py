@@ -1,0 +1,131 @@
+"""What a budget's rows are by themselves: logits, weights and the exact result, a block of keys at a time.
+
+Nothing here depends on a kernel: `budget_sums` adds up what each arithmetic makes of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from verify.kernels.call import Call
+from verify.kernels.exact import finish_logits
+
+
+def finite_size(sink: torch.Tensor) -> torch.Tensor:
+    """|sink|; 0 for a sink of -inf, which is no key at all."""
+    return torch.where(torch.isneginf(sink), 0.0, sink.abs())
+
+
+class Block(NamedTuple):
+    """Some keys, float64. raw and s: logits before and after softcap, bias and mask, big_s: S_j, p: weights,
+    seen: whether the row sees the key, abs_s: |s|, 0 where it does not: all [Hkv, t, r, n]. k [Hkv, Dk, n];
+    v and |v|, v^2 [Hkv, n, Dv]; positions [n]."""
+
+    positions: torch.Tensor
+    k: torch.Tensor
+    raw: torch.Tensor
+    s: torch.Tensor
+    big_s: torch.Tensor
+    seen: torch.Tensor
+    abs_s: torch.Tensor
+    p: torch.Tensor
+    v: torch.Tensor
+    abs_v: torch.Tensor
+    square_v: torch.Tensor
+
+
+class Rows:
+    """Some rows [t] of one sequence: the exact result, and the blocks of keys that it is summed over.
+
+    top, l, lse: of the whole row, sink included; largest: m; empty: the row sees nothing; all [Hkv, t, r, 1].
+    out, size (sum_j p_j |v_j|), p_square_vv (sum_j p_j^2 v_j^2) and cap (max_j |v_j|) [Hkv, t, r, Dv]
+    are complete when `blocks` has ended.
+    """
+
+    def __init__(self, call: Call, b: int, rows: torch.Tensor) -> None:
+        self.call, self.b = call, b
+        shape = call.shape
+        self.heads, self.r = shape.kv_heads, shape.ratio
+        self.q = call.q[b, rows].double().view(len(rows), self.heads, self.r, -1).permute(1, 0, 2, 3)
+        self.n_kv = call.kv_len[b, rows].long()
+        self.lengths: list[int] = self.n_kv.tolist()
+        n = self.n_kv.view(1, -1, 1, 1).double()
+        self.sink: torch.Tensor | None = None
+        if call.sinks is not None:
+            self.sink = call.sinks.double().view(self.heads, 1, self.r, 1)
+        self.log_n = torch.log(n.clamp(min=1) + (self.sink is not None))
+        zeros = self.q.new_zeros((self.heads, len(rows), self.r, shape.v_size))
+        self.out, self.size, self.p_square_vv, self.cap = (zeros.clone() for _ in range(4))
+
+    def blocks(self, keys_at_once: int) -> Iterator[Block]:
+        """Every block of keys that some row sees, in order, after two passes over K: one finds l."""
+        last, first = max(self.lengths), 0
+        if self.call.sliding_window is not None:
+            first = max(min(self.lengths) - self.call.sliding_window, 0)
+        pieces = [slice(at, min(at + keys_at_once, last)) for at in range(first, last, keys_at_once)]
+        self._normaliser(pieces)
+        for keys in pieces:
+            s, raw, k = self._logits(keys)
+            big_s = products(self.q.abs(), k.abs()).mul_(abs(self.call.scale))
+            v = self.call.v[self.b, keys].double().permute(1, 0, 2)  # [Hkv, n, Dv]
+            seen = torch.isfinite(s)
+            abs_s = torch.where(seen, s.abs(), 0.0)
+            p = torch.where(seen, torch.exp(s - torch.where(self.empty, 0.0, self.lse)), 0.0)
+            positions = torch.arange(keys.start, keys.stop, device=self.q.device)
+            block = Block(positions, k, raw, s, big_s, seen, abs_s, p, v, v.abs(), v.square())
+            self.out += products(p, v)
+            self.size += products(p, block.abs_v)
+            self.p_square_vv += products(p.square(), block.square_v)
+            self.cap = torch.maximum(self.cap, self._largest_seen(block.abs_v, keys))
+            yield block
+
+    def _logits(self, keys: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """s and the raw products [Hkv, t, r, n] of a block of keys, and the keys themselves [Hkv, Dk, n]."""
+        k = self.call.k[self.b, keys].double().permute(1, 2, 0)
+        raw = products(self.q, k).mul_(self.call.scale)
+        positions = torch.arange(keys.start, keys.stop, device=self.q.device)
+        return finish_logits(raw, self.n_kv, positions, self.call), raw, k
+
+    def _normaliser(self, pieces: list[slice]) -> None:
+        """top, l, lse, largest, empty."""
+        shape = (self.heads, len(self.lengths), self.r, 1)
+        m = self.q.new_full(shape, -math.inf)
+        total = self.q.new_zeros(shape)
+        for keys in pieces:
+            s, _, _ = self._logits(keys)
+            new = torch.maximum(m, s.amax(-1, keepdim=True))
+            shift = torch.where(torch.isneginf(new), 0.0, new)
+            total = total * torch.exp(m - shift) + torch.exp(s - shift).sum(-1, keepdim=True)
+            m = new
+        top = m if self.sink is None else torch.maximum(m, self.sink.expand(shape))
+        shift = torch.where(torch.isneginf(top), 0.0, top)
+        total = total * torch.exp(m - shift)
+        if self.sink is not None:
+            total = total + torch.exp(self.sink - shift)
+        self.empty = total == 0
+        self.l = torch.where(self.empty, 1.0, total)
+        self.lse = torch.where(self.empty, -math.inf, shift + torch.log(self.l))
+        self.largest = torch.where(torch.isneginf(m), 0.0, m).abs()
+        if self.sink is not None:
+            self.largest = torch.maximum(self.largest, finite_size(self.sink))
+        self.top = shift
+
+    def _largest_seen(self, abs_v: torch.Tensor, keys: slice) -> torch.Tensor:
+        """max_j |v_ji| over the keys of a block up to each row's last: [Hkv, t, 1, Dv]."""
+        if min(self.lengths) >= keys.stop:
+            # The usual case. Running maxima along a dimension that is not the last are slow on a GPU.
+            return abs_v.amax(1)[:, None, None]
+        prefix = abs_v.cummax(1).values
+        last = (self.n_kv - keys.start).clamp(max=keys.stop - keys.start)  # [t]
+        found = prefix[:, (last - 1).clamp(min=0)]  # [Hkv, t, Dv]
+        return torch.where(last.view(1, -1, 1) > 0, found, 0.0)[:, :, None]
+
+
+def products(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[Hkv, t, r, n] times [Hkv, n, m]."""
+    heads, t, r, n = a.shape
+    return torch.bmm(a.reshape(heads, t * r, n), x).view(heads, t, r, -1)

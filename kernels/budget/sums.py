@@ -1,0 +1,276 @@
+"""The sums over keys that a budget is made of, a block of keys at a time.
+
+`Sums` adds up, for one arithmetic, the terms of the formulas in `budget`, whose names it uses, over the rows
+and blocks of `budget_rows`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from verify.kernels.budget.arithmetic import FLOAT_TYPES, MMA_GUARD_BITS, MMA_KEYS, U_F32, Arithmetic, Depths
+from verify.kernels.budget.rows import Block, Rows, finite_size, products
+from verify.kernels.cache import q8_0_error
+
+# Mean square of the relative rounding error, in units of u^2, of numbers whose mantissas are distributed
+# logarithmically: (1/3) E[1/x^2] over [1, 2) with density 1/(x ln 2).
+MEAN_SQUARE = (3.0 / 8.0) / (3.0 * math.log(2.0))
+# Mean of 1/x for such a mantissa x: what half a unit in the last place is, on average, relative to a number.
+MEAN_INVERSE = 0.5 / math.log(2.0)
+_TAU = FLOAT_TYPES["f16"].tau
+
+
+def gamma(depth: torch.Tensor, u: float) -> torch.Tensor:
+    """d u / (1 - d u), infinite from d u = 1."""
+    du = depth * u
+    return torch.where(du < 1, du / (1 - du).clamp(min=1e-300), torch.inf)
+
+
+class _Variances(NamedTuple):
+    """[Hkv, t, r, n] in units of MEAN_SQUARE: of exp's relative error times p^2, and of P's rounding."""
+
+    spread: torch.Tensor
+    rounded: torch.Tensor
+
+
+class Sums:
+    """The sums of one arithmetic, over the blocks of some rows, and what they amount to."""
+
+    def __init__(self, rows: Rows, arithmetic: Arithmetic) -> None:
+        self.rows, self.call, self.a = rows, rows.call, arithmetic
+        self.q, self.sink = rows.q, rows.sink
+        self.depths = [arithmetic.depths(n) for n in rows.lengths]
+        self.tiles = self._per_row([d.tiles for d in self.depths])
+        self.split = self._per_row([d.parts > 1 or self.sink is not None for d in self.depths])
+        zeros = torch.zeros_like(rows.out)
+        # Sums over keys: of |v| times spread, rounded, p S; of v^2 times the variances and the squares;
+        # of v times the variance of the spread; alone.
+        self.by_abs = [zeros.clone() for _ in range(3)]
+        self.by_square = [zeros.clone() for _ in range(3)]
+        self.moment = zeros.clone()
+        self.alone = [zeros[..., :1].clone() for _ in range(8)]
+
+    def add(self, block: Block) -> None:
+        """Add the terms of a block of keys."""
+        a, p, seen = self.a, block.p, block.seen
+        underflow = self._underflow(block.k)
+        # eta is beside the point, and may be infinite or NaN, where a row does not see.
+        eta = torch.where(seen, self._eta(block, underflow), 0.0)
+        spread = p * torch.expm1(eta)
+        shared = torch.where(seen, a.u_q * block.big_s + underflow, 0.0)
+        big_s = torch.where(seen, block.big_s, 0.0)
+        lost = torch.minimum(p, torch.maximum(FLOAT_TYPES[a.p].u * p, a.tau_p / self.rows.l))
+        rounded = lost * torch.exp(eta)
+        variances = self._variances(block, big_s)
+        _add_products(self.by_abs, (spread, rounded, p * shared), block.abs_v)
+        squares = spread.square() + rounded.square()
+        _add_products(self.by_square, (variances.spread, variances.rounded, squares), block.square_v)
+        self.moment += products(variances.spread, block.v)
+        sums = (p * torch.exp(-eta), spread, rounded, p * shared, variances.spread, variances.rounded,
+                spread.square(), rounded.square())  # fmt: skip
+        for total, more in zip(self.alone, sums, strict=True):
+            total += more.sum(-1, keepdim=True)
+
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """bound [Hkv, t, r, Dv] and lse_bound [Hkv, t, r], when every block has been added."""
+        a, u, rows = self.a, self.a.u, self.rows
+        self._add_sink()
+        spread_v, rounded_v, _ = self.by_abs
+        w, spread_1, rounded_1 = self.alone[:3]
+        w = self._positive(w)
+        abs_o, from_rounded = rows.out.abs(), float(a.l_from_rounded_p)
+        first = (spread_v + spread_1 * abs_o + rounded_v + from_rounded * rounded_1 * abs_o) / w
+        gamma_m, gamma_l = gamma(self._depth("d_m"), u), gamma(self._depth("d_l"), u)
+        gamma_n = gamma(self._depth("d_n"), a.u_acc)
+        total = first + (gamma_n + gamma_m + a.u_v + a.u_part) * (rows.size + first)
+        total = total + (gamma_l + gamma_m + 3 * u) * (abs_o + first)
+        if a.acc == "f16":
+            # Every rounding of a float16 accumulator may also underflow, in units of exp(s - m).
+            total = total + self._depth("d_n") * _TAU / rows.l
+        total = total + _TAU * ((a.u_v > 0) + (a.u_part > 0))
+        total = torch.minimum(total.nan_to_num(nan=math.inf, posinf=math.inf), rows.cap + abs_o)
+        out_type, n = FLOAT_TYPES[a.out], rows.n_kv.view(1, -1, 1, 1).double()
+        bound = total + (out_type.u + U_F32) * (abs_o + total) + out_type.tau + n * 2.0**-149
+
+        lse_bound = torch.maximum(torch.log1p(spread_1), -torch.log(w.clamp(min=1e-300)))
+        lse_bound = lse_bound + gamma_l + self.split * gamma_m + from_rounded * rounded_1 / w
+        abs_lse = torch.where(rows.empty, 0.0, rows.lse).abs()
+        lse_bound = lse_bound + 2 * u * (abs_lse + rows.log_n + 1) + u * rows.largest + U_F32 * abs_lse
+        return bound, lse_bound.squeeze(-1)
+
+    def expected(self) -> torch.Tensor:
+        """Root mean square of the error of a correct kernel, [Hkv, t, r, Dv]."""
+        common = self.by_abs[2] + self.alone[3] * self.rows.out.abs()
+        variance = MEAN_SQUARE * self._expected_variance(common)
+        return (variance + self._shrinkage().square() + _step(self.rows.out, self.a.out).square() / 12).sqrt()
+
+    def quadrature(self, bound: torch.Tensor) -> torch.Tensor:
+        """Root of the sum of squares of the single bounds, at most `bound`; after `bounds`."""
+        a, u, rows = self.a, self.a.u, self.rows
+        w, spread_square_1, rounded_square_1 = self._positive(self.alone[0]), *self.alone[6:]
+        square_o, size, out_type = rows.out.square(), rows.size, FLOAT_TYPES[a.out]
+        common = self.by_abs[2] + self.alone[3] * rows.out.abs()
+        quadrature = (
+            self.by_square[2] / w.square()
+            + (spread_square_1 + float(a.l_from_rounded_p) * rounded_square_1) * square_o / w.square()
+            + (a.u_acc**2 * self._depth("d_n") + (a.u_v + a.u_part) ** 2) * size.square()
+            + u**2 * (self._depth("d_l") + 2 * self._depth("d_m") + 9) * (size.square() + square_o)
+            # What all keys of a tile or part share cannot be added in squares over keys.
+            + (3 * u) ** 2 * self.tiles * (size + rows.out.abs()).square()
+            + common.square()
+            + self._shrinkage().square()
+            + (out_type.u + U_F32) ** 2 * square_o
+            + (a.acc == "f16") * self._depth("d_n") * (_TAU / rows.l) ** 2
+            + (out_type.tau + _TAU * ((a.u_v > 0) + (a.u_part > 0))) ** 2
+        ).sqrt()
+        return torch.minimum(quadrature, bound)
+
+    def _shrinkage(self) -> torch.Tensor:
+        """What truncating accumulators lose on average, [Hkv, t, r, Dv]: not a random error, it adds up.
+
+            steps * passes * 2^-24 * MEAN_INVERSE * |A| * (1/2) (1 + c * MMA_KEYS / 2^MMA_GUARD_BITS)
+
+        A matrix instruction drops what lies below the last place of its sum, half a unit on average, and of
+        each of its products what lies below the guard bits, which adds up where the products have one sign:
+        c = |o| / sum p|v|. |A|^2 = o^2 + sum p^2 v^2 is the size that partial sums reach, half of it their
+        mean while they grow.
+        """
+        steps = self._depth("longest") / MMA_KEYS
+        if self.a.acc == "f16" and self.a.u != U_F32:
+            # Sums among the subnormal numbers lose half a unit a step, and mostly the same way.
+            return (steps * _TAU / self.rows.l).expand_as(self.rows.out)
+        if not self.a.truncates:
+            return torch.zeros_like(self.rows.out)
+        size = self.rows.size.clamp(min=torch.finfo(torch.float64).tiny)
+        one_sign = self.rows.out.abs() / size * (MMA_KEYS / 2**MMA_GUARD_BITS)
+        reached = (self.rows.out.square() + self.rows.p_square_vv).sqrt()
+        return steps * self.a.passes * U_F32 * MEAN_INVERSE / 2 * reached * (1 + one_sign)
+
+    def _add_sink(self) -> None:
+        """The sink is one more key, whose value is 0."""
+        if self.sink is None:
+            return
+        p = torch.where(self.rows.empty, 0.0, torch.exp(self.sink - self.rows.lse))
+        eta = self._exponent_error(finite_size(self.sink))
+        self.alone[0] += p * torch.exp(-eta)
+        self.alone[1] += p * torch.expm1(eta)
+        self.alone[6] += (p * torch.expm1(eta)).square()
+
+    @staticmethod
+    def _positive(w: torch.Tensor) -> torch.Tensor:
+        return torch.where(w > 0, w, 1.0)
+
+    def _per_row(self, values: list[int] | list[bool]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.q.device).view(1, -1, 1, 1)
+
+    def _depth(self, name: str) -> torch.Tensor:
+        return self._per_row([_depth(d, name, self.sink is not None) for d in self.depths])
+
+    def _exponent_error(self, abs_s: torch.Tensor) -> torch.Tensor:
+        """eta of a logit that is given, not computed."""
+        u = self.a.u
+        sum_of_logits = abs_s + self.rows.largest
+        eta = 4 * u * sum_of_logits + self.tiles * 3 * u
+        return eta + self.split * (2 * u * sum_of_logits + 4 * u * self.rows.log_n + 6 * u)
+
+    def _underflow(self, k: torch.Tensor) -> torch.Tensor:
+        """Error of the logits where q or k underflow in a cast, or q becomes blocks: [Hkv, t, r, n]."""
+        a, tau, scale = self.a, _TAU, abs(self.call.scale)
+        error = self.q.new_zeros((1, 1, 1, 1))
+        if a.u_q:
+            # The scale may be multiplied in before the cast or after it.
+            error = error + tau * max(scale, 1.0) * k.abs().sum(1)[:, None, None]
+        if a.u_k:
+            error = error + tau * scale * self.q.abs().sum(-1, keepdim=True)
+        if a.q_blocks:
+            error = error + scale * products(q8_0_error(self.q), k.abs())
+        return error
+
+    def _eta(self, block: Block, underflow: torch.Tensor) -> torch.Tensor:
+        a, u, cap = self.a, self.a.u, self.call.softcap
+        depth = self.call.shape.k_size
+        relative = (1 + depth * u / (1 - depth * u)) * (1 + a.u_q) * (1 + a.u_k) - 1
+        product = relative * block.big_s + underflow
+        if cap is not None:
+            tanh = torch.tanh(block.raw / cap)
+            product = product * (1 - tanh.square()) * torch.exp(2 * product / cap)
+            product = product + (4 * u + a.u_tanh) * cap * tanh.abs()
+        if self.call.alibi_slopes is not None:
+            slopes = self.call.alibi_slopes.double().view(self.rows.heads, 1, self.rows.r, 1).abs()
+            distance = (self.rows.n_kv.view(1, -1, 1, 1) - 1 - block.positions).clamp(min=0)
+            # The unbiased logit and the bias may each be larger than their sum.
+            product = product + 4 * u * slopes * distance
+        return product + self._exponent_error(block.abs_s)
+
+    def _variances(self, block: Block, big_s: torch.Tensor) -> _Variances:
+        a, u = self.a, self.a.u
+        p, abs_s, m = block.p, block.abs_s, self.rows.largest
+        # Partial sums of q.k wander where signs differ. Where one column makes the logit, as outlying
+        # channels of real keys do, they are as large as it from there on, and each of D steps rounds that.
+        grown = torch.where(block.seen, block.raw, 0.0)
+        if self.call.softcap is not None:
+            grown = grown * (1 - torch.tanh(grown / self.call.softcap).square())
+        walked = big_s.square() / 2 + self.call.shape.k_size * grown.square()
+        relative = u**2 * (walked + 4 * abs_s.square() + 4 * m.square() + 4)
+        relative = relative + a.u_k**2 * big_s.square() / 2
+        if self.call.softcap is not None:
+            relative = relative + a.u_tanh**2 * abs_s.square()
+        u_p, tau = FLOAT_TYPES[a.p].u, a.tau_p / self.rows.l
+        rounded = (u_p * p).square()
+        # An error that is uniform within +-tau has the mean square tau^2 / 3; nobody loses more than p.
+        below = torch.minimum(p.square(), (tau**2 / 3).expand_as(p)) / MEAN_SQUARE
+        rounded = torch.where(u_p * p < tau, below, rounded)
+        # exp(0) = 1 is exact in every type.
+        exact = (p == 0) if a.stale_maximum else (p == 0) | (block.s == self.rows.top)
+        rounded = torch.where(exact, 0.0, rounded)
+        return _Variances(p.square() * relative, rounded)
+
+    def _expected_variance(self, common: torch.Tensor) -> torch.Tensor:
+        """Variance of the error, in units of MEAN_SQUARE, the rounding of the result left aside."""
+        a, u = self.a, self.a.u
+        out, size, p_square_vv = self.rows.out, self.rows.size, self.rows.p_square_vv
+        spread_vv, rounded_vv, _ = self.by_square
+        variance_1, rounded_variance_1 = self.alone[4:6]
+        square_o = out.square()
+        # sum_j c_j (v_j - o)^2, multiplied out.
+        variance = (spread_vv - 2 * out * self.moment + variance_1 * square_o).clamp(min=0)
+        variance = variance + rounded_vv + a.l_from_rounded_p * rounded_variance_1 * square_o
+        d_n, d_l = self._depth("d_n"), self._depth("d_l")
+        variance = variance + u**2 * d_l * (p_square_vv + square_o)
+        if a.acc == "f16":
+            # Partial sums grow from nothing to o: like t where signs agree, like sqrt(t) where they do not.
+            steps = a.u_acc**2 * d_n * (square_o / 3 + p_square_vv / 2)
+            variance = variance + steps + d_n * _TAU**2 / 3 / MEAN_SQUARE / self.rows.l**2
+        variance = variance + a.u_v**2 * p_square_vv + a.u_part**2 * size.square()
+        if a.u_v or a.u_part:
+            variance = variance + _TAU**2 / 3 / MEAN_SQUARE
+        # A rounding of q is shared by all keys; its D terms are independent.
+        return variance + common.square() / self.call.shape.k_size
+
+
+def _add_products(
+    totals: list[torch.Tensor], weights: tuple[torch.Tensor, ...], values: torch.Tensor
+) -> None:
+    """To each total the product of its weights with the same values, which are read once."""
+    found = products(torch.cat(weights, dim=2), values).chunk(len(weights), dim=2)
+    for total, more in zip(totals, found, strict=True):
+        total += more
+
+
+def _depth(depths: Depths, name: str, sink: bool) -> int:
+    value: int = getattr(depths, name)
+    if name == "d_m" and sink:
+        # The sink is merged as one more part.
+        return depths.parts + 1 + 3
+    return value
+
+
+def _step(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Distance between neighbouring numbers of a type at x (its spacing), in float64."""
+    digits, least = {"f16": (10, -24), "bf16": (7, -133), "f32": (23, -149)}[dtype]
+    # frexp has the exponent 0 for 0, whose neighbour is the smallest subnormal.
+    exponent = torch.where(x == 0, least, (torch.frexp(x).exponent - 1 - digits).clamp(min=least))
+    return torch.ldexp(torch.ones_like(x), exponent)

@@ -1,0 +1,1 @@
+"""Errors held against budgets: detectors, other projects' gates, input families, probes."""

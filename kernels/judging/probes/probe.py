@@ -1,0 +1,183 @@
+"""A probe: a call whose right answer is known, and what is wrong with a kernel's result of it.
+
+Where a probe demands bits, its result is due to the bit whatever the rounding is; where it demands a budget,
+`error_budget` of its call bounds the error, or a closed form of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.bound import Budget, error_budget
+from verify.kernels.call import AttentionOutput, Call, checked_call
+from verify.kernels.errors import KernelFailure
+from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.plan import Plan
+
+Demand = Literal["bits", "budget"]
+# Of the one column, or the code word, by which a query asks for keys.
+AMPLITUDE = 64.0
+# Logits of keys that a probe does not mean, below the ones it does.
+LOW = -128.0
+
+
+class ProbeFailure(NamedTuple):
+    """One wrong element. key: the key whose value was due, -1 where there is no single one; part: of the KV
+    parts that hold it, -1 where not known; expected, got: of the first wrong column."""
+
+    probe: str
+    demand: Demand
+    sequence: int
+    row: int
+    head: int
+    key: int
+    part: int
+    n_kv: int
+    what: str
+    expected: float
+    got: float
+
+    def __str__(self) -> str:
+        key = f", key {self.key}" if self.key >= 0 else ""
+        part = f", part {self.part}" if self.part >= 0 else ""
+        return (
+            f"probe {self.probe} ({self.demand}): {self.what} of sequence {self.sequence}, row {self.row}"
+            f" (n_kv {self.n_kv}), head {self.head}{key}{part}: expected {self.expected:.9g},"
+            f" got {self.got:.9g}"
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A call and what is due.
+
+    out [B, T, Hq, Dv] and lse [B, T, Hq] in float64, None where the oracle says it; keys [B, T, Hq]: the key
+    whose value is due, -1 for none; bound: the allowed error of out, by arithmetic, None for the budget.
+    """
+
+    name: str
+    demand: Demand
+    call: Call
+    out: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    bound: Callable[[Call, Arithmetic], torch.Tensor] | None = None
+
+
+def check(probe: Probe, kernel: Kernel, *, plan: Plan | None = None, most: int = 8) -> list[ProbeFailure]:
+    """Run a probe; the first failures, at most this many. A kernel that fails is a failure of its own."""
+    call = probe.call if plan is None else replace(probe.call, plan=plan)
+    try:
+        result = kernel.run(call)
+    except KernelFailure as failure:
+        return [
+            ProbeFailure(probe.name, probe.demand, -1, -1, -1, -1, -1, 0, str(failure), math.nan, math.nan)
+        ]
+    arithmetic = kernel.arithmetic_of(call)
+    return judge(probe, result, arithmetic, most=most)
+
+
+def on_cache(probe: Probe, held: Call) -> Probe:
+    """The probe as a kernel with a quantised cache sees it: exact on what its cache holds, within its budget.
+
+    held: `Kernel.held` of the probe's call; a kernel without such a cache gets the probe as it is.
+    """
+    return probe if held is probe.call else Probe(probe.name, "budget", held, keys=probe.keys)
+
+
+def judge(
+    probe: Probe,
+    result: AttentionOutput,
+    arithmetic: Arithmetic,
+    *,
+    most: int = 8,
+    budget: Budget | None = None,
+) -> list[ProbeFailure]:
+    """What is wrong with the result of a probe. budget: of the probe's call, if it is known already."""
+    call, got = probe.call, result.out.double()
+    out, lse = probe.out, probe.lse
+    lse_wrong = torch.zeros(result.lse.shape, dtype=torch.bool, device=got.device)
+    if probe.demand == "bits":
+        assert out is not None
+        # Values, not bit patterns: -0 is 0.
+        wrong = ~(got == _as_type(out, arithmetic.out))
+        if lse is not None:
+            # -inf to the bit; a finite one may have passed through another base and back.
+            near = (result.lse.double() - lse).abs() <= 2.0**-20 * (1 + lse.abs())
+            lse_wrong = ~((result.lse.double() == lse) | (torch.isfinite(lse) & near))
+    else:
+        budget = budget or error_budget(call, arithmetic)
+        out, lse = budget.out if out is None else out, budget.lse
+        bound = budget.bound if probe.bound is None else probe.bound(call, arithmetic)
+        wrong = ~((got - out).abs() <= bound)
+        same = result.lse.double() == lse
+        lse_wrong = ~(same | ((result.lse.double() - lse).abs() <= budget.lse_bound))
+    assert out is not None
+    failures = []
+    for b, t, h in wrong.any(-1).nonzero()[:most].tolist():
+        column = int(wrong[b, t, h].nonzero()[0])
+        failures.append(_failure(probe, arithmetic, (b, t, h), f"column {column}", out[b, t, h, column],
+                                 got[b, t, h, column]))  # fmt: skip
+    for b, t, h in lse_wrong.nonzero()[: most - len(failures)].tolist():
+        assert lse is not None
+        failures.append(_failure(probe, arithmetic, (b, t, h), "lse", lse[b, t, h], result.lse[b, t, h]))
+    return failures
+
+
+def _failure(
+    probe: Probe,
+    a: Arithmetic,
+    at: tuple[int, int, int],
+    what: str,
+    expected: torch.Tensor,
+    got: torch.Tensor,
+) -> ProbeFailure:
+    b, t, h = at
+    n = int(probe.call.kv_len[b, t])
+    key = -1 if probe.keys is None else int(probe.keys[b, t, h])
+    part = -1
+    if key >= 0 and a.cuts_at is not None:
+        part = sum(bound <= key for bound in a.cuts_at(n)[1:-1])
+    return ProbeFailure(
+        probe.name, probe.demand, b, t, h, key, part, n, what, float(expected), float(got)
+    )  # fmt: skip
+
+
+def _as_type(x: torch.Tensor, name: str) -> torch.Tensor:
+    types = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+    return x.to(types[name]).double()
+
+
+def call_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    sizes: Sizes,
+    device: torch.device | str,
+    *,
+    strided: bool = False,
+    **options: Any,
+) -> Call:
+    """The call of q, k, v and lengths [B, T], in the sizes' type; strided: K and V lie head by head."""
+    q, k, v = (x.to(sizes.dtype).to(device) for x in (q, k, v))
+    if strided:
+        k, v = _head_by_head(k), _head_by_head(v)
+    kv_len = lengths.to(torch.int32).contiguous().to(device)
+    return checked_call(q, k, v, kv_len=kv_len, scale=sizes.scale, path=sizes.path, **options)
+
+
+def _head_by_head(x: torch.Tensor) -> torch.Tensor:
+    """The same [B, S, H, D] in another memory order, beginning 2 elements into its memory."""
+    b, s, h, d = x.shape
+    memory = x.new_full((x.numel() + 2,), POISON)
+    view = memory[2:].view(b, h, s, d).transpose(1, 2)
+    view.copy_(x)
+    return view

@@ -1,0 +1,111 @@
+"""What every kernel provides: its result for a call, its arithmetic, and what it can be asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.cache import through_cache
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape, checked_call
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.merge import Merge
+from verify.kernels.plans.plan import Plan
+from verify.kernels.trace import LaunchTrace
+
+
+class Kernel(ABC):
+    """A kernel that was built from a specification.
+
+    `spec` is the text it was built from, `trace` what it has launched so far, `notes` what a reader of the
+    verdict must know (a fallback that ran in its place, say), `cache` the type of its own KV cache, f16 where
+    keys and values stay as they are given.
+    """
+
+    cache = "f16"
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self.trace = LaunchTrace()
+        self.notes: list[str] = []
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        kv_len: torch.Tensor,
+        scale: float,
+        path: AttentionPath = "decode",
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> AttentionOutput:
+        """Attention of the contract above; `plan` overrides the one of the specification.
+
+        Raises ValueError on inputs that do not fit together, KernelFailure if the kernel fails on good ones.
+        """
+        return self.run(
+            checked_call(
+                q,
+                k,
+                v,
+                kv_len=kv_len,
+                scale=scale,
+                path=path,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+                alibi_slopes=alibi_slopes,
+                plan=plan,
+            )
+        )
+
+    @abstractmethod
+    def run(self, call: Call) -> AttentionOutput:
+        """What an implementation provides: compute the call, and record in `trace` what was launched."""
+
+    def launcher(self, call: Call) -> Callable[[], AttentionOutput]:
+        """The call, ready to be launched many times; host work that need not be repeated is done here."""
+        return lambda: self.run(call)
+
+    @abstractmethod
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
+        """The roundings of this kernel at this shape: what its error budget is derived from."""
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        """The same for one call: a kernel that computes and answers in its inputs' type knows it here."""
+        return self.arithmetic(call.shape, call.path)
+
+    def capabilities(self) -> Capabilities:
+        """What this kernel can be asked for. An implementation that has less than everything says so."""
+        return Capabilities()
+
+    def held(self, call: Call) -> Call:
+        """The call with keys and values as this kernel's own cache holds them: what its budget is for.
+
+        A kernel whose specification has a quantised `cache=` answers for its arithmetic on these numbers,
+        expanded to the call's own type: a kernel that does not round them so counts it in u_k and u_v.
+        What quantising them costs is measured as distance to `call`, and judged as such.
+        """
+        if self.cache == "f16":
+            return call
+        return replace(call, k=through_cache(call.k, self.cache), v=through_cache(call.v, self.cache))
+
+    def merger(self) -> Merge | None:
+        """The merge that this kernel combines its parts by, where it can be called by itself."""
+        return None
+
+    def forgive(self) -> None:
+        """Ask a kernel again that hung: one in a process of its own is not asked twice by itself."""
+        return None
+
+    def close(self) -> None:
+        """Give back what the kernel holds outside this process."""
+        return None

@@ -1,0 +1,1 @@
+"""How a call is cut up: specifications, plans, engines' policies, shapes of models."""

@@ -1,0 +1,162 @@
+"""Plans: how one attention call is cut up into head groups and KV parts.
+
+A plan is a rule. Given what a row is (its own n_kv, the head ratio, the KV heads) it says which query heads
+one program handles together and where the KV range is cut. Batch and the number of rows never enter, so a row
+computed alone and the same row in a batch follow the same plan.
+
+Options as they are written in a specification:
+
+    heads=12 | 8+4 | 4+4+4 | split      query heads of one KV head, one number a program; `split` is the
+                                        powers of two of the ratio, largest first; default: one group
+    kv=1 | 4 | size:4096 | auto         a number of parts, a part size in keys, or as many parts as fill the
+                                        device's multiprocessors (so it moves when the head groups move)
+    block=64                            keys a tile; cuts fall on tile edges
+    launch=one | each | views           one launch for all head groups, or one a group: on contiguous copies
+                                        of Q, or on views
+    policy=ik-1183[,threshold=N]        the plan that a given engine would choose (see `policy`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from verify.kernels.errors import SpecError
+from verify.kernels.plans.policy import CallShape, Launch, Policy, SplitMode
+
+# Without a GPU `kv=auto` counts on this many multiprocessors (an H100's), so that it can be studied on a CPU.
+NOMINAL_SMS = 132
+
+
+class RowPlan(NamedTuple):
+    """How one row is computed: head groups that sum to r, and part bounds 0 < ... < n_kv."""
+
+    head_groups: tuple[int, ...]
+    cuts: tuple[int, ...]
+    launch: Launch
+
+
+def powers_of_two(r: int) -> tuple[int, ...]:
+    """The powers of two that sum to r, largest first: 12 is (8, 4), 3 is (2, 1)."""
+    return tuple(1 << bit for bit in reversed(range(r.bit_length())) if r >> bit & 1)
+
+
+def parse_heads(text: str) -> tuple[int, ...] | Literal["split"]:
+    """`8+4` as (8, 4), `split` as itself. Raises SpecError."""
+    if text == "split":
+        return "split"
+    try:
+        groups = tuple(int(part) for part in text.split("+"))
+    except ValueError:
+        groups = ()
+    if not groups or min(groups) < 1:
+        raise SpecError(f"heads={text}: expected head groups such as 12, 8+4 or split")
+    return groups
+
+
+@dataclass(frozen=True)
+class KVCuts:
+    """Where the KV range is cut: a number of `parts`, a `size` in keys, or `auto` by multiprocessors."""
+
+    mode: Literal["parts", "size", "auto"] = "parts"
+    value: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> KVCuts:
+        if text == "auto":
+            return cls("auto", 0)
+        mode: Literal["parts", "size"] = "size" if text.startswith("size:") else "parts"
+        try:
+            value = int(text.removeprefix("size:"))
+        except ValueError:
+            value = 0
+        if value < 1:
+            raise SpecError(f"kv={text}: expected a number of parts from 1, size:KEYS, or auto")
+        return cls(mode, value)
+
+    def parts_wanted(self, programs: int, sms: int) -> int:
+        """Parts of a row that is long enough for them (modes `parts` and `auto`; see `cuts`)."""
+        return self.value if self.mode == "parts" else max(sms // programs, 1)
+
+    def cuts(self, n_kv: int, block: int, programs: int, sms: int) -> tuple[int, ...]:
+        """Part bounds 0 < c1 < ... < n_kv, on tile edges; no part is empty; (0,) for n_kv = 0.
+
+        programs: blocks of the launch before the KV range is cut (KV heads times head groups);
+        sms: multiprocessors, which `auto` fills.
+        """
+        tiles = -(-n_kv // block)
+        if self.mode == "size":
+            tiles_a_part = -(-self.value // block)
+            edges = [*range(0, tiles, tiles_a_part), tiles]
+        else:
+            parts = min(self.parts_wanted(programs, sms), tiles)
+            edges = [i * tiles // parts for i in range(parts + 1)] if parts else [0]
+        bounds = sorted({min(edge * block, n_kv) for edge in edges})
+        return tuple(bounds)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rule from a row to its cuts. `heads` is None for one padded group of all r heads."""
+
+    heads: tuple[int, ...] | Literal["split"] | None = None
+    kv: KVCuts = KVCuts()
+    block: int = 64
+    launch: Launch = "one"
+    policy: Policy | None = None
+    gpus: int = 1
+    split_mode: SplitMode = "layer"
+    sms: int = NOMINAL_SMS
+
+    def at(
+        self,
+        n_kv: int,
+        *,
+        ratio: int,
+        kv_heads: int,
+        k_size: int,
+        v_size: int,
+        decode: bool = True,
+        cache_type: str = "f16",
+        sinks: bool = False,
+        sliding_window: bool = False,
+    ) -> RowPlan:
+        """The plan of a row with n_kv visible keys. Raises ValueError if head groups do not sum to r."""
+        call = CallShape(
+            ratio, kv_heads, k_size, v_size, 1 if decode else 2, n_kv, cache_type, sinks, sliding_window,
+            self.gpus, self.split_mode,
+        )  # fmt: skip
+        return _row_plan(self, call)
+
+    def groups(self, ratio: int) -> tuple[int, ...]:
+        """Head groups at ratio r, policies left aside. Raises ValueError if they do not sum to r."""
+        if self.heads is None:
+            return (ratio,)
+        if self.heads == "split":
+            return powers_of_two(ratio)
+        if sum(self.heads) != ratio:
+            written = "+".join(map(str, self.heads))
+            raise ValueError(
+                f"heads={written}: sums to {sum(self.heads)}, expected r = {ratio} query heads a KV head"
+            )
+        return self.heads
+
+    @property
+    def ratios(self) -> tuple[int, ...] | None:
+        """The ratios r that these head groups are for; None for all."""
+        return (sum(self.heads),) if isinstance(self.heads, tuple) else None
+
+    def with_sms(self, sms: int) -> Plan:
+        """The same plan on a device with this many multiprocessors."""
+        return replace(self, sms=sms)
+
+
+@lru_cache(maxsize=1 << 18)
+def _row_plan(plan: Plan, call: CallShape) -> RowPlan:
+    if plan.policy is None:
+        groups, launch = plan.groups(call.ratio), plan.launch
+    else:
+        groups, launch = plan.policy.head_groups(call)
+    programs = call.kv_heads * len(groups)
+    return RowPlan(groups, plan.kv.cuts(call.n_kv, plan.block, programs, plan.sms), launch)

@@ -1,0 +1,81 @@
+"""Attention shapes of models that people run, by name.
+
+`NAME` is the whole model on one GPU, `NAME@N` one GPU of N in split mode graph, which shares the KV heads
+out; `Hq/HkvxD` or `Hq/HkvxDk/Dv` is a shape by its numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from verify.kernels.errors import SpecError, nearest
+
+_NUMBERS = re.compile(r"(\d+)/(\d+)x(\d+)(?:/(\d+))?")
+
+
+class ModelShape(NamedTuple):
+    """Query heads, KV heads, sizes of k and v; sliding_window and sinks where the model's layers have them.
+
+    v_in_k: V is a view of the first v_size numbers of K (MLA).
+    """
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    k_size: int
+    v_size: int
+    sliding_window: int | None = None
+    sinks: bool = False
+    v_in_k: bool = False
+
+    @property
+    def ratio(self) -> int:
+        return self.q_heads // self.kv_heads
+
+    def cache_bytes(self, n_kv: int, item_size: int = 2) -> int:
+        """Bytes of K and V that one row of n_kv keys reads, each once."""
+        width = self.k_size if self.v_in_k else self.k_size + self.v_size
+        return n_kv * self.kv_heads * width * item_size
+
+    def __str__(self) -> str:
+        size = str(self.k_size) if self.k_size == self.v_size else f"{self.k_size}/{self.v_size}"
+        return f"{self.name} ({self.q_heads}/{self.kv_heads} heads, r = {self.ratio}, size {size})"
+
+
+SHAPES: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape("glm-4.5-air", 96, 8, 128, 128),
+        ModelShape("glm-4.5", 96, 8, 128, 128),
+        ModelShape("glm-4.7-flash", 20, 1, 576, 512, v_in_k=True),
+        ModelShape("llama-3-8b", 32, 8, 128, 128),
+        ModelShape("qwen2.5-7b", 28, 4, 128, 128),
+        ModelShape("smollm2", 9, 3, 64, 64),
+        ModelShape("gemma-3", 8, 4, 256, 256, sliding_window=1024),
+        ModelShape("gpt-oss", 64, 8, 64, 64, sliding_window=128, sinks=True),
+    )
+}
+
+
+def shape_named(text: str) -> ModelShape:
+    """The shape of a name, a name and a number of GPUs, or numbers. Raises SpecError."""
+    name, at, gpus = text.partition("@")
+    if match := _NUMBERS.fullmatch(name):
+        q, kv, k, v = (int(x) if x else 0 for x in match.groups())
+        shape = ModelShape(name, q, kv, k, v or k)
+    elif name in SHAPES:
+        shape = SHAPES[name]
+    else:
+        known = ", ".join(SHAPES)
+        raise SpecError(f"shape {text!r}: unknown shape{nearest(name, SHAPES)} (known: {known}, or 96/8x128)")
+    if min(shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size) < 1:
+        raise SpecError(f"shape {text!r}: expected heads and head sizes from 1")
+    if shape.q_heads % shape.kv_heads:
+        raise SpecError(f"shape {text!r}: {shape.q_heads} query heads do not divide among {shape.kv_heads}")
+    if not at:
+        return shape
+    if not gpus.isdecimal() or int(gpus) < 1 or shape.kv_heads % int(gpus):
+        raise SpecError(f"shape {text!r}: {shape.kv_heads} KV heads cannot be shared out over {gpus!r} GPUs")
+    n = int(gpus)
+    return shape._replace(name=text, q_heads=shape.q_heads // n, kv_heads=shape.kv_heads // n)

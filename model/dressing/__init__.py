@@ -1,0 +1,1 @@
+"""Models of other shapes made from a small one, with the same perplexity."""

@@ -1,0 +1,1 @@
+"""GGUF files: header, tensors and what their types stand for."""

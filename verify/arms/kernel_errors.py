@@ -1,0 +1,164 @@
+"""What the kernels' own errors on the exact arm's inputs amount to: `in_place` of run.json, and faults.
+
+A budget breach anywhere is a bug by itself. Two more figures are taken over the whole run, since they see
+what no single element shows: the gain, a common factor, and the root mean square of error over expected size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from verify.arms.own_error import HeadErrors, fault_of
+from verify.kernels.judging.detectors import GAIN_SIGMAS, LARGEST_RELATIVE_ERROR, RMS_LIMIT
+
+# Beside chance and truncation: what a denominator in float32 may be off by, in common.
+GAIN_ROUNDING = 8 * 2.0**-24
+# Layer, head and window: fewer say nothing about a mean.
+FEWEST_CHECKS = 4
+# From this share of the square error on, a gain is what is wrong, and not a shadow of something else.
+ALIKE = 0.5
+
+
+class KernelErrors(NamedTuple):
+    """One kernel's errors in place, over all layers, heads and windows.
+
+    gain: mean of <error, exact> / <exact, exact>, gain_se its standard error (layers, heads and windows
+    taken as independent); gain_limit: what rounding alone does not exceed; rms_ratio: of error over expected
+    size.
+    """
+
+    checks: int
+    max_budget_ratio: float
+    vacuous: float
+    relative_rms: float
+    rms_ratio: float
+    gain: float
+    gain_se: float
+    gain_limit: float
+
+    @property
+    def gain_z(self) -> float:
+        return self.gain / self.gain_se if self.gain_se > 0 else math.nan
+
+
+def rows_of(layers: pa.Table, arm: str) -> pa.Table:
+    return layers.filter(pc.equal(layers["arm"], arm))
+
+
+def kernel_errors(rows: pa.Table) -> KernelErrors | None:
+    """Of the rows of one arm in layers.parquet; None where there are none."""
+    if not rows.num_rows:
+        return None
+    figure = {name: rows[name].to_numpy() for name in rows.column_names if name not in ("arm", "path")}
+    gain = figure["gain"]
+    se = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) >= FEWEST_CHECKS else math.inf
+    bias = _mean(figure["gain_bias"])
+    return KernelErrors(
+        len(gain),
+        _most(figure["max_budget_ratio"]),
+        _mean(figure["vacuous"]),
+        float(np.sqrt(np.mean(figure["relative_rms"] ** 2))),
+        math.sqrt(_mean(figure["rms_ratio"] ** 2)),
+        float(gain.mean()),
+        se,
+        GAIN_SIGMAS * se + bias + GAIN_ROUNDING,
+    )
+
+
+def in_place_json(layers: pa.Table, arm: str) -> dict[str, Any] | None:
+    """The arm's entry of `in_place`, with a line a layer; None for an arm without a kernel."""
+    rows = rows_of(layers, arm)
+    whole = kernel_errors(rows)
+    if whole is None:
+        return None
+    by_layer = []
+    for layer in pc.unique(rows["layer"]).to_pylist():
+        part = kernel_errors(rows.filter(pc.equal(rows["layer"], layer)))
+        assert part is not None
+        by_layer.append(
+            {
+                "layer": layer,
+                "max_budget_ratio": part.max_budget_ratio,
+                "relative_rms": part.relative_rms,
+                "rms_ratio": part.rms_ratio,
+                "gain": part.gain,
+            }
+        )
+    return {
+        "arm": arm,
+        "checks": whole.checks,
+        "max_budget_ratio": whole.max_budget_ratio,
+        "vacuous": whole.vacuous,
+        "relative_rms": whole.relative_rms,
+        "rms_ratio": whole.rms_ratio,
+        "gain_mean": whole.gain,
+        "gain_se": whole.gain_se,
+        "gain_z": whole.gain_z,
+        "gain_limit": whole.gain_limit,
+        "layers": by_layer,
+    }
+
+
+def faults_in_place(layers: pa.Table, arm: str, called: str) -> list[str]:
+    """What makes a kernel `broken`, as sentences that begin with `called`."""
+    rows = rows_of(layers, arm)
+    whole = kernel_errors(rows)
+    if whole is None:
+        return []
+    suspects = rows.filter(
+        pc.or_kleene(
+            pc.greater(rows["nonfinite"], 0),
+            pc.or_kleene(pc.greater(rows["max_budget_ratio"], 1), pc.greater(rows["relative_max"], 0)),
+        )
+    )
+    wrong = [errors for row in suspects.to_pylist() if fault_of(errors := HeadErrors(**row))]
+    faults = []
+    if wrong:
+        worst = max(wrong, key=lambda e: graveness(e.nonfinite, e.max_budget_ratio, e.relative_max))
+        faults.append(
+            f"{called}: {fault_of(worst)}, on the exact arm's own q, k and v"
+            f" ({len(wrong)} of {whole.checks} checks of a layer and head failed)"
+        )
+    return [*faults, *faults_in_common(whole, called)]
+
+
+def graveness(nonfinite: int, budget_ratio: float, relative_max: float) -> tuple[bool, float]:
+    """What the worst of several faults is the largest by: NaN first, then times what is allowed."""
+    return nonfinite > 0, max(budget_ratio, relative_max / LARGEST_RELATIVE_ERROR)
+
+
+def faults_in_common(whole: KernelErrors, called: str) -> list[str]:
+    """What no single element shows: a gain, and errors larger than the kernel's arithmetic makes them."""
+    faults = []
+    if abs(whole.gain) > whole.gain_limit:
+        alike = whole.gain**2 > ALIKE * whole.relative_rms**2
+        said = (
+            "every result is off by a common factor" if alike else "results are off, on average by a factor"
+        )
+        faults.append(
+            f"{called}: {said} of 1 {whole.gain:+.3g}, on the exact arm's own q, k and v"
+            f" ({abs(whole.gain_z):.0f} standard errors; rounding explains {whole.gain_limit:.1g})"
+        )
+    limit = RMS_LIMIT * math.sqrt(1 + 4 / math.sqrt(whole.checks))
+    if whole.rms_ratio > limit:
+        faults.append(
+            f"{called}: errors are {whole.rms_ratio:.3g} times their expected size on the exact arm's own"
+            f" q, k and v (limit {limit:.3g}): less precise than the kernel says it is"
+        )
+    return faults
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of what is not NaN; NaN where nothing is."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _most(values: np.ndarray) -> float:
+    values = values[~np.isnan(values)]
+    return float(values.max()) if len(values) else math.nan

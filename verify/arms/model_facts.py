@@ -1,0 +1,126 @@
+"""What a run is about: the model it names, and kernels that fit that model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verify.arms.arm import Arm
+from verify.arms.attempt import untraced
+from verify.kernels.call import AttentionPath, Shape, checked_call
+from verify.kernels.errors import KernelFailure
+from verify.kernels.plans.shapes import ModelShape
+from verify.kernels.registry import build_kernel
+from verify.machine.devices import free_memory
+from verify.machine.errors import UsageError
+from verify.model.architectures.architecture import Architecture
+from verify.model.runner import ATTENTION_TYPES
+
+SAMPLE_BYTES = 1 << 20
+
+
+def model_json(architecture: Architecture) -> dict[str, Any]:
+    """The model, as `run.json` names it."""
+    file, sizes = architecture.file, architecture.sizes
+    return {
+        "path": str(file.path),
+        "name": file.metadata.get("general.name"),
+        "architecture": file.architecture,
+        "bytes": sum(p.stat().st_size for p in file.paths),
+        "fingerprint": fingerprint(file.paths),
+        "layers": sizes.layers,
+        "heads": sizes.heads,
+        "kv_heads": sizes.kv_heads,
+        "ratio": sizes.ratio,
+        "head_size": sizes.k_size,
+        "context": sizes.context,
+    }
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Hash of the sizes, first and last mebibytes of a model's files: cheap, and enough to tell two apart."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as f:
+            digest.update(f.read(SAMPLE_BYTES))
+            f.seek(max(size - SAMPLE_BYTES, 0))
+            digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_shapes(specs: Sequence[str], shapes: Sequence[ModelShape], path: AttentionPath) -> None:
+    """Raises UsageError where a plan or a head size does not fit, SpecError for no specification."""
+    for spec in specs:
+        kernel = build_kernel(spec)
+        try:
+            for shape in shapes:
+                asked = Shape(1, 2, 1, shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size)
+                kernel.arithmetic(asked, path).depths(1)
+                odd = kernel.capabilities().size_multiple
+                if shape.k_size % odd or shape.v_size % odd:
+                    raise ValueError(f"it has only head sizes that are multiples of {odd}")
+        except ValueError as error:
+            raise UsageError(f"kernel {spec!r} does not fit this shape: {error}") from None
+        finally:
+            kernel.close()
+
+
+def check_lengths(n_kvs: Sequence[int], shapes: Sequence[ModelShape], device: torch.device) -> None:
+    """Raises UsageError where keys and values of one layer alone are more than is free."""
+    free = free_memory(device)
+    for shape in shapes:
+        for n_kv in n_kvs:
+            if (needed := shape.cache_bytes(n_kv)) > free:
+                raise UsageError(
+                    f"--n-kv {n_kv}: keys and values of shape {shape.name} alone take {needed / 1e9:.3g} GB,"
+                    f" {free / 1e9:.3g} GB are free on {device}"
+                )
+
+
+def try_kernels(
+    arms: Sequence[Arm], architecture: Architecture, cache_type: str, device: torch.device
+) -> None:
+    """Run each kernel on one row of this model: what does not fit it, or is not taken, is refused now.
+
+    A function in a file is only asked what it takes: to run it is to judge it. So is a kernel that fails
+    otherwise. Raises UsageError.
+    """
+    sizes, kind = architecture.sizes, ATTENTION_TYPES[cache_type]
+    settings = {architecture.attention_settings(layer) for layer in range(sizes.layers)}
+    q = torch.zeros(1, 1, sizes.heads, sizes.k_size, dtype=kind, device=device)
+    k = torch.zeros(1, 1, sizes.kv_heads, sizes.k_size, dtype=kind, device=device)
+    v = torch.zeros(1, 1, sizes.kv_heads, sizes.v_size, dtype=kind, device=device)
+    one = torch.ones(1, 1, dtype=torch.int32, device=device)
+    for arm, given in itertools.product(arms, settings):
+        if arm.kernel is None:
+            continue
+        call = checked_call(
+            q,
+            k,
+            v,
+            kv_len=one,
+            scale=given.scale,
+            path=arm.path,
+            sliding_window=given.sliding_window,
+            softcap=given.softcap,
+        )
+        why = None
+        with untraced(arm.kernel) as kernel:
+            if arm.spec.startswith("py:"):
+                why = kernel.capabilities().refuses(call)
+            else:
+                try:
+                    kernel.run(call)
+                except ValueError as error:
+                    why = str(error)
+                except KernelFailure as failed:
+                    why = str(failed) if failed.kind == "unsupported" else None
+        if why is not None:
+            raise UsageError(f"kernel {arm.spec!r} does not fit this model: {why}")

@@ -1,0 +1,257 @@
+"""The kernel's own error, in place: every layer, on the exact arm's q, k, v of the real text.
+
+An arm that runs freely drifts from exact for many reasons; here each kernel gets the same inputs as the
+oracle and answers for its own rounding alone. All rows count for the size of the error and for its gain; the
+budget is derived for some rows: the first two, the last, others drawn by seed, and the two that err most;
+windows that are computed side by side share them. Of a long text a sample of windows is measured
+(`verify.ppl.sample`). An error above its budget is a bug, whatever the perplexity says.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from verify.arms.arm import Arm, Place
+from verify.kernels.budget.bound import Budget, budget_ratio, error_budgets, relative_error
+from verify.kernels.call import Call, checked_call
+from verify.kernels.judging.detectors import LARGEST_RELATIVE_ERROR
+from verify.model.runner import LayerCall
+from verify.ppl.sample import Sample
+
+SAMPLED_ROWS = 8
+# Of a long text, each layer's budgets are derived in this many windows at most, other ones in each layer.
+CHECKED_WINDOWS = 64
+
+
+class HeadErrors(NamedTuple):
+    """One row of layers.parquet: a kernel at one layer, window and head.
+
+    Over all rows: relative_rms: ||error|| / ||exact||; gain: <error, exact> / <exact, exact>, a scale error;
+    nonfinite: rows with NaN or Inf. Over the sampled rows and those that err most, NaN where the window was
+    not sampled: max_budget_ratio: largest |error| / budget where the budget is not vacuous; relative_max:
+    largest ||error|| / ||sum p|v||| of a row with a vacuous budget. Over the sampled ones alone: rms_ratio:
+    root mean square of error / expected size; vacuous: share of rows with such a budget; gain_bias: the
+    common shrinking that accumulators may have which truncate. position: of the worst row.
+    """
+
+    window: int
+    layer: int
+    arm: str
+    path: str
+    head: int
+    relative_rms: float
+    gain: float
+    max_budget_ratio: float
+    rms_ratio: float
+    relative_max: float
+    vacuous: float
+    gain_bias: float
+    nonfinite: int
+    position: int
+
+
+_FIGURES = HeadErrors._fields[5:]
+_ARROW = {"arm": pa.string(), "path": pa.string()} | {
+    name: pa.int32() for name in ("window", "layer", "head", "nonfinite", "position")
+}
+LAYER_SCHEMA = pa.schema([(name, _ARROW.get(name, pa.float64())) for name in HeadErrors._fields])
+
+
+def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> torch.Tensor:
+    """Rows that are checked, ascending: 0, 1, the last and others drawn by seed, slab and layer.
+
+    slab: number of the windows that are computed together; on a CPU, the window's.
+    """
+    fixed = {0, min(1, n_ctx - 1), n_ctx - 1}
+    key = zlib.crc32(f"rows/{seed}/{slab}/{layer}".encode())
+    drawn = torch.randperm(n_ctx, generator=torch.Generator().manual_seed(key)).tolist()
+    more = [row for row in drawn if row not in fixed][: max(SAMPLED_ROWS - len(fixed), 0)]
+    return torch.tensor(sorted(fixed | set(more)))
+
+
+class Measured(NamedTuple):
+    """One kernel's errors at one layer.
+
+    own: its call, on what its own cache holds, apart from the others' if `alone`; exact: float64 attention of
+    that; errors: the kernel's, and the same with faults planted, by the name they go under. [B, T, H, Dv].
+    """
+
+    arm: Arm
+    own: Call
+    alone: bool
+    exact: torch.Tensor
+    errors: Mapping[str, torch.Tensor]
+
+
+class InPlace:
+    """Collects what kernels err on the exact arm's inputs.
+
+    sample: the windows that are measured; at_once: how many a device computes together. Figures stay on the
+    device until `table` asks for them: nothing here waits for it.
+    """
+
+    def __init__(self, sample: Sample, *, seed: int = 0, at_once: int = 1) -> None:
+        self.seed, self.at_once, self.sample = seed, at_once, sample
+        self.stride = -(-sample.runs // max(CHECKED_WINDOWS // at_once, 1))
+        # First window, layer, name and path of each check, and its figures [figures, windows, heads].
+        self._checks: list[tuple[int, int, str, str]] = []
+        self._figures: list[torch.Tensor] = []
+
+    def __call__(self, call: LayerCall, measured: Sequence[Measured]) -> None:
+        """Enter the errors of some kernels at one layer."""
+        slab = call.window // self.at_once
+        rows, checked, budgets = None, None, {}
+        if (self.sample.ordinal(call.window) + call.layer) % self.stride == 0 and measured:
+            rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
+            rows = rows.to(call.q.device)
+            worst = [worst_rows(error, one.exact) for one in measured for error in one.errors.values()]
+            checked = torch.cat((rows, *worst))
+            budgets = _budgets(measured, checked)
+        for one in measured:
+            assert one.arm.kernel is not None
+            for name, error in one.errors.items():
+                self._checks.append((call.window, call.layer, name, one.arm.path))
+                figures = _all_rows(error, one.exact, call.kv_len[0])
+                if rows is not None and checked is not None:
+                    kv_len = call.kv_len[0, checked]
+                    arithmetic = one.arm.kernel.arithmetic_of(one.own)
+                    side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)
+                    shrinking = [arithmetic.shrinking(n) for n in kv_len[: len(rows)].tolist()]
+                    bias = torch.tensor(shrinking, dtype=torch.float64, device=kv_len.device)
+                    _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, bias)
+                self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"checks": self._checks, "figures": self._figures}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._checks, self._figures = list(state["checks"]), list(state["figures"])
+
+    def table(self) -> pa.Table:
+        """Everything so far as rows of LAYER_SCHEMA."""
+        if not self._checks:
+            return LAYER_SCHEMA.empty_table()
+        heads = self._figures[0].shape[2]
+        counts = [figures.shape[1] for figures in self._figures]
+        found = torch.cat(self._figures, 1).cpu().numpy()  # [figures, checks and windows, heads]
+        offsets = np.concatenate([np.arange(count) for count in counts])
+        windows, *others = (np.repeat(np.array(x), counts) for x in zip(*self._checks, strict=True))
+        columns: list[Any] = [np.repeat(x, heads) for x in (windows + offsets, *others)]
+        columns.append(np.tile(np.arange(heads), len(offsets)))
+        columns += [x.ravel() for x in found]
+        arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, LAYER_SCHEMA, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=LAYER_SCHEMA)
+
+
+def _budgets(measured: Sequence[Measured], rows: torch.Tensor) -> dict[str, Budget]:
+    """The budget of each arm; what follows from the inputs alone is computed once for all that share them."""
+    groups: dict[str, list[Measured]] = {}
+    for one in measured:
+        groups.setdefault(one.arm.name if one.alone else one.arm.path, []).append(one)
+    found: dict[str, Budget] = {}
+    for group in groups.values():
+        arithmetics = []
+        for one in group:
+            assert one.arm.kernel is not None
+            arithmetics.append(one.arm.kernel.arithmetic_of(one.own))
+        budgets = error_budgets(_as_one_sequence(group[0].own, rows), arithmetics)
+        found |= {one.arm.name: budget for one, budget in zip(group, budgets, strict=True)}
+    return found
+
+
+def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
+    """Some rows of sequences of equal lengths, which become KV heads of one: q [1, rows, B * H, D]."""
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q[:, rows], call.k, call.v))
+    return checked_call(
+        q,
+        k,
+        v,
+        kv_len=call.kv_len[:1, rows],
+        scale=call.scale,
+        path=call.path,
+        sliding_window=call.sliding_window,
+        softcap=call.softcap,
+    )
+
+
+def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Figures [B, H] of all rows; those of the sampled ones are NaN so far. error, exact [B, T, H, Dv]."""
+    bad = ~torch.isfinite(error).all(-1)  # [B, T, H]
+    error = torch.where(bad[..., None], 0.0, error)
+    power = exact.square().sum((1, 3)).clamp(min=1e-300)
+    position = (kv_len.long() - 1)[bad.to(torch.int8).argmax(1)]
+    figures = dict.fromkeys(_FIGURES, torch.full_like(power, torch.nan))
+    figures["relative_rms"] = (error.square().sum((1, 3)) / power).sqrt()
+    figures["gain"] = (error * exact).sum((1, 3)) / power
+    figures["nonfinite"] = bad.sum(1).double()
+    figures["position"] = position.double()
+    return figures
+
+
+def worst_rows(error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The rows [2] of the largest error of any window and head: relative to the row's own result, and to the
+    head's. A fault at one row in a hundred is no longer a matter of luck. error, exact [B, T, H, Dv]."""
+    size = torch.where(torch.isfinite(error), error, 0.0).norm(dim=-1)
+    due = exact.norm(dim=-1)
+    tiny = torch.finfo(torch.float64).tiny
+    of_row, of_head = size / due.clamp(min=tiny), size / due.amax(1, keepdim=True).clamp(min=tiny)
+    return torch.stack([share.amax((0, 2)).argmax() for share in (of_row, of_head)])
+
+
+def _some_rows(
+    figures: dict[str, torch.Tensor],
+    error: torch.Tensor,
+    budget: Budget,
+    kv_len: torch.Tensor,
+    bias: torch.Tensor,
+) -> None:
+    """Enter the figures of the rows that have a budget: the sampled ones, as many as `bias`, then the worst.
+
+    error [rows, B * H, Dv], as the budget of `_as_one_sequence` has it; kv_len [rows], bias [sampled].
+    """
+    exact, size, expected, vacuous = budget.out[0], budget.size[0], budget.expected[0], budget.vacuous[0]
+    bad = ~torch.isfinite(error).all(-1)
+    error = torch.where(bad[..., None], 0.0, error)
+    ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
+    relative = relative_error(error, size, expected)
+    worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio)
+    sampled = slice(0, len(bias))
+    square = torch.where(expected > 0, error / expected, 0.0)[sampled].square().mean(-1)
+    shared = (bias[:, None, None] * size[sampled] * exact[sampled].abs()).sum((0, 2))
+    found = {
+        "max_budget_ratio": ratio.amax(0),
+        "rms_ratio": square.mean(0).sqrt(),
+        "relative_max": torch.where(vacuous, relative, 0.0).amax(0),
+        "vacuous": vacuous[sampled].double().mean(0),
+        "gain_bias": shared / exact[sampled].square().sum((0, 2)).clamp(min=1e-300),
+        "position": (kv_len.double() - 1)[worst.argmax(0)],
+    }
+    windows = figures["nonfinite"].shape
+    # A NaN anywhere says more about where a bug is than the largest finite error.
+    seen = figures["position"], figures["nonfinite"] > 0
+    figures.update({name: x.view(windows) for name, x in found.items()})
+    figures["position"] = torch.where(seen[1], seen[0], figures["position"])
+
+
+def fault_of(errors: HeadErrors) -> str | None:
+    """The sentence that makes an arm `broken`, or None."""
+    where = Place(errors.window, errors.layer, errors.position, errors.head)
+    return fault_sentence(str(where), errors.nonfinite, errors.max_budget_ratio, errors.relative_max)
+
+
+def fault_sentence(where: str, nonfinite: int, budget_ratio: float, relative_max: float) -> str | None:
+    """What is wrong with a kernel's error, or None. relative_max: where the budget is vacuous."""
+    if nonfinite:
+        return f"NaN or Inf at {where}"
+    if budget_ratio > 1:
+        return f"error is {budget_ratio:.3g} times its rounding budget at {where}"
+    if relative_max > LARGEST_RELATIVE_ERROR:
+        return f"error is {relative_max:.1%} of sum p|v| at {where}, where no correct kernel exceeds 1/8"
+    return None

@@ -1,0 +1,1 @@
+"""The kernel diff report: one call at a time, over shapes, lengths and input families."""

@@ -1,0 +1,80 @@
+"""Probes in the kernel diff: every kernel on inputs whose right answer is known, at each shape and length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from verify.arms.attempt import Attempt, attempt
+from verify.diff.cells import Inputs, KernelEvidence, by_cache
+from verify.kernels.budget.bound import Budget, error_budgets
+from verify.kernels.call import AttentionOutput
+from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.judging.probes import Probe, judge, on_cache, probe_makers
+from verify.kernels.kernel import Kernel
+from verify.machine.stages import StageClock
+
+PROBES = "probes"
+# Failures of one probe that are kept: the first says what is wrong.
+MOST_FAILURES = 1
+
+
+class Probing(NamedTuple):
+    """One shape and length to probe, in the place of inputs."""
+
+    shape: str
+    n_kv: int
+    sizes: Sizes
+
+    @property
+    def inputs(self) -> Inputs:
+        """Stands for the probes in the report; its call is the smallest that there is."""
+        one = self.sizes.__class__(n_kv=(1,), spare=0, edges=())
+        return Inputs(self.shape, self.n_kv, PROBES, 0, draw("gaussian", one, 0))
+
+
+def probe_kernels(
+    kernels: Sequence[Kernel], probing: Probing, device: torch.device, clock: StageClock
+) -> list[KernelEvidence]:
+    """What each kernel's failed probes say; those that ask for an option a kernel lacks are left out."""
+    found = [KernelEvidence(kernel.spec, refused=True) for kernel in kernels]
+    for make in probe_makers(probing.sizes, device=device):
+        with clock.stage("probes made", probing.n_kv):
+            probe = make()
+        tried = []
+        for kernel in kernels:
+            with clock.stage(f"probes of {kernel.spec}", probing.n_kv):
+                tried.append(attempt(kernel, probe.call))
+        for evidence, each in zip(found, tried, strict=True):
+            evidence.refused &= each.unsupported
+        with clock.stage("probes judged", probing.n_kv):
+            for which in by_cache(kernels):
+                seen = on_cache(probe, kernels[which[0]].held(probe.call))
+                failures = _failures([kernels[i] for i in which], seen, [tried[i] for i in which])
+                for i, failed in zip(which, failures, strict=True):
+                    found[i].probes_failed += failed
+    return found
+
+
+def _failures(kernels: Sequence[Kernel], probe: Probe, tried: Sequence[Attempt]) -> list[list[str]]:
+    """What is wrong with each kernel's result. Kernels that round alike share a budget."""
+    call = probe.call
+    arithmetics = [kernel.arithmetic_of(call) for kernel in kernels]
+    budgets: Sequence[Budget | None] = [None] * len(kernels)
+    if probe.demand == "budget":
+        budgets = error_budgets(call, arithmetics)
+    failures = []
+    for kernel, each, arithmetic, budget in zip(kernels, tried, arithmetics, budgets, strict=True):
+        if each.output is None:
+            failures.append([] if each.unsupported else [f"probe {probe.name}: {each.failure}"])
+            continue
+        result = each.output
+        if not kernel.capabilities().lse:
+            # A kernel that returns no lse is not judged by it.
+            due = budget.lse if budget is not None else probe.lse
+            result = AttentionOutput(result.out, result.lse if due is None else due)
+        wrong = judge(probe, result, arithmetic, most=MOST_FAILURES, budget=budget)
+        failures.append([str(failure) for failure in wrong])
+    return failures

@@ -1,0 +1,171 @@
+"""The kernels' own error while text is generated: on the exact arm's q, k and v, at every step.
+
+Each step checks some of the layers, the next step others, so that all of them are checked again and again at
+a small part of the cost. An error beyond its budget is a bug; the ratio of two kernels' errors is what the
+verdict rests on where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, get_type_hints
+
+import pyarrow as pa
+import torch
+
+from verify.arms.arm import Arm, ArmRunner, Place, common_cache, kernel_call
+from verify.arms.attempt import attempt
+from verify.arms.own_error import fault_sentence, worst_rows
+from verify.kernels.budget.bound import budget_ratio, error_budget, relative_error
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.detectors import LARGEST_RELATIVE_ERROR
+from verify.model.runner import LayerCall
+
+LAYERS_A_STEP = 4
+PROMPT_ROWS = 8
+_SMALLEST_SQUARE = 1e-300
+
+
+class StepCheck(NamedTuple):
+    """One row of layers.parquet: a kernel at one step and layer, over all heads. Step -1 is the prompt.
+
+    square_error: squared distance to the exact output over the square of that. The others are of the error on
+    what the kernel's own cache holds: what a cache loses is distance, not a fault. max_budget_ratio: largest
+    |error| / budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head
+    where it is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst;
+    relative_rms, rms_ratio, gain, gain_bias: as in `verify.arms.own_error.HeadErrors`.
+    """
+
+    step: int
+    layer: int
+    arm: str
+    square_error: float
+    max_budget_ratio: float
+    relative_max: float
+    vacuous: float
+    nonfinite: int
+    n_kv: int
+    head: int
+    relative_rms: float = math.nan
+    rms_ratio: float = math.nan
+    gain: float = math.nan
+    gain_bias: float = math.nan
+
+    @property
+    def fault(self) -> str | None:
+        """The sentence that makes the arm `broken`, or None."""
+        at = "the prompt" if self.step < 0 else f"token {self.step + 1}"
+        where = f"{at}, layer {self.layer}, n_kv {self.n_kv}, head {self.head}"
+        return fault_sentence(where, self.nonfinite, self.max_budget_ratio, self.relative_max)
+
+
+_ARROW = {int: pa.int32(), float: pa.float64(), str: pa.string()}
+CHECK_SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(StepCheck).items()])
+
+
+class CheckedExact:
+    """The exact arm, as the stepper sees it: whenever it attends, the kernels are checked on its inputs."""
+
+    def __init__(self, exact: ArmRunner, arms: Sequence[Arm], layers: int) -> None:
+        self.exact, self.name = exact, exact.name
+        self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
+        self.stride = max(layers // LAYERS_A_STEP, 1)
+        self.step = -1
+        self.common_cache = common_cache(self.arms)
+        self.checks: list[StepCheck] = []
+
+    def attend(self, call: LayerCall) -> torch.Tensor | None:
+        out = self.exact.attend(call)
+        if (call.layer - self.step) % self.stride == 0:
+            path = self.arms[0].path if self.arms else "decode"
+            oracle = exact_attention(kernel_call(call, path), with_lse=False).out[0]
+            for arm in self.arms:
+                self._check(call, arm, oracle)
+        return out
+
+    def _check(self, call: LayerCall, arm: Arm, oracle: torch.Tensor) -> None:
+        """One kernel on all rows of a layer; budgets of some, and of those that err most.
+
+        oracle [T, H, Dv]: float64 attention on keys and values as they were given.
+        """
+        if arm.failed or arm.kernel is None:
+            return
+        whole = kernel_call(call, arm.path)
+        tried = attempt(arm.kernel, whole)
+        if tried.output is None:
+            arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
+            return
+        got = tried.output.out[0].double()  # [T, H, Dv]
+        distance = got - oracle
+        bad = ~torch.isfinite(distance).all(-1)
+        distance = torch.where(bad[..., None], 0.0, distance)
+        rows = _rows_to_check(distance, oracle, bad)
+        small = kernel_call(call, arm.path, rows)
+        held = arm.kernel.held(small)
+        arithmetic = arm.kernel.arithmetic_of(small)
+        budget = error_budget(held, arithmetic)
+        exact, bad_here = budget.out[0], bad[rows]
+        error = torch.where(bad_here[..., None], 0.0, got[rows] - exact)
+        vacuous = budget.vacuous[0]
+        ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
+        relative = relative_error(error, budget.size[0], budget.expected[0])
+        relative = torch.where(vacuous, relative, 0.0)
+        worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad_here * 1e9).argmax())
+        row, head = divmod(worst, error.shape[1])
+        if self.common_cache:
+            square, power = error.square().sum(), exact.square().sum()
+        else:
+            square, power = distance.square().sum(), oracle.square().sum()
+        expected = budget.expected[0]
+        aim = exact.square().sum().clamp(min=_SMALLEST_SQUARE)
+        shrinking = torch.tensor(
+            [arithmetic.shrinking(n) for n in small.kv_len[0].tolist()],
+            dtype=torch.float64,
+            device=got.device,
+        )
+        self.checks.append(
+            StepCheck(
+                self.step,
+                call.layer,
+                arm.name,
+                float(square / power.clamp(min=_SMALLEST_SQUARE)),
+                float(ratio.max()),
+                float(relative.max()),
+                float(vacuous.double().mean()),
+                int(bad.sum()),
+                int(small.kv_len[0, row]),
+                head,
+                relative_rms=float((error.square().sum() / aim).sqrt()),
+                rms_ratio=float(torch.where(expected > 0, error / expected, 0.0).square().mean().sqrt()),
+                gain=float((error * exact).sum() / aim),
+                gain_bias=float((shrinking[:, None, None] * budget.size[0] * exact.abs()).sum() / aim),
+            )
+        )
+
+    def table(self) -> pa.Table:
+        """All checks, as layers.parquet holds them."""
+        columns = list(zip(*self.checks, strict=True)) or [()] * len(CHECK_SCHEMA)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, CHECK_SCHEMA, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=CHECK_SCHEMA)
+
+
+def _rows_to_check(distance: torch.Tensor, oracle: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+    """Rows [n], ascending: some spread over the call, those that err most, and the first with NaN or Inf."""
+    count = distance.shape[0]
+    if count == 1:
+        return torch.zeros(1, dtype=torch.long, device=distance.device)
+    worst, first_bad = worst_rows(distance[None], oracle[None]), bad.any(-1).long().argmax()[None]
+    spread = torch.linspace(0, count - 1, min(count, PROMPT_ROWS), device=distance.device).long()
+    return torch.cat((spread, worst, first_bad)).unique()
+
+
+def log_squares(checks: Sequence[StepCheck], candidate: str, reference: str) -> list[float]:
+    """ln(square error of the candidate / of the reference) of each step, the mean over its layers."""
+    errors = {(c.step, c.layer, c.arm): max(c.square_error, _SMALLEST_SQUARE) for c in checks}
+    by_step: dict[int, list[float]] = {}
+    for (step, layer, arm), square in errors.items():
+        other = errors.get((step, layer, reference))
+        if arm == candidate and other is not None:
+            by_step.setdefault(step, []).append(math.log(square / other))
+    return [sum(values) / len(values) for values in by_step.values()]

@@ -1,0 +1,1 @@
+"""The machine: versions, devices, ranks, terminal, files, and errors of use."""

@@ -1,0 +1,1 @@
+"""Perplexity, paired: settings, arms side by side, groups of windows, the run's folder."""

@@ -1,0 +1,91 @@
+"""Drift: how far a pass lies from the exact arm after each layer, and at which positions.
+
+||x - x_exact|| / ||x_exact|| of the residual stream that enters a layer, over ranges of positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from verify.model.runner import LayerCall
+
+MOST_RANGES = 8
+# Squares of the difference and of the exact arm's own: by pass and layer, [ranges] each.
+Sums = dict[tuple[str, int], torch.Tensor]
+
+
+def position_edges(n_ctx: int, first: int = 0) -> list[int]:
+    """Bounds of up to MOST_RANGES equal ranges of the positions first .. n_ctx - 1."""
+    ranges = min(MOST_RANGES, n_ctx - first)
+    return [first + (n_ctx - first) * i // ranges for i in range(ranges + 1)]
+
+
+class Drift:
+    """Adds up squares as the passes call in; the exact arm must call first in each layer."""
+
+    def __init__(self, edges: Sequence[int], device: torch.device) -> None:
+        self.edges = list(edges)
+        self.sums: Sums = {}
+        first, positions = edges[0], torch.arange(edges[0], edges[-1], device=device)
+        bounds = torch.tensor(edges, device=device)
+        inside = (positions >= bounds[:-1, None]) & (positions < bounds[1:, None])
+        self._inside = inside.double()  # [ranges, T]
+        self._first = first
+        self._exact: torch.Tensor | None = None
+
+    def __call__(self, name: str, call: LayerCall, *, exact: bool = False) -> None:
+        """One layer of one pass. All passes enter the first layer alike: it is left out."""
+        if call.x is None or call.layer == 0:
+            return
+        if exact:
+            self._exact = call.x
+            return
+        assert self._exact is not None
+        squares = torch.stack([x.double().square().sum((0, -1)) for x in (call.x - self._exact, self._exact)])
+        found = squares @ self._inside.T  # [2, ranges]
+        key = name, call.layer
+        self.sums[key] = self.sums[key] + found if key in self.sums else found
+
+    def to_json(self) -> dict[str, Any]:
+        """What `join_drift` takes."""
+        return {
+            "edges": self.edges,
+            "sums": [[name, layer, x.tolist()] for (name, layer), x in self.sums.items()],
+        }
+
+
+def join_drift(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The drift of all groups of a run, as `run.json` has it."""
+    total: dict[str, dict[int, list[list[float]]]] = {}
+    for group in groups:
+        for name, layer, sums in group["sums"]:
+            layers = total.setdefault(name, {})
+            old = layers.get(layer)
+            layers[layer] = (
+                sums
+                if old is None
+                else [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(old, sums, strict=True)]
+            )
+    arms = [
+        {
+            "arm": name,
+            "layers": [
+                {
+                    "layer": layer,
+                    "relative": _root(sum(difference), sum(own)),
+                    "by_position": [_root(d, x) for d, x in zip(difference, own, strict=True)],
+                }
+                for layer, (difference, own) in sorted(layers.items())
+            ],
+        }
+        for name, layers in total.items()
+    ]
+    return {"edges": groups[0]["edges"] if groups else [], "arms": arms}
+
+
+def _root(difference: float, own: float) -> float:
+    return math.sqrt(difference / own) if own > 0 else 0.0

@@ -1,0 +1,420 @@
+"""`verify ppl`: from a model file and a text to a verdict, a group of windows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from verify.arms.arm import Arm, cache_note, void_reasons
+from verify.arms.model_facts import fingerprint, model_json, try_kernels
+from verify.arms.split_mode import build_shared_kernel, check_model, tensor_parallel_json
+from verify.data import Corpus, Windows, cut_windows, load_corpus, read_text_file
+from verify.diff.captured import capture_to, parse_layers
+from verify.judge.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
+from verify.kernels.call import AttentionPath
+from verify.kernels.kernel import Kernel
+from verify.kernels.registry import build_kernel
+from verify.machine import environment
+from verify.machine.devices import chosen_device
+from verify.machine.errors import UsageError
+from verify.machine.ranks import Ranks, local_device
+from verify.model.architectures import architecture_of
+from verify.model.architectures.architecture import Architecture
+from verify.model.gguf.file import GGUFFile
+from verify.model.locate import locate_model
+from verify.model.runner import COMPUTE_TYPES, Progress, Runner
+from verify.model.tokenizer import Tokenizer
+from verify.ppl.evidence import (
+    ArmSummary,
+    PairSummary,
+    Scores,
+    arm_json,
+    by_n_kv,
+    coverage_lines,
+    detectable_json,
+    in_place_json,
+    noise_json,
+    noise_notes,
+    pair_json,
+    power_json,
+    summarize_arm,
+    summarize_pair,
+    top1_changes,
+)
+from verify.ppl.frozen import carried
+from verify.ppl.grouping import Grouping, group_windows
+from verify.ppl.groups import GroupResult, join_groups
+from verify.ppl.noise_plans import noise_specs
+from verify.ppl.perplexity import running_perplexity
+from verify.ppl.planted import planted_faults
+from verify.ppl.referee import LogitsFiles, engine_findings
+from verify.ppl.rounds import Rounds
+from verify.ppl.runfolder import RunFolder
+from verify.ppl.sample import Sample
+from verify.ppl.settings import PplSettings
+
+SCHEMA = 2
+
+
+class Listener(Protocol):
+    """What a console shows of a run while it goes on."""
+
+    def notice(self, text: str) -> None: ...
+    def started(self, experiment: Experiment) -> None: ...
+    def progress(self, first: int, last: int, windows: int) -> Progress: ...
+    def windows_done(self, first: int, running: list[float]) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """All that a run found. verdict is None where the run is void."""
+
+    arms: list[ArmSummary]
+    pairs: list[PairSummary]
+    verdict: Verdict | None
+    reasons: list[str]
+    exit_code: int
+    run: dict[str, Any]
+    joined: GroupResult
+
+
+class Experiment:
+    """One run of `verify ppl`. What can be refused is refused here, before anything is computed."""
+
+    def __init__(self, settings: PplSettings, listener: Listener, ranks: Ranks | None = None) -> None:
+        self.settings, self.listener, self.ranks = settings, listener, ranks or Ranks()
+        # Seconds of the wall, from the start of the process, at which stages ended.
+        self.ended = {"loading": environment.process_seconds()}
+        self.device = chosen_device(settings.device)
+        if self.ranks.size > 1 and self.device.type == "cuda":
+            self.device = local_device()
+        path = locate_model(settings.model)
+        self.file = GGUFFile.open(path)
+        self.architecture: Architecture = architecture_of(self.file)
+        layers = self.architecture.sizes.layers
+        self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
+        check_model(self.architecture, settings.gpus)
+        self.arms = _build_arms(settings, self.architecture.sizes.ratio)
+        self.faults = planted_faults() if settings.power else []
+        self.prompt: Arm | None = None
+        if settings.score_last is not None:
+            self.prompt = Arm("prompt", "prompt", "exact", "prefill", build_kernel("exact"))
+        self._nll: list[np.ndarray] = []
+        self.sample = Sample(0)
+        self.grouping = Grouping(1, 0)
+        # Shapes of products that depend on where a row lies.
+        self._moved: list[tuple[int, ...]] = []
+        try:
+            # A long text is cut into tokens while the kernels are compiled.
+            with ThreadPoolExecutor(1) as beside:
+                text = beside.submit(_read_text, settings, self.file)
+                try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
+                self.corpus, self.tokenizer, ids = text.result()
+            if self.corpus.notice:
+                listener.notice(self.corpus.notice)
+            bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+            self.windows: Windows = cut_windows(ids, n_ctx=settings.n_ctx, chunks=settings.chunks, bos_id=bos)
+            if settings.score_last is not None:
+                self.windows = replace(self.windows, first_scored=settings.n_ctx - 1 - settings.score_last)
+            self.logits_files = LogitsFiles(
+                self.windows,
+                self.architecture.sizes.vocabulary,
+                against={arm.name: arm.spec for arm in self.arms if arm.role == "engine"},
+                save=settings.save_logits,
+            )
+        except BaseException:
+            self.close()
+            raise
+        if settings.n_ctx > self.architecture.sizes.context:
+            listener.notice(
+                f"-c {settings.n_ctx} is beyond the model's training context of"
+                f" {self.architecture.sizes.context}: perplexity will rise for that reason alone"
+            )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
+        notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
+        if (said := cache_note(self.arms)) is not None:
+            notes.add(said)
+        if self.settings.compute == "f64":
+            notes.add("everything but attention was computed in float64")
+        if len(self.sample) < self.windows.n_windows:
+            notes.add(
+                f"kernels were measured on {len(self.sample)} of {self.windows.n_windows} windows:"
+                " distance, casts frozen and floor are theirs"
+            )
+        if self._moved:
+            notes.add(
+                f"products of {len(self._moved)} shapes give a row other bits in another place here: results"
+                " may depend on the size of the groups"
+            )
+        return sorted(notes)
+
+    @property
+    def tensor_parallel(self) -> dict[str, Any] | None:
+        """How the layers are shared out; None where they are not."""
+        return tensor_parallel_json(self.architecture, self.settings.gpus)
+
+    def close(self) -> None:
+        for arm in self.arms:
+            if arm.kernel is not None:
+                arm.kernel.close()
+        if hasattr(self, "logits_files"):
+            self.logits_files.close()
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on with."""
+        return {
+            "model": fingerprint(self.file.paths),
+            "tokens": hashlib.sha256(np.ascontiguousarray(self.windows.tokens).tobytes()).hexdigest(),
+            "kernels": [_binary(arm.kernel) for arm in self.arms if arm.kernel],
+        }
+
+    def run(self, folder: RunFolder | None) -> Outcome | None:
+        """Run every group that the folder does not hold, and draw the conclusions.
+
+        Ranks other than 0 have no folder, and draw none. A KeyboardInterrupt passes through; finished groups
+        are in the folder then.
+        """
+        leads = self.ranks.leads
+        watch = capture_to(folder.path, self.captured) if self.captured and folder else None
+        runner = Runner(
+            self.architecture,
+            device=self.device,
+            attention_type=self.settings.cache_type,
+            share=self.ranks.share(),
+            compute=self.settings.compute,
+            gpus=self.settings.gpus,
+        )
+        grouping = min(self.ranks.everyones(self._grouping(runner)))
+        if self.logits_files and self.ranks.size > 1:
+            raise UsageError("--save-logits, --against: expected one process, logits are written in order")
+        self.sample = Sample(
+            self.windows.n_windows,
+            measured=self.settings.measured,
+            at_once=runner.tiling(self.settings.n_ctx, self.settings.score_last).windows,
+        )
+        self.ended["preparing"] = environment.process_seconds()
+        self.logits_files.begin(resume=bool(folder and folder.finished_groups()))
+        self.listener.started(self)
+        rounds = Rounds(
+            runner,
+            self.windows,
+            self.arms,
+            grouping,
+            folder=folder,
+            ranks=self.ranks,
+            seed=self.settings.seed,
+            capture=watch,
+            prompt=self.prompt,
+            faults={fault.name: fault.fault for fault in self.faults},
+            logits_files=self.logits_files or None,
+            measured=self.settings.measured,
+            checkpoint_seconds=60 * self.settings.checkpoint_minutes,
+        )
+        results = rounds.run(self)
+        runner.stream.close()
+        self.ended["groups"] = environment.process_seconds()
+        self.grouping = rounds.grouping
+        self._moved = [shape for shape, same in runner.products.checked.items() if not same]
+        return self._conclude(join_groups(results)) if leads else None
+
+    def notice(self, text: str) -> None:
+        self.listener.notice(text)
+
+    def progress(self, first: int, last: int, windows: int) -> Progress:
+        return self.listener.progress(first, last, windows)
+
+    def _grouping(self, runner: Runner) -> Grouping:
+        n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
+        return group_windows(
+            windows=self.windows.n_windows,
+            at_once=runner.tiling(n_ctx, self.settings.score_last).windows,
+            n_ctx=n_ctx,
+            state_bytes=(len(self.arms) + len(carried(self.arms)) + len(self.faults))
+            * n_ctx
+            * width
+            * COMPUTE_TYPES[self.settings.compute].itemsize,
+            model_bytes=sum(p.stat().st_size for p in self.file.paths),
+            memory=self.settings.memory,
+            device=self.device,
+        )
+
+    def taken_in(self, first: int, result: GroupResult) -> None:
+        """A finished group's findings, and its part of the running perplexity if all before it is there."""
+        for arm in self.arms:
+            # A failure of one rank's group is known here before all ranks are told.
+            if not arm.failed:
+                arm.findings = result.findings[arm.name]
+        baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
+        nll = Scores(result, self.windows.scored_per_window).column(baseline, "nll")
+        if first == sum(map(len, self._nll)) and len(nll):
+            self._nll.append(nll)
+            self.listener.windows_done(first, running_perplexity(np.concatenate(self._nll))[first:])
+
+    def _conclude(self, joined: GroupResult) -> Outcome:
+        settings = self.settings
+        for arm in self.arms:
+            arm.findings = joined.findings[arm.name]
+        scores = Scores(joined, self.windows.scored_per_window)
+        arms = [summarize_arm(arm, scores) for arm in self.arms]
+        by_name = {arm.name: arm for arm in self.arms}
+        floor = next((arm.name for arm in self.arms if arm.role == "floor"), None)
+        positions = self.windows.scored_positions
+        scored_n_kv = range(positions.start + 1, positions.stop + 1)
+        pairs = [
+            summarize_pair(
+                arm,
+                by_name[arm.reference or ""],
+                joined,
+                scores,
+                scored_n_kv=scored_n_kv,
+                floor=floor,
+                min_coverage=settings.min_coverage,
+                margin=settings.margin,
+            )
+            for arm in self.arms
+            if arm.role == "candidate"
+        ]
+        void = void_reasons(self.arms)
+        verdict = None if void else overall([pair.decision for pair in pairs])
+        reasons = void or _reasons(pairs, verdict)
+        exit_code = EXIT_VOID if verdict is None else EXIT_CODES[verdict]
+        baseline = next(arm for arm in self.arms if arm.role == "baseline")
+        engines = engine_findings(
+            self.logits_files,
+            {summary.arm.name: summary.kld_to_exact for summary in arms},
+            baseline.name,
+            [tensor.type_name for tensor in self.file.tensors.values()],
+        )
+        power = power_json(self.faults, pairs, baseline, joined, scores)
+        noise = noise_json(self.arms, pairs, joined, scores)
+        run = {
+            "schema": SCHEMA,
+            "command": "ppl",
+            "verdict": verdict or "void",
+            "exit_code": exit_code,
+            "reasons": reasons,
+            "notes": [*self.notes, *noise_notes(noise), *(engine["said"] for engine in engines)],
+            "engines": engines,
+            "settings": settings.to_json(),
+            "environment": environment.describe(str(self.device)),
+            "model": model_json(self.architecture),
+            "tensor_parallel": self.tensor_parallel,
+            "corpus": self._corpus_json(),
+            "arms": [arm_json(summary) for summary in arms],
+            "pairs": [pair_json(pair) for pair in pairs],
+            "coverage": coverage_lines([*self.arms, *([self.prompt] if self.prompt else [])], joined),
+            "in_place": [
+                found for arm in self.arms if (found := in_place_json(joined.layers, arm.name)) is not None
+            ],
+            "by_n_kv": [line for pair in pairs for line in by_n_kv(pair, scores, scored_n_kv, floor)],
+            "drift": joined.drift,
+            "top1_changes": top1_changes(joined.top1, self.windows, self.tokenizer),
+            "noise": noise,
+            "power": power,
+            "detectable": {pair.candidate.name: detectable_json(pair, joined, power) for pair in pairs},
+        }
+        self.ended["conclusions"] = environment.process_seconds()
+        run["speed"] = self._speed_json(joined)
+        return Outcome(arms, pairs, verdict, reasons, exit_code, run, joined)
+
+    def _corpus_json(self) -> dict[str, Any]:
+        corpus, windows = self.corpus, self.windows
+        return {
+            "name": corpus.name,
+            "source": corpus.source,
+            "bytes": corpus.n_bytes,
+            "sha256": corpus.sha256,
+            "notice": corpus.notice,
+            "tokens": windows.n_tokens_total,
+            "n_ctx": windows.n_ctx,
+            "windows": windows.n_windows,
+            "measured_windows": len(self.sample),
+            "scored_per_window": windows.scored_per_window,
+            "first_scored": windows.first_scored,
+        }
+
+    def _speed_json(self, joined: GroupResult) -> dict[str, Any]:
+        products = joined.seconds.get("products", 0.0)
+        return {
+            "seconds": joined.seconds,
+            "product_flop": joined.product_flop,
+            "product_flop_per_s": joined.product_flop / products if products else None,
+            "anonymous_bytes": joined.anonymous_bytes,
+            "group_windows": self.grouping.windows,
+            "stages_ended_at_s": self.ended,
+            "groups": joined.groups,
+            "read_bytes": joined.read_bytes.total(),
+        }
+
+
+def default_folder() -> Path:
+    return Path("runs") / f"ppl-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer, np.ndarray]:
+    """The text, the model's tokenizer, and the ids of the text's tokens."""
+    corpus = read_text_file(settings.file) if settings.file else load_corpus(settings.corpus)
+    tokenizer = Tokenizer.from_gguf(file)
+    return corpus, tokenizer, tokenizer.encode(corpus.text)
+
+
+def _build_arms(settings: PplSettings, ratio: int) -> list[Arm]:
+    """exact and floor once; baseline, control, every candidate and the noise arms on each path."""
+    noise: list[str] = []
+    if settings.noise:
+        noise = noise_specs(
+            settings.baseline, settings.noise, ratio=ratio, n_ctx=settings.n_ctx, seed=settings.seed
+        )
+    arms = [
+        Arm("exact", "exact", "exact", settings.paths[0]),
+        Arm("floor", "floor", "exact", settings.paths[0]),
+    ]
+
+    def add(name: str, spec: str, path: AttentionPath, role: Any, reference: str | None) -> None:
+        arms.append(Arm(name, role, spec, path, build_shared_kernel(spec, settings.gpus), reference))
+
+    try:
+        for path in settings.paths:
+            suffix = f"/{path}" if len(settings.paths) > 1 else ""
+            baseline = f"baseline{suffix}"
+            add(baseline, settings.baseline, path, "baseline", None)
+            add(f"control{suffix}", settings.baseline, path, "control", baseline)
+            for i, spec in enumerate(settings.candidates):
+                number = f"-{i + 1}" if len(settings.candidates) > 1 else ""
+                add(f"candidate{number}{suffix}", spec, path, "candidate", baseline)
+            for i, spec in enumerate(noise):
+                add(f"noise-{i + 1}{suffix}", spec, path, "noise", baseline)
+        for i, file in enumerate(settings.against):
+            number = f"-{i + 1}" if len(settings.against) > 1 else ""
+            arms.append(Arm(f"engine{number}", "engine", file, settings.paths[0]))
+    except BaseException:
+        for arm in arms:
+            if arm.kernel is not None:
+                arm.kernel.close()
+        raise
+    return arms
+
+
+def _binary(kernel: Kernel) -> str:
+    return f"{kernel.spec}@{getattr(kernel, 'binary', '')}"
+
+
+def _reasons(pairs: Sequence[PairSummary], verdict: Verdict | None) -> list[str]:
+    """Reasons of the pairs that have the run's verdict; the candidate is named where there are several."""
+    several = len(pairs) > 1
+    return [
+        f"{pair.candidate.spec} ({pair.candidate.path}): {reason}" if several else reason
+        for pair in pairs
+        if pair.decision.verdict == verdict
+        for reason in pair.decision.reasons
+    ]

@@ -1,0 +1,151 @@
+"""Logits files beside a run of our own: an arm's logits written, an engine's measured against `exact`.
+
+An engine's file is one more arm, of role `engine`: it is scored, never run. Both sides use one model file, so
+the quantised weights are the same numbers; between an engine and `exact` lie its attention kernel, its
+rounding of activations (engines round them to 8 bits beside quantised weights), its cache, or a fault.
+
+A file raises what it clips to the clip: at 16 nats that is up to 1e-7 for each of tens of thousands of
+tokens, and would itself be a divergence of 1e-3. Tokens that a record clips are therefore taken as exact has
+them. What is left is, to second order, sum (P ln(P/Q) - P + Q) over the tokens that the record holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from verify.data import Windows
+from verify.engines.divergence import check_tokens
+from verify.engines.logits_file import LogitsFile, LogitsWriter
+from verify.machine.errors import UsageError
+from verify.model.logits import LogitSlice
+
+PLAIN_TYPES = ("F32", "F16", "BF16")
+# A divergence of up to this many times our own kernel's is what any other order of sums may give.
+KERNEL_FACTOR = 4.0
+EXACT = "exact"
+
+
+class LogitsFiles:
+    """Files of one run: `against` by name of the engine's arm, and perhaps one to save exact's logits in.
+
+    Raises UsageError where a file is not of these windows and this vocabulary.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        vocabulary: int,
+        *,
+        against: Mapping[str, str],
+        save: str | None,
+    ) -> None:
+        self.windows, self.vocabulary, self.save = windows, vocabulary, save
+        self._writer: LogitsWriter | None = None
+        self.against: dict[str, LogitsFile] = {}
+        try:
+            for name, path in against.items():
+                self.against[name] = file = LogitsFile(path)
+                found = file.layout
+                expected = {"n_vocab": vocabulary, "n_ctx": windows.n_ctx, "n_chunk": windows.n_windows}
+                options = {"n_vocab": "the model", "n_ctx": "-c", "n_chunk": "--chunks"}
+                for field, value in expected.items():
+                    if getattr(found, field) != value:
+                        raise UsageError(
+                            f"--against {path}: {field} is {getattr(found, field)},"
+                            f" expected {value} as {options[field]} says"
+                        )
+                check_tokens(file, windows.text_tokens, "the text of this run")
+        except BaseException:
+            self.close()
+            raise
+
+    def __bool__(self) -> bool:
+        return bool(self.against) or self.save is not None
+
+    def begin(self, *, resume: bool) -> None:
+        """Make the file to save in, or go on with the one that a run cut off left. Raises UsageError."""
+        if self.save is not None:
+            self._writer = LogitsWriter(self.save, self.windows.text_tokens, self.vocabulary, resume=resume)
+
+    def pass_through(self, piece: LogitSlice, first_window: int) -> LogitSlice:
+        """Save exact's logits, and add the engines' own. The slice must hold the whole vocabulary."""
+        scored = self.windows.scored_per_window
+        first = first_window * scored + piece.rows.start
+        if self._writer is not None and EXACT in piece.logits:
+            mine = piece.logits[EXACT][: len(piece.rows)]
+            self._writer.write(first // scored, first % scored, mine.float().cpu().numpy())
+        tile, device = next((len(x), x.device) for x in piece.logits.values())
+        found = dict(piece.logits)
+        if self.against:
+            exact = torch.log_softmax(piece.logits[EXACT][: len(piece.rows)].double(), -1).float()
+        for name, file in self.against.items():
+            # Rows beyond the last only fill the tile.
+            rows = torch.zeros((tile, self.vocabulary), device=device)
+            records = file.read(first // scored, first % scored, len(piece.rows))
+            clipped = torch.from_numpy(records.codes == 0).to(device)
+            decoded = torch.from_numpy(records.log_probs()).to(device)
+            rows[: len(piece.rows)] = torch.where(clipped, exact, decoded)
+            found[name] = rows
+        return piece._replace(logits=found)
+
+    def close(self) -> None:
+        for file in self.against.values():
+            file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def engine_findings(
+    files: LogitsFiles, kld_of: Mapping[str, float], kernel: str, types: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What is said of each engine's file.
+
+    kld_of: arm -> mean KLD to exact; kernel: the arm of our own kernel; types: of the model's tensors.
+    resolution: what the rounding of the file's logarithms adds to a divergence whose rows are normalised
+    again (first-order terms cancel then): half the variance of an error uniform over one step, step^2 / 24.
+    """
+    found: list[dict[str, Any]] = []
+    for name, file in files.against.items():
+        steps = np.concatenate([block.scale.astype(np.float64) for block in file.blocks()])
+        floor = float((steps**2).mean()) / 24
+        found.append({"arm": name, "path": str(file.path), "kld": kld_of[name], "resolution": floor})
+    nearest = min((x["kld"] for x in found if math.isfinite(x["kld"])), default=math.nan)
+    for x in found:
+        x["cause"], x["said"] = _cause(x, kld_of[kernel], nearest, types)
+    return found
+
+
+def _cause(x: dict[str, Any], kernel: float, nearest: float, types: Sequence[str]) -> tuple[str, str]:
+    kld, floor = x["kld"], x["resolution"]
+    where = f"{x['arm']} ({x['path']}): KLD to exact {kld:.2g}"
+    if not math.isfinite(kld):
+        return "engine", f"{where}: NaN or Inf in its file"
+    if not math.isfinite(kernel):
+        return "not known", f"{where}; our own baseline failed, so there is nothing to hold it against"
+    limit = max(KERNEL_FACTOR * kernel, floor)
+    if kld <= limit:
+        return "kernel", (
+            f"{where}: no more than rounding in the attention kernel gives ({kernel:.2g} in our own) or the"
+            f" file's 16 bits hide ({floor:.2g})"
+        )
+    far = (
+        f"{where}, {kld / max(kernel, 1e-300):.0f} times what our own kernel's rounding gives ({kernel:.2g})"
+    )
+    quantised = sorted(set(types) - set(PLAIN_TYPES))
+    if nearest <= limit:
+        return "not the kernel", (
+            f"{far}; another file is as near as rounding allows, so what this run did differently"
+            " (quantised products, cache type, kernel) is the cause"
+        )
+    if quantised:
+        return "quantisation or engine", (
+            f"{far}: not the attention kernel's rounding. The weights are quantised ({', '.join(quantised)}),"
+            " the same numbers on both sides, but engines also round activations to 8 bits beside them:"
+            " a file of the engine on these weights in F32, as a second --against, tells that from a fault"
+        )
+    return "engine", f"{far}: the weights are not quantised, so the engine itself is the cause"

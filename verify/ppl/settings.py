@@ -1,0 +1,150 @@
+"""Settings of `verify ppl`: what the command line says, as one record that a run folder can hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from verify.data.corpora import DEFAULT_CORPUS
+from verify.judge.verdict import DEFAULT_MARGIN
+from verify.machine.errors import UsageError
+
+if TYPE_CHECKING:
+    # The command line is built from this module: commands that need no torch do not load it.
+    from verify.kernels.call import AttentionPath
+
+DEFAULT_BASELINE = "flash"
+DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
+DEFAULT_CHECKPOINT_MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class PplSettings:
+    """memory: bytes that hidden states of one group may take, None for a share of what is free.
+
+    noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at the
+    end of a window, None for the second half; measured_windows: see `verify.ppl.sample`, None for its
+    default, 0 for all; checkpoint_minutes: between two checkpoints of a group; gpus, split_mode: of the
+    engine that is reproduced, whatever devices this run has.
+    """
+
+    model: str | None = None
+    file: str | None = None
+    corpus: str = DEFAULT_CORPUS
+    n_ctx: int = 512
+    chunks: int = 4
+    path: str = "decode"
+    baseline: str = DEFAULT_BASELINE
+    candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)
+    cache_type: str = "f16"
+    device: str = "cpu"
+    memory: int | None = None
+    min_coverage: float = 0.0
+    margin: float = DEFAULT_MARGIN
+    seed: int = 0
+    capture: str | None = None
+    compute: str = "f32"
+    save_logits: str | None = None
+    against: tuple[str, ...] = ()
+    noise: int = 0
+    power: bool = False
+    score_last: int | None = None
+    measured_windows: int | None = None
+    checkpoint_minutes: float = DEFAULT_CHECKPOINT_MINUTES
+    split_mode: str = "layer"
+    gpus: int = 1
+
+    def __post_init__(self) -> None:
+        from verify.arms.split_mode import check_split_mode
+        from verify.kernels.call import PATHS
+        from verify.model.runner import ATTENTION_TYPES, COMPUTE_TYPES
+
+        if self.path not in (*PATHS, "both"):
+            raise UsageError(f"--path {self.path}: expected decode, prefill or both")
+        if self.cache_type not in ATTENTION_TYPES:
+            known = ", ".join(ATTENTION_TYPES)
+            raise UsageError(f"--cache-type {self.cache_type}: expected one of {known}")
+        if not 0 <= self.min_coverage <= 1:
+            raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
+        check_margin(self.margin)
+        if self.noise == 1 or self.noise < 0:
+            raise UsageError(f"--noise {self.noise}: expected 0 (none) or at least 2 arms")
+        if self.score_last is not None and not 1 <= self.score_last < self.n_ctx:
+            raise UsageError(
+                f"--score-last {self.score_last}: expected 1 to {self.n_ctx - 1} positions of windows of"
+                f" {self.n_ctx} tokens"
+            )
+        if self.score_last is not None and (self.save_logits or self.against):
+            raise UsageError(
+                "--score-last: a logits file holds the second half of every window, expected no --save-logits"
+                " or --against beside it"
+            )
+        if self.measured_windows is not None and self.measured_windows < 0:
+            raise UsageError(
+                f"--measured-windows {self.measured_windows}: expected a number of windows, or 0 for all"
+            )
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise UsageError(
+                f"--checkpoint-minutes {self.checkpoint_minutes:g}: expected 0 (after every layer) or more"
+            )
+        if self.compute not in COMPUTE_TYPES:
+            raise UsageError(f"--compute {self.compute}: expected one of {', '.join(COMPUTE_TYPES)}")
+        check_split_mode(self.split_mode, self.gpus)
+        if not self.candidates:
+            raise UsageError("--candidate: expected at least one")
+
+    @property
+    def paths(self) -> tuple[AttentionPath, ...]:
+        from verify.kernels.call import PATHS
+
+        return PATHS if self.path == "both" else tuple(p for p in PATHS if p == self.path)
+
+    @property
+    def measured(self) -> int:
+        """Windows on which kernels are measured, 0 for all."""
+        from verify.ppl.sample import default_measured
+
+        return default_measured(self.n_ctx) if self.measured_windows is None else self.measured_windows
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> PplSettings:
+        """Raises UsageError that names the field where they are not those of a run."""
+        kinds = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls) if f.name in stored):
+            value = stored[name]
+            if kinds[name] == tuple[str, ...]:
+                if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+                    raise UsageError(f"{name}: expected a list of texts, got {value!r}")
+                given[name] = tuple(value)
+                continue
+            kind = kinds[name] | int if kinds[name] is float else kinds[name]
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                called = getattr(kinds[name], "__name__", None) or str(kinds[name])
+                raise UsageError(f"{name}: expected {called}, got {value!r}")
+            given[name] = value
+        if "candidates" not in given:
+            raise UsageError("candidates: expected a list of texts, got none")
+        return cls(**given)
+
+
+def check_margin(margin: float) -> None:
+    if not 1 < margin < math.inf:
+        raise UsageError(f"--margin {margin:g}: expected a ratio above 1")
+
+
+def parse_size(text: str) -> int:
+    """`8G`, `512M`, `2048K` or plain bytes. Raises UsageError."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in units else (text, "")
+    try:
+        size = float(number) * units.get(unit, 1)
+    except ValueError:
+        size = 0
+    if not 1 <= size < math.inf:
+        raise UsageError(f"--memory {text}: expected a size such as 8G or 512M")
+    return int(size)
