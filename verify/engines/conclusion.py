@@ -61,17 +61,26 @@ class Token(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two files: everything that is said about them. None where a record is not a number."""
+    """Two files: everything that is said about them. None and empty where a record is not a number."""
 
     decision: Decision
-    table: Table | None
-    resolution: Resolution | None
-    dnll: Interval | None
-    kld: Interval | None
-    windows: list[tuple[float, float]]
-    by_margin: list[Class]
-    by_position: list[Class]
-    worst: list[Token]
+    # What llama-perplexity prints.
+    table: Table | None = None
+    # What 16 bits leave unseen.
+    resolution: Resolution | None = None
+    # Intervals of ln PPL(Q)/PPL(base) and of the mean divergence.
+    dnll: Interval | None = None
+    kld: Interval | None = None
+    # ln PPL(Q)/PPL(base) and mean divergence, a window.
+    windows: Sequence[tuple[float, float]] = ()
+    # Tokens by the base's margin, and by their visible keys.
+    by_margin: Sequence[Class] = ()
+    by_position: Sequence[Class] = ()
+    # The largest divergences.
+    worst: Sequence[Token] = ()
+    # The narrower clip where the files' are unlike, and tokens that came and lie at it in either file.
+    clip: float | None = None
+    at_clip: int = 0
 
 
 def compare(pair: PairScores, *, first_scored: int, max_kld: float | None = None) -> Comparison:
@@ -83,21 +92,31 @@ def compare(pair: PairScores, *, first_scored: int, max_kld: float | None = None
                 f"{name}: {int((~scores.finite).sum())} of {scores.finite.size} records hold NaN or Inf,"
                 f" first in window {window + 1} at position {first_scored + index}"
             )
-            return Comparison(Decision("broken", [reason]), None, None, None, None, [], [], [], [])
+            return Comparison(Decision("broken", [reason]))
+    pair = pair.on_what_both_hold
     difference = pair.other.nll - pair.base.nll
     dnll, kld = window_interval(difference), window_interval(pair.kld)
     resolution = resolution_of(pair)
     return Comparison(
-        _decide(pair, dnll, kld, resolution, max_kld),
-        table_of(pair),
-        resolution,
-        dnll,
-        kld,
-        [(float(a), float(b)) for a, b in zip(difference.mean(1), pair.kld.mean(1), strict=True)],
-        by_margin(pair, difference),
-        by_position(pair, difference, first_scored),
-        worst_tokens(pair, first_scored),
+        decision=_decide(pair, dnll, kld, resolution, max_kld),
+        table=table_of(pair),
+        resolution=resolution,
+        dnll=dnll,
+        kld=kld,
+        windows=[(float(a), float(b)) for a, b in zip(difference.mean(1), pair.kld.mean(1), strict=True)],
+        by_margin=by_margin(pair, difference),
+        by_position=by_position(pair, difference, first_scored),
+        worst=worst_tokens(pair, first_scored),
+        clip=pair.clip,
+        at_clip=int((pair.base.clipped | pair.other.clipped).sum()),
     )
+
+
+def bounds_text(kld: Interval) -> str:
+    """The interval of a mean divergence. None is below zero, so a negative lower end is no bound."""
+    if kld.low <= 0:
+        return f"99.9 %: at most {kld.high:.3g}"
+    return f"99.9 % interval {kld.low:.3g} to {kld.high:.3g}"
 
 
 def resolution_of(pair: PairScores) -> Resolution:
@@ -188,7 +207,9 @@ def comparison_json(path: str, c: Comparison) -> dict[str, Any]:
         else None,
         "resolution": c.resolution._asdict() if c.resolution else None,
         "dlnppl": c.dnll._asdict() if c.dnll else None,
-        "kld": c.kld._asdict() if c.kld else None,
+        "kld": {**c.kld._asdict(), "low": c.kld.low if c.kld.low > 0 else None} if c.kld else None,
+        "common_clip": c.clip,
+        "targets_at_common_clip": c.at_clip if c.clip is not None else None,
         "windows": [{"dlnppl": a, "kld_mean": b} for a, b in c.windows],
         "by_margin": classes(c.by_margin),
         "by_position": classes(c.by_position),
@@ -209,14 +230,16 @@ def _decide(
 ) -> Decision:
     if pair.same.all():
         return Decision("identical", [f"all {pair.same.size} records are equal to the bit"])
-    divergence = f"mean KLD {kld.mean:.3g} (99.9 % interval {kld.low:.3g} to {kld.high:.3g})"
+    divergence = f"mean KLD {kld.mean:.3g} ({bounds_text(kld)})"
     if max_kld is not None:
         said = f"{divergence}, --max-kld {max_kld:g}"
         return Decision("round-off" if kld.mean <= max_kld else "degraded", [said])
     moved = f"ln PPL moved by {dnll.mean:+.3g} (99.9 % interval {dnll.low:+.3g} to {dnll.high:+.3g})"
-    if dnll.low > 0:
+    # A shift that 16 bits could make is none, however steady.
+    shifted = abs(dnll.mean) > resolution.mean_nll
+    if shifted and dnll.low > 0:
         return Decision("degraded", [f"{moved}: the text is predicted worse", divergence])
-    if dnll.high < 0:
+    if shifted and dnll.high < 0:
         return Decision("improved", [f"{moved}: the text is predicted better", divergence])
     if abs(kld.mean) <= resolution.mean_kld:
         return Decision(

@@ -34,32 +34,51 @@ Progress = Callable[[int, int], None]
 
 
 class FileScores(NamedTuple):
-    """One file's own columns, arrays [windows, scored].
+    """One file's own columns, arrays [windows, scored]."""
 
-    nll: of the token that came; top1: the most likely token; margin: its distance in nats to the second;
-    step: of the record's codes, in nats; clipped: the token that came lies at the bottom of a clipped record,
-    its nll is a lower bound; finite: scale and offset are numbers; squares: sum of p^2 (base of a pair).
-    """
-
+    # Of the token that came.
     nll: np.ndarray
+    # The most likely token.
     top1: np.ndarray
+    # Its logarithm of probability.
+    largest: np.ndarray
+    # Its distance in nats to the second.
     margin: np.ndarray
+    # Of the record's codes, in nats.
     step: np.ndarray
+    # The token that came lies at the bottom of a clipped record: its nll is a lower bound.
     clipped: np.ndarray
+    # Scale and offset are numbers.
     finite: np.ndarray
+    # Sum of p^2 (of a pair's base; NaN elsewhere).
     squares: np.ndarray
+
+    def clipped_at(self, width: float) -> FileScores:
+        """These columns as a file would hold them that was clipped `width` nats below the largest."""
+        most = width - self.largest
+        at_clip = self.nll >= most - self.step
+        return self._replace(nll=np.minimum(self.nll, most), clipped=self.clipped | at_clip)
 
 
 class PairScores(NamedTuple):
     """Another file against the base, arrays [windows, scored]. kld is NaN where a record is not finite.
 
-    same: the two records are equal to the bit.
+    same: the two records are equal to the bit; clip: the narrower of two unlike clips, which kld is taken
+    under, or None.
     """
 
     base: FileScores
     other: FileScores
     kld: np.ndarray
     same: np.ndarray
+    clip: float | None = None
+
+    @property
+    def on_what_both_hold(self) -> PairScores:
+        """The pair with both files clipped alike (see the module's text)."""
+        if self.clip is None:
+            return self
+        return self._replace(base=self.base.clipped_at(self.clip), other=self.other.clipped_at(self.clip))
 
     @property
     def nll_floor(self) -> np.ndarray:
@@ -100,20 +119,33 @@ def score_file(file: LogitsFile, progress: Progress | None = None) -> FileScores
 
 def score_pair(base: LogitsFile, other: LogitsFile, progress: Progress | None = None) -> PairScores:
     """Columns of two files of the same text (see `check_same_text`)."""
-    found, more, kld, same = _score(base, other, progress)
+    clip = common_clip(base, other)
+    found, more, kld, same = _score(base, other, progress, clip)
     assert more is not None
-    return PairScores(found, more, kld, same)
+    return PairScores(found, more, kld, same, clip)
+
+
+def common_clip(base: LogitsFile, other: LogitsFile) -> float | None:
+    """The narrower clip where one file holds less than the other; None where they hold as much."""
+    spans = [file.widest_span() for file in (base, other)]
+    widths = [w for span in spans if (w := _width_of(span)) is not None]
+    narrow = min(widths, default=None)
+    if narrow is None or max(spans) <= narrow * (1 + CLIP_TOLERANCE):
+        return None
+    return narrow
 
 
 def clip_width(scores: FileScores) -> float | None:
     """The clip width that the file was written with, 24 or 16; None where no record reached one."""
-    span = scores.step * LARGEST_CODE
-    widest = float(np.nanmax(span, initial=0.0))
-    return next((w for w in CLIP_WIDTHS.values() if abs(widest - w) <= CLIP_TOLERANCE * w), None)
+    return _width_of(float(np.nanmax(scores.step * LARGEST_CODE, initial=0.0)))
+
+
+def _width_of(span: float) -> float | None:
+    return next((w for w in CLIP_WIDTHS.values() if abs(span - w) <= CLIP_TOLERANCE * w), None)
 
 
 def _score(
-    base: LogitsFile, other: LogitsFile | None, progress: Progress | None
+    base: LogitsFile, other: LogitsFile | None, progress: Progress | None, clip: float | None = None
 ) -> tuple[FileScores, FileScores | None, np.ndarray, np.ndarray]:
     shape = (base.layout.n_chunk, base.layout.scored)
     found = _empty(shape)
@@ -130,14 +162,13 @@ def _score(
             if more is not None and theirs is not None:
                 _own_columns(more, theirs, targets, at)
             rows = np.array_split(np.arange(len(block.scale)), threads)
-            for part in pool.map(lambda mine: _rows(block, theirs, mine), rows):  # noqa: B023
+            for part in pool.map(lambda mine: _rows(block, theirs, mine, clip), rows):  # noqa: B023
                 for i, top1, second, squares, top1_theirs, second_theirs, divergence, equal in part:
                     place = block.window, block.row + i
-                    found.top1[place], found.squares[place] = top1, squares
-                    found.margin[place] = second * found.step[place]
-                    if more is not None:
-                        more.top1[place] = top1_theirs
-                        more.margin[place] = second_theirs * more.step[place]
+                    found.squares[place] = squares
+                    _top_columns(found, block, place, i, top1, second)
+                    if more is not None and theirs is not None:
+                        _top_columns(more, theirs, place, i, top1_theirs, second_theirs)
                         kld[place], same[place] = divergence, equal
             done += len(block.scale)
             if progress:
@@ -147,14 +178,23 @@ def _score(
 
 def _empty(shape: tuple[int, int]) -> FileScores:
     return FileScores(
-        np.zeros(shape),
-        np.zeros(shape, np.int32),
-        np.zeros(shape),
-        np.zeros(shape),
-        np.zeros(shape, bool),
-        np.zeros(shape, bool),
-        np.full(shape, np.nan),
+        nll=np.zeros(shape),
+        top1=np.zeros(shape, np.int32),
+        largest=np.zeros(shape),
+        margin=np.zeros(shape),
+        step=np.zeros(shape),
+        clipped=np.zeros(shape, bool),
+        finite=np.zeros(shape, bool),
+        squares=np.full(shape, np.nan),
     )
+
+
+def _top_columns(
+    found: FileScores, block: Records, place: tuple[int, int], row: int, top1: int, second: int
+) -> None:
+    found.top1[place] = top1
+    found.largest[place] = block.scale[row] * block.codes[row, top1] + block.low[row]
+    found.margin[place] = second * found.step[place]
 
 
 def _own_columns(found: FileScores, block: Records, targets: np.ndarray, at: tuple[int, slice]) -> None:
@@ -170,7 +210,7 @@ def _own_columns(found: FileScores, block: Records, targets: np.ndarray, at: tup
 
 
 def _rows(
-    block: Records, theirs: Records | None, rows: np.ndarray
+    block: Records, theirs: Records | None, rows: np.ndarray, clip: float | None
 ) -> list[tuple[int, int, int, float, int, int, float, bool]]:
     """(row, top1, codes to the second, sum p^2, and the other's top1, codes to its second, KLD, equal)."""
     found = []
@@ -196,6 +236,12 @@ def _rows(
             moved *= np.float32(s - t)
             difference += moved
             difference += np.float32(low - other_low)
+            if clip is not None:
+                # ln p less the least ln q that both files hold.
+                np.copyto(moved, a)
+                moved *= np.float32(s)
+                moved += np.float32(low - (t * float(b.max()) + other_low - clip))
+                np.minimum(difference, moved, out=difference)
             divergence = float(np.dot(p, difference))
         equal = s == t and low == other_low and bool(np.array_equal(a, b))
         found.append((int(i), *_top(a), squares, *_top(b), divergence, equal))

@@ -158,6 +158,16 @@ class LogitsFile:
             for index in range(0, self.layout.scored, rows):
                 yield self.read(window, index, min(rows, self.layout.scored - index))
 
+    def widest_span(self) -> float:
+        """Nats that the widest record spans, from the records' heads alone; 0 where none is a number.
+
+        A writer's clip shows as this: no record spans more.
+        """
+        records = np.memmap(self.path, np.uint8, "r", self.layout.records_at)
+        scales = records.reshape(-1, self.layout.record_bytes)[:, :4].copy().view("<f4")[:, 0]
+        finite = scales[np.isfinite(scales)]
+        return float(finite.max(initial=0.0)) * LARGEST_CODE
+
     @property
     def rows_a_block(self) -> int:
         return max(BLOCK_BYTES // self.layout.record_bytes, 1)

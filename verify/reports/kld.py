@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TextIO
 
-from verify.engines.conclusion import Class, Comparison
+from verify.engines.closing_table import HEADER, ClosingRow, cells
+from verify.engines.conclusion import Class, Comparison, bounds_text
 from verify.engines.divergence import FileScores, clip_width
 from verify.engines.kld_table import table_lines
 from verify.engines.logits_file import CLIP_WIDTHS, Layout
@@ -54,10 +55,15 @@ def print_comparison(c: Comparison, to: TextIO) -> None:
             f"  {r.negative} of {sum(x.tokens for x in c.by_position)} tokens have a negative KLD,"
             " which no true one is: rounding.\n"
             f"Mean ln(PPL(Q)/PPL(base)) {c.dnll.mean:+.3g}, paired 99.9 % interval {c.dnll.low:+.3g} to"
-            f" {c.dnll.high:+.3g}; mean KLD {c.kld.mean:.3g}, {c.kld.low:.3g} to {c.kld.high:.3g}"
-            f" (about {c.dnll.scope}).",
+            f" {c.dnll.high:+.3g}; mean KLD {c.kld.mean:.3g}, {bounds_text(c.kld)} (about {c.dnll.scope}).",
             file=to,
         )
+        if c.clip is not None:
+            print(
+                f"The files are clipped unlike: both are compared as if clipped {c.clip:g} nats below the"
+                f" largest, the narrower; {c.at_clip} tokens that came lie there, and count alike.",
+                file=to,
+            )
         shown = c.windows[:MOST_WINDOWS]
         rows = [[str(w + 1), f"{dnll:+.3e}", f"{kld:.3e}"] for w, (dnll, kld) in enumerate(shown)]
         print_table(("window", "ln PPL(Q)/PPL(base)", "mean KLD"), rows, to)
@@ -72,6 +78,12 @@ def print_comparison(c: Comparison, to: TextIO) -> None:
                 file=to,
             )
     print(f"verdict: {c.decision.verdict}: {'; '.join(c.decision.reasons)}", file=to)
+
+
+def print_closing_table(rows: Sequence[ClosingRow], to: TextIO) -> None:
+    """A row a file, as they are published."""
+    print(file=to)
+    print_table(HEADER, [cells(row) for row in rows], to)
 
 
 def _print_classes(what: str, found: Sequence[Class], to: TextIO) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from support.cli import assert_refused, verify
 from support.logits_files import decode, write_file
+from verify.engines.closing_table import percentile_estimate
 from verify.engines.divergence import FileScores, PairScores, score_pair
 from verify.engines.kld_table import table_lines, table_of
 from verify.engines.logits_file import LogitsFile, LogitsWriter
@@ -22,7 +24,9 @@ def made(nll: list[float], base: list[float], kld: list[float], top1: list[int])
     def scores(values: list[float], top: list[int]) -> FileScores:
         n = np.array([values])
         flags = np.zeros(n.shape, bool)
-        return FileScores(n, np.array([top]), n, n, flags, ~flags, n)
+        return FileScores(
+            nll=n, top1=np.array([top]), largest=n, margin=n, step=n, clipped=flags, finite=~flags, squares=n
+        )
 
     same = np.zeros((1, len(nll)), bool)
     return PairScores(scores(base, [0] * len(nll)), scores(nll, top1), np.array([kld]), same)
@@ -201,6 +205,102 @@ def test_other_tokens_and_vocabularies_show_the_first_difference(tmp_path: Path)
         "1 of 48 tokens differ",
     )
     assert_refused(verify("kld", str(base), "--max-kld", "-1"), "--max-kld -1")
+
+
+def unlike_clips(folder: Path) -> tuple[str, str, int]:
+    """The same logits written with either clip, and how many tokens that came lie 16 nats down or more.
+
+    One token in nine of the text lies far below either clip.
+    """
+    rng = np.random.default_rng(5)
+    n_vocab, windows, n_ctx = 120, 8, 64
+    scored = n_ctx - 1 - n_ctx // 2
+    tokens = rng.integers(1, n_vocab, (windows, n_ctx)).astype(np.int32)
+    logits = rng.normal(0, 3, (windows, scored, n_vocab)).astype(np.float32)
+    # Token 0 lies 30 nats below: either clip raises it.
+    logits[..., 0] = logits.max(-1) - 30
+    came = tokens[:, n_ctx // 2 + 1 :]
+    came[:, ::9] = 0
+    for name, clip in (("ik", 24.0), ("main", 16.0)):
+        with LogitsWriter(folder / f"{name}.kld", tokens, n_vocab, clip=clip) as writer:
+            for window in range(windows):
+                writer.write(window, 0, logits[window])
+    chosen = np.take_along_axis(logits, came[..., None].astype(np.int64), 2)[..., 0]
+    below = int((logits.max(-1) - chosen > 16).sum())
+    return str(folder / "ik.kld"), str(folder / "main.kld"), below
+
+
+def test_the_same_logits_under_two_clips_are_round_off_either_way_round(tmp_path: Path) -> None:
+    ik, main, below = unlike_clips(tmp_path)
+    assert below >= 8 * 4
+    ppl = [run(path)[1]["closing_table"][0]["ppl"]["value"] for path in (ik, main)]
+    assert ppl[0] > 1.5 * ppl[1], "each file alone says something else"
+    for pair in ((ik, main), (main, ik)):
+        code, found, said = run(*pair)
+        assert (code, found["verdict"]) == (0, "round-off"), found["reasons"]
+        (one,) = found["pairs"]
+        assert (one["common_clip"], one["targets_at_common_clip"]) == (16, below)
+        assert abs(one["table"]["kld"]["value"]) < one["resolution"]["mean_kld"] < 1e-4
+        assert abs(one["dlnppl"]["mean"]) < 1e-4
+        assert "compared as if clipped 16 nats below the largest" in said
+        # Of two equal distributions one mean is negative at most by rounding: no lower bound at all.
+        assert one["kld"]["low"] is None
+        assert "at most" in found["reasons"][0]
+    assert run(ik, ik)[1]["pairs"][0]["common_clip"] is None
+
+
+def test_a_real_difference_is_seen_under_unlike_clips(tmp_path: Path) -> None:
+    ik, *_ = unlike_clips(tmp_path)
+    with LogitsFile(ik) as file:
+        tokens = file.tokens
+        logits = [file.read(w, 0, file.layout.scored).log_probs() for w in range(file.layout.n_chunk)]
+    with LogitsWriter(tmp_path / "worse.kld", tokens, 120, clip=16.0) as writer:
+        for window, rows in enumerate(logits):
+            rows[np.arange(len(rows)), tokens[window, 33:]] -= 0.3
+            writer.write(window, 0, rows)
+    code, found, _ = run(ik, str(tmp_path / "worse.kld"))
+    assert (code, found["verdict"], found["pairs"][0]["common_clip"]) == (1, "degraded", 16)
+
+
+def test_several_files_end_in_the_table_that_is_published(tmp_path: Path) -> None:
+    for name, noise in (("base", 0.0), ("q8|0", 0.02), ("q4_0", 0.2)):
+        write_file(tmp_path / f"{name}.kld", noise=noise, n_ctx=64, n_chunk=9)
+    models = [tmp_path / f"model-{x}.gguf" for x in ("F16", "Q8|0", "Q4_0")]
+    for model, size in zip(models, (3_000_000, 2_000_000, 1_000_000), strict=True):
+        model.write_bytes(bytes(size))
+    files = [str(tmp_path / f"{x}.kld") for x in ("base", "q8|0", "q4_0")]
+    markdown, csv_path = tmp_path / "table.md", tmp_path / "table.csv"
+    given = [x for model in models for x in ("-m", str(model))]
+    more = ("--markdown", str(markdown), "--csv", str(csv_path))
+    _, found, said = run(*files, *given, *more)
+    head, rule, *rows = markdown.read_text().splitlines()
+    assert head.startswith("| file | size | PPL | ln PPL(Q)/PPL(base) | mean KLD | 99.9 % KLD")
+    assert all(line.count("|") == 9 for line in (head, rule, *rows))
+    assert rows[1].startswith("| model-Q8&#124;0.gguf | 0.00 GB | ")
+    records = list(csv.DictReader(csv_path.open()))
+    assert [r["file"] for r in records] == [m.name for m in models]
+    assert [int(r["bytes"]) for r in records] == [3_000_000, 2_000_000, 1_000_000]
+    assert records[0]["kld_mean"] == ""
+    q8, q4 = found["pairs"]
+    for record, pair in zip(records[1:], (q8, q4), strict=True):
+        assert float(record["kld_mean"]) == pair["table"]["kld"]["value"]
+        assert float(record["kld_999"]) == pair["table"]["kld_percentiles"]["0.999"]
+        assert float(record["ln_ppl_ratio_error"]) == pair["table"]["ln_ratio"]["error"] > 0
+    assert float(records[2]["kld_mean"]) > 20 * float(records[1]["kld_mean"])
+    assert "99.9 % KLD" in said and "Q8|0" in said
+    assert_refused(verify("kld", *files, "-m", str(models[0])), "-m: 1 models, expected one for each of 3")
+    assert_refused(verify("kld", files[0], "-m", "none.gguf"), "-m none.gguf: no such file")
+    assert_refused(verify("kld", files[0], "--csv", str(tmp_path)), "--csv", "is a folder")
+
+
+def test_the_error_of_a_percentile_covers_it() -> None:
+    rng = np.random.default_rng(0)
+    truth = -math.log(0.05)
+    z = []
+    for _ in range(400):
+        e = percentile_estimate(rng.exponential(1, 2000), 0.95)
+        z.append((e.value - truth) / e.error)
+    assert 0.85 < np.std(z) < 1.2
 
 
 def test_torch_is_not_loaded(tmp_path: Path) -> None:
