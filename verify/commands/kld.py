@@ -82,10 +82,8 @@ def compare_files(
     from verify.reports.tables import progress_of
 
     files, pairs, decisions, rows = [], [], [], []
-    names = [
-        named(*x)
-        for x in zip([base_path, *other_paths], models or [None] * (1 + len(other_paths)), strict=True)
-    ]
+    sized: list[str | None] = [*models] if models else [None] * (1 + len(other_paths))
+    names = [named(*x) for x in zip([base_path, *other_paths], sized, strict=True)]
     with LogitsFile(base_path) as base:
         # Every file is looked at before the first is read through.
         for path in other_paths:
