@@ -3,59 +3,67 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
-from verify.machine.environment import prepare_variables
-
-# Before torch is loaded: its libraries read these when they start.
-prepare_variables()
+from verify.machine.exits import EXIT_INTERRUPTED, EXIT_USAGE, EXIT_VOID
 
 
 def main() -> None:
     """Entry point of the console script."""
+    # An option of every command, for whoever follows up an internal error.
+    debug = "--debug" in sys.argv
+    try:
+        code = _answer([word for word in sys.argv[1:] if word != "--debug"])
+    except KeyboardInterrupt:
+        print("verify: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        # A broken installation ends here too: whatever is wrong, it is no verdict on a kernel.
+        if debug:
+            traceback.print_exc()
+        broken = "broken installation" if isinstance(error, ImportError) else "internal error"
+        said = f"{broken}, nothing was measured: {type(error).__name__}: {error}"
+        code = _refuse(f"{said} (--debug shows where)", EXIT_VOID)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _answer(arguments: list[str]) -> int | None:
+    """Run the command that the arguments name; its exit code. What was no fault of ours is said in a line."""
+    from verify.machine.environment import prepare_variables
+
+    # Before torch is loaded: its libraries read these when they start.
+    prepare_variables()
     import typer
 
     from verify.commands import app
-    from verify.judge.verdict import EXIT_INTERRUPTED, EXIT_VOID
     from verify.machine.errors import INPUT_ERRORS
     from verify.machine.terminal import outlast_readers, unwritten
 
-    # An option of every command, for whoever follows up an internal error.
-    debug = "--debug" in sys.argv
     outlast_readers()
-    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         code = app(args=arguments, standalone_mode=False)
     except INPUT_ERRORS as error:
         code = _refuse(str(error))
     except typer.Exit as stop:
         code = stop.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("verify: interrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except Exception as error:
         # The command line's own usage errors; typer may carry its click inside, so the class is not named.
         if hasattr(error, "format_message"):
             code = _refuse(error.format_message())
-        elif debug:
-            raise
-        elif isinstance(error, OSError) and error.filename is not None:
+        elif isinstance(error, OSError) and error.filename is not None and "--debug" not in sys.argv:
             code = _refuse(f"{error.filename}: {error.strerror or error}")
         else:
-            said = f"{type(error).__name__}: {error}"
-            print(
-                f"verify: internal error, nothing was measured: {said} (--debug shows where)", file=sys.stderr
-            )
-            code = EXIT_VOID
+            raise
     if (lost := unwritten()) is not None:
         code = _refuse(f"standard output: {lost.strerror}; what a command keeps in a folder is kept")
-    sys.exit(code if isinstance(code, int) else 0)
+    return code
 
 
-def _refuse(message: str) -> int:
-    from verify.judge.verdict import EXIT_USAGE
-
+def _refuse(message: str, code: int = EXIT_USAGE) -> int:
     print(f"verify: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_USAGE
+    return code
 
 
 if __name__ == "__main__":

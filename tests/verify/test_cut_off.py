@@ -18,8 +18,8 @@ import torch
 from support import ppl_runs
 from support.cli import assert_refused, verify, verify_apart
 from support.ppl_runs import Tiny, write_tiny
-from verify.judge.verdict import EXIT_INTERRUPTED
 from verify.machine.errors import UsageError
+from verify.machine.exits import EXIT_INTERRUPTED
 from verify.model.runner import Runner
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
 from verify.reports import writing

@@ -1,44 +1,106 @@
-"""One module a command; `app` holds them all."""
+"""One module a command; `app` holds them all, and loads the one that was typed.
+
+So a module of a command may import whatever its command always needs. Those whose command needs torch import
+it where they run: `verify ppl --help`, and every option that is refused, answers without it.
+"""
 
 from __future__ import annotations
 
-import typer
+from importlib import import_module
+from typing import Any, NamedTuple
 
-from verify.commands import (
-    bench,
-    diff,
-    doctor,
-    engines,
-    gen,
-    kernel_list,
-    kld,
-    plan,
-    ppl,
-    props,
-    report,
-    selftest,
-    sweep,
-)
+import typer
+from typer.core import TyperGroup
+
+
+class Listed(NamedTuple):
+    """A command before it is loaded. module: of this package; its function `command` is the command."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "ppl": Listed(
+        "ppl", "Perplexity of a GGUF model with two kernels, paired, and a verdict with its evidence."
+    ),
+    "gen": Listed("gen", "Greedy text from two kernels, and why it comes to differ where it does."),
+    "bench": Listed(
+        "bench",
+        "Decode time of kernels against n_kv, their share of memory bandwidth, and where a split starts to"
+        " pay.",
+    ),
+    "diff": Listed(
+        "diff",
+        "The kernel diff report: candidates against a baseline over shapes, lengths and families of inputs.",
+    ),
+    "props": Listed(
+        "props",
+        "The laws of attention, merges and plans against a kernel; what breaks one is shrunk to a small"
+        " case.",
+    ),
+    "selftest": Listed(
+        "selftest", "Runs every known fault and every clean variant past every detector: the mutation score."
+    ),
+    "kld": Listed(
+        "kld",
+        "Logits files of llama-perplexity --kl-divergence-base: its own table, and what it cannot show.",
+    ),
+    "engines": Listed(
+        "engines",
+        "Two builds' llama-perplexity on the text-generation path (-b 1 -ub 1), and their logits compared."
+        " Also the way for inference on CPU and GPU together (experts on the CPU), which our own runner does"
+        " not model: give the engines' options with --args.",
+    ),
+    "sweep": Listed(
+        "sweep",
+        "Logs of sweep-bench: where the speed departs from the first file's, and whether a policy splits"
+        " there.",
+    ),
+    "plan": Listed(
+        "plan",
+        "Which attention plan each version of an engine runs, by shape, cache, GPUs, split mode and n_kv.",
+    ),
+    "report": Listed(
+        "report", "Makes report.md and report.html again from a run's folder; two folders: side by side."
+    ),
+    "list": Listed("kernel_list", "The kernels that can be named, their options, and the policies."),
+    "doctor": Listed("doctor", "Versions, devices, which kernels can run here and why not."),
+}
+# Everywhere the same: plain text, and errors that `verify.__main__` puts into words.
+_PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+}
+
+
+class OnDemand(TyperGroup):
+    """Commands of which only the name and the help are known until one is typed."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name in COMMANDS else listed, rest
+
+
+def load(name: str) -> Any:
+    """The command of that name, its options and all."""
+    listed, alone = COMMANDS[name], typer.Typer(**_PLAIN)
+    alone.command(name, help=listed.help)(import_module(f"verify.commands.{listed.module}").command)
+    return typer.main.get_command(alone)
+
+
+def _unloaded() -> None:
+    """Stands for a command in the list of commands."""
+
 
 app = typer.Typer(
+    cls=OnDemand,
     name="verify",
     help="Evidence that a changed attention kernel is still right. --debug, beside any command, shows where"
     " an internal error was.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **_PLAIN,
 )
-app.command("ppl", help=ppl.HELP)(ppl.command)
-app.command("gen", help=gen.HELP)(gen.command)
-app.command("bench", help=bench.HELP)(bench.command)
-app.command("diff", help=diff.HELP)(diff.command)
-app.command("props", help=props.HELP)(props.command)
-app.command("selftest", help=selftest.HELP)(selftest.command)
-app.command("kld", help=kld.HELP)(kld.command)
-app.command("engines", help=engines.HELP)(engines.command)
-app.command("sweep", help=sweep.HELP)(sweep.command)
-app.command("plan", help=plan.HELP)(plan.command)
-app.command("report", help=report.HELP)(report.command)
-app.command("list", help=kernel_list.HELP)(kernel_list.command)
-app.command("doctor", help=doctor.HELP)(doctor.command)
+for _name, _listed in COMMANDS.items():
+    app.command(_name, help=_listed.help)(_unloaded)

@@ -10,9 +10,6 @@ import typer
 
 from verify.commands import options
 
-HELP = (
-    "Decode time of kernels against n_kv, their share of memory bandwidth, and where a split starts to pay."
-)
 DEFAULT_SPECS = ("flash:kv=auto", "flash:heads=split,kv=auto", "flash:heads=split,kv=auto,launch=each")
 CPU_N_KV, CUDA_N_KV = "512,2048", "8192,16384,32768,65536,131072"
 
@@ -54,7 +51,7 @@ def command(
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
     shapes = [shape_named(s) for s in (shape or ("glm-4.5-air" if on_cuda else "smollm2")).split(",")]
-    lengths = parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))
+    lengths = options.parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -89,16 +86,3 @@ def command(
     if json_:
         print(to_json_text(result), end="")
     return 0
-
-
-def parse_lengths(text: str) -> list[int]:
-    """`512,8192` ascending, each once. Raises UsageError."""
-    from verify.machine.errors import UsageError
-
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = [0]
-    if lengths[0] < 1:
-        raise UsageError(f"--n-kv {text}: expected lengths from 1, comma between")
-    return lengths

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from verify.commands import options
-from verify.judge.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.plans.shapes import SHAPES
+from verify.machine.exits import EXIT_INTERRUPTED
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 
-HELP = "The kernel diff report: candidates against a baseline over shapes, lengths and families of inputs."
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
 CPU_SHAPE, CPU_N_KV = "glm-4.5-air@8", "512,2048,8192"
 CUDA_SHAPE, CUDA_N_KV = "glm-4.5-air", "512,8192,32768,131072"
@@ -51,7 +51,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.commands.bench import parse_lengths
     from verify.diff.run import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
     from verify.kernels.call import PATHS
     from verify.machine.devices import chosen_device, default_device
@@ -77,7 +76,7 @@ def command(
     lengths = n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV)
     settings = DiffSettings(
         shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")) if drawn else (),
-        n_kvs=tuple(parse_lengths(lengths)) if drawn else (),
+        n_kvs=tuple(options.parse_lengths(lengths)) if drawn else (),
         families=_families(inputs or "all") if drawn else (),
         baseline=baseline,
         candidates=tuple(candidate or [DEFAULT_CANDIDATE]),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 
-HELP = "Versions, devices, which kernels can run here and why not."
-
 OUR_PACKAGES = ("verify", "kernels", "model", "data")
 
 

@@ -12,12 +12,6 @@ import typer
 
 from verify.commands import options
 
-HELP = (
-    "Two builds' llama-perplexity on the text-generation path (-b 1 -ub 1), and their logits compared."
-    " Also the way for inference on CPU and GPU together (experts on the CPU), which our own runner does not"
-    " model: give the engines' options with --args."
-)
-
 
 def command(
     a: Annotated[

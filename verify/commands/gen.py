@@ -12,10 +12,9 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.judge.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.judge.verdict import DEFAULT_MARGIN
+from verify.machine.exits import EXIT_INTERRUPTED
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
-
-HELP = "Greedy text from two kernels, and why it comes to differ where it does."
 
 
 def command(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 
-HELP = "The kernels that can be named, their options, and the policies."
+from rich.table import Table
+
+from verify.kernels.plans.policy import POLICIES
+from verify.kernels.registry import ENTRIES
+from verify.machine.terminal import console_on
 
 
 def command() -> int:
     """Print every kernel and option; exit 0."""
-    from rich.table import Table
-
-    from verify.kernels.plans.policy import POLICIES
-    from verify.kernels.registry import ENTRIES
-    from verify.machine.terminal import console_on
-
     console = console_on(sys.stdout)
     for entry in ENTRIES.values():
         why = entry.why_not()

@@ -13,8 +13,6 @@ from verify.commands import options
 if TYPE_CHECKING:
     from verify.engines.closing_table import ClosingRow
 
-HELP = "Logits files of llama-perplexity --kl-divergence-base: its own table, and what it cannot show."
-
 
 def command(
     base: Annotated[str, typer.Argument(help="logits file that the others are compared with")],

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from verify.commands import options
+from verify.engines.plans import CACHE_BITS, Setting, chosen_policies, find_shape, plans_json
+from verify.machine.errors import UsageError
+from verify.machine.jsontext import to_json_text
+from verify.reports.plan import print_plans
 
-if TYPE_CHECKING:
-    from verify.engines.plans import Setting
-
-HELP = "Which attention plan each version of an engine runs, by shape, cache, GPUs, split mode and n_kv."
 DEFAULT_N_KV = "4096,8192,16384,32768,65536"
 
 
@@ -32,13 +32,8 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Print; exit 0."""
-    from verify.commands.bench import parse_lengths
-    from verify.engines.plans import chosen_policies, plans_json
-    from verify.machine.jsontext import to_json_text
-    from verify.reports.plan import print_plans
-
     setting = setting_of(arch, cache_type, gpus, split_mode)
-    policies, lengths = chosen_policies(policy), parse_lengths(n_kv)
+    policies, lengths = chosen_policies(policy), options.parse_lengths(n_kv)
     print_plans(setting, policies, lengths, sys.stderr if json_ else sys.stdout)
     if json_:
         print(to_json_text(plans_json(setting, policies, lengths)), end="")
@@ -47,9 +42,6 @@ def command(
 
 def setting_of(arch: str, cache_type: str, gpus: int, split_mode: str) -> Setting:
     """The setting that options name. Raises UsageError, SpecError or ModelError."""
-    from verify.engines.plans import CACHE_BITS, Setting, find_shape
-    from verify.machine.errors import UsageError
-
     if cache_type not in CACHE_BITS:
         raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(CACHE_BITS)}")
     if gpus < 1:

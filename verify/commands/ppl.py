@@ -14,7 +14,8 @@ import typer
 
 from verify.commands import options
 from verify.data.corpora import DEFAULT_CORPUS
-from verify.judge.verdict import DEFAULT_MARGIN, EXIT_INTERRUPTED
+from verify.judge.verdict import DEFAULT_MARGIN
+from verify.machine.exits import EXIT_INTERRUPTED
 from verify.ppl.settings import (
     DEFAULT_BASELINE,
     DEFAULT_CANDIDATE,
@@ -25,8 +26,6 @@ from verify.ppl.settings import (
 
 # What --resume may stand beside: all else is the run's.
 _WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
-
-HELP = "Perplexity of a GGUF model with two kernels, paired, and a verdict with its evidence."
 
 
 def command(

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from verify.commands import options
-from verify.judge.verdict import EXIT_INTERRUPTED
+from verify.machine.exits import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from verify.laws import Law, Subject
     from verify.laws.run import LawResult
 
-HELP = "The laws of attention, merges and plans against a kernel; what breaks one is shrunk to a small case."
 DEFAULT_SPEC, DEFAULT_EXAMPLES = "flash", 100
 
 

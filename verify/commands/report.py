@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-HELP = "Makes report.md and report.html again from a run's folder; two folders: side by side."
+from verify.machine.errors import UsageError
+from verify.ppl.runfolder import PAGE, REPORT, RunFolder
+from verify.reports.comparison import comparison_html, comparison_markdown
+from verify.reports.record import RunRecord
+from verify.reports.writing import write_reports
 
 
 def command(
@@ -18,14 +23,6 @@ def command(
     ] = None,
 ) -> int:
     """Run the command; exit 0."""
-    from datetime import datetime
-
-    from verify.machine.errors import UsageError
-    from verify.ppl.runfolder import PAGE, REPORT, RunFolder
-    from verify.reports.comparison import comparison_html, comparison_markdown
-    from verify.reports.record import RunRecord
-    from verify.reports.writing import write_reports
-
     if len(runs) > 2:
         raise UsageError(f"report: expected one run or two, got {len(runs)}")
     if len(runs) == 1:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from verify.selftest import SelftestResult, Subject
 
-HELP = "Runs every known fault and every clean variant past every detector: the mutation score."
-
 
 def command(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="seeds to draw inputs with")] = 2,

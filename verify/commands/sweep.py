@@ -9,10 +9,22 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-
-HELP = (
-    "Logs of sweep-bench: where the speed departs from the first file's, and whether a policy splits there."
+from verify.commands.plan import setting_of
+from verify.engines.sweep import (
+    COLUMNS,
+    check_comparable,
+    compare,
+    fit_line,
+    medians,
+    split_starts,
+    to_json,
 )
+from verify.engines.sweep_log import read_sweep
+from verify.kernels.plans.policy import policy_named
+from verify.machine.errors import UsageError
+from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import check_writable
+from verify.reports.sweep import compared_lines, line_text, plot, policy_lines, print_times
 
 
 def command(
@@ -28,23 +40,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Compare; exit 1 for a significant slowdown, else 0."""
-    from verify.commands.plan import setting_of
-    from verify.engines.sweep import (
-        COLUMNS,
-        check_comparable,
-        compare,
-        fit_line,
-        medians,
-        split_starts,
-        to_json,
-    )
-    from verify.engines.sweep_log import read_sweep
-    from verify.kernels.plans.policy import policy_named
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
-    from verify.machine.outfile import check_writable
-    from verify.reports.sweep import compared_lines, line_text, plot, policy_lines, print_times
-
     if (policy is None) != (arch is None):
         raise UsageError("--policy and --arch: expected both or neither")
     if out is not None and out.suffix not in (".png", ".svg", ".pdf"):

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verify.kernels.errors import SpecError, nearest
-from verify.kernels.plans.policy import N_KV_PADDING, POLICIES, CallShape, Launch, Policy, SplitMode
+from verify.kernels.plans.policy import (
+    N_KV_PADDING,
+    POLICIES,
+    CallShape,
+    Launch,
+    Policy,
+    SplitMode,
+    policy_named,
+)
 from verify.kernels.plans.shapes import SHAPES, ModelShape, shape_named
 
 # What engines' names of architectures stand for here; other sizes of a family have shapes of their own.
@@ -192,8 +200,6 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
 
 def chosen_policies(names: Sequence[str] | None) -> list[Policy]:
     """The named policies, all for none. Raises SpecError."""
-    from verify.kernels.plans.policy import policy_named
-
     return [policy_named(name) for name in dict.fromkeys(names)] if names else list(POLICIES.values())
 
 

@@ -17,9 +17,10 @@ from verify.gen.checks import log_squares
 from verify.gen.difference import Difference
 from verify.gen.run import Generation, Step, Written
 from verify.judge.statistics import DistanceRatio, ratio_of_samples
-from verify.judge.verdict import EXIT_CODES, EXIT_VOID, Decision, PairEvidence, decide, overall
+from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
 from verify.kernels.trace import LaunchTrace
 from verify.machine import environment
+from verify.machine.exits import EXIT_VOID
 from verify.ppl.evidence.pairs import refusal
 from verify.ppl.groups import TOKEN_SCHEMA
 

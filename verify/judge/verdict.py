@@ -45,7 +45,6 @@ EXIT_CODES: dict[Verdict, int] = {
     "improved": 0,
     "round-off": 0,
 }
-EXIT_USAGE, EXIT_VOID, EXIT_INTERRUPTED = 2, 4, 130
 # `degraded` and `improved` need the whole interval beyond this ratio.
 SIGNIFICANT_RATIO = 1.10
 DEFAULT_MARGIN = 1.25

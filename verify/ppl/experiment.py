@@ -17,13 +17,14 @@ from verify.arms.model_facts import fingerprint, model_json, try_kernels
 from verify.arms.split_mode import build_shared_kernel, check_model, tensor_parallel_json
 from verify.data import Corpus, Windows, cut_windows, load_corpus, read_text_file
 from verify.diff.captured import capture_to, parse_layers
-from verify.judge.verdict import EXIT_CODES, EXIT_VOID, Verdict, overall
+from verify.judge.verdict import EXIT_CODES, Verdict, overall
 from verify.kernels.call import AttentionPath
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 from verify.machine import environment
 from verify.machine.devices import chosen_device
 from verify.machine.errors import UsageError
+from verify.machine.exits import EXIT_VOID
 from verify.machine.ranks import Ranks, local_device
 from verify.model.architectures import architecture_of
 from verify.model.architectures.architecture import Architecture

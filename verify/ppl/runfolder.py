@@ -17,15 +17,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-import torch
 
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
-from verify.ppl.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from verify.ppl.groups import GroupResult
+
+if TYPE_CHECKING:
+    # Reports are made from a finished folder without torch: only groups and checkpoints need it.
+    import torch
+
+    from verify.ppl.checkpoint import Checkpoint
+    from verify.ppl.groups import GroupResult
 
 SETTINGS, GROUPS, RESULT = "settings.json", "groups", "run.json"
 REPORT, PAGE = "report.md", "report.html"
@@ -99,6 +103,8 @@ class RunFolder:
         self.drop_checkpoint(first_window)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        from verify.ppl.checkpoint import write_checkpoint
+
         whole = self._layers(checkpoint.windows.start)
         part = whole.with_name(whole.name + PART)
         with self._writing():
@@ -107,6 +113,8 @@ class RunFolder:
 
     def load_checkpoint(self, first_window: int, device: torch.device) -> Checkpoint | None:
         """What the group that begins there was left with. Raises UsageError where it cannot be read."""
+        from verify.ppl.checkpoint import read_checkpoint
+
         path = self._layers(first_window)
         if not path.is_file():
             return None
@@ -127,6 +135,8 @@ class RunFolder:
 
     def load_group(self, first_window: int) -> GroupResult:
         """A finished group. Raises UsageError where it cannot be read."""
+        from verify.ppl.groups import GroupResult
+
         folder = self._group(first_window)
         try:
             return GroupResult.from_state(

@@ -1,0 +1,7 @@
+"""Exit codes of every command that are no verdict's; those are in `verify.judge.verdict`.
+
+Imports nothing: they are also said where an installation is broken.
+"""
+
+# Bad input; nothing was measured; interrupted.
+EXIT_USAGE, EXIT_VOID, EXIT_INTERRUPTED = 2, 4, 130
