@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from verify.kernels.said import one_line
+
 
 class SpecError(ValueError):
     """A kernel specification that cannot be built: one line that names the text and what was expected."""
@@ -19,8 +21,20 @@ class KernelFailure(RuntimeError):
     """
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.kind = kind
+
+
+class MachineFailure(RuntimeError):
+    """The machine failed a kernel: no memory, no room, no process, or it was killed from outside.
+
+    Never a finding about the kernel: it ends the measurement, and nobody is to blame for it. memory: whether
+    a smaller call may do. Derived from no class that stands for a kernel's fault.
+    """
+
+    def __init__(self, message: str, *, memory: bool = False) -> None:
+        super().__init__(one_line(message))
+        self.memory = memory
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worker import Refusal  # type: ignore[import-not-found]
+from worker import Refusal, text_of  # type: ignore[import-not-found]
 
 Answer = Callable[[dict[str, Any], mmap.mmap], dict[str, Any]]
 ALWAYS = ("q", "k", "v", "kv_len", "scale")
@@ -35,8 +35,8 @@ def load_function(file: str, name: str) -> tuple[Any, list[str]]:
     sys.modules["user_kernel"] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise Refusal(f"{file} does not import: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # SystemExit too
+        raise Refusal(f"{file} does not import: {type(error).__name__}: {text_of(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise Refusal(f"{file} has no function {name}")

@@ -1,8 +1,8 @@
 """The process in which a foreign kernel runs: a loop that answers questions. It imports nothing of ours.
 
-Arguments: file descriptor to read questions from, one to write answers to, one of the shared memory, the
-servant's file, and its arguments as JSON. Questions and answers are lines of JSON; the first answer says
-whether the servant could load what it was told to. A servant is a file with
+Arguments: file descriptor to read questions from, one to write answers to, one of the shared memory, the life
+line's, the servant's file, and its arguments as JSON. Questions and answers are lines of JSON; the first
+answer says whether the servant could load what it was told to. A servant is a file with
 
     load(arguments) -> (greeting, answer)     raises Refusal, whose message is the whole story
     answer(question, memory) -> dict          {} or {"failure": kind, "message": text}
@@ -13,14 +13,23 @@ A question holds `tensors`, name -> [dtype, shape, offset into memory], and `res
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.util
 import json
 import mmap
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import Any
+
+# What somebody may still read of an exception's text.
+MOST_LETTERS = 2000
+# What a full or small machine answers; and how torch says it.
+MACHINE_ERRORS = {errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO}
+NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 class Refusal(Exception):
@@ -33,13 +42,22 @@ class Refusal(Exception):
 
 def main() -> None:
     questions = os.fdopen(int(sys.argv[1]), "rb")
-    answers = os.fdopen(int(sys.argv[2]), "wb", buffering=0)
-    shared, servant_file, arguments = int(sys.argv[3]), sys.argv[4], json.loads(sys.argv[5])
-    # The tool decides what a Ctrl-C means; it ends this process by closing the pipe.
+    answers = int(sys.argv[2])
+    shared, life, servant_file = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+    arguments = json.loads(sys.argv[6])
+    # The tool decides what a Ctrl-C means; it ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(fcntl, "F_SETSIG"):
+        threading.Thread(target=end_with_life_line, args=(life,), daemon=True).start()
 
     def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer).encode() + b"\n")
+        left = json.dumps(answer).encode() + b"\n"
+        try:
+            while left:
+                left = left[os.write(answers, left) :]
+        except OSError:
+            # Nobody listens any more, or the kernel has closed it.
+            os._exit(1)
 
     # Servants name this module's Refusal; the script itself is called __main__.
     sys.modules["worker"] = sys.modules["__main__"]
@@ -51,23 +69,64 @@ def main() -> None:
     try:
         greeting, answer_to = servant.load(arguments)
     except Refusal as refusal:
-        say({"failure": refusal.kind, "message": str(refusal)})
+        say({"failure": refusal.kind, "message": text_of(refusal)})
         return
     say(greeting)
     for line in questions:
         question = json.loads(line)
-        memory = mmap.mmap(shared, question["bytes"])
+        # Ends this process whatever it does, if nobody else has.
+        signal.alarm(min(question["limit_s"], 1 << 30))
         try:
+            memory = mmap.mmap(shared, question["bytes"])
             answer = answer_to(question, memory)
         except Refusal as refusal:
-            answer = {"failure": refusal.kind, "message": str(refusal)}
+            answer = {"failure": refusal.kind, "message": text_of(refusal)}
         except NotImplementedError as error:
             # What a kernel does not have is no evidence about what it has.
-            answer = {"failure": "unsupported", "message": str(error) or "NotImplementedError"}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"failure": "raised", "message": f"{type(error).__name__}: {error}"}
+            answer = {"failure": "unsupported", "message": text_of(error) or "NotImplementedError"}
+        except BaseException as error:  # SystemExit too
+            print_traceback(error)
+            kind = "machine" if is_the_machines(error) else "raised"
+            answer = {"failure": kind, "message": f"{type(error).__name__}: {text_of(error)}"}
+        signal.alarm(0)
         say(answer)
+
+
+def text_of(error: BaseException) -> str:
+    """The exception's text, capped; one whose text cannot be had has none."""
+    try:
+        text = str(error)
+    except BaseException:
+        return "(its text cannot be had)"
+    if len(text) > MOST_LETTERS:
+        text = f"{text[:MOST_LETTERS]} ... ({len(text)} letters)"
+    return text
+
+
+def print_traceback(error: BaseException) -> None:
+    """To stderr, the exception's own text left out where it is long."""
+    try:
+        if len(text_of(error)) > MOST_LETTERS:
+            traceback.print_tb(error.__traceback__)
+        else:
+            traceback.print_exception(error)
+    except BaseException:
+        pass
+
+
+def is_the_machines(error: BaseException) -> bool:
+    """Whether memory, room or descriptors ran out, rather than the kernel being wrong."""
+    if isinstance(error, OSError):
+        return error.errno in MACHINE_ERRORS
+    if isinstance(error, RuntimeError):
+        return any(words in text_of(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def end_with_life_line(life: int) -> None:
+    """For systems that do not end a group by themselves: end it when the other side is gone."""
+    os.read(life, 1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

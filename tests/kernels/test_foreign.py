@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.problems import problem
-from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.registry import build_kernel
 
@@ -35,7 +35,7 @@ def test_it_is_told_the_path_only_if_it_asks() -> None:
     ("function", "kind", "said"),
     [
         ("hangs,timeout=1", "hung", "no answer within 1 s"),
-        ("dies", "died", "killed by SIGKILL"),
+        ("dies", "died", "killed by SIGABRT"),
         ("raises", "raised", "RuntimeError: no such luck"),
         ("wrong_shape", "shape", "expected [1, 5, 6, 32]"),
         ("wrong_dtype", "dtype", "torch.int32"),
@@ -111,7 +111,7 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     kernel = build_kernel(f"py:{FILE}::good")
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(KernelFailure, match="bytes for its inputs cannot be had: No space left"):
+    with pytest.raises(MachineFailure, match="bytes for its inputs cannot be had: No space left"):
         kernel.run(problem())
     kernel.close()
 

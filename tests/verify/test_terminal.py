@@ -12,7 +12,8 @@ import pytest
 from rich.table import Table
 
 from support.ppl_runs import Tiny, command
-from verify.machine.terminal import console_on, counted, print_table_on, visible
+from verify.kernels.said import visible
+from verify.machine.terminal import console_on, counted, print_table_on
 
 
 def started(*arguments: str, stdout: int) -> subprocess.Popen[str]:

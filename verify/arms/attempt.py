@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.errors import KernelFailure
+from verify.kernels.errors import KernelFailure, MachineFailure
 from verify.kernels.kernel import Kernel
+from verify.kernels.said import one_line
 from verify.kernels.trace import LaunchTrace
 
 
@@ -30,21 +31,22 @@ class Attempt(NamedTuple):
 
 
 def attempt(kernel: Kernel, call: Call) -> Attempt:
-    """Run a kernel once. Its own trace stays as it was: who counts the launches adds the attempt's."""
+    """Run a kernel once. Its own trace stays as it was: who counts the launches adds the attempt's.
+
+    Raises MachineFailure, which is no finding about the kernel.
+    """
     with untraced(kernel) as traced:
         output, failure, unsupported, no_memory = None, "", False, False
         try:
             output = traced.run(call)
         except KernelFailure as failed:
-            failure, unsupported = _one_line(f"{failed.kind}: {failed}"), failed.kind == "unsupported"
+            failure, unsupported = one_line(f"{failed.kind}: {failed}"), failed.kind == "unsupported"
+        except MachineFailure:
+            raise
         except Exception as raised:
-            failure = _one_line(f"raised: {type(raised).__name__}: {raised}")
+            failure = one_line(f"raised: {type(raised).__name__}: {raised}")
             no_memory = isinstance(raised, torch.cuda.OutOfMemoryError)
         return Attempt(output, failure, unsupported, traced.trace, no_memory)
-
-
-def _one_line(said: str) -> str:
-    return " ".join(said.split())
 
 
 class untraced:

@@ -46,11 +46,11 @@ def command(
     from verify.data import read_text_file
     from verify.gen.evidence import conclude, token_table
     from verify.gen.run import Generation, GenSettings
+    from verify.kernels.said import visible
     from verify.machine.devices import default_device
     from verify.machine.environment import prepare_torch
     from verify.machine.errors import UsageError
     from verify.machine.jsontext import to_json_text
-    from verify.machine.terminal import visible
     from verify.ppl.runfolder import PAGE, RESULT, RunFolder
     from verify.reports.gen import pair_sentences
     from verify.reports.split_mode import split_mode_sentence

@@ -108,6 +108,7 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
+    from verify.kernels.errors import MachineFailure
     from verify.machine.devices import default_device
     from verify.machine.environment import prepare_torch
     from verify.machine.errors import UsageError
@@ -207,6 +208,12 @@ def command(
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
+    except MachineFailure as failed:
+        if folder is None:
+            raise
+        raise MachineFailure(
+            f"{failed}; finished windows are kept, go on with: verify ppl --resume {folder.path}"
+        ) from None
     finally:
         console.stop()
         experiment.close()

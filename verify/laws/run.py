@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from hypothesis.errors import Flaky, Unsatisfiable
 
-from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.laws.cases import Case
 from verify.laws.law import Law, LawBroken, Subject
 
@@ -48,8 +48,8 @@ def try_case(law: Law, subject: Subject, case: Case) -> LawResult:
     began = time.monotonic()
     try:
         result = LawResult(law, "holds", 1, law.check(subject, case))
-    except SpecError:
-        raise  # the case names an option that there is not
+    except (SpecError, MachineFailure):
+        raise  # the case names an option that there is not; nothing was found out about the kernel
     except Exception as error:
         state: State = "broken"
         if isinstance(error, KernelFailure) and error.kind == "unsupported":
@@ -109,6 +109,8 @@ def run_law(
             return
         try:
             margin = law.check(subject, case)
+        except MachineFailure as failed:
+            raise _Stopped(failed) from None
         except Exception as error:
             if isinstance(error, KernelFailure) and error.kind == "unsupported":
                 refused = str(error)
@@ -158,10 +160,20 @@ def run_law(
         # Flaky: it failed once and not again, as a race does.
         assert found is not None
         result.state, result.case, result.reason = "broken", *found
+    except _Stopped as stopped:
+        raise stopped.failure from None
     except Unsatisfiable:
         result.state, result.reason = "not applicable", refused or "no case that this kernel takes was found"
     result.seconds = time.monotonic() - began
     return result
+
+
+class _Stopped(BaseException):
+    """Passes through hypothesis at once, which tries and shrinks on after an Exception."""
+
+    def __init__(self, failure: MachineFailure) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
 
 def kept_examples() -> ExampleDatabase:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from verify.kernels.errors import MachineFailure
 from verify.machine import environment
 from verify.machine.errors import UsageError
 
@@ -39,4 +40,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; torch has a class of its own for that on a GPU alone."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
+    if isinstance(error, MachineFailure):
+        return error.memory
     return isinstance(error, RuntimeError) and "alloc" in str(error)

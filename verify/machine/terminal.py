@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 132
 # Words of a table are folded to this many letters a line where a terminal is narrow.
 NARROWEST_WORDS = 12
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Between two columns.
 _GAP = 2
 
@@ -46,11 +44,6 @@ def print_table_on(console: Console, table: Table) -> None:
 def counted(n: int, noun: str) -> str:
     """`1 window`, `2 windows`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def visible(text: str) -> str:
-    """Text with control characters written out: what a model wrote shall not steer a terminal or a page."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class _Outlasting(io.FileIO):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from verify.machine.terminal import visible
+from verify.kernels.said import visible
 
 
 def figure(x: float | None, form: str = "%.3g") -> str:

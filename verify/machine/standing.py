@@ -1,0 +1,58 @@
+"""How this process stands in its system: its standard streams, and the signals that end it.
+
+A run that is ended by SIGTERM or SIGHUP goes the way of Ctrl-C: what is finished is kept, workers and engines
+end, and the exit code is 128 + the signal's number.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def open_standard_streams() -> None:
+    """Put the null device where stdin, stdout or stderr was closed: the next file opened would be it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+class Ended:
+    """Inside it SIGTERM and SIGHUP raise KeyboardInterrupt, the first of them; an ignored one (`nohup`) not.
+
+    came: the number of the signal that came, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.came = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Ended:
+        if threading.current_thread() is threading.main_thread():
+            for number in _ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def code(self, interrupted: int) -> int:
+        """The exit code of a run that was ended: `interrupted` for Ctrl-C, else 128 + the signal's number."""
+        return 128 + self.came if self.came else interrupted
+
+    def _interrupt(self, number: int, _frame: Any) -> None:
+        # Once: what ends the run in good order is not itself interrupted.
+        for other in self._before:
+            signal.signal(other, signal.SIG_IGN)
+        self.came = number
+        raise KeyboardInterrupt
