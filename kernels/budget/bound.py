@@ -41,8 +41,6 @@ from verify.kernels.call import Call
 VACUOUS = 1.0 / 8.0
 # Sums p|v| below this have less than float32's precision in float32: its smallest normal number, times 2^6.
 SMALLEST_SIZE = 2.0**-120
-# An error of up to so many times its expected root mean square is of that size.
-EXPECTED_TIMES = 8.0
 # Logits held at once: rows and keys are taken in blocks of this many. A rule of shapes and device alone.
 _LOGITS_AT_ONCE = 1 << 20
 _LOGITS_AT_ONCE_CUDA = 1 << 24
@@ -52,20 +50,26 @@ _KEYS_AT_ONCE = 1 << 14
 class Budget(NamedTuple):
     """What the errors of one call are measured against; everything in float64.
 
-    out [B, T, Hq, Dv], lse [B, T, Hq]: the exact result; bound, lse_bound: what no correct kernel of this
-    arithmetic exceeds; size [B, T, Hq, Dv]: sum_j p_j |v_j|, what errors are relative to; vacuous
-    [B, T, Hq]: the bound says nothing there; expected [B, T, Hq, Dv]: root mean square of the error of a
-    correct kernel; quadrature [B, T, Hq, Dv]: root of the sum of squares of the single bounds.
+    Shapes: [B, T, Hq, Dv], and [B, T, Hq] where it says a row.
     """
 
+    # The exact result, and its log-sum-exp a row.
     out: torch.Tensor
     lse: torch.Tensor
+    # What no correct kernel of this arithmetic exceeds; the same for the lse a row.
     bound: torch.Tensor
     lse_bound: torch.Tensor
+    # sum_j p_j |v_j|: what errors are relative to.
     size: torch.Tensor
+    # Whether the bound says nothing, a row.
     vacuous: torch.Tensor
+    # Root mean square of the error of a correct kernel.
     expected: torch.Tensor
+    # Root of the sum of squares of the single bounds.
     quadrature: torch.Tensor
+    # What roundings of one direction may make of <err, out> / <out, out>, a row; infinite where results are
+    # so small that their type has few of them, and no gain can be told.
+    bias: torch.Tensor
 
 
 def error_budget(call: Call, arithmetic: Arithmetic) -> Budget:
@@ -105,7 +109,7 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
             out, lse,
             bound=torch.zeros_like(out), lse_bound=torch.full_like(lse, -math.inf), size=size,
             vacuous=torch.zeros(narrow, dtype=torch.bool, device=like.device),
-            expected=torch.zeros_like(out), quadrature=torch.zeros_like(out),
+            expected=torch.zeros_like(out), quadrature=torch.zeros_like(out), bias=torch.zeros_like(lse),
         )
         for _ in arithmetics
     ]  # fmt: skip
@@ -130,6 +134,7 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
                 for whole, part in (
                     (budget.bound, bound), (budget.lse_bound, lse_bound),
                     (budget.expected, expected), (budget.quadrature, quadrature),
+                    (budget.bias, each.bias()),
                 ):  # fmt: skip
                     whole[b, chosen] = _by_row(part)
     for budget in budgets:
@@ -140,22 +145,3 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
 def _by_row(x: torch.Tensor) -> torch.Tensor:
     """[Hkv, t, r, ...] as [t, Hq, ...]."""
     return x.transpose(0, 1).flatten(1, 2)
-
-
-def budget_ratio(error: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """|error| / bound, where 0 / 0 is 0, and a NaN or an Inf is infinitely wrong."""
-    error = error.abs()
-    ratio = torch.where(error == 0, 0.0, error / bound)
-    return ratio.nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-def relative_error(error: torch.Tensor, size: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """||error|| / ||sum p|v||| of each row, [..., D] to [...]: what is judged where a budget is vacuous.
-
-    0 where a right kernel may have few digits or none: where the sum is beyond float32's normal numbers (all
-    weight on a sink), or the error is of the size that is expected (all weight on keys whose values are 0,
-    beside which the other weights underflow in P's type).
-    """
-    norm, size = error.norm(dim=-1), size.norm(dim=-1)
-    few = (size < SMALLEST_SIZE) | (norm <= EXPECTED_TIMES * expected.norm(dim=-1))
-    return torch.where(few, 0.0, norm / size.clamp(min=SMALLEST_SIZE))

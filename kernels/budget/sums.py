@@ -21,6 +21,9 @@ MEAN_SQUARE = (3.0 / 8.0) / (3.0 * math.log(2.0))
 # Mean of 1/x for such a mantissa x: what half a unit in the last place is, on average, relative to a number.
 MEAN_INVERSE = 0.5 / math.log(2.0)
 _TAU = FLOAT_TYPES["f16"].tau
+# A row of results below so many times half the smallest number of their type is rounded to one of few
+# numbers, or to 0: no gain can be told of it.
+SMALLEST_NUMBERS = 64.0
 
 
 def gamma(depth: torch.Tensor, u: float) -> torch.Tensor:
@@ -128,6 +131,19 @@ class Sums:
         ).sqrt()
         return torch.minimum(quadrature, bound)
 
+    def bias(self) -> torch.Tensor:
+        """What roundings that go one way may make of <err, o> / <o, o>, [Hkv, t, r].
+
+        shrinking <sum p|v|, |o|> / <o, o>: accumulators that truncate (`Arithmetic.shrinking`).
+        """
+        out = self.rows.out
+        shrinking = self._per_row([self.a.shrinking(n) for n in self.rows.lengths]).squeeze(-1)
+        power = out.square().sum(-1)
+        found = shrinking * (self.rows.size * out.abs()).sum(-1) / power.clamp(min=1e-300)
+        least = SMALLEST_NUMBERS * FLOAT_TYPES[self.a.out].tau
+        few = power < least**2 * out.shape[-1]
+        return torch.where(few & (power > 0), math.inf, found)
+
     def _shrinkage(self) -> torch.Tensor:
         """What truncating accumulators lose on average, [Hkv, t, r, Dv]: not a random error, it adds up.
 
@@ -163,7 +179,7 @@ class Sums:
     def _positive(w: torch.Tensor) -> torch.Tensor:
         return torch.where(w > 0, w, 1.0)
 
-    def _per_row(self, values: list[int] | list[bool]) -> torch.Tensor:
+    def _per_row(self, values: list[int] | list[bool] | list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.q.device).view(1, -1, 1, 1)
 
     def _depth(self, name: str) -> torch.Tensor:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from verify.kernels.budget.arithmetic import U_F32_TENSOR_CORE, Arithmetic
-from verify.kernels.budget.bound import error_budget, relative_error
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import _step
 from verify.kernels.call import Call, checked_call
 from verify.kernels.eager import EagerKernel, EagerOptions
 from verify.kernels.flash.kernel import EagerOverCache, FlashKernel
 from verify.kernels.flash.tiles import Tiles
 from verify.kernels.judging.detectors import measure
+from verify.kernels.judging.figures import relative_error
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.policy import policy_named
 from verify.kernels.registry import build_kernel

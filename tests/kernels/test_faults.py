@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from support.other_device import other_device
-from verify.kernels.budget.bound import budget_ratio, error_budget
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.faults import FAULTS, VARIANTS, Fault, Variant
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 
 SIZES = Sizes(n_kv=(161, 97, 0), batch=2)

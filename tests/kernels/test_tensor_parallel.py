@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verify.kernels.budget.bound import budget_ratio, error_budget
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call, checked_call
+from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 from verify.kernels.tensor_parallel import TensorParallelKernel, shares
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from support.subjects import assert_keeps
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.budget.bound import budget_ratio, error_budget
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, subject_of
 from verify.laws.run import run_law

@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from verify.arms.own_error import HeadErrors, fault_of
-from verify.kernels.judging.detectors import GAIN_SIGMAS, LARGEST_RELATIVE_ERROR, RMS_LIMIT
+from verify.kernels.budget.arithmetic import U_F32
+from verify.kernels.judging.figures import gain_fault, gain_limit, graveness, rms_fault, rms_limit
 
-# Beside chance and truncation: what a denominator in float32 may be off by, in common.
-GAIN_ROUNDING = 8 * 2.0**-24
 # Layer, head and window: fewer say nothing about a mean.
 FEWEST_CHECKS = 4
-# From this share of the square error on, a gain is what is wrong, and not a shadow of something else.
-ALIKE = 0.5
+# Where they were measured.
+IN_PLACE = ", on the exact arm's own q, k and v"
 
 
 class KernelErrors(NamedTuple):
@@ -59,14 +58,14 @@ def kernel_errors(rows: pa.Table) -> KernelErrors | None:
     se = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) >= FEWEST_CHECKS else math.inf
     bias = _mean(figure["gain_bias"])
     return KernelErrors(
-        len(gain),
-        _most(figure["max_budget_ratio"]),
-        _mean(figure["vacuous"]),
-        float(np.sqrt(np.mean(figure["relative_rms"] ** 2))),
-        math.sqrt(_mean(figure["rms_ratio"] ** 2)),
-        float(gain.mean()),
-        se,
-        GAIN_SIGMAS * se + bias + GAIN_ROUNDING,
+        checks=len(gain),
+        max_budget_ratio=_most(figure["max_budget_ratio"]),
+        vacuous=_mean(figure["vacuous"]),
+        relative_rms=float(np.sqrt(np.mean(figure["relative_rms"] ** 2))),
+        rms_ratio=math.sqrt(_mean(figure["rms_ratio"] ** 2)),
+        gain=float(gain.mean()),
+        gain_se=se,
+        gain_limit=gain_limit(se, bias, U_F32),
     )
 
 
@@ -121,36 +120,19 @@ def faults_in_place(layers: pa.Table, arm: str, called: str) -> list[str]:
     if wrong:
         worst = max(wrong, key=lambda e: graveness(e.nonfinite, e.max_budget_ratio, e.relative_max))
         faults.append(
-            f"{called}: {fault_of(worst)}, on the exact arm's own q, k and v"
+            f"{called}: {fault_of(worst)}{IN_PLACE}"
             f" ({len(wrong)} of {whole.checks} checks of a layer and head failed)"
         )
     return [*faults, *faults_in_common(whole, called)]
 
 
-def graveness(nonfinite: int, budget_ratio: float, relative_max: float) -> tuple[bool, float]:
-    """What the worst of several faults is the largest by: NaN first, then times what is allowed."""
-    return nonfinite > 0, max(budget_ratio, relative_max / LARGEST_RELATIVE_ERROR)
-
-
 def faults_in_common(whole: KernelErrors, called: str) -> list[str]:
     """What no single element shows: a gain, and errors larger than the kernel's arithmetic makes them."""
-    faults = []
-    if abs(whole.gain) > whole.gain_limit:
-        alike = whole.gain**2 > ALIKE * whole.relative_rms**2
-        said = (
-            "every result is off by a common factor" if alike else "results are off, on average by a factor"
-        )
-        faults.append(
-            f"{called}: {said} of 1 {whole.gain:+.3g}, on the exact arm's own q, k and v"
-            f" ({abs(whole.gain_z):.0f} standard errors; rounding explains {whole.gain_limit:.1g})"
-        )
-    limit = RMS_LIMIT * math.sqrt(1 + 4 / math.sqrt(whole.checks))
-    if whole.rms_ratio > limit:
-        faults.append(
-            f"{called}: errors are {whole.rms_ratio:.3g} times their expected size on the exact arm's own"
-            f" q, k and v (limit {limit:.3g}): less precise than the kernel says it is"
-        )
-    return faults
+    found = (
+        gain_fault(whole.gain, whole.gain_limit, whole.relative_rms, IN_PLACE, whole.gain_z),
+        rms_fault(whole.rms_ratio, rms_limit(whole.checks), IN_PLACE),
+    )
+    return [f"{called}: {fault}" for fault in found if fault]
 
 
 def _mean(values: np.ndarray) -> float:

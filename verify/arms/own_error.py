@@ -18,9 +18,16 @@ import pyarrow as pa
 import torch
 
 from verify.arms.arm import Arm, Place
-from verify.kernels.budget.bound import Budget, budget_ratio, error_budgets, relative_error
+from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import Call, checked_call
-from verify.kernels.judging.detectors import LARGEST_RELATIVE_ERROR
+from verify.kernels.judging.figures import (
+    budget_fault,
+    gain_of,
+    pooled_gain,
+    pooled_rms,
+    relative_rms,
+    row_figures,
+)
 from verify.model.runner import LayerCall
 from verify.ppl.sample import Sample
 
@@ -119,12 +126,9 @@ class InPlace:
                 self._checks.append((call.window, call.layer, name, one.arm.path))
                 figures = _all_rows(error, one.exact, call.kv_len[0])
                 if rows is not None and checked is not None:
+                    side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)[None]
                     kv_len = call.kv_len[0, checked]
-                    arithmetic = one.arm.kernel.arithmetic_of(one.own)
-                    side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)
-                    shrinking = [arithmetic.shrinking(n) for n in kv_len[: len(rows)].tolist()]
-                    bias = torch.tensor(shrinking, dtype=torch.float64, device=kv_len.device)
-                    _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, bias)
+                    _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, len(rows))
                 self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
 
     def state(self) -> dict[str, Any]:
@@ -185,13 +189,12 @@ def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) ->
     """Figures [B, H] of all rows; those of the sampled ones are NaN so far. error, exact [B, T, H, Dv]."""
     bad = ~torch.isfinite(error).all(-1)  # [B, T, H]
     error = torch.where(bad[..., None], 0.0, error)
-    power = exact.square().sum((1, 3)).clamp(min=1e-300)
-    position = (kv_len.long() - 1)[bad.to(torch.int8).argmax(1)]
-    figures = dict.fromkeys(_FIGURES, torch.full_like(power, torch.nan))
-    figures["relative_rms"] = (error.square().sum((1, 3)) / power).sqrt()
-    figures["gain"] = (error * exact).sum((1, 3)) / power
+    gain, _ = gain_of(error, exact, (1, 3))
+    figures = dict.fromkeys(_FIGURES, torch.full_like(gain, torch.nan))
+    figures["relative_rms"] = relative_rms(error, exact, (1, 3))
+    figures["gain"] = gain
     figures["nonfinite"] = bad.sum(1).double()
-    figures["position"] = position.double()
+    figures["position"] = (kv_len.long() - 1)[bad.to(torch.int8).argmax(1)].double()
     return figures
 
 
@@ -206,32 +209,22 @@ def worst_rows(error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def _some_rows(
-    figures: dict[str, torch.Tensor],
-    error: torch.Tensor,
-    budget: Budget,
-    kv_len: torch.Tensor,
-    bias: torch.Tensor,
+    figures: dict[str, torch.Tensor], error: torch.Tensor, budget: Budget, kv_len: torch.Tensor, sampled: int
 ) -> None:
-    """Enter the figures of the rows that have a budget: the sampled ones, as many as `bias`, then the worst.
+    """Enter the figures of the rows that have a budget: the sampled ones come first, then the worst.
 
-    error [rows, B * H, Dv], as the budget of `_as_one_sequence` has it; kv_len [rows], bias [sampled].
+    error [1, rows, B * H, Dv], as the budget of `_as_one_sequence` has it; kv_len [rows].
     """
-    exact, size, expected, vacuous = budget.out[0], budget.size[0], budget.expected[0], budget.vacuous[0]
-    bad = ~torch.isfinite(error).all(-1)
-    error = torch.where(bad[..., None], 0.0, error)
-    ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
-    relative = relative_error(error, size, expected)
-    worst = torch.where(vacuous, relative / LARGEST_RELATIVE_ERROR, ratio)
-    sampled = slice(0, len(bias))
-    square = torch.where(expected > 0, error / expected, 0.0)[sampled].square().mean(-1)
-    shared = (bias[:, None, None] * size[sampled] * exact[sampled].abs()).sum((0, 2))
+    rows = row_figures(error, budget)
+    first = slice(0, sampled)
+    finite = rows._replace(nonfinite=torch.zeros_like(rows.nonfinite))
     found = {
-        "max_budget_ratio": ratio.amax(0),
-        "rms_ratio": square.mean(0).sqrt(),
-        "relative_max": torch.where(vacuous, relative, 0.0).amax(0),
-        "vacuous": vacuous[sampled].double().mean(0),
-        "gain_bias": shared / exact[sampled].square().sum((0, 2)).clamp(min=1e-300),
-        "position": (kv_len.double() - 1)[worst.argmax(0)],
+        "max_budget_ratio": rows.ratio.amax(1),
+        "rms_ratio": pooled_rms(rows.rms[:, first], 1),
+        "relative_max": rows.relative.amax(1),
+        "vacuous": rows.vacuous[:, first].double().mean(1),
+        "gain_bias": pooled_gain(rows.bias[:, first], rows.power[:, first], 1),
+        "position": (kv_len.double() - 1)[finite.severity.argmax(1)],
     }
     windows = figures["nonfinite"].shape
     # A NaN anywhere says more about where a bug is than the largest finite error.
@@ -243,15 +236,4 @@ def _some_rows(
 def fault_of(errors: HeadErrors) -> str | None:
     """The sentence that makes an arm `broken`, or None."""
     where = Place(errors.window, errors.layer, errors.position, errors.head)
-    return fault_sentence(str(where), errors.nonfinite, errors.max_budget_ratio, errors.relative_max)
-
-
-def fault_sentence(where: str, nonfinite: int, budget_ratio: float, relative_max: float) -> str | None:
-    """What is wrong with a kernel's error, or None. relative_max: where the budget is vacuous."""
-    if nonfinite:
-        return f"NaN or Inf at {where}"
-    if budget_ratio > 1:
-        return f"error is {budget_ratio:.3g} times its rounding budget at {where}"
-    if relative_max > LARGEST_RELATIVE_ERROR:
-        return f"error is {relative_max:.1%} of sum p|v| at {where}, where no correct kernel exceeds 1/8"
-    return None
+    return budget_fault(errors.nonfinite, errors.max_budget_ratio, errors.relative_max, f" at {where}")

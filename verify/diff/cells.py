@@ -20,18 +20,12 @@ from verify.judge.statistics import DistanceRatio, ratio_of_samples
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.bits import same_bits
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.budget.bound import Budget, budget_ratio, error_budgets
+from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.detectors import (
-    LARGEST_RELATIVE_ERROR,
-    SUSPICIONS,
-    Finding,
-    Measures,
-    findings,
-    measure,
-)
+from verify.kernels.judging.detectors import SUSPICIONS, Finding, Measures, findings, measure
 from verify.kernels.judging.families import FAMILIES
+from verify.kernels.judging.figures import LARGEST_RELATIVE_ERROR, element_ratios
 from verify.kernels.judging.gates import compared, nmse, plain_attention, verdicts
 from verify.kernels.kernel import Kernel
 from verify.kernels.trace import LaunchTrace
@@ -224,8 +218,7 @@ def _hold(
     place = found.measures.worst
     found.worst = place
     found.worst_values = (float(output.out[place]), float(budget.out[place]))
-    ratio = budget_ratio(error, budget.bound)
-    ratio = torch.where(budget.vacuous[..., None] & torch.isfinite(error), 0.0, ratio)
+    ratio = element_ratios(error, budget)
     found.row_square, found.given_square = _row_square(error), _row_square(output.out.double() - exact)
     found.heat = ratio[0].amax(-1).cpu().numpy()
     found.ratios = ratio.flatten().cpu().numpy()

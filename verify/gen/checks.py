@@ -16,10 +16,10 @@ import torch
 
 from verify.arms.arm import Arm, ArmRunner, Place, common_cache, kernel_call
 from verify.arms.attempt import attempt
-from verify.arms.own_error import fault_sentence, worst_rows
-from verify.kernels.budget.bound import budget_ratio, error_budget, relative_error
+from verify.arms.own_error import worst_rows
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.detectors import LARGEST_RELATIVE_ERROR
+from verify.kernels.judging.figures import budget_fault, gain_of, pooled_gain, pooled_rms, row_figures
 from verify.model.runner import LayerCall
 
 LAYERS_A_STEP = 4
@@ -56,8 +56,8 @@ class StepCheck(NamedTuple):
     def fault(self) -> str | None:
         """The sentence that makes the arm `broken`, or None."""
         at = "the prompt" if self.step < 0 else f"token {self.step + 1}"
-        where = f"{at}, layer {self.layer}, n_kv {self.n_kv}, head {self.head}"
-        return fault_sentence(where, self.nonfinite, self.max_budget_ratio, self.relative_max)
+        where = f" at {at}, layer {self.layer}, n_kv {self.n_kv}, head {self.head}"
+        return budget_fault(self.nonfinite, self.max_budget_ratio, self.relative_max, where)
 
 
 _ARROW = {int: pa.int32(), float: pa.float64(), str: pa.string()}
@@ -102,44 +102,33 @@ class CheckedExact:
         distance = torch.where(bad[..., None], 0.0, distance)
         rows = _rows_to_check(distance, oracle, bad)
         small = kernel_call(call, arm.path, rows)
-        held = arm.kernel.held(small)
-        arithmetic = arm.kernel.arithmetic_of(small)
-        budget = error_budget(held, arithmetic)
-        exact, bad_here = budget.out[0], bad[rows]
-        error = torch.where(bad_here[..., None], 0.0, got[rows] - exact)
-        vacuous = budget.vacuous[0]
-        ratio = torch.where(vacuous, 0.0, budget_ratio(error, budget.bound[0]).amax(-1))
-        relative = relative_error(error, budget.size[0], budget.expected[0])
-        relative = torch.where(vacuous, relative, 0.0)
-        worst = int((torch.maximum(ratio, relative / LARGEST_RELATIVE_ERROR) + bad_here * 1e9).argmax())
-        row, head = divmod(worst, error.shape[1])
+        budget = error_budget(arm.kernel.held(small), arm.kernel.arithmetic_of(small))
+        exact = budget.out
+        figures = row_figures(got[rows] - exact, budget)
+        error = torch.where(bad[rows][..., None], 0.0, got[rows] - exact[0])[None]
+        row, head = divmod(int(figures.severity.argmax()), error.shape[2])
         if self.common_cache:
             square, power = error.square().sum(), exact.square().sum()
         else:
             square, power = distance.square().sum(), oracle.square().sum()
-        expected = budget.expected[0]
-        aim = exact.square().sum().clamp(min=_SMALLEST_SQUARE)
-        shrinking = torch.tensor(
-            [arithmetic.shrinking(n) for n in small.kv_len[0].tolist()],
-            dtype=torch.float64,
-            device=got.device,
-        )
+        every = (0, 1, 2)
+        gain, aim = gain_of(error, exact, (*every, 3))
         self.checks.append(
             StepCheck(
-                self.step,
-                call.layer,
-                arm.name,
-                float(square / power.clamp(min=_SMALLEST_SQUARE)),
-                float(ratio.max()),
-                float(relative.max()),
-                float(vacuous.double().mean()),
-                int(bad.sum()),
-                int(small.kv_len[0, row]),
-                head,
-                relative_rms=float((error.square().sum() / aim).sqrt()),
-                rms_ratio=float(torch.where(expected > 0, error / expected, 0.0).square().mean().sqrt()),
-                gain=float((error * exact).sum() / aim),
-                gain_bias=float((shrinking[:, None, None] * budget.size[0] * exact.abs()).sum() / aim),
+                step=self.step,
+                layer=call.layer,
+                arm=arm.name,
+                square_error=float(square / power.clamp(min=_SMALLEST_SQUARE)),
+                max_budget_ratio=float(figures.ratio.max()),
+                relative_max=float(figures.relative.max()),
+                vacuous=float(figures.vacuous.double().mean()),
+                nonfinite=int(bad.sum()),
+                n_kv=int(small.kv_len[0, row]),
+                head=head,
+                relative_rms=float((error.square().sum() / aim.clamp(min=_SMALLEST_SQUARE)).sqrt()),
+                rms_ratio=float(pooled_rms(figures.rms, every)),
+                gain=float(gain),
+                gain_bias=float(pooled_gain(figures.bias, figures.power, every)),
             )
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from verify.arms.arm import Arm, void_reasons
-from verify.arms.kernel_errors import faults_in_common, graveness, kernel_errors, rows_of
+from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of
 from verify.arms.model_facts import model_json
 from verify.arms.split_mode import tensor_parallel_json
 from verify.gen.checks import log_squares
@@ -18,6 +18,7 @@ from verify.gen.difference import Difference
 from verify.gen.run import Generation, Step, Written
 from verify.judge.statistics import DistanceRatio, ratio_of_samples
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
+from verify.kernels.judging.figures import graveness
 from verify.kernels.trace import LaunchTrace
 from verify.machine import environment
 from verify.machine.exits import EXIT_VOID
@@ -120,7 +121,7 @@ def _faults(generation: Generation, found: Written, arm: Arm) -> list[str]:
     if wrong:
         worst = max(wrong, key=lambda c: graveness(c.nonfinite, c.max_budget_ratio, c.relative_max))
         faults.append(
-            f"{called}: {worst.fault}, on the exact arm's own q, k and v"
+            f"{called}: {worst.fault}{IN_PLACE}"
             f" ({len(wrong)} of {len(checks)} checks of a step and layer failed)"
         )
     whole = kernel_errors(rows_of(generation.exact.table(), arm.name))

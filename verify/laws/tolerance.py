@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.budget.bound import Budget, budget_ratio, error_budget, relative_error
+from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.budget.merge_bound import BoundedPart
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.judging.detectors import LARGEST_RELATIVE_ERROR
+from verify.kernels.judging.figures import budget_fault, budget_ratio, row_figures
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part
 from verify.laws.law import LawBroken
@@ -78,14 +78,12 @@ def same_bits(what: str, a: AttentionOutput | Part, b: AttentionOutput | Part, *
 
 def _not_far(error: torch.Tensor, budget: Budget) -> None:
     """Where a bound says nothing (`vacuous`), no right kernel errs by more than a share of sum p|v|."""
-    share = relative_error(error, budget.size, budget.expected)
-    far = budget.vacuous & ~(share <= LARGEST_RELATIVE_ERROR)
-    if bool(far.any()):
-        at = tuple(far.nonzero()[0].tolist())
-        raise LawBroken(
-            f"out {list(at)}: off by {float(share[at]):.3g} of sum p|v|, and no right kernel by more than"
-            f" {LARGEST_RELATIVE_ERROR:g}"
-        )
+    relative = row_figures(error, budget).relative
+    if not relative.numel():
+        return
+    at = [int(i) for i in torch.unravel_index(relative.argmax(), relative.shape)]
+    if fault := budget_fault(0, 0.0, float(relative.max()), f" at {at}"):
+        raise LawBroken(f"out: {fault}")
 
 
 def _judge(what: str, got: torch.Tensor, due: torch.Tensor, bound: torch.Tensor) -> float:

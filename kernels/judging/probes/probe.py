@@ -18,6 +18,7 @@ from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput, Call, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import Plan
 
@@ -116,9 +117,9 @@ def judge(
         budget = budget or error_budget(call, arithmetic)
         out, lse = budget.out if out is None else out, budget.lse
         bound = budget.bound if probe.bound is None else probe.bound(call, arithmetic)
-        wrong = ~((got - out).abs() <= bound)
-        same = result.lse.double() == lse
-        lse_wrong = ~(same | ((result.lse.double() - lse).abs() <= budget.lse_bound))
+        wrong = budget_ratio(got - out, bound) > 1
+        lse_error = torch.where(result.lse.double() == lse, 0.0, result.lse.double() - lse)
+        lse_wrong = budget_ratio(lse_error, budget.lse_bound) > 1
     assert out is not None
     failures = []
     for b, t, h in wrong.any(-1).nonzero()[:most].tolist():

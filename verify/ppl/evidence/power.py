@@ -12,7 +12,7 @@ from verify.arms.arm import Arm
 from verify.arms.kernel_errors import KernelErrors, kernel_errors, rows_of
 from verify.judge.statistics import CONFIDENCE, POWER, paired_difference
 from verify.judge.verdict import SIGNIFICANT_RATIO
-from verify.kernels.judging.detectors import RMS_LIMIT
+from verify.kernels.judging.figures import RMS_LIMIT
 from verify.ppl.evidence.pairs import PairSummary, both, difference_of, distance_between
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.frozen import frozen_name
