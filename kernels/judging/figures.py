@@ -18,7 +18,6 @@ and one kernel under two arithmetics, are measured alike, and rows without a bud
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,20 +118,20 @@ def relative_error(error: torch.Tensor, size: torch.Tensor, expected: torch.Tens
 
 
 def gain_of(
-    error: torch.Tensor, exact: torch.Tensor, dim: int | Sequence[int] = -1
+    error: torch.Tensor, exact: torch.Tensor, dim: int | tuple[int, ...] = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """<error, exact> / <exact, exact> over some dimensions, 0 where exact is 0; and <exact, exact>."""
     power = exact.square().sum(dim)
     return (error * exact).sum(dim) / power.clamp(min=_SMALLEST_SQUARE), power
 
 
-def relative_rms(error: torch.Tensor, exact: torch.Tensor, dim: int | Sequence[int]) -> torch.Tensor:
+def relative_rms(error: torch.Tensor, exact: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
     """||error|| / ||exact|| over some dimensions."""
     power = exact.square().sum(dim).clamp(min=_SMALLEST_SQUARE)
     return (error.square().sum(dim) / power).sqrt()
 
 
-def pooled_gain(rows: torch.Tensor, power: torch.Tensor, dim: int | Sequence[int]) -> torch.Tensor:
+def pooled_gain(rows: torch.Tensor, power: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
     """Gains, or biases, of rows as that of their columns together. Rows of which no gain can be told
     (an infinite bias) count nothing; 0 where nothing is left."""
     weight = torch.where(torch.isfinite(rows), power, 0.0)
@@ -140,7 +139,7 @@ def pooled_gain(rows: torch.Tensor, power: torch.Tensor, dim: int | Sequence[int
     return shares.sum(dim) / weight.sum(dim).clamp(min=_SMALLEST_SQUARE)
 
 
-def pooled_rms(rows: torch.Tensor, dim: int | Sequence[int]) -> torch.Tensor:
+def pooled_rms(rows: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
     """The root mean square of rows' `rms`, of those that have one; NaN where none has."""
     square = rows.square()
     measured = ~torch.isnan(square)
