@@ -12,23 +12,23 @@ from verify.commands import options
 from verify.commands.plan import setting_of
 from verify.engines.sweep import (
     COLUMNS,
-    check_comparable,
     compare,
     fit_line,
     medians,
+    pairs_of,
     split_starts,
     to_json,
 )
-from verify.engines.sweep_log import read_sweep
+from verify.engines.sweep_log import read_logs
 from verify.kernels.plans.policy import policy_named
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_writable
-from verify.reports.sweep import compared_lines, line_text, plot, policy_lines, print_times
+from verify.reports.sweep import compared_lines, line_text, note_lines, plot, policy_lines, print_times
 
 
 def command(
-    logs: Annotated[list[str], typer.Argument(help="logs, Markdown or JSONL; the first is compared with")],
+    logs: Annotated[list[str], typer.Argument(help="logs: tables, JSON or CSV; the first is compared with")],
     policy: Annotated[str | None, typer.Option("--policy", help="ik-1183, say: needs --arch")] = None,
     arch: Annotated[
         str | None, typer.Option("--arch", "-m", help="glm4moe, glm-4.5-air, 96/8x128, or a GGUF file")
@@ -48,24 +48,28 @@ def command(
         check_writable("--out", out)
     chosen = policy_named(policy) if policy else None
     setting = setting_of(arch, cache_type, gpus, split_mode) if arch else None
-    found = [read_sweep(path) for path in logs]
+    found = [log for path in logs for log in read_logs(path)]
     if len({log.label for log in found}) < len(found):
         # The same name in two folders: the folder tells them apart.
-        found = [log._replace(label=str(log.path)) for log in found]
-    check_comparable(found)
+        found = [log._replace(label=f"{log.path.parent / log.label}") for log in found]
+    pairs = pairs_of(found)
     screen = sys.stderr if json_ else sys.stdout
-    compared = [compare(found[0], other, column) for other in found[1:] for column in COLUMNS]
+    compared = [
+        c for main, other in pairs for column in COLUMNS if (c := compare(main, other, column)) is not None
+    ]
     lines = {
         (log.label, column): fit_line(list(times := medians(log, column)), list(times.values()))
         for log in found
         for column in COLUMNS
     }
     print_times(found, compared, screen)
+    for text in note_lines(found, pairs):
+        print(text, file=screen)
     for (label, column), line in lines.items():
         if line is not None and column == "t_tg":
             print(line_text(label, column, line), file=screen)
     for c in compared:
-        for text in compared_lines(c, found[0].label):
+        for text in compared_lines(c):
             print(text, file=screen)
     starts = []
     if chosen is not None and setting is not None:

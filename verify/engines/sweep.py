@@ -82,16 +82,17 @@ class ChangePoint(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """One column of one file against the first file's.
-
-    mean, mean_low, mean_high: of the ratio over the depths, with its interval at SLOWDOWN_CONFIDENCE.
-    """
+    """One column of one log against that of another of the same work."""
 
     label: str
+    # The log that it is compared with.
+    against: str
     column: Column
     depths: list[int]
+    # Times over the other's, at each depth.
     ratios: list[float]
     change: ChangePoint | None
+    # Of the ratio over the depths, with its interval at SLOWDOWN_CONFIDENCE.
     mean: float
     mean_low: float
     mean_high: float
@@ -117,28 +118,40 @@ class SplitStart(NamedTuple):
 
 
 def medians(log: SweepLog, column: Column) -> dict[int, float]:
-    """Depth -> the median of its repeats."""
+    """Depth -> the median of its repeats; empty where the log has no such times."""
     found: dict[int, list[float]] = {}
     for row in log.rows:
-        found.setdefault(row.n_kv, []).append(getattr(row, column))
+        if (seconds := getattr(row, column)) is not None:
+            found.setdefault(row.n_kv, []).append(seconds)
     return {n_kv: float(np.median(times)) for n_kv, times in found.items()}
 
 
-def check_comparable(logs: Sequence[SweepLog]) -> None:
-    """Raises UsageError where logs do not measure the same work, or share no depth."""
+def pairs_of(logs: Sequence[SweepLog]) -> list[tuple[SweepLog, SweepLog]]:
+    """Every log with the first before it that did the same work at some of the same depths.
+
+    Raises UsageError where a file has no log that can be compared, though there are several files.
+    """
+    pairs = []
+    for i, log in enumerate(logs):
+        found = next((first for first in logs[:i] if not _unlike(first, log)), None)
+        if found is not None:
+            pairs.append((found, log))
     first = logs[0]
-    work = {row.n_kv: (row.pp, row.tg) for row in first.rows}
-    for log in logs[1:]:
-        shared = [row for row in log.rows if row.n_kv in work]
-        if not shared:
-            raise UsageError(f"{log.path}: N_KV: no depth in common with {first.path}")
-        for row in shared:
-            if (row.pp, row.tg) != work[row.n_kv]:
-                pp, tg = work[row.n_kv]
-                raise UsageError(
-                    f"{log.path}: N_KV {row.n_kv}: PP {row.pp} and TG {row.tg},"
-                    f" expected {pp} and {tg} as in {first.path}"
-                )
+    for path in dict.fromkeys(log.path for log in logs):
+        mine = [log for log in logs if log.path == path]
+        if path != first.path and not any(log in pair for pair in pairs for log in mine):
+            raise UsageError(f"{path}: {_unlike(first, mine[0])} as in {first.path}")
+    return pairs
+
+
+def _unlike(first: SweepLog, other: SweepLog) -> str:
+    """Why two logs cannot be compared; empty where they can."""
+    for name, a, b in zip(("PP", "TG"), first.work, other.work, strict=True):
+        if a and b and a != b:
+            (pp, tg), (other_pp, other_tg) = first.work, other.work
+            return f"{name} {b}: PP {other_pp} and TG {other_tg}, expected {pp} and {tg}"
+    shared = any(medians(first, c).keys() & medians(other, c).keys() for c in COLUMNS)
+    return "" if shared else "N_KV: no depth in common, expected some"
 
 
 def fit_line(depths: Sequence[int], times: Sequence[float]) -> Line | None:
@@ -153,10 +166,12 @@ def fit_line(depths: Sequence[int], times: Sequence[float]) -> Line | None:
     return Line(a, ends[0], ends[1], b, low, high)
 
 
-def compare(main: SweepLog, other: SweepLog, column: Column) -> Compared:
-    """Ratios of the times of `other` to those of `main`, at the depths that both have."""
+def compare(main: SweepLog, other: SweepLog, column: Column) -> Compared | None:
+    """Ratios of the times of `other` to those of `main`, at the depths that both have; None without any."""
     base, theirs = medians(main, column), medians(other, column)
     depths = sorted(base.keys() & theirs.keys())
+    if not depths:
+        return None
     ratios = [theirs[n] / base[n] for n in depths]
     mean = float(np.mean(ratios))
     reach = math.inf
@@ -164,7 +179,15 @@ def compare(main: SweepLog, other: SweepLog, column: Column) -> Compared:
         t = float(stats.t.ppf((1 + SLOWDOWN_CONFIDENCE) / 2, len(ratios) - 1))
         reach = t * float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios))
     return Compared(
-        other.label, column, depths, ratios, change_point(depths, ratios), mean, mean - reach, mean + reach
+        label=other.label,
+        against=main.label,
+        column=column,
+        depths=depths,
+        ratios=ratios,
+        change=change_point(depths, ratios),
+        mean=mean,
+        mean_low=mean - reach,
+        mean_high=mean + reach,
     )
 
 
@@ -205,7 +228,7 @@ def change_point(depths: Sequence[int], ratios: Sequence[float], seed: int = 0) 
 def split_starts(policy: Policy, setting: Setting, log: SweepLog) -> list[SplitStart]:
     """Every change of a policy's plan, with the first row whose generation runs the new one."""
     plans = stretches(policy, setting)
-    rows = sorted({(row.n_kv, row.tg) for row in log.rows})
+    rows = sorted({(row.n_kv, row.tg) for row in log.rows if row.tg})
     found = []
     for before, stretch in pairwise(plans):
         # A row generates with N_KV + 1 ... N_KV + TG visible keys.
@@ -231,6 +254,7 @@ def to_json(
                 "label": log.label,
                 "path": str(log.path),
                 "rows": [row._asdict() for row in log.rows],
+                "notes": list(log.notes),
                 "lines": {c: line._asdict() if (line := lines[log.label, c]) else None for c in COLUMNS},
             }
             for log in logs

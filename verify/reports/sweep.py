@@ -19,8 +19,10 @@ def print_times(logs: Sequence[SweepLog], compared: Sequence[Compared], to: Text
     columns: list[dict[int, str]] = []
     for column, name in COLUMNS.items():
         for log in logs:
-            names.append(f"{name} {log.label}")
-            columns.append({n: f"{t:.3f}" for n, t in medians(log, column).items()})
+            times = medians(log, column)
+            if times:
+                names.append(f"{name} {log.label}")
+                columns.append({n: f"{t:.3f}" for n, t in times.items()})
         for c in compared:
             if c.column == column:
                 names.append("ratio")
@@ -33,6 +35,16 @@ def print_times(logs: Sequence[SweepLog], compared: Sequence[Compared], to: Text
             print(f"{log.label}: {repeats} rows are repeats; medians are shown", file=to)
 
 
+def note_lines(logs: Sequence[SweepLog], pairs: Sequence[tuple[SweepLog, SweepLog]]) -> list[str]:
+    """What was left out of each log, and which logs are compared with none."""
+    lines = [f"{log.label}: {note}" for log in logs for note in log.notes]
+    for log in logs:
+        if len(logs) > 1 and not any(log in pair for pair in pairs):
+            pp, tg = log.work
+            lines.append(f"{log.label}: other work (PP {pp}, TG {tg}) or other depths: compared with none")
+    return lines
+
+
 def line_text(label: str, column: Column, line: Line) -> str:
     """The fitted line of one file in one sentence; the slope by 1000 cached tokens."""
     return (
@@ -41,9 +53,9 @@ def line_text(label: str, column: Column, line: Line) -> str:
     )
 
 
-def compared_lines(c: Compared, first: str) -> list[str]:
+def compared_lines(c: Compared) -> list[str]:
     """What the ratio of one file does, in sentences."""
-    name = f"{COLUMNS[c.column]} {c.label} / {first}"
+    name = f"{COLUMNS[c.column]} {c.label} / {c.against}"
     lines = [f"{name}: mean {c.mean:.4f} (99 % interval {c.mean_low:.4f} to {c.mean_high:.4f})"]
     change = c.change
     if change is None:
@@ -119,11 +131,13 @@ def plot(
         for log in logs:
             tokens = {row.n_kv: getattr(row, work) for row in log.rows}
             times = medians(log, column)
+            if not times:
+                continue
             speed.plot(list(times), [tokens[n] / t for n, t in times.items()], marker="o", label=log.label)
         for c in compared:
             if c.column != column:
                 continue
-            (drawn,) = ratio.plot(c.depths, c.ratios, marker="o", label=f"{c.label} / {logs[0].label}")
+            (drawn,) = ratio.plot(c.depths, c.ratios, marker="o", label=f"{c.label} / {c.against}")
             if c.change is not None and c.change.believed:
                 ratio.axvline(c.change.n_kv, linestyle=":", color=drawn.get_color(), label="change point")
         ratio.axhline(1, color="gray", linewidth=1)

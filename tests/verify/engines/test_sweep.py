@@ -10,7 +10,7 @@ from conftest import SHARED
 from support.cli import assert_refused, verify
 from verify.engines import sweep
 from verify.engines.sweep import change_point, fit_line
-from verify.engines.sweep_log import Row, read_sweep
+from verify.engines.sweep_log import Row, read_logs
 
 HEADER = (
     "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |\n"
@@ -86,8 +86,8 @@ def test_markdown_json_and_a_whole_log_give_the_same_rows(tmp_path: Path) -> Non
         for row in rows:
             f.write(json.dumps(row._asdict() | {"speed_pp": 1.0, "speed_tg": 2.0, "n_gpu_layers": 99}) + "\n")
     for path in (plain, wrapped, lines):
-        assert read_sweep(path).rows == rows, path
-    assert read_sweep(plain).label == "a"
+        (log,) = read_logs(path)
+        assert (log.label, log.rows) == ("a", rows), path
 
 
 def test_repeats_count_as_their_median(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_bad_logs_are_one_line(tmp_path: Path) -> None:
         ('{"n_kv": 0, "pp": 1, "tg": 1, "t_pp": 1.0}\n', "line 1: has no 't_tg'"),
         ('{"n_kv": 0, "pp": 1, "tg"', "line 1: not JSON"),
         ('{"n_kv": 0, "pp": 1, "tg": 1, "t_pp": 1.0, "t_tg": 0}', "t_tg is 0, expected a time"),
-        (table([(0, 1.0, 2.0)], tg=64), "N_KV 0: PP 512 and TG 64, expected 512 and 128"),
+        (table([(0, 1.0, 2.0)], tg=64), "TG 64: PP 512 and TG 64, expected 512 and 128 as in"),
         (table([(99, 1.0, 2.0)]), "no depth in common"),
     ]
     for content, *said in cases:
