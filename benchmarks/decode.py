@@ -24,7 +24,7 @@ import triton
 from commit import commit
 from peers import PEERS
 
-from verify.kernels.cache import bits_per_number
+from verify.kernels.cache_types import bits_per_number
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FlashKernel

@@ -22,26 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-BLOCK = 32
+from verify.kernels.cache_types import BLOCK, CACHE_TYPES
+
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-
-class CacheType(NamedTuple):
-    """codes: number of codes; zero: the code of 0 (types without a minimum); minimum: whether m is kept."""
-
-    codes: int
-    zero: int
-    minimum: bool = False
-
-
-CACHE_TYPES: dict[str, CacheType] = {
-    "q8_0": CacheType(255, 0),
-    "q4_0": CacheType(16, 8),
-    "q4_1": CacheType(16, 0, minimum=True),
-    "q5_0": CacheType(32, 16),
-    "q5_1": CacheType(32, 0, minimum=True),
-    "iq4_nl": CacheType(16, 0),
-}
 
 
 class Quantised(NamedTuple):
@@ -51,12 +34,6 @@ class Quantised(NamedTuple):
     codes: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor | None = None
-
-
-def bits_per_number(cache_type: str) -> float:
-    """Memory of one number, scale and minimum included: 8.5 for q8_0, 4.5 for q4_0."""
-    kind = CACHE_TYPES[cache_type]
-    return float((kind.codes - 1).bit_length()) + 16 * (1 + kind.minimum) / BLOCK
 
 
 def quantise(x: torch.Tensor, cache_type: str) -> Quantised:

@@ -6,11 +6,13 @@ A kernel that lacks something is not wrong; it is only not judged by what needs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    # What kernels have is listed without torch.
+    import torch
 
-from verify.kernels.call import Call
+    from verify.kernels.call import Call
 
 Promise = Literal[
     "lse", "sliding_window", "softcap", "sinks", "alibi", "plans", "head_groups", "empty_rows", "ragged",
@@ -42,10 +44,10 @@ class Capabilities:
     head_groups: obeys the head groups of `Call.plan` (implied by `plans`); empty_rows: rows of kv_len 0;
     ragged: rows of different kv_len in one call; deterministic: the same call gives the same bits;
     row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
-    head size than keys; strided: sees keys and values where they lie, not copies; paths, dtypes, devices:
-    which of them; k_sizes, ratios: the head sizes and ratios it has, None for all; size_multiple: what
-    head sizes of keys and values are multiples of (a quantised cache holds them in blocks); caches:
-    quantised cache types that the option `cache=` of its specification takes.
+    head size than keys; strided: sees keys and values where they lie, not copies; paths, devices, dtypes (by
+    torch's names): which of them; k_sizes, ratios: the head sizes and ratios it has, None for all;
+    size_multiple: what head sizes of keys and values are multiples of (a quantised cache holds them in
+    blocks); caches: quantised cache types that the option `cache=` of its specification takes.
     """
 
     lse: bool = True
@@ -62,7 +64,7 @@ class Capabilities:
     v_size: bool = True
     strided: bool = True
     paths: tuple[str, ...] = ("decode", "prefill")
-    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
     devices: tuple[str, ...] = ("cpu", "cuda")
     k_sizes: tuple[int, ...] | None = None
     ratios: tuple[int, ...] | None = None
@@ -81,7 +83,7 @@ class Capabilities:
         for what in ("paths", "devices", "dtypes"):
             has = getattr(self, what)
             if set(has) < set(getattr(all_of, what)):
-                found.append(f"has only {what} {', '.join(str(x).removeprefix('torch.') for x in has)}")
+                found.append(f"has only {what} {', '.join(has)}")
         for what, some in (("head sizes", self.k_sizes), ("ratios", self.ratios)):
             if some is not None:
                 found.append(f"has only {what} {', '.join(map(str, some))}")
@@ -110,7 +112,7 @@ class Capabilities:
         missing = [WORDS[name] for name in wanted if not getattr(self, name)]
         for what, value, allowed in (
             ("path", call.path, self.paths),
-            ("dtype", call.q.dtype, self.dtypes),
+            ("dtype", name_of(call.q.dtype), self.dtypes),
             ("device", call.q.device.type, self.devices),
             ("head size", shape.k_size, self.k_sizes),
             ("ratio", shape.ratio, self.ratios),
@@ -121,3 +123,8 @@ class Capabilities:
         if odd:
             missing.append(f"has no head size {odd[0]} (has multiples of {self.size_multiple})")
         return "; ".join(missing) or None
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float16` for torch.float16."""
+    return str(dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ The device code is Triton (`device`). With TRITON_INTERPRET=1 set before Triton 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -15,13 +14,15 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.budget.arithmetic import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, Arithmetic
-from verify.kernels.cache import BLOCK, CACHE_TYPES, dequantise, quantise
+from verify.kernels.cache import dequantise, quantise
+from verify.kernels.cache_types import BLOCK, CACHE_TYPES
 from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
+from verify.kernels.here import why_not_flash
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
 
@@ -32,15 +33,6 @@ U_TANH = 2.0**-19
 _TENSOR_CORES_FROM = (8, 0)
 # Compute capability from which a dependent launch may begin while the one before it drains.
 _OVERLAP_FROM = (9, 0)
-
-
-def why_not_cuda() -> str | None:
-    """The reason why the CUDA kernel cannot run here, or None if it can."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
 
 
 def reads_planes(call: Call, options: EagerOptions) -> bool:
@@ -282,7 +274,7 @@ class EagerOverCache(EagerKernel):
 
 def flash_kernel(spec: str, options: EagerOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
-    reason = why_not_cuda()
+    reason = why_not_flash()
     if reason is None:
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         on_device = replace(options, plan=options.plan.with_sms(sms))

@@ -14,31 +14,17 @@ from pathlib import Path
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
-from verify.kernels.cache import BLOCK, ggml_blocks, quantise
+from verify.kernels.cache import ggml_blocks, quantise
+from verify.kernels.cache_types import BLOCK
 from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.catalogue import CALL_LIMIT_S, GGML_CACHES, GGML_CAPABILITIES
 from verify.kernels.errors import KernelFailure, SpecError
-from verify.kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
+from verify.kernels.foreign.process import WorkerProcess
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import Plan, parse_heads
 from verify.kernels.plans.spec import Spec, choice, number
 from verify.kernels.trace import Signature
-
-# With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
-# keeps sums of q in float16, and no budget has been derived for that.
-GGML_CACHES = ("q8_0", "q4_0", "q5_0", "iq4_nl")
-GGML_OPTIONS: dict[str, str] = {
-    "lib": "the shared library: libggml.so, libllama.so",
-    "backend": "cpu or cuda; default cpu",
-    "heads": "head groups, each a call of its own: 12, 8+4, 4+4+4, split; default one call",
-    "cache": f"type of the KV cache: f16 (as given), {', '.join(GGML_CACHES)}; default f16",
-    "prec": "the operator's precision flag: f32 (as llama.cpp sets it) or default; default f32",
-    "threads": "threads of the cpu backend, which cuts the KV range by them; default 1",
-    "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
-}
-GGML_CAPABILITIES = Capabilities(
-    lse=False, alibi=False, plans=False, strided=False, dtypes=(torch.float16,), caches=GGML_CACHES
-)  # fmt: skip
 
 
 class GgmlKernel(Kernel):

@@ -32,7 +32,6 @@ from verify.kernels.foreign.overheard import Overheard
 START_LIMIT_S = 120
 # For a process to end after it has closed its pipes.
 END_LIMIT_S = 5.0
-CALL_LIMIT_S = 60
 # An answer is a line about shapes; its tensors lie in the shared file.
 MOST_ANSWER_BYTES = 1 << 20
 # Beyond this a time limit is none: no clock need be asked for it.

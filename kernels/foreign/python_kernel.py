@@ -14,16 +14,13 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
 from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.catalogue import CALL_LIMIT_S
 from verify.kernels.errors import KernelFailure, SpecError
-from verify.kernels.foreign.process import CALL_LIMIT_S, WorkerProcess
+from verify.kernels.foreign.process import WorkerProcess
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import Spec, choice, number
 from verify.kernels.trace import Signature
 
-PYTHON_OPTIONS: dict[str, str] = {
-    "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
-    "acc": "f32: the kernel is known to accumulate in float32, so that a tighter error budget applies",
-}
 # What a function is given only if it asks for it; without it, a call that needs it is refused.
 _OPTIONAL = ("sliding_window", "softcap", "sinks", "alibi_slopes")
 

@@ -15,12 +15,9 @@ import torch
 from torch.nn.attention import flex_attention as flex
 
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.capabilities import Capabilities
+from verify.kernels.catalogue import FLEX_CAPABILITIES
 from verify.kernels.peers.peer import Launch, PeerKernel, Rows
 
-FLEX_CAPABILITIES = Capabilities(
-    sinks=False, plans=False, head_groups=False, empty_rows=False, row_alone=False,
-)  # fmt: skip
 UNCOMPILED_NOTE = "the compiled kernel did not run: `flex` ran in plain torch (no CUDA device)"
 # Shapes and modifications that are compiled before torch gives up and, unnoticed, computes another way.
 _MOST_COMPILED = 256

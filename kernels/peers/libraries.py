@@ -8,45 +8,18 @@ from typing import Any
 
 import torch
 
-from verify.kernels.capabilities import Capabilities
+from verify.kernels.catalogue import LIBRARY_CAPABILITIES
+from verify.kernels.here import LIBRARIES, why_not_library
 from verify.kernels.merge import from_base2
-from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse, version_of, why_not
+from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse, version_of
 from verify.kernels.plans.spec import Spec
-
-_HALF = (torch.float16, torch.bfloat16)
-_DECODE_ON_CUDA = Capabilities(
-    sinks=False, alibi=False, plans=False, head_groups=False, empty_rows=False, v_size=False,
-    paths=("decode",), devices=("cuda",), dtypes=_HALF,
-)  # fmt: skip
-
-
-def _with(**has: object) -> Capabilities:
-    return Capabilities(**{**vars(_DECODE_ON_CUDA), **has})
-
-
-LIBRARY_CAPABILITIES: dict[str, Capabilities] = {
-    "flashinfer": _with(k_sizes=(64, 128, 256)),
-    "flash_attn": _with(alibi=True, deterministic=False, row_alone=False),
-    "xformers": _with(lse=False, sliding_window=False, softcap=False),
-}
-# Our name, the module that is imported, the distribution that it comes in.
-_SOURCES = {
-    "flashinfer": ("flashinfer", "flashinfer-python"),
-    "flash_attn": ("flash_attn", "flash-attn"),
-    "xformers": ("xformers", "xformers"),
-}
-
-
-def why_not_library(name: str) -> str | None:
-    """Why it cannot run here, or None if it can."""
-    return why_not(*_SOURCES[name], cuda=True)
 
 
 class LibraryKernel(PeerKernel):
     """One of `LIBRARY_CAPABILITIES`, by its name."""
 
     def __init__(self, spec: str, name: str) -> None:
-        module, distribution = _SOURCES[name]
+        module, distribution = LIBRARIES[name]
         super().__init__(spec, LIBRARY_CAPABILITIES[name], version_of(distribution))
         self._prepare = functools.partial(_PREPARE[name], import_module(module))
 

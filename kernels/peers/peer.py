@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from importlib import metadata, util
+from importlib import metadata
 from typing import NamedTuple
 
 import torch
@@ -108,15 +108,6 @@ class PeerKernel(Kernel):
                 q, kv_len = call.q[b : b + 1, rows], call.kv_len[b : b + 1, rows]
                 found.append((b, rows, self.prepare(Rows(q, k[:, :n], v[:, :n], kv_len, call))))
         return found
-
-
-def why_not(module: str, distribution: str, *, cuda: bool) -> str | None:
-    """Why a library cannot run here, or None if it can."""
-    if util.find_spec(module) is None:
-        return f"{distribution} is not installed"
-    if cuda and not torch.cuda.is_available():
-        return "no CUDA device"
-    return None
 
 
 def refuse(spec: str, reason: str | None) -> None:

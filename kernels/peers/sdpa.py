@@ -11,38 +11,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.capabilities import Capabilities
+from verify.kernels.catalogue import SDPA_CAPABILITIES
 from verify.kernels.errors import KernelFailure
+from verify.kernels.here import NO_CUDA, has_cuda
 from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse
 from verify.kernels.plans.spec import Spec
 
-_PLAIN = Capabilities(
-    lse=False, sliding_window=False, softcap=False, sinks=False, alibi=False, plans=False, head_groups=False,
-    empty_rows=False,
-)  # fmt: skip
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _with(**has: object) -> Capabilities:
-    return Capabilities(**{**vars(_PLAIN), **has})
-
-
-# Rows of a prefill call see keys by a mask, and not every backend takes one. Of cuDNN torch says that it is
-# not deterministic, and does not choose it where deterministic algorithms are demanded.
-SDPA_CAPABILITIES: dict[str, Capabilities] = {
-    "flash": _with(paths=("decode",), dtypes=_HALF, v_size=False),
-    "cudnn": _with(
-        paths=("decode",),
-        dtypes=_HALF,
-        v_size=False,
-        devices=("cuda",),
-        size_multiple=8,
-        deterministic=False,
-        row_alone=False,
-    ),
-    "math": _PLAIN,
-    "efficient": _with(devices=("cuda",)),
-}
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -53,8 +27,8 @@ _BACKENDS = {
 
 def why_not_sdpa(variant: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
-    if "cpu" not in SDPA_CAPABILITIES[variant].devices and not torch.cuda.is_available():
-        return "no CUDA device"
+    if "cpu" not in SDPA_CAPABILITIES[variant].devices and not has_cuda():
+        return NO_CUDA
     return None
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from support.peer_checks import agrees_with_exact
-from verify.kernels.peers.libraries import LIBRARY_CAPABILITIES, why_not_library
+from verify.kernels.catalogue import LIBRARY_CAPABILITIES
+from verify.kernels.here import why_not_library
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from verify.kernels.cache import (
-    BLOCK,
-    CACHE_TYPES,
-    IQ4_NL_VALUES,
-    bits_per_number,
-    dequantise,
-    ggml_blocks,
-    quantise,
-    through_cache,
-)
+from verify.kernels.cache import IQ4_NL_VALUES, dequantise, ggml_blocks, quantise, through_cache
+from verify.kernels.cache_types import BLOCK, CACHE_TYPES, bits_per_number
 
 BY_GGUF = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 

@@ -18,7 +18,8 @@ from support import flash_laws as laws
 from support.subjects import flash_subject
 from verify.kernels.call import checked_call
 from verify.kernels.eager import EagerOptions
-from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel, why_not_cuda
+from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel
+from verify.kernels.here import why_not_flash
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, Law
@@ -186,7 +187,7 @@ def test_refuses_what_it_does_not_have(change: dict[str, object], message: str) 
 def test_without_cuda_flash_is_eager_and_says_so() -> None:
     flash = build_kernel("flash:heads=2+1,kv=2")
     assert flash.notes == [f"{FALLBACK_NOTE} (no CUDA device)"]
-    assert why_not_cuda() == "no CUDA device"
+    assert why_not_flash() == "no CUDA device"
     x = laws.inputs(laws.Case("eager"), CPU)
     flash.attend(x.q, x.k, x.v, **x.more)
     assert {signature.kernel for _, _, signature in flash.trace.rows} == {

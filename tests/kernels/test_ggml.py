@@ -21,10 +21,11 @@ from support.problems import problem
 from verify.kernels.bits import same_bits
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.catalogue import GGML_CACHES
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.foreign import process, worker
-from verify.kernels.foreign.ggml_kernel import GGML_CACHES, GgmlKernel
+from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.judging.detectors import measure
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
 from verify.kernels.plans.plan import Plan
@@ -203,7 +204,7 @@ def test_rows_and_sequences_are_told_apart(kernels: dict[str, GgmlKernel]) -> No
     ("options", "call", "said"),
     [
         ("", problem(rows=2, alibi_slopes=torch.ones(6)), "has no ALiBi slopes"),
-        ("", problem(rows=2, dtype=torch.bfloat16), "has no dtype torch.bfloat16"),
+        ("", problem(rows=2, dtype=torch.bfloat16), "has no dtype bfloat16"),
         (",cache=q8_0", problem(rows=2, size=80), "has no head size 80 .has multiples of 32"),
     ],
 )

@@ -16,13 +16,14 @@ from support.peer_checks import agrees_with_exact
 from support.problems import problem
 from verify.kernels.call import Call
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.catalogue import CATALOGUE, LIBRARY_CAPABILITIES, SDPA_CAPABILITIES
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import Sizes, draw
-from verify.kernels.peers.libraries import LIBRARY_CAPABILITIES, LibraryKernel
+from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.peer import PeerKernel
-from verify.kernels.peers.sdpa import SDPA_CAPABILITIES, SdpaKernel
-from verify.kernels.registry import ENTRIES, build_kernel
+from verify.kernels.peers.sdpa import SdpaKernel
+from verify.kernels.registry import BUILDERS, build_kernel
 
 
 @pytest.mark.parametrize("spec", ["sdpa:math", "sdpa:flash", "flex"])
@@ -112,11 +113,12 @@ def test_what_needs_a_gpu_or_a_library_says_so() -> None:
 
 
 def test_limits_are_stated_before_anything_is_built() -> None:
-    limits = {name: has.limits() for entry in ENTRIES.values() for name, has in entry.limits.items()}
+    limits = {name: has.limits() for entry in CATALOGUE.values() for name, has in entry.limits.items()}
     assert "has only devices cuda" in limits["sdpa:cudnn"]
     assert "has only head sizes that are multiples of 8" in limits["sdpa:cudnn"]
     assert "returns no log-sum-exp" in limits["ggml"]
     assert "has only head sizes 64, 128, 256" in limits["flashinfer"]
+    assert CATALOGUE.keys() == BUILDERS.keys()
     assert Capabilities().limits() == []
     assert Capabilities(paths=("decode",), ratios=(1, 2, 4)).limits() == [
         "has only paths decode", "has only ratios 1, 2, 4",

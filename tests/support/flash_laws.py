@@ -238,7 +238,8 @@ def chunks_of_rows_change_no_bit(device: torch.device, monkeypatch: Any) -> None
 
 def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None:
     """Fused and expanded agree with the oracle on the cache's own numbers; the trace says which ran."""
-    from verify.kernels.cache import CACHE_TYPES, through_cache
+    from verify.kernels.cache import through_cache
+    from verify.kernels.cache_types import CACHE_TYPES
 
     for cache in CACHE_TYPES:
         for size in (64, 128) if cache in ("q8_0", "q4_0") else (64,):

@@ -136,7 +136,7 @@ def test_a_resumed_run_takes_no_other_settings(tiny: Tiny, tmp_path: Path) -> No
     ("options", "said"),
     [
         (("--candidate", "sdpa:flash", "--path", "prefill"), "has no path prefill"),
-        (("--candidate", "sdpa:flash", "--cache-type", "f32"), "has no dtype torch.float32"),
+        (("--candidate", "sdpa:flash", "--cache-type", "f32"), "has no dtype float32"),
         (("--margin", "inf"), "--margin inf"),
         (("--memory", "inf"), "--memory inf"),
         (("--checkpoint-minutes", "inf"), "--checkpoint-minutes inf"),

@@ -57,6 +57,7 @@ def loaded_by(folder: Path, *lines: tuple[str, ...], before: str = "") -> subpro
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("list",),
         ("plan", "--arch", "glm4moe", "--n-kv", "32768"),
         ("sweep", "log.md", "log.md", "--out", "sweep.png"),
         ("kld", "a.kld", "b.kld"),
@@ -71,7 +72,7 @@ def test_no_torch_where_none_is_needed(folder: Path, arguments: tuple[str, ...])
 
 
 def test_no_torch_for_help(tmp_path: Path) -> None:
-    lines = [("--help",), *((name, "--help") for name in COMMANDS if name != "list")]
+    lines = [("--help",), *((name, "--help") for name in COMMANDS)]
     done = loaded_by(tmp_path, *lines)
     said = [line for line in done.stdout.splitlines() if line.startswith("exit")]
     assert said == ["exit 0"] * len(lines), done.stdout[-500:] + done.stderr[-500:]

@@ -12,7 +12,7 @@ def command() -> int:
     """Print what was found; exit 0."""
     import torch
 
-    from verify.kernels.registry import ENTRIES
+    from verify.kernels.catalogue import CATALOGUE
     from verify.machine.environment import describe
     from verify.model.errors import ModelError
     from verify.model.locate import locate_model
@@ -24,7 +24,7 @@ def command() -> int:
             lines += [(f"{key} {name}", found or "not installed") for name, found in value.items()]
         else:
             lines.append((key, value))
-    for name, entry in ENTRIES.items():
+    for name, entry in CATALOGUE.items():
         why = entry.why_not()
         lines.append((f"kernel {name}", "can run" if why is None else f"cannot run: {why}"))
     try:

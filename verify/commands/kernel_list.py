@@ -6,15 +6,15 @@ import sys
 
 from rich.table import Table
 
+from verify.kernels.catalogue import CATALOGUE
 from verify.kernels.plans.policy import POLICIES
-from verify.kernels.registry import ENTRIES
 from verify.machine.terminal import console_on
 
 
 def command() -> int:
     """Print every kernel and option; exit 0."""
     console = console_on(sys.stdout)
-    for entry in ENTRIES.values():
+    for entry in CATALOGUE.values():
         why = entry.why_not()
         names = "|".join(entry.variants)
         named = f"{entry.name}:{names}" if names else entry.name

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.engines.plans import CACHE_BITS, Setting, chosen_policies, find_shape, plans_json
+from verify.engines.plans import Setting, chosen_policies, find_shape, plans_json
+from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.reports.plan import print_plans
@@ -42,8 +43,8 @@ def command(
 
 def setting_of(arch: str, cache_type: str, gpus: int, split_mode: str) -> Setting:
     """The setting that options name. Raises UsageError, SpecError or ModelError."""
-    if cache_type not in CACHE_BITS:
-        raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(CACHE_BITS)}")
+    if cache_type not in (known := (*PLAIN_BITS, *CACHE_TYPES)):
+        raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(known)}")
     if gpus < 1:
         raise UsageError(f"--gpus {gpus}: expected at least 1")
     if split_mode not in ("layer", "graph"):

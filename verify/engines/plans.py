@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from verify.kernels.cache_types import bits_per_number
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.plans.policy import (
     N_KV_PADDING,
@@ -33,11 +34,6 @@ ARCHITECTURE_SHAPES = {
     "gemma3": "gemma-3",
     "gpt-oss": "gpt-oss",
 }
-# Bits of one number in the cache: ggml's blocks of 32 with their scales.
-CACHE_BITS = {
-    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5,
-    "iq4_nl": 4.5,
-}  # fmt: skip
 LONGEST = 1 << 20
 MAINLINE_COLUMNS = 8
 
@@ -153,7 +149,7 @@ def plan_at(policy: Policy, setting: Setting, n_kv: int) -> PlanAt:
     if setting.cache_type in ("f16", "bf16"):
         read, written = walked, 0
     else:
-        read, written = walked + int(numbers * CACHE_BITS[setting.cache_type] / 8), 2 * numbers
+        read, written = walked + int(numbers * bits_per_number(setting.cache_type) / 8), 2 * numbers
     return PlanAt(
         policy.name, n_kv, groups, launch, columns, 1 - setting.shape.ratio / sum(columns), read, written
     )

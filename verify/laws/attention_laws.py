@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from verify.kernels.cache import BLOCK
+from verify.kernels.cache_types import BLOCK
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.judging.families import POISON
 from verify.laws.cases import Problem

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
-from verify.kernels.cache import CACHE_TYPES
+from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
 from verify.machine.errors import UsageError

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from verify.kernels.capabilities import Capabilities, Promise
+from verify.kernels.capabilities import Capabilities, Promise, name_of
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
 from verify.kernels.plans.plan import Plan
@@ -68,7 +68,7 @@ class Subject:
             ratio=1 if has.ratios is None else has.ratios[0],
             k_size=size,
             v_size=size,
-            dtype=next(name for name, dtype in DTYPES.items() if dtype in has.dtypes),
+            dtype=next(name for name, dtype in DTYPES.items() if name_of(dtype) in has.dtypes),
             path="decode" if "decode" in has.paths else "prefill",
         )
 
