@@ -54,8 +54,8 @@ COMMANDS = {
     ),
     "sweep": Listed(
         "sweep",
-        "Logs of sweep-bench or llama-bench -d: where the speed departs from the first's, and whether a policy"
-        " splits there.",
+        "Logs of sweep-bench or llama-bench -d: where the speed departs from the first's, and whether a"
+        " policy splits there.",
     ),
     "plan": Listed(
         "plan",
