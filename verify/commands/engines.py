@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from verify.commands import options
+from verify.engines.logits_file import MAGIC, LogitsFile
+from verify.judge.verdict import EXIT_CODES, Verdict
+from verify.machine.errors import UsageError
+from verify.machine.jsontext import to_json_text
+
+if TYPE_CHECKING:
+    from verify.engines.builds import Program
+    from verify.engines.perplexity_runs import EngineRun
 
 
 def command(
@@ -23,6 +32,12 @@ def command(
     file: Annotated[str, typer.Option("-f", "--file", help="text")],
     n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="tokens a window")] = 512,
     chunks: Annotated[int, typer.Option("--chunks", help="windows to measure, -1 for all")] = 4,
+    n_q: Annotated[
+        int | None, typer.Option("--n-q", "-ub", help="query tokens a call; default 1 (decode)")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option("--mode", help="decode, or prefill: the engine's own batches, or --n-q at once")
+    ] = "decode",
     args: Annotated[str, typer.Option("--args", help="further options of both, '-ngl 99 -fa on' say")] = "",
     args_a: Annotated[str, typer.Option("--args-a", help="further options of the first alone")] = "",
     args_b: Annotated[str, typer.Option("--args-b", help="further options of the second alone")] = "",
@@ -38,10 +53,8 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run both and compare; returns the verdict's exit code."""
-    from verify.engines.perplexity_runs import engine_command, find_program, run_engine
-    from verify.judge.verdict import EXIT_CODES, Verdict
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
+    from verify.engines.builds import ask, fitted, unknown_options
+    from verify.engines.perplexity_runs import Batches, engine_command, run_engine
     from verify.reports.tables import progress_of
 
     if n_ctx < 4 or chunks == 0 or chunks < -1:
@@ -52,79 +65,82 @@ def command(
         raise UsageError(f"--time-limit {time_limit:g}: expected seconds above 0")
     if max_kld is not None and not max_kld >= 0:
         raise UsageError(f"--max-kld {max_kld:g}: expected a number from 0")
+    if mode not in ("decode", "prefill"):
+        raise UsageError(f"--mode {mode}: expected decode or prefill")
+    if n_q is not None and n_q < 1:
+        raise UsageError(f"--n-q {n_q}: expected query tokens from 1")
     for option, path in (("-m", model), ("-f", file)):
         if not Path(path).is_file():
             raise UsageError(f"{option} {path}: no such file")
-    builds = [("A", a, args_a), ("B", b, args_b)]
-    # Everything that can be refused is, before the first build runs.
-    programs = [None if _is_logits_file(build) else find_program(build) for _, build, _ in builds]
-    for (name, build, _), program in zip(builds, programs, strict=True):
-        if program is None:
-            _check_fits(f"--{name.lower()} {build}", build, n_ctx, chunks)
-    more = [_split(f"{args} {own}") for _, _, own in builds]
     folder = work or Path("runs") / f"engines-{datetime.now():%Y%m%d-%H%M%S}"
+    sides = [
+        _side(name, build, _split(f"{args} {own}"), folder, n_ctx, chunks)
+        for name, build, own in (("A", a, args_a), ("B", b, args_b))
+    ]
+    # Everything that can be refused is, before the first build runs.
+    written = {side.logits.resolve() for side in sides if side.program}
+    for side in sides:
+        if side.program is None and side.logits.resolve() in written:
+            raise UsageError(
+                f"--{side.name.lower()} {side.logits}: the other build's logits would be written there,"
+                f" expected another --work than {folder}"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--work {folder}: cannot be written: {error.strerror or error}") from None
-    # Where each build's logits lie, or will.
-    paths = [
-        str(folder / f"{name.lower()}.kld") if program else build
-        for (name, build, _), program in zip(builds, programs, strict=True)
-    ]
-    written = {Path(path).resolve() for path, program in zip(paths, programs, strict=True) if program}
-    for (name, build, _), program in zip(builds, programs, strict=True):
-        if program is None and Path(build).resolve() in written:
-            raise UsageError(
-                f"--{name.lower()} {build}: the other build's logits would be written there,"
-                f" expected another --work than {folder}"
-            )
     screen = sys.stderr if json_ else sys.stdout
+    batches = Batches(n_q if n_q is not None else 1 if mode == "decode" else None)
     print(
-        f"one query token a call (-b 1 -ub 1), windows of {n_ctx}: n_kv {n_ctx // 2 + 1} to {n_ctx - 1} are"
-        " scored; whether that reaches a split, verify plan says",
+        f"{batches}, windows of {n_ctx}: n_kv {n_ctx // 2 + 1} to {n_ctx - 1} are scored; whether that"
+        " reaches a split, verify plan says",
         file=screen,
     )
-    runs = []
-    for (name, *_), program, own, path in zip(builds, programs, more, paths, strict=True):
-        if program is None:
+    engines: dict[str, dict[str, Any]] = {}
+    troubles, lines = [], {}
+    for side in sides:
+        if side.program is None:
             continue
-        logits, log = Path(path), folder / f"{name.lower()}.log"
-        line = engine_command(
-            program, model=model, text=file, n_ctx=n_ctx, chunks=chunks, logits=logits, more=own
-        )
-        print(f"{name}: {shlex.join(line)}", file=screen, flush=True)
-        with progress_of(f"{name} {program.name}") as progress:
+        said = ask(side.program)
+        engines[side.name] = {"name": side.name, "version": said.version}
+        print(f"{side.name}: {said.version or 'says no version'} ({side.program.path})", file=screen)
+        if said.trouble:
+            troubles.append(f"{side.name} {said.trouble}")
+            continue
+        own = fitted(side.args, said)
+        for option in unknown_options(own, said):
+            print(f"{side.name}: its --help does not name {option}", file=screen)
+        lines[side.name] = engine_command(
+            side.program, model=model, text=file, n_ctx=n_ctx, chunks=chunks, logits=side.logits,
+            batches=batches, more=own,
+        )  # fmt: skip
+    failed = []
+    for side in sides if not troubles else ():
+        if side.program is None:
+            continue
+        line, log = lines[side.name], folder / f"{side.name.lower()}.log"
+        print(f"{side.name}: {shlex.join(line)}", file=screen, flush=True)
+        with progress_of(f"{side.name} {side.program.path.name}") as progress:
             run = run_engine(
-                name, line, logits=logits, log=log, time_limit=time_limit, chunks=chunks, progress=progress
-            )
-        print(f"{name}: {run.failure or 'done'} ({run.seconds:.1f} s, {log})", file=screen, flush=True)
-        for said in run.last:
-            print(f"{name} |   {said}", file=screen)
-        runs.append(run)
-    failed = [run for run in runs if run.failure]
-    if failed:
-        verdict: Verdict = "broken" if all(run.name == "B" for run in failed) else "inconclusive"
-        reasons = [f"{run.name} {run.failure}" for run in failed]
-        if verdict == "inconclusive":
-            reasons.append("without the first build's logits there is nothing to compare with")
-        print(f"verdict: {verdict}: {'; '.join(reasons)}", file=screen)
-        found: dict[str, Any] = {
-            "schema": 1,
-            "verdict": verdict,
-            "reasons": reasons,
-            "files": [],
-            "pairs": [],
-        }
-        found["exit_code"] = EXIT_CODES[verdict]
+                side.name, line, logits=side.logits, log=log, time_limit=time_limit, chunks=chunks,
+                progress=progress,
+            )  # fmt: skip
+        print(f"{side.name}: {run.failure or 'done'} ({run.seconds:.1f} s, {log})", file=screen, flush=True)
+        for words in run.last:
+            print(f"{side.name} |   {words}", file=screen)
+        engines[side.name] |= {**run._asdict(), "logits": str(run.logits), "log": str(run.log)}
+        if run.failure:
+            failed.append(run)
+    if troubles or failed:
+        found = _without_comparison(troubles, failed)
+        print(f"verdict: {found['verdict']}: {'; '.join(found['reasons'])}", file=screen)
     else:
         from verify.commands.kld import compare_files
 
+        paths = [str(side.logits) for side in sides]
         found = compare_files(paths[0], [paths[1]], max_kld=max_kld, screen=screen)
     found["command"] = "engines"
-    found["engines"] = [
-        {**run._asdict(), "logits": str(run.logits), "log": str(run.log)} for run in runs
-    ]  # fmt: skip
+    found["engines"] = list(engines.values())
     (folder / "run.json").write_text(to_json_text(found))
     print(f"logits and logs: {folder}", file=screen, flush=True)
     if json_:
@@ -132,10 +148,46 @@ def command(
     return int(found["exit_code"])
 
 
+class _Side(NamedTuple):
+    """One of the two: a build that is run with these options, or a logits file (program None)."""
+
+    name: str
+    program: Program | None
+    args: list[str]
+    logits: Path
+
+
+def _side(name: str, build: str, args: list[str], folder: Path, n_ctx: int, chunks: int) -> _Side:
+    from verify.engines.builds import find_program
+
+    if _is_logits_file(build):
+        _check_fits(f"--{name.lower()} {build}", build, n_ctx, chunks)
+        return _Side(name, None, args, Path(build))
+    return _Side(name, find_program(build), args, folder / f"{name.lower()}.kld")
+
+
+def _without_comparison(troubles: list[str], failed: list[EngineRun]) -> dict[str, Any]:
+    """What is said where a build left no logits: `broken` where B failed within its windows, and it alone."""
+    broken = not troubles and all(run.name == "B" and not run.before_windows for run in failed)
+    verdict: Verdict = "broken" if broken else "inconclusive"
+    reasons = list(troubles)
+    for run in failed:
+        when = " before its first window" if run.before_windows else ""
+        reasons.append(f"{run.name} {run.failure}{when}{f': {run.told}' if run.told else ''}")
+    if not broken and not troubles and any(run.name == "A" for run in failed):
+        reasons.append("without the first build's logits there is nothing to compare with")
+    return {
+        "schema": 1,
+        "verdict": verdict,
+        "reasons": reasons,
+        "exit_code": EXIT_CODES[verdict],
+        "files": [],
+        "pairs": [],
+    }
+
+
 def _is_logits_file(build: str) -> bool:
     """Whether `build` is a logits file rather than a program."""
-    from verify.engines.logits_file import MAGIC, LogitsFile
-
     path = Path(build)
     if not path.is_file():
         return False
@@ -151,11 +203,6 @@ def _is_logits_file(build: str) -> bool:
 
 def _check_fits(called: str, path: str, n_ctx: int, chunks: int) -> None:
     """Raises UsageError for a logits file that holds other windows than the other build will write."""
-    from contextlib import closing
-
-    from verify.engines.logits_file import LogitsFile
-    from verify.machine.errors import UsageError
-
     with closing(LogitsFile(path)) as file:
         found = file.layout
     if found.n_ctx != n_ctx or chunks not in (-1, found.n_chunk):
@@ -166,8 +213,6 @@ def _check_fits(called: str, path: str, n_ctx: int, chunks: int) -> None:
 
 
 def _split(text: str) -> list[str]:
-    from verify.machine.errors import UsageError
-
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -1,7 +1,10 @@
 """Running a build's own llama-perplexity on the text-generation path, into a logits file.
 
 `-b 1 -ub 1` feeds one token a call, which is how generation attends; the default batches never do. It changes
-the matrix products too, in both builds alike.
+the matrix products too, in both builds alike. `-ub 4` is a call of speculative decoding.
+
+What ends before the first window is begun (a refused option, a missing file, memory) says nothing about
+attention; what ends after it does.
 """
 
 from __future__ import annotations
@@ -15,60 +18,74 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from verify.engines.builds import Program
 from verify.engines.logits_file import LogitsFile
 from verify.machine.errors import UsageError
 
-PROGRAM_NAMES = ("llama-perplexity", "perplexity", "llama-perplexity.exe")
-PROGRAM_FOLDERS = ("", "bin", "build/bin", "build")
-ONE_TOKEN_A_CALL = ("-b", "1", "-ub", "1")
 LAST_LINES = 12
 _POLL_SECONDS = 0.1
 # `[12]8.1234,`: what the program prints after each window.
 _WINDOW_DONE = re.compile(rb"\[(\d+)\]\d")
 
 
-class EngineRun(NamedTuple):
-    """One build's run. failure: why there is no whole logits file, or None; last: its own last lines then."""
+# What it prints before the first one.
+_WINDOWS_BEGIN = b"calculating perplexity over"
+# An engine's own words for what is no fault of its attention.
+_NOT_A_FAULT = re.compile(
+    r"out of memory|OutOfMemory|failed to allocate|cannot allocate memory|bad_alloc", re.I
+)
+_TELLING = re.compile(r"error|invalid|failed|unknown|cannot|out of memory|assert|abort|not found", re.I)
 
+
+class EngineRun(NamedTuple):
+    """One build's run."""
+
+    # A or B.
     name: str
     command: list[str]
     logits: Path
     log: Path
     seconds: float
+    # Why there is no whole logits file, or None.
     failure: str | None
+    # Its own last lines then, and the one among them that says most.
     last: list[str]
+    told: str
+    # Whether the failure came before the first window, or is one of memory: no evidence about attention.
+    before_windows: bool
 
 
-def find_program(build: str) -> Path:
-    """The llama-perplexity of a build: the program itself, or a folder with it (bin/, build/bin/).
+class Batches(NamedTuple):
+    """How many tokens an engine takes a call: n_q query tokens, or its own default where that is None."""
 
-    Raises UsageError.
-    """
-    path = Path(build)
-    if path.is_dir():
-        for folder in PROGRAM_FOLDERS:
-            for name in PROGRAM_NAMES:
-                if (path / folder / name).is_file():
-                    return _executable(path / folder / name)
-        raise UsageError(f"{build}: no {PROGRAM_NAMES[0]} there, nor in its bin/ or build/bin/")
-    if not path.is_file():
-        raise UsageError(f"{build}: no such file or folder, expected a build's folder or llama-perplexity")
-    return _executable(path)
+    n_q: int | None = 1
 
+    @property
+    def options(self) -> list[str]:
+        return [] if self.n_q is None else ["-b", str(self.n_q), "-ub", str(self.n_q)]
 
-def _executable(path: Path) -> Path:
-    if not os.access(path, os.X_OK):
-        raise UsageError(f"{path}: cannot be run: it is not executable")
-    return path.resolve()
+    def __str__(self) -> str:
+        if self.n_q is None:
+            return "the prompt's path, hundreds of query tokens a call (the engine's own -b and -ub)"
+        one = "one query token" if self.n_q == 1 else f"{self.n_q} query tokens"
+        return f"{one} a call (-b {self.n_q} -ub {self.n_q})"
 
 
 def engine_command(
-    program: Path, *, model: str, text: str, n_ctx: int, chunks: int, logits: Path, more: Sequence[str]
+    program: Program,
+    *,
+    model: str,
+    text: str,
+    n_ctx: int,
+    chunks: int,
+    logits: Path,
+    batches: Batches,
+    more: Sequence[str],
 ) -> list[str]:
     """The command line of one run."""
     return [
-        *(str(program), "-m", model, "-f", text, "-c", str(n_ctx), "--chunks", str(chunks)),
-        *(*ONE_TOKEN_A_CALL, "--kl-divergence-base", str(logits), *more),
+        *(*program.argv, "-m", model, "-f", text, "-c", str(n_ctx), "--chunks", str(chunks)),
+        *(*batches.options, "--kl-divergence-base", str(logits), *more),
     ]
 
 
@@ -91,7 +108,17 @@ def run_engine(
 
     def ended(failure: str | None) -> EngineRun:
         last = last_lines(log) if failure else []
-        return EngineRun(name, command, logits, log, time.monotonic() - started, failure, last)
+        return EngineRun(
+            name=name,
+            command=command,
+            logits=logits,
+            log=log,
+            seconds=time.monotonic() - started,
+            failure=failure,
+            last=last,
+            told=telling_line(last),
+            before_windows=failure is not None and (not _began(log) or _memory_ran_out(last)),
+        )
 
     with log.open("wb") as output:
         try:
@@ -131,6 +158,23 @@ def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:
         text = f.read().decode("utf-8", errors="replace")
     lines = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in text.splitlines()]
     return [line for line in lines if line][-count:]
+
+
+def telling_line(lines: Sequence[str]) -> str:
+    """The line in which an engine says why it ended: the last that names an error, else the last."""
+    return next(
+        (x.strip() for x in reversed(lines) if _TELLING.search(x)), lines[-1].strip() if lines else ""
+    )
+
+
+def _began(log: Path) -> bool:
+    """Whether the first window was begun."""
+    text = log.read_bytes() if log.is_file() else b""
+    return _WINDOWS_BEGIN in text or _WINDOW_DONE.search(text) is not None
+
+
+def _memory_ran_out(lines: Sequence[str]) -> bool:
+    return any(_NOT_A_FAULT.search(line) for line in lines)
 
 
 def _windows_done(log: Path) -> int:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import pytest
 
 from support.cli import assert_refused, verify
 from support.engine import write_engine
+from verify.engines.builds import ask, find_program, unknown_options
 
 
 @pytest.fixture
@@ -80,7 +84,129 @@ def test_a_build_that_hangs_is_ended_at_the_limit(tmp_path: Path, given: tuple[s
     started = time.monotonic()
     code, found, _ = run(a, b, *given, "--time-limit", "2")
     assert time.monotonic() - started < 60
-    assert (code, found["reasons"]) == (1, ["B was stopped at the time limit of 2 s"])
+    # It hung while it loaded.
+    assert code == 3
+    assert found["reasons"][0].startswith("B was stopped at the time limit of 2 s before its first window")
+    b = write_engine(tmp_path / "c", "hangs in a window")
+    code, found, _ = run(a, b, *given, "--time-limit", "2")
+    assert code == 1
+    assert found["reasons"][0].startswith("B was stopped at the time limit of 2 s: perplexity: calculating")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("correct", ("--args-b", "-ngl 99 --no-such-thing"), "error: invalid argument: --no-such-thing"),
+        ("out of memory", (), "cudaMalloc failed: out of memory"),
+        ("out of memory in a window", (), "CUDA error: out of memory"),
+        ("no library", (), "libggml.so: cannot open shared object file"),
+    ],
+)
+def test_what_ends_before_the_first_window_says_nothing_about_attention(
+    tmp_path: Path, given: tuple[str, ...], kind: str, more: tuple[str, ...], said: str
+) -> None:
+    a, b = write_engine(tmp_path / "a"), write_engine(tmp_path / "b", kind)
+    code, found, shown = run(a, b, *given, *more)
+    assert (code, found["verdict"]) == (3, "inconclusive")
+    assert found["reasons"][0].startswith("B ") and said in found["reasons"][0]
+    if kind == "no library":
+        assert not (tmp_path / "work" / "a.kld").exists(), "both are asked before the first runs"
+    if more:
+        assert "B: its --help does not name --no-such-thing" in shown
+
+
+def test_flash_attention_is_written_as_each_build_takes_it(tmp_path: Path, given: tuple[str, ...]) -> None:
+    new, old = write_engine(tmp_path / "new"), write_engine(tmp_path / "old", "old")
+    for args, expected_new, expected_old in (
+        ("-ngl 99 -fa", ["-ngl", "99", "-fa", "on"], ["-ngl", "99", "-fa"]),
+        ("-fa on -ngl 99", ["-fa", "on", "-ngl", "99"], ["-fa", "-ngl", "99"]),
+        ("-fa off", ["-fa", "off"], []),
+    ):
+        code, found, shown = run(new, old, *given, "--args", args)
+        assert (code, found["verdict"]) == (0, "identical"), shown
+        assert [e["command"][15:] for e in found["engines"]] == [expected_new, expected_old]
+    assert [e["version"] for e in found["engines"]] == ["version: 4321 (abc1234)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "form"),
+    [
+        ("-fa,   --flash-attn [on|off|auto]       set Flash Attention use", "value"),
+        ("-fa,   --flash-attn                     enable Flash Attention (default: disabled)", "flag"),
+        ("  -fa, --flash-attn (auto|on|off|0|1) Flash Attention (default: auto)", "value"),
+        ("-fa,   --flash-attn             enable, or AUTO", "flag"),
+        ("-f,    --file FNAME                     a file with -fa in it", None),
+    ],
+)
+def test_the_forms_of_the_option_in_helps(tmp_path: Path, line: str, form: str | None) -> None:
+    program = tmp_path / "llama-perplexity"
+    program.write_text(f"#!/bin/sh\necho '{line}'\necho '-c,  --ctx-size N   tokens'\n")
+    program.chmod(0o755)
+    build = ask(find_program(str(program)))
+    assert build.flash == form
+    assert {"-c", "--ctx-size"} <= build.options
+    assert unknown_options(["-c", "5", "--threads", "-1"], build) == ["--threads"]
+
+
+def test_the_unified_program_is_told_which_command(tmp_path: Path, given: tuple[str, ...]) -> None:
+    a, b = write_engine(tmp_path / "a"), write_engine(tmp_path / "b", unified=True)
+    for build in (b, b / "bin" / "llama"):
+        code, found, shown = run(a, build, *given)
+        assert (code, found["verdict"]) == (0, "identical"), shown
+        assert found["engines"][1]["command"][1] == "perplexity"
+
+
+def test_several_query_tokens_a_call_and_the_prompts_path(tmp_path: Path, given: tuple[str, ...]) -> None:
+    a = write_engine(tmp_path / "a")
+    for more, batches, said in (
+        (("-ub", "4"), ["-b", "4", "-ub", "4"], "4 query tokens a call (-b 4 -ub 4)"),
+        (("--n-q", "2"), ["-b", "2", "-ub", "2"], "2 query tokens a call"),
+        (("--mode", "prefill"), [], "hundreds of query tokens a call"),
+        (("--mode", "prefill", "--n-q", "64"), ["-b", "64", "-ub", "64"], "64 query tokens a call"),
+    ):
+        code, found, shown = run(a, a, *given, *more)
+        assert (code, found["verdict"]) == (0, "identical")
+        assert found["engines"][0]["command"][9 : 9 + len(batches)] == batches
+        assert found["engines"][0]["command"][9 + len(batches)] == "--kl-divergence-base"
+        assert said in shown
+
+
+def documented_commands() -> list[str]:
+    """Every `verify engines` line of the pages, placeholders and continued lines put together."""
+    root = Path(__file__).parents[3]
+    found = []
+    for page in ("README.md", "docs/working-with-engines.md"):
+        text = (root / page).read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^ +(verify engines .*?)\s*$", text, re.MULTILINE)
+        found += re.findall(r"^ +(llama-perplexity .*?)\s*$", text, re.MULTILINE)
+    return found
+
+
+def test_the_pages_own_command_lines_are_taken_by_the_program(
+    tmp_path: Path, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = documented_commands()
+    assert len(lines) >= 4, lines
+    (tmp_path / "wiki.test.raw").write_bytes((tmp_path / "text").read_bytes() * 200)
+    monkeypatch.chdir(tmp_path)
+    for i, line in enumerate(lines):
+        words = shlex.split(line)
+        if words[0] == "llama-perplexity":
+            program = write_engine(tmp_path / f"p{i}") / "bin/llama-perplexity"
+            chunks = ("-c", "32", "--chunks", "2")
+            done = subprocess.run([program, *words[1:], *chunks], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, (line, done.stderr)
+            continue
+        # Builds are stand-ins, one new, one old; windows are short. All else is as the page has it.
+        for at, kind in (("--a", "correct"), ("--b", "old")):
+            words[words.index(at) + 1] = str(write_engine(tmp_path / f"{i}{at}", kind))
+        for at in ("-c", "--chunks"):
+            if at in words:
+                words[words.index(at) + 1] = "32" if at == "-c" else "2"
+        words[words.index("-f") + 1] = "wiki.test.raw"
+        done = verify(*words[1:], *(("-c", "32") if "-c" not in words else ()))
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        assert "verdict: identical" in done.stdout
 
 
 def test_other_tokens_show_the_first_difference(tmp_path: Path, given: tuple[str, ...]) -> None:
@@ -109,6 +235,8 @@ def test_bad_input(tmp_path: Path, given: tuple[str, ...]) -> None:
         (("--chunks", "0"), "--chunks 0"),
         (("-c", "2"), "-c 2"),
         (("--time-limit", "0"), "--time-limit 0"),
+        (("--mode", "fast"), "--mode fast: expected decode or prefill"),
+        (("-ub", "0"), "--n-q 0: expected query tokens from 1"),
         (("--max-kld", "-1"), "--max-kld -1"),
         (("--args", "'"), "no closing quotation"),
         (("-f", "none.txt"), "-f none.txt: no such file"),
