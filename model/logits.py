@@ -40,10 +40,12 @@ def logit_slices(
     scored: int,
     parts: Sequence[range],
     output: Callable[[range], torch.Tensor],
+    finish: Callable[[torch.Tensor, range], torch.Tensor],
     products: Products,
 ) -> Iterator[LogitSlice]:
     """states: normed hidden states of the scored positions, [windows of the slab * scored, width]; slabs: of
-    windows; parts: of the vocabulary, in order; output: rows of the output matrix."""
+    windows; parts: of the vocabulary, in order; output: rows of the output matrix; finish: what follows
+    its product, in place."""
     by_slab: dict[int, dict[str, torch.Tensor]] = {}
     for (first, name), state in states.items():
         by_slab.setdefault(first, {})[name] = state
@@ -63,6 +65,6 @@ def logit_slices(
                 for state in arms.values():
                     if id(state) not in found:
                         found[id(state)] = buffers[len(found)]
-                        products(state[rows.start : rows.stop], matrix, out=found[id(state)])
+                        finish(products(state[rows.start : rows.stop], matrix, out=found[id(state)]), part)
                 of_group = range(slab.start * scored + rows.start, slab.start * scored + rows.stop)
                 yield LogitSlice(of_group, part, {name: found[id(x)] for name, x in arms.items()})

@@ -314,7 +314,7 @@ class Runner:
         output_rows: int,
     ) -> Iterator[LogitSlice]:
         architecture = self.architecture
-        weights = self._weights(architecture.norm_tensors)
+        weights = self._weights(architecture.end_tensors)
         vocabulary = architecture.sizes.vocabulary
         normed: dict[int, torch.Tensor] = {}
         states: dict[State, torch.Tensor] = {}
@@ -331,6 +331,7 @@ class Runner:
             scored=len(scored),
             parts=[range(at, min(at + output_rows, vocabulary)) for at in range(0, vocabulary, output_rows)],
             output=lambda part: self.stream.take(architecture.output_tensor, slice(part.start, part.stop)),
+            finish=lambda logits, part: architecture.finish_logits(logits, part, weights),
             products=self.products,
         )
 
@@ -348,7 +349,7 @@ class Runner:
         vocabulary = architecture.sizes.vocabulary
         self.stream.ahead(
             [
-                *(Piece(name) for name in architecture.norm_tensors.values()),
+                *(Piece(name) for name in architecture.end_tensors.values()),
                 *(
                     Piece(architecture.output_tensor, (first, min(first + output_rows, vocabulary)))
                     for first in range(0, vocabulary, output_rows)

@@ -112,9 +112,13 @@ class Stepper:
         self.length += n
         if scored == 0:
             return {}
-        ends = self._weights("ends", architecture.norm_tensors | {"output": architecture.output_tensor})
+        ends = self._weights("ends", architecture.end_tensors | {"output": architecture.output_tensor})
         return {
-            name: products(architecture.final_norm(x[-(scored or n) :], ends), ends["output"])
+            name: architecture.finish_logits(
+                products(architecture.final_norm(x[-(scored or n) :], ends), ends["output"]),
+                range(architecture.sizes.vocabulary),
+                ends,
+            )
             for name, x in states.items()
         }
 
@@ -134,7 +138,7 @@ class Stepper:
 
 def weight_bytes(architecture: Architecture) -> int:
     """Memory that the weights of all layers and of the output take, decoded; experts left out."""
-    names = {architecture.output_tensor, *architecture.norm_tensors.values()}
+    names = {architecture.output_tensor, *architecture.end_tensors.values()}
     for layer in range(architecture.sizes.layers):
         names |= set(architecture.layer_tensors(layer).values())
     return sum(4 * math.prod(architecture.file.tensors[name].shape) for name in names)

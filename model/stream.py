@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from verify.model.errors import ModelError
-from verify.model.gguf.dequantize import PLAIN_TYPES, decode, type_is_supported
+from verify.model.gguf.dequantize import PLAIN_TYPES, decode, dequantize, type_is_supported
 from verify.model.gguf.file import GGUFFile
 from verify.model.stopwatch import Stopwatch
 
@@ -77,6 +77,7 @@ class TensorStream:
         default = GPU_AHEAD_BYTES if on_gpu else CPU_AHEAD_BYTES
         self.ahead_bytes = default if ahead_bytes is None else ahead_bytes
         self.read_bytes: Counter[str] = Counter()
+        self._scales: dict[str, torch.Tensor] = {}
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._change = threading.Condition()
         self._wanted: deque[Piece] = deque()
@@ -117,7 +118,29 @@ class TensorStream:
             width = info.shape[-1] if info.shape else 1
             if len(info.shape) == 1 and info.type_name in PLAIN_TYPES:
                 width = 1
-            return decode(stored, info.type_name, width).view(*count, *info.shape[1:]).to(self.dtype)
+            found = decode(stored, info.type_name, width).view(*count, *info.shape[1:]).to(self.dtype)
+            scale = self._scale(name)
+            if scale is None:
+                return found
+            if scale.numel() > 1:
+                scale = scale[slice(*(piece.rows or (None,))), None, None]
+            return found * scale
+
+    def _scale(self, name: str) -> torch.Tensor | None:
+        """What a matrix is multiplied by: one number, or one an expert; None where nothing says."""
+        stem, _, kind = name.rpartition(".")
+        scale = self.file.tensors.get(f"{stem}.scale")
+        shape = self.file.tensors[name].shape
+        # Of another form it is a vector of the architecture's own.
+        if (
+            kind != "weight"
+            or scale is None
+            or scale.n_elements not in (1, shape[0] if len(shape) == 3 else 1)
+        ):
+            return None
+        if scale.name not in self._scales:
+            self._scales[scale.name] = dequantize(self.file, scale.name).flatten().to(self.device, self.dtype)
+        return self._scales[scale.name]
 
     def forget(self) -> None:
         """Drop what was read ahead and not taken."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from verify.model.architectures.feed_forward import FeedForward, Key, Shapes
-from verify.model.architectures.metadata import Metadata
+from verify.model.architectures.metadata import WITHOUT_EFFECT, Metadata
 from verify.model.blocks import rms_norm
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
@@ -42,11 +42,30 @@ class AttentionInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What attention of a layer takes beside q, k, v. sliding_window: keys with 0 <= q - k < window."""
+    """What attention of a layer takes beside q, k, v.
+
+    sliding_window: keys with 0 <= q - k < window. softcap: of the logits. sinks: a logit a query head, of a
+    key whose value is 0. alibi_slopes: one a query head.
+    """
 
     scale: float
     sliding_window: int | None = None
     softcap: float | None = None
+    sinks: tuple[float, ...] | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """As `verify.kernels.call.checked_call` takes them, tensors [H] float32 on the device."""
+        per_head = {"sinks": self.sinks, "alibi_slopes": self.alibi_slopes}
+        return {
+            "scale": self.scale,
+            "sliding_window": self.sliding_window,
+            "softcap": self.softcap,
+            **{
+                name: None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+                for name, values in per_head.items()
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,16 @@ class Architecture(ABC):
     """One model: its sizes, the tensors that each layer needs, and how a layer computes.
 
     blocks: as many as the file holds; layers: as many as run (those that predict further tokens do not).
-    embedding_scale: multiplies the embeddings. feed_forwards: one a layer.
+    embedding_scale: multiplies the embeddings. final_softcap: of the logits, c tanh(logit / c).
+    feed_forwards: one a layer. without_effect: keys of the metadata that change nothing in this architecture.
+    output_vector: the output matrix may have a bias.
     """
 
     sizes: Sizes
     embedding_scale: float = 1.0
+    final_softcap: float | None = None
+    without_effect: frozenset[str] = frozenset()
+    output_vector: bool = False
     feed_forwards: list[FeedForward]
     # Names of norms: before the feed-forward, and on the outputs of the two branches where there are any.
     ffn_norm: str = "ffn_norm"
@@ -134,14 +158,35 @@ class Architecture(ABC):
             o.flatten(1), weights["attn_output"], weights.get("attn_output.bias"), unit=of_kv_head
         )
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has attention."""
+        return True
+
+    def heads_of(self, layer: int) -> int:
+        """Query heads of a layer."""
+        return self.sizes.heads
+
     def kv_heads_of(self, layer: int) -> int:
         """KV heads of a layer."""
         return self.sizes.kv_heads
+
+    def head_sizes_of(self, layer: int) -> tuple[int, int]:
+        """Sizes of a head's k and v."""
+        return self.sizes.k_size, self.sizes.v_size
+
+    def attention_gate(
+        self, layer: int, x: torch.Tensor, weights: Weights, products: Products
+    ) -> torch.Tensor | None:
+        """What multiplies the attention's output, [T, H, Dv] or [T, H, 1], from x [T, width], if anything."""
+        return None
 
     def after_attention(
         self, layer: int, x: torch.Tensor, o: torch.Tensor, weights: Weights, products: Products
     ) -> torch.Tensor:
         """x [T, width] and the attention's output o [T, H, Dv] to x with the attention branch added."""
+        gate = self.attention_gate(layer, x, weights, products)
+        if gate is not None:
+            o = o * gate
         branch = self.attention_output(layer, o, weights, products)
         if self.post_attention_norm is not None:
             branch = rms_norm(branch, weights[self.post_attention_norm], self.eps)
@@ -208,8 +253,18 @@ class Architecture(ABC):
         return "output.weight" if "output.weight" in self.file.tensors else self.embedding_tensor
 
     @property
-    def norm_tensors(self) -> dict[str, str]:
-        return {"output_norm": "output_norm.weight"}
+    def end_tensors(self) -> dict[str, str]:
+        """Short name -> tensor name, of what is held while logits are computed."""
+        named = {"output_norm": "output_norm.weight", "output.bias": "output.bias"}
+        return {short: name for short, name in named.items() if name in self.file.tensors}
+
+    def finish_logits(self, logits: torch.Tensor, vocabulary: range, weights: Weights) -> torch.Tensor:
+        """What the output matrix gave for part of the vocabulary, [T, V], to logits, in place."""
+        if "output.bias" in weights:
+            logits += weights["output.bias"][vocabulary.start : vocabulary.stop]
+        if self.final_softcap is not None:
+            logits.div_(self.final_softcap).tanh_().mul_(self.final_softcap)
+        return logits
 
     @property
     def global_tensors(self) -> Shapes:
@@ -229,7 +284,8 @@ class Architecture(ABC):
         known = set(outside)
         for name, shape in outside.items():
             self.expect_shape(name, shape)
-        for name, shape in self.global_tensors.items():
+        optional = self.global_tensors | ({"output.bias": (self.vocabulary,)} if self.output_vector else {})
+        for name, shape in optional.items():
             if name in self.file.tensors:
                 self.expect_shape(name, shape)
             known.add(name)
@@ -243,19 +299,22 @@ class Architecture(ABC):
                 known.add(name)
                 if name in self.file.tensors:
                     self.expect_shape(name, shape)
-        for name in self.file.tensors:
-            if name not in known and not self._passed_over(name):
+        for name in list(self.file.tensors):
+            if name not in known and not self._passed_over(name) and not self._scales(name, known):
                 raise ModelError(
                     f"{self.file.path}: tensor {name} is not known in {self.file.architecture!r} files,"
                     " and to pass over it could change what the model computes"
                 )
+        self.metadata.check_all_asked(WITHOUT_EFFECT | self.without_effect)
 
     def expect_shape(self, tensor: str, shape: tuple[int, ...]) -> None:
-        """Raises ModelError if the tensor is missing or has another shape."""
+        """Raises ModelError if the tensor is missing or has another shape; [1, n] may stand for [n]."""
         info = self.file.tensors.get(tensor)
         if info is None:
             raise ModelError(f"{self.file.path}: tensor {tensor} is missing")
-        if tuple(info.shape) != shape:
+        if without_ones(info.shape) == without_ones(shape):
+            self.file.tensors[tensor] = replace(info, shape=shape)
+        else:
             raise ModelError(
                 f"{self.file.path}: tensor {tensor} has shape {list(info.shape)}, expected {list(shape)}"
             )
@@ -274,6 +333,28 @@ class Architecture(ABC):
         if name.startswith("blk.") and part.isdigit() and self.layers <= int(part) < self.blocks:
             return True
         return rest in _UNUSED or name.startswith("rope_factors_")
+
+    def _scales(self, name: str, known: set[str]) -> bool:
+        """Whether a tensor is a matrix's scale, which `TensorStream` multiplies it by. Raises ModelError.
+
+        Scales of the inputs, for kernels that quantise them, are passed over.
+        """
+        stem, _, kind = name.rpartition(".")
+        matrix = f"{stem}.weight"
+        if kind not in ("scale", "input_scale") or matrix not in known or matrix not in self.file.tensors:
+            return False
+        shape = self.file.tensors[matrix].shape
+        if len(shape) < 2 or matrix == self.embedding_tensor:
+            return False
+        if kind == "scale":
+            self.expect_shape(name, shape[:1] if len(shape) == 3 else (1,))
+        return True
+
+
+def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the dimensions of 1 in front."""
+    first = next((i for i, n in enumerate(shape) if n != 1), len(shape))
+    return tuple(shape[first:])
 
 
 class _Experts:

@@ -25,13 +25,14 @@ from verify.model.architectures.experts import Experts, Gating
 from verify.model.architectures.feed_forward import Dense, FeedForward, Shapes
 from verify.model.architectures.grouped_query import rope_of
 from verify.model.architectures.mixture import experts_of
+from verify.model.architectures.temperature import temperature_of
 from verify.model.blocks import rms_norm
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
 from verify.model.products import Products
 
-# Block counts of GLM-4.7-Flash, whose files may leave the gating function out.
-_FLASH_BLOCKS = (47, 48)
+# Block counts and vocabulary of GLM-4.7-Flash, whose files may leave the gating function out.
+_FLASH_BLOCKS, _FLASH_VOCABULARY = (47, 48), 154880
 
 
 class Deepseek2(Architecture):
@@ -44,6 +45,7 @@ class Deepseek2(Architecture):
         super().__init__(file)
         read = self.metadata
         self.heads = read.whole("attention.head_count")
+        read.get("attention.head_count_kv")
         self.latent = read.whole("attention.kv_lora_rank")
         self.query_rank = read.whole("attention.q_lora_rank", 0, least=0)
         self.rope_size = read.whole("rope.dimension_count")
@@ -79,19 +81,24 @@ class Deepseek2(Architecture):
         self.feed_forwards = [self.feed_forward_of(layer) for layer in range(self.layers)]
 
     def _read_rope(self, head: int) -> None:
-        """Rotation and scale. With YaRN the scale takes the factor m^2 that the rotation would have brought.
+        """Rotation and scale, as llama.cpp has them.
 
-        m = 1 + yarn_log_multiplier * ln(factor); the rotation itself then has magnitude one, as in the
-        published models, where the two multipliers are equal.
+        With m = attn_factor (1 + 0.1 ln f)(1 + c ln f), f the factor of any scaling and c
+        `yarn_log_multiplier`, the scale is m^2 / sqrt(head). YaRN with c moves its factor 1 + 0.1 ln f from
+        the rotation to the scale: the two multipliers are equal in the published models, and cancel there.
         """
+        read = self.metadata
+        multiplier = read.number("rope.scaling.yarn_log_multiplier", 0.0)
         self.rope = rope_of(self, self.rope_size, "norm", default_size=self.rope_size)
-        self.scale = head**-0.5
-        if self.rope.original_context is not None:
-            log_factor = math.log(self.rope.factor)
-            m = 1 + self.metadata.number("rope.scaling.yarn_log_multiplier", 0.0) * log_factor
-            attn_factor = self.metadata.number("rope.scaling.attn_factor", 1.0)
-            self.scale *= m * m
+        attn_factor = read.number("rope.scaling.attn_factor", 1.0)
+        log_factor = math.log(self.rope.factor)
+        m = attn_factor * (1 + multiplier * log_factor)
+        if self.rope.original_context is None or not multiplier:
+            m *= 1 + 0.1 * log_factor
+        else:
             self.rope = replace(self.rope, magnitude=attn_factor)
+        self.scale = m * m * head**-0.5
+        self.temperature = temperature_of(self)
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         read = self.metadata
@@ -99,7 +106,8 @@ class Deepseek2(Architecture):
             "expert_count", 0, least=0
         ):
             return Dense(self.width, read.per_layer("feed_forward_length", self.blocks)[layer])
-        gating: Gating = "sigmoid" if self.blocks in _FLASH_BLOCKS else "softmax"
+        flash = self.blocks in _FLASH_BLOCKS and self.vocabulary == _FLASH_VOCABULARY
+        gating: Gating = "sigmoid" if flash else "softmax"
         experts: Experts = experts_of(self, layer, default_gating=gating)
         return experts
 
@@ -120,7 +128,11 @@ class Deepseek2(Architecture):
             required["attn_q_b"] = (q_rows, self.query_rank)
         else:
             required["attn_q"] = (q_rows, width)
-        if self.has(layer, "attn_kv_b"):
+        if self.has(layer, "attn_kv_b") and self.has(layer, "attn_k_b"):
+            # The same weights twice, these as matrices: what ik_llama.cpp's converter writes.
+            required["attn_k_b"] = (heads * latent, self.nope)
+            required["attn_v_b"] = (heads * self.value, latent)
+        elif self.has(layer, "attn_kv_b"):
             required["attn_kv_b"] = (heads * (self.nope + self.value), latent)
         else:
             required["attn_k_b"] = (heads, latent, self.nope)
@@ -143,9 +155,10 @@ class Deepseek2(Architecture):
         kv = products(h, weights["attn_kv_a_mqa"])
         latent = rms_norm(kv[:, : self.latent], weights["attn_kv_a_norm"], self.eps)[:, None]
         k_rope = self.rope(kv[:, None, self.latent :], positions)
-        return AttentionInputs(
-            torch.cat((self.rope(q_rope, positions), absorbed), -1), torch.cat((k_rope, latent), -1), latent
-        )
+        whole_q = torch.cat((self.rope(q_rope, positions), absorbed), -1)
+        if self.temperature is not None:
+            whole_q = whole_q * self.temperature(positions).to(whole_q.dtype)[:, None, None]
+        return AttentionInputs(whole_q, torch.cat((k_rope, latent), -1), latent)
 
     def attention_output(
         self, layer: int, o: torch.Tensor, weights: Weights, products: Products
@@ -157,13 +170,19 @@ class Deepseek2(Architecture):
     def _k_b(self, weights: Weights) -> torch.Tensor:
         """[H, latent, nope]."""
         if "attn_k_b" in weights:
-            return weights["attn_k_b"]
+            return weights["attn_k_b"].view(self.heads, self.latent, self.nope)
         return self._kv_b(weights)[:, : self.nope].transpose(1, 2)
 
     def _v_b(self, weights: Weights) -> torch.Tensor:
         """[H, value, latent]."""
-        return weights["attn_v_b"] if "attn_v_b" in weights else self._kv_b(weights)[:, self.nope :]
+        if "attn_v_b" in weights:
+            return weights["attn_v_b"].view(self.heads, self.value, self.latent)
+        return self._kv_b(weights)[:, self.nope :]
 
     def _kv_b(self, weights: Weights) -> torch.Tensor:
         """Of each head first the rows of k, then those of v: [H, nope + value, latent]."""
         return weights["attn_kv_b"].view(self.heads, self.nope + self.value, self.latent)
+
+    def _passed_over(self, name: str) -> bool:
+        doubled = name.endswith("attn_kv_b.weight") and name.replace("kv_b", "k_b") in self.file.tensors
+        return doubled or super()._passed_over(name)

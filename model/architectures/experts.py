@@ -1,9 +1,12 @@
 """Mixture of experts: a router gives each row a few experts; each expert is a gated feed-forward.
 
-    scores s = sigmoid or softmax of the router's logits
-    chosen   = the `used` experts with the greatest s + bias
-    weights  = s (without the bias) of the chosen, divided by their sum if `normalised`, times `scale`
+    scores s = sigmoid or softmax of the router's logits, or the logits themselves
+    chosen   = the `used` experts with the greatest s + bias, within the groups that were chosen before
+    weights  = s (without the bias) of the chosen, divided by their sum if `normalised`, times `scale`;
+               where s are the logits, their softmax over the chosen
     out      = shared expert + sum over the chosen of weight * expert
+
+Of groups those are chosen whose two greatest s + bias have the greatest sum.
 
 Experts are decoded one at a time and applied to the rows that chose them, on row tiles of one size. A CPU
 takes each state by itself, so that how many there are changes no bit. A GPU needs more rows than one state
@@ -19,12 +22,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from verify.model.architectures.feed_forward import Key, Pull, Shapes
-from verify.model.blocks import swiglu
+from verify.model.blocks import Gate, swiglu
 from verify.model.products import Products
 
-Gating = Literal["softmax", "sigmoid"]
+Gating = Literal["softmax", "sigmoid", "softmax of the chosen"]
 # Values of `expert_gating_func`.
-GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid"}
+GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax of the chosen"}
+# What a sum of weights is at least, before they are divided by it: the least normal number in float16.
+LEAST_SUM = 2.0**-14
 
 
 class Rows(NamedTuple):
@@ -49,17 +54,29 @@ def route(
     gating: Gating,
     normalised: bool,
     scale: float,
+    groups: int = 1,
+    groups_used: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [T, X] to the chosen experts [T, used] and their weights [T, used].
 
-    Of experts with equal scores the first are taken.
+    Of experts, and of groups, with equal scores the first are taken.
     """
-    scores = logits.sigmoid() if gating == "sigmoid" else logits.softmax(-1)
+    scores = logits
+    if gating != "softmax of the chosen":
+        scores = logits.sigmoid() if gating == "sigmoid" else logits.softmax(-1)
     ranked = scores if bias is None else scores + bias
+    if groups_used < groups:
+        of_group = ranked.unflatten(-1, (groups, -1))
+        worth = torch.sort(of_group, dim=-1, descending=True).values[..., :2].sum(-1)
+        left_out = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, groups_used:]
+        ranked = of_group.scatter(1, left_out[..., None].expand(-1, -1, of_group.shape[-1]), -torch.inf)
+        ranked = ranked.flatten(1)
     chosen = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :used]
     weights = scores.gather(-1, chosen)
+    if gating == "softmax of the chosen":
+        weights = weights.softmax(-1)
     if normalised:
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(LEAST_SUM)
     return chosen, weights * scale
 
 
@@ -115,11 +132,9 @@ def _add_rows(total: torch.Tensor, rows: torch.Tensor, addend: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class Experts:
-    """`used` of `count` experts of inner dimension `size`, and a shared one of `shared` (0: none).
+    """`used` of `count` experts of inner dimension `size`, and a shared one of `shared` (0: none)."""
 
-    fused: gate and up are one tensor `ffn_gate_up_exps`, the gate first.
-    """
-
+    # Numbers of a hidden state; experts; those that a row takes; their inner dimension, the shared one's.
     width: int
     count: int
     used: int
@@ -128,14 +143,30 @@ class Experts:
     gating: Gating
     normalised: bool
     scale: float
+    # A bias that only chooses.
     has_bias: bool
+    # Gate and up are one tensor `ffn_gate_up_exps`, the gate first.
     fused: bool = False
+    # Groups of experts, and how many of them a row takes.
+    groups: int = 1
+    groups_used: int = 1
+    gate: Gate = swiglu
+    shared_gate: Gate = swiglu
+    # The router, and each matrix of each expert, have a bias.
+    biases: bool = False
+    # The shared expert is multiplied by the sigmoid of a product of its own.
+    shared_is_gated: bool = False
 
     @property
     def shapes(self) -> Shapes:
         found: Shapes = {"ffn_gate_inp": (self.count, self.width)}
         if self.has_bias:
             found["exp_probs_b.bias"] = (self.count,)
+        if self.biases:
+            found["ffn_gate_inp.bias"] = (self.count,)
+            found |= {f"{name}.bias": shape[:2] for name, shape in self.streamed.items()}
+        if self.shared_is_gated:
+            found["ffn_gate_inp_shexp"] = (1, self.width)
         if self.shared:
             found["ffn_gate_shexp"] = found["ffn_up_shexp"] = (self.shared, self.width)
             found["ffn_down_shexp"] = (self.width, self.shared)
@@ -162,6 +193,7 @@ class Experts:
         wanted = [expert for expert in range(self.count) if any(len(pack.rows[expert]) for pack in packs)]
         for expert in pull.announce(self.streamed, wanted):
             part = {name: pull(name, expert) for name in self.streamed}
+            part |= {f"{n}.bias": weights[f"{n}.bias"][expert] for n in self.streamed if self.biases}
             for batch in _batches(packs, expert, at_once.batch):
                 self._add_expert(expert, batch, part, tiles, pull)
         for pack in packs:
@@ -179,12 +211,14 @@ class Experts:
         states: list[_State] = []
         for key, h in inputs:
             chosen, shares = route(
-                products(h, weights["ffn_gate_inp"]),
+                self.router_logits(key, h, weights, products),
                 weights.get("exp_probs_b.bias"),
                 used=self.used,
                 gating=self.gating,
                 normalised=self.normalised,
                 scale=self.scale,
+                groups=self.groups,
+                groups_used=self.groups_used,
             )
             states.append(_State(key, h, chosen, shares, self._shared_expert(h, weights, products, pull)))
             if sum(len(state.h) for state in states) >= rows:
@@ -192,6 +226,12 @@ class Experts:
                 states = []
         if states:
             yield self._pack(states)
+
+    def router_logits(
+        self, key: Any, h: torch.Tensor, weights: Mapping[str, torch.Tensor], products: Products
+    ) -> torch.Tensor:
+        """[T, count] of a state's normed rows h [T, E]."""
+        return products(h, weights["ffn_gate_inp"], weights.get("ffn_gate_inp.bias"))
 
     def _pack(self, states: list[_State]) -> _Pack:
         keys, *each = zip(*states, strict=True)
@@ -228,14 +268,25 @@ class Experts:
     ) -> torch.Tensor:
         if not self.shared:
             return torch.zeros_like(h)
-        gated = swiglu(products(h, weights["ffn_gate_shexp"]), products(h, weights["ffn_up_shexp"]))
-        return products.summed(gated, weights["ffn_down_shexp"], unit=pull.unit("ffn_down_shexp"))
+        gated = self.shared_gate(products(h, weights["ffn_gate_shexp"]), products(h, weights["ffn_up_shexp"]))
+        found = products.summed(gated, weights["ffn_down_shexp"], unit=pull.unit("ffn_down_shexp"))
+        if self.shared_is_gated:
+            found = found * products(h, weights["ffn_gate_inp_shexp"]).sigmoid()
+        return found
 
     def _expert(
         self, h: torch.Tensor, part: Mapping[str, torch.Tensor], tiles: Products, pull: Pull
     ) -> torch.Tensor:
+        def product(name: str) -> torch.Tensor:
+            return tiles(h, part[name], part.get(f"{name}.bias"))
+
         if self.fused:
-            gate, up = tiles(h, part["ffn_gate_up_exps"]).chunk(2, -1)
+            gate, up = product("ffn_gate_up_exps").chunk(2, -1)
         else:
-            gate, up = tiles(h, part["ffn_gate_exps"]), tiles(h, part["ffn_up_exps"])
-        return tiles.summed(swiglu(gate, up), part["ffn_down_exps"], unit=pull.unit("ffn_down_exps"))
+            gate, up = product("ffn_gate_exps"), product("ffn_up_exps")
+        return tiles.summed(
+            self.gate(gate, up),
+            part["ffn_down_exps"],
+            part.get("ffn_down_exps.bias"),
+            unit=pull.unit("ffn_down_exps"),
+        )

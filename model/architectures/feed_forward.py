@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -58,17 +58,30 @@ class FeedForward(Protocol):
 
 
 class Dense:
-    """down(gate_function(gate(x), up(x))). fused: gate and up are one tensor `ffn_up`, the gate first."""
+    """down(gate_function(gate(x), up(x))).
 
-    def __init__(self, width: int, inner: int, *, gate: Gate = swiglu, fused: bool = False) -> None:
+    fused: gate and up are one tensor `ffn_up`, the gate first; biases: names of the matrices that have one.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        *,
+        gate: Gate = swiglu,
+        fused: bool = False,
+        biases: Collection[str] = (),
+    ) -> None:
         self.width, self.inner, self.gate, self.fused = width, inner, gate, fused
+        self.biases = biases
 
     @property
     def shapes(self) -> Shapes:
-        down = {"ffn_down": (self.width, self.inner)}
+        inner, down = (self.inner, self.width), (self.width, self.inner)
+        found: Shapes = {"ffn_gate": inner, "ffn_up": inner, "ffn_down": down}
         if self.fused:
-            return {"ffn_up": (2 * self.inner, self.width), **down}
-        return {"ffn_gate": (self.inner, self.width), "ffn_up": (self.inner, self.width), **down}
+            found = {"ffn_up": (2 * self.inner, self.width), "ffn_down": down}
+        return found | {f"{name}.bias": found[name][:1] for name in self.biases}
 
     @property
     def streamed(self) -> Shapes:
@@ -82,6 +95,17 @@ class Dense:
         pull: Pull,
     ) -> Iterator[tuple[Key, torch.Tensor]]:
         for key, h in inputs:
-            up = products(h, weights["ffn_up"])
-            gate, up = up.chunk(2, -1) if self.fused else (products(h, weights["ffn_gate"]), up)
-            yield key, products.summed(self.gate(gate, up), weights["ffn_down"], unit=pull.unit("ffn_down"))
+            up = products(h, weights["ffn_up"], weights.get("ffn_up.bias"))
+            if self.fused:
+                gate, up = up.chunk(2, -1)
+            else:
+                gate = products(h, weights["ffn_gate"], weights.get("ffn_gate.bias"))
+            yield (
+                key,
+                products.summed(
+                    self.gate(gate, up),
+                    weights["ffn_down"],
+                    weights.get("ffn_down.bias"),
+                    unit=pull.unit("ffn_down"),
+                ),
+            )

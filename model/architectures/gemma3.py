@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from verify.model.architectures.architecture import AttentionSettings
 from verify.model.architectures.feed_forward import Dense, FeedForward
 from verify.model.architectures.grouped_query import GroupedQuery
@@ -27,10 +29,18 @@ class Gemma3(GroupedQuery):
     def __init__(self, file: GGUFFile) -> None:
         super().__init__(file)
         self.embedding_scale = self.width**0.5
-        self.window = self.metadata.whole("attention.sliding_window")
-        local_base = self.metadata.number("rope.freq_base_swa", LOCAL_BASE)
-        # Scaling applies to the layers that see all keys.
-        self.local_rope = Rope(self.rope_kind, self.rope.size, local_base)
+        read = self.metadata
+        self.final_softcap = read.number("final_logit_softcapping", 0.0) or None
+        self.window = read.whole("attention.sliding_window", 0, least=0) or None
+        self.local = read.windowed("attention.sliding_window_pattern", self.blocks, GLOBAL_EVERY)
+        local_base = read.number("rope.freq_base_swa", LOCAL_BASE)
+        local_size = read.whole("rope.dimension_count_swa", self.rope.size)
+        # llama.cpp takes the first layer's number for all.
+        if self.is_local(0):
+            self.rope = replace(self.rope, size=local_size)
+        # Scaling applies to the layers that see all keys; the plain factor to all.
+        attn_factor = read.number("rope.scaling.attn_factor", 1.0)
+        self.local_rope = Rope(self.rope_kind, local_size, local_base, magnitude=attn_factor)
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         return Dense(self.width, self.inner(layer), gate=geglu)
@@ -44,6 +54,5 @@ class Gemma3(GroupedQuery):
             size = self.width // self.sizes.heads
         return AttentionSettings(size**-0.5, self.window if self.is_local(layer) else None)
 
-    @staticmethod
-    def is_local(layer: int) -> bool:
-        return (layer + 1) % GLOBAL_EVERY != 0
+    def is_local(self, layer: int) -> bool:
+        return self.window is not None and self.local[layer]

@@ -13,7 +13,6 @@ class Glm4Moe(GroupedQuery):
 
     rope_kind = "neox"
     rotated = 0.5
-    biases = "optional"
     head_norms = "optional"
     ffn_norm = "post_attention_norm"
 

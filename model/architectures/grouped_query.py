@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
 from verify.model.architectures.architecture import (
@@ -28,48 +30,59 @@ class GroupedQuery(Architecture):
     """Query heads that share KV heads: head h reads KV head h // (heads / kv_heads).
 
     rope_kind: as the file's q and k rows are stored. rotated: the share of a head that is rotated where the
-    metadata does not say. biases: of q, k and v. head_norms: RMSNorm of each q and k head before rotation.
-    fused_qkv: q, k and v may be one tensor `attn_qkv`.
+    metadata does not say. head_norms: RMSNorm of each q and k head before rotation; row_norms: of all heads
+    of a token together. output_bias: the output matrix of attention may have one; q, k and v may in every
+    architecture, and may be one tensor `attn_qkv`. heads, kv_heads, k_sizes, v_sizes: by block.
     """
 
     rope_kind: RopeKind = "neox"
     rotated: float = 1.0
-    biases: Presence = "never"
     head_norms: Presence = "never"
-    fused_qkv: bool = False
+    row_norms: bool = False
+    output_bias: bool = False
 
     def __init__(self, file: GGUFFile) -> None:
         super().__init__(file)
-        read = self.metadata
-        self.heads = read.per_layer("attention.head_count", self.blocks)
-        self.kv_heads = self.heads
-        if read.get("attention.head_count_kv") is not None:
-            self.kv_heads = read.per_layer("attention.head_count_kv", self.blocks)
+        self.heads, self.kv_heads = self.read_heads()
         for layer, (heads, kv_heads) in enumerate(zip(self.heads, self.kv_heads, strict=True)):
-            if heads % kv_heads:
+            if self.attends(layer) and (not kv_heads or heads % kv_heads):
                 raise ModelError(
                     f"{file.path}: layer {layer}: {heads} query heads are not a multiple of"
                     f" {kv_heads} KV heads"
                 )
-        if read.get("attention.key_length") is None and self.width % self.heads[0]:
-            raise ModelError(
-                f"{file.path}: embedding_length {self.width} is not a multiple of {self.heads[0]} heads,"
-                f" and {read.name('attention.key_length')} is missing"
-            )
-        k_size = read.whole("attention.key_length", self.width // self.heads[0])
-        widest = max(range(self.layers), key=lambda layer: self.heads[layer])
+        self.k_sizes, self.v_sizes = self.read_head_sizes()
+        widest = max(filter(self.attends, range(self.layers)), key=lambda layer: self.heads[layer])
         self.sizes = Sizes(
             layers=self.layers,
             width=self.width,
             heads=self.heads[widest],
             kv_heads=self.kv_heads[widest],
-            k_size=k_size,
-            v_size=read.whole("attention.value_length", k_size),
+            k_size=self.k_sizes[widest],
+            v_size=self.v_sizes[widest],
             vocabulary=self.vocabulary,
-            context=read.whole("context_length"),
+            context=self.metadata.whole("context_length"),
         )
-        self.rope = self.read_rope(k_size)
+        self.rope = self.read_rope(self.sizes.k_size)
         self.feed_forwards = [self.feed_forward_of(layer) for layer in range(self.layers)]
+
+    def read_heads(self) -> tuple[list[int], list[int]]:
+        """Query heads and KV heads of each block."""
+        read = self.metadata
+        heads = read.per_layer("attention.head_count", self.blocks)
+        if read.get("attention.head_count_kv") is None:
+            return heads, heads
+        return heads, read.per_layer("attention.head_count_kv", self.blocks)
+
+    def read_head_sizes(self) -> tuple[list[int], list[int]]:
+        """Sizes of a head's k and v, of each block."""
+        read, heads = self.metadata, self.heads[0]
+        if read.get("attention.key_length") is None and self.width % heads:
+            raise ModelError(
+                f"{self.file.path}: embedding_length {self.width} is not a multiple of {heads} heads,"
+                f" and {read.name('attention.key_length')} is missing"
+            )
+        k_size = read.whole("attention.key_length", self.width // heads)
+        return [k_size] * self.blocks, [read.whole("attention.value_length", k_size)] * self.blocks
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         """The feed-forward of a layer, from the metadata."""
@@ -87,26 +100,36 @@ class GroupedQuery(Architecture):
         return self.rope
 
     def attention_settings(self, layer: int) -> AttentionSettings:
-        return AttentionSettings(scale=self.sizes.k_size**-0.5)
+        return AttentionSettings(scale=self.k_sizes[layer] ** -0.5)
+
+    def heads_of(self, layer: int) -> int:
+        return self.heads[layer]
 
     def kv_heads_of(self, layer: int) -> int:
         return self.kv_heads[layer]
 
+    def head_sizes_of(self, layer: int) -> tuple[int, int]:
+        return self.k_sizes[layer], self.v_sizes[layer]
+
     def attention_shapes(self, layer: int) -> tuple[Shapes, Shapes]:
-        s = self.sizes
-        rows = self._rows(layer)
-        required: Shapes = {"attn_output": (self.width, self.heads[layer] * s.v_size)}
+        k_size, v_size = self.head_sizes_of(layer)
+        rows = self.projections(layer)
+        required: Shapes = {"attn_output": (self.width, self.heads[layer] * v_size)}
         optional: Shapes = {}
-        if self.fused_qkv and self.has(layer, "attn_qkv"):
+        if self.has(layer, "attn_qkv"):
             rows = {"attn_qkv": sum(rows.values())}
         for name, n in rows.items():
             required[name] = (n, self.width)
-            self._declare(self.biases, {f"{name}.bias": (n,)}, required, optional)
-        if self.biases == "optional":
+            optional[f"{name}.bias"] = (n,)
+        if self.output_bias:
             optional["attn_output.bias"] = (self.width,)
-        norms: Shapes = {"attn_q_norm": (s.k_size,), "attn_k_norm": (s.k_size,)}
-        self._declare(self.head_norms, norms, required, optional)
-        if self.head_norms == "optional" and self.has(layer, "attn_q_norm") != self.has(layer, "attn_k_norm"):
+        if self.row_norms:
+            required["attn_q_norm"] = (self.heads[layer] * k_size,)
+            required["attn_k_norm"] = (self.kv_heads[layer] * k_size,)
+        norms: Shapes = {"attn_q_norm": (k_size,), "attn_k_norm": (k_size,)}
+        if self.head_norms == "required" or (
+            self.head_norms == "optional" and any(self.has(layer, norm) for norm in norms)
+        ):
             required |= norms
         return required, optional
 
@@ -114,37 +137,49 @@ class GroupedQuery(Architecture):
         self, layer: int, x: torch.Tensor, positions: torch.Tensor, weights: Weights, products: Products
     ) -> AttentionInputs:
         h = rms_norm(x, weights["attn_norm"], self.eps)
-        rows = self._rows(layer)
-        if "attn_qkv" in weights:
-            together = products(h, weights["attn_qkv"], weights.get("attn_qkv.bias"))
-            parts = together.split(list(rows.values()), -1)
-        else:
-            parts = tuple(products(h, weights[name], weights.get(f"{name}.bias")) for name in rows)
-        q = parts[0].reshape(len(x), self.heads[layer], -1)
-        k, v = (part.reshape(len(x), self.kv_heads[layer], -1) for part in parts[1:])
-        if "attn_q_norm" in weights:
+        q, k, v = self.project(layer, h, weights, products)
+        if self.row_norms:
+            q = rms_norm(q, weights["attn_q_norm"], self.eps)
+            k = rms_norm(k, weights["attn_k_norm"], self.eps)
+        q = q.reshape(len(x), self.heads[layer], -1)
+        k, v = (part.reshape(len(x), self.kv_heads[layer], -1) for part in (k, v))
+        if "attn_q_norm" in weights and not self.row_norms:
             q = rms_norm(q, weights["attn_q_norm"], self.eps)
             k = rms_norm(k, weights["attn_k_norm"], self.eps)
         rope = self.rope_of_layer(layer)
         return AttentionInputs(rope(q, positions), rope(k, positions), v)
 
-    def _rows(self, layer: int) -> dict[str, int]:
-        """Rows of q, k and v."""
+    def projections(self, layer: int) -> dict[str, int]:
+        """Tensors of q, k and v, and their rows."""
         heads, kv_heads = self.heads[layer], self.kv_heads[layer]
-        sizes = (heads * self.sizes.k_size, kv_heads * self.sizes.k_size, kv_heads * self.sizes.v_size)
+        k_size, v_size = self.head_sizes_of(layer)
+        sizes = (heads * k_size, kv_heads * k_size, kv_heads * v_size)
         return dict(zip(("attn_q", "attn_k", "attn_v"), sizes, strict=True))
 
-    @staticmethod
-    def _declare(presence: Presence, shapes: Shapes, required: Shapes, optional: Shapes) -> None:
-        if presence == "required":
-            required |= shapes
-        elif presence == "optional":
-            optional |= shapes
+    def project(
+        self, layer: int, h: torch.Tensor, weights: Weights, products: Products
+    ) -> Sequence[torch.Tensor]:
+        """h [T, width] to q, k and v, each [T, its rows]."""
+        rows = self.projections(layer)
+        if "attn_qkv" in weights:
+            together = products(h, weights["attn_qkv"], weights.get("attn_qkv.bias"))
+            return together.split(list(rows.values()), -1)
+        return [products(h, weights[name], weights.get(f"{name}.bias")) for name in rows]
 
 
-def rope_of(architecture: Architecture, head_size: int, kind: RopeKind, *, default_size: int) -> Rope:
-    """The rotation that `rope.*` of the metadata describes: none, linear or YaRN scaling.
+def rope_of(
+    architecture: Architecture,
+    head_size: int,
+    kind: RopeKind,
+    *,
+    default_size: int,
+    log_multiplier: float | None = None,
+) -> Rope:
+    """The rotation that `rope.*` of the metadata describes, as llama.cpp reads it.
 
+    Scaling is linear where the file does not say which; `rope.scale_linear` is the factor's older name;
+    `attn_factor` multiplies what is rotated with every kind of scaling. log_multiplier: what YaRN's magnitude
+    is divided by, m = 1 + log_multiplier ln(factor), in architectures that have one.
     Raises ModelError on another scaling, or on sizes that cannot be.
     """
     read, path = architecture.metadata, architecture.file.path
@@ -155,21 +190,56 @@ def rope_of(architecture: Architecture, head_size: int, kind: RopeKind, *, defau
             f" head size of {head_size}, got {size}"
         )
     base = read.number("rope.freq_base", 10000.0)
-    scaling = read.word("rope.scaling.type", "none")
-    if scaling == "none":
-        return Rope(kind, size, base)
-    factor = read.number("rope.scaling.factor")
-    if factor <= 0:
+    if base <= 0:
         raise ModelError(
-            f"{path}: metadata key {read.name('rope.scaling.factor')}: expected a number above 0,"
+            f"{path}: metadata key {read.name('rope.freq_base')}: expected a number above 0, got {base:g}"
+        )
+    scaling = read.word("rope.scaling.type", "linear")
+    if scaling not in ("none", "linear", "yarn"):
+        raise ModelError(
+            f"{path}: metadata key {read.name('rope.scaling.type')} is {scaling!r},"
+            " expected none, linear or yarn"
+        )
+    factor = _scaling_factor(architecture)
+    magnitude = read.number("rope.scaling.attn_factor", 1.0)
+    if scaling == "none":
+        return Rope(kind, size, base, magnitude=magnitude)
+    if scaling == "linear":
+        return Rope(kind, size, base, factor, magnitude=magnitude)
+    original = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
+    if factor > 1:
+        magnitude *= 1 + 0.1 * math.log(factor)
+        if log_multiplier:
+            magnitude /= 1 + log_multiplier * math.log(factor)
+    return Rope(kind, size, base, factor, original, magnitude)
+
+
+def _scaling_factor(architecture: Architecture) -> float:
+    """What positions are divided by; zero stands for one. Raises ModelError."""
+    read = architecture.metadata
+    key = "rope.scaling.factor" if read.get("rope.scaling.factor") is not None else "rope.scale_linear"
+    factor = read.number(key, 1.0) or 1.0
+    if factor < 0:
+        raise ModelError(
+            f"{architecture.file.path}: metadata key {read.name(key)}: expected a number above 0,"
             f" got {factor:g}"
         )
-    if scaling == "linear":
-        return Rope(kind, size, base, factor)
-    if scaling == "yarn":
-        original = read.whole("rope.scaling.original_context_length")
-        magnitude = (1 + 0.1 * math.log(factor)) * read.number("rope.scaling.attn_factor", 1.0)
-        return Rope(kind, size, base, factor, original, magnitude)
-    raise ModelError(
-        f"{path}: metadata key {read.name('rope.scaling.type')} is {scaling!r}, expected none, linear or yarn"
-    )
+    return factor
+
+
+def check_sections(architecture: Architecture, pairs: int) -> bool:
+    """Whether `rope.dimension_sections` asks for several positions a token; on a text they are all one.
+
+    The fourth of them is 0 on a text, which nobody needs: refused. Raises ModelError.
+    """
+    read = architecture.metadata
+    sections = read.get("rope.dimension_sections")
+    if sections is None:
+        return False
+    name = f"{architecture.file.path}: metadata key {read.name('rope.dimension_sections')}"
+    if not isinstance(sections, np.ndarray) or not 2 <= len(sections) <= 4:
+        raise ModelError(f"{name}: expected 2 to 4 numbers, got {sections!r:.60}")
+    numbers = [*sections.tolist(), 0, 0][:4]
+    if numbers[3] or (numbers[0] > 0 < numbers[1] and sum(numbers) < pairs):
+        raise ModelError(f"{name} is {numbers}: expected the first three to share out {pairs} pairs")
+    return bool(numbers[0] > 0 < numbers[1])

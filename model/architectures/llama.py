@@ -22,13 +22,14 @@ class Llama(GroupedQuery):
     """
 
     rope_kind = "norm"
-    biases = "optional"
+    output_bias = True
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         if not self.metadata.whole("expert_count", 0, least=0):
-            return Dense(self.width, self.inner(layer))
+            biases = [n for n in ("ffn_gate", "ffn_up", "ffn_down") if self.has(layer, f"{n}.bias")]
+            return Dense(self.width, self.inner(layer), biases=biases)
         experts: Experts = experts_of(
-            self, layer, default_gating="softmax", normalised=True, default_size=self.inner(layer)
+            self, layer, gating="softmax", normalised=True, scaled=False, default_size=self.inner(layer)
         )
         return experts
 

@@ -1,4 +1,4 @@
-"""`qwen2`: NEOX rotation, biases on q, k and v."""
+"""`qwen2`: NEOX rotation, mostly with biases on q, k and v."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ class Qwen2(GroupedQuery):
     """Qwen 2 and 2.5, dense."""
 
     rope_kind = "neox"
-    biases = "required"
+    output_vector = True
