@@ -24,8 +24,21 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
 }
 
 
+# What files are that are no models, by `general.type`.
+NO_MODELS = {
+    "adapter": "a LoRA adapter, which is applied to a model",
+    "imatrix": "an importance matrix, which helps to quantise a model",
+    "mmproj": "the part of a model that sees or hears",
+    "vocab": "a vocabulary without weights",
+}
+
+
 def architecture_of(file: GGUFFile) -> Architecture:
     """The architecture of a file, its metadata and tensors checked. Raises ModelError."""
+    kind = file.optional("general.type", str, "model")
+    if kind != "model":
+        what = f", {NO_MODELS[kind]}" if kind in NO_MODELS else ""
+        raise ModelError(f"{file.path}: metadata key general.type is {kind!r:.40}{what}: expected a model")
     found = ARCHITECTURES.get(file.architecture)
     if found is None:
         known = ", ".join(ARCHITECTURES)

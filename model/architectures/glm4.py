@@ -13,7 +13,6 @@ class Glm4(GroupedQuery):
     """GLM-4-0414, dense."""
 
     rope_kind = "norm"
-    rotated = 0.5
     post_attention_norm = "post_attention_norm"
     post_ffn_norm = "post_ffw_norm"
 

@@ -29,14 +29,13 @@ Presence = Literal["never", "optional", "required"]
 class GroupedQuery(Architecture):
     """Query heads that share KV heads: head h reads KV head h // (heads / kv_heads).
 
-    rope_kind: as the file's q and k rows are stored. rotated: the share of a head that is rotated where the
-    metadata does not say. head_norms: RMSNorm of each q and k head before rotation; row_norms: of all heads
-    of a token together. output_bias: the output matrix of attention may have one; q, k and v may in every
-    architecture, and may be one tensor `attn_qkv`. heads, kv_heads, k_sizes, v_sizes: by block.
+    rope_kind: as the file's q and k rows are stored. head_norms: RMSNorm of each q and k head before
+    rotation; row_norms: of all heads of a token together. output_bias: the output matrix of attention may
+    have one; q, k and v may in every architecture, and may be one tensor `attn_qkv`.
+    heads, kv_heads, k_sizes, v_sizes: by block.
     """
 
     rope_kind: RopeKind = "neox"
-    rotated: float = 1.0
     head_norms: Presence = "never"
     row_norms: bool = False
     output_bias: bool = False
@@ -94,7 +93,7 @@ class GroupedQuery(Architecture):
 
     def read_rope(self, head_size: int) -> Rope:
         """The rotation that the metadata describes. Raises ModelError on one that is not known."""
-        return rope_of(self, head_size, self.rope_kind, default_size=int(head_size * self.rotated))
+        return rope_of(self, head_size, self.rope_kind, default_size=head_size)
 
     def rope_of_layer(self, layer: int) -> Rope:
         return self.rope

@@ -26,6 +26,7 @@ WITHOUT_EFFECT = frozenset(
         "attention.group_norm_groups",
         "expert_shared_count",
         "expert_shared_feed_forward_length",
+        "rope.dimension_sections",
         "rope.scaling.finetuned",
         "rope.scaling.original_context_length",
     }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.gguf_bytes import STRING, file_bytes, key, text
 from support.plain_arms import ExactArm, logits_of, relative
 from support.rewrite import rewrite
 from support.twins import EXPERTS, HEADS, INNER, KV_HEADS, SIZE, VOCABULARY, WIDTH
@@ -45,6 +46,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"drop": ["blk.6.post_ffw_norm.weight"]}, "tensor blk.6.post_ffw_norm.weight is missing"),
     ("deepseek2", {"drop": ["blk.0.attn_k_b.weight"]}, "tensor blk.0.attn_k_b.weight is missing"),
     ("deepseek2", {"drop": ["attention.kv_lora_rank"]}, "deepseek2.attention.kv_lora_rank is missing"),
+    (
+        "llama",
+        {"keys": {"attention.temperature_scale": 0.1}},
+        "metadata key llama.attention.temperature_scale is not known in 'llama' files",
+    ),
+    ("llama", {"keys": {"attention.causal": False}}, "llama.attention.causal is not known"),
+    ("qwen2", {"keys": {"attention.sliding_window": 4}}, "qwen2.attention.sliding_window is not known"),
+    ("glm4", {"keys": {"rope.dimension_sections": [2, 1, 1, 2]}}, "expected the first three to share out 4"),
     ("llama", {"keys": {"attention.head_count_kv": 3}}, "layer 0: 4 query heads are not a multiple of 3"),
     (
         "llama",
@@ -129,6 +138,14 @@ def test_contradictions_are_refused_by_name(
         architecture_of(GGUFFile.open(path))
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("imatrix", "an importance matrix"), ("mmproj", "sees or hears")])
+def test_files_that_are_no_models_are_called_by_their_name(tmp_path: Path, kind: str, said: str) -> None:
+    path = tmp_path / "no-model.gguf"
+    path.write_bytes(file_bytes([key("general.type", STRING, text(kind))]))
+    with pytest.raises(ModelError, match=f"general.type is '{kind}'.*{said}.*expected a model"):
+        architecture_of(GGUFFile.open(path))
 
 
 def test_layers_may_differ_in_heads_and_inner_size(file_of: FileOf, tmp_path: Path) -> None:

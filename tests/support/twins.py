@@ -281,7 +281,9 @@ TWINS: dict[str, Twin] = {
         },
     ),
     "glm4": Twin("glm4", "Glm4", {"attention_bias": True}, {"rope.dimension_count": SIZE // 2}),
-    "glm4-fused": Twin("glm4", "Glm4", {"attention_bias": True}, fused=True),
+    "glm4-fused": Twin(
+        "glm4", "Glm4", {"attention_bias": True}, {"rope.dimension_count": SIZE // 2}, fused=True
+    ),
     "glm4moe": Twin(
         "glm4moe",
         "Glm4Moe",
