@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import tomllib
 from pathlib import Path
 
@@ -62,3 +64,26 @@ def test_every_package_is_listed_explicitly() -> None:
 def test_every_module_says_what_it_is() -> None:
     for path in MODULES:
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def dotted(path: Path) -> str:
+    """The name that a module of ours is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "verify" else ("verify", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if ">>> " in p.read_text()], ids=dotted)
+def test_examples_in_docstrings_are_true(path: Path) -> None:
+    # By name: by path the same module would be loaded a second time, with other classes.
+    tried = doctest.testmod(importlib.import_module(dotted(path)))
+    assert tried.attempted and not tried.failed
+
+
+def test_no_folder_that_we_make_has_the_name_of_a_module() -> None:
+    """ruff sorts `import runs` as ours as soon as a folder of that name is there."""
+    made = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split() if line.endswith("/")}
+    assert {"build", "dist", "runs"} <= made
+    ours = [path for folder in (*FLOORS, "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    imports = {name.split(".")[0] for path in ours for name in imported(path)}
+    assert not made & ({path.stem for path in ours} | {path.parent.name for path in ours} | imports)

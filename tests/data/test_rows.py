@@ -1,17 +1,10 @@
-import doctest
 import hashlib
 
 import pytest
 
-import verify.data.rows
 from verify.data.corpora import WIKITEXT_2_SHA256
 from verify.data.errors import CorpusError
 from verify.data.rows import DatasetSpec, join_rows, parse_spec
-
-
-def test_examples_in_the_docstrings_hold():
-    result = doctest.testmod(verify.data.rows)
-    assert result.attempted and not result.failed
 
 
 def test_wikitext_rows_give_its_file_to_the_byte(wiki_rows: list[str]):

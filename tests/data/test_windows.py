@@ -1,20 +1,12 @@
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import verify.data.windows
 from verify.data.errors import CorpusError
 from verify.data.windows import cut_windows
 
 BOS = 1_000_000
-
-
-def test_examples_in_the_docstrings_hold():
-    result = doctest.testmod(verify.data.windows)
-    assert result.attempted and not result.failed
 
 
 def test_wikitext_2_gives_the_known_number_of_windows():
