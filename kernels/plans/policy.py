@@ -2,8 +2,12 @@
 
 Each policy is data: an ordered list of rules, the first whose conditions hold decides; if none does, the
 policy's fallback. The conditions are those of the pull requests they are named after, in ik_llama.cpp's CUDA
-flash attention, and of llama.cpp (`mainline`). Sizes are of one GPU: split mode `graph` shares the KV heads
+flash attention, and of llama.cpp (`mainline`); `ik-2026-08` and `mainline-2026-10` are those engines as a
+whole at that time, read from their `fattn.cu`. Sizes are of one GPU: split mode `graph` shares the KV heads
 out over the GPUs, split mode `layer` leaves them whole.
+
+A rule also names the kernel, because that is where precision jumps: vector kernels sum in float32, those on
+tensor cores (mma) keep P V in float16.
 """
 
 from __future__ import annotations
@@ -19,24 +23,43 @@ Launch = Literal["one", "each", "views"]
 SplitMode = Literal["layer", "graph"]
 SPLIT_MODES: tuple[SplitMode, ...] = ("layer", "graph")
 
+# vector: one program a query head, on ordinary cores. mma: tiles of query heads on tensor cores. gather: keys
+# by index. none: the engine has no such kernel and ends. unknown: what runs there was not looked up.
+EngineKernel = Literal["vector", "mma", "gather", "none", "unknown"]
+# In which type P V is summed within a part.
+KERNEL_SUMS: dict[EngineKernel, str] = {"vector": "float32", "mma": "float16", "gather": "float32"}
+# Generations of NVIDIA GPUs, old to new; blackwell is that of 2025's desktop cards (compute capability 12).
+Generation = Literal["pascal", "turing", "ampere", "ada", "hopper", "blackwell"]
+GENERATIONS: tuple[Generation, ...] = ("pascal", "turing", "ampere", "ada", "hopper", "blackwell")
+
 # Engines pad the visible keys of a call up to a multiple of this.
 N_KV_PADDING = 256
 
 
 class CallShape(NamedTuple):
-    """What a policy looks at. kv_heads is the model's; `kv_heads_a_gpu` is what a rule compares."""
+    """What a policy looks at."""
 
     ratio: int
+    # The model's; `kv_heads_a_gpu` is what a rule compares.
     kv_heads: int
     k_size: int
     v_size: int
+    # Query tokens in the call.
     n_q: int
     n_kv: int
     cache_type: str
     sinks: bool
+    # Of this layer.
     sliding_window: bool
     gpus: int
     split_mode: SplitMode
+    # Of the GPUs.
+    generation: Generation = "ada"
+    # Sequences in the call.
+    sequences: int = 1
+    alibi: bool = False
+    # Each row has a list of the keys it sees (sparse MLA).
+    key_list: bool = False
 
     @property
     def kv_heads_a_gpu(self) -> int:
@@ -45,6 +68,18 @@ class CallShape(NamedTuple):
     @property
     def n_kv_padded(self) -> int:
         return -(-self.n_kv // N_KV_PADDING) * N_KV_PADDING
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.k_size, self.v_size
+
+    @property
+    def quantised(self) -> bool:
+        return self.cache_type not in ("f16", "bf16", "f32")
+
+    def since(self, generation: Generation) -> bool:
+        """Whether the GPUs are of this generation or later."""
+        return GENERATIONS.index(self.generation) >= GENERATIONS.index(generation)
 
     @property
     def mla(self) -> bool:
@@ -57,40 +92,81 @@ def power_of_two_groups(ratio: int) -> tuple[int, ...]:
     return (size,) * (ratio // size)
 
 
-def groups_of_eight(ratio: int) -> tuple[int, ...]:
-    """Groups of 8 and a remainder (padded to 8 in the kernel): 12 is (8, 4)."""
-    return (8,) * (ratio // 8) + ((ratio % 8,) if ratio % 8 else ())
+def dividing_groups(most: int) -> Callable[[int], tuple[int, ...]]:
+    """Groups of the largest power of two up to `most` that divides r: with 16, 12 is (4, 4, 4)."""
+
+    def groups(ratio: int) -> tuple[int, ...]:
+        size = most
+        while ratio % size:
+            size //= 2
+        return (size,) * (ratio // size)
+
+    return groups
+
+
+def groups_of(size: int) -> Callable[[int], tuple[int, ...]]:
+    """Groups of `size` and a remainder: with 16, 20 is (16, 4)."""
+    return lambda ratio: (size,) * (ratio // size) + ((ratio % size,) if ratio % size else ())
+
+
+def one_group(ratio: int) -> tuple[int, ...]:
+    """All heads in one group."""
+    return (ratio,)
+
+
+def single_heads(ratio: int) -> tuple[int, ...]:
+    """Every head for itself."""
+    return (1,) * ratio
 
 
 class Rule(NamedTuple):
-    """If `applies(call, threshold)`, these head groups are launched in this way.
-
-    threshold: compared with the padded n_kv, or with padded n_kv * KV heads a GPU, as `applies` does.
-    """
+    """If `applies(call, threshold)`, these head groups are launched in this way."""
 
     applies: Callable[[CallShape, int], bool]
+    # Themselves, or how they follow from r.
+    head_groups: tuple[int, ...] | Callable[[int], tuple[int, ...]]
+    launch: Launch
+    # Compared with the padded n_kv, or with padded n_kv * KV heads a GPU, as `applies` does.
+    threshold: int = 0
+    kernel: EngineKernel = "mma"
+    # Query heads that a tile holds, to which a group is padded; None: the next power of two.
+    columns: int | None = None
+
+
+class Launched(NamedTuple):
+    """What a policy runs for a call. columns: each group's, padding included."""
+
     head_groups: tuple[int, ...]
     launch: Launch
-    threshold: int = 0
+    kernel: EngineKernel
+    columns: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """rules: first match decides; fallback: head groups of every other call, one launch.
+    """rules: first match decides; fallback: head groups of every other call, one launch on tensor cores.
 
-    `with_threshold` moves every rule's threshold, so that a policy can be studied on a short context.
+    fallback_columns: as a rule's. `with_threshold` moves every rule's threshold, so that a policy can be
+    studied on a short context.
     """
 
     name: str
     summary: str
     rules: tuple[Rule, ...] = ()
     fallback: Callable[[int], tuple[int, ...]] = power_of_two_groups
+    fallback_columns: int | None = None
+
+    def launched(self, call: CallShape) -> Launched:
+        """Head groups, launch, kernel and padded columns of a call."""
+        last = Rule(lambda *_: True, self.fallback, "one", columns=self.fallback_columns)
+        rule = next(r for r in (*self.rules, last) if r.applies(call, r.threshold))
+        groups = rule.head_groups(call.ratio) if callable(rule.head_groups) else rule.head_groups
+        columns = tuple(max(rule.columns or 1, 1 << (g - 1).bit_length()) for g in groups)
+        return Launched(groups, rule.launch, rule.kernel, columns)
 
     def head_groups(self, call: CallShape) -> tuple[tuple[int, ...], Launch]:
-        for rule in self.rules:
-            if rule.applies(call, rule.threshold):
-                return rule.head_groups, rule.launch
-        return self.fallback(call.ratio), "one"
+        found = self.launched(call)
+        return found.head_groups, found.launch
 
     def with_threshold(self, threshold: int) -> Policy:
         return replace(self, rules=tuple(rule._replace(threshold=threshold) for rule in self.rules))
@@ -131,6 +207,112 @@ _SPLIT_ON_COPIES = Rule(_ik_1183, (8, 4), "each", 8192)
 _SPLIT_IN_BACKEND = Rule(_ik_1190, (8, 4), "each", 65536)
 _PADDED = Rule(_ik_1193, (12,), "one")
 
+
+def _sizes(k_size: int, v_size: int, also: Callable[[CallShape], bool]) -> Callable[[CallShape, int], bool]:
+    """A condition on calls with these head sizes."""
+    return lambda call, threshold: call.sizes == (k_size, v_size) and also(call)
+
+
+def _divisible(k_size: int, v_size: int, *sizes: int) -> tuple[Rule, ...]:
+    """Groups of the largest of `sizes` that divides r; no kernel where none does."""
+    found = [
+        Rule(_sizes(k_size, v_size, lambda c, n=n: c.ratio % n == 0), groups_of(n), "one", columns=n)  # type: ignore[misc]
+        for n in sizes
+    ]
+    return (*found, Rule(_sizes(k_size, v_size, lambda c: True), one_group, "one", kernel="none"))
+
+
+def _padded_decode(size: int, ratio: int, columns: int) -> Rule:
+    """One query token, head size `size`, r = ratio: one launch padded to `columns`."""
+    applies = _sizes(size, size, lambda c: c.n_q == 1 and c.ratio == ratio)
+    return Rule(applies, one_group, "one", columns=columns)
+
+
+def _few_mla(ratio: Callable[[CallShape], bool]) -> Callable[[CallShape, int], bool]:
+    """MLA, up to four query tokens, from `threshold` keys."""
+    return lambda c, threshold: c.mla and ratio(c) and c.n_q <= 4 and c.n_kv_padded >= threshold
+
+
+def _ik_vector(call: CallShape, threshold: int) -> bool:
+    windowed = call.sliding_window and call.k_size == call.v_size <= 256
+    return call.n_q == 1 and windowed and not call.quantised
+
+
+_IK_2026_08 = (
+    Rule(lambda c, _: c.key_list, one_group, "one", kernel="gather"),
+    Rule(lambda c, _: c.generation == "pascal" and c.n_q <= 8, single_heads, "one", kernel="vector"),
+    Rule(lambda c, _: c.generation == "pascal", one_group, "one", kernel="unknown"),
+    _padded_decode(128, 12, 16),
+    _padded_decode(128, 6, 8),
+    _padded_decode(128, 10, 16),
+    _padded_decode(128, 16, 16),
+    _padded_decode(256, 6, 8),
+    Rule(_few_mla(lambda c: c.ratio == 20 and c.since("ada")), groups_of(16), "one", 2048, columns=16),
+    Rule(_few_mla(lambda c: c.ratio == 20), one_group, "one", 2048, columns=32),
+    Rule(_few_mla(lambda c: c.ratio % 12 == 0), groups_of(12), "one", 2048, columns=16),
+    *_divisible(576, 512, 16, 8, 4),
+    *_divisible(512, 512, 16, 8, 4, 2),
+    *_divisible(320, 256, 16),
+    Rule(_sizes(192, 128, lambda c: True), dividing_groups(16), "one"),
+    Rule(_ik_vector, single_heads, "one", kernel="vector"),
+    Rule(lambda c, _: c.k_size != c.v_size, one_group, "one", kernel="unknown"),
+)
+
+
+def _grouped(call: CallShape) -> bool:
+    """llama.cpp's `gqa_opt`: heads of one KV head share a tile (n_kv padded and strides aligned, as here)."""
+    return call.ratio >= 2 and not call.alibi
+
+
+def _mainline_vector(call: CallShape, threshold: int) -> bool:
+    size = call.k_size
+    if size != call.v_size or size > 256 or size % 64 or size == 192:
+        return False
+    if not _grouped(call) and call.n_q == 1:
+        return True
+    if call.quantised:
+        return call.n_q <= (2 if call.since("ada") else 1)
+    one = call.n_q == 1 and call.sequences == 1 and call.since("ada")
+    return one and not (call.ratio > 4 and (size >= 256 or call.n_kv_padded >= threshold))
+
+
+def _mla_20_few(call: CallShape) -> bool:
+    return call.mla and call.ratio == 20 and call.n_q <= 4
+
+
+_MAINLINE_SAME_SIZES = (64, 80, 96, 112, 128, 256, 512)
+_MAINLINE_PAIRS = ((576, 512), (192, 128), (320, 256))
+_MAINLINE_2026_10 = (
+    Rule(lambda c, _: not c.since("turing") or c.k_size in (40, 72), one_group, "one", kernel="unknown"),
+    Rule(
+        lambda c, _: c.sizes not in _MAINLINE_PAIRS
+        and (c.k_size != c.v_size or c.k_size not in _MAINLINE_SAME_SIZES),
+        one_group, "one", kernel="none",
+    ),
+    Rule(
+        lambda c, _: not _grouped(c) and (c.k_size > 256 or c.k_size == 192),
+        one_group, "one", kernel="none",
+    ),
+    Rule(_mainline_vector, single_heads, "one", 8192, kernel="vector"),
+    Rule(
+        lambda c, most: _mla_20_few(c) and not c.since("ada") and c.n_kv_padded <= most,
+        groups_of(16), "one", 16_384, columns=16,
+    ),
+    Rule(lambda c, _: _mla_20_few(c) and not c.since("ada"), one_group, "one", columns=32),
+    Rule(lambda c, _: _mla_20_few(c) and not c.since("blackwell"), groups_of(16), "one", columns=16),
+    Rule(
+        lambda c, least: _mla_20_few(c) and c.n_kv_padded >= least,
+        groups_of(16), "one", 65_536, columns=16,
+    ),
+    Rule(_sizes(576, 512, lambda c: c.ratio % 16 == 0), groups_of(16), "one", columns=16),
+    Rule(_sizes(576, 512, lambda c: True), groups_of(4), "one", columns=4),
+    *_divisible(192, 128, 16, 8),
+    *_divisible(320, 256, 32),
+    Rule(lambda c, _: not _grouped(c), single_heads, "one"),
+    Rule(lambda c, _: c.ratio > 4, groups_of(8), "one", columns=8),
+    Rule(lambda c, _: c.ratio > 2, groups_of(4), "one", columns=4),
+)  # fmt: skip
+
 POLICIES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
@@ -157,7 +339,22 @@ POLICIES: dict[str, Policy] = {
             "head size 128, r = 12: one launch, 12 heads padded to 16 columns, at any n_kv",
             (_PADDED, _SPLIT_IN_BACKEND, _MLA_PADDED),
         ),
-        Policy("mainline", "groups of 8, a remainder padded to 8, one launch", (), groups_of_eight),
+        Policy(
+            "ik-2026-08",
+            "ik_llama.cpp of August 2026: one padded launch for r = 6, 10, 12, 16 in decode; vector kernel"
+            " (float32) in windowed layers",
+            _IK_2026_08,
+            dividing_groups(16),
+        ),
+        Policy("mainline", "groups of 8, a remainder padded to 8, one launch", (), groups_of(8), 8),
+        Policy(
+            "mainline-2026-10",
+            "llama.cpp of October 2026, Turing and later: vector kernel (float32) for one query token, unless"
+            " r > 4 and n_kv >= 8192; else groups of 8, 4 or 2 on tensor cores (float16)",
+            _MAINLINE_2026_10,
+            groups_of(2),
+            2,
+        ),
     )
 }
 

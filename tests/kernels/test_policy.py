@@ -10,7 +10,15 @@ import pytest
 
 from verify.kernels.errors import SpecError
 from verify.kernels.plans.plan import KVCuts, Plan
-from verify.kernels.plans.policy import N_KV_PADDING, POLICIES, CallShape, policy_named
+from verify.kernels.plans.policy import (
+    KERNEL_SUMS,
+    N_KV_PADDING,
+    POLICIES,
+    CallShape,
+    Launched,
+    Policy,
+    policy_named,
+)
 
 GLM = CallShape(12, 8, 128, 128, 1, 8192, "f16", False, False, 1, "layer")
 MLA = CallShape(20, 1, 576, 512, 1, 8192, "f16", False, False, 1, "layer")
@@ -96,6 +104,142 @@ def test_before_is_the_largest_power_of_two_that_divides(ratio: int, groups: tup
 def test_head_groups_always_sum_to_the_ratio(name: str, ratio: int) -> None:
     for call in (GLM, MLA):
         assert sum(chosen(name, call, ratio=ratio)[0]) == ratio
+
+
+MAINLINE, IK = policy_named("mainline-2026-10"), policy_named("ik-2026-08")
+
+
+def around(policy: Policy, call: CallShape, n_kv: int) -> list[Launched]:
+    """What is launched at the last length before a padded threshold, at the first from it, and the next."""
+    first = n_kv - N_KV_PADDING + 1
+    return [policy.launched(call._replace(n_kv=n)) for n in (first - 1, first, first + 1)]
+
+
+def test_mainline_leaves_the_vector_kernel_at_exactly_8192_keys() -> None:
+    below, at, above = around(MAINLINE, GLM, 8192)
+    assert (below.kernel, below.head_groups) == ("vector", (1,) * 12)
+    assert (at.kernel, at.head_groups, at.columns) == ("mma", (8, 4), (8, 8))
+    assert above == at
+    assert KERNEL_SUMS[below.kernel] == "float32" and KERNEL_SUMS[at.kernel] == "float16"
+    # A call cut into 8 + 4 heads runs its half of 4 in the vector kernel on both sides.
+    assert {x.kernel for x in around(MAINLINE, GLM._replace(ratio=4), 8192)} == {"vector"}
+    # Where the vector kernel never was, nothing changes there.
+    for change in ({"generation": "ampere"}, {"n_q": 2}, {"sequences": 2}, {"k_size": 256, "v_size": 256}):
+        assert {x.kernel for x in around(MAINLINE, GLM._replace(**change), 8192)} == {"mma"}, change
+    # Not grouped (ALiBi), or a quantised cache: the vector kernel at any length.
+    for change in ({"alibi": True}, {"cache_type": "q8_0"}, {"cache_type": "q8_0", "n_q": 2}):
+        assert {x.kernel for x in around(MAINLINE, GLM._replace(**change), 8192)} == {"vector"}, change
+    for generation, n_q, kernel in (("ampere", 1, "vector"), ("ampere", 2, "mma"), ("ada", 3, "mma")):
+        call = GLM._replace(cache_type="q4_0", generation=generation, n_q=n_q)  # type: ignore[arg-type]
+        assert MAINLINE.launched(call).kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("generation", "n_q", "n_kv", "columns"),
+    [
+        ("turing", 4, 16_384, (16, 16)),
+        ("turing", 4, 16_385, (32,)),
+        ("ampere", 1, 16_640, (32,)),
+        ("ampere", 5, 1024, (4,) * 5),
+        ("ada", 4, 100_000, (16, 16)),
+        ("hopper", 5, 100_000, (4,) * 5),
+        ("blackwell", 1, 65_280, (4,) * 5),
+        ("blackwell", 1, 65_281, (16, 16)),
+        ("blackwell", 5, 65_536, (4,) * 5),
+    ],
+)
+def test_mainlines_mla_by_generation(generation: str, n_q: int, n_kv: int, columns: tuple[int, ...]) -> None:
+    call = MLA._replace(generation=generation, n_q=n_q, n_kv=n_kv)  # type: ignore[arg-type]
+    assert MAINLINE.launched(call).columns == columns
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ratio", "kernel", "groups"),
+    [
+        ((128, 128), 3, "mma", (3,)),
+        ((128, 128), 2, "mma", (2,)),
+        ((128, 128), 1, "mma", (1,)),
+        ((128, 128), 20, "mma", (8, 8, 4)),
+        ((80, 80), 5, "mma", (5,)),
+        ((512, 512), 8, "mma", (8,)),
+        ((512, 512), 1, "none", (1,)),
+        ((576, 512), 16, "mma", (16,)),
+        ((576, 512), 12, "mma", (4, 4, 4)),
+        ((192, 128), 16, "mma", (16,)),
+        ((192, 128), 8, "mma", (8,)),
+        ((192, 128), 5, "none", (5,)),
+        ((320, 256), 32, "mma", (32,)),
+        ((320, 256), 16, "none", (16,)),
+        ((160, 160), 4, "none", (4,)),
+        ((40, 40), 4, "unknown", (4,)),
+        ((256, 128), 4, "none", (4,)),
+    ],
+)
+def test_mainlines_groups_of_a_prompt_by_head_size(
+    sizes: tuple[int, int], ratio: int, kernel: str, groups: tuple[int, ...]
+) -> None:
+    call = GLM._replace(k_size=sizes[0], v_size=sizes[1], ratio=ratio, n_q=512)
+    found = MAINLINE.launched(call)
+    assert (found.kernel, found.head_groups) == (kernel, groups)
+
+
+@pytest.mark.parametrize(
+    ("change", "kernel", "columns"),
+    [
+        ({}, "mma", (16,)),
+        ({"ratio": 6}, "mma", (8,)),
+        ({"ratio": 10}, "mma", (16,)),
+        ({"ratio": 16}, "mma", (16,)),
+        ({"n_q": 2}, "mma", (4, 4, 4)),
+        ({"ratio": 6, "k_size": 256, "v_size": 256}, "mma", (8,)),
+        ({"ratio": 5, "sliding_window": True}, "vector", (1,) * 5),
+        ({"ratio": 5, "sliding_window": True, "cache_type": "q8_0"}, "mma", (1,) * 5),
+        ({"ratio": 5, "sliding_window": True, "n_q": 2}, "mma", (1,) * 5),
+        # r = 12 with a window: its own padded launch comes first.
+        ({"sliding_window": True}, "mma", (16,)),
+        ({"key_list": True}, "gather", (16,)),
+        ({"generation": "pascal", "n_q": 8}, "vector", (1,) * 12),
+        ({"generation": "pascal", "n_q": 9}, "unknown", (16,)),
+        ({"k_size": 512, "v_size": 512, "ratio": 2}, "mma", (2,)),
+        ({"k_size": 512, "v_size": 512, "ratio": 3}, "none", (4,)),
+        ({"k_size": 320, "v_size": 256, "ratio": 32}, "mma", (16, 16)),
+        ({"k_size": 320, "v_size": 256, "ratio": 8}, "none", (8,)),
+        ({"k_size": 192, "v_size": 128, "ratio": 5}, "mma", (1,) * 5),
+        ({"k_size": 192, "v_size": 128, "ratio": 40}, "mma", (8,) * 5),
+    ],
+)
+def test_ik_of_2026_08_by_shape(change: dict[str, object], kernel: str, columns: tuple[int, ...]) -> None:
+    found = IK.launched(GLM._replace(**change))  # type: ignore[arg-type]
+    assert (found.kernel, found.columns) == (kernel, columns)
+
+
+@pytest.mark.parametrize(
+    ("change", "below", "at"),
+    [
+        ({}, (4,) * 5, (16, 16)),
+        ({"n_q": 4}, (4,) * 5, (16, 16)),
+        ({"generation": "ampere"}, (4,) * 5, (32,)),
+        ({"ratio": 12}, (4,) * 3, (16,)),
+        ({"ratio": 24}, (8,) * 3, (16, 16)),
+        ({"n_q": 5}, (4,) * 5, (4,) * 5),
+        ({"ratio": 16}, (16,), (16,)),
+    ],
+)
+def test_ik_of_2026_08_groups_mla_from_2048_keys(
+    change: dict[str, object], below: tuple[int, ...], at: tuple[int, ...]
+) -> None:
+    found = around(IK, MLA._replace(**change), 2048)  # type: ignore[arg-type]
+    assert [x.columns for x in found] == [below, at, at]
+
+
+def test_ik_of_2026_08_ends_on_mla_with_an_odd_ratio() -> None:
+    assert IK.launched(MLA._replace(ratio=6, n_kv=100)).kernel == "none"
+
+
+def test_a_moved_threshold_of_mainline_moves_no_rule_without_one() -> None:
+    moved = MAINLINE.with_threshold(512)
+    assert [x.kernel for x in around(moved, GLM, 512)] == ["vector", "mma", "mma"]
+    assert moved.launched(MLA._replace(n_kv=4096)).columns == (16, 16)
 
 
 def test_a_moved_threshold_moves_every_rule_in_its_own_units() -> None:

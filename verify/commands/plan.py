@@ -10,9 +10,10 @@ import typer
 from verify.commands import options
 from verify.engines.plans import Setting, chosen_policies, find_shape, plans_json
 from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS
+from verify.kernels.plans.policy import GENERATIONS
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
-from verify.reports.plan import print_plans
+from verify.reports.plan import print_plans, print_setting, print_versions
 
 DEFAULT_N_KV = "4096,8192,16384,32768,65536"
 
@@ -22,20 +23,35 @@ def command(
         str,
         typer.Option("--arch", "--shape", "-m", help="glm4moe, glm-4.5-air, 96/8x128, or a GGUF file"),
     ] = "glm4moe",
-    n_kv: Annotated[str, typer.Option("--n-kv", help="lengths, comma between")] = DEFAULT_N_KV,
+    n_kv: Annotated[
+        str | None,
+        typer.Option("--n-kv", help="lengths, comma between: a table of every policy's plan there"),
+    ] = None,
     cache_type: Annotated[str, typer.Option("--cache-type", "-ctk", help="f16, q8_0, q4_0 ...")] = "f16",
     gpus: options.Gpus = 1,
     split_mode: options.SplitMode = "layer",
     policy: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="may be repeated; default all (verify list names them)"),
+        typer.Option("--policy", help="its own plans; may be repeated (verify list names them)"),
     ] = None,
+    n_q: Annotated[int, typer.Option("--n-q", help="query tokens a call")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", help=", ".join(GENERATIONS))] = "ada",
     json_: options.Json = False,
 ) -> int:
     """Print; exit 0."""
     setting = setting_of(arch, cache_type, gpus, split_mode)
-    policies, lengths = chosen_policies(policy), options.parse_lengths(n_kv)
-    print_plans(setting, policies, lengths, sys.stderr if json_ else sys.stdout)
+    if n_q < 1:
+        raise UsageError(f"--n-q {n_q}: expected query tokens from 1")
+    if gpu not in GENERATIONS:
+        raise UsageError(f"--gpu {gpu}: expected one of {', '.join(GENERATIONS)}")
+    setting = setting._replace(n_q=n_q, generation=gpu)
+    policies, lengths = chosen_policies(policy), options.parse_lengths(n_kv or DEFAULT_N_KV)
+    screen = sys.stderr if json_ else sys.stdout
+    print_setting(setting, screen)
+    if policy is None:
+        print_versions(setting, screen)
+    if policy is not None or n_kv is not None:
+        print_plans(setting, policies, lengths if n_kv is not None else [], screen)
     if json_:
         print(to_json_text(plans_json(setting, policies, lengths)), end="")
     return 0

@@ -1,23 +1,27 @@
 """Which plan a policy runs at which length, and what that costs: KV walks, padded columns, bytes.
 
-Sizes are of one GPU, one layer and one generated token. Every head group reads the cache once (a walk); a
-group's columns fill a tile of the matrix product, padded to a power of two (in llama.cpp to its groups of 8);
-a quantised cache is first expanded to float16 (read once, written once), and the walks read that. A policy's
+Sizes are of one GPU, one layer and one call. Every head group reads the cache once (a walk); a group's
+columns fill a tile of the matrix product, padded to a power of two (in llama.cpp to its groups of 8); a
+quantised cache is first expanded to float16 (read once, written once), and the walks read that. A policy's
 conditions compare lengths padded to 256. These are predictions from the engines' rules, not measurements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from verify.kernels.cache_types import bits_per_number
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.plans.policy import (
+    KERNEL_SUMS,
     N_KV_PADDING,
     POLICIES,
     CallShape,
+    EngineKernel,
+    Generation,
     Launch,
     Policy,
     SplitMode,
@@ -35,7 +39,10 @@ ARCHITECTURE_SHAPES = {
     "gpt-oss": "gpt-oss",
 }
 LONGEST = 1 << 20
-MAINLINE_COLUMNS = 8
+# Those of whose layers some or all see a window; others may have the key, and engines pass it over.
+WINDOWED_ARCHITECTURES = {
+    "gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss", "step35", "cohere2", "mimo2", "llama4", "exaone4",
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -45,6 +52,9 @@ class Setting(NamedTuple):
     cache_type: str = "f16"
     gpus: int = 1
     split_mode: SplitMode = "layer"
+    # Query tokens a call.
+    n_q: int = 1
+    generation: Generation = "ada"
 
     @property
     def kv_heads_a_gpu(self) -> int:
@@ -53,19 +63,40 @@ class Setting(NamedTuple):
     def call(self, n_kv: int) -> CallShape:
         s = self.shape
         return CallShape(
-            s.ratio, s.kv_heads, s.k_size, s.v_size, 1, n_kv, self.cache_type, s.sinks,
-            s.sliding_window is not None, self.gpus, self.split_mode,
-        )  # fmt: skip
+            ratio=s.ratio,
+            kv_heads=s.kv_heads,
+            k_size=s.k_size,
+            v_size=s.v_size,
+            n_q=self.n_q,
+            n_kv=n_kv,
+            cache_type=self.cache_type,
+            sinks=s.sinks,
+            sliding_window=s.sliding_window is not None,
+            gpus=self.gpus,
+            split_mode=self.split_mode,
+            generation=self.generation,
+        )
+
+    @property
+    def layer_kinds(self) -> dict[str, Setting]:
+        """Windowed layers and others of a model that has both; one entry without a name elsewhere."""
+        if self.shape.sliding_window is None:
+            return {"": self}
+        full = self._replace(shape=self.shape._replace(sliding_window=None))
+        return {"windowed layers": self, "other layers": full}
 
 
 class PlanAt(NamedTuple):
-    """A policy's plan at one length. waste: share of the tiles' columns that no head fills."""
+    """A policy's plan at one length."""
 
     policy: str
     n_kv: int
     head_groups: tuple[int, ...]
     launch: Launch
+    kernel: EngineKernel
+    # What each group is padded to.
     columns: tuple[int, ...]
+    # Share of the columns that no head fills.
     waste: float
     bytes_read: int
     bytes_written: int
@@ -87,16 +118,48 @@ class Stretch(NamedTuple):
     padded: int
     head_groups: tuple[int, ...]
     launch: Launch
+    kernel: EngineKernel
     columns: tuple[int, ...]
+
+    @property
+    def runs(self) -> tuple[object, ...]:
+        """What is launched, the lengths left aside."""
+        return self.head_groups, self.launch, self.kernel, self.columns
 
     @property
     def name(self) -> str:
         return plan_name(self.head_groups, self.launch, self.columns)
 
 
+class Change(NamedTuple):
+    """Keys from which two policies run different things, up to and without the next change."""
+
+    from_n_kv: int
+    padded: int
+    before: Stretch
+    after: Stretch
+
+
+# Versions of each engine from old to new.
+VERSIONS = (
+    ("before", "ik-1182", "ik-1183", "ik-1190", "ik-1192", "ik-1193", "ik-2026-08"),
+    ("mainline", "mainline-2026-10"),
+)
+
+
+def kernel_words(kernel: EngineKernel) -> str:
+    """`mma kernel, float16 sums`."""
+    if kernel == "none":
+        return "no kernel: the engine ends"
+    if kernel == "unknown":
+        return "a kernel that was not looked up"
+    return f"{kernel} kernel, {KERNEL_SUMS[kernel]} sums"
+
+
 def plan_name(groups: tuple[int, ...], launch: Launch, columns: tuple[int, ...]) -> str:
     """`8+4 padded to 8+8, one launch`, `8+4, 2 launches on copies of Q`."""
-    written = "+".join(map(str, groups))
+    single = len(groups) > 1 and set(groups) == {1}
+    written = f"{len(groups)} heads, each alone" if single else "+".join(map(str, groups))
     if columns != groups:
         written += f" padded to {'+'.join(map(str, columns))}"
     if launch == "one" or len(groups) == 1:
@@ -126,32 +189,66 @@ def find_shape(text: str) -> ModelShape:
 
 
 def _shape_of_file(text: str) -> ModelShape:
-    from verify.model.architectures import architecture_of
+    """Heads and sizes from a file's metadata alone: an architecture that cannot be run has a plan too."""
+    from verify.model.errors import ModelError
     from verify.model.gguf.file import GGUFFile
     from verify.model.locate import locate_model
 
     file = GGUFFile.open(locate_model(text))
-    sizes = architecture_of(file).sizes
-    latent = file.architecture == "deepseek2" and sizes.kv_heads == 1
-    return ModelShape(file.path.name, sizes.heads, sizes.kv_heads, sizes.k_size, sizes.v_size, v_in_k=latent)
+    name = file.architecture
+    heads = _one_number(file.require(f"{name}.attention.head_count", object))
+    kv_heads = _one_number(file.get(f"{name}.attention.head_count_kv", heads))
+    width = file.get(f"{name}.embedding_length", 0)
+    k_size = file.get(f"{name}.attention.key_length", width // heads if heads else 0)
+    v_size = file.get(f"{name}.attention.value_length", k_size)
+    if file.get(f"{name}.attention.kv_lora_rank") is not None and "blk.0.attn_k_b.weight" in file.tensors:
+        # Multi-head latent attention over the cache: one latent KV head, V a part of K.
+        kv_heads = 1
+    if min(heads, kv_heads, k_size, v_size) < 1 or heads % kv_heads:
+        raise ModelError(
+            f"{file.path}: {heads} heads over {kv_heads} of size {k_size}/{v_size}: no attention"
+        )
+    window = file.get(f"{name}.attention.sliding_window") if name in WINDOWED_ARCHITECTURES else None
+    return ModelShape(
+        name=file.path.name,
+        q_heads=heads,
+        kv_heads=kv_heads,
+        k_size=k_size,
+        v_size=v_size,
+        sliding_window=int(window) if window else None,
+        sinks=any(t.endswith("attn_sinks.weight") for t in file.tensors),
+        v_in_k=kv_heads == 1 and k_size > v_size,
+    )
+
+
+def _one_number(value: Any) -> int:
+    """A number a model, or the largest of one a layer."""
+    return int(value) if isinstance(value, int) else max((int(x) for x in value), default=0)
 
 
 def plan_at(policy: Policy, setting: Setting, n_kv: int) -> PlanAt:
     """What `policy` runs for one generated token with n_kv visible keys."""
     call = setting.call(n_kv)
-    groups, launch = policy.head_groups(call)
-    columns = tuple(_padded(policy, g) for g in groups)
+    found = policy.launched(call)
     own = setting.shape._replace(
         kv_heads=call.kv_heads_a_gpu, q_heads=call.kv_heads_a_gpu * setting.shape.ratio
     )
     numbers = own.cache_bytes(call.n_kv_padded, 1)
-    walked = len(groups) * 2 * numbers
+    walked = len(found.head_groups) * 2 * numbers
     if setting.cache_type in ("f16", "bf16"):
         read, written = walked, 0
     else:
         read, written = walked + int(numbers * bits_per_number(setting.cache_type) / 8), 2 * numbers
     return PlanAt(
-        policy.name, n_kv, groups, launch, columns, 1 - setting.shape.ratio / sum(columns), read, written
+        policy=policy.name,
+        n_kv=n_kv,
+        head_groups=found.head_groups,
+        launch=found.launch,
+        kernel=found.kernel,
+        columns=found.columns,
+        waste=1 - setting.shape.ratio / sum(found.columns),
+        bytes_read=read,
+        bytes_written=written,
     )
 
 
@@ -159,10 +256,31 @@ def stretches(policy: Policy, setting: Setting) -> list[Stretch]:
     """The plans of a policy from short to long, each with the length from which it runs."""
     found: list[Stretch] = []
     for padded in range(N_KV_PADDING, LONGEST + 1, N_KV_PADDING):
-        groups, launch = policy.head_groups(setting.call(padded))
-        if not found or (found[-1].head_groups, found[-1].launch) != (groups, launch):
-            columns = tuple(_padded(policy, g) for g in groups)
-            found.append(Stretch(padded - N_KV_PADDING + 1, padded, groups, launch, columns))
+        ran = policy.launched(setting.call(padded))
+        here = Stretch(
+            from_n_kv=padded - N_KV_PADDING + 1,
+            padded=padded,
+            head_groups=ran.head_groups,
+            launch=ran.launch,
+            kernel=ran.kernel,
+            columns=ran.columns,
+        )
+        if not found or found[-1].runs != here.runs:
+            found.append(here)
+    return found
+
+
+def changes(before: Policy, after: Policy, setting: Setting) -> list[Change]:
+    """Where two policies run different things, from short to long; empty where they never do.
+
+    A length at which only the old one, or only the new one, changes its plan begins a change of its own.
+    """
+    old, new = stretches(before, setting), stretches(after, setting)
+    found: list[Change] = []
+    for padded in sorted({s.padded for s in (*old, *new)}):
+        a, b = ([s for s in plans if s.padded <= padded][-1] for plans in (old, new))
+        if a.runs != b.runs:
+            found.append(Change(padded - N_KV_PADDING + 1, padded, a, b))
     return found
 
 
@@ -177,6 +295,26 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
         "gpus": setting.gpus,
         "split_mode": setting.split_mode,
         "kv_heads_a_gpu": setting.kv_heads_a_gpu,
+        "n_q": setting.n_q,
+        "generation": setting.generation,
+        "versions": [
+            {
+                "before": a,
+                "after": b,
+                "layers": kind,
+                "changes": [
+                    {
+                        "from_n_kv": c.from_n_kv, "padded": c.padded,
+                        "before": c.before.name, "before_kernel": c.before.kernel,
+                        "after": c.after.name, "after_kernel": c.after.kernel,
+                    }
+                    for c in changes(POLICIES[a], POLICIES[b], one)
+                ],
+            }
+            for names in VERSIONS
+            for a, b in pairwise(names)
+            for kind, one in setting.layer_kinds.items()
+        ],
         "policies": [
             {
                 "policy": policy.name,
@@ -197,9 +335,3 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
 def chosen_policies(names: Sequence[str] | None) -> list[Policy]:
     """The named policies, all for none. Raises SpecError."""
     return [policy_named(name) for name in dict.fromkeys(names)] if names else list(POLICIES.values())
-
-
-def _padded(policy: Policy, group: int) -> int:
-    if policy.name == "mainline" and group < MAINLINE_COLUMNS:
-        return MAINLINE_COLUMNS
-    return 1 << (group - 1).bit_length()

@@ -73,9 +73,65 @@ def test_a_file_gives_its_own_shape(tmp_path: Path) -> None:
     assert find_shape("96/8x128").ratio == find_shape("glm4moe").ratio == 12
 
 
+def versions(*arguments: str) -> dict[str, str]:
+    done = verify("plan", *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len([x for x in lines if " -> " in x]) == 8 - 1, done.stdout
+    return dict(line.split(": ", 1) for line in lines if " -> " in line or "precision" in line)
+
+
+def test_seven_lines_say_between_which_versions_a_model_is_affected() -> None:
+    glm = versions("--arch", "glm4moe")
+    assert glm["before -> ik-1182"] == "your model is not affected"
+    assert glm["ik-1182 -> ik-1183"] == (
+        "your model is affected from n_kv 8192 (7937 unpadded): 4+4+4, one launch becomes 8+4, 2 launches on"
+        " copies of Q"
+    )
+    assert glm["ik-1193 -> ik-2026-08"] == "your model is not affected"
+    assert (
+        "12 heads, each alone, one launch (vector kernel, float32 sums)"
+        in glm["mainline -> mainline-2026-10"]
+    )
+    assert glm["mainline-2026-10"] == (
+        "precision jumps at n_kv 8192 (7937 unpadded): vector kernel, float32 sums, then mma kernel,"
+        " float16 sums"
+    )
+    assert "precision" not in str(versions("--arch", "glm4moe", "--gpu", "ampere"))
+    flash = versions("--arch", "glm-4.7-flash")
+    assert flash["before -> ik-1182"].startswith("your model is affected from n_kv 8448 (8193 unpadded)")
+    assert flash["ik-1182 -> ik-1183"] == "your model is not affected"
+    # Four query tokens a call: no version's gate of decode opens.
+    assert versions("--n-q", "4")["ik-1182 -> ik-1183"] == "your model is not affected"
+
+
+def test_windowed_layers_and_others_are_told_apart() -> None:
+    found = versions("--arch", "gemma-3")["ik-1193 -> ik-2026-08"]
+    assert "windowed layers: at every length: 2, one launch (mma kernel, float16 sums) becomes" in found
+    assert found.endswith("other layers are not")
+
+
+def test_the_table_comes_where_it_is_asked_for() -> None:
+    assert "KV walks" not in verify("plan").stdout
+    assert "KV walks" in verify("plan", "--n-kv", "4096").stdout
+    one = verify("plan", "--policy", "ik-1183").stdout
+    assert "ik-1183: 4+4+4, one launch (mma kernel, float16 sums); from n_kv 8192" in one
+    assert " -> " not in one
+
+
+def test_a_file_of_an_architecture_that_cannot_be_run_has_a_plan(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    renamed = path.read_bytes().replace(b"llama", b"lxmad")
+    path.write_bytes(renamed)
+    shape = find_shape(str(path))
+    assert (shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size) == (4, 2, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (("--n-q", "0"), "--n-q 0: expected query tokens from 1"),
+        (("--gpu", "volta"), "--gpu volta: expected one of pascal, turing"),
         (("--arch", "glm5moe"), "did you mean 'glm4moe'"),
         (("--arch", "none.gguf"), "none.gguf"),
         (("--cache-type", "q9"), "--cache-type q9: expected one of"),
