@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,7 +87,7 @@ def command(
         captured_from=captured_from,
     )
     check_settings(settings)
-    folder = RunFolder.create(out or Path("runs") / f"diff-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
+    folder = RunFolder.begin(out, "diff", groups=False)
     screen = sys.stderr if json_ else sys.stdout
     clock = StageClock(chosen)
     inputs_ = _shown(all_inputs(settings, chosen, clock), count_inputs(settings))

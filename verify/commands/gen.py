@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -40,8 +39,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    import pyarrow.parquet as pq
-
     from verify.arms.split_mode import tensor_parallel_json
     from verify.data import read_text_file
     from verify.gen.evidence import conclude, token_table
@@ -82,15 +79,15 @@ def command(
     if shared_out := split_mode_sentence(tensor_parallel_json(generation.architecture, gpus)):
         print(shared_out, file=screen)
     try:
-        folder = RunFolder.create(out or Path("runs") / f"gen-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
+        folder = RunFolder.begin(out, "gen", groups=False)
         print(f"baseline {baseline} writes: ", end="", file=screen, flush=True)
         text = _Text(generation.tokenizer.decode)
         show = partial(print, end="", file=screen, flush=True)
         found = generation.run(lambda token: show(visible(text.more(token))))
         print(file=screen)
         compared, run = conclude(generation, found)
-        pq.write_table(token_table(generation, found), folder.path / "tokens.parquet")
-        pq.write_table(generation.exact.table(), folder.path / "layers.parquet")
+        folder.write_table("tokens.parquet", token_table(generation, found))
+        folder.write_table("layers.parquet", generation.exact.table())
         folder.write_json(RESULT, run)
         write_reports(folder.path)
     finally:

@@ -115,7 +115,7 @@ def command(
     from verify.machine.jsontext import to_json_text
     from verify.machine.outfile import check_writable
     from verify.machine.ranks import ranks_of_environment
-    from verify.ppl.experiment import Experiment, default_folder
+    from verify.ppl.experiment import Experiment
     from verify.ppl.runfolder import RunFolder
     from verify.reports.ppl_screen import PplConsole
 
@@ -135,7 +135,7 @@ def command(
         if ranks.leads:
             folder = RunFolder.reopen(resume)
             stored = folder.read_settings("ppl")
-            folder = RunFolder(folder.path.absolute())
+            folder = folder.absolute()
         stored = ranks.of_leader(stored)
         try:
             settings = PplSettings.from_json(stored["settings"])
@@ -177,9 +177,10 @@ def command(
     if settings.save_logits is not None:
         check_writable("--save-logits", settings.save_logits)
     experiment = Experiment(settings, console, ranks)
+    outcome = None
     try:
         if resume is None and ranks.leads:
-            folder = RunFolder.create(out or default_folder())
+            folder = RunFolder.begin(out, "ppl")
         identity = experiment.identity()
         ranks.agree(identity)
         for what, value in identity.items() if stored else ():
@@ -218,6 +219,8 @@ def command(
         console.stop()
         experiment.close()
         ranks.close()
+        if folder is not None and outcome is None:
+            folder.release()
     if folder is None or outcome is None:
         return 0
     from verify.reports.writing import write_reports
@@ -225,6 +228,7 @@ def command(
     folder.write_results(outcome.joined, outcome.run)
     write_reports(folder.path)
     folder.finish()
+    folder.release()
     console.outcome(experiment, outcome, folder.path)
     if json_:
         print(to_json_text(outcome.run), end="")

@@ -18,6 +18,7 @@ import torch
 from verify.diff.cells import Inputs
 from verify.kernels.call import AttentionPath, checked_call
 from verify.machine.errors import UsageError
+from verify.machine.files import written_whole
 from verify.model.runner import LayerCall
 
 FOLDER = "captured"
@@ -50,15 +51,16 @@ def capture_to(folder: Path, layers: frozenset[int]) -> Callable[[LayerCall], No
         arrays: dict[str, Any] = {
             name: x[:1].cpu().float().numpy() for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)
         }
-        np.savez(
-            target / f"layer-{call.layer:03d}.npz",
-            kv_len=call.kv_len[:1].cpu().numpy(),
-            scale=np.float64(call.settings.scale),
-            sliding_window=np.int64(call.settings.sliding_window or 0),
-            softcap=np.float64(call.settings.softcap or 0),
-            dtype=np.array(str(call.q.dtype).removeprefix("torch.")),
-            **arrays,
-        )
+        with written_whole(target / f"layer-{call.layer:03d}.npz") as part, part.open("wb") as file:
+            np.savez(
+                file,
+                kv_len=call.kv_len[:1].cpu().numpy(),
+                scale=np.float64(call.settings.scale),
+                sliding_window=np.int64(call.settings.sliding_window or 0),
+                softcap=np.float64(call.settings.softcap or 0),
+                dtype=np.array(str(call.q.dtype).removeprefix("torch.")),
+                **arrays,
+            )
 
     return capture
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -36,8 +36,9 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         raise OSError(" ".join(str(error).split())) from None
 
 
-def read_checkpoint(path: Path, device: torch.device) -> Checkpoint:
-    found = torch.load(path, map_location=device, weights_only=True)
+def read_checkpoint(file: IO[bytes], device: torch.device) -> Checkpoint:
+    """Raises whatever reading something else does."""
+    found = torch.load(file, map_location=device, weights_only=True)
     return Checkpoint(**{**found, "windows": range(*found["windows"])})
 
 

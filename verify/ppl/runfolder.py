@@ -6,37 +6,54 @@
     run.json  tokens.parquet  layers.parquet  top1.parquet  report.md  report.html
 
 A group is written under another name and renamed when it is whole, so that a run that was cut off at any
-moment goes on from the last whole group.
+moment goes on from the last whole group. A folder may be a stranger's: links in it are not followed, and only
+what a run has written is written over or removed (`verify.machine.files`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from verify.machine.errors import UsageError
+from verify.machine.files import (
+    Lock,
+    folder_written_whole,
+    is_plain_file,
+    is_plain_folder,
+    open_plain,
+    part_names,
+    read_json,
+    write_whole,
+    written_whole,
+)
 from verify.machine.jsontext import to_json_text
-
-if TYPE_CHECKING:
-    # Reports are made from a finished folder without torch: only groups and checkpoints need it.
-    import torch
-
-    from verify.ppl.checkpoint import Checkpoint
-    from verify.ppl.groups import GroupResult
+from verify.ppl.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from verify.ppl.groups import GroupResult
 
 SETTINGS, GROUPS, RESULT = "settings.json", "groups", "run.json"
 REPORT, PAGE = "report.md", "report.html"
-# What reading a file that is not a whole checkpoint raises.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
-# Ends the name of what is being written.
-PART = ".part"
+STATE = "state.json"
+TABLES = ("tokens", "layers", "top1")
+# What reading a file that is not a whole checkpoint or table raises.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+               EOFError, MemoryError, pa.ArrowException, pickle.UnpicklingError)  # fmt: skip
+_OWN_FILES = {SETTINGS, RESULT, REPORT, PAGE, *(f"{name}.parquet" for name in TABLES)}
+_GROUP_FILES = {STATE, *(f"{name}.parquet" for name in TABLES)}
+_GROUP, _LAYERS = re.compile(r"\d{5,}"), re.compile(r"\d{5,}\.layers")
+# Where what somebody else has put among the groups is left.
+_OTHERS = "groups.others"
 
 
 def _of_a_run(stored: dict[str, Any]) -> bool:
@@ -44,14 +61,17 @@ def _of_a_run(stored: dict[str, Any]) -> bool:
 
 
 class RunFolder:
-    """A run's folder. Raises UsageError where it cannot be written or read."""
+    """A run's folder. Raises UsageError where it cannot be written or read.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    One that was created or reopened is this process's alone until `release`.
+    """
+
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
+        self.path, self._lock = path, lock
 
     @classmethod
     def create(cls, path: Path, *, groups: bool = True) -> RunFolder:
-        """A new folder; `groups`: for a run that goes on a group at a time."""
+        """A new folder, or an empty one; `groups`: for a run that goes on a group at a time."""
         if (path / SETTINGS).exists() or (path / RESULT).exists():
             other = f"go on with --resume {path}, or name another" if groups else "name another folder"
             raise UsageError(f"--out {path}: holds a run already; {other}")
@@ -60,21 +80,62 @@ class RunFolder:
         except UnicodeEncodeError:
             raise UsageError(f"--out {str(path)!a}: expected a name in UTF-8") from None
         try:
-            (path / GROUPS if groups else path).mkdir(parents=True, exist_ok=True)
-            probe = path / "writable"
-            probe.touch()
-            probe.unlink()
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path, "--out")
+            if (other := next(iter(sorted(path.iterdir())), None)) is not None:
+                raise UsageError(
+                    f"--out {path}: holds other files ({other.name}), expected a new or an empty folder"
+                )
+            if groups:
+                (path / GROUPS).mkdir()
+            else:
+                with written_whole(path / RESULT):
+                    pass
+                (path / RESULT).unlink()
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written: {error.strerror or error}") from None
-        return cls(path)
+        return cls(path, lock)
+
+    @classmethod
+    def begin(cls, out: Path | None, command: str, *, groups: bool = True) -> RunFolder:
+        """`create`, of a folder in runs/ that is named after the command and the time where none is given."""
+        if out is not None:
+            return cls.create(out, groups=groups)
+        first = Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+        for number in itertools.count(1):
+            name = first if number == 1 else first.with_name(f"{first.name}-{number}")
+            # Another run may have begun in the same second.
+            with suppress(OSError):
+                name.mkdir(parents=True)
+                break
+            if not name.exists():
+                break
+        return cls.create(name, groups=groups)
 
     @classmethod
     def reopen(cls, path: Path) -> RunFolder:
-        if not (path / SETTINGS).is_file():
+        if not is_plain_file(path / SETTINGS):
             raise UsageError(f"--resume {path}: no {SETTINGS} there, expected the folder of a run")
-        if (path / RESULT).is_file() and not (path / GROUPS).is_dir():
+        if is_plain_file(path / RESULT) and not is_plain_folder(path / GROUPS):
             raise UsageError(f"--resume {path}: that run is finished, see {path / PAGE}")
-        return cls(path)
+        for name in (GROUPS, *(f"{GROUPS}/{one.name}" for one in _entries(path / GROUPS)), "captured"):
+            if (path / name).is_symlink():
+                raise UsageError(f"--resume {path}: {name} is a link, which no run makes")
+        lock = _lock(path, "--resume")
+        try:
+            (path / GROUPS).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--resume {path}: cannot be written: {error.strerror or error}") from None
+        return cls(path, lock)
+
+    def absolute(self) -> RunFolder:
+        """The same, whatever the current folder becomes."""
+        return RunFolder(self.path.absolute(), self._lock)
+
+    def release(self) -> None:
+        """Others may have it."""
+        if self._lock is not None:
+            self._lock.release()
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         self.write_json(SETTINGS, settings)
@@ -82,7 +143,7 @@ class RunFolder:
     def read_settings(self, command: str) -> dict[str, Any]:
         """Raises UsageError where they are not those of a run of this command."""
         try:
-            found: dict[str, Any] = json.loads((self.path / SETTINGS).read_text())
+            found: dict[str, Any] = read_json(self.path / SETTINGS)
         except (OSError, ValueError) as error:
             raise UsageError(f"--resume {self.path}: {SETTINGS} cannot be read: {error}") from None
         if not isinstance(found, dict) or found.get("command") != command or not _of_a_run(found):
@@ -90,36 +151,25 @@ class RunFolder:
         return found
 
     def save_group(self, first_window: int, result: GroupResult) -> None:
-        whole = self._group(first_window)
-        part = whole.with_name(whole.name + PART)
-        with self._writing():
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            pq.write_table(result.tokens, part / "tokens.parquet")
-            pq.write_table(result.layers, part / "layers.parquet")
-            pq.write_table(result.top1, part / "top1.parquet")
-            (part / "state.json").write_text(json.dumps(result.state()))
-            part.rename(whole)
+        with self._writing(), folder_written_whole(self._group(first_window)) as part:
+            for name in TABLES:
+                pq.write_table(getattr(result, name), part / f"{name}.parquet")
+            (part / STATE).write_text(json.dumps(result.state()))
         self.drop_checkpoint(first_window)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        from verify.ppl.checkpoint import write_checkpoint
-
-        whole = self._layers(checkpoint.windows.start)
-        part = whole.with_name(whole.name + PART)
-        with self._writing():
+        with self._writing(), written_whole(self._layers(checkpoint.windows.start)) as part:
             write_checkpoint(part, checkpoint)
-            part.rename(whole)
 
     def load_checkpoint(self, first_window: int, device: torch.device) -> Checkpoint | None:
         """What the group that begins there was left with. Raises UsageError where it cannot be read."""
-        from verify.ppl.checkpoint import read_checkpoint
 
         path = self._layers(first_window)
-        if not path.is_file():
+        if not is_plain_file(path):
             return None
         try:
-            return read_checkpoint(path, device)
+            with open_plain(path) as file:
+                return read_checkpoint(file, device)
         except _UNREADABLE as error:
             raise UsageError(
                 f"--resume {self.path}: {path.name} of {GROUPS} cannot be read ({type(error).__name__}):"
@@ -131,7 +181,7 @@ class RunFolder:
 
     def finished_groups(self) -> list[int]:
         """First windows of the groups that are there, in order."""
-        return sorted(int(f.name) for f in (self.path / GROUPS).glob("*") if f.name.isdigit())
+        return sorted(int(one.name) for one in _entries(self.path / GROUPS) if _GROUP.fullmatch(one.name))
 
     def load_group(self, first_window: int) -> GroupResult:
         """A finished group. Raises UsageError where it cannot be read."""
@@ -140,12 +190,9 @@ class RunFolder:
         folder = self._group(first_window)
         try:
             return GroupResult.from_state(
-                pq.read_table(folder / "tokens.parquet"),
-                pq.read_table(folder / "layers.parquet"),
-                pq.read_table(folder / "top1.parquet"),
-                json.loads((folder / "state.json").read_text()),
+                *(_table(folder / f"{name}.parquet") for name in TABLES), read_json(folder / STATE)
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise UsageError(
                 f"--resume {self.path}: {folder.name} of {GROUPS} cannot be read ({type(error).__name__}):"
                 " remove it, and its windows are run again"
@@ -154,26 +201,47 @@ class RunFolder:
     def write_results(self, result: GroupResult, run: dict[str, Any]) -> None:
         """The run's own files; the groups are kept until `finish`."""
         with self._writing():
-            tables = {"tokens": result.tokens, "layers": result.layers, "top1": result.top1}
-            for name, table in tables.items():
-                part = self.path / f"{name}.parquet{PART}"
-                pq.write_table(table, part)
-                part.rename(self.path / f"{name}.parquet")
+            for name in TABLES:
+                with written_whole(self.path / f"{name}.parquet") as part:
+                    pq.write_table(getattr(result, name), part)
         self.write_json(RESULT, run)
 
     def finish(self) -> None:
         """Results and reports are there: the groups go, and the run cannot be resumed any more."""
-        # Renamed first: a run that is killed here is finished, not one whose groups are broken.
-        gone = self.path / (GROUPS + PART)
-        (self.path / GROUPS).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        groups, gone = self.path / GROUPS, self.path / _OTHERS
+        with suppress(OSError):
+            # Renamed first: a run that is killed here is finished, not one whose groups are broken.
+            groups.rename(gone)
+            for one in _entries(gone):
+                if _GROUP.fullmatch(one.name) and is_plain_folder(one):
+                    _remove_files(one, _GROUP_FILES)
+                elif _LAYERS.fullmatch(one.name) and is_plain_file(one):
+                    one.unlink()
+        self._sweep(gone, lambda name: bool(_GROUP.fullmatch(name) or _LAYERS.fullmatch(name)))
+        self._sweep(self.path, lambda name: name in _OWN_FILES)
+        # What is left in it is not ours.
+        with suppress(OSError):
+            gone.rmdir()
+
+    def _sweep(self, folder: Path, is_ours: Callable[[str], bool]) -> None:
+        """Remove what a run that was killed while it wrote has left."""
+        for path, name in part_names(folder):
+            if not is_ours(name):
+                continue
+            with suppress(OSError):
+                if is_plain_folder(path) and folder != self.path:
+                    _remove_files(path, _GROUP_FILES)
+                else:
+                    path.unlink()
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        with self._writing(), written_whole(self.path / name) as part:
+            pq.write_table(table, part)
 
     def write_text(self, name: str, text: str) -> None:
-        """The file is there whole, or not at all."""
-        part = self.path / (name + PART)
+        """The file is there whole, or not at all. Halves of surrogate pairs are written out."""
         with self._writing():
-            part.write_text(text, encoding="utf-8", errors="surrogateescape")
-            part.rename(self.path / name)
+            write_whole(self.path / name, text.encode("utf-8", "backslashreplace"))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_text(name, to_json_text(content))
@@ -183,15 +251,45 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            for part in [*self.path.glob("*" + PART), *self.path.glob(f"{GROUPS}/*{PART}")]:
-                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            kept = f"; what was finished is kept, go on with --resume {self.path}" if self._goes_on else ""
             raise UsageError(
-                f"--out {self.path}: cannot be written: {error.strerror or error};"
-                f" what was finished is kept, go on with --resume {self.path}"
+                f"--out {self.path}: cannot be written: {error.strerror or error}{kept}"
             ) from None
+
+    @property
+    def _goes_on(self) -> bool:
+        return is_plain_folder(self.path / GROUPS)
 
     def _group(self, first_window: int) -> Path:
         return self.path / GROUPS / f"{first_window:05d}"
 
     def _layers(self, first_window: int) -> Path:
         return self.path / GROUPS / f"{first_window:05d}.layers"
+
+
+def _lock(path: Path, option: str) -> Lock:
+    try:
+        return Lock(path)
+    except BlockingIOError:
+        raise UsageError(f"{option} {path}: another run is writing there now") from None
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be used: {error.strerror or error}") from None
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _remove_files(folder: Path, names: set[str]) -> None:
+    """Remove these files of a folder, and it, if it is empty then. Raises OSError."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _table(path: Path) -> pa.Table:
+    with open_plain(path) as file:
+        return pq.read_table(file)
