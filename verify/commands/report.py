@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +34,7 @@ def command(
     first, second = (RunRecord.load(run) for run in runs)
     text = comparison_markdown(first, second)
     page = comparison_html(first, second)
-    folder = RunFolder.create(out or Path("runs") / f"report-{datetime.now():%Y%m%d-%H%M%S}", groups=False)
+    folder = RunFolder.begin(out, "report", groups=False)
     folder.write_text(REPORT, text)
     folder.write_text(PAGE, page)
     print(f"{text}\nreport: {folder.path / PAGE}", file=sys.stdout)

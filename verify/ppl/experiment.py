@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -356,10 +354,6 @@ class Experiment:
             "groups": joined.groups,
             "read_bytes": joined.read_bytes.total(),
         }
-
-
-def default_folder() -> Path:
-    return Path("runs") / f"ppl-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer, np.ndarray]:
