@@ -104,12 +104,12 @@ def text_of(error: BaseException) -> str:
 
 
 def print_traceback(error: BaseException) -> None:
-    """To stderr, the exception's own text left out where it is long."""
+    """To stderr: where in the user's own code it was raised, and what."""
     try:
-        if len(text_of(error)) > MOST_LETTERS:
-            traceback.print_tb(error.__traceback__)
-        else:
-            traceback.print_exception(error)
+        own = {__file__, sys.argv[5]}
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in own]
+        print("the kernel raised, at", *traceback.format_list(frames), sep="\n", file=sys.stderr)
+        print(f"{type(error).__name__}: {text_of(error)}", file=sys.stderr, flush=True)
     except BaseException:
         pass
 

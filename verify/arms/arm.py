@@ -54,7 +54,8 @@ class Place:
 class Findings:
     """What went wrong in an arm, the first of each kind, and whether it stayed equal to its reference.
 
-    attention_equal: every attention output had the reference arm's bits; logits_equal: so had every logit.
+    attention_equal: every attention output had the reference arm's bits; logits_equal: so had every logit;
+    model_fault: of the exact arm, that the model itself is not finite.
     """
 
     failure: str | None = None
@@ -65,6 +66,7 @@ class Findings:
     logits_equal: bool = True
     first_difference: Place | None = None
     unsteady: str | None = None
+    model_fault: str | None = None
 
     @property
     def refused(self) -> bool:
@@ -90,6 +92,7 @@ class Findings:
         self.logits_equal &= later.logits_equal
         self.first_difference = self.first_difference or later.first_difference
         self.unsteady = self.unsteady or later.unsteady
+        self.model_fault = self.model_fault or later.model_fault
 
 
 @dataclass
@@ -292,7 +295,9 @@ def void_reasons(arms: Sequence[Arm]) -> list[str]:
     """Why the run measured nothing: a control that is not its baseline, or nothing finite to measure."""
     reasons = []
     for arm in arms:
-        if arm.role == "exact" and arm.findings.nonfinite_place is not None:
+        if arm.findings.model_fault is not None:
+            reasons.append(arm.findings.model_fault)
+        elif arm.role == "exact" and arm.findings.nonfinite_place is not None:
             reasons.append(
                 f"exact attention gives NaN or Inf, first at {arm.findings.nonfinite_place}: the model's own"
                 " q, k or v overflow the type that they are rounded to (--cache-type), or are not finite"

@@ -12,6 +12,7 @@ import pyarrow as pa
 from verify.arms.arm import Arm, void_reasons
 from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of
 from verify.arms.model_facts import model_json
+from verify.arms.model_health import model_fault
 from verify.arms.split_mode import tensor_parallel_json
 from verify.gen.checks import log_squares
 from verify.gen.difference import Difference
@@ -137,6 +138,10 @@ def _moved(steps: Sequence[Step], arm: str, reference: str) -> float:
 def conclude(generation: Generation, found: Written) -> tuple[list[Compared], dict[str, Any]]:
     """Every candidate's comparison, and run.json."""
     compared = [compare(generation, found, arm) for arm in generation.candidates]
+    if not all(step.arms["exact"].finite for step in found.steps if "exact" in step.arms):
+        exact = next(arm for arm in generation.arms if arm.role == "exact")
+        if exact.findings.nonfinite_place is None:
+            exact.findings.model_fault = model_fault(generation.architecture)
     void = void_reasons(generation.arms)
     verdict = None if void else overall([c.decision for c in compared])
     several = len(compared) > 1

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from verify.arms.arm import Arm, ArmRunner, Findings
+from verify.arms.model_health import OVERFLOWS, model_fault
 from verify.arms.own_error import InPlace
 from verify.data import Windows
 from verify.kernels.trace import LaunchTrace
@@ -200,7 +201,14 @@ def run_group(
             if isinstance(one, ArmRunner):
                 one.settle()
 
+    # The first layer after which the exact arm's state is not finite.
+    bad_layer: int | None = None
+
     def layer_done(layers: int, hidden: dict[State, torch.Tensor]) -> None:
+        nonlocal bad_layer
+        states = [x for (_, name), x in hidden.items() if name == exact] if bad_layer is None else []
+        if not all(bool(torch.isfinite(x).all()) for x in states):
+            bad_layer = layers - 1
         if checkpoints is not None and checkpoints.due:
             settle()
             evidence = {
@@ -247,6 +255,8 @@ def run_group(
         if name in by_name:
             by_name[name].findings.logits_equal &= same
     scores = scorer.scores()
+    if exact in scores and not np.isfinite(scores[exact].nll).all():
+        by_name[exact].findings.model_fault = _model_fault(runner, by_name[exact], bad_layer)
     names = [*by_name, *(one.name for one in passes if one.name not in by_name)]
     top1 = changed_tokens(
         scorer.best_two(),
@@ -269,6 +279,14 @@ def run_group(
         chosen,
         read_bytes=Counter(runner.stream.read_bytes),
     )
+
+
+def _model_fault(runner: Runner, exact: Arm, layer: int | None) -> str | None:
+    """What is wrong with the model; None where its q, k or v alone overflow what they are rounded to."""
+    fault = model_fault(runner.architecture, layer)
+    place = exact.findings.nonfinite_place
+    rounded = place is not None and (layer is None or place.layer <= layer)
+    return None if rounded and OVERFLOWS in fault else fault
 
 
 def _token_table(
