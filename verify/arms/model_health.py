@@ -32,7 +32,7 @@ def model_fault(architecture: Architecture, layer: int | None = None) -> str:
 
 def _tensors(architecture: Architecture, layer: int | None) -> Iterator[str]:
     if layer is None:
-        yield from architecture.norm_tensors.values()
+        yield from architecture.end_tensors.values()
         yield architecture.output_tensor
     elif layer == 0:
         yield architecture.embedding_tensor

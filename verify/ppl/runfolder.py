@@ -82,9 +82,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path, "--out")
-            if (other := next(iter(sorted(path.iterdir())), None)) is not None:
+            if there := sorted(path.iterdir()):
                 raise UsageError(
-                    f"--out {path}: holds other files ({other.name}), expected a new or an empty folder"
+                    f"--out {path}: holds other files ({there[0].name}), expected a new or an empty folder"
                 )
             if groups:
                 (path / GROUPS).mkdir()
@@ -189,9 +189,8 @@ class RunFolder:
 
         folder = self._group(first_window)
         try:
-            return GroupResult.from_state(
-                *(_table(folder / f"{name}.parquet") for name in TABLES), read_json(folder / STATE)
-            )
+            tokens, layers, top1 = (_table(folder / f"{name}.parquet") for name in TABLES)
+            return GroupResult.from_state(tokens, layers, top1, read_json(folder / STATE))
         except _UNREADABLE as error:
             raise UsageError(
                 f"--resume {self.path}: {folder.name} of {GROUPS} cannot be read ({type(error).__name__}):"
