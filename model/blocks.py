@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+# Of gpt-oss's feed-forward.
+OSS_ALPHA, OSS_LIMIT = 1.702, 7.0
+
 Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -22,3 +25,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * up, gelu by its tanh formula."""
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor, *, limit: float) -> torch.Tensor:
+    """silu(gate), at most `limit`, times up, between -limit and limit: Step 3.5."""
+    return torch.nn.functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+def clamped_swiglu_plus_one(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """g sigmoid(1.702 g) (u + 1), with g = min(gate, 7) and u = up between -7 and 7: gpt-oss."""
+    gate = gate.clamp(max=OSS_LIMIT)
+    return gate * torch.sigmoid(OSS_ALPHA * gate) * (up.clamp(-OSS_LIMIT, OSS_LIMIT) + 1)

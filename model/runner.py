@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -80,6 +80,8 @@ class _Group(NamedTuple):
     products: Products
     positions: dict[tuple[int, range], torch.Tensor]
     kv_lens: dict[tuple[int, range], torch.Tensor]
+    # Inputs of layers whose keys and values later layers read, by layer, slab and arm.
+    kept: dict[tuple[int, int, str], AttentionInputs]
 
 
 class Runner:
@@ -159,6 +161,7 @@ class Runner:
             first_window,
             self.products.with_tile(tiling.rows),
             *self._positions(slabs, sorted(set(spans.values()), key=lambda span: span.start)),
+            kept={},
         )
         taken = {
             slab.start: [n for n in spans if takes is None or takes(n, first_window + slab.start)]
@@ -182,7 +185,10 @@ class Runner:
             weights = self._weights({short: name for short, name in held.items() if short not in later})
             self.stream.ahead(Piece(name) for name in later.values())
             for slab in slabs:
-                self._attention(layer, slab, group, hidden, weights)
+                if self.architecture.attends(layer):
+                    self._attention(layer, slab, group, hidden, weights)
+                else:
+                    self._without_attention(layer, slab, group, hidden, weights)
                 done += units[slab.start]
                 if progress:
                     progress(done, steps)
@@ -192,7 +198,11 @@ class Runner:
             with self.stopwatch.time("elementwise"):
                 hidden = self._feed_forward(layer, hidden, weights, group.products)
             weights = {}
-            if layer_done is not None:
+            wanted = self.architecture.wanted_later(layer)
+            for kept in [key for key in group.kept if key[0] not in wanted]:
+                del group.kept[kept]
+            # To go on after this layer, its states must be enough.
+            if layer_done is not None and not wanted:
                 layer_done(layer + 1, hidden)
         if first and prompt is not None:
             hidden = {state: x for state, x in hidden.items() if state[1] != prompt.name}
@@ -223,6 +233,7 @@ class Runner:
         """The attention branch of a slab in every arm that runs it: `hidden` has the states after it."""
         shared = _Shared(x for (start, _), x in hidden.items() if start == slab.start)
         settings = self.architecture.attention_settings(layer)
+        wanted = self.architecture.wanted_later(layer)
         before: AttentionInputs | None = None
         for arm in group.arms:
             x = hidden.get((slab.start, arm.name))
@@ -232,8 +243,20 @@ class Runner:
             with self.stopwatch.time("elementwise"):
                 inputs, rounded = shared.inputs(
                     x,
-                    partial(self._inputs, layer, x, at, group.positions[at], weights, group.products, before),
+                    partial(
+                        self._inputs,
+                        layer,
+                        x,
+                        at,
+                        group.positions[at],
+                        weights,
+                        group.products,
+                        before,
+                        group.kept.get((self.architecture.kv_source(layer), slab.start, arm.name)),
+                    ),
                 )
+            if layer in wanted:
+                group.kept[layer, slab.start, arm.name] = inputs
             if arm is group.prompt:
                 before = inputs
             call = LayerCall(
@@ -256,6 +279,33 @@ class Runner:
                     x, o, partial(self._after, layer, x, o, weights, group.products)
                 )
 
+    def _without_attention(
+        self,
+        layer: int,
+        slab: range,
+        group: _Group,
+        hidden: dict[State, torch.Tensor],
+        weights: Weights,
+    ) -> None:
+        """The branch that stands for attention, of a slab in every arm that runs it."""
+        before: Any = None
+        # By the state that an arm has; the state is held beside, so that its identity stays its own.
+        done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for arm in group.arms:
+            x = hidden.get((slab.start, arm.name))
+            if x is None:
+                continue
+            if id(x) not in done:
+                with self.stopwatch.time("elementwise"):
+                    windows = x.unflatten(0, (len(slab), len(group.spans[arm.name])))
+                    after, state = self.architecture.without_attention(
+                        layer, windows, before, weights, group.products
+                    )
+                done[id(x)] = x, after
+                if arm is group.prompt:
+                    before = state
+            hidden[slab.start, arm.name] = done[id(x)][1]
+
     def _inputs(
         self,
         layer: int,
@@ -265,11 +315,16 @@ class Runner:
         weights: Weights,
         products: Products,
         before: AttentionInputs | None,
+        earlier: AttentionInputs | None,
     ) -> tuple[AttentionInputs, AttentionInputs]:
         """q, k and v [B, T, H, D] of B windows, behind those of a prompt, before and after they are rounded.
 
-        at: B, and the span of a window.
+        at: B, and the span of a window; earlier: inputs of the layer whose keys and values this one reads.
         """
+        if earlier is not None:
+            q = self.architecture.attention_queries(layer, x, positions, weights, products)
+            inputs = earlier._replace(q=q.unflatten(0, (at[0], len(at[1]))))
+            return inputs, round_inputs(inputs, self.attention_type)
         flat = self.architecture.attention_inputs(layer, x, positions, weights, products)
         inputs = AttentionInputs(*(t.unflatten(0, (at[0], len(at[1]))) for t in flat))
         if before is not None:

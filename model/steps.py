@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +51,8 @@ class Stepper:
         self.stream = TensorStream(architecture.file, device, self.stopwatch)
         self.length = 0
         self._caches: dict[tuple[str, int], _Cache] = {}
+        # What layers without attention keep; never written to, but replaced.
+        self._recurrent: dict[tuple[str, int], Any] = {}
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
 
     def beside(self, arms: Sequence[Arm]) -> Stepper:
@@ -76,6 +79,9 @@ class Stepper:
         for (name, layer), cache in self._caches.items():
             if name == after:
                 other._caches[arm.name, layer] = cache.copy()
+        for (name, layer), state in self._recurrent.items():
+            if name == after:
+                other._recurrent[arm.name, layer] = state
         return other
 
     def step(self, tokens: torch.Tensor, *, scored: int | None = None) -> dict[str, torch.Tensor]:
@@ -93,14 +99,27 @@ class Stepper:
         kv_len = keep_lengths((positions + 1).to(torch.int32)[None])
         start = self._rows_of_embedding(tokens) * architecture.embedding_scale
         states = {arm.name: start for arm in self.arms}
+        kind = ATTENTION_TYPES[self.attention_type]
         for layer in range(architecture.sizes.layers):
             weights = self._weights(f"layer {layer}", architecture.layer_tensors(layer))
-            settings = architecture.attention_settings(layer)
+            if not architecture.attends(layer):
+                for arm in self.arms:
+                    key = arm.name, layer
+                    states[arm.name], self._recurrent[key] = architecture.without_attention(
+                        layer, states[arm.name][None], self._recurrent.get(key), weights, products
+                    )
+                architecture.feed_forward(layer, states, weights, products, self.stream)
+                continue
+            settings, source = architecture.attention_settings(layer), architecture.kv_source(layer)
             for arm in list(self.arms):
                 x = states[arm.name]
-                inputs = architecture.attention_inputs(layer, x, positions, weights, products)
-                q, k, v = round_inputs(inputs, ATTENTION_TYPES[self.attention_type])
-                k, v = self._caches.setdefault((arm.name, layer), _Cache()).append(k, v)
+                if source == layer:
+                    inputs = architecture.attention_inputs(layer, x, positions, weights, products)
+                    q, k, v = round_inputs(inputs, kind)
+                    k, v = self._caches.setdefault((arm.name, layer), _Cache()).append(k, v)
+                else:
+                    q = architecture.attention_queries(layer, x, positions, weights, products).to(kind)
+                    k, v = self._caches[arm.name, source].held()
                 with self.stopwatch.time("attention"):
                     o = arm.attend(LayerCall(layer, 0, q[None], k[None], v[None], kv_len, settings))
                 if o is None:
@@ -156,6 +175,12 @@ class _Cache:
         """All keys and values [length, Hkv, D], these behind those before: views, written to no more."""
         self.k, self.v = (_with(old, self.length, new) for old, new in ((self.k, k), (self.v, v)))
         self.length += len(k)
+        return self.held()
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values so far [length, Hkv, D]: views."""
+        assert self.k is not None
+        assert self.v is not None
         return self.k[: self.length], self.v[: self.length]
 
     def copy(self) -> _Cache:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from verify.model.architectures.architecture import Architecture
 from verify.model.architectures.deepseek2 import Deepseek2
+from verify.model.architectures.gemma2 import Gemma2
 from verify.model.architectures.gemma3 import Gemma3
 from verify.model.architectures.glm4 import Glm4
 from verify.model.architectures.glm4moe import Glm4Moe
+from verify.model.architectures.gpt_oss import GptOss
 from verify.model.architectures.llama import Llama
+from verify.model.architectures.minimax_m2 import MinimaxM2
+from verify.model.architectures.mistral3 import Mistral3
+from verify.model.architectures.mistral4 import Mistral4
 from verify.model.architectures.qwen2 import Qwen2
 from verify.model.architectures.qwen3 import Qwen3
+from verify.model.architectures.qwen3moe import Qwen3Moe
+from verify.model.architectures.qwen35 import Qwen3Next, Qwen35, Qwen35Moe
+from verify.model.architectures.step35 import Step35
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
 
@@ -21,6 +29,16 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "glm4": Glm4,
     "glm4moe": Glm4Moe,
     "deepseek2": Deepseek2,
+    "step35": Step35,
+    "qwen35": Qwen35,
+    "qwen35moe": Qwen35Moe,
+    "qwen3next": Qwen3Next,
+    "qwen3moe": Qwen3Moe,
+    "mistral4": Mistral4,
+    "mistral3": Mistral3,
+    "minimax-m2": MinimaxM2,
+    "gpt-oss": GptOss,
+    "gemma2": Gemma2,
 }
 
 

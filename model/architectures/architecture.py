@@ -20,6 +20,7 @@ from verify.model.architectures.feed_forward import FeedForward, Key, Shapes
 from verify.model.architectures.metadata import WITHOUT_EFFECT, Metadata
 from verify.model.blocks import rms_norm
 from verify.model.errors import ModelError
+from verify.model.gguf.dequantize import dequantize
 from verify.model.gguf.file import GGUFFile
 from verify.model.gguf.types import TENSOR_TYPES
 from verify.model.products import Products
@@ -121,6 +122,7 @@ class Architecture(ABC):
                 f"{file.path}: metadata key {self.metadata.name('nextn_predict_layers')}:"
                 f" expected less than block_count, {self.blocks}"
             )
+        self.metadata.running = self.layers
         self.width = self.metadata.whole("embedding_length")
         self.eps = self.metadata.number("attention.layer_norm_rms_epsilon")
         embedding = file.tensors.get(self.embedding_tensor)
@@ -161,6 +163,34 @@ class Architecture(ABC):
     def attends(self, layer: int) -> bool:
         """Whether a layer has attention."""
         return True
+
+    def without_attention(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        before: Any,
+        weights: Weights,
+        products: Products,
+    ) -> tuple[torch.Tensor, Any]:
+        """What stands for attention in a layer that does not attend: x [B, T, width] of B sequences to
+        [B * T, width], its branch added, and what the layer keeps of them; before: what it kept of earlier
+        tokens, None at their start."""
+        raise NotImplementedError(f"layer {layer}")
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values this one reads: mostly itself."""
+        return layer
+
+    def attention_queries(
+        self, layer: int, x: torch.Tensor, positions: torch.Tensor, weights: Weights, products: Products
+    ) -> torch.Tensor:
+        """q [T, H, Dk] of a layer that reads another's keys and values."""
+        raise NotImplementedError(f"layer {layer}")
+
+    def wanted_later(self, layer: int) -> set[int]:
+        """Layers up to this one whose keys and values a later one reads."""
+        later = {self.kv_source(after) for after in range(layer + 1, self.layers)}
+        return {source for source in later if source <= layer}
 
     def heads_of(self, layer: int) -> int:
         """Query heads of a layer."""
@@ -212,6 +242,12 @@ class Architecture(ABC):
             if self.post_ffn_norm is not None:
                 branch = rms_norm(branch, weights[self.post_ffn_norm], self.eps)
             states[key] = states[key] + branch
+
+    def per_head(self, layer: int, short: str) -> tuple[float, ...]:
+        """A tensor's numbers, one a query head. Raises ModelError."""
+        name = self.tensor_name(layer, short)
+        self.expect_shape(name, (self.heads_of(layer),))
+        return tuple(dequantize(self.file, name).tolist())
 
     def check_tokens(self, tokens: torch.Tensor) -> None:
         """Raises ModelError where a token has no row in the embedding."""

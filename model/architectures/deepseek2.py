@@ -38,8 +38,12 @@ _FLASH_BLOCKS, _FLASH_VOCABULARY = (47, 48), 154880
 class Deepseek2(Architecture):
     """Both layouts of files: with `attn_k_b` and `attn_v_b`, and the older one with `attn_kv_b`.
 
-    nope, rope_size, value: sizes of a head's parts before absorption; latent: kv_lora_rank.
+    multipliers_are_equal: whether YaRN's other multiplier, which files do not hold, is taken to be
+    `yarn_log_multiplier` too, and not 0.1. nope, rope_size, value: sizes of a head's parts before absorption;
+    latent: kv_lora_rank.
     """
+
+    multipliers_are_equal = True
 
     def __init__(self, file: GGUFFile) -> None:
         super().__init__(file)
@@ -95,8 +99,12 @@ class Deepseek2(Architecture):
         m = attn_factor * (1 + multiplier * log_factor)
         if self.rope.original_context is None or not multiplier:
             m *= 1 + 0.1 * log_factor
-        else:
+        elif self.multipliers_are_equal:
             self.rope = replace(self.rope, magnitude=attn_factor)
+        else:
+            ratio = (1 + 0.1 * log_factor) / (1 + multiplier * log_factor)
+            m *= ratio
+            self.rope = replace(self.rope, magnitude=attn_factor * ratio)
         self.scale = m * m * head**-0.5
         self.temperature = temperature_of(self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -94,6 +95,18 @@ class GroupedQuery(Architecture):
     def read_rope(self, head_size: int) -> Rope:
         """The rotation that the metadata describes. Raises ModelError on one that is not known."""
         return rope_of(self, head_size, self.rope_kind, default_size=head_size)
+
+    def local_rope_of(self, rope: Rope, base: float | None = None) -> Rope:
+        """The rotation of layers with a window: as the others' where the file does not say otherwise.
+
+        base: where they differ in that and the file does not say.
+        """
+        read = self.metadata
+        return replace(
+            rope,
+            base=read.number("rope.freq_base_swa", rope.base if base is None else base),
+            size=read.whole("rope.dimension_count_swa", rope.size),
+        )
 
     def rope_of_layer(self, layer: int) -> Rope:
         return self.rope
@@ -226,10 +239,11 @@ def _scaling_factor(architecture: Architecture) -> float:
     return factor
 
 
-def check_sections(architecture: Architecture, pairs: int) -> bool:
+def check_sections(architecture: Architecture, pairs: int, *, interleaved: bool = False) -> bool:
     """Whether `rope.dimension_sections` asks for several positions a token; on a text they are all one.
 
-    The fourth of them is 0 on a text, which nobody needs: refused. Raises ModelError.
+    The fourth of them is 0 on a text, and nobody needs that: a pair that it turns is refused. interleaved:
+    the first three take turns. Raises ModelError.
     """
     read = architecture.metadata
     sections = read.get("rope.dimension_sections")
@@ -239,6 +253,14 @@ def check_sections(architecture: Architecture, pairs: int) -> bool:
     if not isinstance(sections, np.ndarray) or not 2 <= len(sections) <= 4:
         raise ModelError(f"{name}: expected 2 to 4 numbers, got {sections!r:.60}")
     numbers = [*sections.tolist(), 0, 0][:4]
-    if numbers[3] or (numbers[0] > 0 < numbers[1] and sum(numbers) < pairs):
-        raise ModelError(f"{name} is {numbers}: expected the first three to share out {pairs} pairs")
-    return bool(numbers[0] > 0 < numbers[1])
+    if not (numbers[0] > 0 < numbers[1]):
+        return False
+    whole = sum(numbers)
+    for pair in range(pairs):
+        at = pair % whole
+        first_three = at < 3 * numbers[at % 3] if interleaved else at < sum(numbers[:3])
+        if not first_three:
+            raise ModelError(
+                f"{name} is {numbers}: expected the first three to turn all {pairs} pairs, not pair {pair}"
+            )
+    return True

@@ -33,8 +33,12 @@ class Llama(GroupedQuery):
         )
         return experts
 
+    def plain_rope(self, head_size: int) -> Rope:
+        """The rotation without the file's divisors."""
+        return super().read_rope(head_size)
+
     def read_rope(self, head_size: int) -> Rope:
-        rope = super().read_rope(head_size)
+        rope = self.plain_rope(head_size)
         if _FREQUENCIES not in self.file.tensors:
             return rope
         self.expect_shape(_FREQUENCIES, (rope.size // 2,))

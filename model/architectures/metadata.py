@@ -36,12 +36,14 @@ WITHOUT_EFFECT = frozenset(
 class Metadata:
     """The keys of one file's architecture. Every error names the file and the full key.
 
-    asked: keys that somebody asked for.
+    asked: keys that somebody asked for. running: how many blocks run, where that is known to be less than
+    there are; lists may hold a value for those alone.
     """
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
         self.asked: set[str] = set()
+        self.running: int | None = None
 
     def name(self, key: str) -> str:
         return f"{self.file.architecture}.{key}"
@@ -132,23 +134,28 @@ class Metadata:
 
         period: where the file does not say. By the engines' formula all do for 0, none for 1.
         """
-        values = self._array(key, blocks)
-        if values is not None:
-            for value in values:
-                if value not in (0, 1):
-                    raise ModelError(
-                        f"{self.file.path}: metadata key {self.name(key)}: expected flags, got {value!r:.60}"
-                    )
-            return [bool(value) for value in values]
+        flags = self.flags_per_layer(key, blocks)
+        if flags is not None:
+            return flags
         every = self.whole(key, period, least=0)
         return [every == 0 or layer % every < every - 1 for layer in range(blocks)]
+
+    def flags_per_layer(self, key: str, blocks: int) -> list[bool] | None:
+        """A flag a block; None where the value is no array."""
+        values = self._array(key, blocks)
+        for value in values or ():
+            if value not in (0, 1):
+                raise ModelError(
+                    f"{self.file.path}: metadata key {self.name(key)}: expected flags, got {value!r:.60}"
+                )
+        return None if values is None else [bool(value) for value in values]
 
     def _array(self, key: str, blocks: int) -> list[Any] | None:
         """The values of an array, one a block; None where it is none."""
         value = self.get(key)
         if not isinstance(value, (list, np.ndarray)):
             return None
-        if len(value) != blocks:
+        if len(value) not in (blocks, self.running):
             raise ModelError(
                 f"{self.file.path}: metadata key {self.name(key)} has {len(value)} values,"
                 f" expected one for each of {blocks} blocks"

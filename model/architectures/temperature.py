@@ -24,13 +24,14 @@ class Temperature:
         return 1 + self.scale * torch.log1p((positions.double() / self.length).floor())
 
 
-def temperature_of(architecture: Architecture) -> Temperature | None:
+def temperature_of(architecture: Architecture, *, has_length: bool = True) -> Temperature | None:
     """What `attention.temperature_scale` and `attention.temperature_length` say; None for a scale of 0.
 
-    Without a length it is the context that the model was trained on before YaRN. Raises ModelError.
+    has_length: else it is the context that the model was trained on before YaRN. Raises ModelError.
     """
     read = architecture.metadata
     scale = read.number("attention.temperature_scale", 0.0)
-    original = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
-    length = read.whole("attention.temperature_length", original)
+    length = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
+    if has_length and scale:
+        length = read.whole("attention.temperature_length")
     return Temperature(scale, length) if scale else None

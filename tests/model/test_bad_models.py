@@ -53,7 +53,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("llama", {"keys": {"attention.causal": False}}, "llama.attention.causal is not known"),
     ("qwen2", {"keys": {"attention.sliding_window": 4}}, "qwen2.attention.sliding_window is not known"),
-    ("glm4", {"keys": {"rope.dimension_sections": [2, 1, 1, 2]}}, "expected the first three to share out 4"),
+    (
+        "glm4",
+        {"keys": {"rope.dimension_sections": [2, 1, 1, 2]}},
+        "expected the first three to turn all 4 pairs",
+    ),
     ("llama", {"keys": {"attention.head_count_kv": 3}}, "layer 0: 4 query heads are not a multiple of 3"),
     (
         "llama",

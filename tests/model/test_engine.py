@@ -7,7 +7,9 @@ as they were stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,10 @@ from support.plain_arms import ExactArm, logits_of, relative
 from support.tiny_files import TOKENS
 from support.tiny_models import TINY, three_tensors
 from verify.model.architectures import ARCHITECTURES, architecture_of
+from verify.model.architectures.architecture import Architecture
+from verify.model.architectures.delta_net import DeltaNet
+from verify.model.architectures.experts import Experts
+from verify.model.blocks import rms_norm, swiglu
 from verify.model.gguf.file import GGUFFile
 from verify.model.runner import Runner
 
@@ -34,7 +40,11 @@ def tolerance(name: str) -> float:
 
 
 def logits(path: Path) -> np.ndarray:
-    runner = Runner(architecture_of(GGUFFile.open(path)), device=torch.device("cpu"), attention_type="f32")
+    return logits_from(architecture_of(GGUFFile.open(path)))
+
+
+def logits_from(architecture: Architecture) -> np.ndarray:
+    runner = Runner(architecture, device=torch.device("cpu"), attention_type="f32")
     found = logits_of(runner, TOKENS[None], [ExactArm()], range(len(TOKENS)))["exact"][0].numpy()
     runner.stream.close()
     return found
@@ -77,6 +87,144 @@ def test_logits_are_those_of_the_engine(
 ) -> None:
     path = file_named(name)
     assert relative(logits(path), engine.logits(path, TOKENS)) < tolerance(name)
+
+
+def no_sinks(a: Any) -> None:
+    a.sinks = [None] * a.layers
+
+
+def window_off_by_one(a: Any) -> None:
+    a.window += 1
+
+
+def window_off_by_one_below(a: Any) -> None:
+    a.window -= 1
+
+
+def other_kind_of_layer(a: Any) -> None:
+    a.local = [not windowed for windowed in a.local]
+
+
+def no_softcap(a: Any) -> None:
+    a.softcap = None
+
+
+def no_final_softcap(a: Any) -> None:
+    a.final_softcap = None
+
+
+def no_gate(a: Any) -> None:
+    a.attention_gate = lambda *_: None
+
+
+def plain_swiglu(a: Any) -> None:
+    a.feed_forwards[:] = [
+        replace(block, gate=swiglu, shared_gate=swiglu) if isinstance(block, Experts) else block
+        for block in a.feed_forwards
+    ]
+
+
+def not_clamped(a: Any) -> None:
+    def unclamped(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    a.feed_forwards[:] = [replace(block, gate=unclamped) for block in a.feed_forwards]
+
+
+def softmax_over_all(a: Any) -> None:
+    a.feed_forwards[:] = [replace(block, gating="softmax") for block in a.feed_forwards]
+
+
+def shared_not_gated(a: Any) -> None:
+    a.feed_forwards[:] = [replace(block, shared_is_gated=False) for block in a.feed_forwards]
+
+
+def all_groups(a: Any) -> None:
+    a.feed_forwards[1] = replace(a.feed_forwards[1], groups_used=a.feed_forwards[1].groups)
+
+
+def norm_a_head(a: Any) -> None:
+    """Each head of q and k by its own size, not all heads of a token together."""
+
+    def project(layer: int, h: torch.Tensor, weights: Any, products: Any) -> list[torch.Tensor]:
+        q, k, v = type(a).project(a, layer, h, weights, products)
+        sizes = a.heads[layer], a.kv_heads[layer]
+        q, k = (
+            rms_norm(part.unflatten(-1, (n, -1)), torch.ones(()), a.eps).flatten(1)
+            for part, n in zip((q, k), sizes, strict=True)
+        )
+        return [q, k, v]
+
+    a.project = project
+
+
+def no_temperature(a: Any) -> None:
+    a.temperature = None
+
+
+def one_rotation(a: Any) -> None:
+    a.local_rope = a.rope
+
+
+def other_neighbours(a: Any) -> None:
+    a.net = replace(a.net, interleaved=not a.net.interleaved)
+
+
+def no_memory(a: Any) -> None:
+    """The state of a delta net's layers is forgotten before the last tokens."""
+    whole = type(a.net).__call__
+
+    class Forgetful(DeltaNet):
+        def __call__(self, mixed: Any, decay: Any, step: Any, kernel: Any, state: Any) -> Any:
+            state = whole(self, mixed[:, :-3], decay[:, :-3], step[:, :-3], kernel, state)
+            out, memory = state
+            memory = memory._replace(memory=torch.zeros_like(memory.memory))
+            end, memory = whole(self, mixed[:, -3:], decay[:, -3:], step[:, -3:], kernel, memory)
+            return torch.cat((out, end), 1), memory
+
+    a.net = Forgetful(**vars(a.net))
+
+
+WRONG: dict[str, list[Callable[[Any], None]]] = {
+    "gpt-oss": [
+        no_sinks,
+        window_off_by_one,
+        window_off_by_one_below,
+        other_kind_of_layer,
+        plain_swiglu,
+        softmax_over_all,
+    ],
+    "gpt-oss-clamped": [not_clamped],
+    "gpt-oss-layers-by-name": [one_rotation],
+    "gemma2-tight-softcaps": [no_softcap, no_final_softcap, window_off_by_one, other_kind_of_layer],
+    "minimax-m2": [norm_a_head],
+    "step35": [no_gate, window_off_by_one, one_rotation],
+    "step35-clamped": [plain_swiglu],
+    "qwen35": [no_gate, no_memory],
+    "qwen35moe": [no_gate, shared_not_gated, other_neighbours],
+    "qwen3next": [no_gate, shared_not_gated, other_neighbours],
+    "mistral3-temperature": [no_temperature],
+    "mistral4-groups": [all_groups],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        pytest.param(name, spoil, id=f"{name}-{spoil.__name__}")
+        for name, all_ in WRONG.items()
+        for spoil in all_
+    ],
+)
+def test_wrong_variants_are_seen(
+    file_named: Callable[[str], Path],
+    stored: dict[str, np.ndarray],
+    name: str,
+    spoil: Callable[[Any], None],
+) -> None:
+    architecture = architecture_of(GGUFFile.open(file_named(name)))
+    spoil(architecture)
+    assert relative(logits_from(architecture)[LAST], stored[name]) > 3 * tolerance(name)
 
 
 def test_weights_that_are_there_twice(file_named: Callable[[str], Path], tmp_path: Path) -> None:

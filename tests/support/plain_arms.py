@@ -28,9 +28,7 @@ class ExactArm:
             call.k,
             call.v,
             kv_len=call.kv_len,
-            scale=call.settings.scale,
-            sliding_window=call.settings.sliding_window,
-            softcap=call.settings.softcap,
+            **call.settings.options(call.q.device),
         )
         return exact_attention(checked).out.float()
 
@@ -65,9 +63,7 @@ class KernelArm:
             call.k,
             call.v,
             kv_len=call.kv_len,
-            scale=call.settings.scale,
             path=self.path,
-            sliding_window=call.settings.sliding_window,
-            softcap=call.settings.softcap,
+            **call.settings.options(call.q.device),
         )
         return self.kernel.run(checked).out

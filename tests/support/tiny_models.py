@@ -219,4 +219,217 @@ FOUND: dict[str, TinyFile] = {
     ),
 }  # fmt: skip
 
-TINY: dict[str, TinyFile] = {**FOUND}
+
+def _qwen3moe(**more: Any) -> TinyFile:
+    shapes = outside(tied=more.pop("tied", False))
+    heads, kv_heads, size = more.pop("heads", (8, 1, 16))
+    fused = more.pop("fused", False)
+    for i in range(2):
+        shapes |= attention(i, heads, kv_heads, size, fused=fused) | experts(i, 8, 24)
+        shapes |= norms(i, "attn_q_norm", "attn_k_norm", size=size)
+    keys = base_keys(2, heads, kv_heads, size) | _MOE_KEYS
+    return TinyFile("qwen3moe", keys | {k.replace("__", "."): v for k, v in more.items()}, shapes)
+
+
+QWEN3MOE: dict[str, TinyFile] = {
+    # r = 8 and r = 16.
+    "qwen3moe": _qwen3moe(),
+    "qwen3moe-16-heads-a-kv-head": _qwen3moe(heads=(16, 1, 8), tied=True),
+    "qwen3moe-fused": _qwen3moe(heads=(4, 2, 24), fused=True),
+    "qwen3moe-yarn": _qwen3moe(rope__freq_base=500.0).with_(YARN),
+    "qwen3moe-one-expert": _qwen3moe(expert_used_count=1),
+    "qwen3moe-size-by-default": _qwen3moe(feed_forward_length=72).with_(drop=("expert_feed_forward_length",)),
+}
+
+
+def _gpt_oss(layers: int = 3, *, fused: bool = False, **more: Any) -> TinyFile:
+    shapes = outside()
+    for i in range(layers):
+        shapes |= attention(i, 8, 2, 16, fused=fused)
+        shapes |= biases(i, attn_qkv=192) if fused else biases(i, attn_q=128, attn_k=32, attn_v=32)
+        shapes |= biases(i, attn_output=WIDTH) | {f"blk.{i}.attn_sinks.weight": (8,)}
+        shapes |= experts(i, 8, 24, biased=True, norm="post_attention_norm")
+    keys = base_keys(layers, 8, 2, 16) | _MOE_KEYS | {"attention.sliding_window": 6}
+    return TinyFile("gpt-oss", keys | {k.replace("__", "."): v for k, v in more.items()}, shapes)
+
+
+GPT_OSS: dict[str, TinyFile] = {
+    "gpt-oss": _gpt_oss(),
+    "gpt-oss-yarn": _gpt_oss(fused=True).with_(YARN),
+    "gpt-oss-every-third-layer": _gpt_oss(4, attention__sliding_window_pattern=3),
+    "gpt-oss-layers-by-name": _gpt_oss(
+        attention__sliding_window_pattern=[0, 1, 1], rope__freq_base_swa=500.0
+    ),
+    "gpt-oss-window-of-one": _gpt_oss(attention__sliding_window=1, expert_used_count=1),
+    # Large enough that the clamp cuts.
+    "gpt-oss-clamped": _gpt_oss().with_(
+        values={
+            f"blk.1.ffn_{which}_exps.bias": 9 * np.random.default_rng(3).standard_normal((8, 24))
+            for which in ("gate", "up")
+        }
+    ),
+}
+
+
+def _gemma2(layers: int = 3, **more: Any) -> TinyFile:
+    shapes = outside(tied=True)
+    for i in range(layers):
+        shapes |= attention(i, 4, 2, 16) | dense(i) | norms(i, "post_attention_norm", "post_ffw_norm")
+    keys = base_keys(layers, 4, 2, 16) | {"attention.sliding_window": 6}
+    return TinyFile("gemma2", keys | {k.replace("__", "."): v for k, v in more.items()}, shapes)
+
+
+GEMMA2: dict[str, TinyFile] = {
+    "gemma2": _gemma2(),
+    "gemma2-tight-softcaps": _gemma2(attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
+    "gemma2-every-third-layer": _gemma2(4, attention__sliding_window_pattern=3),
+    "gemma2-window-by-default": _gemma2().with_(drop=("attention.sliding_window",)),
+    "gemma2-linear": _gemma2(rope__scaling__factor=3.0, rope__freq_base_swa=300.0),
+    "gemma2-largest": _gemma2(46),
+}
+
+
+def _minimax_m2(heads: int = 6, kv_heads: int = 1, size: int = 16, **more: Any) -> TinyFile:
+    shapes = outside()
+    fused = more.pop("fused", False)
+    for i in range(2):
+        shapes |= attention(i, heads, kv_heads, size, fused=fused) | experts(i, 8, 24, chooses=True)
+        shapes |= norms(i, "attn_q_norm", size=heads * size) | norms(i, "attn_k_norm", size=kv_heads * size)
+    keys = base_keys(2, heads, kv_heads, size) | _MOE_KEYS
+    keys |= {"rope.dimension_count": size // 2, "expert_gating_func": 2, "feed_forward_length": 24}
+    return TinyFile("minimax-m2", keys | {k.replace("__", "."): v for k, v in more.items()}, shapes)
+
+
+MINIMAX_M2: dict[str, TinyFile] = {
+    "minimax-m2": _minimax_m2(),
+    "minimax-m2-two-kv-heads": _minimax_m2(12, 2, 8),
+    "minimax-m2-fused": _minimax_m2(fused=True),
+    "minimax-m2-softmax": _minimax_m2(expert_gating_func=1),
+    "minimax-m2-whole-head": _minimax_m2(rope__dimension_count=16, expert_used_count=1),
+    "minimax-m2-yarn": _minimax_m2().with_(YARN),
+}
+
+
+def _step35(layers: int = 4, *, gates: bool = True, normed: bool = True, **more: Any) -> TinyFile:
+    """Layer 0 and every fourth see all keys, with 4 heads; the others have 6, over 2 KV heads."""
+    local = [i % 4 != 0 for i in range(layers)]
+    heads = [6 if windowed else 4 for windowed in local]
+    shapes = outside()
+    for i in range(layers):
+        shapes |= attention(i, heads[i], 2, 16)
+        shapes |= dense(i) if i < 2 else experts(i, 8, 24, shared=20, chooses=True)
+        if gates:
+            shapes[f"blk.{i}.attn_gate.weight"] = (heads[i], WIDTH)
+        if normed:
+            shapes |= norms(i, "attn_q_norm", "attn_k_norm", size=16)
+    keys = base_keys(layers, heads, [2] * layers, 16) | _MOE_KEYS
+    keys |= {"attention.sliding_window": 6, "attention.sliding_window_pattern": local}
+    keys |= {"expert_shared_feed_forward_length": 20, "rope.freq_base_swa": 500.0}
+    keys |= {"expert_weights_norm": True, "expert_weights_scale": 1.5}
+    return TinyFile("step35", keys | {k.replace("__", "."): v for k, v in more.items()}, shapes)
+
+
+STEP35: dict[str, TinyFile] = {
+    "step35": _step35(),
+    "step35-no-gate": _step35(gates=False, normed=False),
+    "step35-clamped": _step35(swiglu_clamp_exp=[0.0, 0.0, 0.2, 0.3], swiglu_clamp_shexp=[0.3, 0.0, 0.0, 0.2]),
+    "step35-frequencies": _step35().with_(values={"rope_freqs.weight": np.linspace(1, 3, 8)}),
+    "step35-other-sizes": _step35(5, rope__dimension_count=12, rope__dimension_count_swa=8),
+    "step35-softmax": _step35(expert_gating_func=1, expert_weights_norm=False),
+}
+
+
+def _mistral3(**more: Any) -> TinyFile:
+    return _llama("mistral3").with_({k.replace("__", "."): v for k, v in more.items()})
+
+
+MISTRAL: dict[str, TinyFile] = {
+    "mistral3": _mistral3(),
+    "mistral3-temperature": _mistral3(attention__temperature_scale=0.4).with_(YARN),
+    "mistral3-log-multiplier": _mistral3(rope__scaling__yarn_log_multiplier=0.7).with_(YARN),
+    "mistral3-temperature-alone": _mistral3(
+        attention__temperature_scale=0.4, rope__scaling__original_context_length=8
+    ),
+    "mistral3-attn_factor": _mistral3().with_(YARN | {"rope.scaling.attn_factor": 1.3}),
+    "mistral4": _deepseek2("mistral4"),
+    "mistral4-temperature": _deepseek2(
+        "mistral4", attention__temperature_scale=0.3, attention__temperature_length=10
+    ),
+    "mistral4-yarn": _deepseek2("mistral4").with_(YARN | {"rope.scaling.yarn_log_multiplier": 0.1}),
+    "mistral4-yarn-0.0707": _deepseek2("mistral4").with_(YARN | {"rope.scaling.yarn_log_multiplier": 0.0707}),
+    "mistral4-groups": _deepseek2("mistral4", expert_group_count=2, expert_group_used_count=1),
+    "mistral4-missing-gating": _deepseek2("mistral4").with_(drop=("expert_gating_func",)),
+}
+
+
+def _qwen35(architecture: str = "qwen35", layers: int = 4, **more: Any) -> TinyFile:
+    """Attention 4/1 x 16 in every fourth layer; else 2 heads of k and 4 of v, of size 16."""
+    k_heads, v_heads, size = more.pop("net", (2, 4, 16))
+    attending = more.pop("attending", [i for i in range(layers) if (i + 1) % 4 == 0])
+    channels, values = (2 * k_heads + v_heads) * size, v_heads * size
+    shapes = outside(tied=more.pop("tied", False))
+    for i in range(layers):
+        p = f"blk.{i}."
+        if i in attending:
+            shapes |= attention(i, 4, 1, 16) | norms(i, "attn_q_norm", "attn_k_norm", size=16)
+            shapes[p + "attn_q.weight"] = (2 * 64, WIDTH)
+        else:
+            shapes |= norms(i, "attn_norm") | norms(i, "ssm_norm", size=size)
+            shapes |= {
+                p + "attn_qkv.weight": (channels, WIDTH),
+                p + "attn_gate.weight": (values, WIDTH),
+                p + "ssm_conv1d.weight": (channels, more.get("ssm__conv_kernel", 4)),
+                p + "ssm_dt.bias": (v_heads,),
+                p + "ssm_a": (v_heads,),
+                p + "ssm_out.weight": (WIDTH, values),
+            }
+            if architecture == "qwen3next":
+                shapes[p + "ssm_ba.weight"] = (2 * v_heads, WIDTH)
+            else:
+                shapes[p + "ssm_alpha.weight"] = shapes[p + "ssm_beta.weight"] = (v_heads, WIDTH)
+        if architecture == "qwen35":
+            shapes |= dense(i, norm="post_attention_norm")
+        else:
+            shapes |= experts(i, 8, 24, shared=20, norm="post_attention_norm")
+            shapes[p + "ffn_gate_inp_shexp.weight"] = (WIDTH,)
+    keys = base_keys(layers, 4, 1, 16) | {"rope.dimension_count": 8}
+    keys |= {"ssm.conv_kernel": 4, "ssm.state_size": size, "ssm.group_count": k_heads}
+    keys |= {"ssm.time_step_rank": v_heads, "ssm.inner_size": values}
+    if architecture != "qwen3next":
+        keys["rope.dimension_sections"] = [2, 1, 1, 0]
+    if architecture != "qwen35":
+        keys |= _MOE_KEYS | {"expert_shared_feed_forward_length": 20}
+    return TinyFile(architecture, keys | {k.replace("__", "."): v for k, v in more.items()}, shapes)
+
+
+QWEN35: dict[str, TinyFile] = {
+    "qwen35": _qwen35(),
+    "qwen35-every-second-layer": _qwen35(attending=[1, 3], full_attention_interval=2),
+    "qwen35-short-kernel": _qwen35(net=(4, 4, 8), ssm__conv_kernel=3, tied=True),
+    "qwen35-yarn": _qwen35(rope__freq_base=300.0).with_(YARN),
+    "qwen35-whole-head": _qwen35(**{"rope.dimension_count": 16, "rope.dimension_sections": [3, 3, 2, 0]}),
+    "qwen35-layers-by-name": _qwen35(
+        attending=[0, 2], attention__recurrent_layers=[False, True, False, True]
+    ),
+    "qwen35moe": _qwen35("qwen35moe"),
+    "qwen35moe-three-v-heads-a-k-head": _qwen35("qwen35moe", net=(2, 6, 8)),
+    "qwen35moe-one-expert": _qwen35("qwen35moe", expert_used_count=1),
+    "qwen35moe-linear": _qwen35("qwen35moe", rope__scaling__factor=3.0),
+    "qwen35moe-7-layers": _qwen35("qwen35moe", 7, tied=True),
+    "qwen3next": _qwen35("qwen3next"),
+    "qwen3next-three-v-heads-a-k-head": _qwen35("qwen3next", net=(2, 6, 8)),
+    "qwen3next-one-k-head": _qwen35("qwen3next", net=(1, 4, 16), ssm__conv_kernel=2),
+    "qwen3next-every-second-layer": _qwen35("qwen3next", attending=[1, 3], full_attention_interval=2),
+    "qwen3next-yarn": _qwen35("qwen3next").with_(YARN),
+}
+
+TINY: dict[str, TinyFile] = {
+    **FOUND,
+    **QWEN3MOE,
+    **GPT_OSS,
+    **GEMMA2,
+    **MINIMAX_M2,
+    **STEP35,
+    **MISTRAL,
+    **QWEN35,
+}

@@ -142,10 +142,8 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
         call.k,
         call.v,
         kv_len=kv_len,
-        scale=call.settings.scale,
         path=path,
-        sliding_window=call.settings.sliding_window,
-        softcap=call.settings.softcap,
+        **call.settings.options(q.device),
     )
 
 
