@@ -55,7 +55,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"keys": {"attention.sliding_window": 4}}, "qwen2.attention.sliding_window is not known"),
     (
         "glm4",
-        {"keys": {"rope.dimension_sections": [2, 1, 1, 2]}},
+        {"keys": {"rope.dimension_sections": [1, 1, 0, 2]}},
         "expected the first three to turn all 4 pairs",
     ),
     ("llama", {"keys": {"attention.head_count_kv": 3}}, "layer 0: 4 query heads are not a multiple of 3"),
