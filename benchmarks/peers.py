@@ -17,7 +17,7 @@ Build = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Call]
 def _build(spec: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Call:
     """The library's kernel alone: its launcher converts nothing."""
     kv_len = torch.full((1, 1), k.shape[1], dtype=torch.int32, device=q.device)
-    launch = build_kernel(spec).launcher(checked_call(q, k, v, kv_len=kv_len, scale=scale))
+    launch = build_kernel(spec).ready(checked_call(q, k, v, kv_len=kv_len, scale=scale)).launch
     return lambda: launch().out
 
 

@@ -1,6 +1,6 @@
 """The one contract every attention kernel keeps, and the check of what it is given.
 
-    attend(q, k, v, *, kv_len, scale, ...) -> AttentionOutput(out, lse)
+    attend(q, k, v, *, kv_len, scale, ...) -> Result(out, lse, launched)
 
     q      [B, T, Hq, Dk]   query tokens; float16, bfloat16 or float32
     k      [B, S, Hkv, Dk]  keys, Hq = r * Hkv: query heads h*r .. h*r+r-1 read KV head h
@@ -8,6 +8,7 @@
     kv_len [B, T] int32     row t sees keys 0 .. kv_len[b, t] - 1; 0 is an empty row
     out    [B, T, Hq, Dv]   float32
     lse    [B, T, Hq]       float32, natural logarithm of the sum of exp(logit), sinks included
+    launched                what the call launched, counted where it ran (`trace`)
 
 An empty row gives out = 0 and lse = -inf. On the decode path every row is computed as if it were alone: one
 query token against its own prefix. On the prefill path rows share tiles.
@@ -22,17 +23,26 @@ import torch
 
 from verify.kernels.lengths import lengths_of
 from verify.kernels.plans.plan import Plan
+from verify.kernels.trace import Launched
 
 AttentionPath = Literal["decode", "prefill"]
 PATHS: tuple[AttentionPath, ...] = ("decode", "prefill")
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class AttentionOutput(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AttentionOutput:
     """out [B, T, Hq, Dv] and lse [B, T, Hq]; float32, or float64 from the oracle."""
 
     out: torch.Tensor
     lse: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Result(AttentionOutput):
+    """What a kernel gives for a call, and what it launched for it."""
+
+    launched: Launched
 
 
 class Shape(NamedTuple):

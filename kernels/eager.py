@@ -18,21 +18,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from verify.kernels.budget.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.plans.plan import Plan, RowPlan
-from verify.kernels.trace import Signature
+from verify.kernels.trace import Launched, RowKind, Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
@@ -76,19 +79,18 @@ class EagerKernel(Kernel):
         super().__init__(spec)
         self.options = options
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         options, shape = self.options.with_plan_of(call), call.shape
         if options.plan.policy is None:
             options.plan.groups(shape.ratio)  # raises before anything is computed
         out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
         lse = call.q.new_full(call.q.shape[:3], -math.inf, dtype=torch.float32)
-        if shape.keys == 0:
-            return AttentionOutput(out, lse)
-        for b in range(shape.batch):
-            self._sequence(call, options, b, out[b], lse[b])
+        ran: Counter[RowKind] = Counter()
+        for b in range(shape.batch if shape.keys else 0):
+            ran.update(self._sequence(call, options, b, out[b], lse[b]))
         if options.out != "f32":
             out = out.to(_TORCH_TYPES[options.out]).float()
-        return AttentionOutput(out, lse)
+        return Result(out, lse, Launched(ran))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return self._arithmetic(self.options, shape, path)
@@ -116,8 +118,10 @@ class EagerKernel(Kernel):
 
     def _sequence(
         self, call: Call, options: EagerOptions, b: int, out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
-        """One sequence of the batch; out [T, Hq, Dv] and lse [T, Hq] are written in place."""
+    ) -> Counter[RowKind]:
+        """One sequence of the batch; out [T, Hq, Dv] and lse [T, Hq] are written in place. Returns the number
+        of rows of each kind."""
+        ran: Counter[RowKind] = Counter()
         shape, block = call.shape, options.plan.block
         decode = call.path == "decode"
         n_kv = call.kv_len[b].to(torch.int64)
@@ -156,19 +160,44 @@ class EagerKernel(Kernel):
                 rows = rows.to(call.q.device)
                 cuts = [plans[tile_n_kv[i]].cuts for i in chosen]
                 first_head = 0
+                launches = []
                 for group in head_groups:
                     heads = _heads(shape, first_head, group, call.q.device)
-                    part = _launch(call, options, b, rows, n_kv, cuts, heads, keys, values)
+                    done = _launch(call, options, b, rows, n_kv, cuts, heads, keys, values)
                     live = rows.flatten() >= 0
                     at = rows.flatten()[live][:, None], heads.flatten()
-                    out[at] = part.out[live]
-                    lse[at] = part.lse[live]
+                    out[at] = done.result.out[live]
+                    lse[at] = done.result.lse[live]
+                    launches.append(done)
                     first_head += group
-                for tile in chosen:
-                    plan = plans[tile_n_kv[tile]]
-                    signature = Signature(kernel, source_hash(), head_groups, plan.cuts, plan.launch)
-                    for row in tiles[tile]:
-                        self.trace.record(call.path, n_kv_list[row], signature, 1)
+                for i, tile in enumerate(chosen):
+                    for closed, groups in _groups_by_bounds(launches, i).items():
+                        # However a plan would launch them: here head groups are computed in turn.
+                        signature = Signature(kernel, source_hash(), tuple(groups), closed, "one")
+                        for row in tiles[tile]:
+                            ran[call.path, n_kv_list[row], signature] += 1
+        return ran
+
+
+class _Launch(NamedTuple):
+    """What one head group's launch gave, and what it did.
+
+    result: out [N*t, Hkv*g, Dv] and lse [N*t, Hkv*g] of N matrix tiles of t rows; heads: g; closed: of each
+    matrix tile the bounds of the parts that were closed, counted as they were.
+    """
+
+    result: Part
+    heads: int
+    closed: list[tuple[int, ...]]
+
+
+def _groups_by_bounds(launches: Sequence[_Launch], tile: int) -> dict[tuple[int, ...], list[int]]:
+    """The head groups that closed the parts of a matrix tile, by the bounds that these parts had: one entry
+    where all groups did the same."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for launch in launches:
+        found.setdefault(launch.closed[tile], []).append(launch.heads)
+    return found
 
 
 def asked_of(call: Call) -> dict[str, bool]:
@@ -240,11 +269,11 @@ def _launch(
     heads: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-) -> Part:
+) -> _Launch:
     """One head group of every KV head over some matrix tiles of query rows.
 
     rows [N, t]: row numbers of each matrix tile, -1 where it is padded, tiles in ascending n_kv;
-    cuts: KV part bounds of each tile; heads [Hkv, g]. Returns out [N*t, Hkv*g, Dv] and lse [N*t, Hkv*g].
+    cuts: KV part bounds of each tile; heads [Hkv, g].
     """
     n, t = rows.shape
     kv_heads, g = heads.shape
@@ -271,21 +300,30 @@ def _launch(
     for i, c in enumerate(cuts):
         for part, bound in enumerate(c[1:-1]):
             begins.setdefault(bound // block, []).append((i, part))
+    # What is done, counted as it is done: keys that the running results of each matrix tile have gone
+    # through, and the bounds at which they were stored.
+    longest = visible.amax(1).tolist()
+    passed = np.zeros(n, dtype=np.int64)
+    closed: list[list[int]] = [[0] for _ in range(n)]
 
-    def close(i: torch.Tensor, part: torch.Tensor) -> None:
-        """Store the running results of matrix tiles i [n'] as their parts `part` [n'], and start anew."""
+    def close(ending: Sequence[tuple[int, int]]) -> None:
+        """Store the running results of some matrix tiles, each as one of its parts, and start anew."""
+        which = torch.tensor(ending, device=device)
+        i, part = which[:, 0], which[:, 1]
         li, mi = l[:, i], m[:, i]
         empty = li == 0
         o = a[:, i] / torch.where(empty, 1.0, li)[..., None]
         outs[part, :, i] = o.transpose(0, 1)
         lses[part, :, i] = torch.where(empty, -math.inf, mi + torch.log(li)).transpose(0, 1)
         m[:, i], l[:, i], a[:, i] = -math.inf, 0.0, 0.0
+        for matrix_tile, _ in ending:
+            if longest[matrix_tile]:
+                closed[matrix_tile].append(min(int(passed[matrix_tile]), longest[matrix_tile]))
 
     width = torch.arange(block, device=device)
     for j in range(max(last_tile)):
         if j in begins:
-            which = torch.tensor(begins[j], device=device)
-            close(which[:, 0], which[:, 1])
+            close(begins[j])
         # Tiles are in ascending n_kv: those that still see keys are the last ones.
         active = slice(next(i for i, end in enumerate(last_tile) if end > j), n)
         count = n - active.start
@@ -307,8 +345,8 @@ def _launch(
         padded = p.new_zeros((kv_heads, count, height, block))
         padded[:, :, :used] = p.to(p_type)
         _accumulate(a[:, active], rescale, padded, values[:, j], options.acc, tile)
-    ends = torch.tensor([max(len(c) - 2, 0) for c in cuts], device=device)
-    close(torch.arange(n, device=device), ends)
+        passed[active] = (j + 1) * block
+    close([(i, max(len(c) - 2, 0)) for i, c in enumerate(cuts)])
     parts = [Part(o, x) for o, x in zip(outs, lses, strict=True)]
     if call.sinks is not None:
         # A sink is one more part: a key whose logit is the sink and whose value is 0.
@@ -317,7 +355,8 @@ def _launch(
     result = merge_sequential(parts) if len(parts) > 1 else parts[0]
     merged_out = result.out.view(kv_heads, n * t, g, size).transpose(0, 1)
     merged_lse = result.lse.view(kv_heads, n * t, g).transpose(0, 1)
-    return Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))
+    merged = Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))
+    return _Launch(merged, g, [tuple(bounds) for bounds in closed])
 
 
 def _of_heads(call: Call, heads: torch.Tensor) -> Call:

@@ -17,12 +17,12 @@ from dataclasses import replace
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import lengths_of
 from verify.kernels.sliced_products import sliced_bmm
-from verify.kernels.trace import Signature
+from verify.kernels.trace import Launched, Signature
 
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
@@ -157,11 +157,12 @@ class ExactKernel(Kernel):
         super().__init__(spec)
         self.acc = acc
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         sliced = self.acc == "double-float32"
         result = exact_attention(call, sliced_bmm if sliced else torch.bmm)
-        self.trace.record_rows(call.path, call.kv_len, Signature("exact", self.acc, (), (), "one"))
-        return AttentionOutput(result.out.float(), result.lse.float())
+        signature = Signature("exact", self.acc, (), (), "one")
+        launched = Launched.every_row(call.path, call.kv_len, signature)
+        return Result(result.out.float(), result.lse.float(), launched)
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         # Only the rounding of the result to float32 is left.

@@ -5,31 +5,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.cache import through_cache
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape, checked_call
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape, checked_call
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.merge import Merge
 from verify.kernels.plans.plan import Plan
-from verify.kernels.trace import LaunchTrace
+from verify.kernels.trace import Launched
+
+
+class ReadyCall(NamedTuple):
+    """A call that can be launched many times; launched: what each launch of it launches, counted once."""
+
+    launch: Callable[[], AttentionOutput]
+    launched: Launched
 
 
 class Kernel(ABC):
     """A kernel that was built from a specification.
 
-    `spec` is the text it was built from, `trace` what it has launched so far, `notes` what a reader of the
-    verdict must know (a fallback that ran in its place, say), `cache` the type of its own KV cache, f16 where
-    keys and values stay as they are given.
+    `spec` is the text it was built from, `notes` what a reader of the verdict must know (a fallback that ran
+    in its place, say), `cache` the type of its own KV cache, f16 where keys and values stay as they are
+    given.
     """
 
     cache = "f16"
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
-        self.trace = LaunchTrace()
         self.notes: list[str] = []
 
     def attend(
@@ -46,7 +53,7 @@ class Kernel(ABC):
         sinks: torch.Tensor | None = None,
         alibi_slopes: torch.Tensor | None = None,
         plan: Plan | None = None,
-    ) -> AttentionOutput:
+    ) -> Result:
         """Attention of the contract above; `plan` overrides the one of the specification.
 
         Raises ValueError on inputs that do not fit together, KernelFailure if the kernel fails on good ones.
@@ -68,12 +75,12 @@ class Kernel(ABC):
         )
 
     @abstractmethod
-    def run(self, call: Call) -> AttentionOutput:
-        """What an implementation provides: compute the call, and record in `trace` what was launched."""
+    def run(self, call: Call) -> Result:
+        """What an implementation provides: compute the call, and say what was launched for it."""
 
-    def launcher(self, call: Call) -> Callable[[], AttentionOutput]:
-        """The call, ready to be launched many times; host work that need not be repeated is done here."""
-        return lambda: self.run(call)
+    def ready(self, call: Call) -> ReadyCall:
+        """The call, run once; host work that need not be repeated is not done again at each launch."""
+        return ReadyCall(lambda: self.run(call), self.run(call).launched)
 
     @abstractmethod
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:

@@ -13,10 +13,11 @@ from itertools import pairwise
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, Depths
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
+from verify.kernels.trace import Launched
 
 
 def shares(total: int, gpus: int, unit: int = 1) -> list[range]:
@@ -46,8 +47,8 @@ def _of_any_gpu(found: list[Arithmetic]) -> Arithmetic:
 class TensorParallelKernel(Kernel):
     """A kernel called once a GPU, in their order, on its KV heads and the query heads that read them.
 
-    Heads do not mix in attention, so results lie side by side. Launches of all GPUs are recorded: a row of a
-    call is counted once on each. The GPUs are of the engine that is reproduced: one device runs them all.
+    Heads do not mix in attention, so results lie side by side. Launches of all GPUs are counted: a row of a
+    call once on each. The GPUs are of the engine that is reproduced: one device runs them all.
     """
 
     def __init__(self, spec: str, inner: Kernel, gpus: int) -> None:
@@ -56,11 +57,14 @@ class TensorParallelKernel(Kernel):
         self.notes, self.cache = inner.notes, inner.cache
         self.binary: str = getattr(inner, "binary", "")
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         """Raises ValueError where there are fewer KV heads than GPUs."""
-        self.inner.trace = self.trace
-        found = [self.inner.run(part) for part in _calls(call, self.gpus)]
-        return AttentionOutput(torch.cat([o.out for o in found], 2), torch.cat([o.lse for o in found], 2))
+        of_gpus = [self.inner.run(part) for part in _calls(call, self.gpus)]
+        return Result(
+            torch.cat([gpu.out for gpu in of_gpus], 2),
+            torch.cat([gpu.lse for gpu in of_gpus], 2),
+            Launched.together(gpu.launched for gpu in of_gpus),
+        )
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         counts = {len(heads) for heads in _heads(shape, self.gpus)}

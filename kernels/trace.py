@@ -1,6 +1,7 @@
-"""Launch traces: what a kernel really ran, recorded from inside the code that launches it.
+"""Launch traces: what a kernel really ran, counted by the code that runs it and returned with the result.
 
 The request says what should run; only the trace says what did. A verdict about a changed path rests on it.
+A kernel returns what one call launched (`Launched`); whoever calls it adds that up (`LaunchTrace`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verify.kernels.lengths import lengths_of
+
+# Calls that a trace holds by themselves before it adds up their rows.
+_CALLS_HELD = 256
+
 
 class Signature(NamedTuple):
     """What computed one row: two rows with equal signatures and inputs ran the same arithmetic.
 
     kernel: name with its numerical options; binary: hash of the code that ran; head_groups: query heads that
-    each program handled; cuts: bounds 0 < ... < n_kv of the KV parts; launch: `one`, or `each` head group.
+    each program handled; cuts: bounds 0 < ... < n_kv of the KV parts, -1 for a bound that is not known where
+    the parts are; launch: `one`, or `each` head group.
     An implementation that cannot say leaves head_groups and cuts empty.
     """
 
@@ -59,20 +66,46 @@ class Coverage:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows of one call, as `LaunchTrace.rows` has them. A model makes the same call at every layer, and may
-    record the same object each time: it is only counted then."""
+# Path, visible keys, and what computed a row.
+RowKind = tuple[str, int, Signature]
 
-    rows: Mapping[tuple[str, int, Signature], int]
+
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """What one call launched: the number of its rows of each kind.
+
+    A model makes the same call at every layer. A kernel may then return the same object each time, and a
+    trace only counts how often.
+    """
+
+    rows: Mapping[RowKind, int]
+
+    @classmethod
+    def every_row(cls, path: str, kv_len: torch.Tensor, signature: Signature) -> Launched:
+        """One signature computed every row of a call, kv_len [B, T]."""
+        by_n_kv = Counter(lengths_of(kv_len).of_rows)
+        return cls({(path, n_kv, signature): rows for n_kv, rows in by_n_kv.items()})
+
+    @classmethod
+    def together(cls, several: Iterable[Launched]) -> Launched:
+        """What several calls launched, as one."""
+        rows: Counter[RowKind] = Counter()
+        for each in several:
+            rows.update(each.rows)
+        return cls(rows)
+
+
+NOTHING = Launched({})
 
 
 class LaunchTrace:
     """Rows that ran, by path, n_kv and signature. Rows count attention rows: tokens times layers."""
 
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, int, Signature], int] = {}
-        self._batches: Counter[Batch] = Counter()
+    def __init__(self, calls: Iterable[Launched] = ()) -> None:
+        self._rows: dict[RowKind, int] = {}
+        self._calls: Counter[Launched] = Counter()
+        for launched in calls:
+            self.count(launched)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LaunchTrace) and self.rows == other.rows
@@ -80,32 +113,23 @@ class LaunchTrace:
     __hash__ = None  # type: ignore[assignment]
 
     @property
-    def rows(self) -> dict[tuple[str, int, Signature], int]:
-        """Everything recorded so far."""
-        for batch, times in self._batches.items():
-            for key, rows in batch.rows.items():
-                self._rows[key] = self._rows.get(key, 0) + rows * times
-        self._batches.clear()
+    def rows(self) -> Mapping[RowKind, int]:
+        """Everything counted so far."""
+        for launched, times in self._calls.items():
+            for kind, rows in launched.rows.items():
+                self._rows[kind] = self._rows.get(kind, 0) + rows * times
+        self._calls.clear()
         return self._rows
 
-    def record_batch(self, batch: Batch) -> None:
-        """Count every row of a call once more."""
-        self._batches[batch] += 1
-
-    def record(self, path: str, n_kv: int, signature: Signature, rows: int) -> None:
-        """Count `rows` query rows with `n_kv` visible keys that `signature` computed."""
-        key = (path, n_kv, signature)
-        self._rows[key] = self._rows.get(key, 0) + rows
-
-    def record_rows(self, path: str, kv_len: torch.Tensor, signature: Signature) -> None:
-        """Count every row of a call, kv_len [B, T], as computed by one signature."""
-        for n_kv, rows in zip(*(x.tolist() for x in kv_len.unique(return_counts=True)), strict=True):
-            self.record(path, n_kv, signature, rows)
+    def count(self, launched: Launched) -> None:
+        """Add what one call launched."""
+        self._calls[launched] += 1
+        if len(self._calls) > _CALLS_HELD:
+            _ = self.rows
 
     def add(self, other: LaunchTrace) -> None:
-        self._batches.update(other._batches)
-        for (path, n_kv, signature), rows in other._rows.items():
-            self.record(path, n_kv, signature, rows)
+        """Add everything of another trace."""
+        self.count(Launched(dict(other.rows)))
 
     def at(self, n_kv: int) -> frozenset[tuple[str, Signature]]:
         """Everything that ran at this n_kv, as (path, signature)."""
@@ -153,7 +177,8 @@ class LaunchTrace:
 
     @classmethod
     def from_json(cls, lines: Iterable[Sequence[Any]]) -> LaunchTrace:
-        trace = cls()
-        for path, n_kv, kernel, binary, groups, cuts, launch, rows in lines:
-            trace.record(path, n_kv, Signature(kernel, binary, tuple(groups), tuple(cuts), launch), rows)
-        return trace
+        rows = {
+            (path, n_kv, Signature(kernel, binary, tuple(groups), tuple(cuts), launch)): count
+            for path, n_kv, kernel, binary, groups, cuts, launch, count in lines
+        }
+        return cls([Launched(rows)])

@@ -21,6 +21,7 @@ from verify.kernels.kernel import Kernel
 from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
 from verify.kernels.timing import input_sets, read_bandwidth, time_calls
+from verify.kernels.trace import Launched, LaunchTrace
 
 CPU_CALLS = 5
 CPU_READ_BYTES = 1 << 28
@@ -95,7 +96,7 @@ def _measure_one(
     kernel = build_kernel(spec)
     size = shape.cache_bytes(n_kv)
     try:
-        us, graph = _time(kernel, shape, n_kv, device)
+        us, graph, launched = _time(kernel, shape, n_kv, device)
     except Exception as error:
         # What one kernel cannot do is a line of the table; the others are still measured.
         said = " ".join(str(error).split())[:160]
@@ -114,29 +115,29 @@ def _measure_one(
     finally:
         kernel.close()
     rate = size / us / 1e3
-    kinds = {(line.kernel, line.head_groups, line.parts, line.launch) for line in kernel.trace.coverage()}
-    launched = "; ".join(
+    lines = LaunchTrace([launched]).coverage()
+    kinds = {(line.kernel, line.head_groups, line.parts, line.launch) for line in lines}
+    said = "; ".join(
         f"{name}, heads {'+'.join(map(str, groups)) or 'not known'}, KV parts {parts or 'not known'}, {how}"
         for name, groups, parts, how in sorted(kinds)
     )
-    return Measurement(
-        str(shape), n_kv, spec, us, rate, rate / read_gb_s, graph, launched, list(kernel.notes)
-    )
+    return Measurement(str(shape), n_kv, spec, us, rate, rate / read_gb_s, graph, said, list(kernel.notes))
 
 
-def _time(kernel: Kernel, shape: ModelShape, n_kv: int, device: torch.device) -> tuple[float, bool]:
-    """Microseconds a call, and whether it was replayed from a CUDA graph."""
+def _time(kernel: Kernel, shape: ModelShape, n_kv: int, device: torch.device) -> tuple[float, bool, Launched]:
+    """Microseconds a call, whether it was replayed from a CUDA graph, and what it launches."""
     if device.type != "cuda":
-        launch = kernel.launcher(_call(shape, n_kv, device, 0))
-        return _time_one_by_one(launch, lambda: None), False
+        ready = kernel.ready(_call(shape, n_kv, device, 0))
+        return _time_one_by_one(ready.launch, lambda: None), False, ready.launched
     sets = input_sets(shape.cache_bytes(n_kv), device)
-    launches = [kernel.launcher(_call(shape, n_kv, device, i)) for i in range(sets)]
+    calls = [kernel.ready(_call(shape, n_kv, device, i)) for i in range(sets)]
+    launched = calls[0].launched
     try:
-        return time_calls(launches).median_us, True
+        return time_calls([call.launch for call in calls]).median_us, True, launched
     except RuntimeError:
         # A kernel that waits for the device in the middle of a call cannot be captured.
         torch.cuda.synchronize()
-        return _time_one_by_one(launches[0], torch.cuda.synchronize), False
+        return _time_one_by_one(calls[0].launch, torch.cuda.synchronize), False, launched
 
 
 def _time_one_by_one(launch: Callable[[], object], wait: Callable[[], None]) -> float:

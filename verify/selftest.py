@@ -18,7 +18,7 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget, rounding_key
-from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.call import Call
 from verify.kernels.eager import EagerKernel
 from verify.kernels.faults import FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
@@ -230,7 +230,7 @@ def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: li
     refused: set[str] = set()
     refused_gaussian: set[str] = set()
     for x in inputs:
-        result: AttentionOutput = kernel.run(x.call)
+        result = kernel.run(x.call)
         arithmetic = kernel.arithmetic_of(x.call)
         budget = x.budget(arithmetic)
         for finding in findings(measure(x.call, result, arithmetic, distinct=x.distinct, budget=budget)):
@@ -239,7 +239,7 @@ def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: li
             wrong = determinism_finding(kernel, x.call, result)
             if wrong is not None:
                 object_to(wrong.detector, wrong.said, x.name)
-            wrong = trace_finding(kernel.trace, x.call, _asked(kernel, x.call))
+            wrong = trace_finding(result.launched, _asked(kernel, x.call))
             if wrong is not None:
                 object_to(wrong.detector, wrong.said, x.name)
         passed = verdicts(compared(x.call, result.out, budget.out, x.plain))

@@ -8,18 +8,19 @@ place, not to be fast; `eager` is the kernel to compare with.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from verify.kernels.budget.arithmetic import MMA_KEYS, Arithmetic
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.plans.plan import KVCuts, Plan, RowPlan
-from verify.kernels.trace import Signature
+from verify.kernels.trace import Launched, RowKind, Signature
 
 TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -85,8 +86,9 @@ class TileKernel(Kernel):
     def merger(self) -> Merge:
         return lambda parts: self.merge(list(parts))
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         shape = call.shape
+        ran: Counter[RowKind] = Counter()
         out = call.q.new_zeros((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
         lse = call.q.new_zeros((shape.batch, shape.rows, shape.q_heads), dtype=torch.float32)
         for b in range(shape.batch):
@@ -99,8 +101,8 @@ class TileKernel(Kernel):
                 out[b, t], lse[b, t] = self.store(result)
                 plan = self.plan_of(shape, n_kv)
                 signature = Signature(f"tile[{self.spec}]", "torch", plan.head_groups, plan.cuts, plan.launch)
-                self.trace.record(call.path, n_kv, signature, len(t))
-        return AttentionOutput(out, lse)
+                ran[call.path, n_kv, signature] += len(t)
+        return Result(out, lse, Launched(ran))
 
     # The steps, in the order in which they run.
 

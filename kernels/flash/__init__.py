@@ -6,4 +6,5 @@ device      the device code: decode, prefill, the merge of parts
 quantised   the decode code that reads a quantised cache
 tiles       tile sizes, by what a device can hold
 rows        plans of many rows at once
+slots       the parts that the device wrote, counted
 """

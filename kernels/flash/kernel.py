@@ -7,8 +7,8 @@ The device code is Triton (`device`). With TRITON_INTERPRET=1 set before Triton 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,16 @@ import torch
 from verify.kernels.budget.arithmetic import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, Arithmetic
 from verify.kernels.cache import dequantise, quantise
 from verify.kernels.cache_types import BLOCK, CACHE_TYPES
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
 from verify.kernels.here import why_not_flash
-from verify.kernels.kernel import Kernel
+from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
+from verify.kernels.trace import NOTHING, Launched
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
 # Relative error of `device.tanh`: largest just above 0.25, where 1 - 2 / (exp(2 x) + 1) cancels.
@@ -72,6 +73,21 @@ def _limits(index: int | None) -> Limits:
 _PIECES = {"bf16": 1, "f16": 2, "f32": 3}
 
 
+# Of like calls the first is counted by what the device wrote, and each one after so many.
+COUNTED_EVERY = 64
+# Kinds of calls that are told apart; beyond, all are counted anew.
+_MOST_TALLIES = 256
+NOT_THE_PLAN = "the device did not run the plan of a call: what it wrote was counted, and is in the coverage"
+
+
+@dataclass
+class _Tally:
+    """Like calls: how many there were, and what the last one that was counted launched."""
+
+    calls: int = 0
+    launched: Launched = NOTHING
+
+
 class FlashKernel(Kernel):
     """The Triton kernel, on CUDA tensors (or interpreted, on CPU tensors).
 
@@ -96,6 +112,7 @@ class FlashKernel(Kernel):
         self.tiles = tiles
         self.overlap = overlap
         self._shared_limit: int | None = None
+        self._tallies: dict[Hashable, _Tally] = {}
 
     def prepare(self, call: Call) -> Prepared | None:
         """The call ready to be launched, many times if need be; None where no tile fits the device.
@@ -121,7 +138,7 @@ class FlashKernel(Kernel):
         prepared.planes, prepared.expand = planes, not fused
         return prepared
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         check_supported(call)
         if not call.q.is_cuda and not device_code().INTERPRETED:
             return self._fall_back(call, f"{FALLBACK_NOTE} (tensors on {call.q.device})")
@@ -131,23 +148,47 @@ class FlashKernel(Kernel):
             prepared = self.prepare(call)
             if prepared is None:
                 return self._fall_back(call, f"{FALLBACK_NOTE} ({self._too_small(call)})")
+            tally = self._tally(prepared)
+            written: list[torch.Tensor] | None = [] if tally.calls % COUNTED_EVERY == 0 else None
             try:
-                result = prepared.launch()
+                output = prepared.launch(written)
                 break
             except OutOfResources as error:
                 if self.tiles is not None or error.name != "shared memory":
                     raise
                 # The estimate of shared memory was too low for this device's code: ask for less.
                 self._shared_limit = error.limit * error.limit // error.required - 1
-        prepared.record(self.trace, self.label(prepared))
+        if written is not None:
+            tally.launched, planned = prepared.launched(self.label(prepared), written)
+            if not planned:
+                self._note(NOT_THE_PLAN)
+        tally.calls += 1
         for note in prepared.notes:
             self._note(note)
-        return result
+        return Result(output.out, output.lse, tally.launched)
 
-    def launcher(self, call: Call) -> Callable[[], AttentionOutput]:
-        self.run(call)  # compiles, finds what fits the device, and records the launch once
+    def _tally(self, prepared: Prepared) -> _Tally:
+        """Of the calls that run the same code on rows of the same plans."""
+        call = prepared.call
+        key = (
+            prepared.rows,
+            self.label(prepared),
+            call.q.dtype,
+            call.q.device,
+            call.sliding_window,
+            call.softcap is None,
+            call.sinks is None,
+            call.alibi_slopes is None,
+            shares_memory(call),
+        )
+        if key not in self._tallies and len(self._tallies) >= _MOST_TALLIES:
+            self._tallies.clear()
+        return self._tallies.setdefault(key, _Tally())
+
+    def ready(self, call: Call) -> ReadyCall:
+        launched = self.run(call).launched  # compiles, and finds what fits the device
         prepared = self.prepare(call)
-        return super().launcher(call) if prepared is None else prepared.launch
+        return super().ready(call) if prepared is None else ReadyCall(prepared.launch, launched)
 
     def label(self, prepared: Prepared) -> str:
         """The kernel's name in the launch trace, with everything that its arithmetic depends on."""
@@ -247,11 +288,9 @@ class FlashKernel(Kernel):
         sizes = f"head sizes {call.shape.k_size} and {call.shape.v_size}"
         return f"no tile of {sizes} fits in {self._limit(call.q.device).shared_bytes} bytes of shared memory"
 
-    def _fall_back(self, call: Call, note: str) -> AttentionOutput:
+    def _fall_back(self, call: Call, note: str) -> Result:
         self._note(note)
-        eager = EagerOverCache(self.spec, self.options, self.cache)
-        eager.trace = self.trace
-        return eager.run(call)
+        return EagerOverCache(self.spec, self.options, self.cache).run(call)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -265,7 +304,7 @@ class EagerOverCache(EagerKernel):
         super().__init__(spec, options)
         self.cache = cache
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         return super().run(self.held(call))
 
     def capabilities(self) -> Capabilities:

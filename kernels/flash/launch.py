@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ import torch
 
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.eager import EagerOptions
+from verify.kernels.flash import slots
 from verify.kernels.flash.rows import RowPlans
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
-from verify.kernels.trace import Batch, LaunchTrace, Signature
+from verify.kernels.trace import Launched
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
 PARTIALS_AT_ONCE = 1 << 28
@@ -128,8 +129,12 @@ class Prepared:
     planes: Planes | None = None
     expand: bool = False
 
-    def launch(self) -> AttentionOutput:
-        """Launch everything on the current stream; nothing here waits for the device."""
+    def launch(self, written: list[torch.Tensor] | None = None) -> AttentionOutput:
+        """Launch everything on the current stream; nothing here waits for the device.
+
+        written: where it is given, slots are filled beforehand, and it gets what they hold after the launch
+        (`slots.states`, [B, T, slots, Hq]) for each of `launches`.
+        """
         call = self.call
         if self.out.numel() == 0:
             return AttentionOutput(self.out, self.lse)
@@ -138,16 +143,27 @@ class Prepared:
             bits, *planes = self.planes
             k, v = expanded(planes[0], planes[1], bits), expanded(planes[2], planes[3], bits)
             self.call = replace(call, k=k, v=v)
+        if written is not None:
+            slots.fill(self.lse)
         for item in self.launches:
+            state = None
+            if written is not None:
+                state = self.lse.new_empty(
+                    (*self.lse.shape[:2], item.slots, self.lse.shape[2]), dtype=torch.int8
+                )
+                written.append(state)
             for b, t in _chunks(call, item, self.tiles):
-                self._attend(item, b, t)
+                self._attend(item, b, t, None if state is None else state[b, t])
         out = self.out
         if self.options.out != "f32":
             out = out.to(getattr(torch, _TRITON_TYPES[self.options.out])).float()
         return AttentionOutput(out, self.lse)
 
-    def _attend(self, item: Launches, b: slice, t: slice) -> None:
-        """Rows t of sequences b; one of the two ranges is everything, so `out` of them is contiguous."""
+    def _attend(self, item: Launches, b: slice, t: slice, state: torch.Tensor | None) -> None:
+        """Rows t of sequences b; one of the two ranges is everything, so `out` of them is contiguous.
+
+        state [sequences, rows, slots, Hq]: gets what the slots hold, where it is asked for.
+        """
         call, shape, options = self.call, self.call.shape, self.options
         code = device_code()
         decode = call.path == "decode"
@@ -162,6 +178,8 @@ class Prepared:
         if combine:
             part_out = out.new_empty((sequences, tokens, item.slots, shape.q_heads, shape.v_size))
             part_lse = lse.new_empty((sequences, tokens, item.slots, shape.q_heads))
+            if state is not None:
+                slots.fill(part_lse)
         groups = _groups_on(q.device, item.head_groups)
         sets = [(0, len(item.head_groups))]
         if item.launch != "one":
@@ -247,6 +265,8 @@ class Prepared:
                 **early,
             )
             names.append(_binary_hash(compiled))
+        if state is not None:
+            state.copy_(slots.states(part_lse.view_as(state)))
         if combine:
             width = next_power_of_two(shape.v_size)
             compiled = code.combine_parts[(sequences * tokens, shape.q_heads)](
@@ -325,20 +345,26 @@ class Prepared:
         )
         return _binary_hash(compiled)
 
-    def record(self, trace: LaunchTrace, kernel: str) -> None:
-        """Enter what `launch` launched: call it after the launch, whose binaries it names."""
-        binaries = tuple("+".join(item.binaries) for item in self.launches)
-        trace.record_batch(_batch(self.rows, self.call.path, kernel, binaries))
+    def launched(self, kernel: str, written: Sequence[torch.Tensor]) -> tuple[Launched, bool]:
+        """What `launch` launched, counted by what it wrote, and whether that is the plan.
 
-
-@functools.lru_cache(maxsize=256)
-def _batch(rows: RowPlans, path: str, kernel: str, binaries: tuple[str, ...]) -> Batch:
-    """What a call launched; binaries: of each kind of its rows."""
-    found: Counter[tuple[str, int, Signature]] = Counter()
-    for (n_kv, plan, which), count in rows.counts.items():
-        signature = Signature(kernel, binaries[which], plan.head_groups, plan.cuts, plan.launch)
-        found[path, n_kv, signature] += count
-    return Batch(found)
+        Call it after the launch, whose binaries it names. Waits for the device.
+        """
+        binaries = ["+".join(item.binaries) for item in self.launches]
+        path, window = self.call.path, self.call.sliding_window
+        if slots.as_planned(self.rows, self.lengths, written, window):
+            return slots.rows_as_planned(self.rows, path, kernel, binaries), True
+        counted = slots.rows_as_written(
+            self.rows,
+            self.lengths,
+            written,
+            window,
+            ratio=self.call.shape.ratio,
+            path=path,
+            kernel=kernel,
+            binaries=binaries,
+        )
+        return counted, False
 
 
 @functools.lru_cache(maxsize=1024)

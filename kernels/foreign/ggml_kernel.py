@@ -16,7 +16,7 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.cache import ggml_blocks, quantise
 from verify.kernels.cache_types import BLOCK
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.catalogue import CALL_LIMIT_S, GGML_CACHES, GGML_CAPABILITIES
 from verify.kernels.errors import KernelFailure, SpecError
@@ -24,7 +24,7 @@ from verify.kernels.foreign.process import WorkerProcess
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import Plan, parse_heads
 from verify.kernels.plans.spec import Spec, choice, number
-from verify.kernels.trace import Signature
+from verify.kernels.trace import Launched, Signature
 
 
 class GgmlKernel(Kernel):
@@ -91,7 +91,7 @@ class GgmlKernel(Kernel):
     def capabilities(self) -> Capabilities:
         return replace(self._takes, ratios=self.plan.ratios)
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         reason = self._takes.refuses(call)
         if reason is not None:
             raise KernelFailure("unsupported", f"{self.spec}: {reason}")
@@ -117,9 +117,10 @@ class GgmlKernel(Kernel):
         )
         launch = "each" if len(groups) > 1 else "one"
         # Where the KV range is cut is the library's secret.
-        self.trace.record_rows(call.path, call.kv_len, Signature(self.label, self.binary, groups, (), launch))
+        signature = Signature(self.label, self.binary, groups, (), launch)
+        launched = Launched.every_row(call.path, call.kv_len, signature)
         lse = call.q.new_full(call.q.shape[:3], torch.nan, dtype=torch.float32)
-        return AttentionOutput(found["out"].to(call.q.device), lse)
+        return Result(found["out"].to(call.q.device), lse, launched)
 
     def forgive(self) -> None:
         self._worker.forgive()

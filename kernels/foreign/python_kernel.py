@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.catalogue import CALL_LIMIT_S
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.foreign.process import WorkerProcess
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import Spec, choice, number
-from verify.kernels.trace import Signature
+from verify.kernels.trace import Launched, Signature
 
 # What a function is given only if it asks for it; without it, a call that needs it is refused.
 _OPTIONAL = ("sliding_window", "softcap", "sinks", "alibi_slopes")
@@ -69,7 +69,7 @@ class PythonKernel(Kernel):
             strided=False,
         )
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         for name in _OPTIONAL:
             if getattr(call, name) is not None and name not in self._takes:
                 raise KernelFailure("unsupported", f"{self.function}: does not take {name}, which is needed")
@@ -92,8 +92,8 @@ class PythonKernel(Kernel):
         )
         # A foreign kernel does not say how it cut the call: its signature is its code.
         signature = Signature(f"py:{self.file.name}::{self.function}", self.binary, (), (), "one")
-        self.trace.record_rows(call.path, call.kv_len, signature)
-        return AttentionOutput(found["out"].to(call.q.device), found["lse"].to(call.q.device))
+        launched = Launched.every_row(call.path, call.kv_len, signature)
+        return Result(found["out"].to(call.q.device), found["lse"].to(call.q.device), launched)
 
     def forgive(self) -> None:
         self._worker.forgive()

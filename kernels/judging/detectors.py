@@ -41,7 +41,7 @@ from verify.kernels.judging.figures import (
 )
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan
-from verify.kernels.trace import LaunchTrace
+from verify.kernels.trace import Launched
 
 Detector = Literal["probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism"]
 DETECTORS: tuple[Detector, ...] = (
@@ -157,19 +157,16 @@ def findings(m: Measures) -> list[Finding]:
     return found
 
 
-def trace_finding(trace: LaunchTrace, call: Call, asked: Callable[[int], RowPlan]) -> Finding | None:
+def trace_finding(launched: Launched, asked: Callable[[int], RowPlan]) -> Finding | None:
     """Whether rows of this call ran another plan than `asked` says for their n_kv."""
-    for n_kv in call.kv_len.unique().tolist():
+    for _, n_kv, ran in sorted(launched.rows):
         plan = asked(n_kv)
-        for path, signature in trace.at(n_kv):
-            if path != call.path:
-                continue
-            if (signature.head_groups, signature.cuts) != (plan.head_groups, plan.cuts):
-                return Finding(
-                    "trace",
-                    f"at n_kv {n_kv} head groups {signature.head_groups} and cuts {signature.cuts} ran,"
-                    f" asked for {plan.head_groups} and {plan.cuts}",
-                )
+        if (ran.head_groups, ran.cuts) != (plan.head_groups, plan.cuts):
+            return Finding(
+                "trace",
+                f"at n_kv {n_kv} head groups {ran.head_groups} and cuts {ran.cuts} ran,"
+                f" asked for {plan.head_groups} and {plan.cuts}",
+            )
     return None
 
 

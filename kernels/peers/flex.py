@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention import flex_attention as flex
 
-from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.call import Call, Result
 from verify.kernels.catalogue import FLEX_CAPABILITIES
 from verify.kernels.peers.peer import Launch, PeerKernel, Rows
 
@@ -38,7 +38,7 @@ class FlexKernel(PeerKernel):
     def __init__(self, spec: str) -> None:
         super().__init__(spec, FLEX_CAPABILITIES, f"torch {torch.__version__}")
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         if not call.q.is_cuda and UNCOMPILED_NOTE not in self.notes:
             self.notes.append(UNCOMPILED_NOTE)
         return super().run(call)

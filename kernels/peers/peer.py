@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.errors import KernelFailure, SpecError
-from verify.kernels.kernel import Kernel
-from verify.kernels.trace import Signature
+from verify.kernels.kernel import Kernel, ReadyCall
+from verify.kernels.trace import Launched, Signature
 
 # One launch: out [T, Hq, Dv] in the library's own dtype, lse [T, Hq] as natural logarithm, or None.
 Launch = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
@@ -59,7 +59,7 @@ class PeerKernel(Kernel):
     def arithmetic_of(self, call: Call) -> Arithmetic:
         return loosest_of(call.q.dtype, acc="f32")
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         self._check(call)
         shape = call.shape
         out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
@@ -71,22 +71,21 @@ class PeerKernel(Kernel):
                 lse[b, rows] = found_lse.float()
         # How a library cuts a call is its own affair: its signature is its name and version.
         signature = Signature(self.spec, self.version, (), (), "one")
-        self.trace.record_rows(call.path, call.kv_len, signature)
-        return AttentionOutput(out, lse)
+        return Result(out, lse, Launched.every_row(call.path, call.kv_len, signature))
 
-    def launcher(self, call: Call) -> Callable[[], AttentionOutput]:
+    def ready(self, call: Call) -> ReadyCall:
         """For one row, the library's kernel alone: its result stays in its own dtype, lse may be missing."""
-        self.run(call)  # compiles, and records the launch once
+        ready = super().ready(call)  # compiles
         launches = [launch for _, _, launch in self._launches(call)]
         if len(launches) != 1:
-            return super().launcher(call)
+            return ready
         no_lse = call.q.new_full(call.q.shape[:3], math.nan, dtype=torch.float32)
 
         def launch() -> AttentionOutput:
             out, lse = launches[0]()
             return AttentionOutput(out[None], no_lse if lse is None else lse[None])
 
-        return launch
+        return ready._replace(launch=launch)
 
     def _check(self, call: Call) -> None:
         reason = self.capabilities().refuses(call)

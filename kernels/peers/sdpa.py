@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.call import Call, Result
 from verify.kernels.catalogue import SDPA_CAPABILITIES
 from verify.kernels.errors import KernelFailure
 from verify.kernels.here import NO_CUDA, has_cuda
@@ -44,7 +44,7 @@ class SdpaKernel(PeerKernel):
         refuse(spec.text, why_not_sdpa(spec.target))
         return cls(spec.text, spec.target)
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
+from support import flash_counting as counting
 from support import flash_laws as laws
 from verify.kernels.call import checked_call
 from verify.kernels.eager import EagerKernel, EagerOptions
@@ -71,11 +73,12 @@ def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
     for kv in (KVCuts(), KVCuts("parts", 5), KVCuts("parts", 17), KVCuts("size", 512), KVCuts("auto")):
         flash = FlashKernel("flash", EagerOptions(plan=Plan(kv=kv)))
         together = flash.attend(q, k, v, kv_len=kv_len, scale=0.09)
+        assert flash.notes == [], "what was written is what was planned"
         for t in range(48):
             alone = flash.attend(q[1:, t : t + 1], k[1:], v[1:], kv_len=kv_len[1:, t : t + 1], scale=0.09)
             assert torch.equal(alone.out[0, 0], together.out[1, t])
             assert torch.equal(alone.lse[0, 0], together.lse[1, t])
-        binaries |= {signature.binary.split("+")[0] for _, _, signature in flash.trace.rows}
+        binaries |= {signature.binary.split("+")[0] for _, _, signature in together.launched.rows}
     assert len(binaries) == 1
 
 
@@ -104,12 +107,43 @@ def test_flash_is_the_cuda_kernel_and_says_what_it_launched() -> None:
     x = laws.inputs(laws.Case("trace", ratio=12, p="f16"), CUDA)
     flash = build_kernel("flash:heads=8+4,kv=2")
     assert isinstance(flash, FlashKernel) and flash.notes == []
-    flash.attend(x.q, x.k, x.v, **x.more)
-    at_200 = [signature for path, n_kv, signature in flash.trace.rows if n_kv == 200]
+    launched = flash.attend(x.q, x.k, x.v, **x.more).launched
+    at_200 = [signature for path, n_kv, signature in launched.rows if n_kv == 200]
     assert [(s.kernel, s.head_groups, s.cuts, s.launch) for s in at_200] == [
         ("flash[block=64,p=f16,acc=f32,out=f32]", (8, 4), (0, 128, 200), "one")
     ]
     assert len(at_200[0].binary.split("+")) == 2
+
+
+@pytest.mark.parametrize("spoil", ["device", "plan"])
+def test_a_plan_that_did_not_run_is_not_what_it_says(
+    spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counting.a_plan_that_did_not_run_is_not_what_it_says(spoil, CUDA, monkeypatch, tmp_path)
+
+
+def test_the_first_of_like_calls_is_counted_and_a_sample_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting.the_first_of_like_calls_is_counted_and_a_sample_after(CUDA, monkeypatch)
+
+
+def test_what_is_not_launched_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting.what_is_not_launched_is_not_counted(CUDA, monkeypatch)
+
+
+def test_a_ready_call_can_be_captured() -> None:
+    """Nothing is counted in it, so nothing waits for the device; replayed, it gives the same bits."""
+    x = laws.inputs(laws.Case("graph", p="f16", plan=Plan(kv=KVCuts("parts", 2))), CUDA)
+    ready = build_kernel("flash:kv=2").ready(checked_call(x.q, x.k, x.v, **x.more))
+    first = ready.launch()
+    expected = first.out.clone()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = ready.launch()
+    captured.out.fill_(7.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured.out, expected)
 
 
 def test_cpu_tensors_run_as_eager_with_a_note() -> None:

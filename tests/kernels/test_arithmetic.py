@@ -12,7 +12,7 @@ import torch
 from verify.kernels.budget.arithmetic import U_F32_TENSOR_CORE, Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import _step
-from verify.kernels.call import Call, checked_call
+from verify.kernels.call import Call, Result, checked_call
 from verify.kernels.eager import EagerKernel, EagerOptions
 from verify.kernels.flash.kernel import EagerOverCache, FlashKernel
 from verify.kernels.flash.tiles import Tiles
@@ -22,6 +22,7 @@ from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.policy import policy_named
 from verify.kernels.registry import build_kernel
 from verify.kernels.tensor_parallel import TensorParallelKernel
+from verify.kernels.trace import LaunchTrace
 
 
 def call_of(rows: list[int], heads: int = 12, kv_heads: int = 1, size: int = 16, **more: object) -> Call:
@@ -33,8 +34,8 @@ def call_of(rows: list[int], heads: int = 12, kv_heads: int = 1, size: int = 16,
     return checked_call(q, k, v, kv_len=kv_len, scale=0.25, **more)  # type: ignore[arg-type]
 
 
-def ran(kernel: EagerKernel, n_kv: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    ((_, signature),) = kernel.trace.at(n_kv)
+def ran(result: Result, n_kv: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ((_, signature),) = LaunchTrace([result.launched]).at(n_kv)
     return signature.head_groups, signature.cuts
 
 
@@ -43,8 +44,7 @@ def test_a_policy_sees_the_type_of_the_cache() -> None:
     plan = Plan(policy=policy_named("ik-1183").with_threshold(0))
     for cache, groups in (("f16", (8, 4)), ("q8_0", (4, 4, 4))):
         kernel = EagerOverCache("x", EagerOptions(plan=plan), cache)
-        kernel.run(call_of([64], size=32))
-        assert ran(kernel, 64)[0] == groups
+        assert ran(kernel.run(call_of([64], size=32)), 64)[0] == groups
 
 
 def test_the_plan_of_the_call_is_what_its_arithmetic_counts() -> None:
@@ -59,8 +59,7 @@ def test_the_plan_of_the_call_is_what_its_arithmetic_counts() -> None:
         ("own", replace(call, plan=Plan(kv=KVCuts("parts", 7)))),
     ):
         kernel = EagerKernel("x", EagerOptions(plan=plan))
-        kernel.run(each)
-        parts[name] = len(ran(kernel, 1024)[1]) - 1
+        parts[name] = len(ran(kernel.run(each), 1024)[1]) - 1
         assert kernel.arithmetic_of(each).depths(1024).parts == parts[name], name
     assert len(set(parts.values())) == 3
 
@@ -70,10 +69,10 @@ def test_rows_of_a_prefill_tile_have_the_cuts_of_the_longest(spread: list[int]) 
     kernel = build_kernel("eager:kv=4")
     assert isinstance(kernel, EagerKernel)
     call = call_of(spread, path="prefill")
-    kernel.run(call)
+    result = kernel.run(call)
     arithmetic = kernel.arithmetic_of(call)
     for n_kv in spread:
-        _, cuts = ran(kernel, n_kv)
+        _, cuts = ran(result, n_kv)
         visible = [min(b, n_kv) - a for a, b in pairwise(cuts) if a < n_kv]
         depths = arithmetic.depths(n_kv)
         assert depths.parts >= len(cuts) - 1

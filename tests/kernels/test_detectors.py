@@ -115,9 +115,8 @@ def test_trace_and_determinism() -> None:
     assert determinism_finding(race, call, race.run(call), runs=8) is not None
     never = next(f for f in FAULTS if f.name == "never ran").build()
     assert isinstance(never, TileKernel)
-    never.run(call)
-    said = trace_finding(never.trace, call, lambda n: never.planned(call.shape, n))
+    said = trace_finding(never.run(call).launched, lambda n: never.planned(call.shape, n))
     assert said is not None and "(6,)" in said.said and "(4, 2)" in said.said
     right = TileKernel("right", kv=3, heads=(4, 2))
     assert determinism_finding(right, call, right.run(call)) is None
-    assert trace_finding(right.trace, call, lambda n: right.planned(call.shape, n)) is None
+    assert trace_finding(right.run(call).launched, lambda n: right.planned(call.shape, n)) is None

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from support.problems import problem
+from verify.kernels import eager
 from verify.kernels.budget.bound import error_budget
-from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.call import Call, Result
 from verify.kernels.exact import exact_attention
 from verify.kernels.registry import build_kernel
+from verify.kernels.trace import LaunchTrace
 
 SPECS = (
     "eager",
@@ -34,7 +38,7 @@ VARIANTS = (
 )
 
 
-def run(spec: str, call: Call) -> AttentionOutput:
+def run(spec: str, call: Call) -> Result:
     return build_kernel(spec).run(call)
 
 
@@ -143,14 +147,15 @@ def test_float16_accumulators_lose_precision_and_more_parts_lose_less() -> None:
 
 def test_the_trace_says_what_was_launched() -> None:
     call = problem(rows=130)
-    kernel = build_kernel("eager:heads=2+1,kv=2,launch=each")
-    kernel.run(call)
-    lines = kernel.trace.coverage()
+    trace = LaunchTrace([run("eager:heads=2+1,kv=2,launch=each", call).launched])
+    lines = trace.coverage()
     assert sum(line.rows for line in lines) == 130
     assert {line.head_groups for line in lines} == {(2, 1)}
     # One tile cannot be cut in two: up to 64 keys there is one part.
     assert [(line.parts, line.n_kv_min, line.n_kv_max) for line in lines] == [(1, 1, 64), (2, 65, 130)]
-    for (_, n_kv, signature), _ in kernel.trace.rows.items():
+    # Head groups are computed in turn, however the plan would launch them.
+    assert {line.launch for line in lines} == {"one"}
+    for _, n_kv, signature in trace.rows:
         assert signature.cuts[0] == 0
         assert signature.cuts[-1] == n_kv
         assert all(a < b for a, b in pairwise(signature.cuts))
@@ -158,16 +163,36 @@ def test_the_trace_says_what_was_launched() -> None:
 
 def test_traces_differ_only_where_plans_do() -> None:
     call = problem(rows=130)
-    one, four = build_kernel("eager"), build_kernel("eager:kv=4")
-    one.run(call), four.run(call)
-    assert four.trace.differs_from(one.trace) == frozenset(range(65, 131))
-    again = build_kernel("eager")
-    again.run(call)
-    assert not again.trace.differs_from(one.trace)
+    one, four, again = (LaunchTrace([run(spec, call).launched]) for spec in ("eager", "eager:kv=4", "eager"))
+    assert four.differs_from(one) == frozenset(range(65, 131))
+    assert not again.differs_from(one)
 
 
 def test_a_trace_survives_json() -> None:
-    call = problem(rows=70)
-    kernel = build_kernel("eager:kv=2")
-    kernel.run(call)
-    assert type(kernel.trace).from_json(kernel.trace.to_json()) == kernel.trace
+    trace = LaunchTrace([run("eager:kv=2", problem(rows=70)).launched])
+    assert LaunchTrace.from_json(trace.to_json()) == trace
+
+
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+def test_parts_are_counted_where_they_are_closed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that ignores its cuts, for the first head group alone: each group's own bounds are told."""
+    plain = eager._launch
+
+    def one_part(*given: Any) -> Any:
+        *before, cuts, heads, keys, values = given
+        if int(heads.flatten()[0]) == 0:
+            cuts = [(0, bounds[-1]) for bounds in cuts]
+        return plain(*before, cuts, heads, keys, values)
+
+    monkeypatch.setattr(eager, "_launch", one_part)
+    call = problem(rows=130, path=path)
+    trace = LaunchTrace([run("eager:heads=2+1,kv=2", call).launched])
+    assert {(s.head_groups, s.cuts) for _, s in trace.at(130)} == {((2,), (0, 130)), ((1,), (0, 64, 130))}
+    if path == "decode":
+        assert {(s.head_groups, s.cuts) for _, s in trace.at(64)} == {((2, 1), (0, 64))}
+
+
+def test_a_row_without_keys_has_no_part() -> None:
+    call = problem(rows=2)
+    empty = replace(call, kv_len=torch.zeros_like(call.kv_len))
+    assert {s.cuts for _, _, s in run("eager:kv=2", empty).launched.rows} == {(0,)}

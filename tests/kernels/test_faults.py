@@ -15,6 +15,7 @@ from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
+from verify.kernels.trace import LaunchTrace
 
 SIZES = Sizes(n_kv=(161, 97, 0), batch=2)
 # One reference of every line of the list of real bugs that the corpus grew from.
@@ -98,8 +99,8 @@ def test_the_tile_kernel_is_eager_in_other_words() -> None:
 def test_what_ran_is_in_the_trace() -> None:
     call = draw("gaussian", SIZES, seed=0)
     kernel = TileKernel("tile", kv=3, heads=(4, 2))
-    kernel.run(call)
-    ((_, signature),) = kernel.trace.at(161)
+    trace = LaunchTrace([kernel.run(call).launched])
+    ((_, signature),) = trace.at(161)
     assert signature.head_groups == (4, 2)
     assert signature.cuts == (0, 64, 128, 161)
-    assert kernel.trace.total_rows == 6
+    assert trace.total_rows == 6

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from support import flash_counting as counting
 from support import flash_laws as laws
 from support.subjects import flash_subject
 from verify.kernels.call import checked_call
@@ -166,6 +168,21 @@ def test_the_laws_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         laws.agrees_with_exact(laws.Case("dropped", lengths=[[200]]), CPU)
 
 
+@pytest.mark.parametrize("spoil", ["device", "plan"])
+def test_a_plan_that_did_not_run_is_not_what_it_says(
+    spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counting.a_plan_that_did_not_run_is_not_what_it_says(spoil, CPU, monkeypatch, tmp_path)
+
+
+def test_the_first_of_like_calls_is_counted_and_a_sample_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting.the_first_of_like_calls_is_counted_and_a_sample_after(CPU, monkeypatch)
+
+
+def test_what_is_not_launched_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting.what_is_not_launched_is_not_counted(CPU, monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,8 +206,8 @@ def test_without_cuda_flash_is_eager_and_says_so() -> None:
     assert flash.notes == [f"{FALLBACK_NOTE} (no CUDA device)"]
     assert why_not_flash() == "no CUDA device"
     x = laws.inputs(laws.Case("eager"), CPU)
-    flash.attend(x.q, x.k, x.v, **x.more)
-    assert {signature.kernel for _, _, signature in flash.trace.rows} == {
+    result = flash.attend(x.q, x.k, x.v, **x.more)
+    assert {signature.kernel for _, _, signature in result.launched.rows} == {
         "eager[block=64,p=f16,acc=f32,out=f32]"
     }
     assert flash_kernel("flash", EagerOptions()).spec == "flash"
@@ -203,11 +220,11 @@ def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest
     case = laws.Case("small", 576, 512, 20, 1, [[65]])
     x = laws.inputs(case, CPU)
     kernel = laws.kernel(case)
-    kernel.attend(x.q, x.k, x.v, **x.more)
+    result = kernel.attend(x.q, x.k, x.v, **x.more)
     assert kernel.notes == [
         f"{FALLBACK_NOTE} (no tile of head sizes 576 and 512 fits in 16384 bytes of shared memory)"
     ]
-    assert [signature.kernel[:5] for _, _, signature in kernel.trace.rows] == ["eager"]
+    assert [signature.kernel[:5] for _, _, signature in result.launched.rows] == ["eager"]
 
 
 def test_a_smaller_tile_keeps_the_cuts_and_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +234,7 @@ def test_a_smaller_tile_keeps_the_cuts_and_is_traced(monkeypatch: pytest.MonkeyP
     case = laws.Case("smaller", 256, 256, 4, 1, [[200]], plan=Plan(kv=KVCuts("parts", 2)))
     x = laws.inputs(case, CPU)
     kernel = laws.kernel(case)
-    kernel.attend(x.q, x.k, x.v, **x.more)
-    ((_, _, signature),) = kernel.trace.rows
+    ((_, _, signature),) = kernel.attend(x.q, x.k, x.v, **x.more).launched.rows
     assert signature.kernel == "flash[block=64,p=f32,acc=f32,out=f32,tile=16]"
     assert signature.cuts == (0, 128, 200)
     shape = checked_call(x.q, x.k, x.v, **x.more).shape

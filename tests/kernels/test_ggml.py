@@ -105,10 +105,11 @@ def test_two_builds_and_head_groups_agree_to_the_bit_and_say_what_ran(kernels: d
     a, b = kernel_of(kernels, "A"), kernel_of(kernels, "B")
     split = kernel_of(kernels, "A", ",heads=8+4")
     due = a.run(call).out
-    for other in (b, split):
-        assert same_bits(other.run(call).out, due)
+    results = {kernel.spec: kernel.run(call) for kernel in (b, split)}
+    for result in results.values():
+        assert same_bits(result.out, due)
     assert same_bits(a.run(replace(call, plan=Plan(heads=(8, 4)))).out, due)
-    seen = {kernel.spec: {s for _, _, s in kernel.trace.rows} for kernel in (b, split)}
+    seen = {spec: {s for _, _, s in result.launched.rows} for spec, result in results.items()}
     assert {(s.head_groups, s.launch) for s in seen[b.spec]} == {((12,), "one")}
     assert {(s.head_groups, s.launch) for s in seen[split.spec]} == {((8, 4), "each")}
     assert a.binary != b.binary and len(a.binary) == 12

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from verify.kernels.trace import Batch, LaunchTrace, Signature
+import torch
+
+from verify.kernels.trace import Launched, LaunchTrace, Signature
 
 ONE = Signature("flash", "b1", (12,), (0, 64), "one")
 TWO = Signature("flash", "b1", (8, 4), (0, 32, 64), "one")
 
 
-def test_batches_are_the_rows_that_they_stand_for() -> None:
-    batch = Batch({("decode", 64, ONE): 3, ("decode", 65, TWO): 1})
-    trace, by_rows = LaunchTrace(), LaunchTrace()
-    trace.record("decode", 64, ONE, 2)
+def test_a_call_counts_as_often_as_it_is_made() -> None:
+    """The same object again and again, as the layers of a model give it, or a new one each time."""
+    once = Launched({("decode", 64, ONE): 3, ("decode", 65, TWO): 1})
+    trace = LaunchTrace([Launched({("decode", 64, ONE): 2})])
     for _ in range(5):
-        trace.record_batch(batch)
-        by_rows.record("decode", 64, ONE, 3)
-        by_rows.record("decode", 65, TWO, 1)
-    by_rows.record("decode", 64, ONE, 2)
-    assert trace.rows == by_rows.rows
-    assert trace.rows == by_rows.rows, "reading counts nothing twice"
-    assert trace.total_rows == 22
+        trace.count(once)
+    assert trace.rows == {("decode", 64, ONE): 17, ("decode", 65, TWO): 5}
+    assert trace.total_rows == 22, "reading counts nothing twice"
+    one_by_one = LaunchTrace(Launched({("decode", 64, ONE): 1}) for _ in range(1000))
+    assert len(one_by_one._calls) < 1000, "what was counted is added up now and then"
+    assert one_by_one.total_rows == 1000
 
 
-def test_traces_add_up_with_their_batches() -> None:
-    batch = Batch({("decode", 64, ONE): 3})
-    a, b = LaunchTrace(), LaunchTrace()
-    for trace in (a, b, b):
-        trace.record_batch(batch)
-    b.record("decode", 65, TWO, 1)
+def test_every_row_of_a_call_is_counted_by_its_keys() -> None:
+    kv_len = torch.tensor([[3, 0], [3, 4]], dtype=torch.int32)
+    launched = Launched.every_row("decode", kv_len, ONE)
+    assert launched.rows == {("decode", 3, ONE): 2, ("decode", 0, ONE): 1, ("decode", 4, ONE): 1}
+    assert LaunchTrace([Launched.together([launched, launched])]) == LaunchTrace([launched] * 2)
+
+
+def test_traces_add_up() -> None:
+    once = Launched({("decode", 64, ONE): 3})
+    a, b = LaunchTrace([once]), LaunchTrace([once, once, Launched({("decode", 65, TWO): 1})])
     a.add(b)
     assert a.rows == {("decode", 64, ONE): 9, ("decode", 65, TWO): 1}
+    assert b.total_rows == 7
     assert LaunchTrace.from_json(a.to_json()).rows == a.rows
     assert a.differs_from(b) == frozenset()
-    b.record("decode", 66, TWO, 1)
+    b.count(Launched({("decode", 66, TWO): 1}))
     assert b.differs_from(a) == {66}
     assert a.differs_from(b) == frozenset(), "what did not run covers nothing"

@@ -14,6 +14,7 @@ from verify.kernels.call import Call, checked_call
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 from verify.kernels.tensor_parallel import TensorParallelKernel, shares
+from verify.kernels.trace import LaunchTrace
 
 
 def call_of(kv_heads: int, ratio: int, n_kv: int, *, sinks: bool = False) -> Call:
@@ -64,6 +65,7 @@ def test_every_gpu_is_called_on_its_heads_and_has_the_plan_of_its_own() -> None:
     kernel, alone = tensor_parallel(spec, 2), build_kernel(spec)
     found = kernel.run(call)
     assert call.sinks is not None
+    apart = LaunchTrace()
     for gpu in range(2):
         q, kv = slice(4 * gpu, 4 * gpu + 4), slice(2 * gpu, 2 * gpu + 2)
         own = checked_call(
@@ -71,23 +73,25 @@ def test_every_gpu_is_called_on_its_heads_and_has_the_plan_of_its_own() -> None:
             kv_len=call.kv_len, scale=call.scale, sinks=call.sinks[q],
         )  # fmt: skip
         expected = alone.run(own)
+        apart.count(expected.launched)
         assert torch.equal(found.out[:, :, q], expected.out)
         assert torch.equal(found.lse[:, :, q], expected.lse)
     # Two KV heads leave twice the multiprocessors to each: 132 // 2 parts and not 132 // 4.
-    whole = build_kernel(spec)
-    whole.run(call)
-    assert {line.parts for line in whole.trace.coverage()} == {33}
-    assert {line.parts for line in kernel.trace.coverage()} == {66}
-    assert kernel.trace.rows == alone.trace.rows
-    assert kernel.trace.total_rows == 2 * whole.trace.total_rows
-    assert not torch.equal(whole.run(call).out, found.out)
+    whole = build_kernel(spec).run(call)
+    on_one, on_two = LaunchTrace([whole.launched]), LaunchTrace([found.launched])
+    assert {line.parts for line in on_one.coverage()} == {33}
+    assert {line.parts for line in on_two.coverage()} == {66}
+    assert on_two == apart
+    assert on_two.total_rows == 2 * on_one.total_rows
+    assert not torch.equal(whole.out, found.out)
 
 
 def test_gpus_that_share_unequally_show_each_its_plan_and_stay_within_the_budget_of_both() -> None:
     call, spec = call_of(3, 2, 1100), "eager:kv=auto,block=16,acc=f16"
     kernel, inner = tensor_parallel(spec, 2), build_kernel(spec)
-    out = kernel.run(call).out
-    assert {line.parts for line in kernel.trace.coverage()} == {132 // 2, 69}
+    result = kernel.run(call)
+    out = result.out
+    assert {line.parts for line in LaunchTrace([result.launched]).coverage()} == {132 // 2, 69}
     arithmetic = kernel.arithmetic(call.shape, call.path)
     each = [
         inner.arithmetic(call.shape._replace(q_heads=2 * n, kv_heads=n), call.path).depths(1100)

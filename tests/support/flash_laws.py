@@ -133,6 +133,8 @@ def agrees_with_exact(case: Case, device: torch.device) -> None:
     against_exact(flash, call, lse=True)
     found = flash.run(call)
     assert bool((found.out[call.kv_len == 0] == 0).all())
+    assert sum(found.launched.rows.values()) == call.kv_len.numel()
+    # What the device wrote is the plan, or a note would say so.
     assert flash.notes == []
 
 
@@ -159,7 +161,7 @@ def groupings_agree_to_the_bit(device: torch.device, dtype: torch.dtype = torch.
         for plan in plans:
             flash = FlashKernel("flash", EagerOptions(plan=plan))
             results.append(flash.attend(x.q, x.k, x.v, **x.more))
-            signatures = [signature for _, _, signature in flash.trace.rows]
+            signatures = [signature for _, _, signature in results[-1].launched.rows]
             binaries |= {signature.binary for signature in signatures}
             groups |= {signature.head_groups for signature in signatures}
         for plan, result in zip(plans, results, strict=True):
@@ -176,7 +178,7 @@ def automatic_cuts_move_with_the_groups(device: torch.device) -> None:
     for heads in ((12,), (8, 4)):
         flash = FlashKernel("flash", EagerOptions(plan=Plan(heads=heads, kv=KVCuts("auto"), sms=6)))
         results.append(flash.attend(x.q, x.k, x.v, **x.more))
-        ((_, _, signature),) = flash.trace.rows
+        ((_, _, signature),) = results[-1].launched.rows
         cuts.append(signature.cuts)
     assert [len(c) - 1 for c in cuts] == [6, 3]
     assert not same_bits(*results)
@@ -191,7 +193,7 @@ def a_policy_runs_each_row_by_its_own_length(device: torch.device) -> None:
     x = inputs(case, device)
     flash = kernel(case)
     together = flash.attend(x.q, x.k, x.v, **x.more)
-    seen = {n_kv: (s.head_groups, s.launch) for _, n_kv, s in flash.trace.rows}
+    seen = {n_kv: (s.head_groups, s.launch) for _, n_kv, s in together.launched.rows}
     assert seen == {0: ((4, 4, 4), "one"), 200: ((8, 4), "each"), 257: ((8, 4), "each")}
     plain = kernel(Case("plain", p="f16")).attend(x.q, x.k, x.v, **x.more)
     assert same_bits(together, plain)
@@ -251,12 +253,12 @@ def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None
             exact = exact_attention(checked_call(x.q, *seen, **x.more)).out
             for expand in ("fused", "f16"):
                 flash = FlashKernel("flash", EagerOptions(plan=case.plan), cache=cache, expand=expand)
-                found = flash.attend(x.q, x.k, x.v, **x.more).out
-                error = float((found.double() - exact).norm() / exact.norm())
+                found = flash.attend(x.q, x.k, x.v, **x.more)
+                error = float((found.out.double() - exact).norm() / exact.norm())
                 assert error <= 8e-4, f"{cache}, {expand}, {size}: {error:.3g}"
                 ran = "fused" if cache in ("q8_0", "q4_0") and expand == "fused" else "f16"
                 label = f"flash[block=64,p=f16,acc=f32,out=f32,cache={cache},expand={ran}]"
-                assert {signature.kernel for _, _, signature in flash.trace.rows} == {label}
+                assert {signature.kernel for _, _, signature in found.launched.rows} == {label}
 
 
 def a_quantised_row_alone_is_the_row_in_its_batch(device: torch.device) -> None:

@@ -16,7 +16,6 @@ from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import Spec, parse_plan
-from verify.kernels.trace import LaunchTrace
 from verify.laws import Law, Subject, subject_of
 from verify.laws.law import Options
 from verify.laws.run import kept_examples, run_law
@@ -53,7 +52,7 @@ def tile_subject(build: Callable[[], Kernel]) -> Subject:
 
     def variant(options: Options) -> Kernel:
         other = copy.copy(kernel)
-        other.plan, other.trace = plan(options), LaunchTrace()
+        other.plan = plan(options)
         if "cache" in options:
             run = other.run
             other.held = lambda call: _cached(call, options["cache"])  # type: ignore[method-assign]

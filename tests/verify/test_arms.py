@@ -7,12 +7,14 @@ import torch
 
 from verify.arms.arm import Arm, ArmRunner, Place
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Shape
+from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.kernel import Kernel
+from verify.kernels.trace import Launched, Signature
 from verify.model.architectures.architecture import AttentionSettings
 from verify.model.runner import LayerCall
 
 ROWS, HEADS = 3, 4
+SIGNATURE = Signature("given", "", (), (), "one")
 
 
 class Given(Kernel):
@@ -22,9 +24,9 @@ class Given(Kernel):
         super().__init__("given")
         self.outputs = iter(outputs)
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         out = next(self.outputs)
-        return AttentionOutput(out, out.sum(-1))
+        return Result(out, out.sum(-1), Launched({(call.path, 1, SIGNATURE): 1}))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return Arithmetic()
@@ -65,5 +67,6 @@ def test_the_first_of_each_kind_is_found(wait: bool) -> None:
     assert found.nonfinite_place == Place(5, 2, 1, 2)
     # Rows, not elements: two heads of one row count once.
     assert found.nonfinite_rows == 2
+    assert [runner.launched.total_rows for runner in runners] == [3, 3]
     assert baseline.findings.attention_equal
     assert baseline.findings.nonfinite_place is None

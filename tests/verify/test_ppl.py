@@ -22,7 +22,7 @@ from support.cli import Done, verify, verify_apart
 from support.ppl_runs import Tiny, command, run, write_tiny
 from support.tiny_model import write_text, write_tiny_model
 from verify.arms.own_error import InPlace
-from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.call import Call, Result
 from verify.kernels.eager import EagerKernel, EagerOptions
 from verify.model import runner
 from verify.model.gguf.file import GGUFFile
@@ -345,7 +345,7 @@ class OutOfMemory(EagerKernel):
         super().__init__("full", EagerOptions())
         self.limit = limit
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         if call.shape.rows > 1 and OutOfMemory.group > self.limit:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return super().run(call)
@@ -399,7 +399,7 @@ class FailsOn(EagerKernel):
         super().__init__("fails", EagerOptions())
         self.batch = batch
 
-    def run(self, call: Call) -> AttentionOutput:
+    def run(self, call: Call) -> Result:
         if call.shape.batch == self.batch:
             raise RuntimeError("this batch is too much")
         return super().run(call)

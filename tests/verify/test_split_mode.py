@@ -113,8 +113,8 @@ def ran_at(spec: str, gpus: int, n_kv: int) -> set[tuple[int, ...]]:
     kernel = build_shared_kernel(spec, gpus)
     q = torch.zeros(1, 1, 96, 16, dtype=torch.float16)
     k = torch.zeros(1, n_kv, 8, 16, dtype=torch.float16)
-    kernel.attend(q, k, k, kv_len=torch.tensor([[n_kv]], dtype=torch.int32), scale=1.0)
-    return {line.head_groups for line in kernel.trace.coverage()}
+    result = kernel.attend(q, k, k, kv_len=torch.tensor([[n_kv]], dtype=torch.int32), scale=1.0)
+    return {signature.head_groups for _, _, signature in result.launched.rows}
 
 
 @pytest.mark.parametrize("policy", ["ik-1183,threshold=256", "ik-1190,threshold=2048"])

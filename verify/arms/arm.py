@@ -26,6 +26,7 @@ from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.kernel import Kernel
+from verify.kernels.trace import LaunchTrace
 from verify.model.runner import LayerCall
 
 Role = Literal["exact", "floor", "baseline", "control", "candidate", "engine", "noise", "prompt"]
@@ -170,7 +171,7 @@ class _Look(NamedTuple):
 
 
 class ArmRunner:
-    """An arm as the model's runner sees it: attention, watched.
+    """An arm as the model's runner sees it: attention, watched; `launched` is what its kernel ran for it.
 
     `board` holds, for the layer and windows at hand, the outputs of arms that others are compared with.
     watch: called with each call of the exact arm and its float64 result; seen: with every call; wait: whether
@@ -194,6 +195,7 @@ class ArmRunner:
         self.wait, self.again = wait, {} if again is None else again
         self._looked: list[_Look] = []
         self.name = arm.name
+        self.launched = LaunchTrace()
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         arm = self.arm
@@ -215,7 +217,7 @@ class ArmRunner:
                 oracle = oracle + floor_noise(call, oracle, self.seed)
             return oracle if call.x is not None and call.x.dtype == torch.float64 else oracle.float()
         tried = attempt(arm.kernel, kernel_call(call, arm.path))
-        arm.kernel.trace.add(tried.trace)
+        self.launched.count(tried.launched)
         tried.check_memory(arm.spec)
         if tried.output is None:
             arm.findings.failure = tried.failure

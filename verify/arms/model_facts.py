@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from verify.arms.arm import Arm
-from verify.arms.attempt import untraced
 from verify.kernels.call import AttentionPath, Shape, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.plans.shapes import ModelShape
@@ -112,15 +111,14 @@ def try_kernels(
             softcap=given.softcap,
         )
         why = None
-        with untraced(arm.kernel) as kernel:
-            if arm.spec.startswith("py:"):
-                why = kernel.capabilities().refuses(call)
-            else:
-                try:
-                    kernel.run(call)
-                except ValueError as error:
-                    why = str(error)
-                except KernelFailure as failed:
-                    why = str(failed) if failed.kind == "unsupported" else None
+        if arm.spec.startswith("py:"):
+            why = arm.kernel.capabilities().refuses(call)
+        else:
+            try:
+                arm.kernel.run(call)
+            except ValueError as error:
+                why = str(error)
+            except KernelFailure as failed:
+                why = str(failed) if failed.kind == "unsupported" else None
         if why is not None:
             raise UsageError(f"kernel {arm.spec!r} does not fit this model: {why}")

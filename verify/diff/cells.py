@@ -156,7 +156,7 @@ def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> lis
         if each.unsupported:
             found.append(None)
             continue
-        evidence = KernelEvidence(kernel.spec, cache=kernel.cache, trace=each.trace)
+        evidence = KernelEvidence(kernel.spec, cache=kernel.cache, trace=LaunchTrace([each.launched]))
         if each.output is None:
             evidence.failure = each.failure
         elif plain is not None:

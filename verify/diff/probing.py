@@ -70,7 +70,7 @@ def _failures(kernels: Sequence[Kernel], probe: Probe, tried: Sequence[Attempt])
         if each.output is None:
             failures.append([] if each.unsupported else [f"probe {probe.name}: {each.failure}"])
             continue
-        result = each.output
+        result: AttentionOutput = each.output
         if not kernel.capabilities().lse:
             # A kernel that returns no lse is not judged by it.
             due = budget.lse if budget is not None else probe.lse

@@ -20,7 +20,6 @@ from verify.gen.run import Generation, Step, Written
 from verify.judge.statistics import DistanceRatio, ratio_of_samples
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
 from verify.kernels.judging.figures import graveness
-from verify.kernels.trace import LaunchTrace
 from verify.machine import environment
 from verify.machine.exits import EXIT_VOID
 from verify.ppl.evidence.pairs import refusal
@@ -63,7 +62,7 @@ def compare(generation: Generation, found: Written, candidate: Arm) -> Compared:
     enough = bool(steps) and len(logs) >= FEWEST_SAMPLES
     finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in (candidate.name, "baseline"))
     distance = ratio_of_samples(np.array(logs), "this text only") if enough and finite else None
-    coverage = _coverage(candidate, baseline, steps)
+    coverage = _coverage(generation, candidate, steps)
     decision = decide(
         PairEvidence(
             faults=[*_faults(generation, found, candidate), *_faults(generation, found, baseline)],
@@ -95,10 +94,9 @@ def compare(generation: Generation, found: Written, candidate: Arm) -> Compared:
     )
 
 
-def _coverage(candidate: Arm, baseline: Arm, steps: Sequence[Step]) -> float:
+def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> float:
     """Share of the steps whose plan or kernel differed from the baseline's."""
-    traces = [arm.kernel.trace if arm.kernel else LaunchTrace() for arm in (candidate, baseline)]
-    changed = traces[0].differs_from(traces[1])
+    changed = generation.launched(candidate.name).differs_from(generation.launched("baseline"))
     return sum(step.n_kv in changed for step in steps) / max(len(steps), 1)
 
 
@@ -177,7 +175,7 @@ def conclude(generation: Generation, found: Written) -> tuple[list[Compared], di
             {"arm": arm.name, "spec": arm.spec, **line.to_json()}
             for arm in generation.arms
             if arm.kernel is not None
-            for line in arm.kernel.trace.coverage()
+            for line in generation.launched(arm.name).coverage()
         ],
         "detectable": {c.arm.name: c.distance.detectable if c.distance else None for c in compared},
         "speed": {"seconds": generation.stepper.stopwatch.seconds, "weights_resident": generation.resident},

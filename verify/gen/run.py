@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from verify.arms.arm import Arm, ArmRunner, cache_note
-from verify.arms.attempt import untraced
 from verify.arms.model_facts import try_kernels
 from verify.arms.split_mode import build_shared_kernel, check_model
 from verify.gen.checks import CheckedExact
 from verify.gen.difference import Difference, Token, difference_at, measure_floor
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.bits import same_bits
+from verify.kernels.trace import LaunchTrace
 from verify.machine.devices import chosen_device, free_memory
 from verify.machine.errors import UsageError
 from verify.model.architectures import architecture_of
@@ -151,6 +151,10 @@ class Generation:
         notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
         return sorted(notes | ({said} if (said := cache_note(self.arms)) is not None else set()))
 
+    def launched(self, arm: str) -> LaunchTrace:
+        """What an arm's kernel ran for it: the prompt, and every step of the text that all arms share."""
+        return self._runners[arm].launched
+
     @property
     def candidates(self) -> list[Arm]:
         return [arm for arm in self.arms if arm.role == "candidate"]
@@ -243,14 +247,13 @@ class Generation:
         written = [token]
         alone = Arm(arm.name, arm.role, arm.spec, arm.path, arm.kernel)
         branch = self.stepper.branch(ArmRunner(alone, {}), after=arm.name)
-        with untraced(arm.kernel):
-            while len(written) < self.settings.n_predict - i:
-                if written[-1] == self.tokenizer.eos_id and not self.settings.ignore_eos:
-                    break
-                logits = branch.step(torch.tensor(written[-1:]), scored=1).get(arm.name)
-                if logits is None:
-                    break
-                written.append(int(logits[0].argmax()))
+        while len(written) < self.settings.n_predict - i:
+            if written[-1] == self.tokenizer.eos_id and not self.settings.ignore_eos:
+                break
+            logits = branch.step(torch.tensor(written[-1:]), scored=1).get(arm.name)
+            if logits is None:
+                break
+            written.append(int(logits[0].argmax()))
         return written
 
 

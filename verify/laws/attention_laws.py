@@ -64,14 +64,12 @@ def head_groups(subject: Subject, problem: Problem) -> float:
     call = problem.call(subject.device)
     heads = {"heads": "+".join(map(str, problem.groups))}
     whole, split = subject.variant({"heads": str(problem.ratio)}), subject.variant(heads)
-    for kernel in (whole, split):
-        kernel.trace.rows.clear()
-    a, b = seen(split, call), seen(whole, call)
+    results = [kernel.run(call) for kernel in (split, whole)]
+    a, b = (seen(kernel, call, result) for kernel, result in zip((split, whole), results, strict=True))
     margin = agree(f"heads={heads['heads']}", a, b, lse=subject.capabilities.lse)
-    ran = [{(s.kernel, s.binary, s.cuts) for _, _, s in kernel.trace.rows} for kernel in (whole, split)]
+    ran = [{(s.kernel, s.binary, s.cuts) for _, _, s in result.launched.rows} for result in results]
     if ran[0] == ran[1] and subject.capabilities.plans:
-        outputs = (AttentionOutput(x.out, x.lse) for x in (a, b))
-        same_bits(f"heads={heads['heads']}, one binary", *outputs, lse=subject.capabilities.lse)
+        same_bits(f"heads={heads['heads']}, one binary", *results, lse=subject.capabilities.lse)
     return margin
 
 
@@ -127,10 +125,8 @@ def plan_runs(subject: Subject, problem: Problem) -> float:
     assert subject.plan is not None
     call = problem.call(subject.device)
     kernel, plan, shape = subject.variant(problem.options), subject.plan(problem.options), call.shape
-    kernel.trace.rows.clear()
-    kernel.run(call)
     rows: Counter[int] = Counter()
-    for (_, n_kv, ran), count in kernel.trace.rows.items():
+    for (_, n_kv, ran), count in kernel.run(call).launched.rows.items():
         rows[n_kv] += count
         due = plan.at(
             n_kv, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size

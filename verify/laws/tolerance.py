@@ -27,9 +27,9 @@ class Seen(NamedTuple):
     lse_bound: torch.Tensor
 
 
-def seen(kernel: Kernel, call: Call) -> Seen:
-    """The kernel's result with the budget of its arithmetic."""
-    result = kernel.run(call)
+def seen(kernel: Kernel, call: Call, result: AttentionOutput | None = None) -> Seen:
+    """The kernel's result, if need be a new one, with the budget of its arithmetic."""
+    result = result or kernel.run(call)
     budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
     _not_far(result.out.double() - budget.out, budget)
     return Seen(result.out.double(), result.lse.double(), budget.bound, budget.lse_bound)

@@ -122,14 +122,12 @@ def run_group(
     result, a frozen pass each; prompt: runs what comes before the scored positions; logits_files: where
     logits are saved, and engines' come from; measured: windows of the text, 0 for all, on which kernels are
     measured and the floor arm runs (`Sample`); checkpoints: where the group is kept between layers, begin:
-    one of these windows to go on from. Findings and traces of the arms start anew; an arm that failed in an
-    earlier group does not run again.
+    one of these windows to go on from. Findings of the arms start anew; an arm that failed in an earlier
+    group does not run again.
     """
     launching = [*arms, prompt] if prompt is not None else list(arms)
     for arm in launching:
         arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
-        if arm.kernel is not None:
-            arm.kernel.trace = LaunchTrace()
     runner.stopwatch.reset()
     runner.stream.read_bytes.clear()
     tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
@@ -174,6 +172,9 @@ def run_group(
     passes += [FrozenRunner(frozen_name(arm.name), arm, teacher, drift) for arm in teacher.arms]
     if victim is not None:
         passes += [FrozenRunner(name, victim, teacher, drift) for name in teacher.faults]
+    before_scored = ArmRunner(prompt, board) if prompt is not None else None
+    runners = [one for one in (*passes, before_scored) if isinstance(one, ArmRunner)]
+    launched = {one.name: one for one in runners if one.arm.kernel is not None}
     on_sample = {one.name for one in passes if isinstance(one, FrozenRunner) or one.arm.role == "floor"}
     most = anonymous_memory()
 
@@ -213,7 +214,7 @@ def run_group(
             settle()
             evidence = {
                 "findings": {arm.name: arm.findings.to_json() for arm in launching},
-                "traces": {arm.name: arm.kernel.trace.to_json() for arm in launching if arm.kernel},
+                "traces": {name: one.launched.to_json() for name, one in launched.items()},
                 "in_place": in_place.state(),
                 "drift": drift.sums,
                 "seconds": runner.stopwatch.seconds,
@@ -226,8 +227,8 @@ def run_group(
         evidence = begin.evidence
         for arm in launching:
             arm.findings = Findings.from_json(evidence["findings"][arm.name])
-            if arm.kernel is not None:
-                arm.kernel.trace = LaunchTrace.from_json(evidence["traces"][arm.name])
+        for name, one in launched.items():
+            one.launched = LaunchTrace.from_json(evidence["traces"][name])
         in_place.restore(evidence["in_place"])
         drift.sums = dict(evidence["drift"])
         runner.stopwatch.restore(evidence["seconds"], evidence["flop"])
@@ -239,7 +240,7 @@ def run_group(
         first_window=chosen.start,
         progress=step,
         whole_vocabulary=logits_files is not None,
-        prompt=ArmRunner(prompt, board) if prompt is not None else None,
+        prompt=before_scored,
         takes=lambda name, window: name not in on_sample or window in sample,
         layer_done=layer_done,
         begin=(begin.layers, begin.hidden) if begin is not None else None,
@@ -271,7 +272,7 @@ def run_group(
         in_place.table(),
         top1,
         {arm.name: arm.findings for arm in arms},
-        {arm.name: arm.kernel.trace for arm in launching if arm.kernel is not None},
+        {name: one.launched for name, one in launched.items()},
         drift.to_json(),
         runner.stopwatch.seconds,
         runner.stopwatch.flop,
