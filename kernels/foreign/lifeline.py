@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import selectors
 import signal
 import subprocess
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from typing import Any
 
 # A group that was sent SIGKILL is gone within this; one in a system call that never returns is left.
 GONE_LIMIT_S = 5.0
+# A program does not send itself these: somebody else, or the system, ended it.
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}
 
 
 def above_standard(fd: int) -> int:
@@ -37,7 +43,7 @@ def pipe() -> tuple[int, int]:
 
 
 class LifeLine:
-    """One group's: `reads` is for the child to inherit (`pass_fds`), `hold` once it runs, `cut` at its end.
+    """One group's: `reads` is for the child to inherit (`pass_fds`), `hold` once it runs, `close` at its end.
 
     Raises OSError where no pipe can be had.
     """
@@ -55,12 +61,45 @@ class LifeLine:
         os.close(self.reads)
         self.reads = -1
 
-    def cut(self) -> None:
+    def close(self) -> None:
         """Let go of it: what is still tied to it ends."""
         for fd in (self.reads, self._writes):
             if fd >= 0:
                 os.close(fd)
         self.reads = self._writes = -1
+
+
+@contextmanager
+def tied_process(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that leads a group of its own, which ends with the block and with us. Raises OSError."""
+    with closing(LifeLine()) as life:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=(life.reads,), start_new_session=True, **options
+        )
+        try:
+            life.hold(process.pid)
+            yield process
+        finally:
+            end_group(process)
+
+
+def output_of(process: subprocess.Popen[bytes], limit_s: float, most: int) -> bytes:
+    """What a process writes to its pipe until it ends, or has written this much.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    assert process.stdout is not None
+    found, deadline = bytearray(), time.monotonic() + limit_s
+    with process.stdout as pipe, selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while len(found) < most:
+            if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                raise subprocess.TimeoutExpired(process.args, limit_s)
+            if not (piece := os.read(pipe.fileno(), most - len(found))):
+                process.wait(max(deadline - time.monotonic(), 0.0))
+                break
+            found += piece
+    return bytes(found)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -73,3 +112,11 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GONE_LIMIT_S)
+
+
+def signal_name(number: int) -> str:
+    """`SIGSEGV`; of a real-time one `signal 40`."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -26,7 +26,14 @@ import numpy as np
 import torch
 
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
-from verify.kernels.foreign.lifeline import LifeLine, above_standard, end_group, pipe
+from verify.kernels.foreign.lifeline import (
+    FROM_OUTSIDE,
+    LifeLine,
+    above_standard,
+    end_group,
+    pipe,
+    signal_name,
+)
 from verify.kernels.foreign.overheard import Overheard
 
 START_LIMIT_S = 120
@@ -40,8 +47,6 @@ _LONGEST_S = 1e9
 _OWN_LIMIT_AFTER_S = 30
 _ALIGNMENT = 64
 _PIECE = 1 << 16
-# A kernel does not send itself these: somebody else, or the system, ended it.
-_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}
 _KINDS = {"raised", "shape", "dtype", "device", "unsupported", "import"}
 
 
@@ -182,6 +187,7 @@ class WorkerProcess:
         for name, place in places.items():
             raw = _read_at(self._shared, 4 * counts[name], place)
             if len(raw) != 4 * counts[name]:
+                self._end()
                 raise KernelFailure("wrote-inputs", f"{self.name}: cut its result {name} short")
             numbers = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.empty(0)
             found[name] = numbers.view(results[name])
@@ -202,7 +208,7 @@ class WorkerProcess:
             end_group(self._process)
             self._process = None
         if self._life is not None:
-            self._life.cut()
+            self._life.close()
             self._life = None
         for fd in self._fds:
             os.close(fd)
@@ -284,18 +290,10 @@ class WorkerProcess:
         else:
             how = f"killed by {signal_name(-code)}"
         said = f"{self.name}: its process was {how}" + (f": {heard}" if heard else "")
-        if -code in _FROM_OUTSIDE:
+        if -code in FROM_OUTSIDE:
             why = "where memory ran out the system does that" if -code == signal.SIGKILL else "from outside"
             return MachineFailure(f"{said} ({why})")
         return KernelFailure("died", said)
-
-
-def signal_name(number: int) -> str:
-    """`SIGSEGV`; of a real-time one `signal 40`."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time one
-        return f"signal {number}"
 
 
 def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, list[Any]], int]:

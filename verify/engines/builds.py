@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from verify.kernels.foreign.lifeline import output_of, signal_name, tied_process
+from verify.kernels.said import one_line
 from verify.machine.errors import UsageError
 
 PROGRAM_NAMES = ("llama-perplexity", "perplexity", "llama-perplexity.exe")
@@ -21,6 +23,7 @@ PROGRAM_NAMES = ("llama-perplexity", "perplexity", "llama-perplexity.exe")
 UNIFIED_NAMES, UNIFIED_COMMAND = ("llama", "llama.exe"), "perplexity"
 PROGRAM_FOLDERS = ("", "bin", "build/bin", "build")
 _ANSWER_SECONDS = 60.0
+_MOST_ANSWER = 1 << 20
 # Exit codes of a shell or loader for what cannot be started.
 _NOT_STARTED = (126, 127)
 _NOT_LOADED = re.compile(
@@ -150,18 +153,16 @@ def _flash_form(help_text: str) -> Literal["value", "flag"] | None:
 def _answer(command: list[str]) -> tuple[str, str | None]:
     """What a command prints, and why it could not be started, or None."""
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=_ANSWER_SECONDS, check=False,
-        )  # fmt: skip
+        with tied_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as done:
+            said = output_of(done, _ANSWER_SECONDS, _MOST_ANSWER)
     except OSError as error:
         return "", f"cannot be started: {error.strerror or error}"
     except subprocess.TimeoutExpired:
         return "", f"did not answer {command[-1]} in {_ANSWER_SECONDS:g} s"
-    text = done.stdout.decode("utf-8", errors="replace")
+    text = said.decode("utf-8", errors="replace")
     if done.returncode in _NOT_STARTED or done.returncode < 0 or _NOT_LOADED.search(text):
         own = next((line.strip() for line in text.splitlines() if _NOT_LOADED.search(line)), "")
         own = own or next((line.strip() for line in text.splitlines() if line.strip()), "")
-        said = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        return text, f"cannot be started ({said}): {own}" if own else f"cannot be started ({said})"
+        how = signal_name(-done.returncode) if done.returncode < 0 else f"exit code {done.returncode}"
+        return text, f"cannot be started ({how}): {one_line(own)}" if own else f"cannot be started ({how})"
     return text, None

@@ -9,9 +9,7 @@ attention; what ends after it does.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +18,13 @@ from typing import NamedTuple
 
 from verify.engines.builds import Program
 from verify.engines.logits_file import LogitsFile
+from verify.kernels.errors import MachineFailure
+from verify.kernels.foreign.lifeline import FROM_OUTSIDE, signal_name, tied_process
 from verify.machine.errors import UsageError
 
 LAST_LINES = 12
+# An engine that says more is stopped: a log is read, and kept.
+MOST_LOG_BYTES = 1 << 28
 _POLL_SECONDS = 0.1
 # `[12]8.1234,`: what the program prints after each window.
 _WINDOW_DONE = re.compile(rb"\[(\d+)\]\d")
@@ -101,7 +103,8 @@ def run_engine(
 ) -> EngineRun:
     """Run it to its end or the limit; its output goes to `log`. A failure is part of what is returned.
 
-    An interrupt ends the program too, and passes through.
+    An interrupt ends the program too, and passes through; so does whatever ends this process. Raises
+    MachineFailure where somebody else, or the system, killed the program.
     """
     logits.unlink(missing_ok=True)
     started = time.monotonic()
@@ -120,28 +123,28 @@ def run_engine(
             before_windows=failure is not None and (not _began(log) or _memory_ran_out(last)),
         )
 
-    with log.open("wb") as output:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return ended(f"cannot be started: {error.strerror or error}")
-        try:
+    try:
+        with (
+            log.open("wb") as output,
+            tied_process(command, stdout=output, stderr=subprocess.STDOUT) as process,
+        ):
             while process.poll() is None:
                 if time.monotonic() - started > time_limit:
                     return ended(f"was stopped at the time limit of {time_limit:g} s")
+                if log.stat().st_size > MOST_LOG_BYTES:
+                    return ended(f"was stopped: its log has more than {MOST_LOG_BYTES} bytes")
                 if progress:
                     progress(_windows_done(log), chunks)
                 time.sleep(_POLL_SECONDS)
-        finally:
-            _end(process)
+    except OSError as error:
+        return ended(f"cannot be started: {error.strerror or error}")
+    if -process.returncode in FROM_OUTSIDE:
+        raise MachineFailure(
+            f"{name}: {command[0]} was killed by {signal_name(-process.returncode)}, which it does not do to"
+            f" itself; its log is {log}"
+        )
     if process.returncode < 0:
-        return ended(f"died of signal {signal.Signals(-process.returncode).name}")
+        return ended(f"died of signal {signal_name(-process.returncode)}")
     if process.returncode:
         return ended(f"ended with exit code {process.returncode}")
     try:
@@ -182,11 +185,3 @@ def _windows_done(log: Path) -> int:
         f.seek(max(log.stat().st_size - (1 << 14), 0))
         found = _WINDOW_DONE.findall(f.read())
     return int(found[-1]) if found else 0
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the program and what it started; nothing where it has ended."""
-    if process.poll() is not None:
-        return
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
