@@ -179,6 +179,9 @@ class WorkerProcess:
         answer = self._exchange({**question, "tensors": layout, "results": outputs, "bytes": size}, limit_s)
         if "failure" in answer:
             raise KernelFailure(answer["failure"], f"{self.name}: {answer['message']}")
+        if os.fstat(self._shared).st_size < size:
+            self._end()
+            raise KernelFailure("wrote-inputs", f"{self.name}: cut the file of its inputs and results short")
         for name, x in tensors.items():
             if _read_at(self._shared, x.nbytes, layout[name][2]) != _bytes_of(x):
                 raise KernelFailure("wrote-inputs", f"{self.name}: wrote into its input {name}")
@@ -186,9 +189,6 @@ class WorkerProcess:
         found = {}
         for name, place in places.items():
             raw = _read_at(self._shared, 4 * counts[name], place)
-            if len(raw) != 4 * counts[name]:
-                self._end()
-                raise KernelFailure("wrote-inputs", f"{self.name}: cut its result {name} short")
             numbers = torch.frombuffer(raw, dtype=torch.float32) if raw else torch.empty(0)
             found[name] = numbers.view(results[name])
         return found
