@@ -85,12 +85,32 @@ def with_every_section(run: dict[str, Any]) -> dict[str, Any]:
         {
             "reference": "baseline",
             "arms": [
-                {"name": f"noise-{i}", "theta": float(t)} for i, t in enumerate(0.03 * rng.standard_normal(8))
+                {
+                    "name": f"noise-{i}",
+                    "spec": f"eager:kv={i + 2}",
+                    "theta": float(t),
+                    "distance_ratio": None,
+                    "distance_ratio_ci": None,
+                    "dlnppl": 1e-5,
+                    "kld_mean": 6e-7,
+                    "top1_changes": 1,
+                }
+                for i, t in enumerate(0.03 * rng.standard_normal(8))
             ],
             "theta_mean": 0.0,
             "theta_sd": 0.03,
             "theta_limits": [-0.15, 0.15],
-            "candidates": [{"candidate": name, "theta": 0.05, "outside": False} for name in candidates],
+            "candidates": [
+                {
+                    "candidate": name,
+                    "theta": 0.05,
+                    "outside": False,
+                    "rank": 4,
+                    "dlnppl": 1e-5,
+                    "dlnppl_outside": False,
+                }
+                for name in candidates
+            ],
         }
     ]
     run["power"] = run.get("power") or {

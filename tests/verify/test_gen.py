@@ -14,7 +14,8 @@ from support.browser import Browser
 from support.cli import Done, assert_refused, verify
 from support.plain_arms import ExactArm
 from support.tiny_model import write_tiny_model
-from verify.gen.difference import Difference, Token, measure_floor
+from verify.gen.difference import Difference, measure_floor
+from verify.gen.record import TokenRecord
 from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
 from verify.model.steps import Stepper
@@ -119,8 +120,8 @@ def test_what_a_user_is_told() -> None:
         step=16,
         n_kv=20,
         before="once upon",
-        baseline_token=Token(1, " a"),
-        candidate_token=Token(2, " the"),
+        baseline_token=TokenRecord(id=1, text=" a"),
+        candidate_token=TokenRecord(id=2, text=" the"),
         logits={"baseline": (1.0004, 1.0), "candidate": (1.0, 1.0003), "exact": (1.0, 1.0001)},
         probabilities={},
         floor=0.0011,
@@ -142,7 +143,16 @@ def test_the_floor_is_what_noise_does_there(tiny: Path) -> None:
     stepper = Stepper(architecture_of(GGUFFile.open(tiny)), [], device=CPU)
 
     def floor(seed: int, tokens: int = 12) -> Difference:
-        found = Difference("candidate", 0, tokens, "", Token(1, ""), Token(2, ""), {}, {})
+        found = Difference(
+            candidate="candidate",
+            step=0,
+            n_kv=tokens,
+            before="",
+            baseline_token=TokenRecord(id=1, text=""),
+            candidate_token=TokenRecord(id=2, text=""),
+            logits={},
+            probabilities={},
+        )
         measure_floor(found, stepper, [i % 250 for i in range(tokens)], seed=seed)
         return found
 

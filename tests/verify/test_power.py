@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from verify.kernels.exact import exact_attention
 from verify.kernels.merge import Part, merge_sequential
 from verify.ppl.evidence.power import _nll_slope
 from verify.ppl.planted import last_key_dropped, merge_weight_off, middle_key_dropped
+from verify.ppl.record import PlantedRecord, PowerRecord
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +110,31 @@ def test_the_least_scale_error_that_perplexity_could_show() -> None:
     """The far end of the interval of the size that is known best; faults of other kinds say nothing."""
     critical = 3.2905
 
-    def scale(size: float, dnll: float, se: float) -> dict[str, object]:
-        return {"kind": "scale", "size": size, "dnll": dnll, "dnll_se": se}
+    def planted(kind: str, size: float | None, dnll: float, se: float) -> PlantedRecord:
+        return PlantedRecord(
+            name=kind,
+            kind=kind,
+            size=size,
+            distance_ratio=None,
+            distance_ratio_ci=None,
+            frozen_kld=math.nan,
+            dnll=dnll,
+            dnll_se=se,
+            max_budget_ratio=None,
+            rms_ratio=None,
+            gain=None,
+            seen={},
+        )
 
-    faults = [scale(1e-3, 0.0, 4e-4), scale(1e-2, -1e-3, 1e-3), {"kind": "lost", "size": None, "dnll": 1.0}]
-    assert _nll_slope({"faults": faults}) == pytest.approx((1e-3 + critical * 1e-3) / 1e-2, rel=1e-4)
-    assert _nll_slope({"faults": faults[2:]}) == 0
+    faults = [
+        planted("scale", 1e-3, 0.0, 4e-4),
+        planted("scale", 1e-2, -1e-3, 1e-3),
+        planted("last key", None, 1.0, 1e-9),
+    ]
+
+    def slope(faults: list[PlantedRecord]) -> float:
+        return _nll_slope(PowerRecord(reference="baseline", faults=faults, smallest={}))
+
+    assert slope(faults) == pytest.approx((1e-3 + critical * 1e-3) / 1e-2, rel=1e-4)
+    assert slope(faults[2:]) == 0
     assert _nll_slope(None) == 0

@@ -16,7 +16,7 @@ from support.cli import assert_refused, verify
 from support.logits_files import decode
 from support.tiny_model import write_text, write_tiny_model
 from verify.engines.logits_file import LogitsFile, LogitsWriter
-from verify.ppl.referee import _cause
+from verify.ppl.engine_logits import cause_of_distance
 
 SCORED, VOCABULARY = 31, 259
 
@@ -158,7 +158,8 @@ def test_a_resumed_run_saves_what_is_left(saved: Path, monkeypatch: pytest.Monke
 
 
 def test_a_baseline_that_failed_says_nothing_of_an_engine() -> None:
-    found = {"arm": "engine", "path": "a.kld", "kld": 1e-3, "resolution": 1e-6}
-    cause, said = _cause(found, math.nan, 1e-3, ["F32"])
+    cause, said = cause_of_distance(
+        "engine (a.kld)", 1e-3, 1e-6, kernel=math.nan, nearest=1e-3, types=["F32"]
+    )
     assert cause == "not known"
     assert "nothing to hold it against" in said

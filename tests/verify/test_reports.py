@@ -16,7 +16,8 @@ from support.browser import Browser
 from support.cli import assert_refused, verify
 from support.full_run import write_with_every_section
 from support.tiny_model import write_text, write_tiny_model
-from verify.reports.record import RunRecord, command_line
+from verify.ppl.record import PplRun
+from verify.reports.record import load_run, ppl_command
 
 PHONE, DESK = 400, 1200
 
@@ -208,7 +209,9 @@ def test_runs_that_cannot_be_compared_are_said_to_be(run: Path, finished: Path, 
 
 
 def test_the_command_makes_the_run_again(finished: Path) -> None:
-    command = command_line(RunRecord.load(finished).run)
+    run = load_run(finished).run
+    assert isinstance(run, PplRun)
+    command = ppl_command(run)
     assert command.startswith("verify ppl -m ")
     for words in ("-c 64", "--chunks 6", "--baseline eager:block=16 ", "--candidate eager:block=16,acc=f16"):
         assert words in f"{command} "

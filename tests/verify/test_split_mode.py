@@ -15,6 +15,7 @@ import torch
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny, run
 from support.ranks import verify_ranks
+from verify.arms.records import TensorParallelRecord
 from verify.arms.split_mode import build_shared_kernel, check_model
 from verify.kernels.errors import SpecError
 from verify.kernels.tensor_parallel import TensorParallelKernel
@@ -169,7 +170,7 @@ def test_the_one_head_of_mla_cannot_be_shared_out() -> None:
 
 
 def test_unequal_shares_are_spelled_out() -> None:
-    found = {"gpus": 3, "kv_heads_by_gpu": [2, 3, 3]}
+    found = TensorParallelRecord(gpus=3, kv_heads_by_gpu=[2, 3, 3])
     assert split_mode_sentence(found) == (
         "split mode graph over 3 GPUs: 2 KV heads on 1 of them, 3 KV heads on 2 of them"
     )

@@ -74,6 +74,15 @@ class Findings:
         """Whether the kernel said that it does not take such calls, which is no evidence either way."""
         return self.failure is not None and self.failure.startswith(REFUSED)
 
+    @property
+    def kept_all_bits(self) -> bool:
+        """Whether it ran to the end with the reference's bits, in every attention output and logit."""
+        return self.failure is None and self.attention_equal and self.logits_equal
+
+    def refusal(self, called: str) -> str:
+        """That a kernel does not take what the model asks for, or nothing."""
+        return f"{called} does not take this call, {self.failure}" if self.refused else ""
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -117,12 +126,6 @@ def common_cache(arms: Iterable[Arm]) -> str | None:
     """The quantised type in which all kernels hold keys and values: no difference between them. Else None."""
     caches = {arm.kernel.cache for arm in arms if arm.kernel is not None}
     return caches.pop() if len(caches) == 1 and caches != {"f16"} else None
-
-
-def cache_note(arms: Iterable[Arm]) -> str | None:
-    """What a reader must know where there is one."""
-    cache = common_cache(arms)
-    return None if cache is None else f"all kernels hold {cache}: what that loses is in no distance"
 
 
 class FirstResult(NamedTuple):

@@ -7,13 +7,14 @@ what no single element shows: the gain, a common factor, and the root mean squar
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from verify.arms.own_error import HeadErrors, fault_of
+from verify.arms.records import InPlaceRecord, LayerErrors
 from verify.kernels.budget.arithmetic import U_F32
 from verify.kernels.judging.figures import gain_fault, gain_limit, graveness, rms_fault, rms_limit
 
@@ -69,7 +70,7 @@ def kernel_errors(rows: pa.Table) -> KernelErrors | None:
     )
 
 
-def in_place_json(layers: pa.Table, arm: str) -> dict[str, Any] | None:
+def in_place_record(layers: pa.Table, arm: str) -> InPlaceRecord | None:
     """The arm's entry of `in_place`, with a line a layer; None for an arm without a kernel."""
     rows = rows_of(layers, arm)
     whole = kernel_errors(rows)
@@ -80,27 +81,27 @@ def in_place_json(layers: pa.Table, arm: str) -> dict[str, Any] | None:
         part = kernel_errors(rows.filter(pc.equal(rows["layer"], layer)))
         assert part is not None
         by_layer.append(
-            {
-                "layer": layer,
-                "max_budget_ratio": part.max_budget_ratio,
-                "relative_rms": part.relative_rms,
-                "rms_ratio": part.rms_ratio,
-                "gain": part.gain,
-            }
+            LayerErrors(
+                layer=layer,
+                max_budget_ratio=part.max_budget_ratio,
+                relative_rms=part.relative_rms,
+                rms_ratio=part.rms_ratio,
+                gain=part.gain,
+            )
         )
-    return {
-        "arm": arm,
-        "checks": whole.checks,
-        "max_budget_ratio": whole.max_budget_ratio,
-        "vacuous": whole.vacuous,
-        "relative_rms": whole.relative_rms,
-        "rms_ratio": whole.rms_ratio,
-        "gain_mean": whole.gain,
-        "gain_se": whole.gain_se,
-        "gain_z": whole.gain_z,
-        "gain_limit": whole.gain_limit,
-        "layers": by_layer,
-    }
+    return InPlaceRecord(
+        arm=arm,
+        checks=whole.checks,
+        max_budget_ratio=whole.max_budget_ratio,
+        vacuous=whole.vacuous,
+        relative_rms=whole.relative_rms,
+        rms_ratio=whole.rms_ratio,
+        gain_mean=whole.gain,
+        gain_se=whole.gain_se,
+        gain_z=whole.gain_z,
+        gain_limit=whole.gain_limit,
+        layers=by_layer,
+    )
 
 
 def faults_in_place(layers: pa.Table, arm: str, called: str) -> list[str]:

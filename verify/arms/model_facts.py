@@ -6,11 +6,11 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from verify.arms.arm import Arm
+from verify.arms.records import ModelRecord
 from verify.kernels.call import AttentionPath, Shape, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.plans.shapes import ModelShape
@@ -23,22 +23,22 @@ from verify.model.runner import ATTENTION_TYPES
 SAMPLE_BYTES = 1 << 20
 
 
-def model_json(architecture: Architecture) -> dict[str, Any]:
+def model_record(architecture: Architecture) -> ModelRecord:
     """The model, as `run.json` names it."""
     file, sizes = architecture.file, architecture.sizes
-    return {
-        "path": str(file.path),
-        "name": file.metadata.get("general.name"),
-        "architecture": file.architecture,
-        "bytes": sum(p.stat().st_size for p in file.paths),
-        "fingerprint": fingerprint(file.paths),
-        "layers": sizes.layers,
-        "heads": sizes.heads,
-        "kv_heads": sizes.kv_heads,
-        "ratio": sizes.ratio,
-        "head_size": sizes.k_size,
-        "context": sizes.context,
-    }
+    return ModelRecord(
+        path=str(file.path),
+        name=file.metadata.get("general.name"),
+        architecture=file.architecture,
+        bytes=sum(p.stat().st_size for p in file.paths),
+        fingerprint=fingerprint(file.paths),
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        ratio=sizes.ratio,
+        head_size=sizes.k_size,
+        context=sizes.context,
+    )
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

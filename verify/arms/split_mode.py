@@ -7,8 +7,7 @@ roundings of every arm alike.
 
 from __future__ import annotations
 
-from typing import Any
-
+from verify.arms.records import TensorParallelRecord
 from verify.kernels.errors import SpecError
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.policy import SPLIT_MODES
@@ -69,9 +68,9 @@ def build_shared_kernel(spec: str, gpus: int) -> Kernel:
     return TensorParallelKernel(spec, build_kernel(own), gpus)
 
 
-def tensor_parallel_json(architecture: Architecture, gpus: int) -> dict[str, Any] | None:
+def tensor_parallel_record(architecture: Architecture, gpus: int) -> TensorParallelRecord | None:
     """What `run.json` says of it: KV heads by GPU, in the first layer. None where nothing is shared out."""
     if gpus == 1:
         return None
     by_gpu = [len(heads) for heads in shares(architecture.kv_heads_of(0), gpus)]
-    return {"gpus": gpus, "kv_heads_by_gpu": by_gpu}
+    return TensorParallelRecord(gpus=gpus, kv_heads_by_gpu=by_gpu)

@@ -39,7 +39,7 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.arms.split_mode import tensor_parallel_json
+    from verify.arms.split_mode import tensor_parallel_record
     from verify.data import read_text_file
     from verify.gen.evidence import conclude, token_table
     from verify.gen.run import Generation, GenSettings
@@ -48,8 +48,9 @@ def command(
     from verify.machine.environment import prepare_torch
     from verify.machine.errors import UsageError
     from verify.machine.jsontext import to_json_text
+    from verify.machine.records import as_json
     from verify.ppl.runfolder import PAGE, RESULT, RunFolder
-    from verify.reports.gen import pair_sentences
+    from verify.reports.gen import print_outcome
     from verify.reports.split_mode import split_mode_sentence
     from verify.reports.writing import write_reports
 
@@ -76,7 +77,7 @@ def command(
     )
     screen = sys.stderr if json_ else sys.stdout
     generation = Generation(settings, lambda text: print(f"verify: {text}", file=sys.stderr))
-    if shared_out := split_mode_sentence(tensor_parallel_json(generation.architecture, gpus)):
+    if shared_out := split_mode_sentence(tensor_parallel_record(generation.architecture, gpus)):
         print(shared_out, file=screen)
     try:
         folder = RunFolder.begin(out, "gen", groups=False)
@@ -85,25 +86,17 @@ def command(
         show = partial(print, end="", file=screen, flush=True)
         found = generation.run(lambda token: show(visible(text.more(token))))
         print(file=screen)
-        compared, run = conclude(generation, found)
+        run = conclude(generation, found)
         folder.write_table("tokens.parquet", token_table(generation, found))
         folder.write_table("layers.parquet", generation.exact.table())
-        folder.write_json(RESULT, run)
+        folder.write_json(RESULT, as_json(run))
         write_reports(folder.path)
     finally:
         generation.close()
-    texts = {arm["name"]: arm["text"] for arm in run["arms"]}
-    for one, pair in zip(compared, run["pairs"], strict=True):
-        print(f"{one.arm.name} {one.arm.spec}:", file=screen)
-        if one.first is not None:
-            print(f"  writes: {visible(texts[one.arm.name])}", file=screen)
-        for sentence in pair_sentences(pair):
-            print(f"  {sentence}", file=screen)
-    print(f"verdict: {run['verdict']}: {'; '.join([*run['reasons'], *run['notes']])}", file=screen)
-    print(f"report: {folder.path / PAGE}", file=screen, flush=True)
+    print_outcome(run, folder.path / PAGE, screen)
     if json_:
-        print(to_json_text(run), end="")
-    return EXIT_INTERRUPTED if found.ended == "interrupted" else int(run["exit_code"])
+        print(to_json_text(as_json(run)), end="")
+    return EXIT_INTERRUPTED if found.ended == "interrupted" else run.exit_code
 
 
 class _Text:

@@ -108,6 +108,7 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
+    from verify.arms.records import SCHEMA
     from verify.kernels.errors import MachineFailure
     from verify.machine.devices import default_device
     from verify.machine.environment import prepare_torch
@@ -115,6 +116,7 @@ def command(
     from verify.machine.jsontext import to_json_text
     from verify.machine.outfile import check_writable
     from verify.machine.ranks import ranks_of_environment
+    from verify.machine.records import as_json
     from verify.ppl.experiment import Experiment
     from verify.ppl.runfolder import RunFolder
     from verify.reports.ppl_screen import PplConsole
@@ -189,6 +191,7 @@ def command(
         if folder is not None and not stored:
             folder.write_settings(
                 {
+                    "schema": SCHEMA,
                     "command": "ppl",
                     "settings": settings.to_json(),
                     "identity": identity,
@@ -225,14 +228,15 @@ def command(
         return 0
     from verify.reports.writing import write_reports
 
-    folder.write_results(outcome.joined, outcome.run)
+    run = as_json(outcome.run)
+    folder.write_results(outcome.joined, run)
     write_reports(folder.path)
     folder.finish()
     folder.release()
-    console.outcome(experiment, outcome, folder.path)
+    console.outcome(outcome.run, folder.path)
     if json_:
-        print(to_json_text(outcome.run), end="")
-    return outcome.exit_code
+        print(to_json_text(run), end="")
+    return outcome.run.exit_code
 
 
 def _go_to(folder: str | None, resume: Path) -> None:

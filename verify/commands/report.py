@@ -11,7 +11,7 @@ import typer
 from verify.machine.errors import UsageError
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
 from verify.reports.comparison import comparison_html, comparison_markdown
-from verify.reports.record import RunRecord
+from verify.reports.record import StoredPpl, load_run
 from verify.reports.writing import write_reports
 
 
@@ -27,11 +27,15 @@ def command(
     if len(runs) == 1:
         if out is not None:
             raise UsageError(f"--out {out}: is for two runs; the reports of one go into its folder")
-        record = write_reports(runs[0])
-        reasons = "; ".join([*record.run["reasons"], *record.run["notes"]])
-        print(f"verdict: {record.run['verdict']}: {reasons}\nreport: {runs[0] / PAGE}", file=sys.stdout)
+        run = write_reports(runs[0]).run
+        reasons = "; ".join([*run.reasons, *run.notes])
+        print(f"verdict: {run.verdict}: {reasons}\nreport: {runs[0] / PAGE}", file=sys.stdout)
         return 0
-    first, second = (RunRecord.load(run) for run in runs)
+    stored = [load_run(run) for run in runs]
+    of_ppl = [one for one in stored if isinstance(one, StoredPpl)]
+    if other := next((one for one in stored if not isinstance(one, StoredPpl)), None):
+        raise UsageError(f"{other.folder}: a run of verify {other.run.command}, expected verify ppl")
+    first, second = of_ppl
     text = comparison_markdown(first, second)
     page = comparison_html(first, second)
     folder = RunFolder.begin(out, "report", groups=False)

@@ -22,6 +22,7 @@ from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import IN_OWN_PROCESS, build_kernel
 from verify.kernels.trace import LaunchTrace
 from verify.machine import environment
+from verify.machine.command_line import command_line
 from verify.machine.devices import is_out_of_memory
 from verify.machine.errors import UsageError
 from verify.machine.stages import StageClock
@@ -221,15 +222,12 @@ def run_diff(
 
 def command_of(settings: DiffSettings, cell: Cell) -> str:
     """The command that makes this cell again, alone."""
-    words = ["verify diff"]
-    if settings.captured_from is not None:
-        words.append(f"--captured-from {settings.captured_from}")
-    else:
+    inputs: dict[str, Any] = {"captured_from": settings.captured_from}
+    if settings.captured_from is None:
         i = cell.inputs
-        words += [f"--shape {i.shape}", f"--n-kv {i.n_kv}", f"--inputs {i.family}", f"--first-seed {i.seed}"]
-    words += [f"--device {settings.device}", f"--path {settings.path}"]
-    words += [f"--baseline '{settings.baseline}'", f"--candidate '{cell.candidate.spec}'"]
-    return " ".join(words)
+        inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
+    asked = {"device": settings.device, "path": settings.path, "baseline": settings.baseline}
+    return command_line(["diff"], {**inputs, **asked, "candidates": [cell.candidate.spec]})
 
 
 def _judge(spec: str, cells: list[Cell], trace: LaunchTrace, margin: float) -> CandidateResult:

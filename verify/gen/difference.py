@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from verify.arms.arm import Arm, ArmRunner
+from verify.gen.record import FirstDifference, TokenRecord
 from verify.model.steps import Stepper
 
 # Passes of the exact arm with noise at the place of a difference; fewer where the text is long.
 MOST_DRAWS, TOKENS_OF_DRAWS = 8, 8192
 # Beyond this many times its root mean square, rounding alone hardly ever reaches (3 sigma: 0.3 %).
 FAR = 3.0
-
-
-@dataclass
-class Token:
-    """A token as it is shown."""
-
-    id: int
-    text: str
 
 
 @dataclass
@@ -43,8 +35,8 @@ class Difference:
     step: int
     n_kv: int
     before: str
-    baseline_token: Token
-    candidate_token: Token
+    baseline_token: TokenRecord
+    candidate_token: TokenRecord
     logits: dict[str, tuple[float, float]]
     probabilities: dict[str, tuple[float, float]]
     floor: float | None = None
@@ -95,13 +87,15 @@ class Difference:
             return "so either token was as good: any other rounding could have changed the text here"
         return f"so rounding alone does not explain it: the move is {self.moved / self.floor:.2g} times that"
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "margin": self.margin, "moved": self.moved, "sentences": self.sentences()}
+    def record(self) -> FirstDifference:
+        """As `run.json` holds it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return FirstDifference(**own, margin=self.margin, moved=self.moved, sentences=self.sentences())
 
 
 def difference_at(
     candidate: str,
-    tokens: tuple[Token, Token],
+    tokens: tuple[TokenRecord, TokenRecord],
     logits: Mapping[str, torch.Tensor],
     *,
     step: int,
@@ -113,11 +107,12 @@ def difference_at(
     found = {name: tuple(float(x[i]) for i in ids) for name, x in logits.items()}
     likely = {name: torch.softmax(x.double(), -1) for name, x in logits.items()}
     return Difference(
-        candidate,
-        step,
-        n_kv,
-        before,
-        *tokens,
+        candidate=candidate,
+        step=step,
+        n_kv=n_kv,
+        before=before,
+        baseline_token=tokens[0],
+        candidate_token=tokens[1],
         logits={name: (a, b) for name, (a, b) in found.items()},
         probabilities={name: (float(p[ids[0]]), float(p[ids[1]])) for name, p in likely.items()},
     )

@@ -4,60 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from verify.arms.arm import Arm, void_reasons
 from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of
-from verify.arms.model_facts import model_json
+from verify.arms.model_facts import model_record
 from verify.arms.model_health import model_fault
-from verify.arms.split_mode import tensor_parallel_json
+from verify.arms.records import SCHEMA, coverage_records
+from verify.arms.split_mode import tensor_parallel_record
 from verify.gen.checks import log_squares
-from verify.gen.difference import Difference
+from verify.gen.record import (
+    ClosestStep,
+    Disagreement,
+    GenArmRecord,
+    GenPairRecord,
+    GenRun,
+    GenSpeed,
+    PromptRecord,
+)
 from verify.gen.run import Generation, Step, Written
-from verify.judge.statistics import DistanceRatio, ratio_of_samples
-from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
+from verify.judge.run_verdict import run_verdict
+from verify.judge.statistics import ratio_of_samples
+from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.judging.figures import graveness
 from verify.machine import environment
-from verify.machine.exits import EXIT_VOID
-from verify.ppl.evidence.pairs import refusal
 from verify.ppl.groups import TOKEN_SCHEMA
 
-SCHEMA = 2
 FEWEST_SAMPLES = 2
 
 
-class Compared(NamedTuple):
-    """One candidate: the verdict, and what it rests on.
-
-    disagreements: steps at which its most likely token is not the baseline's; moved, floor_moved: root mean
-    square, over the steps, of how far the candidate moves the margin of the two top tokens from the
-    baseline's, and one rounding of noise from the exact arm's; closest: the step where these two were
-    closest in the baseline.
-    """
-
-    arm: Arm
-    decision: Decision
-    distance: DistanceRatio | None
-    coverage: float
-    disagreements: list[int]
-    first: Difference | None
-    moved: float
-    floor_moved: float
-    kld_mean: float
-    kld_max: float
-    bitwise_equal: bool
-    closest: int | None
-
-
-def compare(generation: Generation, found: Written, candidate: Arm) -> Compared:
-    """Everything about one candidate."""
-    steps = [step for step in found.steps if candidate.name in step.arms]
+def pair_record(generation: Generation, written: Written, candidate: Arm) -> GenPairRecord:
+    """Everything about one candidate, and the verdict on it."""
+    steps = [step for step in written.steps if candidate.name in step.arms]
     baseline = next(arm for arm in generation.arms if arm.role == "baseline")
-    findings = candidate.findings
-    equal = bool(steps) and not candidate.failed and findings.attention_equal and findings.logits_equal
+    equal = bool(steps) and candidate.findings.kept_all_bits
     logs = log_squares(generation.exact.checks, candidate.name, "baseline")
     enough = bool(steps) and len(logs) >= FEWEST_SAMPLES
     finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in (candidate.name, "baseline"))
@@ -65,32 +47,57 @@ def compare(generation: Generation, found: Written, candidate: Arm) -> Compared:
     coverage = _coverage(generation, candidate, steps)
     decision = decide(
         PairEvidence(
-            faults=[*_faults(generation, found, candidate), *_faults(generation, found, baseline)],
+            faults=[*_faults(generation, written, candidate), *_faults(generation, written, baseline)],
             same_spec=candidate.spec == baseline.spec,
             coverage=coverage,
             bitwise_equal=equal,
             distance=distance,
             min_coverage=generation.settings.min_coverage,
             margin=generation.settings.margin,
-            not_compared=refusal(candidate, "candidate") or refusal(baseline, "baseline"),
+            not_compared=candidate.findings.refusal("candidate") or baseline.findings.refusal("baseline"),
             unit="tokens",
             narrowed_by="more tokens (-n) narrow it",
         )
     )
+    text = generation.tokenizer.token_text
     klds = [step.arms[candidate.name].kld_to_baseline for step in steps]
-    return Compared(
-        candidate,
-        decision,
-        distance,
-        coverage,
-        [i for i, step in enumerate(steps) if step.arms[candidate.name].top1 != step.chosen],
-        found.first.get(candidate.name),
-        _moved(steps, candidate.name, "baseline"),
-        _moved(steps, "floor", "exact"),
-        sum(klds) / len(klds) if klds else math.nan,
-        max(klds, default=math.nan),
-        equal,
-        min(range(len(steps)), key=lambda i: steps[i].arms["baseline"].top1_margin, default=None),
+    first = written.first.get(candidate.name)
+    closest = min(range(len(steps)), key=lambda i: steps[i].arms["baseline"].top1_margin, default=None)
+    return GenPairRecord(
+        reference="baseline",
+        candidate=candidate.name,
+        path="decode",
+        verdict=decision.verdict,
+        reasons=decision.reasons,
+        distance_ratio=distance.ratio if distance else None,
+        distance_ratio_ci=(distance.low, distance.high) if distance else None,
+        distance_scope=distance.scope if distance else None,
+        detectable_distance_ratio=distance.detectable if distance else None,
+        kld_mean=sum(klds) / len(klds) if klds else math.nan,
+        kld_max=max(klds, default=math.nan),
+        tokens=len(steps),
+        bitwise_equal=equal,
+        coverage=coverage,
+        first_difference=first.record() if first else None,
+        disagreements=[
+            Disagreement(
+                step=i,
+                baseline_token=text(step.chosen),
+                candidate_token=text(step.arms[candidate.name].top1),
+                margin=step.arms["baseline"].top1_margin,
+            )
+            for i, step in enumerate(steps)
+            if step.arms[candidate.name].top1 != step.chosen
+        ],
+        margin_moved_rms=_moved(steps, candidate.name, "baseline"),
+        margin_moved_rms_floor=_moved(steps, "floor", "exact"),
+        closest=None
+        if closest is None
+        else ClosestStep(
+            step=closest,
+            token=text(steps[closest].chosen),
+            margin=steps[closest].arms["baseline"].top1_margin,
+        ),
     )
 
 
@@ -100,16 +107,16 @@ def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> 
     return sum(step.n_kv in changed for step in steps) / max(len(steps), 1)
 
 
-def _faults(generation: Generation, found: Written, arm: Arm) -> list[str]:
+def _faults(generation: Generation, written: Written, arm: Arm) -> list[str]:
     """What makes an arm `broken`, as sentences."""
     called = "candidate" if arm.role == "candidate" else f"baseline {arm.spec}"
     findings, faults = arm.findings, []
     if findings.failure is not None and not findings.refused:
-        steps = len([s for s in found.steps if arm.name in s.arms])
-        at = "the prompt" if arm.name in found.failed_in_prompt else f"token {steps + 1}"
+        steps = len([s for s in written.steps if arm.name in s.arms])
+        at = "the prompt" if arm.name in written.failed_in_prompt else f"token {steps + 1}"
         layer = f", layer {findings.failure_place.layer}" if findings.failure_place else ""
         faults.append(f"{called} failed at {at}{layer}: {findings.failure}")
-    infinite = [i for i, s in enumerate(found.steps) if arm.name in s.arms and not s.arms[arm.name].finite]
+    infinite = [i for i, s in enumerate(written.steps) if arm.name in s.arms and not s.arms[arm.name].finite]
     if findings.nonfinite_rows:
         layer = f", first in layer {findings.nonfinite_place.layer}" if findings.nonfinite_place else ""
         faults.append(f"{called}: NaN or Inf in {findings.nonfinite_rows} attention rows{layer}")
@@ -133,120 +140,71 @@ def _moved(steps: Sequence[Step], arm: str, reference: str) -> float:
     return math.sqrt(sum(m * m for m in moves) / len(moves)) if moves else math.nan
 
 
-def conclude(generation: Generation, found: Written) -> tuple[list[Compared], dict[str, Any]]:
-    """Every candidate's comparison, and run.json."""
-    compared = [compare(generation, found, arm) for arm in generation.candidates]
-    if not all(step.arms["exact"].finite for step in found.steps if "exact" in step.arms):
+def conclude(generation: Generation, written: Written) -> GenRun:
+    """The whole run: every candidate's evidence, and the verdict."""
+    if not all(step.arms["exact"].finite for step in written.steps if "exact" in step.arms):
         exact = next(arm for arm in generation.arms if arm.role == "exact")
         if exact.findings.nonfinite_place is None:
             exact.findings.model_fault = model_fault(generation.architecture)
-    void = void_reasons(generation.arms)
-    verdict = None if void else overall([c.decision for c in compared])
-    several = len(compared) > 1
-    reasons = void or [
-        f"{c.arm.spec}: {reason}" if several else reason
-        for c in compared
-        if c.decision.verdict == verdict
-        for reason in c.decision.reasons
-    ]
-    notes = generation.notes
-    if found.ended:
-        notes = [*notes, f"{found.ended} after {len(found.steps)} of {generation.settings.n_predict} tokens"]
-    tokenizer = generation.tokenizer
-    run = {
-        "schema": SCHEMA,
-        "command": "gen",
-        "verdict": verdict or "void",
-        "exit_code": EXIT_VOID if verdict is None else EXIT_CODES[verdict],
-        "reasons": reasons,
-        "notes": notes,
-        "settings": generation.settings.to_json(),
-        "environment": environment.describe(str(generation.device)),
-        "model": model_json(generation.architecture),
-        "tensor_parallel": tensor_parallel_json(generation.architecture, generation.settings.gpus),
-        "prompt": {
-            "text": generation.settings.prompt,
-            "tokens": len(generation.prompt),
-            "last": tokenizer.token_text(generation.prompt[-1]),
-        },
-        "arms": [_arm_json(generation, found, arm) for arm in generation.arms],
-        "pairs": [_pair_json(generation, found, c) for c in compared],
-        "coverage": [
-            {"arm": arm.name, "spec": arm.spec, **line.to_json()}
-            for arm in generation.arms
-            if arm.kernel is not None
-            for line in generation.launched(arm.name).coverage()
+    candidates = generation.candidates
+    pairs = [pair_record(generation, written, arm) for arm in candidates]
+    verdict, exit_code, reasons = run_verdict(
+        [
+            (arm.spec, Decision(pair.verdict, pair.reasons))
+            for arm, pair in zip(candidates, pairs, strict=True)
         ],
-        "detectable": {c.arm.name: c.distance.detectable if c.distance else None for c in compared},
-        "speed": {"seconds": generation.stepper.stopwatch.seconds, "weights_resident": generation.resident},
-    }
-    return compared, run
+        void_reasons(generation.arms),
+    )
+    settings, notes = generation.settings, generation.notes
+    if written.ended:
+        notes = [*notes, f"{written.ended} after {len(written.steps)} of {settings.n_predict} tokens"]
+    traces = {arm.name: generation.launched(arm.name) for arm in generation.arms if arm.kernel}
+    return GenRun(
+        schema=SCHEMA,
+        command="gen",
+        verdict=verdict,
+        exit_code=exit_code,
+        reasons=reasons,
+        notes=notes,
+        settings=settings.to_json(),
+        environment=environment.describe(str(generation.device)),
+        model=model_record(generation.architecture),
+        tensor_parallel=tensor_parallel_record(generation.architecture, settings.gpus),
+        prompt=PromptRecord(
+            text=settings.prompt,
+            tokens=len(generation.prompt),
+            last=generation.tokenizer.token_text(generation.prompt[-1]),
+        ),
+        arms=[_arm_record(generation, written, arm) for arm in generation.arms],
+        pairs=pairs,
+        coverage=coverage_records(generation.arms, traces),
+        detectable={pair.candidate: pair.detectable_distance_ratio for pair in pairs},
+        speed=GenSpeed(seconds=generation.stepper.stopwatch.seconds, weights_resident=generation.resident),
+    )
 
 
-def _arm_json(generation: Generation, found: Written, arm: Arm) -> dict[str, Any]:
-    mine = [step.arms[arm.name] for step in found.steps if arm.name in step.arms]
-    tokens = [step.chosen for step in found.steps]
-    own = found.own_tokens.get(arm.name)
+def _arm_record(generation: Generation, written: Written, arm: Arm) -> GenArmRecord:
+    mine = [step.arms[arm.name] for step in written.steps if arm.name in step.arms]
+    tokens = [step.chosen for step in written.steps]
+    own = written.own_tokens.get(arm.name)
     if own is not None:
-        tokens = tokens[: found.first[arm.name].step] + own
-    decode = generation.tokenizer.decode
-    writes = arm.role in ("baseline", "candidate")
-    return {
-        "name": arm.name,
-        "role": arm.role,
-        "spec": arm.spec,
-        "tokens": len(mine),
-        "text": decode(tokens) if writes else None,
-        "kld_to_exact_mean": sum(a.kld_to_exact for a in mine) / len(mine) if mine else math.nan,
-        "agrees_with_baseline": sum(a.top1 == s.chosen for a, s in zip(mine, found.steps, strict=False)),
-        "failure": arm.findings.failure,
-    }
+        tokens = tokens[: written.first[arm.name].step] + own
+    return GenArmRecord(
+        name=arm.name,
+        role=arm.role,
+        spec=arm.spec,
+        tokens=len(mine),
+        text=generation.tokenizer.decode(tokens) if arm.role in ("baseline", "candidate") else None,
+        kld_to_exact_mean=sum(a.kld_to_exact for a in mine) / len(mine) if mine else math.nan,
+        agrees_with_baseline=sum(a.top1 == s.chosen for a, s in zip(mine, written.steps, strict=False)),
+        failure=arm.findings.failure,
+    )
 
 
-def _pair_json(generation: Generation, found: Written, c: Compared) -> dict[str, Any]:
-    d, text = c.distance, generation.tokenizer.token_text
-    return {
-        "reference": "baseline",
-        "candidate": c.arm.name,
-        "path": "decode",
-        "verdict": c.decision.verdict,
-        "reasons": c.decision.reasons,
-        "distance_ratio": d.ratio if d else None,
-        "distance_ratio_ci": [d.low, d.high] if d else None,
-        "distance_kind": "attention output, on the exact arm's q, k, v",
-        "distance_scope": d.scope if d else None,
-        "detectable_distance_ratio": d.detectable if d else None,
-        "kld_mean": c.kld_mean,
-        "kld_max": c.kld_max,
-        "tokens": len([s for s in found.steps if c.arm.name in s.arms]),
-        "bitwise_equal": c.bitwise_equal,
-        "coverage": c.coverage,
-        "first_difference": c.first.to_json() if c.first else None,
-        "disagreements": [
-            {
-                "step": i,
-                "baseline_token": text(found.steps[i].chosen),
-                "candidate_token": text(found.steps[i].arms[c.arm.name].top1),
-                "margin": found.steps[i].arms["baseline"].top1_margin,
-            }
-            for i in c.disagreements
-        ],
-        "margin_moved_rms": c.moved,
-        "margin_moved_rms_floor": c.floor_moved,
-        "closest": None
-        if c.closest is None
-        else {
-            "step": c.closest,
-            "token": text(found.steps[c.closest].chosen),
-            "margin": found.steps[c.closest].arms["baseline"].top1_margin,
-        },
-    }
-
-
-def token_table(generation: Generation, found: Written) -> pa.Table:
+def token_table(generation: Generation, written: Written) -> pa.Table:
     """tokens.parquet: a row a step and arm; `target` is the baseline's token, `window` is 0."""
     rows = []
-    for step in found.steps:
+    for step in written.steps:
         for arm in generation.arms:
             if arm.name in step.arms:
                 a = step.arms[arm.name]

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from verify.arms.arm import Arm, ArmRunner, cache_note
+from verify.arms.arm import Arm, ArmRunner
+from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.model_facts import try_kernels
-from verify.arms.split_mode import build_shared_kernel, check_model
+from verify.arms.split_mode import check_model
 from verify.gen.checks import CheckedExact
-from verify.gen.difference import Difference, Token, difference_at, measure_floor
+from verify.gen.difference import Difference, difference_at, measure_floor
+from verify.gen.record import TokenRecord
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.bits import same_bits
 from verify.kernels.trace import LaunchTrace
@@ -120,7 +122,7 @@ class Generation:
             raise UsageError("-p: the prompt has no tokens, expected at least one")
         self.prompt: list[int] = ids
         check_model(self.architecture, settings.gpus)
-        self.arms = _build_arms(settings)
+        self.arms = build_arms(settings.baseline, settings.candidates, gpus=settings.gpus)
         try:
             try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
         except BaseException:
@@ -148,8 +150,7 @@ class Generation:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
-        return sorted(notes | ({said} if (said := cache_note(self.arms)) is not None else set()))
+        return sorted(kernel_notes(self.arms))
 
     def launched(self, arm: str) -> LaunchTrace:
         """What an arm's kernel ran for it: the prompt, and every step of the text that all arms share."""
@@ -160,9 +161,7 @@ class Generation:
         return [arm for arm in self.arms if arm.role == "candidate"]
 
     def close(self) -> None:
-        for arm in self.arms:
-            if arm.kernel is not None:
-                arm.kernel.close()
+        close_kernels(self.arms)
         if hasattr(self, "stepper"):
             self.stepper.close()
 
@@ -229,7 +228,7 @@ class Generation:
         self, arm: Arm, i: int, sequence: list[int], step: Step, logits: dict[str, torch.Tensor]
     ) -> Difference:
         theirs = step.arms[arm.name].top1
-        tokens = tuple(Token(t, self.tokenizer.token_text(t)) for t in (step.chosen, theirs))
+        tokens = tuple(TokenRecord(id=t, text=self.tokenizer.token_text(t)) for t in (step.chosen, theirs))
         found = difference_at(
             arm.name,
             (tokens[0], tokens[1]),
@@ -281,21 +280,3 @@ def _step(n_kv: int, token: int, logits: dict[str, torch.Tensor], reference_of: 
             finite=bool(np.isfinite(float(x.sum()))),
         )
     return Step(n_kv, token, first, arms)
-
-
-def _build_arms(settings: GenSettings) -> list[Arm]:
-    gpus = settings.gpus
-    arms = [Arm("exact", "exact", "exact", "decode"), Arm("floor", "floor", "exact", "decode")]
-    try:
-        spec = settings.baseline
-        arms.append(Arm("baseline", "baseline", spec, "decode", build_shared_kernel(spec, gpus)))
-        arms.append(Arm("control", "control", spec, "decode", build_shared_kernel(spec, gpus), "baseline"))
-        for i, spec in enumerate(settings.candidates):
-            name = f"candidate-{i + 1}" if len(settings.candidates) > 1 else "candidate"
-            arms.append(Arm(name, "candidate", spec, "decode", build_shared_kernel(spec, gpus), "baseline"))
-    except BaseException:
-        for arm in arms:
-            if arm.kernel is not None:
-                arm.kernel.close()
-        raise
-    return arms

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from verify.model.runner import LayerCall
+from verify.ppl.record import DriftArm, DriftLayer, DriftRecord
 
 MOST_RANGES = 8
 # Squares of the difference and of the exact arm's own: by pass and layer, [ranges] each.
@@ -24,7 +25,7 @@ def position_edges(n_ctx: int, first: int = 0) -> list[int]:
     return [first + (n_ctx - first) * i // ranges for i in range(ranges + 1)]
 
 
-class Drift:
+class DriftSums:
     """Adds up squares as the passes call in; the exact arm must call first in each layer."""
 
     def __init__(self, edges: Sequence[int], device: torch.device) -> None:
@@ -59,32 +60,38 @@ class Drift:
 
 
 def join_drift(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The drift of all groups of a run, as `run.json` has it."""
-    total: dict[str, dict[int, list[list[float]]]] = {}
+    """The sums of several groups as one, each as `DriftSums.to_json` gave them."""
+    total: dict[tuple[str, int], list[list[float]]] = {}
     for group in groups:
         for name, layer, sums in group["sums"]:
-            layers = total.setdefault(name, {})
-            old = layers.get(layer)
-            layers[layer] = (
+            old = total.get((name, layer))
+            total[name, layer] = (
                 sums
                 if old is None
                 else [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(old, sums, strict=True)]
             )
+    return {
+        "edges": groups[0]["edges"] if groups else [],
+        "sums": [[name, layer, sums] for (name, layer), sums in total.items()],
+    }
+
+
+def drift_record(joined: dict[str, Any]) -> DriftRecord:
+    """What joined sums amount to."""
+    layers: dict[str, list[DriftLayer]] = {}
+    for name, layer, (difference, own) in joined["sums"]:
+        layers.setdefault(name, []).append(
+            DriftLayer(
+                layer=layer,
+                relative=_root(sum(difference), sum(own)),
+                by_position=[_root(d, x) for d, x in zip(difference, own, strict=True)],
+            )
+        )
     arms = [
-        {
-            "arm": name,
-            "layers": [
-                {
-                    "layer": layer,
-                    "relative": _root(sum(difference), sum(own)),
-                    "by_position": [_root(d, x) for d, x in zip(difference, own, strict=True)],
-                }
-                for layer, (difference, own) in sorted(layers.items())
-            ],
-        }
-        for name, layers in total.items()
+        DriftArm(arm=name, layers=sorted(lines, key=lambda line: line.layer))
+        for name, lines in layers.items()
     ]
-    return {"edges": groups[0]["edges"] if groups else [], "arms": arms}
+    return DriftRecord(edges=joined["edges"], arms=arms)
 
 
 def _root(difference: float, own: float) -> float:

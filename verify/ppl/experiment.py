@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from verify.arms.arm import Arm, cache_note, void_reasons
-from verify.arms.model_facts import fingerprint, model_json, try_kernels
-from verify.arms.split_mode import build_shared_kernel, check_model, tensor_parallel_json
+from verify.arms.arm import Arm, void_reasons
+from verify.arms.building import build_arms, close_kernels, kernel_notes
+from verify.arms.kernel_errors import in_place_record
+from verify.arms.model_facts import fingerprint, model_record, try_kernels
+from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
+from verify.arms.split_mode import check_model, tensor_parallel_record
 from verify.data import Corpus, Windows, cut_windows, load_corpus, read_text_file
 from verify.diff.captured import capture_to, parse_layers
-from verify.judge.verdict import EXIT_CODES, Verdict, overall
-from verify.kernels.call import AttentionPath
+from verify.judge.run_verdict import run_verdict
+from verify.judge.verdict import Decision
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 from verify.machine import environment
 from verify.machine.devices import chosen_device
 from verify.machine.errors import UsageError
-from verify.machine.exits import EXIT_VOID
 from verify.machine.ranks import Ranks, local_device
 from verify.model.architectures import architecture_of
 from verify.model.architectures.architecture import Architecture
@@ -30,22 +31,19 @@ from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 from verify.model.runner import COMPUTE_TYPES, Progress, Runner
 from verify.model.tokenizer import Tokenizer
+from verify.ppl.drift import drift_record
+from verify.ppl.engine_logits import LogitsFiles, engine_records
 from verify.ppl.evidence import (
-    ArmSummary,
-    PairSummary,
     Scores,
-    arm_json,
+    arm_record,
     by_n_kv,
-    coverage_lines,
-    detectable_json,
-    in_place_json,
-    noise_json,
+    changed_plan,
+    changed_token_records,
+    detectable_record,
     noise_notes,
-    pair_json,
-    power_json,
-    summarize_arm,
-    summarize_pair,
-    top1_changes,
+    noise_records,
+    pair_record,
+    power_record,
 )
 from verify.ppl.frozen import carried
 from verify.ppl.grouping import Grouping, group_windows
@@ -53,13 +51,11 @@ from verify.ppl.groups import GroupResult, join_groups
 from verify.ppl.noise_plans import noise_specs
 from verify.ppl.perplexity import running_perplexity
 from verify.ppl.planted import planted_faults
-from verify.ppl.referee import LogitsFiles, engine_findings
+from verify.ppl.record import CorpusRecord, PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
 from verify.ppl.sample import Sample
 from verify.ppl.settings import PplSettings
-
-SCHEMA = 2
 
 
 class Listener(Protocol):
@@ -71,16 +67,10 @@ class Listener(Protocol):
     def windows_done(self, first: int, running: list[float]) -> None: ...
 
 
-@dataclass
-class Outcome:
-    """All that a run found. verdict is None where the run is void."""
+class Outcome(NamedTuple):
+    """All that a run found: its record, and the tables of its folder."""
 
-    arms: list[ArmSummary]
-    pairs: list[PairSummary]
-    verdict: Verdict | None
-    reasons: list[str]
-    exit_code: int
-    run: dict[str, Any]
+    run: PplRun
     joined: GroupResult
 
 
@@ -100,7 +90,7 @@ class Experiment:
         layers = self.architecture.sizes.layers
         self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
         check_model(self.architecture, settings.gpus)
-        self.arms = _build_arms(settings, self.architecture.sizes.ratio)
+        self.arms = _arms_of(settings, self.architecture.sizes.ratio)
         self.faults = planted_faults() if settings.power else []
         self.prompt: Arm | None = None
         if settings.score_last is not None:
@@ -140,9 +130,7 @@ class Experiment:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        notes = {note for arm in self.arms if arm.kernel for note in arm.kernel.notes}
-        if (said := cache_note(self.arms)) is not None:
-            notes.add(said)
+        notes = kernel_notes(self.arms)
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
         if len(self.sample) < self.windows.n_windows:
@@ -158,14 +146,12 @@ class Experiment:
         return sorted(notes)
 
     @property
-    def tensor_parallel(self) -> dict[str, Any] | None:
+    def tensor_parallel(self) -> TensorParallelRecord | None:
         """How the layers are shared out; None where they are not."""
-        return tensor_parallel_json(self.architecture, self.settings.gpus)
+        return tensor_parallel_record(self.architecture, self.settings.gpus)
 
     def close(self) -> None:
-        for arm in self.arms:
-            if arm.kernel is not None:
-                arm.kernel.close()
+        close_kernels(self.arms)
         if hasattr(self, "logits_files"):
             self.logits_files.close()
 
@@ -264,96 +250,109 @@ class Experiment:
         for arm in self.arms:
             arm.findings = joined.findings[arm.name]
         scores = Scores(joined, self.windows.scored_per_window)
-        arms = [summarize_arm(arm, scores) for arm in self.arms]
+        arms = [arm_record(arm, joined.findings[arm.name], scores) for arm in self.arms]
         by_name = {arm.name: arm for arm in self.arms}
         floor = next((arm.name for arm in self.arms if arm.role == "floor"), None)
         positions = self.windows.scored_positions
         scored_n_kv = range(positions.start + 1, positions.stop + 1)
-        pairs = [
-            summarize_pair(
-                arm,
-                by_name[arm.reference or ""],
-                joined,
+        pairs, lengths = [], []
+        for arm in self.arms:
+            if arm.role != "candidate":
+                continue
+            reference = by_name[arm.reference or ""]
+            changed = changed_plan(joined.traces[arm.name], joined.traces[reference.name], scored_n_kv)
+            pairs.append(
+                pair_record(
+                    arm,
+                    reference,
+                    joined,
+                    scores,
+                    changed=changed,
+                    floor=floor,
+                    min_coverage=settings.min_coverage,
+                    margin=settings.margin,
+                )
+            )
+            lengths += by_n_kv(
+                arm.name,
+                reference.name,
                 scores,
                 scored_n_kv=scored_n_kv,
+                changed_n_kv=changed.n_kv,
                 floor=floor,
-                min_coverage=settings.min_coverage,
-                margin=settings.margin,
             )
-            for arm in self.arms
-            if arm.role == "candidate"
-        ]
-        void = void_reasons(self.arms)
-        verdict = None if void else overall([pair.decision for pair in pairs])
-        reasons = void or _reasons(pairs, verdict)
-        exit_code = EXIT_VOID if verdict is None else EXIT_CODES[verdict]
-        baseline = next(arm for arm in self.arms if arm.role == "baseline")
-        engines = engine_findings(
+        verdict, exit_code, reasons = run_verdict(
+            [(f"{by_name[p.candidate].spec} ({p.path})", Decision(p.verdict, p.reasons)) for p in pairs],
+            void_reasons(self.arms),
+        )
+        baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
+        engines = engine_records(
             self.logits_files,
-            {summary.arm.name: summary.kld_to_exact for summary in arms},
-            baseline.name,
+            {arm.name: arm.kld_to_exact_mean for arm in arms},
+            baseline,
             [tensor.type_name for tensor in self.file.tensors.values()],
         )
-        power = power_json(self.faults, pairs, baseline, joined, scores)
-        noise = noise_json(self.arms, pairs, joined, scores)
-        run = {
-            "schema": SCHEMA,
-            "command": "ppl",
-            "verdict": verdict or "void",
-            "exit_code": exit_code,
-            "reasons": reasons,
-            "notes": [*self.notes, *noise_notes(noise), *(engine["said"] for engine in engines)],
-            "engines": engines,
-            "settings": settings.to_json(),
-            "environment": environment.describe(str(self.device)),
-            "model": model_json(self.architecture),
-            "tensor_parallel": self.tensor_parallel,
-            "corpus": self._corpus_json(),
-            "arms": [arm_json(summary) for summary in arms],
-            "pairs": [pair_json(pair) for pair in pairs],
-            "coverage": coverage_lines([*self.arms, *([self.prompt] if self.prompt else [])], joined),
-            "in_place": [
-                found for arm in self.arms if (found := in_place_json(joined.layers, arm.name)) is not None
-            ],
-            "by_n_kv": [line for pair in pairs for line in by_n_kv(pair, scores, scored_n_kv, floor)],
-            "drift": joined.drift,
-            "top1_changes": top1_changes(joined.top1, self.windows, self.tokenizer),
-            "noise": noise,
-            "power": power,
-            "detectable": {pair.candidate.name: detectable_json(pair, joined, power) for pair in pairs},
-        }
-        self.ended["conclusions"] = environment.process_seconds()
-        run["speed"] = self._speed_json(joined)
-        return Outcome(arms, pairs, verdict, reasons, exit_code, run, joined)
+        power = power_record(self.faults, pairs, baseline, joined, scores)
+        noise = noise_records(self.arms, pairs, joined, scores)
+        launching = [*self.arms, *([self.prompt] if self.prompt else [])]
+        in_place = [in_place_record(joined.layers, arm.name) for arm in self.arms]
+        run = PplRun(
+            schema=SCHEMA,
+            command="ppl",
+            verdict=verdict,
+            exit_code=exit_code,
+            reasons=reasons,
+            notes=[*self.notes, *noise_notes(noise), *(engine.said for engine in engines)],
+            engines=engines,
+            settings=settings.to_json(),
+            environment=environment.describe(str(self.device)),
+            model=model_record(self.architecture),
+            tensor_parallel=self.tensor_parallel,
+            corpus=self._corpus_record(),
+            arms=arms,
+            pairs=pairs,
+            coverage=coverage_records(launching, joined.traces),
+            in_place=[record for record in in_place if record is not None],
+            by_n_kv=lengths,
+            drift=drift_record(joined.drift),
+            top1_changes=changed_token_records(joined.top1, self.windows, self.tokenizer),
+            noise=noise,
+            power=power,
+            detectable={pair.candidate: detectable_record(pair, joined, power) for pair in pairs},
+            speed=self._speed_record(joined),
+        )
+        return Outcome(run, joined)
 
-    def _corpus_json(self) -> dict[str, Any]:
+    def _corpus_record(self) -> CorpusRecord:
         corpus, windows = self.corpus, self.windows
-        return {
-            "name": corpus.name,
-            "source": corpus.source,
-            "bytes": corpus.n_bytes,
-            "sha256": corpus.sha256,
-            "notice": corpus.notice,
-            "tokens": windows.n_tokens_total,
-            "n_ctx": windows.n_ctx,
-            "windows": windows.n_windows,
-            "measured_windows": len(self.sample),
-            "scored_per_window": windows.scored_per_window,
-            "first_scored": windows.first_scored,
-        }
+        return CorpusRecord(
+            name=corpus.name,
+            source=corpus.source,
+            bytes=corpus.n_bytes,
+            sha256=corpus.sha256,
+            notice=corpus.notice,
+            tokens=windows.n_tokens_total,
+            n_ctx=windows.n_ctx,
+            windows=windows.n_windows,
+            measured_windows=len(self.sample),
+            scored_per_window=windows.scored_per_window,
+            first_scored=windows.first_scored,
+        )
 
-    def _speed_json(self, joined: GroupResult) -> dict[str, Any]:
+    def _speed_record(self, joined: GroupResult) -> SpeedRecord:
+        """Of everything up to now: the last thing that is recorded."""
         products = joined.seconds.get("products", 0.0)
-        return {
-            "seconds": joined.seconds,
-            "product_flop": joined.product_flop,
-            "product_flop_per_s": joined.product_flop / products if products else None,
-            "anonymous_bytes": joined.anonymous_bytes,
-            "group_windows": self.grouping.windows,
-            "stages_ended_at_s": self.ended,
-            "groups": joined.groups,
-            "read_bytes": joined.read_bytes.total(),
-        }
+        self.ended["conclusions"] = environment.process_seconds()
+        return SpeedRecord(
+            seconds=joined.seconds,
+            product_flop=joined.product_flop,
+            product_flop_per_s=joined.product_flop / products if products else None,
+            anonymous_bytes=joined.anonymous_bytes,
+            group_windows=self.grouping.windows,
+            stages_ended_at_s=self.ended,
+            groups=joined.groups,
+            read_bytes=joined.read_bytes.total(),
+        )
 
 
 def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer, np.ndarray]:
@@ -363,53 +362,21 @@ def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer
     return corpus, tokenizer, tokenizer.encode(corpus.text)
 
 
-def _build_arms(settings: PplSettings, ratio: int) -> list[Arm]:
-    """exact and floor once; baseline, control, every candidate and the noise arms on each path."""
+def _arms_of(settings: PplSettings, ratio: int) -> list[Arm]:
     noise: list[str] = []
     if settings.noise:
         noise = noise_specs(
             settings.baseline, settings.noise, ratio=ratio, n_ctx=settings.n_ctx, seed=settings.seed
         )
-    arms = [
-        Arm("exact", "exact", "exact", settings.paths[0]),
-        Arm("floor", "floor", "exact", settings.paths[0]),
-    ]
-
-    def add(name: str, spec: str, path: AttentionPath, role: Any, reference: str | None) -> None:
-        arms.append(Arm(name, role, spec, path, build_shared_kernel(spec, settings.gpus), reference))
-
-    try:
-        for path in settings.paths:
-            suffix = f"/{path}" if len(settings.paths) > 1 else ""
-            baseline = f"baseline{suffix}"
-            add(baseline, settings.baseline, path, "baseline", None)
-            add(f"control{suffix}", settings.baseline, path, "control", baseline)
-            for i, spec in enumerate(settings.candidates):
-                number = f"-{i + 1}" if len(settings.candidates) > 1 else ""
-                add(f"candidate{number}{suffix}", spec, path, "candidate", baseline)
-            for i, spec in enumerate(noise):
-                add(f"noise-{i + 1}{suffix}", spec, path, "noise", baseline)
-        for i, file in enumerate(settings.against):
-            number = f"-{i + 1}" if len(settings.against) > 1 else ""
-            arms.append(Arm(f"engine{number}", "engine", file, settings.paths[0]))
-    except BaseException:
-        for arm in arms:
-            if arm.kernel is not None:
-                arm.kernel.close()
-        raise
-    return arms
+    return build_arms(
+        settings.baseline,
+        settings.candidates,
+        paths=settings.paths,
+        gpus=settings.gpus,
+        noise=noise,
+        engines=settings.against,
+    )
 
 
 def _binary(kernel: Kernel) -> str:
     return f"{kernel.spec}@{getattr(kernel, 'binary', '')}"
-
-
-def _reasons(pairs: Sequence[PairSummary], verdict: Verdict | None) -> list[str]:
-    """Reasons of the pairs that have the run's verdict; the candidate is named where there are several."""
-    several = len(pairs) > 1
-    return [
-        f"{pair.candidate.spec} ({pair.candidate.path}): {reason}" if several else reason
-        for pair in pairs
-        if pair.decision.verdict == verdict
-        for reason in pair.decision.reasons
-    ]

@@ -24,8 +24,8 @@ from verify.arms.own_error import InPlace, Measured
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
 from verify.model.runner import LayerCall
+from verify.ppl.record import FROZEN_SUFFIX
 
-SUFFIX = "/frozen"
 # A fault planted in a kernel's result: the call, the oracle's result and the kernel's (both float64) to what
 # is added to the kernel's.
 Fault = Callable[[Call, AttentionOutput, torch.Tensor], torch.Tensor]
@@ -33,7 +33,7 @@ Fault = Callable[[Call, AttentionOutput, torch.Tensor], torch.Tensor]
 
 def frozen_name(arm: str) -> str:
     """The name of an arm's pass with frozen casts."""
-    return arm + SUFFIX
+    return arm + FROZEN_SUFFIX
 
 
 def carried(arms: Sequence[Arm]) -> list[Arm]:

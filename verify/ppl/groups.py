@@ -21,9 +21,9 @@ from verify.machine.environment import anonymous_memory
 from verify.model.logits import State
 from verify.model.runner import LayerCall, Progress, Runner
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
-from verify.ppl.drift import Drift, join_drift, position_edges
+from verify.ppl.drift import DriftSums, join_drift, position_edges
+from verify.ppl.engine_logits import LogitsFiles
 from verify.ppl.frozen import Fault, FrozenRunner, Teacher, frozen_name
-from verify.ppl.referee import LogitsFiles
 from verify.ppl.sample import Sample
 from verify.ppl.scoring import Scorer, TokenScores
 from verify.ppl.top1 import changed_tokens
@@ -141,7 +141,7 @@ def run_group(
     in_place = InPlace(sample, seed=seed, at_once=at_once)
     victim = next((arm for arm in arms if arm.role == "baseline"), None)
     teacher = Teacher(arms, in_place, seed=seed, faults=faults, victim=victim.name if victim else "")
-    drift = Drift(position_edges(tokens.shape[1], first), runner.device)
+    drift = DriftSums(position_edges(tokens.shape[1], first), runner.device)
 
     def watch(call: LayerCall, oracle: torch.Tensor) -> None:
         if call.window in sample:

@@ -14,10 +14,10 @@ from verify.machine.errors import UsageError
 from verify.machine.ranks import Ranks
 from verify.model.runner import LayerCall, Progress, Runner
 from verify.ppl.checkpoint import Checkpoints
+from verify.ppl.engine_logits import LogitsFiles
 from verify.ppl.frozen import Fault
 from verify.ppl.grouping import Grouping, uncovered
 from verify.ppl.groups import GroupResult, run_group
-from verify.ppl.referee import LogitsFiles
 from verify.ppl.runfolder import RunFolder
 
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from verify.arms.records import SCHEMA
 from verify.machine.errors import UsageError
 from verify.machine.files import (
     Lock,
@@ -148,6 +149,11 @@ class RunFolder:
             raise UsageError(f"--resume {self.path}: {SETTINGS} cannot be read: {error}") from None
         if not isinstance(found, dict) or found.get("command") != command or not _of_a_run(found):
             raise UsageError(f"--resume {self.path}: {SETTINGS} is not that of a run of verify {command}")
+        if (schema := found.get("schema", 2)) != SCHEMA:
+            raise UsageError(
+                f"--resume {self.path}: {SETTINGS} is of schema {schema}, expected {SCHEMA}: another version"
+                " of verify began that run; go on with that one, or run it again into another folder"
+            )
         return found
 
     def save_group(self, first_window: int, result: GroupResult) -> None:

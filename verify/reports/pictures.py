@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from verify.judge.verdict import DEFAULT_MARGIN, SIGNIFICANT_RATIO
+from verify.ppl.record import FROZEN_SUFFIX
 from verify.reports.drawing import (
     Picture,
     finish,
@@ -23,22 +24,22 @@ from verify.reports.drawing import (
     plain_ratios,
     with_prefix,
 )
-from verify.reports.record import RunRecord
+from verify.reports.record import StoredPpl
+from verify.reports.templating import is_known
 
 COLOURS = {"exact": "#000000", "floor": "#9a9a9a", "baseline": "#1f5fa8", "control": "#1f5fa8"}
 CANDIDATES = ("#c2410c", "#0f766e", "#7e22ce", "#a16207", "#be185d")
 NOISE = "#c9d3df"
 BLOCK_TOKENS = 32
 RANGES = 8
-FROZEN = "/frozen"
 
 
-def pictures(record: RunRecord, *, prefix: str = "") -> dict[str, Picture]:
+def pictures(stored: StoredPpl, *, prefix: str = "") -> dict[str, Picture]:
     """Every picture that this run has the data for, by name.
 
     prefix: goes before ids in the SVG, where pictures of several runs stand in one page.
     """
-    drawers: tuple[Callable[[RunRecord], Picture | None], ...] = (
+    drawers: tuple[Callable[[StoredPpl], Picture | None], ...] = (
         distance_ratios,
         drift,
         drift_by_position,
@@ -47,27 +48,32 @@ def pictures(record: RunRecord, *, prefix: str = "") -> dict[str, Picture]:
         divergence_by_length,
         noise,
     )
-    found = (draw(record) for draw in drawers)
+    found = (draw(stored) for draw in drawers)
     return {picture.name: with_prefix(picture, prefix) for picture in found if picture is not None}
 
 
-def distance_ratios(record: RunRecord) -> Picture | None:
+def distance_ratios(stored: StoredPpl) -> Picture | None:
     """Each candidate's distance ratio with its interval, the limits of the verdicts beside it."""
-    pairs = [p for p in record.run["pairs"] if p.get("distance_ratio") and p.get("distance_ratio_ci")]
+    pairs = [
+        (p.candidate, p.distance_ratio, p.distance_ratio_ci)
+        for p in stored.run.pairs
+        if is_known(p.distance_ratio) and p.distance_ratio_ci is not None
+    ]
     if not pairs:
         return None
-    margin = record.run["settings"].get("margin", DEFAULT_MARGIN)
+    margin = stored.run.settings.get("margin", DEFAULT_MARGIN)
     figure, axis = new_figure(height=1.0 + 0.35 * len(pairs))
     axis.axvspan(1 / SIGNIFICANT_RATIO, SIGNIFICANT_RATIO, color="#e5ecf4", lw=0)
     axis.axvline(1, color="#666666", lw=0.8)
     axis.axvline(margin, color="#b00020", lw=0.8, ls="--")
-    for i, pair in enumerate(pairs):
-        low, high = (math.inf if x is None else x for x in pair["distance_ratio_ci"])
-        ratio, colour = pair["distance_ratio"], _colour(record, pair["candidate"])
+    for i, (candidate, ratio, limits) in enumerate(pairs):
+        # A limit that is not known is one without end.
+        low, high = (math.inf if math.isnan(x) else x for x in limits)
+        colour = _colour(stored, candidate)
         axis.plot([max(low, 1e-3), min(high, 1e6)], [i, i], color=colour, lw=2)
         axis.plot([ratio], [i], "o", color=colour)
     axis.set(xscale="log", xlabel="distance to exact, over the baseline's", ylim=(len(pairs) - 0.5, -0.5))
-    axis.set_yticks(range(len(pairs)), [p["candidate"] for p in pairs])
+    axis.set_yticks(range(len(pairs)), [candidate for candidate, *_ in pairs])
     plain_ratios(axis)
     return finish(
         "distance",
@@ -77,14 +83,12 @@ def distance_ratios(record: RunRecord) -> Picture | None:
     )
 
 
-def drift(record: RunRecord) -> Picture | None:
+def drift(stored: StoredPpl) -> Picture | None:
     """How far the residual stream of each arm is from the exact arm's, after each layer."""
-    arms = [a for a in (record.run.get("drift") or {}).get("arms", []) if a.get("layers")]
-    lines = {
-        a["arm"]: ([x["layer"] for x in a["layers"]], [x["relative"] for x in a["layers"]]) for a in arms
-    }
+    arms = [a for a in stored.run.drift.arms if a.layers]
+    lines = {a.arm: ([x.layer for x in a.layers], [x.relative for x in a.layers]) for a in arms}
     return _lines(
-        record,
+        stored,
         "drift",
         lines,
         xlabel="layer entered",
@@ -94,18 +98,16 @@ def drift(record: RunRecord) -> Picture | None:
     )
 
 
-def drift_by_position(record: RunRecord) -> Picture | None:
+def drift_by_position(stored: StoredPpl) -> Picture | None:
     """The same at the last layer, along the window."""
-    found = record.run.get("drift") or {}
-    edges = found.get("edges") or []
-    middle = [(a + b - 1) / 2 for a, b in pairwise(edges)]
+    middle = [(a + b - 1) / 2 for a, b in pairwise(stored.run.drift.edges)]
     lines = {
-        a["arm"]: (middle, a["layers"][-1]["by_position"])
-        for a in found.get("arms", [])
-        if a.get("layers") and len(a["layers"][-1].get("by_position") or []) == len(middle) > 1
+        a.arm: (middle, a.layers[-1].by_position)
+        for a in stored.run.drift.arms
+        if a.layers and len(a.layers[-1].by_position) == len(middle) > 1
     }
     return _lines(
-        record,
+        stored,
         "drift by position",
         lines,
         xlabel="position in the window",
@@ -114,21 +116,21 @@ def drift_by_position(record: RunRecord) -> Picture | None:
     )
 
 
-def own_error(record: RunRecord) -> Picture | None:
+def own_error(stored: StoredPpl) -> Picture | None:
     """Relative error of each kernel on the exact arm's q, k and v, by layer."""
     lines = {}
-    for arm in record.arms:
-        layer, error = (record.layer_column(arm["name"], c) for c in ("layer", "relative_rms"))
-        if not error.size or arm["role"] not in ("baseline", "candidate"):
+    for arm in stored.run.arms:
+        layer, error = (stored.layer_column(arm.name, c) for c in ("layer", "relative_rms"))
+        if not error.size or arm.role not in ("baseline", "candidate"):
             continue
         layers = np.unique(layer)
         known = np.isfinite(error)
         if not known.all():
             layers = np.unique(layer[known])
         rms = [float(np.sqrt(np.mean(np.square(error[known & (layer == x)])))) for x in layers]
-        lines[arm["name"]] = (layers.tolist(), rms)
+        lines[arm.name] = (layers.tolist(), rms)
     return _lines(
-        record,
+        stored,
         "own error",
         lines,
         xlabel="layer",
@@ -137,18 +139,18 @@ def own_error(record: RunRecord) -> Picture | None:
     )
 
 
-def nll_differences(record: RunRecord) -> Picture | None:
+def nll_differences(stored: StoredPpl) -> Picture | None:
     """Candidate minus baseline, block by block of the text, in the band that rounding alone spans."""
-    exact, floor = record.arm_of("exact"), record.arm_of("floor")
+    roles = {arm.role: arm.name for arm in reversed(stored.run.arms)}
+    exact, floor = roles.get("exact"), roles.get("floor")
     if exact is None or floor is None:
         return None
-    noise_of_blocks = _blocks(*record.both(floor, exact, "nll"))
+    noise_of_blocks = _blocks(*stored.both(floor, exact, "nll"))
     drawn = {}
-    for pair in record.run["pairs"]:
-        nll = record.column(pair["candidate"], "nll")
-        reference = record.column(pair["reference"], "nll")
+    for pair in stored.run.pairs:
+        nll, reference = (stored.column(name, "nll") for name in (pair.candidate, pair.reference))
         if len(nll) == len(reference) > 0:
-            drawn[pair["candidate"]] = _blocks(nll, reference)
+            drawn[pair.candidate] = _blocks(nll, reference)
     if not drawn or not noise_of_blocks.size:
         return None
     figure, axis = new_figure()
@@ -159,7 +161,7 @@ def nll_differences(record: RunRecord) -> Picture | None:
     for name, values in drawn.items():
         x = (np.arange(len(values)) + 0.5) * BLOCK_TOKENS
         axis.plot(
-            x, values, "." if most > 60 else ".-", color=_colour(record, name), ms=4, lw=0.8, label=name
+            x, values, "." if most > 60 else ".-", color=_colour(stored, name), ms=4, lw=0.8, label=name
         )
     axis.set(xlabel="scored token", ylabel="nats a token")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
@@ -172,14 +174,14 @@ def nll_differences(record: RunRecord) -> Picture | None:
     )
 
 
-def divergence_by_length(record: RunRecord) -> Picture | None:
+def divergence_by_length(stored: StoredPpl) -> Picture | None:
     """KLD to exact against n_kv, frozen casts where the run has them, and where the plans differ."""
     lines = {}
-    for arm in record.arms:
-        if arm["role"] in ("floor", "baseline", "candidate"):
-            for name in (arm["name"], arm["name"] + FROZEN):
-                lines[name] = _by_length(record.column(name, "n_kv"), record.column(name, "kld_to_exact"))
-    changed = [pair["changed_n_kv"] for pair in record.run["pairs"] if pair.get("changed_n_kv")]
+    for arm in stored.run.arms:
+        if arm.role in ("floor", "baseline", "candidate"):
+            for name in (arm.name, arm.name + FROZEN_SUFFIX):
+                lines[name] = _by_length(stored.column(name, "n_kv"), stored.column(name, "kld_to_exact"))
+    changed = [pair.changed_n_kv for pair in stored.run.pairs if pair.changed_n_kv]
 
     def shade(axis: Any) -> None:
         low, high = axis.get_xlim()
@@ -188,31 +190,32 @@ def divergence_by_length(record: RunRecord) -> Picture | None:
         axis.set_xlim(low, high)
 
     return _lines(
-        record,
+        stored,
         "kld",
         {name: points for name, points in lines.items() if points[0]},
         xlabel="n_kv",
         ylabel="mean KLD to exact, nats",
         caption="KL divergence to exact against the number of visible keys."
         + (" Shaded: where the candidate ran another plan." if changed else "")
-        + (" Dashed: casts frozen." if any(FROZEN in n and p[0] for n, p in lines.items()) else ""),
+        + (" Dashed: casts frozen." if any(FROZEN_SUFFIX in n and p[0] for n, p in lines.items()) else ""),
         also=shade if changed else None,
     )
 
 
-def noise(record: RunRecord) -> Picture | None:
+def noise(stored: StoredPpl) -> Picture | None:
     """The candidates among arms whose cuts were moved at random."""
-    groups = [g for g in record.run.get("noise") or [] if g.get("arms")]
+    groups = [g for g in stored.run.noise if g.arms]
     if not groups:
         return None
     figure, axis = new_figure(height=1.4 + 0.45 * len(groups))
     for i, group in enumerate(groups):
-        axis.plot([a["theta"] for a in group["arms"]], [i] * len(group["arms"]), "o", color="#8aa0b8", ms=5)
-        if group.get("theta_limits"):
-            axis.plot(group["theta_limits"], [i, i], "|-", color="#8aa0b8", lw=1, ms=14)
-        for c in group.get("candidates") or []:
-            axis.plot([c["theta"]], [i], "D", color=_colour(record, c["candidate"]), label=c["candidate"])
-    axis.set_yticks(range(len(groups)), [g["reference"] for g in groups])
+        thetas = [math.nan if arm.theta is None else arm.theta for arm in group.arms]
+        axis.plot(thetas, [i] * len(thetas), "o", color="#8aa0b8", ms=5)
+        if group.theta_limits:
+            axis.plot(group.theta_limits, [i, i], "|-", color="#8aa0b8", lw=1, ms=14)
+        for c in group.candidates:
+            axis.plot([c.theta], [i], "D", color=_colour(stored, c.candidate), label=c.candidate)
+    axis.set_yticks(range(len(groups)), [g.reference for g in groups])
     # Room above for the legend.
     axis.set(xlabel="theta, mean of ln(KLD / KLD of the baseline)", ylim=(len(groups) - 0.5, -1.3))
     legend(axis, 1)
@@ -225,7 +228,7 @@ def noise(record: RunRecord) -> Picture | None:
 
 
 def _lines(
-    record: RunRecord,
+    stored: StoredPpl,
     name: str,
     lines: dict[str, tuple[list[Any], list[Any]]],
     *,
@@ -239,8 +242,8 @@ def _lines(
     drawn = 0
     for arm, (xs, ys) in lines.items():
         points = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and y > 0]
-        base = arm.removesuffix(FROZEN)
-        role = next((a["role"] for a in record.arms if a["name"] == base), "")
+        base = arm.removesuffix(FROZEN_SUFFIX)
+        role = next((a.role for a in stored.run.arms if a.name == base), "")
         # Passes with planted faults are no arms of the run: they have a table of their own.
         if not points or role in ("", "exact", "control"):
             continue
@@ -249,10 +252,10 @@ def _lines(
             [x for x, _ in points],
             [y for _, y in points],
             marker="." if len(points) < 20 else "",
-            ls="--" if arm.endswith(FROZEN) else "-",
+            ls="--" if arm.endswith(FROZEN_SUFFIX) else "-",
             lw=0.8 if is_noise else 1.3,
             zorder=1 if is_noise else 2,
-            color=NOISE if is_noise else _colour(record, base),
+            color=NOISE if is_noise else _colour(stored, base),
             label="_" if is_noise or (arm != base and base in lines) else base,
         )
         drawn += 1
@@ -288,9 +291,9 @@ def _blocks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return means
 
 
-def _colour(record: RunRecord, arm: str) -> str:
-    role = next((a["role"] for a in record.arms if a["name"] == arm), "")
+def _colour(stored: StoredPpl, arm: str) -> str:
+    role = next((a.role for a in stored.run.arms if a.name == arm), "")
     if role in COLOURS:
         return COLOURS[role]
-    names = [a["name"] for a in record.arms if a["role"] == "candidate"]
+    names = [a.name for a in stored.run.arms if a.role == "candidate"]
     return CANDIDATES[names.index(arm) % len(CANDIDATES)] if arm in names else NOISE

@@ -19,13 +19,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from verify.arms.arm import Arm
+from verify.judge.run_verdict import VOID
 from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
 from verify.model.runner import Progress as Step
-from verify.ppl.evidence import PairSummary
-from verify.ppl.experiment import Experiment, Outcome
-from verify.ppl.perplexity import Perplexity, final_line, running_line
+from verify.ppl.experiment import Experiment
+from verify.ppl.perplexity import final_line, running_line
+from verify.ppl.record import PairRecord, PplRun
+from verify.ppl.runfolder import PAGE
 from verify.reports.split_mode import split_mode_sentence
+from verify.reports.templating import is_known
 
 
 class PplConsole:
@@ -102,22 +104,18 @@ class PplConsole:
             self._progress = None
         self._end_line()
 
-    def outcome(self, experiment: Experiment, outcome: Outcome, folder: Path) -> None:
+    def outcome(self, run: PplRun, folder: Path) -> None:
         """The closing line of the baseline, the table, what ran, the verdict, and where the report lies."""
         self.stop()
-        baseline = next(arm for arm in outcome.arms if arm.arm.role == "baseline")
-        line = final_line(
-            baseline.perplexity, n_ctx=experiment.windows.n_ctx, windows=experiment.windows.n_windows
-        )
-        print(line, file=self.out)
+        baseline = next(arm for arm in run.arms if arm.role == "baseline")
+        corpus = run.corpus
+        closing = final_line(baseline.perplexity, n_ctx=corpus.n_ctx, windows=corpus.windows)
+        print(closing, file=self.out)
         console = console_on(self.out)
-        print_table_on(console, _table(outcome))
-        for text in _coverage(outcome):
-            console.print(text, soft_wrap=True)
-        print(_read(outcome), file=self.out)
-        for line in _verdict(outcome):
-            print(line, file=self.out)
-        print(f"report: {folder / 'report.html'}", file=self.out, flush=True)
+        print_table_on(console, _table(run))
+        for line in _coverage(run):
+            console.print(line, soft_wrap=True)
+        print(_read(run), *_verdict(run), f"report: {folder / PAGE}", sep="\n", file=self.out, flush=True)
 
     def _end_line(self) -> None:
         if self._line_open:
@@ -129,85 +127,80 @@ def _silent(done: int, total: int) -> None:
     return None
 
 
-def _table(outcome: Outcome) -> Table:
+def _table(run: PplRun) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("arm", no_wrap=True)
     table.add_column("kernel", overflow="fold", min_width=12)
     numbers = ("PPL", "ln PPL - baseline", "KLD to exact", "casts frozen", "KLD to baseline", "top-1 changes")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    pairs = {pair.candidate.name: pair for pair in outcome.pairs}
-    most = max(summary.perplexity.tokens for summary in outcome.arms)
-    for summary in outcome.arms:
-        arm, ppl = summary.arm, summary.perplexity
+    pairs = {pair.candidate: pair for pair in run.pairs}
+    most = max(arm.tokens for arm in run.arms)
+    for arm in run.arms:
         pair = pairs.get(arm.name)
-        finite = pair is not None and not math.isnan(pair.kld_mean)
+        finite = pair is not None and is_known(pair.kld_mean)
+        ppl = f"{arm.ppl:.4f} +/- {arm.ppl_se:.5f}" if arm.tokens == most else ""
+        to_exact = "" if arm.role == "exact" else _kld(arm.kld_to_exact_mean)
+        to_baseline = "0, bits equal" if arm.holds else ""
         table.add_row(
             arm.name,
             arm.spec,
-            "failed" if arm.failed else _perplexity(ppl) if ppl.tokens == most else "",
-            f"{pair.difference.mean:+.2e} +/- {pair.difference.se:.1e}" if pair and finite else "",
-            "" if arm.role == "exact" or math.isnan(summary.kld_to_exact) else f"{summary.kld_to_exact:.2e}",
-            "" if math.isnan(summary.frozen_kld) else f"{summary.frozen_kld:.2e}",
-            f"{pair.kld_mean:.2e}" if pair and finite else ("0, bits equal" if _control_holds(arm) else ""),
+            "failed" if arm.failure is not None else ppl,
+            f"{pair.dlnppl:+.2e} +/- {pair.dlnppl_se:.1e}" if pair and finite else "",
+            to_exact,
+            _kld(arm.frozen.kld_to_exact_mean) if arm.frozen else "",
+            f"{pair.kld_mean:.2e}" if pair and finite else to_baseline,
             f"{pair.top1_changes} of {pair.tokens}" if pair and pair.tokens else "",
         )
     return table
 
 
-def _perplexity(ppl: Perplexity) -> str:
-    return f"{ppl.ppl:.4f} +/- {ppl.se:.5f}"
+def _kld(nats: float) -> str:
+    return "" if math.isnan(nats) else f"{nats:.2e}"
 
 
-def _control_holds(arm: Arm) -> bool:
-    found = arm.findings
-    return arm.role == "control" and not arm.failed and found.attention_equal and found.logits_equal
-
-
-def _coverage(outcome: Outcome) -> list[str]:
+def _coverage(run: PplRun) -> list[str]:
     lines = ["what ran:"]
-    for line in outcome.run["coverage"]:
-        if line["arm"].startswith("control"):
+    for line in run.coverage:
+        if line.arm.startswith("control"):
             continue
-        groups = "+".join(map(str, line["head_groups"])) or "not known"
-        parts = line["parts"] or "not known"
+        groups = "+".join(map(str, line.head_groups)) or "not known"
+        parts = line.parts or "not known"
         lines.append(
-            f"  {line['arm']}: {line['kernel']}, head groups {groups}, KV parts {parts},"
-            f" {line['rows']} attention rows, n_kv {line['n_kv_min']} to {line['n_kv_max']}"
+            f"  {line.arm}: {line.kernel}, head groups {groups}, KV parts {parts},"
+            f" {line.rows} attention rows, n_kv {line.n_kv_min} to {line.n_kv_max}"
         )
     return lines
 
 
-def _read(outcome: Outcome) -> str:
+def _read(run: PplRun) -> str:
     """How often the model was read, and how much of it."""
-    speed, model = outcome.run["speed"], outcome.run["model"]
-    groups = counted(speed["groups"], "group")
-    read, size = speed["read_bytes"] / 1e6, model["bytes"] / 1e6
-    windows = counted(speed["group_windows"], "window")
+    groups = counted(run.speed.groups or 0, "group")
+    read, size = run.speed.read_bytes / 1e6, run.model.bytes / 1e6
+    windows = counted(run.speed.group_windows, "window")
     return f"read: {read:.0f} MB of a model of {size:.0f} MB, in {groups} of {windows}"
 
 
-def _verdict(outcome: Outcome) -> list[str]:
+def _verdict(run: PplRun) -> list[str]:
     """The verdict in one line, then each pair's own where there are several, and what would have shown."""
-    several = len(outcome.pairs) > 1 and outcome.verdict is not None
-    reasons = [f"the gravest of {len(outcome.pairs)} pairs"] if several else outcome.reasons
+    void = run.verdict == VOID
+    several = len(run.pairs) > 1 and not void
+    reasons = [f"the gravest of {len(run.pairs)} pairs"] if several else run.reasons
     # What did not run belongs to the verdict itself, not below it.
-    lines = [f"verdict: {outcome.verdict or 'void'}: {'; '.join([*reasons, *outcome.run['notes']])}"]
-    for pair in outcome.pairs if outcome.verdict is not None else []:
+    lines = [f"verdict: {run.verdict}: {'; '.join([*reasons, *run.notes])}"]
+    for pair in [] if void else run.pairs:
         if several:
-            decision = pair.decision
-            lines.append(f"{pair.candidate.name}: {decision.verdict}: {'; '.join(decision.reasons)}")
-        if pair.distance is not None:
-            lines.append(_seen(pair))
+            lines.append(f"{pair.candidate}: {pair.verdict}: {'; '.join(pair.reasons)}")
+        if pair.distance_ratio is not None:
+            lines.append(_could_have_seen(pair))
     return lines
 
 
-def _seen(pair: PairSummary) -> str:
+def _could_have_seen(pair: PairRecord) -> str:
     """What this run would have seen of a pair."""
-    assert pair.distance is not None
-    least = pair.distance.detectable
-    could = f"could have seen a distance ratio from {least:.3g}" if math.isfinite(least) else "no interval"
+    least = pair.detectable_distance_ratio
+    could = f"could have seen a distance ratio from {least:.3g}" if is_known(least) else "no interval"
     return (
-        f"  {could}, on {pair.measured_tokens} tokens, about {pair.distance.scope};"
-        f" {pair.coverage.tokens:.1%} of them went through the changed plan"
+        f"  {could}, on {pair.measured_tokens} tokens, about {pair.distance_scope};"
+        f" {pair.coverage:.1%} of them went through the changed plan"
     )

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from verify.laws.draws import LENGTHS
 from verify.laws.run import LawResult
+from verify.machine.command_line import command_line
 from verify.machine.terminal import console_on, counted, print_table_on
 
 
@@ -69,8 +70,8 @@ def failure_lines(result: LawResult, spec: str, device: str) -> list[str]:
 def command(result: LawResult, spec: str, device: str) -> str:
     """The command that tries the shrunk case alone."""
     assert result.case is not None
-    where = "" if device == "cpu" else f" --device {device}"
-    return f"verify props {spec} --law {result.law.name}{where} --case '{result.case.to_json()}'"
+    asked = {"law": result.law.name, "device": device, "case": result.case.to_json()}
+    return command_line(["props", spec], asked, defaults={"device": "cpu"})
 
 
 def snippet(result: LawResult, spec: str, device: str) -> list[str]:

@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from verify.arms.records import check_schema
+from verify.gen.record import GenRun
+from verify.machine.command_line import command_line
 from verify.machine.errors import UsageError
+from verify.machine.records import record_from_json
+from verify.ppl.record import PplRun, ppl_run_from_json
 from verify.ppl.runfolder import RESULT, SETTINGS
 from verify.ppl.settings import PplSettings
 
-_LETTERS = {"model": "-m", "file": "-f", "n_ctx": "-c", "candidates": "--candidate"}
+# In the order of its command line.
+_GEN_SETTINGS = (
+    *("n_predict", "baseline", "candidates", "cache_type", "device", "split_mode", "gpus", "margin"),
+    *("min_coverage", "seed", "ignore_eos"),
+)
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """run.json and, where the run left them, tokens.parquet and layers.parquet."""
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """A run's folder and, where the run left them, tokens.parquet and layers.parquet."""
 
     folder: Path
-    run: dict[str, Any]
     tokens: pa.Table | None = None
     layers: pa.Table | None = None
-
-    @classmethod
-    def load(cls, folder: Path) -> RunRecord:
-        """Raises UsageError, naming the folder or file, where there is no finished run to read."""
-        path = folder / RESULT
-        if not path.is_file():
-            if (folder / SETTINGS).is_file():
-                raise UsageError(
-                    f"{folder}: that run is not finished, go on with: verify ppl --resume {folder}"
-                )
-            raise UsageError(f"{folder}: no {RESULT} there, expected the folder of a run")
-        try:
-            run = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(run, dict) or not {"command", "verdict", "settings"} <= run.keys():
-            raise UsageError(f"{path}: expected an object with command, verdict and settings")
-        return cls(folder, run, _table(folder / "tokens.parquet"), _table(folder / "layers.parquet"))
-
-    @property
-    def arms(self) -> list[dict[str, Any]]:
-        return list(self.run["arms"])
-
-    def arm_of(self, role: str, path: str | None = None) -> str | None:
-        """Name of the first arm of a role, on a path if one is given."""
-        return next((a["name"] for a in self.arms if a["role"] == role and path in (None, a["path"])), None)
 
     def column(self, arm: str, name: str) -> np.ndarray:
         """A column of tokens.parquet for one arm, in the order of the text; empty where it has none."""
@@ -67,6 +47,47 @@ class RunRecord:
     def layer_column(self, arm: str, name: str) -> np.ndarray:
         """The same of layers.parquet."""
         return _of_arm(self.layers, arm, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPpl(StoredRun):
+    """A run of `verify ppl`."""
+
+    run: PplRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredGen(StoredRun):
+    """A run of `verify gen`."""
+
+    run: GenRun
+
+
+def load_run(folder: Path) -> StoredPpl | StoredGen:
+    """A finished run of `verify ppl` or `verify gen`, of this schema or an earlier one.
+
+    Raises UsageError, naming folder, file and field, where there is no such run to read.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        if (folder / SETTINGS).is_file():
+            raise UsageError(f"{folder}: that run is not finished, go on with: verify ppl --resume {folder}")
+        raise UsageError(f"{folder}: no {RESULT} there, expected the folder of a run")
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(stored, dict) or not {"command", "verdict", "settings"} <= stored.keys():
+        raise UsageError(f"{path}: expected an object with command, verdict and settings")
+    tokens, layers = _table(folder / "tokens.parquet"), _table(folder / "layers.parquet")
+    if stored["command"] not in ("ppl", "gen"):
+        raise UsageError(f"{folder}: a run of verify {stored['command']}, expected one of: ppl, gen")
+    check_schema(stored, str(path))
+    if stored["command"] == "ppl":
+        run = ppl_run_from_json(stored, str(path))
+        return StoredPpl(folder=folder, run=run, tokens=tokens, layers=layers)
+    written = record_from_json(GenRun, stored, str(path))
+    return StoredGen(folder=folder, run=written, tokens=tokens, layers=layers)
 
 
 def _of_arm(table: pa.Table | None, arm: str, name: str) -> np.ndarray:
@@ -86,20 +107,16 @@ def _table(path: Path) -> pa.Table | None:
         raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-def command_line(run: dict[str, Any]) -> str:
-    """The command that makes a run of `verify ppl` again, from its settings: defaults are left out, but the
-    device, whose default is the machine's."""
+def ppl_command(run: PplRun) -> str:
+    """The command that makes a run of `verify ppl` again: defaults are left out, but for the device, whose
+    default is the machine's."""
     defaults = {f.name: f.default for f in fields(PplSettings) if f.name != "device"}
-    words = ["verify", run["command"]]
-    for name, value in run["settings"].items():
-        several = value if isinstance(value, (list, tuple)) else [value]
-        default = defaults.get(name)
-        if value is None or tuple(several) == (default if isinstance(default, tuple) else (default,)):
-            continue
-        flag = _LETTERS.get(name, "--" + name.replace("_", "-"))
-        for one in several:
-            if one is True:
-                words.append(flag)
-            elif one is not False:
-                words += [flag, shlex.quote(str(one))]
-    return " ".join(words)
+    return command_line(["ppl"], run.settings, defaults=defaults)
+
+
+def gen_command(run: GenRun) -> str:
+    """The command that makes a run of `verify gen` again."""
+    settings = run.settings
+    given = "prompt_file" if settings.get("prompt_file") else "prompt"
+    asked = {name: settings.get(name) for name in ("model", given, *_GEN_SETTINGS)}
+    return command_line(["gen"], asked, defaults={"split_mode": "layer", "gpus": 1})

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+
+from verify.arms.records import TensorParallelRecord
 
 
-def split_mode_sentence(found: dict[str, Any] | None) -> str | None:
+def split_mode_sentence(shares: TensorParallelRecord | None) -> str | None:
     """`split mode graph over 4 GPUs: 2 KV heads a GPU`, of `run.json`'s `tensor_parallel`."""
-    if found is None:
+    if shares is None:
         return None
-    counts = Counter(found["kv_heads_by_gpu"])
+    counts = Counter(shares.kv_heads_by_gpu)
     if len(counts) == 1:
-        heads = f"{_heads(found['kv_heads_by_gpu'][0])} a GPU"
+        heads = f"{_heads(shares.kv_heads_by_gpu[0])} a GPU"
     else:
         heads = ", ".join(f"{_heads(n)} on {gpus} of them" for n, gpus in sorted(counts.items()))
-    return f"split mode graph over {found['gpus']} GPUs: {heads}"
+    return f"split mode graph over {shares.gpus} GPUs: {heads}"
 
 
 def _heads(count: int) -> str:
     return f"{count} KV head{'s' if count > 1 else ''}"
 
 
-def shared_out(run: dict[str, Any]) -> str:
+def shared_out(shares: TensorParallelRecord | None) -> str:
     """A sentence, with a space before it, on the GPUs that a run reproduces; empty where there is one."""
-    sentence = split_mode_sentence(run.get("tensor_parallel"))
+    sentence = split_mode_sentence(shares)
     return f" As in {sentence}." if sentence else ""

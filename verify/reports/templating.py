@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 
+from verify.arms.records import ModelRecord
 from verify.kernels.said import visible
 
 
+def is_known(x: float | None) -> TypeGuard[float]:
+    """Whether a figure is there: JSON has null for NaN and infinity."""
+    return x is not None and math.isfinite(x)
+
+
 def figure(x: float | None, form: str = "%.3g") -> str:
-    """A number as it is printed; `-` where it is not known (JSON has null for NaN and infinity)."""
+    """A number as it is printed; `-` where it is not known."""
     return "-" if x is None or math.isnan(x) else form % x
 
 
@@ -45,6 +51,19 @@ def flat(environment: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flat(value, f"{prefix}{key} ")
         elif value is not None:
             yield f"{prefix}{key}", value
+
+
+def model_words(model: ModelRecord) -> str:
+    """The model of a run, as a sentence about its run begins."""
+    return (
+        f"Model {model.name or model.path} ({model.architecture}, {model.layers} layers, {model.heads} query"
+        f" heads over {model.kv_heads} KV heads, r = {model.ratio})"
+    )
+
+
+def model_fact(model: ModelRecord) -> tuple[str, str]:
+    """The line of a report's facts that tells this model from any other."""
+    return "model", f"{model.path} ({model.bytes} bytes, fingerprint {model.fingerprint[:16]})"
 
 
 def _is_page(name: str | None) -> bool:

@@ -1,35 +1,21 @@
 """From what the groups of a run left to evidence: about each pair of arms, and to `run.json`."""
 
-from verify.arms.kernel_errors import in_place_json
 from verify.ppl.evidence.by_n_kv import by_n_kv
-from verify.ppl.evidence.noise import noise_json, noise_notes
-from verify.ppl.evidence.pairs import (
-    ArmSummary,
-    PairSummary,
-    arm_json,
-    coverage_lines,
-    pair_json,
-    summarize_arm,
-    summarize_pair,
-)
-from verify.ppl.evidence.power import detectable_json, power_json
+from verify.ppl.evidence.changed_tokens import changed_token_records
+from verify.ppl.evidence.noise import noise_notes, noise_records
+from verify.ppl.evidence.pairs import arm_record, changed_plan, pair_record
+from verify.ppl.evidence.power import detectable_record, power_record
 from verify.ppl.evidence.scores import Scores
-from verify.ppl.evidence.top1 import top1_changes
 
 __all__ = [
-    "ArmSummary",
-    "PairSummary",
     "Scores",
-    "arm_json",
+    "arm_record",
     "by_n_kv",
-    "coverage_lines",
-    "detectable_json",
-    "in_place_json",
-    "noise_json",
+    "changed_plan",
+    "changed_token_records",
+    "detectable_record",
     "noise_notes",
-    "pair_json",
-    "power_json",
-    "summarize_arm",
-    "summarize_pair",
-    "top1_changes",
+    "noise_records",
+    "pair_record",
+    "power_record",
 ]

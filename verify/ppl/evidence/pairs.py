@@ -3,75 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from verify.arms.arm import Arm
+from verify.arms.arm import Arm, Findings
 from verify.arms.kernel_errors import faults_in_place
 from verify.judge.statistics import DistanceRatio, PairedDifference, distance_ratio, paired_difference
-from verify.judge.verdict import Decision, PairEvidence, decide
+from verify.judge.verdict import PairEvidence, decide
 from verify.kernels.trace import LaunchTrace
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.frozen import frozen_name
 from verify.ppl.groups import GroupResult
-from verify.ppl.perplexity import Perplexity, perplexity
+from verify.ppl.perplexity import perplexity
+from verify.ppl.record import ArmRecord, FreeRatio, FrozenMeans, PairRecord
 
 
-class ArmSummary(NamedTuple):
-    """One arm: free-running, and the mean nll and KLD to exact of its pass with frozen casts (NaN: none)."""
-
-    arm: Arm
-    perplexity: Perplexity
-    kld_to_exact: float
-    frozen_nll: float
-    frozen_kld: float
-
-
-class Coverage(NamedTuple):
+class ChangedPlan(NamedTuple):
     """What went through a plan or kernel that the reference did not run: shares of scored tokens and of
     attention rows, and the n_kv at which it did."""
 
     tokens: float
     rows: float
-    changed: frozenset[int]
+    n_kv: frozenset[int]
 
 
-class PairSummary(NamedTuple):
-    """One candidate against its baseline: what was measured, and the verdict on it.
-
-    distance, cost, frozen_kld (candidate, reference): casts frozen, on `measured_tokens`; free, difference,
-    kld_mean, kld_max, top1_changes: free-running, on `tokens`. distance_to: whose distance the ratio is to:
-    `reference`, or `floor` where the reference is exact to the bit.
-    """
-
-    reference: Arm
-    candidate: Arm
-    decision: Decision
-    coverage: Coverage
-    distance: DistanceRatio | None
-    free: DistanceRatio | None
-    frozen_kld: tuple[float, float]
-    cost: PairedDifference
-    difference: PairedDifference
-    kld_mean: float
-    kld_max: float
-    top1_changes: int
-    tokens: int
-    measured_tokens: int
-    bitwise_equal: bool
-    distance_to: str
-
-
-def summarize_arm(arm: Arm, scores: Scores) -> ArmSummary:
-    frozen = frozen_name(arm.name)
-    return ArmSummary(
-        arm,
-        perplexity(scores.column(arm.name, "nll").ravel()),
-        scores.mean(arm.name, "kld_to_exact"),
-        scores.mean(frozen, "nll"),
-        scores.mean(frozen, "kld_to_exact"),
+def arm_record(arm: Arm, findings: Findings, scores: Scores) -> ArmRecord:
+    """One arm: free-running, and the means of its pass with frozen casts."""
+    frozen_pass = frozen_name(arm.name)
+    ppl = perplexity(scores.column(arm.name, "nll").ravel())
+    frozen_kld = scores.mean(frozen_pass, "kld_to_exact")
+    frozen = FrozenMeans(nll_mean=scores.mean(frozen_pass, "nll"), kld_to_exact_mean=frozen_kld)
+    return ArmRecord(
+        name=arm.name,
+        role=arm.role,
+        spec=arm.spec,
+        path=arm.path,
+        ppl=ppl.ppl,
+        ppl_se=ppl.se,
+        nll_mean=ppl.nll_mean,
+        tokens=ppl.tokens,
+        kld_to_exact_mean=scores.mean(arm.name, "kld_to_exact"),
+        frozen=None if math.isnan(frozen_kld) else frozen,
+        failure=findings.failure,
+        bitwise_equal=None if arm.reference is None else findings.kept_all_bits,
     )
 
 
@@ -110,39 +85,39 @@ def difference_of(scores: Scores, candidate: str, reference: str) -> PairedDiffe
     return paired_difference(nll, nll_reference) if len(nll) else PairedDifference(math.nan, math.nan)
 
 
-def coverage_of(candidate: LaunchTrace, reference: LaunchTrace, scored_n_kv: range) -> Coverage:
+def changed_plan(candidate: LaunchTrace, reference: LaunchTrace, scored_n_kv: range) -> ChangedPlan:
     """scored_n_kv: visible keys of the scored positions of a window."""
     changed = candidate.differs_from(reference)
     rows = sum(count for (_, n_kv, _), count in candidate.rows.items() if n_kv in changed)
-    return Coverage(
+    return ChangedPlan(
         sum(n in changed for n in scored_n_kv) / max(len(scored_n_kv), 1),
         rows / max(candidate.total_rows, 1),
         changed,
     )
 
 
-def summarize_pair(
+def pair_record(
     candidate: Arm,
     reference: Arm,
     result: GroupResult,
     scores: Scores,
     *,
-    scored_n_kv: range,
+    changed: ChangedPlan,
     floor: str | None,
     min_coverage: float,
     margin: float,
-) -> PairSummary:
-    """Everything about one candidate. scored_n_kv: visible keys of the scored positions of a window."""
+) -> PairRecord:
+    """Everything about one candidate, and the verdict on it."""
     name, other = candidate.name, reference.name
+    of_candidate, of_reference = result.findings[name], result.findings[other]
     nll, nll_reference = both(scores, name, other, "nll")
-    found = result.findings[name]
-    equal = len(nll) > 0 and not candidate.failed and found.attention_equal and found.logits_equal
+    equal = len(nll) > 0 and of_candidate.kept_all_bits
     frozen_floor = frozen_name(floor) if floor else None
     distance = distance_between(frozen_name(name), frozen_name(other), frozen_floor, scores)
-    coverage = coverage_of(result.traces[name], result.traces[other], scored_n_kv)
+    free = distance_between(name, other, floor, scores)
     faults = [
-        *_faults(candidate, "candidate", result, nll),
-        *_faults(reference, f"baseline {reference.spec}", result, nll_reference),
+        *_faults(name, "candidate", result, nll),
+        *_faults(other, f"baseline {reference.spec}", result, nll_reference),
     ]
     frozen_kld = (
         scores.mean(frozen_name(name), "kld_to_exact"),
@@ -157,10 +132,10 @@ def summarize_pair(
         PairEvidence(
             faults=faults,
             same_spec=candidate.spec == reference.spec,
-            coverage=coverage.tokens,
+            coverage=changed.tokens,
             bitwise_equal=equal,
             distance=distance,
-            not_compared=refusal(candidate, "candidate") or refusal(reference, "baseline"),
+            not_compared=of_candidate.refusal("candidate") or of_reference.refusal("baseline"),
             min_coverage=min_coverage,
             margin=margin,
             frozen_kld=frozen_kld,
@@ -169,109 +144,54 @@ def summarize_pair(
     )
     between, _ = both(scores, name, other, "kld_to_baseline")
     top1, top1_reference = both(scores, name, other, "top1")
-    return PairSummary(
-        reference,
-        candidate,
-        decision,
-        coverage,
-        distance,
-        distance_between(name, other, floor, scores),
-        frozen_kld,
-        cost,
-        difference_of(scores, name, other),
-        float(between.mean()) if between.size else math.nan,
-        float(between.max()) if between.size else math.nan,
-        int(((top1 != top1_reference) & np.isfinite(nll) & np.isfinite(nll_reference)).sum()),
-        int(nll.size),
-        int(frozen_klds[0].size),
-        equal,
-        distance_to,
+    difference = difference_of(scores, name, other)
+    finite = np.isfinite(nll) & np.isfinite(nll_reference)
+    return PairRecord(
+        reference=other,
+        candidate=name,
+        path=candidate.path,
+        verdict=decision.verdict,
+        reasons=decision.reasons,
+        theta=distance.theta if distance else None,
+        theta_se=distance.theta_se if distance else None,
+        distance_ratio=distance.ratio if distance else None,
+        distance_ratio_ci=(distance.low, distance.high) if distance else None,
+        distance_kind="frozen-cast",
+        distance_to=distance_to,
+        distance_scope=distance.scope if distance else None,
+        free=FreeRatio(distance_ratio=free.ratio, distance_ratio_ci=(free.low, free.high)) if free else None,
+        frozen_kld=frozen_kld[0],
+        frozen_kld_reference=frozen_kld[1],
+        cost_nats=cost.mean,
+        cost_nats_se=cost.se,
+        dlnppl=difference.mean,
+        dlnppl_se=difference.se,
+        kld_mean=float(between.mean()) if between.size else math.nan,
+        kld_max=float(between.max()) if between.size else math.nan,
+        top1_changes=int(((top1 != top1_reference) & finite).sum()),
+        tokens=int(nll.size),
+        measured_tokens=int(frozen_klds[0].size),
+        bitwise_equal=equal,
+        coverage=changed.tokens,
+        coverage_rows=changed.rows,
+        changed_n_kv=(min(changed.n_kv), max(changed.n_kv)) if changed.n_kv else None,
+        detectable_distance_ratio=distance.detectable if distance else None,
     )
 
 
-def refusal(arm: Arm, called: str) -> str:
-    """That a kernel does not take what the model asks for, or nothing."""
-    found = arm.findings
-    return f"{called} does not take this call, {found.failure}" if found.refused else ""
-
-
-def _faults(arm: Arm, called: str, result: GroupResult, nll: np.ndarray) -> list[str]:
+def _faults(arm: str, called: str, result: GroupResult, nll: np.ndarray) -> list[str]:
     """What makes an arm `broken`, as sentences that begin with `called`."""
-    found = result.findings[arm.name]
+    findings = result.findings[arm]
     faults = []
-    if found.failure is not None and not found.refused:
-        faults.append(f"{called} failed at {found.failure_place}: {found.failure}")
-    if found.unsteady is not None:
-        faults.append(f"{called} gave another result for the same call at {found.unsteady} away")
-    if found.nonfinite_place is not None:
+    if findings.failure is not None and not findings.refused:
+        faults.append(f"{called} failed at {findings.failure_place}: {findings.failure}")
+    if findings.unsteady is not None:
+        faults.append(f"{called} gave another result for the same call at {findings.unsteady} away")
+    if findings.nonfinite_place is not None:
         faults.append(
-            f"{called}: NaN or Inf in {found.nonfinite_rows} attention rows, first at {found.nonfinite_place}"
+            f"{called}: NaN or Inf in {findings.nonfinite_rows} attention rows, first at"
+            f" {findings.nonfinite_place}"
         )
     elif not np.isfinite(nll).all():
         faults.append(f"{called}: NaN or Inf in the logits")
-    return faults + faults_in_place(result.layers, arm.name, called)
-
-
-def coverage_lines(arms: Sequence[Arm], result: GroupResult) -> list[dict[str, Any]]:
-    """What every kernel launched, as `run.json` lists it."""
-    return [
-        {"arm": arm.name, "spec": arm.spec, **line.to_json()}
-        for arm in arms
-        if arm.name in result.traces
-        for line in result.traces[arm.name].coverage()
-    ]
-
-
-def arm_json(summary: ArmSummary) -> dict[str, Any]:
-    arm, ppl = summary.arm, summary.perplexity
-    frozen = None
-    if not math.isnan(summary.frozen_kld):
-        frozen = {"nll_mean": summary.frozen_nll, "kld_to_exact_mean": summary.frozen_kld}
-    return {
-        "name": arm.name,
-        "role": arm.role,
-        "spec": arm.spec,
-        "path": arm.path,
-        "ppl": ppl.ppl,
-        "ppl_se": ppl.se,
-        "nll_mean": ppl.nll_mean,
-        "tokens": ppl.tokens,
-        "kld_to_exact_mean": summary.kld_to_exact,
-        "frozen": frozen,
-        "failure": arm.findings.failure,
-    }
-
-
-def pair_json(pair: PairSummary) -> dict[str, Any]:
-    d, free, changed = pair.distance, pair.free, pair.coverage.changed
-    return {
-        "reference": pair.reference.name,
-        "candidate": pair.candidate.name,
-        "path": pair.candidate.path,
-        "verdict": pair.decision.verdict,
-        "reasons": pair.decision.reasons,
-        "theta": d.theta if d else None,
-        "theta_se": d.theta_se if d else None,
-        "distance_ratio": d.ratio if d else None,
-        "distance_ratio_ci": [d.low, d.high] if d else None,
-        "distance_kind": "frozen-cast",
-        "distance_to": pair.distance_to,
-        "distance_scope": d.scope if d else None,
-        "free": {"distance_ratio": free.ratio, "distance_ratio_ci": [free.low, free.high]} if free else None,
-        "frozen_kld": pair.frozen_kld[0],
-        "frozen_kld_reference": pair.frozen_kld[1],
-        "cost_nats": pair.cost.mean,
-        "cost_nats_se": pair.cost.se,
-        "dlnppl": pair.difference.mean,
-        "dlnppl_se": pair.difference.se,
-        "kld_mean": pair.kld_mean,
-        "kld_max": pair.kld_max,
-        "top1_changes": pair.top1_changes,
-        "tokens": pair.tokens,
-        "measured_tokens": pair.measured_tokens,
-        "bitwise_equal": pair.bitwise_equal,
-        "coverage": pair.coverage.tokens,
-        "coverage_rows": pair.coverage.rows,
-        "changed_n_kv": [min(changed), max(changed)] if changed else None,
-        "detectable_distance_ratio": d.detectable if d else None,
-    }
+    return faults + faults_in_place(result.layers, arm, called)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scipy import special
 
-from verify.arms.arm import Arm
 from verify.arms.kernel_errors import KernelErrors, kernel_errors, rows_of
 from verify.judge.statistics import CONFIDENCE, POWER, paired_difference
 from verify.judge.verdict import SIGNIFICANT_RATIO
 from verify.kernels.judging.figures import RMS_LIMIT
-from verify.ppl.evidence.pairs import PairSummary, both, difference_of, distance_between
+from verify.ppl.evidence.pairs import both, difference_of, distance_between
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.frozen import frozen_name
 from verify.ppl.groups import GroupResult
 from verify.ppl.planted import PlantedFault
+from verify.ppl.record import DetectableRecord, PairRecord, PlantedRecord, PowerRecord
 
 DETECTORS = ("budget", "rms", "gain", "distance", "nll", "kld")
 # Two correct attention paths of one engine, compared through llama-perplexity's 16-bit logits file, print
@@ -33,61 +33,58 @@ class FreeErrors(NamedTuple):
     kld: float
 
 
-def free_errors(pair: PairSummary, scores: Scores) -> FreeErrors:
-    kld = both(scores, pair.candidate.name, pair.reference.name, "kld_to_exact")
-    return FreeErrors(pair.difference.se, paired_difference(*kld).se if len(kld[0]) else math.nan)
+def free_errors(pair: PairRecord, scores: Scores) -> FreeErrors:
+    kld = both(scores, pair.candidate, pair.reference, "kld_to_exact")
+    return FreeErrors(pair.dlnppl_se, paired_difference(*kld).se if len(kld[0]) else math.nan)
 
 
-def power_json(
+def power_record(
     faults: Sequence[PlantedFault],
-    pairs: Sequence[PairSummary],
-    reference: Arm,
+    pairs: Sequence[PairRecord],
+    reference: str,
     result: GroupResult,
     scores: Scores,
-) -> dict[str, Any] | None:
+) -> PowerRecord | None:
     """Every planted fault, and by which detectors it was seen; None where none was planted.
 
     Whether the free-running nll and KLD would show it: against their errors in the first of `pairs`.
     """
     if not faults:
         return None
-    free = next((free_errors(pair, scores) for pair in pairs if pair.reference is reference), None)
+    free = next((free_errors(pair, scores) for pair in pairs if pair.reference == reference), None)
     free = free or FreeErrors(math.nan, math.nan)
-    lines = [_fault(fault, free, reference, result, scores) for fault in faults]
+    records = [_planted(fault, free, reference, result, scores) for fault in faults]
     smallest = {
         detector: min(
-            (x["size"] for x in lines if x["kind"] == "scale" and x["seen"][detector]), default=None
+            (x.size for x in records if x.kind == "scale" and x.size is not None and x.seen[detector]),
+            default=None,
         )
         for detector in DETECTORS
     }
-    return {"reference": reference.name, "faults": lines, "smallest": smallest}
+    return PowerRecord(reference=reference, faults=records, smallest=smallest)
 
 
-def _fault(
-    fault: PlantedFault,
-    free: FreeErrors,
-    reference: Arm,
-    result: GroupResult,
-    scores: Scores,
-) -> dict[str, Any]:
-    frozen = frozen_name(reference.name)
+def _planted(
+    fault: PlantedFault, free: FreeErrors, reference: str, result: GroupResult, scores: Scores
+) -> PlantedRecord:
+    frozen = frozen_name(reference)
     distance = distance_between(fault.name, frozen, None, scores)
     difference = difference_of(scores, fault.name, frozen)
     errors = kernel_errors(rows_of(result.layers, fault.name))
     kld, kld_reference = (scores.mean(name, "kld_to_exact") for name in (fault.name, frozen))
-    return {
-        "name": fault.name,
-        "kind": fault.kind,
-        "size": None if math.isnan(fault.size) else fault.size,
-        "distance_ratio": distance.ratio if distance else None,
-        "distance_ratio_ci": [distance.low, distance.high] if distance else None,
-        "frozen_kld": kld,
-        "dnll": difference.mean,
-        "dnll_se": difference.se,
-        "max_budget_ratio": errors.max_budget_ratio if errors else None,
-        "rms_ratio": errors.rms_ratio if errors else None,
-        "gain": errors.gain if errors else None,
-        "seen": {
+    return PlantedRecord(
+        name=fault.name,
+        kind=fault.kind,
+        size=None if math.isnan(fault.size) else fault.size,
+        distance_ratio=distance.ratio if distance else None,
+        distance_ratio_ci=(distance.low, distance.high) if distance else None,
+        frozen_kld=kld,
+        dnll=difference.mean,
+        dnll_se=difference.se,
+        max_budget_ratio=errors.max_budget_ratio if errors else None,
+        rms_ratio=errors.rms_ratio if errors else None,
+        gain=errors.gain if errors else None,
+        seen={
             "budget": errors is not None and errors.max_budget_ratio > 1,
             "rms": errors is not None and errors.rms_ratio > RMS_LIMIT,
             "gain": errors is not None and abs(errors.gain) > errors.gain_limit,
@@ -95,23 +92,21 @@ def _fault(
             "nll": abs(difference.mean) > _critical() * free.nll,
             "kld": abs(kld - kld_reference) > _critical() * free.kld,
         },
-    }
+    )
 
 
-def detectable_json(
-    pair: PairSummary, result: GroupResult, power: dict[str, Any] | None
-) -> dict[str, float | None]:
-    """What this run would have seen of one candidate, by detector; None where nothing can be said."""
-    errors = kernel_errors(rows_of(result.layers, pair.candidate.name))
-    dnll = (_critical() + float(special.ndtri(POWER))) * pair.difference.se
+def detectable_record(pair: PairRecord, result: GroupResult, power: PowerRecord | None) -> DetectableRecord:
+    """What this run would have seen of one candidate, by detector."""
+    errors = kernel_errors(rows_of(result.layers, pair.candidate))
+    dnll = (_critical() + float(special.ndtri(POWER))) * pair.dlnppl_se
     slope = _nll_slope(power)
-    return {
-        "distance_ratio": pair.distance.detectable if pair.distance else None,
-        "scale_by_gain": _scale_by_gain(errors),
-        "dnll": dnll,
-        "scale_by_nll": dnll / slope if slope else None,
-        "logits_file_nats": LOGITS_FILE_NATS,
-    }
+    return DetectableRecord(
+        distance_ratio=pair.detectable_distance_ratio,
+        scale_by_gain=_scale_by_gain(errors),
+        dnll=dnll,
+        scale_by_nll=dnll / slope if slope else None,
+        logits_file_nats=LOGITS_FILE_NATS,
+    )
 
 
 def _critical() -> float:
@@ -125,7 +120,7 @@ def _scale_by_gain(errors: KernelErrors | None) -> float | None:
     return errors.gain_limit + float(special.ndtri(POWER)) * errors.gain_se
 
 
-def _nll_slope(power: dict[str, Any] | None) -> float:
+def _nll_slope(power: PowerRecord | None) -> float:
     """The most that a scale error of 1 could change the mean nll of these tokens by; 0: nothing is known.
 
     With frozen casts a scale error moves the nll in proportion to its size, but each token its own way: over
@@ -136,9 +131,9 @@ def _nll_slope(power: dict[str, Any] | None) -> float:
         return 0.0
     return min(
         (
-            (abs(x["dnll"]) + _critical() * x["dnll_se"]) / x["size"]
-            for x in power["faults"]
-            if x["kind"] == "scale" and math.isfinite(x["dnll"]) and math.isfinite(x["dnll_se"])
+            (abs(x.dnll) + _critical() * x.dnll_se) / x.size
+            for x in power.faults
+            if x.kind == "scale" and x.size and math.isfinite(x.dnll) and math.isfinite(x.dnll_se)
         ),
         default=0.0,
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from verify.engines.divergence import check_tokens
 from verify.engines.logits_file import LogitsFile, LogitsWriter
 from verify.machine.errors import UsageError
 from verify.model.logits import LogitSlice
+from verify.ppl.record import EngineRecord
 
 PLAIN_TYPES = ("F32", "F16", "BF16")
 # A divergence of up to this many times our own kernel's is what any other order of sums may give.
@@ -100,38 +100,55 @@ class LogitsFiles:
             self._writer.close()
 
 
-def engine_findings(
+def engine_records(
     files: LogitsFiles, kld_of: Mapping[str, float], kernel: str, types: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[EngineRecord]:
     """What is said of each engine's file.
 
     kld_of: arm -> mean KLD to exact; kernel: the arm of our own kernel; types: of the model's tensors.
-    resolution: what the rounding of the file's logarithms adds to a divergence whose rows are normalised
-    again (first-order terms cancel then): half the variance of an error uniform over one step, step^2 / 24.
     """
-    found: list[dict[str, Any]] = []
+    nearest = min((kld_of[name] for name in files.against if math.isfinite(kld_of[name])), default=math.nan)
+    records = []
     for name, file in files.against.items():
-        steps = np.concatenate([block.scale.astype(np.float64) for block in file.blocks()])
-        floor = float((steps**2).mean()) / 24
-        found.append({"arm": name, "path": str(file.path), "kld": kld_of[name], "resolution": floor})
-    nearest = min((x["kld"] for x in found if math.isfinite(x["kld"])), default=math.nan)
-    for x in found:
-        x["cause"], x["said"] = _cause(x, kld_of[kernel], nearest, types)
-    return found
+        kld, resolution = kld_of[name], resolution_of_file(file)
+        cause, sentence = cause_of_distance(
+            f"{name} ({file.path})", kld, resolution, kernel=kld_of[kernel], nearest=nearest, types=types
+        )
+        records.append(
+            EngineRecord(
+                arm=name, path=str(file.path), kld=kld, resolution=resolution, cause=cause, said=sentence
+            )
+        )
+    return records
 
 
-def _cause(x: dict[str, Any], kernel: float, nearest: float, types: Sequence[str]) -> tuple[str, str]:
-    kld, floor = x["kld"], x["resolution"]
-    where = f"{x['arm']} ({x['path']}): KLD to exact {kld:.2g}"
+def resolution_of_file(file: LogitsFile) -> float:
+    """What the rounding of the file's logarithms adds to a mean divergence whose rows are normalised again.
+
+    First-order terms cancel then: half the variance of an error uniform over one step, step^2 / 24.
+    """
+    steps = np.concatenate([block.scale.astype(np.float64) for block in file.blocks()])
+    return float((steps**2).mean()) / 24
+
+
+def cause_of_distance(
+    called: str, kld: float, resolution: float, *, kernel: float, nearest: float, types: Sequence[str]
+) -> tuple[str, str]:
+    """What explains an engine's distance to exact: one of five words, and a sentence.
+
+    called: arm and file; kld, kernel, nearest: mean KLD to exact of this engine, of our own kernel, and of
+    the nearest of all engines; types: of the model's tensors.
+    """
+    where = f"{called}: KLD to exact {kld:.2g}"
     if not math.isfinite(kld):
         return "engine", f"{where}: NaN or Inf in its file"
     if not math.isfinite(kernel):
         return "not known", f"{where}; our own baseline failed, so there is nothing to hold it against"
-    limit = max(KERNEL_FACTOR * kernel, floor)
+    limit = max(KERNEL_FACTOR * kernel, resolution)
     if kld <= limit:
         return "kernel", (
             f"{where}: no more than rounding in the attention kernel gives ({kernel:.2g} in our own) or the"
-            f" file's 16 bits hide ({floor:.2g})"
+            f" file's 16 bits hide ({resolution:.2g})"
         )
     far = (
         f"{where}, {kld / max(kernel, 1e-300):.0f} times what our own kernel's rounding gives ({kernel:.2g})"

@@ -1,0 +1,64 @@
+"""The arms of a run, from what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from verify.arms.arm import Arm, Role, common_cache
+from verify.arms.split_mode import build_shared_kernel
+from verify.kernels.call import AttentionPath
+
+
+def build_arms(
+    baseline: str,
+    candidates: Sequence[str],
+    *,
+    paths: Sequence[AttentionPath] = ("decode",),
+    gpus: int = 1,
+    noise: Sequence[str] = (),
+    engines: Sequence[str] = (),
+) -> list[Arm]:
+    """exact and floor once; baseline, control, every candidate and the noise arms on each path; engines.
+
+    baseline, candidates, noise: specifications; engines: logits files. Raises SpecError, with every kernel
+    that was built closed again.
+    """
+    arms = [Arm("exact", "exact", "exact", paths[0]), Arm("floor", "floor", "exact", paths[0])]
+
+    def add(name: str, spec: str, path: AttentionPath, role: Role, reference: str | None) -> None:
+        arms.append(Arm(name, role, spec, path, build_shared_kernel(spec, gpus), reference))
+
+    try:
+        for path in paths:
+            suffix = f"/{path}" if len(paths) > 1 else ""
+            reference = f"baseline{suffix}"
+            add(reference, baseline, path, "baseline", None)
+            add(f"control{suffix}", baseline, path, "control", reference)
+            for number, spec in _numbered(candidates):
+                add(f"candidate{number}{suffix}", spec, path, "candidate", reference)
+            for i, spec in enumerate(noise):
+                add(f"noise-{i + 1}{suffix}", spec, path, "noise", reference)
+        arms += [Arm(f"engine{number}", "engine", file, paths[0]) for number, file in _numbered(engines)]
+    except BaseException:
+        close_kernels(arms)
+        raise
+    return arms
+
+
+def _numbered(specs: Sequence[str]) -> list[tuple[str, str]]:
+    """`-1`, `-2`, ... and each of several; one alone has no number."""
+    return [(f"-{i + 1}" if len(specs) > 1 else "", spec) for i, spec in enumerate(specs)]
+
+
+def close_kernels(arms: Iterable[Arm]) -> None:
+    for arm in arms:
+        if arm.kernel is not None:
+            arm.kernel.close()
+
+
+def kernel_notes(arms: Sequence[Arm]) -> set[str]:
+    """What a reader of the verdict must know about the kernels: a fallback that ran, a common cache."""
+    notes = {note for arm in arms if arm.kernel for note in arm.kernel.notes}
+    if (cache := common_cache(arms)) is not None:
+        notes.add(f"all kernels hold {cache}: what that loses is in no distance")
+    return notes

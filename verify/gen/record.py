@@ -1,0 +1,140 @@
+"""A run of `verify gen` as `run.json` holds it: one record, which screen, reports and file all take.
+
+Fields are the keys of the file, in its order; `docs/generation.md` has the same list for readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from verify.arms.records import CoverageRecord, ModelRecord, TensorParallelRecord
+from verify.judge.verdict import Verdict
+
+DISTANCE_KIND = "attention output, on the exact arm's q, k, v"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRecord:
+    """What was to be gone on with."""
+
+    text: str
+    tokens: int
+    last: str  # the text of its last token
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenArmRecord:
+    """One arm over all steps."""
+
+    name: str
+    role: str  # see `verify.arms.arm`
+    spec: str
+    tokens: int  # steps that it ran
+    text: str | None  # what it wrote; None for arms that write nothing
+    kld_to_exact_mean: float  # nats a token
+    agrees_with_baseline: int  # steps at which its most likely token is the baseline's
+    failure: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRecord:
+    """A token, and how it is shown."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstDifference:
+    """The first step at which a candidate's most likely token is not the baseline's."""
+
+    candidate: str
+    step: int  # counted from 0
+    n_kv: int  # keys that it sees
+    before: str  # the text so far
+    baseline_token: TokenRecord
+    candidate_token: TokenRecord
+    logits: dict[str, tuple[float, float]]  # by arm: of the baseline's token, and of the candidate's
+    probabilities: dict[str, tuple[float, float]]
+    floor: float | None  # rms of how far one rounding of noise moves exact's margin; None: not measured
+    draws: int  # that this is the rms of
+    margins: dict[str, float]  # by arm: nats between the two tokens
+    margin: float  # the baseline's
+    moved: float  # how far the candidate moves that
+    sentences: list[str]  # what a user needs to know about it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disagreement:
+    """A step at which the candidate prefers another token than the baseline's."""
+
+    step: int
+    baseline_token: str
+    candidate_token: str
+    margin: float  # nats between the baseline's two most likely tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosestStep:
+    """The step at which the baseline's two most likely tokens were closest."""
+
+    step: int
+    token: str  # the baseline's
+    margin: float  # nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenPairRecord:
+    """One candidate against the baseline: the verdict, and what it rests on."""
+
+    reference: str
+    candidate: str
+    path: str
+    verdict: Verdict
+    reasons: list[str]
+    distance_ratio: float | None  # of the kernels' own errors; None where too little is known
+    distance_ratio_ci: tuple[float, float] | None  # 99.9 %
+    distance_kind: str = DISTANCE_KIND
+    distance_scope: str | None  # what the interval speaks about
+    detectable_distance_ratio: float | None  # told from 1 with 90 % probability
+    kld_mean: float  # nats a token to the baseline
+    kld_max: float
+    tokens: int  # steps that it ran
+    bitwise_equal: bool  # attention outputs and logits
+    coverage: float  # share of the steps whose plan or kernel differed
+    first_difference: FirstDifference | None
+    disagreements: list[Disagreement]
+    margin_moved_rms: float  # nats, over all steps, by the candidate
+    margin_moved_rms_floor: float  # the same by one rounding of noise
+    closest: ClosestStep | None  # None where nothing was written
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenSpeed:
+    """Where the time went."""
+
+    seconds: dict[str, float]  # by kind of work
+    weights_resident: bool  # whether they stay decoded in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenRun:
+    """One whole run."""
+
+    schema: int
+    command: str
+    verdict: str  # or `void`, where nothing was measured
+    exit_code: int
+    reasons: list[str]
+    notes: list[str]
+    settings: dict[str, Any]  # `GenSettings`, by field
+    environment: dict[str, Any]
+    model: ModelRecord
+    tensor_parallel: TensorParallelRecord | None = None
+    prompt: PromptRecord
+    arms: list[GenArmRecord]
+    pairs: list[GenPairRecord]
+    coverage: list[CoverageRecord]
+    detectable: dict[str, float | None] = field(default_factory=dict)  # candidate -> distance ratio
+    speed: GenSpeed | None = None

@@ -1,0 +1,328 @@
+"""A run of `verify ppl` as `run.json` holds it: one record, which screen, reports and file all take.
+
+Fields are the keys of the file, in its order; `docs/run-json.md` has the same list for readers. What has a
+default may be missing in a file of an earlier schema.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from verify.arms.records import (
+    NOT_KNOWN,
+    CoverageRecord,
+    InPlaceRecord,
+    ModelRecord,
+    TensorParallelRecord,
+)
+from verify.judge.verdict import Verdict
+from verify.machine.records import record_from_json
+from verify.ppl.perplexity import Perplexity
+
+# Ends the name of an arm's pass with frozen casts (`verify.ppl.frozen`).
+FROZEN_SUFFIX = "/frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecord:
+    """The text, and the windows that it was cut into."""
+
+    name: str
+    source: str  # where it was read
+    bytes: int
+    sha256: str
+    notice: str | None  # what a reader must know of it: another text stood in, say
+    tokens: int  # of the whole text
+    n_ctx: int  # tokens a window
+    windows: int
+    scored_per_window: int
+    first_scored: int = 0  # position in each window
+    measured_windows: int = 0  # on which kernels were measured, and the floor ran
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenMeans:
+    """An arm's pass with frozen casts, in nats a token."""
+
+    nll_mean: float
+    kld_to_exact_mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRecord:
+    """One arm: what it is, and its free-running pass."""
+
+    name: str
+    role: str  # see `verify.arms.arm`
+    spec: str
+    path: str  # decode or prefill
+    ppl: float
+    ppl_se: float
+    nll_mean: float  # nats a token
+    tokens: int = 0  # scored
+    kld_to_exact_mean: float = NOT_KNOWN  # nats a token
+    frozen: FrozenMeans | None = None  # None: it has no such pass
+    failure: str | None = None
+    bitwise_equal: bool | None = None  # attention and logits had all bits of the reference's; None: has none
+
+    @property
+    def perplexity(self) -> Perplexity:
+        return Perplexity(self.ppl, self.ppl_se, self.nll_mean, self.tokens)
+
+    @property
+    def holds(self) -> bool:
+        """Whether a control is its baseline to the bit."""
+        return self.role == "control" and self.failure is None and bool(self.bitwise_equal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeRatio:
+    """A distance ratio of passes that run freely."""
+
+    distance_ratio: float
+    distance_ratio_ci: tuple[float, float]  # 99.9 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRecord:
+    """One candidate against its baseline: what was measured, and the verdict on it."""
+
+    reference: str  # name of the baseline's arm
+    candidate: str  # name of the candidate's
+    path: str
+    verdict: Verdict
+    reasons: list[str]
+    theta: float | None = None  # mean over tokens of ln(KLD / KLD of the reference), frozen casts
+    theta_se: float | None = None
+    distance_ratio: float | None = None  # exp(theta / 2); None without finite divergences of both
+    distance_ratio_ci: tuple[float, float] | None = None  # 99.9 %
+    distance_kind: str = "free-running"  # what it is a distance of
+    distance_to: str = "reference"  # or `floor`, where the reference is exact to the bit
+    distance_scope: str | None = None  # what the interval speaks about
+    free: FreeRatio | None = None  # the same, free-running
+    frozen_kld: float = NOT_KNOWN  # nats a token to exact, frozen casts
+    frozen_kld_reference: float = NOT_KNOWN
+    cost_nats: float = NOT_KNOWN  # difference of mean nll, frozen casts
+    cost_nats_se: float = NOT_KNOWN
+    dlnppl: float = NOT_KNOWN  # difference of ln PPL, free-running
+    dlnppl_se: float = NOT_KNOWN
+    kld_mean: float = NOT_KNOWN  # nats a token to the reference, free-running
+    kld_max: float = NOT_KNOWN
+    top1_changes: int = 0  # tokens whose most likely token changed, free-running
+    tokens: int = 0  # compared freely
+    measured_tokens: int | None = None  # compared with casts frozen; None: not said, `tokens`
+    bitwise_equal: bool = False  # attention outputs of every layer, and logits
+    coverage: float = 0.0  # share of scored tokens whose plan or kernel differed
+    coverage_rows: float | None = None  # the same of attention rows
+    changed_n_kv: tuple[int, int] | None = None  # smallest and largest n_kv at which it did
+    detectable_distance_ratio: float | None = None  # told from 1 with 90 % probability
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthRecord:
+    """One candidate over a range of context lengths; divergences in nats a token."""
+
+    candidate: str
+    reference: str
+    n_kv_min: int
+    n_kv_max: int
+    tokens: int  # scored
+    changed: float  # share of them that took the changed plan
+    frozen_kld: float
+    frozen_kld_reference: float
+    floor_kld: float | None  # free-running; None without a floor
+    kld_mean: float  # to the reference, free-running
+    dnll: float  # free-running
+    dnll_se: float
+    cost_nats: float  # frozen casts
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftLayer:
+    """How far a pass was from exact when it entered a layer, relative to exact's own size."""
+
+    layer: int
+    relative: float
+    by_position: list[float]  # one a range of `DriftRecord.edges`
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftArm:
+    """One pass."""
+
+    arm: str
+    layers: list[DriftLayer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftRecord:
+    """Distances of the residual stream to the exact arm's."""
+
+    edges: list[int] = field(default_factory=list)  # bounds of ranges of positions
+    arms: list[DriftArm] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top1Record:
+    """A token whose most likely token changed."""
+
+    candidate: str
+    reference: str
+    window: int
+    position: int
+    n_kv: int
+    context: str  # the text before it
+    target: str  # the text's next token
+    reference_token: str
+    candidate_token: str
+    p_reference: tuple[float, float]  # that the reference gives to its own token, and to the candidate's
+    p_candidate: tuple[float, float]
+    p_exact: tuple[float, float]
+    margin: float  # difference of exact's logits, reference's token - candidate's
+    floor: float  # how far rounding alone moves such a difference here
+    margin_in_floors: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseArm:
+    """One noise arm against its baseline."""
+
+    name: str
+    spec: str
+    theta: float | None
+    distance_ratio: float | None
+    distance_ratio_ci: tuple[float, float] | None  # 99.9 %
+    dlnppl: float  # free-running
+    kld_mean: float  # nats a token to the baseline, free-running
+    top1_changes: int
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmongNoise:
+    """A candidate's place among the noise arms."""
+
+    candidate: str
+    theta: float
+    outside: bool  # of theta_limits
+    rank: int  # noise arms that are closer to exact
+    dlnppl: float
+    dlnppl_outside: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseRecord:
+    """The noise arms of one baseline; without two that have a theta there are no limits."""
+
+    reference: str
+    arms: list[NoiseArm]
+    theta_mean: float | None = None
+    theta_sd: float | None = None
+    theta_limits: tuple[float, float] | None = None  # where 99.9 % of such arms lie
+    candidates: list[AmongNoise] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedRecord:
+    """One fault planted in the reference's own output, and which detectors saw it."""
+
+    name: str
+    kind: str  # scale, last key, middle key, merge
+    size: float | None  # of a scale error
+    distance_ratio: float | None
+    distance_ratio_ci: tuple[float, float] | None  # 99.9 %
+    frozen_kld: float
+    dnll: float  # frozen casts
+    dnll_se: float
+    max_budget_ratio: float | None
+    rms_ratio: float | None
+    gain: float | None
+    seen: dict[str, bool]  # by detector
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerRecord:
+    """All planted faults."""
+
+    reference: str
+    faults: list[PlantedRecord]
+    smallest: dict[str, float | None]  # detector -> smallest scale error that it saw
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectableRecord:
+    """What this run would have seen of one candidate, by detector; None where nothing can be said."""
+
+    distance_ratio: float | None = None
+    scale_by_gain: float | None = None  # a scale error, by its gain
+    dnll: float | None = None  # nats a token, by the free-running comparison
+    scale_by_nll: float | None = None  # the scale error that this takes at least
+    logits_file_nats: float | None = None  # what llama-perplexity's 16 bits resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """An engine's logits file beside this run."""
+
+    arm: str
+    path: str
+    kld: float  # mean to exact, nats a token
+    resolution: float  # what the file's 16 bits add to it
+    cause: str  # kernel, not the kernel, quantisation or engine, engine, not known
+    said: str  # the same as a sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRecord:
+    """Where the time went, and what was read."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # by kind of work
+    product_flop: float = 0.0  # of the weight products of all passes
+    product_flop_per_s: float | None = None
+    anonymous_bytes: int = 0  # the most memory seen
+    group_windows: int = 0
+    stages_ended_at_s: dict[str, float] = field(default_factory=dict)  # since the process began
+    groups: int | None = None  # None: not said
+    read_bytes: int = 0  # of the model's file
+
+
+@dataclass(frozen=True, kw_only=True)
+class PplRun:
+    """One whole run."""
+
+    schema: int
+    command: str
+    verdict: str  # or `void`, where nothing was measured
+    exit_code: int
+    reasons: list[str]
+    notes: list[str]
+    engines: list[EngineRecord] = field(default_factory=list)
+    settings: dict[str, Any]  # `PplSettings`, by field
+    environment: dict[str, Any]
+    model: ModelRecord
+    tensor_parallel: TensorParallelRecord | None = None
+    corpus: CorpusRecord
+    arms: list[ArmRecord]
+    pairs: list[PairRecord]
+    coverage: list[CoverageRecord]
+    in_place: list[InPlaceRecord]
+    by_n_kv: list[LengthRecord] = field(default_factory=list)
+    drift: DriftRecord = DriftRecord()
+    top1_changes: list[Top1Record] = field(default_factory=list)
+    noise: list[NoiseRecord] = field(default_factory=list)
+    power: PowerRecord | None = None
+    detectable: dict[str, DetectableRecord]  # by candidate
+    speed: SpeedRecord = SpeedRecord()
+
+
+def ppl_run_from_json(stored: dict[str, Any], where: str) -> PplRun:
+    """The run of a run.json, of this schema or an earlier one.
+
+    where: the file, for messages. Raises UsageError that names file and field.
+    """
+    if isinstance(detectable := stored.get("detectable"), dict):
+        # Schema 1 had the ratio alone.
+        detectable = {k: v if isinstance(v, dict) else {"distance_ratio": v} for k, v in detectable.items()}
+        stored = {**stored, "detectable": detectable}
+    return record_from_json(PplRun, {"schema": 1, **stored}, where)
