@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from verify.arms.records import SCHEMA
 from verify.machine.errors import UsageError
@@ -40,8 +39,13 @@ from verify.machine.files import (
     written_whole,
 )
 from verify.machine.jsontext import to_json_text
-from verify.ppl.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from verify.ppl.groups import GroupResult
+
+if TYPE_CHECKING:
+    # Reports are made from a finished folder without torch: only groups and checkpoints need it.
+    import torch
+
+    from verify.ppl.checkpoint import Checkpoint
+    from verify.ppl.groups import GroupResult
 
 SETTINGS, GROUPS, RESULT = "settings.json", "groups", "run.json"
 REPORT, PAGE = "report.md", "report.html"
@@ -164,11 +168,14 @@ class RunFolder:
         self.drop_checkpoint(first_window)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        from verify.ppl.checkpoint import write_checkpoint
+
         with self._writing(), written_whole(self._layers(checkpoint.windows.start)) as part:
             write_checkpoint(part, checkpoint)
 
     def load_checkpoint(self, first_window: int, device: torch.device) -> Checkpoint | None:
         """What the group that begins there was left with. Raises UsageError where it cannot be read."""
+        from verify.ppl.checkpoint import read_checkpoint
 
         path = self._layers(first_window)
         if not is_plain_file(path):
