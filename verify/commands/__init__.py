@@ -46,6 +46,11 @@ COMMANDS = {
         "kld",
         "Logits files of llama-perplexity --kl-divergence-base: its own table, and what it cannot show.",
     ),
+    "logprobs": Listed(
+        "logprobs",
+        "Logprobs of the same tokens by two programs (rollout and trainer, decode and prefill, two versions):"
+        " divergence with an interval, importance ratios, where they part.",
+    ),
     "engines": Listed(
         "engines",
         "Two builds' llama-perplexity on the text-generation path (-b 1 -ub 1), and their logits compared."
