@@ -192,7 +192,7 @@ def _of_logits_file(path: str) -> LogprobFile:
     names: list[list[Name]] = [[int(x) for x in row] for row in file.targets]
     whole = _Records(file)
     chosen = []
-    for i, targets in enumerate(names):
+    for i, targets in enumerate(file.targets):
         rows = whole.rows(i)
         chosen.append(rows[np.arange(len(targets)), targets].astype(np.float64))
     before = [file.layout.first_scored + 1] * len(names)

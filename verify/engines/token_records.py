@@ -100,7 +100,7 @@ def _json_values(text: str) -> list[Any] | None:
 
 def _record(value: Any, where: str) -> TokenRecord:
     if isinstance(value, list):
-        return TokenRecord(where, names=_ids(value, "the list", where))
+        return TokenRecord(where, names=[*_ids(value, "the list", where)])
     if not isinstance(value, dict):
         raise UsageError(f"{where}: is {type(value).__name__}, expected an object or a list of token ids")
     found = TokenRecord(where, prompt=_first_text(value, PROMPTS))
