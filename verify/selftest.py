@@ -1,9 +1,10 @@
 """The mutation score: which of our detectors sees which known fault, and whether any sees a clean kernel.
 
 Every fault of `verify.kernels.faults` and every clean variant runs over every input family and every probe,
-with as many seeds as asked for. A fault is caught if some detector that is sure by itself objects with every
-seed; a clean variant must make none of them object. The gates of other projects are asked about the same
-results: on Gaussian inputs, which is what they are run on, and on all families.
+with as many seeds as asked for; of a fault of plans the laws of plans are asked too. A fault is caught if
+some detector that is sure by itself objects with every seed; a clean variant must make none of them object.
+The gates of other projects are asked about the same results: on Gaussian inputs, which is what they are run
+on, and on all families.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget, rounding_key
 from verify.kernels.call import Call
-from verify.kernels.eager import EagerKernel
-from verify.kernels.faults import FAULTS, VARIANTS
+from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.detectors import (
     DETECTORS,
@@ -36,6 +38,9 @@ from verify.kernels.judging.gates import GATES, compared, plain_attention, verdi
 from verify.kernels.judging.probes import Probe, check, far_offsets, standard_probes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan
+from verify.kernels.plans.spec import parse_plan, parse_spec
+from verify.laws import LAWS, Subject, subject_of
+from verify.laws.run import run_law
 
 DEFAULT_SEEDS = 2
 # Two sequences; rows that end inside a tile, on its edge, one key after it, and one that sees nothing.
@@ -47,10 +52,12 @@ LONG_SIZES = Sizes(n_kv=(2048,), kv_heads=1, edges=(64, 1024))
 # Rows that share tiles.
 PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
+# Plans to draw for each law of plans.
+PLAN_CASES = 200
 
 
 @dataclass
-class Subject:
+class SelftestSubject:
     """A fault or a clean variant, and what was found. Counts are of seeds.
 
     detectors: seeds with which each objected; caught: seeds with which a sure one did; gates: seeds with
@@ -77,19 +84,19 @@ class SelftestResult:
 
     seeds: int
     seconds: float
-    subjects: list[Subject]
+    subjects: list[SelftestSubject]
 
     @property
-    def faults(self) -> list[Subject]:
+    def faults(self) -> list[SelftestSubject]:
         return [s for s in self.subjects if s.kind == "fault" and not s.skipped]
 
     @property
-    def missed(self) -> list[Subject]:
+    def missed(self) -> list[SelftestSubject]:
         """Faults that some seed does not show."""
         return [s for s in self.faults if s.caught < self.seeds]
 
     @property
-    def false_alarms(self) -> list[Subject]:
+    def false_alarms(self) -> list[SelftestSubject]:
         """Clean variants that a sure detector objects to."""
         return [s for s in self.subjects if s.kind == "clean" and s.caught]
 
@@ -180,32 +187,52 @@ def _run(
 ) -> SelftestResult:
     began = time.monotonic()
     on_gpu = torch.device(device).type == "cuda"
-    pairs: list[tuple[Subject, Callable[[], Kernel], tuple[str, ...]]] = []
-    for fault in FAULTS:
-        subject = Subject(fault.name, "fault", fault.what, fault.references, fault.plan)
-        if fault.needs == "cuda" and not on_gpu:
-            subject.skipped = "needs a GPU"
-        pairs.append((subject, fault.build, ()))
-    pairs += [(Subject(v.name, "clean", v.what), v.build, v.without) for v in VARIANTS]
-    pairs = [pair for pair in pairs if only(pair[0].name)]
-    for subject, _, _ in pairs:
+    trials = [trial for trial in _trials() if only(trial.subject.name)]
+    for subject in (trial.subject for trial in trials):
         subject.detectors = dict.fromkeys(DETECTORS, 0)
         subject.gates = {g.name: 0 for g in GATES}
         subject.gates_any = dict(subject.gates)
     probes = standard_probes(SIZES, device=device) + standard_probes(OTHER_SIZES, device=device)
     for seed in range(seeds):
         inputs = list(_inputs(seed, device))
-        for subject, build, without in pairs:
-            if subject.skipped:
+        for trial in trials:
+            if trial.needs == "cuda" and not on_gpu:
+                trial.subject.skipped = "needs a GPU"
                 continue
-            progress(f"seed {seed + 1} of {seeds}: {subject.name}")
-            kernel = build()
-            used = [x for x in inputs if x.family not in without]
-            chosen = probes
-            if subject.kind == "fault" and subject.name == "offset wraps at 2^31":
-                chosen = [far_offsets(SIZES, device=device)]
-            _one_seed(subject, kernel, used, chosen)
-    return SelftestResult(seeds, time.monotonic() - began, [subject for subject, _, _ in pairs])
+            progress(f"seed {seed + 1} of {seeds}: {trial.subject.name}")
+            used = [x for x in inputs if x.family not in trial.without]
+            chosen = [far_offsets(SIZES, device=device)] if trial.probes == "far offsets" else probes
+            _one_seed(trial, used, chosen, seed)
+    return SelftestResult(seeds, time.monotonic() - began, [trial.subject for trial in trials])
+
+
+class _Trial(NamedTuple):
+    """A subject, how its kernel is built, and what it is shown to."""
+
+    subject: SelftestSubject
+    build: Callable[[], Kernel]
+    needs: str = ""
+    probes: str = "standard"
+    # Families of inputs that it is not made for.
+    without: tuple[str, ...] = ()
+    # What the laws of plans are asked of, where plans are what is wrong.
+    plans: Subject | None = None
+
+
+def _trials() -> Iterator[_Trial]:
+    """Every fault, every fault of plans in an `eager` that is otherwise right, and every clean variant."""
+    for fault in FAULTS:
+        subject = SelftestSubject(fault.name, "fault", fault.what, fault.references, fault.plan)
+        yield _Trial(subject, fault.build, needs=fault.needs, probes=fault.probes)
+    for broken in PLAN_FAULTS:
+        subject = SelftestSubject(broken.name, "fault", broken.what, broken.references, broken.plan)
+        spec = f"eager:{broken.plan}"
+        options = EagerOptions(plan=broken.breaks(parse_plan(parse_spec(spec))))
+        yield _Trial(
+            subject, partial(EagerKernel, spec, options), plans=subject_of("eager").with_plans(broken.breaks)
+        )
+    for v in VARIANTS:
+        yield _Trial(SelftestSubject(v.name, "clean", v.what), v.build, without=v.without)
 
 
 def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
@@ -217,7 +244,8 @@ def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
     yield _Input("needles", PREFILL_SIZES, seed, device)
 
 
-def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: list[Probe]) -> None:
+def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: int) -> None:
+    subject, kernel = trial.subject, trial.build()
     objected: set[Detector] = set()
 
     def object_to(detector: Detector, said: str, where: str) -> None:
@@ -227,6 +255,11 @@ def _one_seed(subject: Subject, kernel: Kernel, inputs: list[_Input], probes: li
     for probe in probes:
         for failure in check(probe, kernel, most=1):
             object_to("probe", str(failure), "")
+    if trial.plans is not None:
+        for law in (law for law in LAWS.values() if law.group == "plans"):
+            done = run_law(law, trial.plans, examples=PLAN_CASES, seed=seed, shrink=False)
+            if done.state == "broken":
+                object_to("law", done.reason, law.name)
     refused: set[str] = set()
     refused_gaussian: set[str] = set()
     for x in inputs:

@@ -2,11 +2,18 @@
 
 A fault is a correct kernel (`tile_kernel`) with one step broken, with the bug report it was learnt from; a
 clean variant is the same kernel with other tiles, cuts, types or orders of summation. Detectors are judged by
-both: they must see every fault and no variant.
+both: they must see every fault and no variant. A fault is declared where its code is (`record.fault`).
 """
 
 from verify.kernels.faults.clean import VARIANTS
-from verify.kernels.faults.corpus import FAULTS
-from verify.kernels.faults.record import Fault, Variant
+from verify.kernels.faults.plans import PLAN_FAULTS
+from verify.kernels.faults.record import Fault, PlanFault, Variant, declared
 
-__all__ = ["FAULTS", "VARIANTS", "Fault", "Variant"]
+# Importing a module of faults declares them. In the order in which they are listed.
+from verify.kernels.faults import merging, keys, heads, softmax, rounding, dispatch  # isort: skip
+
+FAULTS: tuple[Fault, ...] = tuple(declared)
+
+__all__ = ["FAULTS", "PLAN_FAULTS", "VARIANTS", "Fault", "PlanFault", "Variant"]
+
+del merging, keys, heads, softmax, rounding, dispatch

@@ -1,15 +1,24 @@
 """Faults of what is chosen to run.
 
-Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+Each class breaks one step of `TileKernel`, and says where it was seen.
 """
 
 from __future__ import annotations
 
 from verify.kernels.call import Call, Shape
+from verify.kernels.faults.record import fault
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.plans.plan import KVCuts, Plan, RowPlan
 
 
+@fault(
+    "never ran",
+    "the new path never ran: one part and one group did",
+    "ik #1973",
+    "flash-attention #2901",
+    kv=3,
+    heads=(4, 2),
+)
 class NeverRan(TileKernel):
     """A gate that is too narrow sends every call to the old path, one part and one group."""
 
@@ -18,6 +27,7 @@ class NeverRan(TileKernel):
         return old.at(n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size)
 
 
+@fault("other head size", "only head size 64 is right", "ik #1452")
 class OtherHeadSize(TileKernel):
     """Right for a head size of 64, a key too few for all others."""
 

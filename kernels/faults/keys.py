@@ -1,6 +1,6 @@
 """Faults of which keys a row reads: ends, cuts, tiles, offsets, strides, windows.
 
-Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+Each class breaks one step of `TileKernel`, and says where it was seen.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from dataclasses import replace
 import torch
 
 from verify.kernels.call import Call
+from verify.kernels.faults.record import fault
 from verify.kernels.faults.tile_kernel import Row, TileKernel
 
 
+@fault("last key dropped", "the newest key is not seen", "llama.cpp #18487")
 class LastKeyDropped(TileKernel):
     def visible(self, call: Call, n_kv: int) -> int:
         return max(n_kv - 1, min(n_kv, 1))
 
 
+@fault("partial tile dropped", "the last, partial tile is not read", "llama.cpp #18487", block=32)
 class PartialTileDropped(TileKernel):
     """Only whole tiles are read, once there is one."""
 
@@ -26,6 +29,7 @@ class PartialTileDropped(TileKernel):
         return [t for t in tiles if t[1] - t[0] == self.plan.block] or tiles
 
 
+@fault("lone key dropped", "the last tile is lost where it holds one key", "PyTorch #191937", block=32)
 class LoneKeyDropped(TileKernel):
     """The last tile is lost where it has one key (n_kv % 32 = 1)."""
 
@@ -34,6 +38,7 @@ class LoneKeyDropped(TileKernel):
         return tiles[:-1] if len(tiles) > 1 and tiles[-1][1] - tiles[-1][0] == 1 else tiles
 
 
+@fault("padding seen", "zero padding of the last tile counts as keys", "llama.cpp #18487")
 class PaddingSeen(TileKernel):
     """The last tile is padded with zero keys that are not masked."""
 
@@ -48,6 +53,7 @@ class PaddingSeen(TileKernel):
         return super().mask(replace(row, n=max(row.n, first + s.shape[-1])), s, first)
 
 
+@fault("first row's length", "every row sees as many keys as the first of its call")
 class FirstRowsLength(TileKernel):
     """A launch for rows of one length, taken for rows of several."""
 
@@ -55,13 +61,13 @@ class FirstRowsLength(TileKernel):
         return int(call.kv_len[0, 0])
 
 
+@fault("key beyond", "one key beyond kv_len is seen", "llama.cpp #18487")
 class KeyBeyond(TileKernel):
-    """One key beyond kv_len is seen."""
-
     def visible(self, call: Call, n_kv: int) -> int:
         return min(n_kv + 1, call.shape.keys) if n_kv else 0
 
 
+@fault("cut key twice", "the key at a cut counts in both parts", kv=3)
 class CutKeyTwice(TileKernel):
     """A part ends one key too late: the first key of the next part counts twice."""
 
@@ -69,6 +75,7 @@ class CutKeyTwice(TileKernel):
         return [(a, min(b + 1, cuts[-1])) for a, b in super().part_bounds(cuts)]
 
 
+@fault("cut key lost", "the key at a cut counts in no part", kv=3)
 class CutKeyLost(TileKernel):
     """A part begins one key too late: the first key after each cut is lost."""
 
@@ -76,6 +83,7 @@ class CutKeyLost(TileKernel):
         return [(a + (a > 0 and a + 1 < b), b) for a, b in super().part_bounds(cuts)]
 
 
+@fault("tile read twice", "V of one tile is read in place of the next one's")
 class TilesSwapped(TileKernel):
     """Values of the second tile are read where the third one's belong."""
 
@@ -85,6 +93,16 @@ class TilesSwapped(TileKernel):
         return super().values(row, first, last)
 
 
+@fault(
+    "offset wraps",
+    "an offset overflows its integer (16 bits here)",
+    "llama.cpp #14840",
+    "llama.cpp #23610",
+    "llama.cpp #24945",
+    "ik #1458",
+    "flash-attention #772",
+    "PyTorch #187227",
+)
 class OffsetWraps(TileKernel):
     """Offsets in elements are kept in 16 bits, signed: emulates what 32 bits do beyond 2^31 elements."""
 
@@ -99,12 +117,27 @@ class OffsetWraps(TileKernel):
         return x[row.b, (wrapped // key).clamp(min=0)].float()[:, row.kv_head]
 
 
+@fault(
+    "offset wraps at 2^31",
+    "an offset overflows 32 bits",
+    "llama.cpp #14840",
+    "flash-attention #772",
+    needs="cuda",
+    probes="far offsets",
+    block=16384,
+)
 class OffsetWraps32(OffsetWraps):
     """The same in 32 bits: only inputs beyond 2^31 elements show it."""
 
     bits = 32
 
 
+@fault(
+    "strides ignored",
+    "K and V are read as if they were contiguous",
+    "FlagGems #5235",
+    "vllm flash-attention #176",
+)
 class StridesIgnored(TileKernel):
     """K and V are read as if they lay contiguously."""
 
@@ -115,22 +148,21 @@ class StridesIgnored(TileKernel):
         return super().load(x, row, first, last)
 
 
+@fault("window dropped", "the sliding window is not applied", "ik #1183")
 class WindowDropped(TileKernel):
     def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
         return super().mask(replace(row, call=replace(row.call, sliding_window=None)), s, first)
 
 
+@fault("window off by one", "the sliding window holds one key more")
 class WindowOffByOne(TileKernel):
-    """The window holds one key more."""
-
     def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
         window = row.call.sliding_window
         wider = None if window is None else window + 1
         return super().mask(replace(row, call=replace(row.call, sliding_window=wider)), s, first)
 
 
+@fault("prefill key dropped", "on the prefill path a row does not see its own key")
 class PrefillKeyDropped(TileKernel):
-    """On the prefill path a row does not see its own key."""
-
     def visible(self, call: Call, n_kv: int) -> int:
         return n_kv if call.path == "decode" else max(n_kv - 1, min(n_kv, 1))

@@ -1,6 +1,6 @@
 """Faults of partial results and their merge, empty parts and rows, and the returned lse.
 
-Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+Each class breaks one step of `TileKernel`, and says where it was seen.
 """
 
 from __future__ import annotations
@@ -9,10 +9,20 @@ import math
 
 import torch
 
+from verify.kernels.faults.record import fault
 from verify.kernels.faults.tile_kernel import Row, State, TileKernel
 from verify.kernels.merge import Part, merge_sequential
 
 
+@fault(
+    "base-2 merge",
+    "merge weights from a base-2 lse read as base e",
+    "SGLang #40903",
+    "SGLang #35045",
+    "FlashInfer #2113",
+    "vLLM #47079",
+    kv=3,
+)
 class Base2Merge(TileKernel):
     """The lse is in base 2, the merge takes it as natural."""
 
@@ -24,18 +34,19 @@ class Base2Merge(TileKernel):
         return Part(result.out, result.lse * math.log(2.0))
 
 
+@fault("base-2 lse", "the returned lse is in base 2", "FlashInfer #2113")
+class Base2Lse(TileKernel):
+    def store(self, result: Part) -> Part:
+        return super().store(Part(result.out, result.lse / math.log(2.0)))
+
+
+@fault("mean of parts", "parts are averaged without weights", kv=3)
 class MeanOfParts(TileKernel):
     def merge(self, parts: list[Part]) -> Part:
         return Part(torch.stack([part.out for part in parts]).mean(0), merge_sequential(parts).lse)
 
 
-class Base2Lse(TileKernel):
-    """The lse that the kernel returns is in base 2."""
-
-    def store(self, result: Part) -> Part:
-        return super().store(Part(result.out, result.lse / math.log(2.0)))
-
-
+@fault("last part lost", "parts beyond a power of two are not merged", kv=3)
 class LastPartLost(TileKernel):
     """The merge rounds the number of parts down to a power of two."""
 
@@ -43,6 +54,7 @@ class LastPartLost(TileKernel):
         return super().merge(parts[: 1 << (len(parts).bit_length() - 1)])
 
 
+@fault("no common maximum", "merge weights overflow or underflow", "vLLM #49294", kv=3)
 class NoCommonMaximum(TileKernel):
     """Merge weights exp(lse) instead of exp(lse - max lse)."""
 
@@ -53,6 +65,7 @@ class NoCommonMaximum(TileKernel):
         return Part(torch.as_tensor(out), torch.log(total))
 
 
+@fault("fix-up columns", "the stream-k fix-up writes the wrong columns", "llama.cpp #17089", kv=3)
 class FixUpColumns(TileKernel):
     """The fix-up of the last part writes its columns 16 further on."""
 
@@ -62,6 +75,14 @@ class FixUpColumns(TileKernel):
         return parts
 
 
+@fault(
+    "part of other batch",
+    "the combine kernel's stride over the batch is wrong",
+    "FlagGems #5235",
+    "FlagGems #5236",
+    "vllm flash-attention #176",
+    kv=3,
+)
 class PartOfOtherBatch(TileKernel):
     """Partial results are found by a stride that leaves the sequence out of account."""
 
@@ -77,6 +98,15 @@ class PartOfOtherBatch(TileKernel):
         return parts
 
 
+@fault(
+    "empty part NaN",
+    "a part that sees no key gives NaN",
+    "FlashInfer #4051",
+    "vLLM #28181",
+    "PyTorch #103749",
+    "PyTorch #110213",
+    kv=3,
+)
 class EmptyPartNaN(TileKernel):
     """A part with no visible key is 0 / 0."""
 
@@ -84,6 +114,7 @@ class EmptyPartNaN(TileKernel):
         return Part(state.a / state.l[..., None], state.m + torch.log(state.l))
 
 
+@fault("empty part finite", "a part that sees no key has a finite lse", "vLLM #28181", "vLLM #49294", kv=3)
 class EmptyPartFinite(TileKernel):
     """A part with no visible key has lse 0: it weighs as much as a key."""
 
@@ -95,6 +126,7 @@ class EmptyPartFinite(TileKernel):
         return super().closed(self.begin(row))
 
 
+@fault("empty row +inf", "an empty row has lse +inf", "vLLM #49294")
 class EmptyRowPlusInf(TileKernel):
     """A row with no visible key has lse +inf."""
 
@@ -103,6 +135,7 @@ class EmptyRowPlusInf(TileKernel):
         return Part(part.out, -part.lse)
 
 
+@fault("empty row NaN", "an empty row gives NaN", "PyTorch #103749", "PyTorch #110213")
 class EmptyRowNaN(TileKernel):
     """A row with no visible key is 0 / 0."""
 
@@ -111,6 +144,7 @@ class EmptyRowNaN(TileKernel):
         return Part(part.out * math.nan, part.lse)
 
 
+@fault("race", "blocks race: now and then a part is merged before it is written", "ik #1104", kv=3)
 class Race(TileKernel):
     """Now and then the merge runs before the last part is written."""
 

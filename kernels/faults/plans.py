@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
+from verify.kernels.faults.record import PlanFault
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.policy import N_KV_PADDING, CallShape, Rule
-
-
-class PlanFault(NamedTuple):
-    """name; what: one sentence; references: as in `Fault`; breaks: a plan, made the wrong one."""
-
-    name: str
-    what: str
-    references: tuple[str, ...]
-    breaks: Callable[[Plan], Plan]
 
 
 class RemainderLost(Plan):
@@ -66,9 +57,11 @@ def _with_cuts(kind: type[KVCuts]) -> Callable[[Plan], Plan]:
 
 PLAN_FAULTS: tuple[PlanFault, ...] = (
     PlanFault("remainder lost", "query heads beyond a power of two are in no group", ("llama.cpp #19115",),
-              lambda plan: RemainderLost(**plan.__dict__)),
+              "heads=split", lambda plan: RemainderLost(**plan.__dict__)),
     PlanFault("tail lost", "keys beyond a multiple of the parts are in none", ("llama.cpp #18487",),
-              _with_cuts(TailLost)),
-    PlanFault("cuts inside tiles", "parts end inside tiles", ("emulated",), _with_cuts(CutsInsideTiles)),
-    PlanFault("gate too narrow", "the gate of the new path opens too late", ("ik #1973",), _gate_too_narrow),
+              "kv=3", _with_cuts(TailLost)),
+    PlanFault("cuts inside tiles", "parts end inside tiles", ("emulated",), "kv=3",
+              _with_cuts(CutsInsideTiles)),
+    PlanFault("gate too narrow", "the gate of the new path opens too late", ("ik #1973",),
+              "policy=ik-1183", _gate_too_narrow),
 )  # fmt: skip

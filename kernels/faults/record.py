@@ -1,23 +1,45 @@
-"""What is written down about a fault and about a clean variant."""
+"""What is written down about a fault and about a clean variant. `fault` writes it beside what errs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from verify.kernels.kernel import Kernel
+from verify.kernels.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from verify.kernels.faults.tile_kernel import TileKernel
+
+Build = Callable[[], Kernel]
 
 
 class Fault(NamedTuple):
-    """A known bug. name; what: one sentence; references: issues or pull requests where it was seen, or
-    `emulated`; plan: the plan it lives in; build; needs: `cuda` if it exists only on a GPU."""
+    """A known bug of a kernel."""
+
+    name: str
+    # One sentence.
+    what: str
+    # Issues or pull requests where it was seen, or `emulated`.
+    references: tuple[str, ...]
+    # The plan that it lives in, as in a specification.
+    plan: str
+    build: Build
+    # What it cannot be there without.
+    needs: Literal["", "cuda"] = ""
+    # The probes that show it: the standard ones, or the one beyond 2^31 elements alone.
+    probes: Literal["standard", "far offsets"] = "standard"
+
+
+class PlanFault(NamedTuple):
+    """A known bug of a rule for cutting calls up. name; what: one sentence; references: see `Fault`; plan:
+    options under which it shows; breaks: the plan of options, made the wrong one."""
 
     name: str
     what: str
     references: tuple[str, ...]
     plan: str
-    build: Callable[[], Kernel]
-    needs: Literal["", "cuda"] = ""
+    breaks: Callable[[Plan], Plan]
 
 
 class Variant(NamedTuple):
@@ -26,5 +48,42 @@ class Variant(NamedTuple):
 
     name: str
     what: str
-    build: Callable[[], Kernel]
+    build: Build
     without: tuple[str, ...] = ()
+
+
+# In the order in which their modules declare them.
+declared: list[Fault] = []
+Kind = TypeVar("Kind", bound="type[TileKernel]")
+
+
+def fault(
+    name: str,
+    what: str,
+    *references: str,
+    needs: Literal["", "cuda"] = "",
+    probes: Literal["standard", "far offsets"] = "standard",
+    **options: int | tuple[int, ...],
+) -> Callable[[Kind], Kind]:
+    """Declares a subclass of `TileKernel`, built with these options, as a known fault."""
+    written = [f"{key}={'+'.join(map(str, x)) if isinstance(x, tuple) else x}" for key, x in options.items()]
+    plan = ",".join(written) or "kv=1"
+
+    def declare(kind: Kind) -> Kind:
+        def build() -> Kernel:
+            return kind(name, **options)  # type: ignore[arg-type]
+
+        declared.append(
+            Fault(
+                name=name,
+                what=what,
+                references=references or ("emulated",),
+                plan=plan,
+                build=build,
+                needs=needs,
+                probes=probes,
+            )
+        )
+        return kind
+
+    return declare

@@ -1,23 +1,18 @@
 """Faults of types, accumulators and scales.
 
-Each class breaks one step of `TileKernel`; `corpus` says where it was seen.
+Each class breaks one step of `TileKernel`, and says where it was seen.
 """
 
 from __future__ import annotations
 
 import torch
 
+from verify.kernels.faults.record import fault
 from verify.kernels.faults.tile_kernel import Row, TileKernel, accumulate_f16
 from verify.kernels.merge import Part
 
 
-class UndeclaredF16(TileKernel):
-    """Accumulates in float16 and says float32."""
-
-    def accumulate(self, a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return accumulate_f16(a, p, v)
-
-
+@fault("f16 overflow", "a float16 accumulator overflows", "llama.cpp #17746", "llama.cpp #18614", "ik #1196")
 class F16Overflow(TileKernel):
     """Declared float16 accumulators, but nothing keeps sums of large values below 65504."""
 
@@ -25,6 +20,15 @@ class F16Overflow(TileKernel):
         super().__init__(spec, acc="f16")
 
 
+@fault("undeclared f16", "decode accumulates in float16, which nobody said", "ik #2144")
+class UndeclaredF16(TileKernel):
+    """Accumulates in float16 and says float32."""
+
+    def accumulate(self, a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return accumulate_f16(a, p, v)
+
+
+@fault("f16 logits", "Q K^T is kept in float16", "llama.cpp #17746")
 class F16Logits(TileKernel):
     """Q K^T is accumulated and kept in float16."""
 
@@ -32,6 +36,7 @@ class F16Logits(TileKernel):
         return (torch.einsum("thd,nhd->thn", row.q, k).half() * row.call.scale).float()
 
 
+@fault("wrong by 2 %", "every result is 2 % too large")
 class ScaleOfResult(TileKernel):
     """The result is wrong by one factor."""
 
@@ -41,12 +46,14 @@ class ScaleOfResult(TileKernel):
         return super().store(Part(result.out * self.factor, result.lse))
 
 
+@fault("wrong by 2e-4", "every result is 0.02 % too large")
 class SlightScale(ScaleOfResult):
     """By so little that no single element shows it."""
 
     factor = 1 + 2e-4
 
 
+@fault("softmax scale", "the softmax scale is 0.2 % too large")
 class ScaleOfValueSize(TileKernel):
     """The softmax scale is off by a thousandth, as one kept in bfloat16 is."""
 
@@ -54,6 +61,7 @@ class ScaleOfValueSize(TileKernel):
         return super().logits(row, k) * (1 + 2.0**-9)
 
 
+@fault("wrong cache type", "half of V is read as another type", "ik #1452")
 class WrongCacheType(TileKernel):
     """The bits of V are read as another 16-bit type in the second half of the head."""
 
@@ -64,6 +72,7 @@ class WrongCacheType(TileKernel):
         return torch.cat((v[..., :half], other), -1)
 
 
+@fault("expanded twice", "the scales of a quantised cache are applied twice", "ik #1206")
 class ExpandedTwice(TileKernel):
     """The scales of the cache's blocks of 32 are multiplied in twice."""
 

@@ -11,6 +11,7 @@ Each sees what the others miss (`docs/numerics.md`):
 - lse: |lse error| / its bound above 1.
 - trace: what was asked for is not what ran.
 - determinism: two runs give different bits.
+- law: a law of plans (`verify.laws`) does not hold of the rule that cuts calls up.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan
 from verify.kernels.trace import Launched
 
-Detector = Literal["probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism"]
+Detector = Literal["probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism", "law"]
 DETECTORS: tuple[Detector, ...] = (
-    "probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism",
+    "probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism", "law",
 )  # fmt: skip
 # A detector that is sure by itself; a suspicion is reported and decides nothing.
 SUSPICIONS: frozenset[Detector] = frozenset({"quadrature"})

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from support.subjects import plan_subject, tile_subject
-from verify.kernels.faults import FAULTS, VARIANTS
-from verify.kernels.faults.plans import PLAN_FAULTS
+from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.families import Sizes
 from verify.kernels.judging.probes import check, standard_probes

@@ -11,7 +11,7 @@ import torch
 from verify.kernels.cache import through_cache
 from verify.kernels.call import Call
 from verify.kernels.eager import EagerOptions
-from verify.kernels.faults.plans import PlanFault
+from verify.kernels.faults import PlanFault
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.kernel import Kernel
@@ -69,11 +69,7 @@ def _cached(call: Call, cache: str) -> Call:
 
 def plan_subject(fault: PlanFault) -> Subject:
     """`eager` whose plans are broken."""
-    subject = subject_of("eager")
-    right = subject.plan
-    assert right is not None
-    subject.plan = lambda options: fault.breaks(right(options))
-    return subject
+    return subject_of("eager").with_plans(fault.breaks)
 
 
 def flash_subject(device: torch.device | str = "cpu", **options: str) -> Subject:

@@ -11,15 +11,16 @@ import pytest
 from support.cli import assert_refused, verify
 from verify import selftest
 from verify.commands import selftest as command
-from verify.kernels.faults import FAULTS, VARIANTS
+from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.selftest import run_selftest
 
 SOME = {"base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain", "bf16 P"}
+PLANS = {fault.name for fault in PLAN_FAULTS}
 
 
 @pytest.fixture(scope="module")
 def result() -> selftest.SelftestResult:
-    return run_selftest(1, only=lambda name: name in SOME | {"offset wraps at 2^31"})
+    return run_selftest(1, only=lambda name: name in SOME | PLANS | {"offset wraps at 2^31"})
 
 
 def test_faults_are_caught_and_clean_kernels_are_not(result: selftest.SelftestResult) -> None:
@@ -38,6 +39,11 @@ def test_each_fault_is_seen_by_those_who_can_see_it(result: selftest.SelftestRes
     assert {"probe", "budget", "rms"} <= by["base-2 merge"]
     assert "budget" not in by["wrong by 2e-4"]
     assert "gain" in by["wrong by 2e-4"]
+    # A plan that leaves keys or heads out shows in results too; one that only cuts elsewhere does not.
+    assert all("law" in by[name] for name in PLANS)
+    assert {"probe", "budget"} <= by["tail lost"] & by["remainder lost"]
+    assert by["gate too narrow"] == by["cuts inside tiles"] == {"law"}
+    assert not any("law" in by[name] for name in SOME)
 
 
 def test_what_needs_a_gpu_is_listed_and_not_counted(result: selftest.SelftestResult) -> None:
@@ -51,6 +57,7 @@ def test_a_missed_fault_and_a_false_alarm_exit_1(monkeypatch: pytest.MonkeyPatch
     harmless = FAULTS[0]._replace(name="harmless", build=VARIANTS[0].build)
     broken = VARIANTS[0]._replace(name="broken", build=FAULTS[0].build)
     monkeypatch.setattr(selftest, "FAULTS", (harmless,))
+    monkeypatch.setattr(selftest, "PLAN_FAULTS", ())
     monkeypatch.setattr(selftest, "VARIANTS", (broken,))
     found = run_selftest(1)
     assert [s.name for s in found.missed] == ["harmless"]
@@ -64,6 +71,7 @@ def test_json_is_all_that_stdout_holds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(selftest, "FAULTS", FAULTS[:1])
+    monkeypatch.setattr(selftest, "PLAN_FAULTS", ())
     monkeypatch.setattr(selftest, "VARIANTS", VARIANTS[:1])
     assert command.command(seeds=1, device="cpu", json_=True) == 0
     written = capsys.readouterr()
@@ -79,6 +87,11 @@ def test_bad_seeds_are_refused_in_one_line() -> None:
     )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and "seeds" in done.stderr
+
+
+def test_every_known_fault_is_run() -> None:
+    asked = [trial.subject.name for trial in selftest._trials()]
+    assert asked == [subject.name for subject in (*FAULTS, *PLAN_FAULTS, *VARIANTS)]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from verify.commands import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from verify.selftest import SelftestResult, Subject
+    from verify.selftest import SelftestResult, SelftestSubject
 
 
 def command(
@@ -74,7 +74,7 @@ def _table(result: SelftestResult, kind: str) -> Table:
     return table
 
 
-def _row(result: SelftestResult, subject: Subject) -> list[str]:
+def _row(result: SelftestResult, subject: SelftestSubject) -> list[str]:
     from verify.kernels.judging.detectors import DETECTORS, SUSPICIONS
     from verify.kernels.judging.gates import GATES
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,12 @@ class Subject:
         """Whether keys and values stay what was given, and not what a quantised cache makes of them."""
         call = self.simplest.call(self.device)
         return self.kernel.held(call) is call
+
+    def with_plans(self, changed: Callable[[Plan], Plan]) -> Subject:
+        """The same, with what `changed` makes of its plans."""
+        plan = self.plan
+        assert plan is not None
+        return replace(self, plan=lambda options: changed(plan(options)))
 
     def close(self) -> None:
         self.kernel.close()
