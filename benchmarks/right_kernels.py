@@ -1,0 +1,222 @@
+"""Right kernels through `verify ppl`, `diff`, `props` and `gen`: what is said of each; none is broken.
+
+    python benchmarks/right_kernels.py [--device cpu|cuda] [--only NAME,...] [--commands ppl,diff,props,gen]
+        [--ggml NAME=LIBRARY ...] [--again] [--out benchmarks/results/right-kernels.json]
+        [--page docs/right-kernels.md]
+
+Every run is a process of its own, written down as soon as it ends; what is there from the same device is not
+run again (`--again` does). `--page` alone writes the page from the file. A run that is `broken` or ends without
+a verdict makes the exit code 1, but where the table says for what limit it truly is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from commit import commit
+from pages import between_marks
+
+ROOT = Path(__file__).parents[1]
+OWN = "tests/support/right_kernels.py"
+COMMANDS = ("ppl", "diff", "props", "gen")
+# Small, and yet every detector has something to look at.
+OPTIONS = {
+    "ppl": ["-c", "256", "--chunks", "4"],
+    "diff": ["--shape", "smollm2,glm-4.5-air@8", "--n-kv", "512,4096"],
+    "props": ["--examples", "10", "--seed", "1"],
+    "gen": ["-p", "The history of the city begins with", "-n", "16"],
+}
+
+
+class RightKernel(NamedTuple):
+    """A kernel that only rounds: how it is named here, its specification, what it does, and where it ends."""
+
+    name: str
+    spec: str
+    what: str
+    # Why a run of it may truly be `broken`: a limit of its own arithmetic, or empty.
+    limit: str = ""
+
+
+_OVERFLOWS = "float16 sums overflow where inputs near the largest float16 add up"
+
+
+def py(name: str, what: str, *, limit: str = "", arithmetic: str = "acc=f32") -> RightKernel:
+    """One of our own writing, in the file beside the tests."""
+    spec = f"py:{OWN}::{name}" + (f",{arithmetic}" if arithmetic else "")
+    return RightKernel(name, spec, what, limit)
+
+
+KERNELS = (
+    RightKernel("flash-split", "flash:heads=split,kv=4", "ours, split"),
+    RightKernel("flash-8+1", "flash:kv=8", "ours, eight parts"),
+    RightKernel("flash-auto", "flash:kv=auto", "ours, parts by the device"),
+    RightKernel("flash-block", "flash:block=128", "ours, larger tiles"),
+    RightKernel("flash-p-f32", "flash:p=f32", "ours, P in float32"),
+    RightKernel("flash-p-bf16", "flash:p=bf16", "ours, P in bfloat16"),
+    RightKernel("flash-acc-f16", "flash:acc=f16", "ours, float16 sums", _OVERFLOWS),
+    RightKernel("flash-out-f16", "flash:out=f16", "ours, float16 result"),
+    RightKernel("flash-out-bf16", "flash:out=bf16", "ours, bfloat16 result"),
+    RightKernel("flash-q8_0", "flash:cache=q8_0", "ours, q8_0 cache"),
+    RightKernel("flash-q4_0", "flash:cache=q4_0", "ours, q4_0 cache"),
+    RightKernel("sdpa-math", "sdpa:math", "torch's operator, by products"),
+    RightKernel("sdpa-flash", "sdpa:flash", "torch's operator, flash"),
+    RightKernel("sdpa-efficient", "sdpa:efficient", "torch's operator, memory-efficient"),
+    RightKernel("sdpa-cudnn", "sdpa:cudnn", "torch's operator, cuDNN"),
+    RightKernel("flex", "flex", "torch's FlexAttention"),
+    py("textbook", "tiled online softmax, float32 result"),
+    py("textbook_f16", "the same, float16 result"),
+    py("textbook_bf16", "the same, bfloat16 result"),
+    py("float32_p", "P in float32"),
+    py("bf16_p", "P in bfloat16"),
+    py("small_tiles", "tiles of 16 keys"),
+    py("large_tiles", "tiles of 256 keys"),
+    py("sequence_of_parts", "seven parts, merged one after another"),
+    py("tree_of_parts", "seven parts, merged in a tree"),
+    py("parts_in_any_order", "seven parts, merged in another order each time"),
+    py("sums_rounded_p", "the denominator adds the rounded P"),
+    py("half_query", "the scaled query in float16"),
+    py("half_query_half_result", "the same, float16 result"),
+    py("float16_sums", "float16 accumulators", limit=_OVERFLOWS, arithmetic=""),
+    py("float16_sums_in_parts", "the same in eight parts", limit=_OVERFLOWS, arithmetic=""),
+    py("ggml_offset", "llama.cpp's offset on the maximum, float32 sums"),
+    py(
+        "ggml_offset_float16_sums",
+        "llama.cpp's offset on the maximum, float16 sums",
+        limit=_OVERFLOWS,
+        arithmetic="",
+    ),
+    py("three_nats_offset", "three nats on the maximum"),
+    py("lazy_rescale", "FlashAttention 4's conditional rescale, float16 result"),
+    py("lazy_rescale_f32", "the same, float32 result"),
+    py("exp2", "exponentials by powers of two"),
+    py("cubic_exponential", "exponentials by a cubic, 9e-5 off"),
+    py("plain", "no tiles, no lse, nothing stated", arithmetic=""),
+    py("in_float64", "the formula in float64", arithmetic=""),
+    py("sdpa", "torch's operator behind a function, nothing stated", arithmetic=""),
+)
+
+
+def run(command: str, kernel: RightKernel, device: str, file: str | None) -> dict[str, Any]:
+    """One command on one kernel: its verdict, reasons and exit code."""
+    argv = [command, *OPTIONS[command], "--device", device, "--json"]
+    argv += ["-f", file] if file and command == "ppl" else []
+    argv += [kernel.spec] if command == "props" else ["--candidate", kernel.spec]
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        more = [] if command == "props" else ["--out", str(Path(folder) / "run")]
+        done = subprocess.run(
+            [sys.executable, "-m", "verify", *argv, *more],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+    row = {
+        "name": kernel.name,
+        "command": command,
+        "device": device,
+        "spec": kernel.spec,
+        "argv": [Path(word).name if word.startswith("/") else word for word in argv],
+        "exit_code": done.returncode,
+        "seconds": round(time.perf_counter() - started, 1),
+        "commit": commit(),
+    }
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.strip().splitlines()
+        return row | {"verdict": "refused" if done.returncode == 2 else "none", "reasons": last[-1:]}
+    if command == "props":
+        broken = [law for law in report["laws"] if law["state"] == "broken"]
+        holds = sum(law["state"] == "holds" for law in report["laws"])
+        reasons = [f"{law['name']}: {law['reason']}" for law in broken] or [f"{holds} laws hold"]
+        return row | {"verdict": "broken" if broken else "holds", "reasons": reasons}
+    ratios = [pair.get("distance_ratio") for pair in report.get("pairs", [])]
+    return row | {
+        "verdict": report["verdict"],
+        "reasons": report["reasons"],
+        "distance_ratio": ratios,
+        "environment": report.get("environment", {}).get("packages"),
+    }
+
+
+def false_alarm(row: dict[str, Any], limits: dict[str, str]) -> bool:
+    """Whether a run says of a right kernel what is not so."""
+    if row["verdict"] == "none":
+        return True
+    return row["verdict"] == "broken" and not limits.get(row["name"])
+
+
+def table(rows: list[dict[str, Any]], device: str) -> str:
+    """Markdown: a kernel a line, a command a column."""
+    said = {(row["name"], row["command"]): row for row in rows if row["device"] == device}
+    lines = ["| kernel | what it does | " + " | ".join(COMMANDS) + " |", "|---" * (2 + len(COMMANDS)) + "|"]
+    names = [*KERNELS, *(RightKernel(n, n, "a built engine") for n in _others(rows, device))]
+    for kernel in names:
+        cells = [said[kernel.name, c]["verdict"] if (kernel.name, c) in said else "-" for c in COMMANDS]
+        if set(cells) != {"-"}:
+            limit = f" ({kernel.limit})" if kernel.limit and "broken" in cells else ""
+            lines.append(f"| `{kernel.name}` | {kernel.what}{limit} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _others(rows: list[dict[str, Any]], device: str) -> list[str]:
+    known = {kernel.name for kernel in KERNELS}
+    return sorted({row["name"] for row in rows if row["device"] == device} - known)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--commands", default=",".join(COMMANDS))
+    parser.add_argument("--ggml", action="append", default=[], help="NAME=LIBRARY[,option=value...]")
+    parser.add_argument("-f", "--file")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/right-kernels.json")
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
+    if arguments.page is None:
+        built = [RightKernel(n, f"ggml:lib={lib}", "a built engine", _OVERFLOWS) for n, _, lib in
+                 (word.partition("=") for word in arguments.ggml)]  # fmt: skip
+        wanted = [k for k in (*KERNELS, *built) if not arguments.only or k.name in arguments.only.split(",")]
+        for kernel in wanted:
+            for command in arguments.commands.split(","):
+                key = (kernel.name, command, arguments.device)
+                there = [row for row in rows if (row["name"], row["command"], row["device"]) == key]
+                if there and not arguments.again:
+                    continue
+                row = run(command, kernel, arguments.device, arguments.file)
+                rows = sorted(
+                    [*(r for r in rows if r not in there), row], key=lambda r: (r["device"], r["name"])
+                )
+                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+                reason = row["reasons"][0][:160] if row["reasons"] else ""
+                print(
+                    f"{kernel.name:26} {command:6} {row['verdict']:13} {row['seconds']:6.1f} s  {reason}",
+                    flush=True,
+                )
+    else:
+        tables = [f"## On {d}\n\n{table(rows, d)}" for d in sorted({row["device"] for row in rows})]
+        arguments.page.write_text(between_marks(arguments.page.read_text(), "\n\n".join(tables)))
+    limits = {kernel.name: kernel.limit for kernel in KERNELS}
+    limits |= {word.partition("=")[0]: _OVERFLOWS for word in arguments.ggml}
+    alarms = [row for row in rows if false_alarm(row, limits)]
+    for row in alarms:
+        print(
+            f"false alarm: {row['name']} {row['command']} ({row['device']}): {row['verdict']} {row['reasons'][:1]}"
+        )
+    return 1 if alarms else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
