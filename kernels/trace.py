@@ -24,7 +24,8 @@ class Signature(NamedTuple):
 
     kernel: name with its numerical options; binary: hash of the code that ran; head_groups: query heads that
     each program handled; cuts: bounds 0 < ... < n_kv of the KV parts, -1 for a bound that is not known where
-    the parts are; launch: `one`, or `each` head group.
+    the parts are; launch: `one`, or `each` head group; as_planned: False where the device did other than the
+    plan says, whatever else it ran for that.
     An implementation that cannot say leaves head_groups and cuts empty.
     """
 
@@ -33,6 +34,7 @@ class Signature(NamedTuple):
     head_groups: tuple[int, ...]
     cuts: tuple[int, ...]
     launch: str
+    as_planned: bool = True
 
 
 @dataclass
@@ -142,9 +144,16 @@ class LaunchTrace:
         return {n_kv: frozenset(kinds) for n_kv, kinds in found.items()}
 
     def differs_from(self, other: LaunchTrace) -> frozenset[int]:
-        """The n_kv at which this trace ran, and not the same as `other` did."""
+        """The n_kv at which this trace ran its plans, and not the same as `other` did.
+
+        A plan that the device did not run is no other path, though its own binaries may have run beside it.
+        """
         mine, theirs = self._by_n_kv(), other._by_n_kv()
-        return frozenset(n for n, kinds in mine.items() if kinds != theirs.get(n))
+        return frozenset(
+            n
+            for n, kinds in mine.items()
+            if kinds != theirs.get(n) and any(signature.as_planned for _, signature in kinds)
+        )
 
     @property
     def total_rows(self) -> int:
@@ -171,14 +180,14 @@ class LaunchTrace:
     def to_json(self) -> list[list[Any]]:
         """A list that `from_json` reads back; signatures are written once a row kind and n_kv."""
         return [
-            [path, n_kv, s.kernel, s.binary, list(s.head_groups), list(s.cuts), s.launch, rows]
+            [path, n_kv, s.kernel, s.binary, list(s.head_groups), list(s.cuts), s.launch, s.as_planned, rows]
             for (path, n_kv, s), rows in sorted(self.rows.items())
         ]
 
     @classmethod
     def from_json(cls, lines: Iterable[Sequence[Any]]) -> LaunchTrace:
         rows = {
-            (path, n_kv, Signature(kernel, binary, tuple(groups), tuple(cuts), launch)): count
-            for path, n_kv, kernel, binary, groups, cuts, launch, count in lines
+            (path, n_kv, Signature(kernel, binary, tuple(groups), tuple(cuts), launch, as_planned)): count
+            for path, n_kv, kernel, binary, groups, cuts, launch, as_planned, count in lines
         }
         return cls([Launched(rows)])

@@ -101,7 +101,8 @@ def rows_as_written(
     for by_parts, n_kv, plan, kind in zip(found, lengths, rows.plans, rows.kind_of_row, strict=True):
         for parts, groups in by_parts.items():
             cuts = _bounds(len(parts), n_kv) if plan in other else plan.cuts
-            ran[path, n_kv, Signature(kernel, binaries[kind], tuple(groups), cuts, plan.launch)] += 1
+            same = plan not in other and tuple(groups) == plan.head_groups
+            ran[path, n_kv, Signature(kernel, binaries[kind], tuple(groups), cuts, plan.launch, same)] += 1
     return Launched(ran)
 
 

@@ -41,3 +41,14 @@ def test_traces_add_up() -> None:
     b.count(Launched({("decode", 66, TWO): 1}))
     assert b.differs_from(a) == {66}
     assert a.differs_from(b) == frozenset(), "what did not run covers nothing"
+
+
+def test_a_plan_that_did_not_run_is_no_other_path() -> None:
+    """On a GPU a plan of two parts has a binary that merges them; beside a first part that did everything."""
+    whole = Signature("flash", "b1", (12,), (0, 64), "one")
+    ignored = Signature("flash", "b1+merge", (12,), (0, 64), "one", as_planned=False)
+    baseline, candidate = (LaunchTrace([Launched({("decode", 64, s): 1})]) for s in (whole, ignored))
+    assert candidate.differs_from(baseline) == frozenset()
+    assert LaunchTrace.from_json(candidate.to_json()) == candidate
+    followed = LaunchTrace([Launched({("decode", 64, ignored._replace(as_planned=True)): 1})])
+    assert followed.differs_from(baseline) == {64}

@@ -115,8 +115,9 @@ def a_plan_that_did_not_run_is_not_what_it_says(
     )
     clock = StageClock(device)
     outcome = diff.run_diff(settings, device, diff.all_inputs(settings, device, clock), clock)
-    assert (outcome.verdict, outcome.exit_code) == ("inconclusive", 3)
-    assert "the path under test did not run" in outcome.candidates[0].reasons[0]
+    reasons = outcome.candidates[0].reasons
+    assert (outcome.verdict, outcome.exit_code) == ("inconclusive", 3), (outcome.verdict, reasons)
+    assert "the path under test did not run" in reasons[0]
 
 
 def what_is_not_launched_is_not_counted(device: torch.device, monkeypatch: Any) -> None:
