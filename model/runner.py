@@ -30,6 +30,8 @@ ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.fl
 COMPUTE_TYPES = {"f32": torch.float32, "f64": torch.float64}
 # Rows of a tile where all arms but the prompt compute the end of a window: the least, and a GPU's.
 LEAST_TILE, GPU_REST_TILE = 128, 2048
+# Rows of a tile where tokens' own vectors are made, once a group.
+OWN_TILE = 512
 
 
 class LayerCall(NamedTuple):
@@ -145,6 +147,7 @@ class Runner:
         """
         self.architecture.check_tokens(tokens.flatten())
         windows, n_ctx = tokens.shape
+        self.architecture.check_length(n_ctx)
         layers, vocabulary = self.architecture.sizes.layers, self.architecture.sizes.vocabulary
         tiling = tiling or self.tiling(n_ctx, None if prompt is None else n_ctx - scored.start)
         first = scored.start if prompt is not None else 0
@@ -171,10 +174,12 @@ class Runner:
         self.stream.forget()
         # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
         hidden: dict[State, torch.Tensor]
+        layers_done = 0 if begin is None else begin[0]
+        first_rows = self._embed(tokens.to(self.device), slabs)
         if begin is None:
-            layers_done, hidden = 0, self._first_states(tokens.to(self.device), group, taken)
+            hidden = self._first_states(first_rows.states, tokens.shape[1], group, taken)
         else:
-            layers_done, hidden = begin[0], dict(begin[1])
+            hidden = dict(begin[1])
         # Units of work of a slab in a layer: one a window and arm.
         units = {slab.start: len(slab) * len(taken[slab.start]) for slab in slabs}
         done, steps = layers_done * sum(units.values()), (layers + 1) * sum(units.values())
@@ -196,7 +201,10 @@ class Runner:
             weights = self._weights(later)
             self._read_ahead(layer + 1, output_rows)
             with self.stopwatch.time("elementwise"):
-                hidden = self._feed_forward(layer, hidden, weights, group.products)
+                own = partial(first_rows.own_of, layer, spans)
+                hidden = self._feed_forward(
+                    layer, hidden, weights, group.products, None if first_rows.own is None else own
+                )
             weights = {}
             wanted = self.architecture.wanted_later(layer)
             for kept in [key for key in group.kept if key[0] not in wanted]:
@@ -211,13 +219,14 @@ class Runner:
         if progress:
             progress(steps, steps)
 
+    @staticmethod
     def _first_states(
-        self, tokens: torch.Tensor, group: _Group, taken: Mapping[int, Sequence[str]]
+        starts: Sequence[torch.Tensor], n_ctx: int, group: _Group, taken: Mapping[int, Sequence[str]]
     ) -> dict[State, torch.Tensor]:
-        """Embeddings of tokens [W, T] as each arm has them; taken: names of the arms, by slab."""
+        """Embeddings [B * T, width] by slab as each arm has them; taken: names of the arms, by slab."""
         hidden: dict[State, torch.Tensor] = {}
-        for slab, start in zip(group.slabs, self._embed(tokens, group.slabs), strict=True):
-            by_window = start.unflatten(0, (len(slab), tokens.shape[1]))
+        for slab, start in zip(group.slabs, starts, strict=True):
+            by_window = start.unflatten(0, (len(slab), n_ctx))
             of_span = {s: by_window[:, s.start : s.stop].flatten(0, 1) for s in set(group.spans.values())}
             hidden |= {(slab.start, name): of_span[group.spans[name]] for name in taken[slab.start]}
         return hidden
@@ -337,7 +346,12 @@ class Runner:
         return self.architecture.after_attention(layer, x, o.flatten(0, 1).to(x.dtype), weights, products)
 
     def _feed_forward(
-        self, layer: int, hidden: dict[State, torch.Tensor], weights: Weights, products: Products
+        self,
+        layer: int,
+        hidden: dict[State, torch.Tensor],
+        weights: Weights,
+        products: Products,
+        own: Callable[[State], torch.Tensor] | None,
     ) -> dict[State, torch.Tensor]:
         """The states that the next layer takes; states that are one tensor stay one."""
         first: dict[int, State] = {}
@@ -345,7 +359,7 @@ class Runner:
         distinct = {state: hidden[state] for state in first.values()}
         # Each is dropped as soon as the next layer's is there.
         hidden.clear()
-        self.architecture.feed_forward(layer, distinct, weights, products, self.stream)
+        self.architecture.feed_forward(layer, distinct, weights, products, self.stream, own)
         return {state: distinct[same] for state, same in like.items()}
 
     def _positions(
@@ -412,19 +426,56 @@ class Runner:
             ]
         )
 
-    def _embed(self, tokens: torch.Tensor, slabs: Sequence[range]) -> list[torch.Tensor]:
-        """Rows of the embedding matrix [B * T, width] by slab, decoding a slice of the matrix at a time."""
-        name, sizes, n_ctx = self.architecture.embedding_tensor, self.architecture.sizes, tokens.shape[1]
+    def _embed(self, tokens: torch.Tensor, slabs: Sequence[range]) -> _FirstRows:
+        """Rows of the embedding matrix of tokens [W, T], and what layers take of a token beside them."""
+        architecture, n_ctx = self.architecture, tokens.shape[1]
         found, place = tokens.flatten().long().unique(return_inverse=True)
+        rows = _Rows(self.stream, found, architecture.sizes.vocabulary)
+        states = rows.of_tokens(architecture.embedding_tensor) * architecture.embedding_scale
+        places = {slab.start: place[slab.start * n_ctx : slab.stop * n_ctx] for slab in slabs}
+        # On tiles of one size: a row's bits depend on nothing but its token.
+        own = architecture.own_inputs(states, rows, self.products.with_tile(OWN_TILE))
+        return _FirstRows([states[places[slab.start]] for slab in slabs], own, places, n_ctx)
+
+
+class _Rows:
+    """`TokenRows` of tokens, each once, decoding a slice of a tensor at a time."""
+
+    def __init__(self, stream: TensorStream, tokens: torch.Tensor, vocabulary: int) -> None:
+        self.stream, self.tokens, self.vocabulary = stream, tokens, vocabulary
+
+    def of_tokens(self, name: str) -> torch.Tensor:
         parts = []
-        for first in range(0, sizes.vocabulary, VOCABULARY_ROWS):
-            mine = found[(found >= first) & (found < first + VOCABULARY_ROWS)]
+        for first in range(0, self.vocabulary, VOCABULARY_ROWS):
+            mine = self.tokens[(self.tokens >= first) & (self.tokens < first + VOCABULARY_ROWS)]
             # Processes that share their reading may need different rows: then all are read.
             if len(mine) or self.stream.share is not None:
                 part = self.stream.take(name, slice(first, first + VOCABULARY_ROWS))
                 parts.append(part[mine - first])
-        rows = torch.cat(parts) * self.architecture.embedding_scale
-        return [rows[place[slab.start * n_ctx : slab.stop * n_ctx]] for slab in slabs]
+        return torch.cat(parts)
+
+    def weights(self, name: str) -> torch.Tensor:
+        return self.stream.take(name)
+
+
+class _FirstRows(NamedTuple):
+    """What a group's tokens bring.
+
+    states: embeddings [B * T, width] by slab; own: `Architecture.own_inputs` of the tokens, each once;
+    places: by slab, which of them each position has [B * T]; n_ctx: positions of a window.
+    """
+
+    states: list[torch.Tensor]
+    own: torch.Tensor | None
+    places: dict[int, torch.Tensor]
+    n_ctx: int
+
+    def own_of(self, layer: int, spans: Mapping[str, range], state: State) -> torch.Tensor:
+        """Rows [B * T, P] of a state for a layer; spans: what each arm computes of a window."""
+        assert self.own is not None
+        span = spans[state[1]]
+        place = self.places[state[0]].unflatten(0, (-1, self.n_ctx))[:, span.start : span.stop]
+        return self.own[place.flatten(), layer]
 
 
 class _Shared:

@@ -9,7 +9,7 @@ same tokens; each has a cache of its own, one sequence long, of keys and values 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,9 +97,16 @@ class Stepper:
         products = self.products.with_tile(tile_rows(n))
         positions = torch.arange(self.length, self.length + n, device=self.device)
         kv_len = keep_lengths((positions + 1).to(torch.int32)[None])
-        start = self._rows_of_embedding(tokens) * architecture.embedding_scale
+        architecture.check_length(self.length + n)
+        rows = _Rows(self, tokens)
+        start = rows.of_tokens(architecture.embedding_tensor) * architecture.embedding_scale
+        own = architecture.own_inputs(start, rows, products)
         states = {arm.name: start for arm in self.arms}
         kind = ATTENTION_TYPES[self.attention_type]
+
+        def own_of(layer: int) -> Callable[[str], torch.Tensor] | None:
+            return None if own is None else lambda name: own[:, layer]
+
         for layer in range(architecture.sizes.layers):
             weights = self._weights(f"layer {layer}", architecture.layer_tensors(layer))
             if not architecture.attends(layer):
@@ -108,7 +115,7 @@ class Stepper:
                     states[arm.name], self._recurrent[key] = architecture.without_attention(
                         layer, states[arm.name][None], self._recurrent.get(key), weights, products
                     )
-                architecture.feed_forward(layer, states, weights, products, self.stream)
+                architecture.feed_forward(layer, states, weights, products, self.stream, own_of(layer))
                 continue
             settings, source = architecture.attention_settings(layer), architecture.kv_source(layer)
             for arm in list(self.arms):
@@ -127,7 +134,7 @@ class Stepper:
                     del states[arm.name]
                     continue
                 states[arm.name] = architecture.after_attention(layer, x, o[0], weights, products)
-            architecture.feed_forward(layer, states, weights, products, self.stream)
+            architecture.feed_forward(layer, states, weights, products, self.stream, own_of(layer))
         self.length += n
         if scored == 0:
             return {}
@@ -149,10 +156,19 @@ class Stepper:
             self._kept[group] = found
         return found
 
-    def _rows_of_embedding(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[T, width], decoding the rows of these tokens alone."""
-        name = self.architecture.embedding_tensor
-        return torch.cat([self.stream.take(name, slice(t, t + 1)) for t in tokens.tolist()])
+
+class _Rows:
+    """`TokenRows` of a step's tokens, decoding their rows alone."""
+
+    def __init__(self, stepper: Stepper, tokens: torch.Tensor) -> None:
+        self.stepper, self.tokens = stepper, tokens
+
+    def of_tokens(self, name: str) -> torch.Tensor:
+        stream = self.stepper.stream
+        return torch.cat([stream.take(name, slice(t, t + 1)) for t in self.tokens.tolist()])
+
+    def weights(self, name: str) -> torch.Tensor:
+        return self.stepper._weights(name, {name: name})[name]
 
 
 def weight_bytes(architecture: Architecture) -> int:

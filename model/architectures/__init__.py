@@ -6,8 +6,10 @@ from verify.model.architectures.architecture import Architecture
 from verify.model.architectures.deepseek2 import Deepseek2
 from verify.model.architectures.gemma2 import Gemma2
 from verify.model.architectures.gemma3 import Gemma3
+from verify.model.architectures.gemma4 import Gemma4
 from verify.model.architectures.glm4 import Glm4
 from verify.model.architectures.glm4moe import Glm4Moe
+from verify.model.architectures.glm_dsa import Deepseek32, GlmDsa
 from verify.model.architectures.gpt_oss import GptOss
 from verify.model.architectures.llama import Llama
 from verify.model.architectures.minimax_m2 import MinimaxM2
@@ -33,6 +35,9 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "qwen35": Qwen35,
     "qwen35moe": Qwen35Moe,
     "qwen3next": Qwen3Next,
+    "gemma4": Gemma4,
+    "deepseek32": Deepseek32,
+    "glm-dsa": GlmDsa,
     "qwen3moe": Qwen3Moe,
     "mistral4": Mistral4,
     "mistral3": Mistral3,

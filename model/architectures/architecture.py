@@ -10,9 +10,9 @@ cache.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -31,6 +31,18 @@ Weights = Mapping[str, torch.Tensor]
 LEAST_COLUMNS = 16
 # Tensors that some converters leave in a layer and that nothing needs: positions' frequencies.
 _UNUSED = ("attn_rot_embd.weight", "attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+
+
+class TokenRows(Protocol):
+    """Tensors outside the layers, for tokens at hand."""
+
+    def of_tokens(self, name: str) -> torch.Tensor:
+        """The tokens' rows of a tensor with a row a token, [T, ...]."""
+        ...
+
+    def weights(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        ...
 
 
 class AttentionInputs(NamedTuple):
@@ -99,6 +111,8 @@ class Architecture(ABC):
     sizes: Sizes
     embedding_scale: float = 1.0
     final_softcap: float | None = None
+    # Tokens of a sequence that can be computed, where there is a limit.
+    longest: int | None = None
     without_effect: frozenset[str] = frozenset()
     output_vector: bool = False
     feed_forwards: list[FeedForward]
@@ -229,19 +243,50 @@ class Architecture(ABC):
         weights: Weights,
         products: Products,
         stream: TensorStream,
+        own: Callable[[Key], torch.Tensor] | None = None,
     ) -> None:
         """Replace each hidden state [T, width] by what the next layer takes.
 
-        Keys are the caller's. A state's result does not depend on which others are there.
+        Keys are the caller's. A state's result does not depend on which others are there. own: a state's rows
+        of `own_inputs` for this layer.
         """
 
         pull = _Experts(self, layer, stream)
-        norm = weights[self.ffn_norm]
-        inputs = ((key, rms_norm(states[key], norm, self.eps)) for key in list(states))
+        inputs = ((key, self.feed_forward_input(layer, states[key], weights)) for key in list(states))
         for key, branch in self.feed_forwards[layer](inputs, weights, products, pull):
             if self.post_ffn_norm is not None:
                 branch = rms_norm(branch, weights[self.post_ffn_norm], self.eps)
-            states[key] = states[key] + branch
+            own_rows = None if own is None else own(key)
+            states[key] = self.end_of_layer(layer, states[key] + branch, own_rows, weights, products)
+
+    def feed_forward_input(self, layer: int, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+        """What the feed-forward takes of x [T, width]."""
+        return rms_norm(x, weights[self.ffn_norm], self.eps)
+
+    def own_inputs(self, embedded: torch.Tensor, rows: TokenRows, products: Products) -> torch.Tensor | None:
+        """What each layer takes of each token beside the hidden state, [T, layers, P], if anything.
+
+        embedded: the tokens' first states [T, width]; rows: other tensors' rows of the same tokens.
+        """
+        return None
+
+    def end_of_layer(
+        self, layer: int, x: torch.Tensor, own: torch.Tensor | None, weights: Weights, products: Products
+    ) -> torch.Tensor:
+        """x [T, width] after both branches to what the next layer takes; own: `own_inputs` of it [T, P]."""
+        return x
+
+    def ends_of_layer(self, layer: int) -> tuple[Shapes, Shapes]:
+        """Tensors of `end_of_layer` that must be there, and ones that may be, as `attention_shapes`."""
+        return {}, {}
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ModelError for a sequence that is longer than what can be computed."""
+        if self.longest is not None and tokens > self.longest:
+            raise ModelError(
+                f"{self.file.path}: {tokens} tokens: from {self.longest} keys on the model attends to a"
+                f" choice of them, which is not computed here; expected at most {self.longest} tokens"
+            )
 
     def per_head(self, layer: int, short: str) -> tuple[float, ...]:
         """A tensor's numbers, one a query head. Raises ModelError."""
@@ -269,7 +314,8 @@ class Architecture(ABC):
 
     def feed_forward_tensors(self, layer: int) -> dict[str, str]:
         """Those of `layer_tensors` that `feed_forward` takes: they need not be held while attention runs."""
-        taken = {self.ffn_norm, self.post_ffn_norm, *self.feed_forwards[layer].shapes}
+        ends = self.ends_of_layer(layer)
+        taken = {self.ffn_norm, self.post_ffn_norm, *self.feed_forwards[layer].shapes, *ends[0], *ends[1]}
         return {short: name for short, name in self.layer_tensors(layer).items() if short in taken}
 
     def has(self, layer: int, short: str) -> bool:
@@ -277,7 +323,7 @@ class Architecture(ABC):
 
     @staticmethod
     def tensor_name(layer: int, short: str) -> str:
-        return f"blk.{layer}.{short}" + ("" if short.endswith(".bias") else ".weight")
+        return f"blk.{layer}.{short}" + ("" if short.endswith((".bias", ".scale")) else ".weight")
 
     @property
     def embedding_tensor(self) -> str:
@@ -361,7 +407,8 @@ class Architecture(ABC):
         norms = ("attn_norm", self.ffn_norm, self.post_attention_norm, self.post_ffn_norm)
         named: Shapes = {norm: (self.width,) for norm in norms if norm is not None}
         block = self.feed_forwards[layer]
-        return named | required | block.shapes, optional
+        ends = self.ends_of_layer(layer)
+        return named | required | block.shapes | ends[0], optional | ends[1]
 
     def _passed_over(self, name: str) -> bool:
         """Whether a tensor is rightly not used: of a layer that does not run, or of no effect."""

@@ -44,6 +44,8 @@ class Deepseek2(Architecture):
     """
 
     multipliers_are_equal = True
+    reads_multiplier = True
+    default_gating: Gating = "softmax"
 
     def __init__(self, file: GGUFFile) -> None:
         super().__init__(file)
@@ -92,7 +94,7 @@ class Deepseek2(Architecture):
         the rotation to the scale: the two multipliers are equal in the published models, and cancel there.
         """
         read = self.metadata
-        multiplier = read.number("rope.scaling.yarn_log_multiplier", 0.0)
+        multiplier = read.number("rope.scaling.yarn_log_multiplier", 0.0) if self.reads_multiplier else 0.0
         self.rope = rope_of(self, self.rope_size, "norm", default_size=self.rope_size)
         attn_factor = read.number("rope.scaling.attn_factor", 1.0)
         log_factor = math.log(self.rope.factor)
@@ -115,7 +117,7 @@ class Deepseek2(Architecture):
         ):
             return Dense(self.width, read.per_layer("feed_forward_length", self.blocks)[layer])
         flash = self.blocks in _FLASH_BLOCKS and self.vocabulary == _FLASH_VOCABULARY
-        gating: Gating = "sigmoid" if flash else "softmax"
+        gating: Gating = "sigmoid" if flash else self.default_gating
         experts: Experts = experts_of(self, layer, default_gating=gating)
         return experts
 

@@ -15,7 +15,7 @@ has: there a tile holds rows of several, side by side, which rests on `verify.mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -156,6 +156,8 @@ class Experts:
     biases: bool = False
     # The shared expert is multiplied by the sigmoid of a product of its own.
     shared_is_gated: bool = False
+    # A state's key and its normed rows to the router's logits, where they do not come from these rows.
+    router: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
     @property
     def shapes(self) -> Shapes:
@@ -231,6 +233,8 @@ class Experts:
         self, key: Any, h: torch.Tensor, weights: Mapping[str, torch.Tensor], products: Products
     ) -> torch.Tensor:
         """[T, count] of a state's normed rows h [T, E]."""
+        if self.router is not None:
+            return self.router(key, h)
         return products(h, weights["ffn_gate_inp"], weights.get("ffn_gate_inp.bias"))
 
     def _pack(self, states: list[_State]) -> _Pack:

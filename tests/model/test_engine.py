@@ -31,12 +31,23 @@ STORED = Path(__file__).parent / "oracles" / "engine_logits.npz"
 # Positions whose logits are stored.
 LAST = slice(-3, None)
 AGREES = 1e-4
-# The engine reads GELU from a table in float16.
-BY_TABLE, AGREES_BY_TABLE = ("gemma",), 5e-4
+# Here a value lies so near a step of the engine's table of GELU that rounding takes it to the other side.
+ON_A_STEP = {"gemma2-largest": 1e-3, "gemma4-shared-keys": 1e-3}
 
 
-def tolerance(name: str) -> float:
-    return AGREES_BY_TABLE if name.startswith(BY_TABLE) else AGREES
+def gelu_by_table(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """As the engine has it: from a table of float16, outside of -10 ... 10 by its limits."""
+    assert approximate == "tanh"
+    found = GELU(x.half().float(), approximate=approximate).half().float()
+    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found))
+
+
+GELU = torch.nn.functional.gelu
+
+
+@pytest.fixture(autouse=True)
+def the_engines_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "gelu", gelu_by_table)
 
 
 def logits(path: Path) -> np.ndarray:
@@ -78,7 +89,7 @@ def stored() -> dict[str, np.ndarray]:
 def test_logits_are_those_the_engine_gave(
     file_named: Callable[[str], Path], stored: dict[str, np.ndarray], name: str
 ) -> None:
-    assert relative(logits(file_named(name))[LAST], stored[name]) < tolerance(name)
+    assert relative(logits(file_named(name))[LAST], stored[name]) < ON_A_STEP.get(name, AGREES)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -86,7 +97,7 @@ def test_logits_are_those_of_the_engine(
     file_named: Callable[[str], Path], engine: ModelEngine, name: str
 ) -> None:
     path = file_named(name)
-    assert relative(logits(path), engine.logits(path, TOKENS)) < tolerance(name)
+    assert relative(logits(path), engine.logits(path, TOKENS)) < ON_A_STEP.get(name, AGREES)
 
 
 def no_sinks(a: Any) -> None:
@@ -185,6 +196,33 @@ def no_memory(a: Any) -> None:
     a.net = Forgetful(**vars(a.net))
 
 
+def no_keys_are_shared(a: Any) -> None:
+    """Layers without keys of their own read those of the first layers of their kind."""
+    first = {windowed: a.local.index(windowed) for windowed in (True, False)}
+    a.kv_source = lambda layer: layer if layer < a.with_keys else first[a.local[layer]]
+
+
+def v_not_normed(a: Any) -> None:
+    plain = a.attention_inputs
+
+    def inputs(layer: int, x: Any, positions: Any, weights: Any, products: Any) -> Any:
+        found = plain(layer, x, positions, weights, products)
+        h = rms_norm(x, weights["attn_norm"], a.eps)
+        v = products(h, weights.get("attn_v", weights["attn_k"]))
+        return found._replace(v=v.reshape(found.v.shape))
+
+    a.attention_inputs = inputs
+
+
+def scale_by_size(a: Any) -> None:
+    plain = a.attention_settings
+    a.attention_settings = lambda layer: replace(plain(layer), scale=a.k_sizes[layer] ** -0.5)
+
+
+def no_inputs_a_layer(a: Any) -> None:
+    a.own_inputs = lambda *_: None
+
+
 WRONG: dict[str, list[Callable[[Any], None]]] = {
     "gpt-oss": [
         no_sinks,
@@ -203,6 +241,9 @@ WRONG: dict[str, list[Callable[[Any], None]]] = {
     "qwen35": [no_gate, no_memory],
     "qwen35moe": [no_gate, shared_not_gated, other_neighbours],
     "qwen3next": [no_gate, shared_not_gated, other_neighbours],
+    "gemma4-v-from-k": [v_not_normed, scale_by_size, window_off_by_one, no_final_softcap],
+    "gemma4-shared-keys": [no_keys_are_shared],
+    "gemma4-inputs-a-layer": [no_inputs_a_layer],
     "mistral3-temperature": [no_temperature],
     "mistral4-groups": [all_groups],
 }
@@ -224,7 +265,7 @@ def test_wrong_variants_are_seen(
 ) -> None:
     architecture = architecture_of(GGUFFile.open(file_named(name)))
     spoil(architecture)
-    assert relative(logits_from(architecture)[LAST], stored[name]) > 3 * tolerance(name)
+    assert relative(logits_from(architecture)[LAST], stored[name]) > 3 * AGREES
 
 
 def test_weights_that_are_there_twice(file_named: Callable[[str], Path], tmp_path: Path) -> None:

@@ -423,6 +423,95 @@ QWEN35: dict[str, TinyFile] = {
     "qwen3next-yarn": _qwen35("qwen3next").with_(YARN),
 }
 
+
+def _gemma4(
+    layers: int = 6, *, shared: int = 0, own: int = 0, v: bool = True, moe: bool = False, **more: Any
+) -> TinyFile:
+    """Every third layer sees all keys, with heads 4/1 x 24 rather than 4/2 x 16, and rotates them slowly."""
+    local = more.pop("local", [i % 3 != 2 for i in range(layers)])
+    kv_heads = [2 if windowed else 1 for windowed in local]
+    shapes = outside(tied=True)
+    for i in range(layers):
+        p, size = f"blk.{i}.", 16 if local[i] else 24
+        of_layer = attention(i, 4, kv_heads[i], size) | norms(i, "attn_q_norm", "attn_k_norm", size=size)
+        if i >= layers - shared:
+            for name in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
+                del of_layer[p + name]
+        elif not v and not local[i]:
+            del of_layer[p + "attn_v.weight"]
+        shapes |= of_layer | dense(i) | norms(i, "post_attention_norm", "post_ffw_norm")
+        if moe:
+            shapes |= experts(i, 8, 24, fused=True)
+            shapes |= norms(i, "pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")
+            shapes |= {p + "ffn_gate_inp.scale": (WIDTH,), p + "ffn_down_exps.scale": (8,)}
+        if own:
+            shapes |= {p + "inp_gate.weight": (own, WIDTH), p + "proj.weight": (WIDTH, own)}
+            shapes |= norms(i, "post_norm")
+        if i % 2:
+            shapes[p + "layer_output_scale.weight"] = (1,)
+    if own:
+        shapes |= {
+            "per_layer_token_embd.weight": (VOCABULARY, own * layers),
+            "per_layer_model_proj.weight": (own * layers, WIDTH),
+            "per_layer_proj_norm.weight": (own,),
+        }
+    keys = base_keys(layers, 4, kv_heads, 24)
+    keys |= {"attention.key_length_swa": 16, "attention.value_length_swa": 16, "rope.dimension_count": 24}
+    keys |= {"rope.dimension_count_swa": 16, "rope.freq_base": 50000.0, "rope.freq_base_swa": 300.0}
+    keys |= {"attention.sliding_window": 6, "attention.sliding_window_pattern": local}
+    keys |= {"attention.shared_kv_layers": shared, "embedding_length_per_layer_input": own}
+    keys |= _MOE_KEYS if moe else {}
+    frequencies = {"rope_freqs.weight": np.where(np.arange(12) < 5, 1.0, 1e30)}
+    return TinyFile(
+        "gemma4", keys | {k.replace("__", "."): value for k, value in more.items()}, shapes, frequencies
+    )
+
+
+GEMMA4: dict[str, TinyFile] = {
+    "gemma4": _gemma4(),
+    "gemma4-v-from-k": _gemma4(v=False, final_logit_softcapping=5.0),
+    "gemma4-shared-keys": _gemma4(9, shared=3),
+    "gemma4-all-but-two-share": _gemma4(6, shared=4, local=[True, False, True, True, False, False]),
+    "gemma4-inputs-a-layer": _gemma4(own=12, shared=3),
+    "gemma4-experts": _gemma4(3, moe=True, v=False),
+    "gemma4-by-turns": _gemma4(4, local=[False, True, False, True], own=8),
+}
+
+
+def _indexed(architecture: str, **more: Any) -> TinyFile:
+    shapes: Shapes = {}
+    for i in range(2):
+        p = f"blk.{i}.indexer."
+        shapes |= {
+            p + "attn_q_b.weight": (2 * 64, QUERY_RANK),
+            p + "attn_k.weight": (64, WIDTH),
+            p + "proj.weight": (2, WIDTH),
+            p + "k_norm.weight": (64,),
+            p + "k_norm.bias": (64,),
+        }
+    keys = {"attention.indexer.head_count": 2, "attention.indexer.key_length": 64}
+    keys["attention.indexer.top_k"] = more.pop("top_k", 64)
+    return _deepseek2(architecture, **more).with_(keys, shapes)
+
+
+DSA: dict[str, TinyFile] = {
+    f"{architecture}{name}": file
+    for architecture in ("deepseek32", "glm-dsa")
+    for name, file in {
+        "": _indexed(architecture),
+        "-as-many-keys-as-tokens": _indexed(architecture, top_k=40),
+        "-linear": _indexed(architecture, rope__scaling__factor=3.0),
+        "-yarn": _indexed(architecture).with_(YARN),
+        "-unnormalised": _indexed(architecture, expert_weights_norm=False, expert_weights_scale=2.5),
+        "-groups": _indexed(architecture, expert_group_count=4, expert_group_used_count=2),
+    }.items()
+} | {
+    "deepseek32-yarn-0.0707": _indexed("deepseek32").with_(
+        YARN | {"rope.scaling.yarn_log_multiplier": 0.0707}
+    ),
+    "glm-dsa-missing-gating": _indexed("glm-dsa").with_(drop=("expert_gating_func",)),
+}
+
 TINY: dict[str, TinyFile] = {
     **FOUND,
     **QWEN3MOE,
@@ -432,4 +521,6 @@ TINY: dict[str, TinyFile] = {
     **STEP35,
     **MISTRAL,
     **QWEN35,
+    **GEMMA4,
+    **DSA,
 }

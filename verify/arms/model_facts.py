@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -91,25 +92,18 @@ def try_kernels(
     A function in a file is only asked what it takes: to run it is to judge it. So is a kernel that fails
     otherwise. Raises UsageError.
     """
-    sizes, kind = architecture.sizes, ATTENTION_TYPES[cache_type]
-    settings = {architecture.attention_settings(layer) for layer in range(sizes.layers)}
-    q = torch.zeros(1, 1, sizes.heads, sizes.k_size, dtype=kind, device=device)
-    k = torch.zeros(1, 1, sizes.kv_heads, sizes.k_size, dtype=kind, device=device)
-    v = torch.zeros(1, 1, sizes.kv_heads, sizes.v_size, dtype=kind, device=device)
     one = torch.ones(1, 1, dtype=torch.int32, device=device)
-    for arm, given in itertools.product(arms, settings):
+    for arm, layer in itertools.product(arms, _unlike_layers(architecture)):
         if arm.kernel is None:
             continue
-        call = checked_call(
-            q,
-            k,
-            v,
-            kv_len=one,
-            scale=given.scale,
-            path=arm.path,
-            sliding_window=given.sliding_window,
-            softcap=given.softcap,
+        heads, kv_heads = architecture.heads_of(layer), architecture.kv_heads_of(layer)
+        k_size, v_size = architecture.head_sizes_of(layer)
+        q, k, v = (
+            torch.zeros(1, 1, n, size, dtype=ATTENTION_TYPES[cache_type], device=device)
+            for n, size in ((heads, k_size), (kv_heads, k_size), (kv_heads, v_size))
         )
+        options = architecture.attention_settings(layer).options(device)
+        call = checked_call(q, k, v, kv_len=one, path=arm.path, **options)
         why = None
         if arm.spec.startswith("py:"):
             why = arm.kernel.capabilities().refuses(call)
@@ -122,3 +116,19 @@ def try_kernels(
                 why = str(failed) if failed.kind == "unsupported" else None
         if why is not None:
             raise UsageError(f"kernel {arm.spec!r} does not fit this model: {why}")
+
+
+def _unlike_layers(architecture: Architecture) -> list[int]:
+    """Of the layers with attention the first of each kind: alike are heads, sizes, settings, sinks aside."""
+    found: dict[Any, int] = {}
+    for layer in filter(architecture.attends, range(architecture.sizes.layers)):
+        settings = architecture.attention_settings(layer)
+        alike = (
+            architecture.heads_of(layer),
+            architecture.kv_heads_of(layer),
+            architecture.head_sizes_of(layer),
+            replace(settings, sinks=None),
+            settings.sinks is None,
+        )
+        found.setdefault(alike, layer)
+    return list(found.values())

@@ -182,6 +182,8 @@ def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
         path=call.path,
         sliding_window=call.sliding_window,
         softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks.repeat(len(call.q)),
+        alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.repeat(len(call.q)),
     )
 
 

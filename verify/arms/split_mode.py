@@ -34,7 +34,7 @@ def check_split_mode(split_mode: str, gpus: int) -> None:
 
 def check_model(architecture: Architecture, gpus: int) -> None:
     """Raises UsageError where the KV heads of a layer are too few for the GPUs."""
-    for layer in range(architecture.sizes.layers if gpus > 1 else 0):
+    for layer in filter(architecture.attends, range(architecture.sizes.layers if gpus > 1 else 0)):
         heads = architecture.kv_heads_of(layer)
         if heads < gpus:
             mla = isinstance(architecture, Deepseek2)
@@ -69,8 +69,9 @@ def build_shared_kernel(spec: str, gpus: int) -> Kernel:
 
 
 def tensor_parallel_record(architecture: Architecture, gpus: int) -> TensorParallelRecord | None:
-    """What `run.json` says of it: KV heads by GPU, in the first layer. None where nothing is shared out."""
+    """What `run.json` says of it: KV heads by GPU, in the first layer with attention; None on one GPU."""
     if gpus == 1:
         return None
-    by_gpu = [len(heads) for heads in shares(architecture.kv_heads_of(0), gpus)]
+    first = next(filter(architecture.attends, range(architecture.sizes.layers)))
+    by_gpu = [len(heads) for heads in shares(architecture.kv_heads_of(first), gpus)]
     return TensorParallelRecord(gpus=gpus, kv_heads_by_gpu=by_gpu)

@@ -27,16 +27,21 @@ _FILE = re.compile(r"layer-(\d+)\.npz")
 ROWS = 8
 
 
-def parse_layers(text: str, layers: int) -> frozenset[int]:
-    """`all`, or `0,5,29`. Raises UsageError for a layer that the model has not."""
+def parse_layers(
+    text: str, layers: int, attends: Callable[[int], bool] = lambda layer: True
+) -> frozenset[int]:
+    """`all`, or `0,5,29`. Raises UsageError for a layer that the model has not, or that has no attention."""
     if text == "all":
-        return frozenset(range(layers))
+        return frozenset(filter(attends, range(layers)))
     try:
         chosen = frozenset(int(part) for part in text.split(","))
     except ValueError:
         chosen = frozenset({-1})
     if not all(0 <= layer < layers for layer in chosen):
         raise UsageError(f"--capture {text}: expected all, or layers from 0 to {layers - 1}, comma between")
+    if without := [layer for layer in sorted(chosen) if not attends(layer)]:
+        having = ",".join(str(layer) for layer in range(layers) if attends(layer))
+        raise UsageError(f"--capture {text}: layer {without[0]} has no attention, expected some of {having}")
     return chosen
 
 
@@ -58,6 +63,9 @@ def capture_to(folder: Path, layers: frozenset[int]) -> Callable[[LayerCall], No
                 scale=np.float64(call.settings.scale),
                 sliding_window=np.int64(call.settings.sliding_window or 0),
                 softcap=np.float64(call.settings.softcap or 0),
+                # Empty where there are none.
+                sinks=np.array(call.settings.sinks or (), np.float32),
+                alibi_slopes=np.array(call.settings.alibi_slopes or (), np.float32),
                 dtype=np.array(str(call.q.dtype).removeprefix("torch.")),
                 **arrays,
             )
@@ -92,9 +100,16 @@ def captured_inputs(run: str, path: AttentionPath, device: torch.device) -> Iter
                 path=path,
                 sliding_window=int(found["sliding_window"]) or None,
                 softcap=float(found["softcap"]) or None,
+                sinks=_per_head(found.get("sinks"), device),
+                alibi_slopes=_per_head(found.get("alibi_slopes"), device),
             )
         except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
             raise UsageError(f"--captured-from {run}: {file.name} cannot be read: {error}") from None
         layer = int(match[1])
         name = f"{call.shape.q_heads}/{call.shape.kv_heads}x{call.shape.k_size}"
         yield Inputs(name, call.shape.keys, f"layer {layer}", 0, call)
+
+
+def _per_head(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
+    """Numbers [H], None where there are none."""
+    return None if values is None or not len(values) else torch.from_numpy(values).to(device)

@@ -88,7 +88,11 @@ class Experiment:
         self.file = GGUFFile.open(path)
         self.architecture: Architecture = architecture_of(self.file)
         layers = self.architecture.sizes.layers
-        self.captured = parse_layers(settings.capture, layers) if settings.capture else frozenset()
+        self.captured = (
+            parse_layers(settings.capture, layers, self.architecture.attends)
+            if settings.capture
+            else frozenset()
+        )
         check_model(self.architecture, settings.gpus)
         self.arms = _arms_of(settings, self.architecture.sizes.ratio)
         self.faults = planted_faults() if settings.power else []
