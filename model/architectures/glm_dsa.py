@@ -1,4 +1,4 @@
-"""`glm-dsa` (GLM-5), `deepseek32` (DeepSeek V3.2): latent attention to a choice of keys that an indexer makes.
+"""`glm-dsa` (GLM-5), `deepseek32` (DeepSeek V3.2): latent attention to a choice of keys, by an indexer.
 
 Up to `attention.indexer.top_k` keys the choice is all of them, and the layer is `deepseek2`'s to the bit:
 that much runs here. Longer windows are refused.
