@@ -175,9 +175,11 @@ class Runner:
         # Hidden states by slab and arm, [B * T, width]; those of an arm that fails are dropped.
         hidden: dict[State, torch.Tensor]
         layers_done = 0 if begin is None else begin[0]
-        first_rows = self._embed(tokens.to(self.device), slabs)
+        first_rows = _FirstRows([], None, {}, n_ctx)
+        if begin is None or self.architecture.own_size:
+            first_rows = self._embed(tokens.to(self.device), slabs)
         if begin is None:
-            hidden = self._first_states(first_rows.states, tokens.shape[1], group, taken)
+            hidden = self._first_states(first_rows.states, n_ctx, group, taken)
         else:
             hidden = dict(begin[1])
         # Units of work of a slab in a layer: one a window and arm.

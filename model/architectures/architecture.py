@@ -111,6 +111,8 @@ class Architecture(ABC):
     sizes: Sizes
     embedding_scale: float = 1.0
     final_softcap: float | None = None
+    # Numbers of what each layer takes of a token beside its state (`own_inputs`).
+    own_size: int = 0
     # Tokens of a sequence that can be computed, where there is a limit.
     longest: int | None = None
     without_effect: frozenset[str] = frozenset()
