@@ -17,13 +17,25 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
 from verify.model.pretokenizers import PreTokenizer, pretokenizer_named
+from verify.model.sentence_piece import SPACE, SentencePiece
 
 KINDS = ("gpt2", "llama")
 # Kinds of tokens in `tokenizer.ggml.token_type`; 1 is an ordinary token, 5 an unused one.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+# Tokens that llama.cpp takes for control tokens by their text alone.
+CONTROL_LOOKING = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>",
+    "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<|eom_id|>", "<|return|>", "<|call|>", "<|flush|>",
+    "<|calls|>", "</s>", "<eos>", "<turn|>", "<|tool_response>", "<|fim_prefix|>", "<fim-prefix>",
+    "<fim_prefix>", "<PRE>", "<|code_prefix|>", "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>",
+    "<fim_suffix>", "<SUF>", "<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>",
+    "<fim_middle>", "<MID>", "<|code_middle|>", "<|middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>",
+    "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+    "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", "▁<PRE>", "▁<SUF>", "▁<MID>", "<|ifm|im_end|>", "<｜end▁of▁sentence｜>", "[e~[",
+))  # fmt: skip
+# Control tokens of gpt-oss that it takes for tokens wherever they stand.
+ALWAYS_SHOWN = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-# What SentencePiece writes for a space.
-_SPACE = "▁"
 
 
 class Tokenizer:
@@ -47,9 +59,10 @@ class Tokenizer:
             )
         self.path = file.path
         self._tokens = _tokens(file)
-        self._types = _per_token(file, "tokenizer.ggml.token_type", len(self._tokens))
+        self._types = _types(file, self._tokens)
         if self.kind == "gpt2":
-            self.pre = file.require("tokenizer.ggml.pre", str)
+            # As the engines do, for files from before there were names.
+            self.pre = file.optional("tokenizer.ggml.pre", str, "default")
             pretokenizer = pretokenizer_named(self.pre, file.path)
             self._library = _byte_pairs(file, self._tokens, pretokenizer)
             self._prefixed, add_bos, bos, eos = False, pretokenizer.add_bos, None, None
@@ -66,6 +79,9 @@ class Tokenizer:
                     )
         # Only these are cut out of a text as they stand; a control token never comes from text.
         own = [self._tokens[i] for i in np.flatnonzero(self._types == _USER_DEFINED)]
+        self._pairs = None
+        if self.kind == "llama":
+            self._pairs = _pair_by_pair(file, self._tokens, self._types, own, self._prefixed)
         self._library.add_tokens([AddedToken(token, normalized=False) for token in own])
         self.bos_id = _token_id(file, "bos", len(self._tokens), bos)
         self.eos_id = _token_id(file, "eos", len(self._tokens), eos)
@@ -102,6 +118,8 @@ class Tokenizer:
             raise ModelError(
                 f"text: expected Unicode, character {error.start} is {text[error.start]!r}"
             ) from None
+        if self._pairs is not None:
+            return np.array(self._pairs.encode(text), dtype=np.int32)
         return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -127,7 +145,7 @@ class Tokenizer:
         if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN):
             return token.encode()
         if self.kind == "llama":
-            return bytes([int(token[3:5], 16)]) if kind == _BYTE else token.replace(_SPACE, " ").encode()
+            return bytes([int(token[3:5], 16)]) if kind == _BYTE else token.replace(SPACE, " ").encode()
         try:
             return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
         except KeyError:
@@ -141,10 +159,36 @@ def _tokens(file: GGUFFile) -> list[str]:
     for i, token in enumerate(tokens):
         if not isinstance(token, str):
             raise ModelError(f"{file.path}: metadata key {key}: expected a list of texts")
-        if token in seen:
+        if token in seen and token:
             raise ModelError(f"{file.path}: metadata key {key}: token {i} is {token!r:.80}, as one before it")
         seen.add(token)
-    return tokens
+    # An empty token comes from no text, and there may be several.
+    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+
+
+def _types(file: GGUFFile, tokens: list[str]) -> np.ndarray:
+    """Kinds of the tokens: as the file says, or all ordinary; as llama.cpp then changes some by their text.
+
+    A token that looks like one for control is one, whatever the file says: in a text it is spelled out.
+    """
+    key = "tokenizer.ggml.token_type"
+    types = np.full(len(tokens), _NORMAL)
+    if key in file.metadata:
+        types = _per_token(file, key, len(tokens)).copy()
+    ids = {token: i for i, token in enumerate(tokens)}
+    for looks in CONTROL_LOOKING & ids.keys():
+        types[ids[looks]] = _CONTROL
+    for shown in ALWAYS_SHOWN & ids.keys():
+        types[ids[shown]] = _USER_DEFINED
+    # gpt-oss and Solar Open: what ends a message is text among messages.
+    returns = {"<|return|>", "<|call|>"} <= ids.keys()
+    flushes = "<|flush|>" in ids and bool({"<|call|>", "<|calls|>"} & ids.keys())
+    if "<|end|>" in ids and (returns or flushes):
+        types[ids["<|end|>"]] = _USER_DEFINED
+    # Gemma 4.
+    if {"</s>", "<|tool_response>"} <= ids.keys():
+        types[ids["</s>"]] = _NORMAL
+    return types
 
 
 def _per_token(file: GGUFFile, key: str, n_vocab: int) -> np.ndarray:
@@ -171,7 +215,8 @@ def _byte_pairs(file: GGUFFile, tokens: list[str], pretokenizer: PreTokenizer) -
     """`gpt2`: bytes, written as symbols, merged in the order of the file's merges."""
     key = "tokenizer.ggml.merges"
     ids = {token: i for i, token in enumerate(tokens)}
-    merges = []
+    # Of a merge that is there twice the first counts.
+    merges: dict[tuple[str, str], None] = {}
     for i, merge in enumerate(file.require(key, list)):
         # A symbol can begin with a space of its own: the cut is the first space after that.
         cut = merge.find(" ", 1)
@@ -181,8 +226,8 @@ def _byte_pairs(file: GGUFFile, tokens: list[str], pretokenizer: PreTokenizer) -
                 f"{file.path}: metadata key {key}: merge {i} is {merge!r:.80}, expected two tokens, a space"
                 " between them, that make a third"
             )
-        merges.append((left, right))
-    library = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=pretokenizer.ignore_merges))
+        merges.setdefault((left, right))
+    library = tokenizers.Tokenizer(models.BPE(ids, list(merges), ignore_merges=pretokenizer.ignore_merges))
     cuts: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pretokenizer.patterns
     ]
@@ -222,9 +267,34 @@ def _sentence_piece(
             byte_fallback=True,
         )
     )
-    spaces = normalizers.Replace(" ", _SPACE)
-    library.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces] if prefixed else [spaces])
+    spaces = normalizers.Replace(" ", SPACE)
+    library.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces] if prefixed else [spaces])
     return library
+
+
+def _pair_by_pair(
+    file: GGUFFile, tokens: list[str], types: np.ndarray, own: list[str], prefixed: bool
+) -> SentencePiece | None:
+    """Merging place by place, for vocabularies in which two tokens that merge have one score; else None."""
+    scores = _per_token(file, "tokenizer.ggml.scores", len(tokens))
+    ids = {token: i for i, token in enumerate(tokens)}
+    made = {
+        token: float(scores[i])
+        for token, i in ids.items()
+        if types[i] not in (_UNKNOWN, _CONTROL, _BYTE)
+        and any(token[:cut] in ids and token[cut:] in ids for cut in range(1, len(token)))
+    }
+    ordinary = [score for token, score in made.items() if types[ids[token]] == _NORMAL]
+    if len(set(ordinary)) == len(ordinary):
+        return None
+    return SentencePiece(
+        {token: i for token, i in ids.items() if types[i] not in (_UNKNOWN, _CONTROL, _BYTE)},
+        made,
+        unknown=_token_id(file, "unknown", len(tokens), 0) or 0,
+        byte_ids={int(tokens[i][3:5], 16): int(i) for i in np.flatnonzero(types == _BYTE)},
+        own={token: ids[token] for token in own},
+        prefixed=prefixed,
+    )
 
 
 def _symbols() -> dict[str, int]:
