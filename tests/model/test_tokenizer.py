@@ -39,6 +39,15 @@ DEEPSEEK = [
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
+# Where the case of a letter ends a word.
+CASES = r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+%s|"
+CASES += r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*%s|%s"
+CASES += r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN, GPT4O = CASES % ("", "", r"\p{N}"), CASES % (f"{C}?", f"{C}?", r"\p{N}{1,3}")
+CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"]
+# Its own list of letters is of those that have cases.
+LLM = [r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", CJK, r"\p{N}+"]
 PUBLISHED = {
     "smollm": [r"\p{N}", GPT2],
     "gpt-2": [GPT2],
@@ -52,13 +61,31 @@ PUBLISHED = {
     "deepseek-r1-qwen": [QWEN2],
     "qwen35": [QWEN35],
     "deepseek-v3": DEEPSEEK,
+    "tekken": [TEKKEN],
+    "gpt-4o": [GPT4O],
+    "deepseek-coder": CODER,
+    "deepseek-llm": LLM,
+}
+# Other names of the same.
+SAME = {
+    "smollm": "refact starcoder command-r exaone minerva-7b",
+    "gpt-2": "phi-2 gigachat a.x-4.0 mpt olmo jais trillion",
+    "llama-bpe": "falcon3 pixtral lfm2",
+    "qwen2": "stablelm2 hunyuan megrez kormo solar-open",
+    "glm4": "dbrx smaug-bpe",
+    "deepseek-v3": "hunyuan-dense joyai-llm",
+    "gpt-4o": "llama4 minimax-m2",
 }
 # One name for each way of cutting, and the names under which a word that is a token is taken whole.
-DIFFERENT = ["smollm", "gpt-2", "default", "llama-bpe", "qwen2", "qwen35", "deepseek-v3"]
-WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3"}
+DIFFERENT = [
+    "smollm", "gpt-2", "default", "llama-bpe", "qwen2", "qwen35", "deepseek-v3", "tekken", "gpt-4o",
+    "deepseek-coder", "deepseek-llm",
+]  # fmt: skip
+WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 
 AWKWARD = [
     "",
+    "bAbab'S'LL a!/b",
     " ",
     "\n",
     "\n\n\n",
@@ -267,7 +294,10 @@ def test_every_pre_tokenizer_cuts_as_published(trained: GGUFFile, pre: str) -> N
 
 
 def test_every_pre_tokenizer_has_been_compared() -> None:
-    assert set(PRETOKENIZERS) == set(PUBLISHED)
+    others = {name: PRETOKENIZERS[like] for like, names in SAME.items() for name in names.split()}
+    assert set(PRETOKENIZERS) == {*PUBLISHED, *others}
+    for name, pretokenizer in others.items():
+        assert PRETOKENIZERS[name] == pretokenizer, name
 
 
 def test_the_texts_tell_the_pre_tokenizers_apart(trained: GGUFFile) -> None:
@@ -287,7 +317,7 @@ def test_a_word_that_is_a_token_is_taken_whole_where_the_name_says_so(tmp_path: 
 
 
 def test_an_unknown_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    for pre in ("tekken", "smollm2", "Llama-bpe"):
+    for pre in ("kimi-k2", "smollm2", "Llama-bpe"):
         with pytest.raises(ModelError) as caught:
             Tokenizer.from_gguf(write(tmp_path, pre=pre))
         message = str(caught.value)
@@ -304,8 +334,8 @@ def test_an_unknown_tokenizer_is_refused_by_name(tmp_path: Path, kind: str) -> N
 
 @pytest.mark.parametrize(
     ("kind", "key"),
-    [(kind, key) for kind in ("gpt2", "llama") for key in ("model", "tokens", "token_type")]
-    + [("gpt2", "pre"), ("gpt2", "merges"), ("llama", "scores")],
+    [(kind, key) for kind in ("gpt2", "llama") for key in ("model", "tokens")]
+    + [("gpt2", "merges"), ("llama", "scores")],
 )
 def test_a_missing_key_is_named(tmp_path: Path, kind: str, key: str) -> None:
     with pytest.raises(ModelError, match=rf"tokenizer\.gguf: metadata key tokenizer\.ggml\.{key} is missing"):

@@ -19,7 +19,7 @@ from verify.model.tokenizer import ALWAYS_SHOWN, CONTROL_LOOKING, Tokenizer
 SYMBOLS = byte_symbols()
 # One name of each way of cutting.
 WAYS = list({pretokenizer: name for name, pretokenizer in reversed(PRETOKENIZERS.items())}.values())
-# Of scripts with and without cases, marks, digits of all kinds, punctuation; with what has to do with cuts often.
+# Of scripts with and without cases, marks, digits, punctuation; what has to do with cuts more often.
 COMMON = (
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" * 3
     + "0123456789" * 3
@@ -29,6 +29,8 @@ COMMON = (
     + "éßÄøñçœЖяЩюдЁαβΩςΈ漢字文語你好世界かなカナー한국어가힣العربيةעבריתहिन्दीकांไทยภาษา"
     + "١٢٣४५²³½Ⅷ🙂🚀👍🏽❤️\u0301\u093f\u200d…—“”«»、。！？$€£∑√ǅǈʼˈªº"
 )
+# With few unlike bytes, so that a vocabulary is made quickly.
+FEWER = "aAbBsStT12 \n\r\t'.,/_$~éÉ漢かжЖ٢½" * 2 + "lLdD9( -\\x"
 RARE_SPACES = "\u00a0\u1680\u2000\u2003\u200a\u2028\u2029\u3000\u0085\u000b\u000c"
 # These two are known to differ there.
 NOT_ON_RARE_SPACES = ("deepseek-coder", "deepseek-llm")
@@ -41,10 +43,10 @@ def engine() -> Iterator[ModelEngine]:
     found.close()
 
 
-def write(path: Path, tokens: list[str], merges: list[str], **keys: Any) -> Path:
+def write(path: Path, vocabulary: list[str], merges: list[str], **keys: Any) -> Path:
     """A `gpt2` vocabulary; keys: `tokenizer.ggml.*`, None to leave one out."""
     writer = gguf.GGUFWriter(path, "llama")
-    values = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [1] * len(tokens)}
+    values = {"model": "gpt2", "pre": "gpt-2", "tokens": vocabulary, "token_type": [1] * len(vocabulary)}
     values |= {"merges": merges, "bos_token_id": 0, "eos_token_id": 0}
     for name, value in (values | keys).items():
         full = f"tokenizer.ggml.{name}"
@@ -66,19 +68,20 @@ def check(engine: ModelEngine, path: Path, texts: list[str]) -> None:
         assert tokenizer.encode(text).tolist() == expected, repr(text)
 
 
-def check_pre(engine: ModelEngine, folder: Path, pre: str, count: int) -> None:
-    """On a vocabulary of all pairs of bytes."""
-    pairs = [(a, b) for a in SYMBOLS for b in SYMBOLS]
+def check_pre(engine: ModelEngine, folder: Path, pre: str, count: int, *, among: str = COMMON) -> None:
+    """On a vocabulary of all pairs of the bytes that characters have."""
+    some = [SYMBOLS[byte] for byte in sorted(set((among + RARE_SPACES).encode()))]
+    pairs = [(a, b) for a in some for b in some]
     tokens = [*SYMBOLS, *(a + b for a, b in pairs)]
     path = write(folder / "pairs.gguf", tokens, [f"{a} {b}" for a, b in pairs], pre=pre)
     rng = random.Random(pre)
-    characters = COMMON + ("" if pre in NOT_ON_RARE_SPACES else RARE_SPACES)
+    characters = among + ("" if pre in NOT_ON_RARE_SPACES else RARE_SPACES)
     check(engine, path, ["".join(rng.choices(characters, k=rng.randint(1, 60))) for _ in range(count)])
 
 
 @pytest.mark.parametrize("pre", WAYS)
 def test_every_way_of_cutting_is_the_engines(engine: ModelEngine, tmp_path: Path, pre: str) -> None:
-    check_pre(engine, tmp_path, pre, 60)
+    check_pre(engine, tmp_path, pre, 100, among=FEWER)
 
 
 @pytest.mark.slow
@@ -90,13 +93,13 @@ def test_every_name_cuts_as_the_engine_does(engine: ModelEngine, tmp_path: Path,
 ABC = [*SYMBOLS, "ab", "bc"]
 # What files in the wild do, and the ids that the engine gave: text, ids, merges, keys.
 FOUND: dict[str, tuple[str, list[int], list[str], dict[str, Any]]] = {
-    "a merge twice": ("abc", [64, 257], ["b c", "a b", "b c"], {}),
-    "no kinds of tokens": ("abc", [256, 66], ["a b", "b c"], {"token_type": None}),
-    "no name of a pre-tokenizer": ("abc", [256, 66], ["a b", "b c"], {"pre": None}),
-    "two empty tokens": ("abc", [256, 66], ["a b", "b c"], {"tokens": [*ABC, "", ""], "token_type": None}),
+    "a merge twice": ("abc", [97, 257], ["b c", "a b", "b c"], {}),
+    "no kinds of tokens": ("abc", [256, 99], ["a b", "b c"], {"token_type": None}),
+    "no name of a pre-tokenizer": ("abc", [256, 99], ["a b", "b c"], {"pre": None}),
+    "two empty tokens": ("abc", [256, 99], ["a b", "b c"], {"tokens": [*ABC, "", ""], "token_type": None}),
     "control by its looks": (
         "a<|im_end|>b<|im_start|>",
-        [64, 27, 91, 72, 76, 62, 68, 77, 67, 91, 29, 65, 259],
+        [*b"a<|im_end|>b", 259],
         ["a b"],
         {"tokens": [*ABC, "<|im_end|>", "<|im_start|>"], "token_type": [1] * 258 + [4, 4]},
     ),
@@ -168,7 +171,6 @@ def test_of_equal_scores_the_leftmost_pair_is_merged(
 
 
 def test_equal_scores_without_the_engine(tmp_path: Path) -> None:
-    """sd before dt, from the left; the last token of the vocabulary is the user's own."""
+    """From the left: `bc`, then `de`, and not `cd`."""
     tokenizer = Tokenizer.from_gguf(GGUFFile.open(pieces(tmp_path / "pieces.gguf", "equal")))
     assert [tokenizer.token_text(i) for i in tokenizer.encode("abcde")] == [" a", "bc", "de"]
-    assert [tokenizer.token_text(i) for i in tokenizer.encode("batssab")][1:] == ["at", "ss", "ab"]
