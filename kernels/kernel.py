@@ -90,6 +90,11 @@ class Kernel(ABC):
         """The same for one call: a kernel that computes and answers in its inputs' type knows it here."""
         return self.arithmetic(call.shape, call.path)
 
+    def result_type(self, call: Call) -> str:
+        """The type that its results are numbers of, `f32`, `f16` or `bf16`, whatever holds them here. A
+        foreign kernel shows it when it has run."""
+        return self.arithmetic_of(call).out
+
     def capabilities(self) -> Capabilities:
         """What this kernel can be asked for. An implementation that has less than everything says so."""
         return Capabilities()

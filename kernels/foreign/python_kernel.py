@@ -25,6 +25,10 @@ from verify.kernels.trace import Launched, Signature
 _OPTIONAL = ("sliding_window", "softcap", "sinks", "alibi_slopes")
 
 
+# What torch calls them; of any other type a result is judged as float32.
+RESULT_TYPES = {"float16": "f16", "bfloat16": "bf16"}
+
+
 class PythonKernel(Kernel):
     """A function of a Python file, in its own process."""
 
@@ -54,6 +58,9 @@ class PythonKernel(Kernel):
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
         return loosest_of(call.q.dtype, acc=self.acc)
+
+    def result_type(self, call: Call) -> str:
+        return RESULT_TYPES.get(self._worker.said.get("dtype", ""), "f32")
 
     def capabilities(self) -> Capabilities:
         # Whether it returns the lse, it shows when it runs: until then it is taken to.

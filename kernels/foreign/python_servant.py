@@ -93,7 +93,7 @@ def answer_call(
             return {"failure": "device", "message": f"{name} is on {x.device}, expected {device}"}
     put(memory, out, out_offset)
     put(memory, torch.full(expected[:3], math.nan) if lse is None else lse, lse_offset)
-    return {"lse": lse is not None}
+    return {"lse": lse is not None, "dtype": str(out.dtype).removeprefix("torch.")}
 
 
 def put(memory: mmap.mmap, x: torch.Tensor, offset: int) -> None:

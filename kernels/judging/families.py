@@ -68,12 +68,14 @@ Draw = Callable[[CounterRandom, Sizes], Draft]
 
 
 class Family(NamedTuple):
-    """name and summary; draw; distinct: the logits of a row differ, so that roundings are independent."""
+    """name and summary; draw; distinct: the logits of a row differ, so that roundings are independent; edged:
+    what is drawn depends on `Sizes.edges`."""
 
     name: str
     summary: str
     draw: Draw
     distinct: bool = True
+    edged: bool = False
 
 
 def gaussian(g: CounterRandom, sizes: Sizes) -> Draft:
@@ -221,8 +223,8 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("gaussian", "standard normal q, k, v", gaussian),
-        Family("needles", "one heavy key at the end, the start or beside an edge", needles),
-        Family("gaps", "parts whose softmax sums differ by up to 12 nats", gaps),
+        Family("needles", "one heavy key at the end, the start or beside an edge", needles, edged=True),
+        Family("gaps", "parts whose softmax sums differ by up to 12 nats", gaps, edged=True),
         Family("peaked", "a few keys hold all the weight", peaked),
         Family("flat", "all logits 0", flat, distinct=False),
         Family("rising", "the running maximum moves in every tile", rising),

@@ -12,10 +12,11 @@ import pytest
 
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
-from verify.diff import run as diff
+from verify.diff import inputs as diff
 from verify.model.products import Tiling
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+TILINGS = Path(__file__).parents[1] / "support/tilings.py"
 PLAIN = "gaussian,needles,gaps,rising,falling,one-sign"
 
 
@@ -96,15 +97,21 @@ def test_a_fault_at_one_length_is_localised(tmp_path: Path) -> None:
 
 
 def test_the_same_plan_is_inconclusive_and_the_same_text_identical(tmp_path: Path) -> None:
-    done, report = run(tmp_path / "a", "--baseline", "eager:kv=2", "--candidate", "eager:kv=2", n_kv="60")
+    same = ("--baseline", "eager:kv=2", "--candidate", "eager:kv=2")
+    done, report = run(tmp_path / "a", *same, "--allow-same", n_kv="60")
     assert (done.returncode, report["verdict"]) == (0, "identical")
+    done, report = run(tmp_path / "c", *same, n_kv="60")
+    assert (done.returncode, report["verdict"]) == (3, "inconclusive")
+    assert "the same specification" in report["reasons"][0]
     done, report = run(tmp_path / "b", "--baseline", "eager", "--candidate", "eager:kv=2", n_kv="60")
     assert (done.returncode, report["verdict"]) == (3, "inconclusive")
 
 
 def test_the_same_text_is_identical_beside_probes_too(tmp_path: Path) -> None:
     done, report = run(
-        tmp_path / "run", "--baseline", "eager", "--candidate", "eager", inputs="gaussian,probes"
+        tmp_path / "run",
+        *("--baseline", "eager", "--candidate", "eager", "--allow-same"),
+        inputs="gaussian,probes",
     )
     assert (done.returncode, report["verdict"]) == (0, "identical")
     assert report["pairs"][0]["bitwise_equal"]
@@ -150,6 +157,71 @@ def test_the_worst_cell_can_be_made_again(tmp_path: Path) -> None:
     (again,) = json.loads((tmp_path / "b/run.json").read_text())["cells"]
     assert again["worst"] == worst["worst"]
     assert again["worst_values"] == worst["worst_values"]
+
+
+@pytest.mark.parametrize("function", ["tree", "rounded_denominator", "cubic"])
+def test_right_tilings_are_decided_at_one_length(tmp_path: Path, function: str) -> None:
+    """Families are kinds, not draws: an interval over their unlike ratios decides nothing."""
+    _, report = run(
+        tmp_path / "d",
+        *("--baseline", "eager", "--candidate", f"py:{TILINGS}::{function},acc=f32", "--shape", "9/3x64"),
+        n_kv="512",
+        inputs="all",
+    )
+    assert report["verdict"] in ("round-off", "improved"), report["reasons"]
+    strata = report["pairs"][0]["strata"]
+    assert {s["family"] for s in strata} >= {"gaussian", "needles", "one-sign"}
+    assert all(s["ratio_ci"][1] <= 1.25 for s in strata)
+    assert all(s["samples"] == 63 for s in strata if not s["heads"])
+
+
+def test_a_baseline_answers_in_the_type_of_its_candidate(tmp_path: Path) -> None:
+    half, brain = (f"py:{TILINGS}::{name},acc=f32" for name in ("half", "brain"))
+    small = ("--rows", "16", "--baseline", "eager", "--candidate", half, "--candidate", "eager:kv=2")
+    _, report = run(tmp_path / "a", *small, "--candidate", brain, inputs="gaussian,gaps")
+    references = [pair["reference"] for pair in report["pairs"]]
+    assert references == ["eager:out=f16", "eager", "eager:out=bf16"]
+    assert report["pairs"][0]["verdict"] != "degraded", report["pairs"][0]["reasons"]
+    assert any("returns float16" in note and "out=f32" in note for note in report["notes"])
+    # Written out it is obeyed, and asks what the type costs.
+    asked = ("--rows", "16", "--baseline", "eager:out=f32", "--candidate", half)
+    _, report = run(tmp_path / "b", *asked, inputs="gaussian,gaps")
+    assert report["pairs"][0]["reference"] == "eager:out=f32"
+    assert report["verdict"] == "degraded"
+    assert report["pairs"][0]["distance_ratio"] > 1.4
+
+
+def test_no_other_candidate_enters_the_inputs(tmp_path: Path) -> None:
+    """The cuts of one plan made the inputs of all, so the worst cell's own command made others."""
+    both = ("--baseline", "eager", "--candidate", "eager:kv=4", "--candidate", "eager:kv=3")
+    _, report = run(tmp_path / "a", *both, "--rows", "8", n_kv="500", inputs="gaps,needles")
+    for i, pair in enumerate(report["pairs"]):
+        (cell,) = [c for c in report["cells"] if c["spec"] == pair["candidate"] and c["family"] == "gaps"]
+        words = [w.strip("'") for w in cell["again"].split()[1:]]
+        verify(*words, "--out", str(tmp_path / f"b{i}"))
+        (again,) = json.loads((tmp_path / f"b{i}/run.json").read_text())["cells"]
+        assert again["max_budget_ratio"] == cell["max_budget_ratio"]
+        assert again["lse_budget_ratio"] == cell["lse_budget_ratio"]
+        assert again["rms_ratio"] == cell["rms_ratio"]
+
+
+def test_the_worst_is_worst_by_the_detector_that_fired(tmp_path: Path) -> None:
+    """A log-sum-exp off by 1 at one length: no error of the output is the thing to look at."""
+    kernel = tmp_path / "lse.py"
+    kernel.write_text(
+        KERNELS.read_text()
+        + "\nimport math\n\ndef wrong_lse(q, k, v, *, kv_len, scale):\n"
+        + "    out, _ = good(q, k, v, kv_len=kv_len, scale=scale)\n"
+        + "    x = torch.einsum('bthd,bshd->bths', q.float(), k.float().repeat_interleave(3, 2)) * scale\n"
+        + "    see = torch.arange(k.shape[1]) < kv_len[:, :, None, None]\n"
+        + "    lse = x.masked_fill(~see, -math.inf).logsumexp(-1)\n"
+        + "    return out, lse + (kv_len[..., None] > 150)\n"
+    )
+    more = ("--candidate", f"py:{kernel}::wrong_lse,acc=f32", "--rows", "4")
+    done, report = run(tmp_path / "d", *more, n_kv="100,200", inputs="probes,gaussian,one-sign")
+    assert report["verdict"] == "broken"
+    again = next(line for line in done.stdout.splitlines() if line.startswith("worst element again"))
+    assert "--n-kv 200" in again, again
 
 
 def test_layers_captured_from_a_run(tmp_path: Path) -> None:
@@ -267,10 +339,14 @@ def test_what_was_measured_before_an_end_is_kept(
 
 
 def test_advice_names_options_that_there_are(tmp_path: Path) -> None:
-    more = ("--baseline", "eager:kv=2", "--candidate", "eager:kv=2,block=32", "--margin", "1.001")
-    done, report = run(tmp_path / "a", *more, inputs="gaussian")
+    more = ("--baseline", "eager:kv=2", "--candidate", "eager:kv=2,block=32", "--margin", "1.05")
+    done, report = run(tmp_path / "a", *more, "--rows", "8", inputs="gaussian")
     assert report["verdict"] == "inconclusive", done.stdout
-    assert "more draws (--seeds) or lengths (--n-kv) narrow it" in done.stdout
+    rows = re.search(r"about --rows (\d+) would decide", done.stdout)
+    assert rows, done.stdout
+    # What it says is so: of three times as many, for chance moves the ratio too.
+    _, report = run(tmp_path / "b", *more, "--rows", str(3 * int(rows[1])), inputs="gaussian")
+    assert report["verdict"] in ("round-off", "degraded")
     assert_refused(run(tmp_path / "a")[0], "holds a run already; name another folder")
 
 

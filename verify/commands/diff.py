@@ -44,13 +44,16 @@ def command(
     path: Annotated[str, typer.Option("--path", help="decode or prefill")] = "decode",
     seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
     first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
+    rows: Annotated[int, typer.Option("--rows", help="query tokens a cell: samples of its stratum")] = 64,
     margin: options.Margin = DEFAULT_MARGIN,
+    allow_same: options.AllowSame = False,
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="default runs/diff-TIME")] = None,
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.diff.run import DiffSettings, all_inputs, check_settings, count_inputs, run_diff
+    from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs
+    from verify.diff.run import run_diff
     from verify.kernels.call import PATHS
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.environment import prepare_torch
@@ -85,6 +88,8 @@ def command(
         first_seed=first_seed,
         margin=margin,
         captured_from=captured_from,
+        rows=rows,
+        allow_same=allow_same,
     )
     check_settings(settings)
     folder = RunFolder.begin(out, "diff", groups=False)

@@ -22,7 +22,15 @@ CacheType = Annotated[
     str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")]
-Margin = Annotated[float, typer.Option("--margin", help="distance or error ratio that still is round-off")]
+Margin = Annotated[
+    float,
+    typer.Option(
+        "--margin", help="harm up to this distance ratio is round-off; significant harm beyond it degraded"
+    ),
+]
+AllowSame = Annotated[
+    bool, typer.Option("--allow-same", help="candidate and baseline may be the same specification")
+]
 MinCoverage = Annotated[
     float, typer.Option("--min-coverage", help="share of scored tokens that must take the changed plan")
 ]

@@ -55,6 +55,7 @@ def command(
     ] = None,
     min_coverage: options.MinCoverage = 0.0,
     margin: options.Margin = DEFAULT_MARGIN,
+    allow_same: options.AllowSame = False,
     capture: Annotated[
         str | None,
         typer.Option("--capture", help="write q, k, v of these layers: all, or 0,5"),
@@ -163,6 +164,7 @@ def command(
             memory=parse_size(memory) if memory else None,
             min_coverage=min_coverage,
             margin=margin,
+            allow_same=allow_same,
             seed=seed,
             capture=capture,
             compute=compute,

@@ -23,8 +23,8 @@ from verify.model.runner import LayerCall
 
 FOLDER = "captured"
 _FILE = re.compile(r"layer-(\d+)\.npz")
-# Rows that a diff takes of a captured window: the last ones, where n_kv is largest.
-ROWS = 8
+# Rows that a diff takes of a captured window, samples of a stratum: the last ones, where n_kv is largest.
+ROWS = 64
 
 
 def parse_layers(

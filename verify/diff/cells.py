@@ -1,22 +1,23 @@
 """One cell of the kernel diff report: two kernels on the same inputs, against the oracle and their budgets.
 
-A cell is a shape, a length, a family of inputs and a seed. Cells are judged together, a line of the report
-or all of them, by the rules of `verdict`: faults first, then coverage by the launch traces, then the paired
-ratio of the two kernels' root mean square errors to float64.
+A cell is a shape, a length, a family of inputs and a seed. Its first rows, and of all others the one that
+errs most, are held against budgets; the energies of all rows' errors are samples of the stratum that shape,
+length and family are. Cells are judged together by the rules of `verdict`: faults first, then coverage by
+the launch traces, then the strata.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from verify.arms.attempt import attempt
-from verify.judge.statistics import DistanceRatio, ratio_of_samples
+from verify.judge.strata import Judgement, Stratum, judge_strata
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.bits import same_bits
 from verify.kernels.budget.arithmetic import Arithmetic
@@ -31,21 +32,25 @@ from verify.kernels.kernel import Kernel
 from verify.kernels.trace import LaunchTrace
 from verify.machine.stages import StageClock
 
-# From this many cells, a cell is one sample; of fewer, each row and head is.
-FEWEST_CELLS = 5
-# A mean square error that is this small share of the exact output's is the oracle's own rounding.
-SMALLEST_SQUARE = 1e-30
+# Rows of a cell, from the first, whose budgets are derived: a budget costs ten times its exact result.
+CHECKED_ROWS = 8
+
+
+# Bits behind the leading one, and the exponent of the smallest number, of a result's type.
+_STEPS = {"f16": (10, -24), "bf16": (7, -133), "f32": (23, -149)}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where a cell's inputs came from; `call` is what the kernels get."""
+    """Where a cell's inputs came from; `call` is what the kernels get. candidates: numbers of those that they
+    are for, None for all: inputs that lie where plans cut depend on the candidate's."""
 
     shape: str
     n_kv: int
     family: str
     seed: int
     call: Call
+    candidates: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -55,10 +60,11 @@ class KernelEvidence:
     failure: what it failed with instead of a result; measures and findings: of
     `verify.kernels.judging.detectors`; gates: what the gates of others say; refused: it took none of the
     probes; nmse: square error over the square of exact; worst: [b, row, head, element] of the largest
-    |error| / budget, worst_values: got and exact there; cache: type of the kernel's own cache; row_square [T
-    * Hq]: square error a row and head, on keys and values as that cache holds them, and given_square the
-    same to exact on the inputs as they were given; heat [T, Hq] and ratios: |error| / budget, the largest of
-    each row and head, and all."""
+    |error| / budget, worst_values: got and exact there; cache: type of the kernel's own cache; result_type:
+    that its results are numbers of; energy [B * T, Hq]: mean square error of every row and head, on keys and
+    values as that cache holds them, and given_energy the same to exact on the inputs as they were given;
+    exact: that of the inputs as given; heat [rows, Hq] and ratios: |error| / budget of checked rows, the
+    largest of each row and head, and all."""
 
     spec: str
     failure: str | None = None
@@ -71,8 +77,10 @@ class KernelEvidence:
     worst: tuple[int, ...] = ()
     worst_values: tuple[float, float] = (math.nan, math.nan)
     cache: str = "f16"
-    row_square: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    given_square: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    result_type: str = "f32"
+    energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    given_energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    exact: torch.Tensor | None = None
     heat: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     ratios: np.ndarray = field(default_factory=lambda: np.zeros(0))
     output: AttentionOutput | None = None
@@ -80,13 +88,23 @@ class KernelEvidence:
 
     @property
     def severity(self) -> float:
-        """How far beyond right, to find the worst: infinite for a kernel that failed."""
+        """How far beyond right by whatever detector fired, else by its budget: to find the worst. Infinite
+        for a kernel that failed; 0 where nothing says anything."""
         if self.failure is not None or self.probes_failed:
             return math.inf
         m = self.measures
         if m is None:
             return 0.0
-        return math.inf if m.nonfinite else max(m.budget, m.relative / LARGEST_RELATIVE_ERROR)
+        if m.nonfinite:
+            return math.inf
+        each = {
+            "budget": max(m.budget, m.relative / LARGEST_RELATIVE_ERROR),
+            "rms": m.rms / m.rms_limit,
+            "gain": abs(m.gain) / m.gain_limit if m.gain_limit else math.nan,
+            "lse": m.lse,
+        }
+        fired = {finding.detector for finding in self.findings} & each.keys()
+        return max((x for name, x in each.items() if name in fired and x > 0), default=each["budget"])
 
     def figure(self, name: str) -> float:
         """A figure of `measures`, NaN where there are none."""
@@ -116,9 +134,9 @@ class Cell:
     """One candidate in one cell.
 
     faults: what makes it broken; compared: both kernels gave an output (of a probe only what failed is
-    known); covered: its launch trace differs from the baseline's; log_ratio [T * Hq]:
-    ln of the ratio of square errors, candidate to baseline, where neither has a fault and logits are distinct
-    (equal logits are rounded alike, and their errors add up).
+    known); covered: its launch trace differs from the baseline's; stratum: errors of both kernels by row and
+    head, where neither has a fault and logits are distinct (equal logits are rounded alike, and their errors
+    add up).
     """
 
     inputs: Inputs
@@ -129,7 +147,7 @@ class Cell:
     covered: bool
     bitwise_equal: bool
     same_spec: bool
-    log_ratio: np.ndarray | None
+    stratum: Stratum | None
 
 
 def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> list[KernelEvidence | None]:
@@ -143,20 +161,22 @@ def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> lis
     for kernel in kernels:
         with clock.stage(kernel.spec, inputs.n_kv):
             tried.append(attempt(kernel, call))
-    ran = [i for i, each in enumerate(tried) if each.output is not None]
+    ran = {i: each.output.out for i, each in enumerate(tried) if each.output is not None}
     due: dict[int, _Due] = {}
     plain = None
     if ran:
         with clock.stage("budgets", inputs.n_kv):
-            due = dict(zip(ran, _all_due([kernels[i] for i in ran], call), strict=True))
+            found_due = _all_due([kernels[i] for i in ran], call, list(ran.values()))
+            due = dict(zip(ran, found_due, strict=True))
         with clock.stage("plain attention", inputs.n_kv):
-            plain = plain_attention(call)
+            plain = plain_attention(_rows_of(call, range(min(CHECKED_ROWS, call.shape.rows))))
     found: list[KernelEvidence | None] = []
     for i, (kernel, each) in enumerate(zip(kernels, tried, strict=True)):
         if each.unsupported:
             found.append(None)
             continue
         evidence = KernelEvidence(kernel.spec, cache=kernel.cache, trace=LaunchTrace([each.launched]))
+        evidence.result_type = kernel.result_type(call)
         if each.output is None:
             evidence.failure = each.failure
         elif plain is not None:
@@ -167,12 +187,20 @@ def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> lis
 
 
 class _Due(NamedTuple):
-    """What a kernel is held against: the budget of the call as its cache holds it; exact on the inputs."""
+    """What a kernel is held against.
+
+    held: the checked rows of the call as its cache holds them, budget: theirs; worst: the row, beyond the
+    checked ones, that errs most, and worst_budget its own; exact: of all rows on the inputs as they were
+    given, exact_held: as its cache holds them.
+    """
 
     held: Call
     arithmetic: Arithmetic
     budget: Budget
     exact: torch.Tensor
+    exact_held: torch.Tensor
+    worst: int | None
+    worst_budget: Budget | None
 
 
 def by_cache(kernels: Sequence[Kernel]) -> list[list[int]]:
@@ -183,17 +211,53 @@ def by_cache(kernels: Sequence[Kernel]) -> list[list[int]]:
     return list(found.values())
 
 
-def _all_due(kernels: Sequence[Kernel], call: Call) -> list[_Due]:
-    """For each kernel; kernels with the same cache share what they can."""
+def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]) -> list[_Due]:
+    """For each kernel and its output; kernels with the same cache share what they can."""
     due: dict[int, _Due] = {}
+    given = exact_attention(call).out
+    first = range(min(CHECKED_ROWS, call.shape.rows))
     for which in by_cache(kernels):
         held = kernels[which[0]].held(call)
+        exact = given if held is call else exact_attention(held).out
+        # Of the whole call: rows of the prefill path share cuts.
         arithmetics = [kernels[i].arithmetic_of(call) for i in which]
-        budgets = error_budgets(held, arithmetics)
-        exact = budgets[0].out if held is call else exact_attention(call).out
-        for i, arithmetic, budget in zip(which, arithmetics, budgets, strict=True):
-            due[i] = _Due(held, arithmetic, budget, exact)
+        checked = _rows_of(held, first)
+        budgets = error_budgets(checked, arithmetics)
+        worst = [_worst_row(outs[i], exact, len(first)) for i in which]
+        rows = sorted({row for row in worst if row is not None})
+        others = error_budgets(_rows_of(held, rows), arithmetics) if rows else []
+        for at, i in enumerate(which):
+            row = worst[at]
+            own = None if row is None else Budget(*(x[:, [rows.index(row)]] for x in others[at]))
+            due[i] = _Due(
+                held=checked,
+                arithmetic=arithmetics[at],
+                budget=budgets[at],
+                exact=given,
+                exact_held=exact,
+                worst=row,
+                worst_budget=own,
+            )
     return [due[i] for i in range(len(kernels))]
+
+
+def _rows_of(call: Call, rows: Sequence[int]) -> Call:
+    """Some query rows of a call."""
+    if len(rows) == call.shape.rows:
+        return call
+    chosen = torch.tensor(list(rows), device=call.q.device)
+    q, kv_len = call.q[:, chosen].contiguous(), call.kv_len[:, chosen].contiguous()
+    return replace(call, q=q, kv_len=kv_len, shape=call.shape._replace(rows=len(rows)))
+
+
+def _worst_row(out: torch.Tensor, exact: torch.Tensor, checked: int) -> int | None:
+    """The row beyond the checked ones whose error is largest beside its own result, in any head."""
+    if out.shape[1] <= checked or out.shape[0] == 0:
+        return None
+    error = (out.double() - exact)[:, checked:]
+    size = error.norm(dim=-1) / exact[:, checked:].norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    size = torch.where(torch.isfinite(size), size, math.inf)
+    return checked + int(size.amax((0, 2)).argmax())
 
 
 def _hold(
@@ -205,29 +269,63 @@ def _hold(
     has_lse: bool,
 ) -> None:
     """Fill in a kernel's evidence: its output against the budget, and what the gates of others say."""
-    call, budget, exact = inputs.call, due.budget, due.exact
-    found.output = output
-    judged = output if has_lse else AttentionOutput(output.out, budget.lse)
+    budget, rows = due.budget, due.held.shape.rows
+    found.output, found.exact = output, due.exact
+    head = AttentionOutput(output.out[:, :rows], output.lse[:, :rows])
+    judged = head if has_lse else AttentionOutput(head.out, budget.lse)
     family = FAMILIES.get(inputs.family)
     distinct = family is None or family.distinct
-    found.measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget)
-    found.findings = findings(found.measures)
-    found.gates = verdicts(compared(call, output.out, exact, plain))
-    error = output.out.double() - budget.out
-    found.nmse = nmse(output.out, exact)
-    place = found.measures.worst
-    found.worst = place
-    found.worst_values = (float(output.out[place]), float(budget.out[place]))
-    ratio = element_ratios(error, budget)
-    found.row_square, found.given_square = _row_square(error), _row_square(output.out.double() - exact)
+    measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget)
+    place = measures.worst
+    found.worst_values = float(head.out[place]), float(budget.out[place])
+    if due.worst is not None and due.worst_budget is not None:
+        alone = slice(due.worst, due.worst + 1)
+        lse = output.lse[:, alone] if has_lse else due.worst_budget.lse
+        one = measure(
+            replace(due.held, kv_len=inputs.call.kv_len[:, alone]),
+            AttentionOutput(output.out[:, alone], lse),
+            due.arithmetic,
+            distinct=False,
+            budget=due.worst_budget,
+        )
+        if one.nonfinite or (one.budget, one.relative) > (measures.budget, measures.relative):
+            b, _, h, element = one.worst
+            found.worst_values = (
+                float(output.out[:, alone][one.worst]),
+                float(due.worst_budget.out[one.worst]),
+            )
+            measures = measures._replace(
+                budget=one.budget,
+                relative=one.relative,
+                nonfinite=one.nonfinite,
+                worst=(b, due.worst, h, element),
+            )
+        measures = measures._replace(lse=max(measures.lse, one.lse))
+    found.measures = measures
+    found.findings = findings(measures)
+    found.worst = measures.worst
+    exact = due.exact[:, :rows]
+    found.gates = verdicts(compared(due.held, head.out, exact, plain))
+    found.nmse = nmse(output.out, due.exact)
+    ratio = element_ratios(head.out.double() - budget.out, budget)
+    found.energy, found.given_energy = (_energy(output.out.double() - x) for x in (due.exact_held, due.exact))
     found.heat = ratio[0].amax(-1).cpu().numpy()
     found.ratios = ratio.flatten().cpu().numpy()
 
 
-def _row_square(error: torch.Tensor) -> np.ndarray:
-    """Square error [T * Hq] of each row and head; what is NaN or Inf is judged elsewhere."""
-    squares = torch.where(torch.isfinite(error), error, 0.0).square().sum(-1)
-    return np.asarray(squares.flatten().cpu().numpy())
+def smallest_squares(exact: torch.Tensor, out: str) -> torch.Tensor:
+    """What a result of type `out` cannot show: the square of a quarter of its step at each row's root mean
+    square. exact [..., Dv] float64 -> [...]."""
+    bits, least = _STEPS[out]
+    size = exact.square().mean(-1).sqrt()
+    exponent = torch.frexp(size.clamp(min=2.0**-1000)).exponent.double() - 1
+    return (torch.exp2((exponent - bits).clamp(min=least)) / 4).square()
+
+
+def _energy(error: torch.Tensor) -> np.ndarray:
+    """Mean square error [B * T, Hq] of each row and head; what is NaN or Inf is judged elsewhere."""
+    squares = torch.where(torch.isfinite(error), error, 0.0).square().mean(-1)
+    return np.asarray(squares.flatten(0, 1).cpu().numpy())
 
 
 def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:
@@ -236,12 +334,7 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
     a, b = candidate.output, baseline.output
     equal = a is not None and b is not None and same_bits(a.out, b.out)
     family = FAMILIES.get(inputs.family)
-    log_ratio = None
-    if not faults and (family is None or family.distinct):
-        # A cache that both have is no change; one that only one has is charged to it.
-        name = "row_square" if candidate.cache == baseline.cache else "given_square"
-        mine, its = (np.maximum(getattr(x, name), SMALLEST_SQUARE) for x in (candidate, baseline))
-        log_ratio = np.log(mine / its)
+    comparable = not faults and (family is None or family.distinct) and candidate.exact is not None
     return Cell(
         inputs,
         baseline,
@@ -251,12 +344,60 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
         covered=bool(candidate.trace.differs_from(baseline.trace)),
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
-        log_ratio=log_ratio,
+        stratum=_stratum(inputs, baseline, candidate) if comparable else None,
     )
 
 
-def judge(cells: Sequence[Cell], margin: float) -> tuple[Decision, DistanceRatio | None]:
-    """The verdict on one candidate over some cells, and the pooled ratio of root mean square errors.
+def _stratum(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:
+    """Both kernels' errors on the rows that are of the cell's length."""
+    call, exact = inputs.call, candidate.exact
+    assert exact is not None
+    # A cache that both have is no change; one that only one has is charged to it.
+    name = "energy" if candidate.cache == baseline.cache else "given_energy"
+    # What the finer of both types cannot show: `out=f32`, written out, asks about the coarser one.
+    out = max(candidate.result_type, baseline.result_type, key=lambda x: _STEPS[x][0])
+    rows = torch.ones_like(call.kv_len, dtype=torch.bool)
+    if inputs.family in FAMILIES and call.path == "decode":
+        rows = call.kv_len == inputs.n_kv
+    chosen = rows.flatten().cpu().numpy()
+    per_row = (smallest_squares(exact, out), exact.square().mean(-1))
+    floor, power = (x.flatten(0, 1).cpu().numpy()[chosen] for x in per_row)
+    return Stratum(
+        shape=inputs.shape,
+        n_kv=inputs.n_kv,
+        family=inputs.family,
+        candidate=getattr(candidate, name)[chosen],
+        reference=getattr(baseline, name)[chosen],
+        floor=floor,
+        power=power,
+        heads=tuple(range(call.shape.q_heads)),
+        a_kv_head=call.shape.ratio,
+    )
+
+
+def judge_cells(cells: Sequence[Cell], margin: float) -> Judgement:
+    """The strata of one candidate's cells in which another plan ran: draws of a kind of input are one."""
+    kinds: dict[tuple[str, int, str], list[Stratum]] = {}
+    for cell in cells:
+        if cell.stratum is not None and cell.covered and len(cell.stratum.candidate):
+            s = cell.stratum
+            kinds.setdefault((s.shape, s.n_kv, s.family), []).append(s)
+    return judge_strata([joined(of_kind) for of_kind in kinds.values()], margin)
+
+
+def joined(draws: Sequence[Stratum]) -> Stratum:
+    """Draws of one kind of input as one stratum."""
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(d, name) for d in draws])
+        for name in ("candidate", "reference", "floor", "power")
+    }
+    return replace(draws[0], **arrays)
+
+
+def decide_cells(
+    cells: Sequence[Cell], judgement: Judgement, *, margin: float, allow_same: bool, narrowed_by: str
+) -> Decision:
+    """The verdict on one candidate over some cells, whose strata are judged among all.
 
     Cells in which the plan did not differ, and probes, count only where they are broken.
     """
@@ -264,35 +405,22 @@ def judge(cells: Sequence[Cell], margin: float) -> tuple[Decision, DistanceRatio
     faults.sort(key=lambda x: -x[0])
     compared = [c for c in cells if c.compared]
     covered = [c for c in compared if c.covered]
-    ratio = pooled(covered)
-    decision = decide(
+    return decide(
         PairEvidence(
             faults=[fault for _, fault in faults[:1]],
             same_spec=all(c.same_spec for c in cells),
             coverage=len(covered) / max(len(compared), 1),
             bitwise_equal=bool(compared) and all(c.bitwise_equal for c in covered or compared),
             not_compared="" if compared else "probes show faults alone: none was found, and none is compared",
-            distance=ratio,
+            distance=None,
             margin=margin,
             unit="cells",
-            narrowed_by="more draws (--seeds) or lengths (--n-kv) narrow it",
+            reference="baseline",
+            narrowed_by=narrowed_by,
+            allow_same=allow_same,
+            strata=judgement,
         )
     )
-    return decision, ratio
-
-
-def pooled(cells: Sequence[Cell]) -> DistanceRatio | None:
-    """The ratio over cells.
-
-    One sample a cell, since its rows and heads share keys and values; where there are few cells, one a row
-    and head, which says less about other inputs.
-    """
-    found = [c.log_ratio for c in cells if c.log_ratio is not None and not c.bitwise_equal]
-    if not found:
-        return None
-    if len(found) >= FEWEST_CELLS:
-        return ratio_of_samples(np.array([x.mean() for x in found]))
-    return ratio_of_samples(np.concatenate(found))
 
 
 def faults_of(found: KernelEvidence, called: str) -> list[str]:

@@ -22,11 +22,12 @@ MOST_FAILURES = 1
 
 
 class Probing(NamedTuple):
-    """One shape and length to probe, in the place of inputs."""
+    """One shape and length to probe, in the place of inputs; candidates: as `Inputs` has them."""
 
     shape: str
     n_kv: int
     sizes: Sizes
+    candidates: tuple[int, ...] | None = None
 
     @property
     def inputs(self) -> Inputs:

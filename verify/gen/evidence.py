@@ -54,6 +54,7 @@ def pair_record(generation: Generation, written: Written, candidate: Arm) -> Gen
             distance=distance,
             min_coverage=generation.settings.min_coverage,
             margin=generation.settings.margin,
+            allow_same=generation.settings.allow_same,
             not_compared=candidate.findings.refusal("candidate") or baseline.findings.refusal("baseline"),
             unit="tokens",
             narrowed_by="more tokens (-n) narrow it",

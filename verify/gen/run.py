@@ -53,6 +53,7 @@ class GenSettings:
     device: str = "cpu"
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
+    allow_same: bool = False
     seed: int = 0
     split_mode: str = "layer"
     gpus: int = 1

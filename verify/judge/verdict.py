@@ -1,13 +1,15 @@
 """Verdicts: what the evidence about one pair of arms amounts to, and in which order the rules apply.
 
-    broken        a budget was exceeded, NaN or Inf appeared, the kernel failed       exit 1
-    inconclusive  the path under test did not run, or too little data                 exit 3
-    identical     every bit equal, though another plan or kernel ran                  exit 0
-    degraded      significantly farther from exact than the reference                 exit 1
-    improved      significantly closer                                                exit 0
-    round-off     differs, within budget, distance ratio inside the margin            exit 0
+    broken        a budget was exceeded, NaN or Inf appeared, the kernel failed            exit 1
+    inconclusive  the path under test did not run, or both specifications are the same     exit 3
+    degraded      significantly farther from exact than the reference, beyond the margin   exit 1
+    inconclusive  too little data for the margin                                           exit 3
+    improved      significantly closer, beyond 1/1.10                                      exit 0
+    round-off     differs, within budget, distance ratio inside the margin                 exit 0
+    identical     every bit equal, though another plan or kernel ran                       exit 0
 
-The first that applies, from the top.
+The first that applies, from the top. Two numbers decide about distance: the margin M (`--margin`) about harm,
+1/1.10 (1/M where M is nearer to 1) about `improved`.
 """
 
 from __future__ import annotations
@@ -17,17 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from verify.judge.regimes import sentence
 from verify.judge.statistics import DistanceRatio
+from verify.judge.strata import IMPROVEMENT, Judgement, improvement_of
 
 Verdict = Literal["broken", "inconclusive", "identical", "degraded", "improved", "round-off"]
-PRECEDENCE: tuple[Verdict, ...] = (
-    "broken",
-    "inconclusive",
-    "identical",
-    "degraded",
-    "improved",
-    "round-off",
-)
 # Of several pairs, the one that a reader must not miss gives the run its verdict.
 GRAVITY: tuple[Verdict, ...] = (
     "broken",
@@ -45,8 +41,6 @@ EXIT_CODES: dict[Verdict, int] = {
     "improved": 0,
     "round-off": 0,
 }
-# `degraded` and `improved` need the whole interval beyond this ratio.
-SIGNIFICANT_RATIO = 1.10
 DEFAULT_MARGIN = 1.25
 
 
@@ -59,7 +53,8 @@ class PairEvidence:
     every layer and logits; distance: None where there are no finite divergences; frozen_kld: mean divergences
     to exact in nats a token, of the candidate and of the reference, where they are known; not_compared: why
     there is nothing to compare the two by, if there is not; reference: whose distance the ratio is to;
-    narrowed_by: what makes an interval narrower.
+    narrowed_by: what makes an interval narrower; allow_same: two equal specifications were asked for; strata:
+    what the kinds of input say, in the place of one distance.
     """
 
     faults: Sequence[str]
@@ -74,6 +69,8 @@ class PairEvidence:
     reference: str = "reference"
     narrowed_by: str = "more windows (--chunks) narrow it"
     frozen_kld: tuple[float, float] | None = None
+    allow_same: bool = False
+    strata: Judgement | None = None
 
 
 class Decision(NamedTuple):
@@ -89,6 +86,12 @@ def decide(e: PairEvidence) -> Decision:
         return Decision("broken", list(e.faults))
     if e.not_compared:
         return Decision("inconclusive", [e.not_compared])
+    if e.same_spec and not e.allow_same:
+        return Decision(
+            "inconclusive",
+            ["candidate and baseline are the same specification, so nothing was compared"
+             " (--allow-same where that is meant)"],
+        )  # fmt: skip
     if not e.same_spec and (e.coverage == 0 or e.coverage < e.min_coverage):
         if e.coverage == 0:
             return Decision(
@@ -108,29 +111,62 @@ def decide(e: PairEvidence) -> Decision:
             "identical",
             [f"every bit is equal, and {e.coverage:.1%} of the {e.unit} went through another plan"],
         )
+    if e.strata is not None:
+        return _by_strata(e, e.strata)
     if e.distance is None:
         return Decision("inconclusive", ["there is no scored token to measure a distance on"])
-    return _by_distance(e)
+    return _by_distance(e, e.distance)
 
 
-def _by_distance(e: PairEvidence) -> Decision:
-    d, kld, margin, narrowed_by = e.distance, e.frozen_kld, e.margin, e.narrowed_by
-    assert d is not None
+def bounds_in_words(margin: float) -> str:
+    """The two numbers that decide, as every report prints them."""
+    better = f"1/{min(IMPROVEMENT, margin):g}"
+    return f"harm up to {margin:g} is round-off, closer than {better} is improved"
+
+
+def _by_distance(e: PairEvidence, d: DistanceRatio) -> Decision:
+    kld, margin = e.frozen_kld, e.margin
     interval = f"99.9 % interval {d.low:.3g} to {d.high:.3g}"
     if math.isinf(d.high):
         interval = "too little data for an interval"
     said = f"distance to exact is {d.ratio:.3g} times the {e.reference}'s ({interval}"
     said += f"; {kld[0]:.2g} against {kld[1]:.2g} nats a token)" if kld is not None else ")"
-    if d.low > SIGNIFICANT_RATIO:
-        return Decision("degraded", [f"{said}: farther, beyond {SIGNIFICANT_RATIO:g}"])
-    if d.high < 1 / SIGNIFICANT_RATIO:
-        return Decision("improved", [f"{said}: closer, beyond 1/{SIGNIFICANT_RATIO:g}"])
-    if d.high < margin:
-        return Decision("round-off", [f"{said}: inside the margin of {margin:g}"])
+    if d.low > margin:
+        return Decision("degraded", [f"{said}: farther, beyond the margin of {margin:g}"])
+    if d.high < improvement_of(margin):
+        return Decision("improved", [f"{said}: closer, beyond 1/{min(IMPROVEMENT, margin):g}"])
+    if d.high <= margin:
+        real = ", a real difference" if d.low > 1 or d.high < 1 else ""
+        return Decision("round-off", [f"{said}{real}: inside the margin of {margin:g}"])
     return Decision(
         "inconclusive",
-        [f"{said}: it reaches the margin of {margin:g}; {narrowed_by}"],
+        [f"{said}: it reaches the margin of {margin:g}; {e.narrowed_by}"],
     )
+
+
+def _by_strata(e: PairEvidence, found: Judgement) -> Decision:
+    """The gravest of what is significant, in one sentence that names regimes, and the strata it rests on."""
+    if not found.strata:
+        return Decision(
+            "inconclusive", ["no inputs with distinct logits were compared: there is no distance"]
+        )
+    words: dict[str, Verdict] = {
+        "degraded": "degraded",
+        "inconclusive": "inconclusive",
+        "improved": "improved",
+    }
+    reasons = [sentence(found)]
+    telling = found.telling
+    if found.word != "equal":
+        reasons.append(
+            f"rms error over the {e.reference}'s in {telling} (each limit its own, 99.9 %);"
+            f" {bounds_in_words(e.margin)}"
+        )
+    if found.word == "inconclusive":
+        undecided = found.of("inconclusive")
+        named = "; ".join(str(s) for s in undecided[:3]) + ("; ..." if len(undecided) > 3 else "")
+        reasons.append(f"undecided in {len(undecided)} of {len(found.strata)}: {named}; {e.narrowed_by}")
+    return Decision(words.get(found.word, "round-off"), reasons)
 
 
 def overall(decisions: Sequence[Decision]) -> Verdict:

@@ -275,6 +275,7 @@ class Experiment:
                     floor=floor,
                     min_coverage=settings.min_coverage,
                     margin=settings.margin,
+                    allow_same=settings.allow_same,
                 )
             )
             lengths += by_n_kv(
@@ -296,7 +297,7 @@ class Experiment:
             baseline,
             [tensor.type_name for tensor in self.file.tensors.values()],
         )
-        power = power_record(self.faults, pairs, baseline, joined, scores)
+        power = power_record(self.faults, pairs, baseline, joined, scores, settings.margin)
         noise = noise_records(self.arms, pairs, joined, scores)
         launching = [*self.arms, *([self.prompt] if self.prompt else [])]
         in_place = [in_place_record(joined.layers, arm.name) for arm in self.arms]

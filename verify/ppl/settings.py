@@ -23,10 +23,11 @@ DEFAULT_CHECKPOINT_MINUTES = 10.0
 class PplSettings:
     """memory: bytes that hidden states of one group may take, None for a share of what is free.
 
-    noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at the
-    end of a window, None for the second half; measured_windows: see `verify.ppl.sample`, None for its
-    default, 0 for all; checkpoint_minutes: between two checkpoints of a group; gpus, split_mode: of the
-    engine that is reproduced, whatever devices this run has.
+    noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at
+    the end of a window, None for the second half; measured_windows: see `verify.ppl.sample`, None for its
+    default, 0 for all; allow_same: a candidate may be its baseline's specification; checkpoint_minutes:
+    between two checkpoints of a group; gpus, split_mode: of the engine that is reproduced, whatever devices
+    this run has.
     """
 
     model: str | None = None
@@ -42,6 +43,7 @@ class PplSettings:
     memory: int | None = None
     min_coverage: float = 0.0
     margin: float = DEFAULT_MARGIN
+    allow_same: bool = False
     seed: int = 0
     capture: str | None = None
     compute: str = "f32"

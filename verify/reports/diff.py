@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from verify.diff.cells import Cell
-from verify.diff.run import CandidateResult, DiffOutcome, Line, command_of
+from verify.diff.results import CandidateResult, DiffOutcome, Line, command_of, detectable
 from verify.machine.terminal import console_on, print_table_on
 from verify.reports.templating import TEMPLATES, flat
 
@@ -38,10 +38,20 @@ def _row(line: Line) -> dict[str, Any]:
         "rms": _largest([c.figure("rms") for c in cells]),
         "gain": _largest([abs(c.figure("gain")) for c in cells]),
         "nmse": _largest([c.nmse for c in cells]),
-        "ratio": line.ratio.ratio if line.ratio else math.nan,
+        "ratio": _ratio(line),
         "cells": len(cells),
         "covered": sum(c.covered for c in line.cells),
     }
+
+
+def _ratio(line: Line) -> str:
+    """R of the stratum that tells, with its own limits; or that errors are equal."""
+    telling = line.strata.telling
+    if telling is None:
+        return "-"
+    if telling.word == "equal":
+        return "equal"
+    return f"{telling.ratio:.3g} ({telling.low:.3g} to {telling.high:.3g})"
 
 
 def _largest(values: Sequence[float]) -> float:
@@ -69,18 +79,18 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
                 _figure(line["rms"]),
                 _figure(line["gain"], ".1e"),
                 _figure(line["nmse"], ".1e"),
-                _figure(line["ratio"]),
+                line["ratio"],
                 line["verdict"],
             )
-        console.print(f"{result.spec} against {outcome.run['settings']['baseline']}")
+        console.print(f"{result.spec} against {result.baseline}")
         print_table_on(console, table)
         console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
-        if result.cells:
-            worst = max(result.cells, key=lambda c: c.candidate.severity)
+        if (worst := result.worst) is not None:
             again = command_of(outcome.settings, worst)
             console.print(f"worst element again: {again}", soft_wrap=True)
-        if result.ratio is not None and math.isfinite(result.ratio.detectable):
-            seen = f"could have seen an rms ratio from {result.ratio.detectable:.3g}"
+        least = detectable(result.strata)
+        if least is not None and math.isfinite(least):
+            seen = f"would have seen an rms ratio from {least:.3g} in any kind of input"
             console.print(f"{seen}, and any error beyond its budget", soft_wrap=True)
     if len(outcome.candidates) > 1 or outcome.notes:
         said = "; ".join([f"verdict: {outcome.verdict}", *outcome.notes])

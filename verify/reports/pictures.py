@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from verify.judge.verdict import DEFAULT_MARGIN, SIGNIFICANT_RATIO
+from verify.judge.strata import improvement_of
+from verify.judge.verdict import DEFAULT_MARGIN
 from verify.ppl.record import FROZEN_SUFFIX
 from verify.reports.drawing import (
     Picture,
@@ -63,7 +64,7 @@ def distance_ratios(stored: StoredPpl) -> Picture | None:
         return None
     margin = stored.run.settings.get("margin", DEFAULT_MARGIN)
     figure, axis = new_figure(height=1.0 + 0.35 * len(pairs))
-    axis.axvspan(1 / SIGNIFICANT_RATIO, SIGNIFICANT_RATIO, color="#e5ecf4", lw=0)
+    axis.axvspan(improvement_of(margin), margin, color="#e5ecf4", lw=0)
     axis.axvline(1, color="#666666", lw=0.8)
     axis.axvline(margin, color="#b00020", lw=0.8, ls="--")
     for i, (candidate, ratio, limits) in enumerate(pairs):
@@ -78,8 +79,8 @@ def distance_ratios(stored: StoredPpl) -> Picture | None:
     return finish(
         "distance",
         figure,
-        "Distance ratio and its 99.9 % interval. Shaded: within 1.10 either way."
-        f" Dashed: the margin, {margin:g}.",
+        "Distance ratio and its 99.9 % interval. Shaded: from where `improved` begins"
+        f" to the margin of harm, {margin:g} (dashed).",
     )
 
 

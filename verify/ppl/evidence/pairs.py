@@ -106,6 +106,7 @@ def pair_record(
     floor: str | None,
     min_coverage: float,
     margin: float,
+    allow_same: bool,
 ) -> PairRecord:
     """Everything about one candidate, and the verdict on it."""
     name, other = candidate.name, reference.name
@@ -138,6 +139,7 @@ def pair_record(
             not_compared=of_candidate.refusal("candidate") or of_reference.refusal("baseline"),
             min_coverage=min_coverage,
             margin=margin,
+            allow_same=allow_same,
             frozen_kld=frozen_kld,
             reference=distance_to,
         )

@@ -10,7 +10,6 @@ from scipy import special
 
 from verify.arms.kernel_errors import KernelErrors, kernel_errors, rows_of
 from verify.judge.statistics import CONFIDENCE, POWER, paired_difference
-from verify.judge.verdict import SIGNIFICANT_RATIO
 from verify.kernels.judging.figures import RMS_LIMIT
 from verify.ppl.evidence.pairs import both, difference_of, distance_between
 from verify.ppl.evidence.scores import Scores
@@ -44,6 +43,7 @@ def power_record(
     reference: str,
     result: GroupResult,
     scores: Scores,
+    margin: float,
 ) -> PowerRecord | None:
     """Every planted fault, and by which detectors it was seen; None where none was planted.
 
@@ -53,7 +53,7 @@ def power_record(
         return None
     free = next((free_errors(pair, scores) for pair in pairs if pair.reference == reference), None)
     free = free or FreeErrors(math.nan, math.nan)
-    records = [_planted(fault, free, reference, result, scores) for fault in faults]
+    records = [_planted(fault, free, reference, result, scores, margin) for fault in faults]
     smallest = {
         detector: min(
             (x.size for x in records if x.kind == "scale" and x.size is not None and x.seen[detector]),
@@ -65,7 +65,12 @@ def power_record(
 
 
 def _planted(
-    fault: PlantedFault, free: FreeErrors, reference: str, result: GroupResult, scores: Scores
+    fault: PlantedFault,
+    free: FreeErrors,
+    reference: str,
+    result: GroupResult,
+    scores: Scores,
+    margin: float,
 ) -> PlantedRecord:
     frozen = frozen_name(reference)
     distance = distance_between(fault.name, frozen, None, scores)
@@ -88,7 +93,7 @@ def _planted(
             "budget": errors is not None and errors.max_budget_ratio > 1,
             "rms": errors is not None and errors.rms_ratio > RMS_LIMIT,
             "gain": errors is not None and abs(errors.gain) > errors.gain_limit,
-            "distance": distance is not None and distance.low > SIGNIFICANT_RATIO,
+            "distance": distance is not None and distance.low > margin,
             "nll": abs(difference.mean) > _critical() * free.nll,
             "kld": abs(kld - kld_reference) > _critical() * free.kld,
         },

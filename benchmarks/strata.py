@@ -1,0 +1,108 @@
+"""Do the tests of strata hold? Row energies recorded from eager kernels, and runs of known truth on them.
+
+    python benchmarks/strata.py --record            writes tests/support/row_energies.npz (seconds)
+    python benchmarks/strata.py [--runs 20000] [--out benchmarks/results/strata.json]
+
+Of each kind of rows and each true ratio, 1, the margin and 1/1.1: how often each 99.9 % limit misses it,
+and of runs with a stratum of each kind how often one is called degraded or improved. About 3 minutes on one
+core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from commit import commit
+
+from verify.diff.cells import smallest_squares
+from verify.judge import strata
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.registry import build_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support.strata_runs import RECORDED, false_words, limit_misses, made_kinds, recorded_kinds
+
+# Kernels of like accuracy: what is asked of unlike ones is no question of a limit.
+PAIRS = (
+    ("eager:kv=4", "eager"),
+    ("eager:block=32", "eager"),
+    ("eager:p=bf16,kv=4", "eager:p=bf16"),
+    ("eager:p=f32,kv=4", "eager:p=f32"),
+    ("eager:out=f16,kv=4", "eager:out=f16"),
+)
+KEYS, ROWS = 512, 256
+
+
+def record() -> None:
+    """Mean square errors of rows and heads, as log2 in float16: a part in 50, no more."""
+    specs = sorted({spec for pair in PAIRS for spec in pair})
+    families = [name for name, family in FAMILIES.items() if family.distinct]
+    sizes = Sizes(n_kv=(KEYS,) * ROWS, kv_heads=2, ratio=2, edges=(64, 128, 256, 384))
+    energy = np.zeros((len(specs), len(families), ROWS, 4))
+    floor = np.zeros_like(energy)
+    for j, family in enumerate(families):
+        call = draw(family, sizes, 0)
+        exact = exact_attention(call).out
+        for i, spec in enumerate(specs):
+            kernel = build_kernel(spec)
+            error = kernel.run(call).out.double() - exact
+            energy[i, j] = error.square().mean(-1)[0].numpy()
+            floor[i, j] = smallest_squares(exact, kernel.arithmetic_of(call).out)[0].numpy()
+    least = 2.0**-200
+    np.savez_compressed(
+        RECORDED,
+        energy=np.log2(np.maximum(energy, least)).astype(np.float16),
+        floor=np.log2(np.maximum(floor, least)).astype(np.float16),
+        specs=specs,
+        families=families,
+        pairs=np.array(PAIRS),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--runs", type=int, default=20_000)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/strata.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.record:
+        record()
+        return
+    made, recorded = made_kinds(np.random.default_rng(1)), recorded_kinds()
+    limits = []
+    for samples in (32, 64):
+        limits += limit_misses([*made, *recorded], runs=arguments.runs, samples=samples)
+    limits += limit_misses(made, runs=arguments.runs, samples=8, lengths=3)
+    words = [
+        one
+        for samples in (32, 64)
+        for one in false_words([*made, *recorded], runs=arguments.runs, samples=samples)
+    ]
+    result = {
+        "commit": commit(),
+        "runs": arguments.runs,
+        "constants": {
+            name: getattr(strata, name)
+            for name in ("ALPHA", "FEWEST_SAMPLES", "PRIOR_DISPERSION", "WIDENING")
+        },
+        "limits": [one._asdict() for one in limits],
+        "words": [one._asdict() for one in words],
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for one in sorted(limits, key=lambda x: -max(x.upper, x.lower))[:12]:
+        print(f"{one.kind:50} R = {one.truth:6} {one.samples:4} rows: {one.upper:.2%} {one.lower:.2%}")
+    for word in words:
+        print(word)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What a kernel diff runs over: its settings, and the inputs of every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from verify.arms.model_facts import check_lengths, check_shapes
+from verify.diff.captured import captured_inputs
+from verify.diff.cells import Inputs
+from verify.diff.probing import PROBES, Probing
+from verify.judge.verdict import DEFAULT_MARGIN
+from verify.kernels.call import AttentionPath, Shape
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.plans.shapes import ModelShape, shape_named
+from verify.kernels.plans.spec import parse_spec
+from verify.kernels.registry import IN_OWN_PROCESS, build_kernel
+from verify.machine.errors import UsageError
+from verify.machine.stages import StageClock
+from verify.ppl.settings import check_margin
+
+# Cut edges that inputs are made for: the first and the last few of a plan.
+MOST_EDGES = 6
+# Rows of each cell: samples of its stratum. Fixed by `benchmarks/strata.py`.
+DEFAULT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class DiffSettings:
+    """What a kernel diff runs over, each shape, length and family once.
+
+    rows: query tokens of a cell; captured_from: folder of a `verify ppl --capture` run, whose inputs stand in
+    the place of all these; allow_same: a candidate may be its baseline's specification.
+    """
+
+    shapes: tuple[str, ...]
+    n_kvs: tuple[int, ...]
+    families: tuple[str, ...]
+    baseline: str
+    candidates: tuple[str, ...]
+    device: str
+    path: AttentionPath = "decode"
+    seeds: int = 1
+    first_seed: int = 0
+    margin: float = DEFAULT_MARGIN
+    captured_from: str | None = None
+    rows: int = DEFAULT_ROWS
+    allow_same: bool = False
+
+    def __post_init__(self) -> None:
+        known = (PROBES, *FAMILIES)
+        unknown = [f for f in self.families if f not in known]
+        if unknown:
+            raise UsageError(f"--inputs {unknown[0]}: expected all or any of {', '.join(known)}")
+        check_margin(self.margin)
+        if self.seeds < 1:
+            raise UsageError(f"--seeds {self.seeds}: expected at least 1")
+        if self.rows < 2:
+            raise UsageError(f"--rows {self.rows}: expected at least 2")
+        # The same inputs twice are no more evidence than once, under whatever name.
+        shapes = {shape_named(name)._replace(name=""): name for name in reversed(self.shapes)}
+        object.__setattr__(self, "shapes", tuple(reversed(shapes.values())))
+        object.__setattr__(self, "n_kvs", tuple(dict.fromkeys(self.n_kvs)))
+        object.__setattr__(self, "families", tuple(dict.fromkeys(self.families)))
+
+
+def all_inputs(settings: DiffSettings, device: torch.device, clock: StageClock) -> Iterator[Inputs | Probing]:
+    """The inputs of every cell, one at a time. Raises SpecError, UsageError."""
+    if settings.captured_from is not None:
+        yield from captured_inputs(settings.captured_from, settings.path, device)
+        return
+    for name in settings.shapes:
+        shape = shape_named(name)
+        for n_kv in settings.n_kvs:
+            by_edges = _by_edges(settings, shape, n_kv)
+            for family in settings.families:
+                groups = by_edges if _edged(family) else {(): range(len(settings.candidates))}
+                for edges, candidates in groups.items():
+                    if family == PROBES:
+                        # Of a probe a row or two say all.
+                        few = _sizes(replace(settings, rows=2), shape, n_kv, edges)
+                        yield Probing(shape.name, n_kv, few, tuple(candidates))
+                        continue
+                    sizes = _sizes(settings, shape, n_kv, edges)
+                    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+                        with clock.stage("inputs drawn", n_kv):
+                            call = draw(family, sizes, seed, device=device)
+                        yield Inputs(shape.name, n_kv, family, seed, call, tuple(candidates))
+
+
+def count_inputs(settings: DiffSettings) -> int | None:
+    """How many inputs there will be, None where a folder decides."""
+    if settings.captured_from is not None:
+        return None
+    total = 0
+    for name in settings.shapes:
+        for n_kv in settings.n_kvs:
+            groups = len(_by_edges(settings, shape_named(name), n_kv))
+            for family in settings.families:
+                total += (groups if _edged(family) else 1) * (1 if family == PROBES else settings.seeds)
+    return total
+
+
+def _edged(family: str) -> bool:
+    """Whether inputs lie where plans cut."""
+    return family == PROBES or FAMILIES[family].edged
+
+
+def _by_edges(settings: DiffSettings, shape: ModelShape, n_kv: int) -> dict[tuple[int, ...], Sequence[int]]:
+    """Candidates that have the same cuts, by them: no other candidate's cuts enter one's inputs."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, spec in enumerate(settings.candidates):
+        edges = _edges((settings.baseline, spec), shape, n_kv, settings.path)
+        found.setdefault(edges, []).append(i)
+    return {edges: tuple(candidates) for edges, candidates in found.items()}
+
+
+def check_settings(settings: DiffSettings) -> None:
+    """Refuse now what would be refused later: shapes, specifications, plans that do not fit a shape.
+
+    Raises SpecError, UsageError.
+    """
+    shapes = [shape_named(name) for name in settings.shapes]
+    check_shapes((settings.baseline, *settings.candidates), shapes, settings.path)
+    check_lengths(settings.n_kvs, shapes, torch.device(settings.device))
+
+
+def first_call(settings: DiffSettings, device: torch.device) -> Inputs:
+    """A small call for what a kernel shows only when it runs."""
+    if settings.captured_from is not None:
+        return next(captured_inputs(settings.captured_from, settings.path, device))
+    shape, n_kv = shape_named(settings.shapes[0]), min(64, *settings.n_kvs)
+    sizes = _sizes(replace(settings, rows=2), shape, n_kv, ())
+    call = draw("gaussian", sizes, settings.first_seed, device=device)
+    return Inputs(shape.name, n_kv, "gaussian", settings.first_seed, call)
+
+
+def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[int, ...]) -> Sizes:
+    """Rows of n_kv keys, the second of fewer; on the prefill path rows one after another, the last of n_kv.
+
+    edges: where the plans of the kernels cut, and tiles end.
+    """
+    rows = [n_kv] * settings.rows
+    rows[1] = max(n_kv - 37, 1)
+    if settings.path == "prefill":
+        rows = [max(n_kv - t, 1) for t in reversed(range(settings.rows))]
+    return Sizes(
+        n_kv=tuple(rows),
+        kv_heads=shape.kv_heads,
+        ratio=shape.ratio,
+        k_size=shape.k_size,
+        v_size=shape.v_size,
+        edges=edges,
+        path=settings.path,
+    )
+
+
+def _edges(specs: Sequence[str], shape: ModelShape, n_kv: int, path: AttentionPath) -> tuple[int, ...]:
+    found: set[int] = set()
+    for spec in specs:
+        if parse_spec(spec).name in IN_OWN_PROCESS:
+            continue
+        kernel = build_kernel(spec)
+        cuts_at = kernel.arithmetic(_shape_of(shape, n_kv), path).cuts_at
+        found |= set(cuts_at(n_kv)[1:-1]) if cuts_at is not None else set()
+    found |= {64 * (n_kv // 128), 64} if n_kv > 64 else set()
+    inside = sorted(edge for edge in found if 0 < edge < n_kv)
+    half = MOST_EDGES // 2
+    return tuple(inside if len(inside) <= MOST_EDGES else inside[:half] + inside[-half:])
+
+
+def _shape_of(shape: ModelShape, n_kv: int) -> Shape:
+    return Shape(1, 2, n_kv, shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size)

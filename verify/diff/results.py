@@ -1,0 +1,201 @@
+"""What a kernel diff found about each candidate, and as `run.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from verify.diff.cells import Cell, decide_cells, suspicions
+from verify.diff.inputs import DEFAULT_ROWS, DiffSettings
+from verify.judge.strata import Judgement, StratumResult
+from verify.judge.verdict import EXIT_CODES, Decision, Verdict
+from verify.kernels.trace import LaunchTrace
+from verify.machine import environment
+from verify.machine.command_line import command_line
+
+# 2: `gain` is that of `verify ppl` and `gen`, over all rows, unweighted. 3: `pairs[].strata`.
+SCHEMA = 3
+
+
+class Line(NamedTuple):
+    """The cells of one shape and length: a line of the report. strata: those of its own."""
+
+    cells: list[Cell]
+    decision: Decision
+    strata: Judgement
+
+
+@dataclass
+class CandidateResult:
+    """One candidate over all cells. baseline: the specification that it was compared with."""
+
+    spec: str
+    baseline: str
+    verdict: Verdict
+    reasons: list[str]
+    cells: list[Cell]
+    lines: list[Line]
+    strata: Judgement
+    trace: LaunchTrace
+
+    @property
+    def worst(self) -> Cell | None:
+        """The cell to look at first: of faults the gravest by whatever detector fired, of losses the one of
+        the stratum that tells, else the largest error beside its budget."""
+        faulty = [c for c in self.cells if c.faults]
+        if faulty:
+            return max(faulty, key=lambda c: c.candidate.severity)
+        compared = [c for c in self.cells if c.compared]
+        telling = self.strata.telling
+        if telling is not None and self.verdict in ("degraded", "inconclusive"):
+            compared = [c for c in compared if _is_of(c, telling)] or compared
+        if not any(c.candidate.severity for c in compared):
+            # No budget says anything: the error beside the result does.
+            return max(compared, key=lambda c: c.candidate.nmse, default=None)
+        return max(compared, key=lambda c: c.candidate.severity, default=None)
+
+
+@dataclass
+class DiffOutcome:
+    """The results, `run.json`, and one line that says where the time went.
+
+    stopped: why the cells end before their time, or nothing; interrupted: by the user.
+    """
+
+    settings: DiffSettings
+    candidates: list[CandidateResult]
+    verdict: Verdict
+    exit_code: int
+    notes: list[str]
+    run: dict[str, Any]
+    seconds: str
+    stopped: str = ""
+    interrupted: bool = False
+
+
+def _is_of(cell: Cell, stratum: StratumResult) -> bool:
+    i = cell.inputs
+    return (i.shape, i.n_kv, i.family) == (stratum.shape, stratum.n_kv, stratum.family)
+
+
+def command_of(settings: DiffSettings, cell: Cell) -> str:
+    """The command that makes this cell again, alone."""
+    inputs: dict[str, Any] = {"captured_from": settings.captured_from}
+    if settings.captured_from is None:
+        i = cell.inputs
+        inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
+        inputs |= {"rows": settings.rows} if settings.rows != DEFAULT_ROWS else {}
+    asked = {"device": settings.device, "path": settings.path, "baseline": cell.baseline.spec}
+    return command_line(["diff"], {**inputs, **asked, "candidates": [cell.candidate.spec]})
+
+
+def run_json(
+    settings: DiffSettings,
+    results: Sequence[CandidateResult],
+    base_traces: Mapping[str, LaunchTrace],
+    verdict: Verdict,
+    notes: list[str],
+    device: str,
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "command": "diff",
+        "verdict": verdict,
+        "exit_code": EXIT_CODES[verdict],
+        "reasons": [f"{r.spec}: {reason}" for r in results for reason in r.reasons],
+        "notes": notes,
+        "settings": {
+            "shapes": list(settings.shapes),
+            "n_kv": list(settings.n_kvs),
+            "families": list(settings.families),
+            "baseline": settings.baseline,
+            "candidates": list(settings.candidates),
+            "path": settings.path,
+            "seeds": settings.seeds,
+            "first_seed": settings.first_seed,
+            "margin": settings.margin,
+            "captured_from": settings.captured_from,
+            "rows": settings.rows,
+            "allow_same": settings.allow_same,
+        },
+        "environment": environment.describe(device),
+        "pairs": [
+            {
+                "reference": r.baseline,
+                "candidate": r.spec,
+                "path": settings.path,
+                "verdict": r.verdict,
+                "reasons": r.reasons,
+                **_ratio_json(r.strata.telling),
+                "strata": [_stratum_json(s) for s in r.strata.strata],
+                "bitwise_equal": all(c.bitwise_equal for c in r.cells if c.compared)
+                and any(c.compared for c in r.cells),
+            }
+            for r in results
+        ],
+        "coverage": [
+            {"spec": spec, **line.to_json()}
+            for spec, trace in [*base_traces.items(), *((r.spec, r.trace) for r in results)]
+            for line in trace.coverage()
+        ],
+        "cells": [_cell_json(settings, r, c) for r in results for c in r.cells],
+        "detectable": {r.spec: detectable(r.strata) for r in results},
+    }
+
+
+def detectable(strata: Judgement) -> float | None:
+    """A ratio from here on would have been `degraded` in any stratum, nine times of ten. None: no strata."""
+    return max((s.detectable for s in strata.strata), default=None)
+
+
+def _ratio_json(telling: StratumResult | None) -> dict[str, Any]:
+    if telling is None:
+        return {"distance_ratio": None, "distance_ratio_ci": None, "distance_of": None}
+    return {
+        "distance_ratio": telling.ratio,
+        "distance_ratio_ci": [telling.low, telling.high],
+        "distance_of": {"shape": telling.shape, "n_kv": telling.n_kv, "family": telling.family},
+    }
+
+
+def _stratum_json(s: StratumResult) -> dict[str, Any]:
+    return {
+        "shape": s.shape,
+        "n_kv": s.n_kv,
+        "family": s.family,
+        "heads": s.heads,
+        "samples": s.samples,
+        "ratio": s.ratio,
+        "ratio_ci": [s.low, s.high],
+        "word": s.word,
+        "times_to_decide": s.times,
+        "detectable": s.detectable,
+        "candidate_error": s.candidate_error,
+        "baseline_error": s.reference_error,
+    }
+
+
+def _cell_json(settings: DiffSettings, result: CandidateResult, cell: Cell) -> dict[str, Any]:
+    i = cell.inputs
+    own = Judgement([s for s in result.strata.strata if _is_of(cell, s)], "equal", settings.margin)
+    own = own.only(i.shape, i.n_kv)
+    decision = decide_cells(
+        [cell], own, margin=settings.margin, allow_same=settings.allow_same, narrowed_by=""
+    )
+    return {
+        "spec": cell.candidate.spec,
+        "shape": i.shape,
+        "n_kv": i.n_kv,
+        "family": i.family,
+        "seed": i.seed,
+        "verdict": decision.verdict,
+        "distance_ratio": _ratio_json(own.telling)["distance_ratio"],
+        "faults": cell.faults,
+        "suspicions": suspicions(cell.candidate),
+        "covered": cell.covered,
+        "bitwise_equal": cell.bitwise_equal,
+        "again": command_of(settings, cell),
+        **cell.candidate.to_json(),
+        "baseline": cell.baseline.to_json(),
+    }
