@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from verify.kernels.catalogue import CATALOGUE
 from verify.kernels.plans.spec import parse_spec, with_options
-from verify.kernels.registry import ENTRIES, IN_OWN_PROCESS
+from verify.kernels.registry import IN_OWN_PROCESS
 
 IN_WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -30,7 +31,7 @@ def shows_its_type(spec: str) -> bool:
 def matched(baseline: str, candidate: str, type_: str) -> Match:
     """The baseline for a candidate that returns `type_`."""
     parsed = parse_spec(baseline)
-    if "out" not in ENTRIES[parsed.name].options or "out" in parsed.options:
+    if "out" not in CATALOGUE[parsed.name].options or "out" in parsed.options:
         return Match(baseline, "")
     if type_ == "f32":
         return Match(baseline, "")

@@ -101,9 +101,9 @@ def run_diff(
     finally:
         for kernel in (*baselines.values(), *candidates):
             kernel.close()
-    for i, one in first.items():
-        if faults_of(one.evidence, "candidate") and not any(cell.faults for cell in cells[i]):
-            cells[i].append(compare(one.inputs, KernelEvidence(matches[i].baseline), one.evidence))
+    for i, (of_first, evidence) in first.items():
+        if faults_of(evidence, "candidate") and not any(cell.faults for cell in cells[i]):
+            cells[i].append(compare(of_first, KernelEvidence(matches[i].baseline), evidence))
     results = [
         _judge(settings, kernel.spec, match.baseline, of_kernel, trace)
         for kernel, match, of_kernel, trace in zip(candidates, matches, cells, traces, strict=True)
