@@ -165,10 +165,12 @@ def test_the_floor_is_what_noise_does_there(tiny: Path) -> None:
 
 
 def test_the_same_kernel_is_identical(tiny: Path, tmp_path: Path) -> None:
-    done, run = gen(tiny, tmp_path, "--candidate", "flash")
+    done, run = gen(tiny, tmp_path / "a", "--candidate", "flash", "--allow-same")
     assert done.returncode == 0
     assert run["verdict"] == "identical"
     assert run["pairs"][0]["margin_moved_rms"] == 0
+    done, run = gen(tiny, tmp_path / "b", "--candidate", "flash")
+    assert (done.returncode, run["verdict"]) == (3, "inconclusive")
 
 
 def test_a_plan_that_never_differs_is_inconclusive(tiny: Path, tmp_path: Path) -> None:

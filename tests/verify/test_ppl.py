@@ -167,7 +167,7 @@ def test_one_failing_candidate_does_not_stop_the_others(tiny: Tiny, tmp_path: Pa
 
 
 def test_a_baseline_that_is_exact_leaves_its_place_to_the_floor(tiny: Tiny, tmp_path: Path) -> None:
-    candidates = ("--baseline", "exact", "--candidate", "exact", "--candidate", "flash")
+    candidates = ("--baseline", "exact", "--candidate", "exact", "--candidate", "flash", "--allow-same")
     _, report = run(tiny, tmp_path / "run", *candidates)
     same, other = report["pairs"]
     assert same["verdict"] == "identical"
@@ -208,10 +208,14 @@ def test_a_cache_that_all_have_is_no_difference(tmp_path: Path) -> None:
     assert ratios[1] == pytest.approx(ratios[0], rel=0.3)
 
 
-def test_the_same_specification_is_identical(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_same_specification_is_compared_only_where_that_is_asked(tiny: Tiny, tmp_path: Path) -> None:
+    """A variable that fell back to its default would be green for ever."""
     done, report = run(tiny, tmp_path / "run", "--baseline", "flash", "--candidate", "flash")
-    assert done.returncode == 0
-    assert report["verdict"] == "identical"
+    assert (done.returncode, report["verdict"]) == (3, "inconclusive")
+    assert "the same specification" in report["reasons"][0]
+    more = ("--baseline", "flash", "--candidate", "flash", "--allow-same")
+    done, report = run(tiny, tmp_path / "again", *more)
+    assert (done.returncode, report["verdict"]) == (0, "identical")
 
 
 def test_other_head_groups_alone_are_identical(tiny: Tiny, tmp_path: Path) -> None:
