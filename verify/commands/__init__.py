@@ -46,6 +46,15 @@ COMMANDS = {
         "kld",
         "Logits files of llama-perplexity --kl-divergence-base: its own table, and what it cannot show.",
     ),
+    "explain": Listed(
+        "explain",
+        "An engine's output changed: bug or rounding? From two texts, logits files or logprob files, and a"
+        " model.",
+    ),
+    "ladder": Listed(
+        "ladder",
+        "How far known changes (a plan, float16 sums, caches, faults) move a model, to place figures on.",
+    ),
     "logprobs": Listed(
         "logprobs",
         "Logprobs of the same tokens by two programs (rollout and trainer, decode and prefill, two versions):"

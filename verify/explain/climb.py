@@ -1,0 +1,124 @@
+"""Measuring a ladder (`verify.engines.ladder`): every step on the same windows of the same text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from verify.data.windows import Windows
+from verify.engines.ladder import Ladder, LadderStep, StepKind
+from verify.explain.reference import (
+    BASELINE,
+    EXACT,
+    Pass,
+    Reference,
+    divergences,
+    losses,
+    unseen_key,
+    wrong_head,
+)
+from verify.judge.statistics import paired_difference, window_interval
+from verify.kernels.errors import KernelFailure
+
+Progress = Callable[[int, int], None]
+
+
+class Rung(NamedTuple):
+    """A step before it is measured. against: the pass that it is a change of."""
+
+    way: Pass
+    what: str
+    kind: StepKind
+    against: Literal["baseline", "exact"] = "baseline"
+
+
+UNCHANGED = Pass("baseline", spec=BASELINE)
+RUNGS = (
+    Rung(Pass("floor", "floor"), "one rounding of noise", "rounding", "exact"),
+    Rung(Pass("plan", spec="flash:kv=4"), "a change of KV parts", "rounding"),
+    Rung(Pass("f16-sums", spec="flash:acc=f16"), "float16 accumulators", "rounding"),
+    Rung(Pass("f16-output", spec="flash:out=f16"), "a float16 output", "rounding"),
+    Rung(Pass("bf16-P", spec="flash:p=bf16"), "P in bfloat16", "rounding"),
+    Rung(Pass("bf16-cache", spec=BASELINE, attention_type="bf16"), "a bfloat16 cache", "cache"),
+    Rung(Pass("q8_0", spec="flash:cache=q8_0"), "a q8_0 cache", "cache"),
+    Rung(Pass("q4_0", spec="flash:cache=q4_0"), "a q4_0 cache", "cache"),
+    Rung(Pass("off-by-one", spec="fault", build=unseen_key), "a dropped key", "fault"),
+    Rung(Pass("wrong-head", spec="fault", build=wrong_head), "a wrong KV head", "fault"),
+)
+
+
+def measure(
+    reference: Reference,
+    windows: Windows,
+    rungs: tuple[Rung, ...] = RUNGS,
+    progress: Progress | None = None,
+) -> Ladder:
+    """The ladder of a model on windows of a text. A step that cannot run is left out, and named."""
+    scored = windows.scored_per_window
+    kld: dict[str, list[np.ndarray]] = {r.way.name: [] for r in rungs}
+    nll: dict[str, list[np.ndarray]] = {r.way.name: [] for r in rungs}
+    base_nll: dict[str, list[np.ndarray]] = {"baseline": [], "exact": []}
+    flips: dict[str, list[np.ndarray]] = {r.way.name: [] for r in rungs}
+    left_out: dict[str, str] = {}
+    total, done = windows.n_windows * (len(rungs) + 2), 0
+    for window, targets in zip(windows.tokens.tolist(), windows.targets.tolist(), strict=True):
+        # The last token is only a target.
+        tokens = window[:-1]
+        unchanged = {
+            "baseline": reference.logits(tokens, UNCHANGED, scored),
+            "exact": reference.logits(tokens, EXACT, scored),
+        }
+        for name, logits in unchanged.items():
+            base_nll[name].append(losses(logits, targets))
+        done += len(unchanged)
+        for rung in rungs:
+            name = rung.way.name
+            if name in left_out:
+                continue
+            try:
+                logits = reference.logits(tokens, rung.way, scored)
+            except (KernelFailure, ValueError) as error:
+                left_out[name] = f"{rung.what}: {' '.join(str(error).split())[:160]}"
+                continue
+            base = unchanged[rung.against]
+            kld[name].append(divergences(logits, base))
+            nll[name].append(losses(logits, targets))
+            flips[name].append((logits.argmax(-1) != base.argmax(-1)).cpu().numpy())
+            done += 1
+            if progress:
+                progress(done, total)
+    steps = []
+    for rung in rungs:
+        name = rung.way.name
+        if name in left_out:
+            continue
+        interval = window_interval(np.stack(kld[name]))
+        moved = paired_difference(np.stack(nll[name]), np.stack(base_nll[rung.against]))
+        steps.append(
+            LadderStep(
+                name=name,
+                what=rung.what,
+                kind=rung.kind,
+                spec=rung.way.spec,
+                kld=interval.mean,
+                kld_low=max(interval.low, 0.0),
+                kld_high=interval.high,
+                dlnppl=abs(moved.mean),
+                dlnppl_se=moved.se,
+                flips=float(np.stack(flips[name]).mean()),
+            )
+        )
+    return Ladder(
+        model=reference.name,
+        n_ctx=windows.n_ctx,
+        windows=windows.n_windows,
+        tokens=windows.n_windows * scored,
+        text=hashlib.sha256(np.ascontiguousarray(windows.tokens).tobytes()).hexdigest(),
+        cache_type="f16",
+        device=str(reference.device),
+        steps=tuple(steps),
+        left_out=tuple(left_out.values()),
+    )

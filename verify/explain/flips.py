@@ -1,0 +1,174 @@
+"""Whether rounding explains that a greedy text has another token than exact attention prefers.
+
+At a position exact attention prefers token x; a text has y there. The margin m = l_x - l_y >= 0 is what some
+arithmetic must have overcome. How far right arithmetics move it *on this very prefix* is measured: K passes
+that round otherwise (noise, other KV parts, float16 sums, P in bfloat16) move it by d_1 .. d_K, and
+
+    sigma^2 = (sum d_k^2 + nu s^2) / (K + nu)        s^2: the median of the same over the text's positions
+
+K draws at one position are few, so s counts as nu = 4 more. A right arithmetic moves the margin by t sigma, t
+of Student's distribution with K + nu degrees of freedom:
+
+    p      = 2 P(t > m / sigma)                     how rare a move as large as this is
+    p_flip = 2 F (1 - F), F = P(t < m / sigma)      probability that two right arithmetics disagree here
+
+Over a whole text the flips that rounding makes are rare and independent: their number is Poisson's, with the
+mean sum P(t > m / sigma) over positions and over the most likely tokens after the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from scipy import special, stats
+
+from verify.explain.reference import EXACT, Pass, Reference
+
+Answer = Literal["tie", "not explained", "inconclusive"]
+DRAWS = (
+    Pass("noise 1", "floor", seed=7919),
+    Pass("noise 2", "floor", seed=15838),
+    Pass("plan 1", spec="flash:kv=4"),
+    Pass("plan 2", spec="flash:heads=split,kv=2"),
+    Pass("f16 sums 1", spec="flash:acc=f16"),
+    Pass("f16 sums 2", spec="flash:acc=f16,kv=3"),
+    Pass("bf16 P 1", spec="flash:p=bf16"),
+    Pass("bf16 P 2", spec="flash:p=bf16,kv=2"),
+)
+PRIOR = 4
+# A move this rare, or rarer, is not rounding's; one up to the other is. Between them nothing is said.
+TOO_RARE, COMMON = 1e-6, 1e-3
+SEEN_WITH = 0.95
+# Tokens after the most likely one that may overtake it.
+RIVALS = 3
+_LARGEST_FAULT = 20.0
+
+
+class Position(NamedTuple):
+    """A token that is not exact attention's first choice."""
+
+    # Of the token in its text, from 0.
+    at: int
+    n_kv: int
+    chosen: int
+    preferred: int
+    margin: float
+    sigma: float
+    # See the module's text.
+    p: float
+    p_flip: float
+
+
+class Walked(NamedTuple):
+    """A text walked beside exact attention. Arrays [n], one a token that was looked at."""
+
+    first: int
+    # Of exact attention's most likely token over the next ones [n, RIVALS], and how far rounding moves each.
+    margins: np.ndarray
+    sigmas: np.ndarray
+    degrees: int
+    flips: list[Position]
+
+    @property
+    def likely(self) -> np.ndarray:
+        """Probability of a flip by rounding at each position [n], from above where rivals are close."""
+        return np.minimum(stats.t.sf(self.margins / self.sigmas, self.degrees).sum(1), 1.0)
+
+    @property
+    def expected(self) -> float:
+        """Flips that rounding makes in the whole text."""
+        return float(self.likely.sum())
+
+    def too_many(self, without: int | None = None) -> float:
+        """Probability of as many flips by rounding alone; `without`: the one whose place was chosen."""
+        count = sum(f.at != without for f in self.flips)
+        kept = np.arange(self.first, self.first + len(self.margins)) != (-1 if without is None else without)
+        mean = float(self.likely[kept].sum())
+        return float(stats.poisson.sf(count - 1, mean)) if count else 1.0
+
+
+def walk(
+    reference: Reference,
+    before: Sequence[int],
+    text: Sequence[int],
+    *,
+    first: int = 0,
+    draws: Sequence[Pass] = DRAWS,
+) -> Walked:
+    """Look at the tokens text[first:], each after all before it. `before`: the prompt, at least one token."""
+    tokens = [*before, *text]
+    scored = len(text) - first
+    logits = reference.logits(tokens[:-1], EXACT, scored)
+    top = logits.topk(1 + RIVALS)
+    chosen = torch.tensor(list(text[first:]), device=logits.device)
+    # Columns: the most likely tokens, and the one that the text has.
+    columns = torch.cat((top.indices, chosen[:, None]), 1)
+    exact = logits.gather(1, columns).double()
+    del logits
+    moves = []
+    for draw in draws:
+        found = reference.logits(tokens[:-1], draw, scored).gather(1, columns).double()
+        moves.append(_margins(found) - _margins(exact))
+    squares = torch.stack(moves).square().cpu().numpy()  # [K, n, RIVALS + 1]
+    margins = _margins(exact).cpu().numpy()
+    degrees = len(draws) + PRIOR
+    own = squares.mean(0)
+    typical = float(np.median(own[:, 0]))
+    sigma = np.sqrt((squares.sum(0) + PRIOR * typical) / degrees)
+    sigma = np.maximum(sigma, np.finfo(np.float32).eps)
+    preferred = top.indices[:, 0].tolist()
+    flips = []
+    for i, token in enumerate(text[first:]):
+        if token == preferred[i]:
+            continue
+        ratio = float(margins[i, -1] / sigma[i, -1])
+        below = float(special.stdtr(degrees, ratio))
+        flips.append(
+            Position(
+                at=first + i,
+                n_kv=len(before) + first + i,
+                chosen=token,
+                preferred=preferred[i],
+                margin=float(margins[i, -1]),
+                sigma=float(sigma[i, -1]),
+                p=2 * float(stats.t.sf(ratio, degrees)),
+                p_flip=2 * below * (1 - below),
+            )
+        )
+    return Walked(first, margins[:, :RIVALS], sigma[:, :RIVALS], degrees, flips)
+
+
+def _margins(columns: torch.Tensor) -> torch.Tensor:
+    """[n, RIVALS + 1]: the most likely token over the next ones, and over the text's own."""
+    return columns[:, :1] - columns[:, 1:]
+
+
+def worst(walked: Walked) -> Position | None:
+    """The flip that rounding explains least."""
+    return min(walked.flips, key=lambda f: f.p, default=None)
+
+
+def detectable(walked: Walked) -> float:
+    """The least fault that would have been seen: root mean square of what it moves margins by, in nats.
+
+    Seen: with probability SEEN_WITH some margin is overcome that rounding overcomes too rarely. inf if none
+    is.
+    """
+    most = float(stats.t.isf(TOO_RARE / 2, walked.degrees))
+    margins, sigmas = walked.margins[:, 0], walked.sigmas[:, 0]
+    needed = margins[margins > most * sigmas]
+
+    def missed(size: float) -> float:
+        return float(np.log1p(-stats.norm.sf(needed / size)).sum())
+
+    low, high = 1e-6, _LARGEST_FAULT
+    if missed(high) > math.log(1 - SEEN_WITH):
+        return math.inf
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if missed(middle) < math.log(1 - SEEN_WITH) else (middle, high)
+    return high
