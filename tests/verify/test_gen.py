@@ -20,6 +20,7 @@ from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
 from verify.model.steps import Stepper
 
+TILINGS = Path(__file__).parents[1] / "support/tilings.py"
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 PROMPT = "the moth sat on that"
 CPU = torch.device("cpu")
@@ -171,6 +172,16 @@ def test_the_same_kernel_is_identical(tiny: Path, tmp_path: Path) -> None:
     assert run["pairs"][0]["margin_moved_rms"] == 0
     done, run = gen(tiny, tmp_path / "b", "--candidate", "flash")
     assert (done.returncode, run["verdict"]) == (3, "inconclusive")
+
+
+def test_a_baseline_answers_in_the_type_of_its_candidate(tiny: Path, tmp_path: Path) -> None:
+    half = f"py:{TILINGS}::half,acc=f32"
+    both = ("--baseline", "eager", "--candidate", "eager:kv=2", "--candidate", half)
+    done, run = gen(tiny, tmp_path, *both)
+    assert [pair["reference"] for pair in run["pairs"]] == ["baseline", "baseline-2"]
+    assert {arm["name"]: arm["spec"] for arm in run["arms"]}["baseline-2"] == "eager:out=f16"
+    assert "returns float16, so it is compared with eager:out=f16" in done.stdout
+    assert run["pairs"][1]["verdict"] not in ("degraded", "broken"), run["pairs"][1]["reasons"]
 
 
 def test_a_plan_that_never_differs_is_inconclusive(tiny: Path, tmp_path: Path) -> None:

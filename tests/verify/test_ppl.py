@@ -30,6 +30,7 @@ from verify.model.products import Tiling
 from verify.ppl import experiment, rounds
 from verify.ppl.sample import Sample
 
+TILINGS = Path(__file__).parents[1] / "support/tilings.py"
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
 
@@ -216,6 +217,27 @@ def test_the_same_specification_is_compared_only_where_that_is_asked(tiny: Tiny,
     more = ("--baseline", "flash", "--candidate", "flash", "--allow-same")
     done, report = run(tiny, tmp_path / "again", *more)
     assert (done.returncode, report["verdict"]) == (0, "identical")
+
+
+def test_a_baseline_answers_in_the_type_of_its_candidate(tiny: Tiny, tmp_path: Path) -> None:
+    """One baseline and control a type; a run that goes on has those that it began with."""
+    half = f"py:{TILINGS}::half,acc=f32"
+    out = tmp_path / "run"
+    both = ("--baseline", "eager", "--candidate", half, "--candidate", "eager:kv=2")
+    done, report = run(tiny, out, *both)
+    arms = {arm["name"]: arm["spec"] for arm in report["arms"]}
+    assert arms["baseline"] == arms["control"] == "eager:out=f16"
+    assert arms["baseline-2"] == arms["control-2"] == "eager"
+    assert [pair["reference"] for pair in report["pairs"]] == ["baseline", "baseline-2"]
+    assert report["pairs"][0]["verdict"] != "degraded", report["reasons"]
+    assert "returns float16, so it is compared with eager:out=f16" in done.stdout
+    assert "with --baseline eager:out=f32 the type's own rounding counts too" in done.stdout
+    stored = json.loads((out / "settings.json").read_text())["settings"]
+    assert stored["baseline"] == "eager"
+    assert stored["baselines"] == ["eager:out=f16", "eager"]
+    # Written out it is obeyed.
+    _, report = run(tiny, tmp_path / "f32", "--baseline", "eager:out=f32", "--candidate", half)
+    assert report["pairs"][0]["verdict"] == "degraded", report["reasons"]
 
 
 def test_other_head_groups_alone_are_identical(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from verify.kernels.call import AttentionPath
 
 
 def build_arms(
-    baseline: str,
+    baselines: Sequence[str],
     candidates: Sequence[str],
     *,
     paths: Sequence[AttentionPath] = ("decode",),
@@ -18,10 +18,11 @@ def build_arms(
     noise: Sequence[str] = (),
     engines: Sequence[str] = (),
 ) -> list[Arm]:
-    """exact and floor once; baseline, control, every candidate and the noise arms on each path; engines.
+    """exact and floor once; baselines, controls, candidates and noise arms on each path; engines.
 
-    baseline, candidates, noise: specifications; engines: logits files. Raises SpecError, with every kernel
-    that was built closed again.
+    baselines: that of each candidate, those that are equal one arm, and the first the noise arms';
+    candidates, noise: specifications; engines: logits files. Raises SpecError, with every kernel that was
+    built closed again.
     """
     arms = [Arm("exact", "exact", "exact", paths[0]), Arm("floor", "floor", "exact", paths[0])]
 
@@ -31,13 +32,18 @@ def build_arms(
     try:
         for path in paths:
             suffix = f"/{path}" if len(paths) > 1 else ""
-            reference = f"baseline{suffix}"
-            add(reference, baseline, path, "baseline", None)
-            add(f"control{suffix}", baseline, path, "control", reference)
-            for number, spec in _numbered(candidates):
-                add(f"candidate{number}{suffix}", spec, path, "candidate", reference)
+            references: dict[str, str] = {}
+            for baseline in baselines:
+                if baseline in references:
+                    continue
+                nth = f"-{len(references) + 1}" if references else ""
+                references[baseline] = f"baseline{nth}{suffix}"
+                add(references[baseline], baseline, path, "baseline", None)
+                add(f"control{nth}{suffix}", baseline, path, "control", references[baseline])
+            for (number, spec), baseline in zip(_numbered(candidates), baselines, strict=True):
+                add(f"candidate{number}{suffix}", spec, path, "candidate", references[baseline])
             for i, spec in enumerate(noise):
-                add(f"noise-{i + 1}{suffix}", spec, path, "noise", reference)
+                add(f"noise-{i + 1}{suffix}", spec, path, "noise", references[baselines[0]])
         arms += [Arm(f"engine{number}", "engine", file, paths[0]) for number, file in _numbered(engines)]
     except BaseException:
         close_kernels(arms)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from verify.arms.arm import Arm
+from verify.arms.attempt import attempt
 from verify.arms.records import ModelRecord
-from verify.kernels.call import AttentionPath, Shape, checked_call
+from verify.arms.result_type import Match, is_matched, matched, shows_its_type
+from verify.kernels.call import AttentionPath, Call, Shape, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
@@ -93,18 +95,10 @@ def try_kernels(
     A function in a file is only asked what it takes: to run it is to judge it. So is a kernel that fails
     otherwise. Raises UsageError.
     """
-    one = torch.ones(1, 1, dtype=torch.int32, device=device)
     for arm, layer in itertools.product(arms, _unlike_layers(architecture)):
         if arm.kernel is None:
             continue
-        heads, kv_heads = architecture.heads_of(layer), architecture.kv_heads_of(layer)
-        k_size, v_size = architecture.head_sizes_of(layer)
-        q, k, v = (
-            torch.zeros(1, 1, n, size, dtype=ATTENTION_TYPES[cache_type], device=device)
-            for n, size in ((heads, k_size), (kv_heads, k_size), (kv_heads, v_size))
-        )
-        options = architecture.attention_settings(layer).options(device)
-        call = checked_call(q, k, v, kv_len=one, path=arm.path, **options)
+        call = one_row(architecture, layer, cache_type, device, arm.path)
         why = None
         if arm.spec.startswith("py:"):
             why = arm.kernel.capabilities().refuses(call)
@@ -117,6 +111,50 @@ def try_kernels(
                 why = str(failed) if failed.kind == "unsupported" else None
         if why is not None:
             raise UsageError(f"kernel {arm.spec!r} does not fit this model: {why}")
+
+
+def one_row(
+    architecture: Architecture, layer: int, cache_type: str, device: torch.device, path: AttentionPath
+) -> Call:
+    """A call of one row and one key, all zeros, with a layer's heads, sizes and settings."""
+    heads, kv_heads = architecture.heads_of(layer), architecture.kv_heads_of(layer)
+    k_size, v_size = architecture.head_sizes_of(layer)
+    q, k, v = (
+        torch.zeros(1, 1, n, size, dtype=ATTENTION_TYPES[cache_type], device=device)
+        for n, size in ((heads, k_size), (kv_heads, k_size), (kv_heads, v_size))
+    )
+    options = architecture.attention_settings(layer).options(device)
+    one = torch.ones(1, 1, dtype=torch.int32, device=device)
+    return checked_call(q, k, v, kv_len=one, path=path, **options)
+
+
+def match_baselines(
+    baseline: str,
+    candidates: Sequence[str],
+    architecture: Architecture,
+    *,
+    cache_type: str,
+    device: torch.device,
+    path: AttentionPath,
+) -> list[Match]:
+    """The baseline of each candidate (`out=match`), by one call of a kernel that only shows its type so.
+
+    The call is one of a process of its own: an arm's first call is still its first. Raises SpecError.
+    """
+    layer = _unlike_layers(architecture)[0]
+    call = one_row(architecture, layer, cache_type, device, path)
+    found = []
+    for spec in candidates:
+        if not is_matched(baseline):
+            found.append(Match(baseline, ""))
+            continue
+        kernel = build_kernel(spec)
+        try:
+            failed = shows_its_type(spec) and attempt(kernel, call).output is None
+            found.append(matched(baseline, spec, "f32" if failed else kernel.result_type(call)))
+        finally:
+            kernel.close()
+    return found
 
 
 def _unlike_layers(architecture: Architecture) -> list[int]:

@@ -28,16 +28,27 @@ def shows_its_type(spec: str) -> bool:
     return parse_spec(spec).name in IN_OWN_PROCESS
 
 
+def is_matched(baseline: str) -> bool:
+    """Whether the baseline takes the type of its candidate: it has `out=`, and does not say it."""
+    parsed = parse_spec(baseline)
+    entry = CATALOGUE.get(parsed.name)
+    return entry is not None and "out" in entry.options and "out" not in parsed.options
+
+
 def matched(baseline: str, candidate: str, type_: str) -> Match:
     """The baseline for a candidate that returns `type_`."""
-    parsed = parse_spec(baseline)
-    if "out" not in CATALOGUE[parsed.name].options or "out" in parsed.options:
+    if type_ == "f32" or not is_matched(baseline):
         return Match(baseline, "")
-    if type_ == "f32":
-        return Match(baseline, "")
-    own = with_options(baseline, {"out": type_})
+    return same_match(baseline, candidate, with_options(baseline, {"out": type_}))
+
+
+def same_match(baseline: str, candidate: str, own: str) -> Match:
+    """The match of a candidate whose baseline is known: `own`, for a run's `baseline`."""
+    if own == baseline:
+        return Match(own, "")
     return Match(
         own,
-        f"{candidate} returns {IN_WORDS[type_]}, so it is compared with {own} (out=match);"
-        f" with --baseline {with_options(baseline, {'out': 'f32'})} the type's own rounding counts too",
+        f"{candidate} returns {IN_WORDS[parse_spec(own).options['out']]}, so it is compared with {own}"
+        f" (out=match); with --baseline {with_options(baseline, {'out': 'f32'})} the type's own rounding"
+        " counts too",
     )

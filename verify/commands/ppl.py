@@ -195,7 +195,7 @@ def command(
                 {
                     "schema": SCHEMA,
                     "command": "ppl",
-                    "settings": settings.to_json(),
+                    "settings": experiment.settings.to_json(),
                     "identity": identity,
                     "folder": str(Path.cwd()),
                 }

@@ -38,11 +38,12 @@ FEWEST_SAMPLES = 2
 def pair_record(generation: Generation, written: Written, candidate: Arm) -> GenPairRecord:
     """Everything about one candidate, and the verdict on it."""
     steps = [step for step in written.steps if candidate.name in step.arms]
-    baseline = next(arm for arm in generation.arms if arm.role == "baseline")
+    baseline = next(arm for arm in generation.arms if arm.name == candidate.reference)
     equal = bool(steps) and candidate.findings.kept_all_bits
-    logs = log_squares(generation.exact.checks, candidate.name, "baseline")
+    logs = log_squares(generation.exact.checks, candidate.name, baseline.name)
     enough = bool(steps) and len(logs) >= FEWEST_SAMPLES
-    finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in (candidate.name, "baseline"))
+    both = candidate.name, baseline.name
+    finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in both)
     distance = ratio_of_samples(np.array(logs), "this text only") if enough and finite else None
     coverage = _coverage(generation, candidate, steps)
     decision = decide(
@@ -65,7 +66,7 @@ def pair_record(generation: Generation, written: Written, candidate: Arm) -> Gen
     first = written.first.get(candidate.name)
     closest = min(range(len(steps)), key=lambda i: steps[i].arms["baseline"].top1_margin, default=None)
     return GenPairRecord(
-        reference="baseline",
+        reference=baseline.name,
         candidate=candidate.name,
         path="decode",
         verdict=decision.verdict,
@@ -90,7 +91,7 @@ def pair_record(generation: Generation, written: Written, candidate: Arm) -> Gen
             for i, step in enumerate(steps)
             if step.arms[candidate.name].top1 != step.chosen
         ],
-        margin_moved_rms=_moved(steps, candidate.name, "baseline"),
+        margin_moved_rms=_moved(steps, candidate.name, baseline.name),
         margin_moved_rms_floor=_moved(steps, "floor", "exact"),
         closest=None
         if closest is None
@@ -104,7 +105,7 @@ def pair_record(generation: Generation, written: Written, candidate: Arm) -> Gen
 
 def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> float:
     """Share of the steps whose plan or kernel differed from the baseline's."""
-    changed = generation.launched(candidate.name).differs_from(generation.launched("baseline"))
+    changed = generation.launched(candidate.name).differs_from(generation.launched(candidate.reference or ""))
     return sum(step.n_kv in changed for step in steps) / max(len(steps), 1)
 
 

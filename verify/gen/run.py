@@ -16,7 +16,7 @@ import torch
 
 from verify.arms.arm import Arm, ArmRunner
 from verify.arms.building import build_arms, close_kernels, kernel_notes
-from verify.arms.model_facts import try_kernels
+from verify.arms.model_facts import match_baselines, try_kernels
 from verify.arms.split_mode import check_model
 from verify.gen.checks import CheckedExact
 from verify.gen.difference import Difference, difference_at, measure_floor
@@ -123,7 +123,16 @@ class Generation:
             raise UsageError("-p: the prompt has no tokens, expected at least one")
         self.prompt: list[int] = ids
         check_model(self.architecture, settings.gpus)
-        self.arms = build_arms(settings.baseline, settings.candidates, gpus=settings.gpus)
+        self.matches = match_baselines(
+            settings.baseline,
+            settings.candidates,
+            self.architecture,
+            cache_type=settings.cache_type,
+            device=self.device,
+            path="decode",
+        )
+        baselines = [match.baseline for match in self.matches]
+        self.arms = build_arms(baselines, settings.candidates, gpus=settings.gpus)
         try:
             try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
         except BaseException:
@@ -151,7 +160,7 @@ class Generation:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        return sorted(kernel_notes(self.arms))
+        return sorted(kernel_notes(self.arms) | {match.said for match in self.matches if match.said})
 
     def launched(self, arm: str) -> LaunchTrace:
         """What an arm's kernel ran for it: the prompt, and every step of the text that all arms share."""

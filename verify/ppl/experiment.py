@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from verify.arms.arm import Arm, void_reasons
 from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.kernel_errors import in_place_record
-from verify.arms.model_facts import fingerprint, model_record, try_kernels
+from verify.arms.model_facts import fingerprint, match_baselines, model_record, try_kernels
 from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
+from verify.arms.result_type import Match, same_match
 from verify.arms.split_mode import check_model, tensor_parallel_record
 from verify.data import Corpus, Windows, cut_windows, load_corpus, read_text_file
 from verify.diff.captured import capture_to, parse_layers
@@ -94,6 +96,8 @@ class Experiment:
             else frozenset()
         )
         check_model(self.architecture, settings.gpus)
+        self.matches = _match(settings, self.architecture, self.device)
+        self.settings = settings = replace(settings, baselines=tuple(m.baseline for m in self.matches))
         self.arms = _arms_of(settings, self.architecture.sizes.ratio)
         self.faults = planted_faults() if settings.power else []
         self.prompt: Arm | None = None
@@ -134,7 +138,7 @@ class Experiment:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        notes = kernel_notes(self.arms)
+        notes = kernel_notes(self.arms) | {match.said for match in self.matches if match.said}
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
         if len(self.sample) < self.windows.n_windows:
@@ -367,14 +371,31 @@ def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer
     return corpus, tokenizer, tokenizer.encode(corpus.text)
 
 
+def _match(settings: PplSettings, architecture: Architecture, device: torch.device) -> list[Match]:
+    """The baseline of each candidate. A run that goes on has those that it began with."""
+    if settings.baselines:
+        return [
+            same_match(settings.baseline, spec, own)
+            for spec, own in zip(settings.candidates, settings.baselines, strict=True)
+        ]
+    return match_baselines(
+        settings.baseline,
+        settings.candidates,
+        architecture,
+        cache_type=settings.cache_type,
+        device=device,
+        path=settings.paths[0],
+    )
+
+
 def _arms_of(settings: PplSettings, ratio: int) -> list[Arm]:
     noise: list[str] = []
     if settings.noise:
         noise = noise_specs(
-            settings.baseline, settings.noise, ratio=ratio, n_ctx=settings.n_ctx, seed=settings.seed
+            settings.baselines[0], settings.noise, ratio=ratio, n_ctx=settings.n_ctx, seed=settings.seed
         )
     return build_arms(
-        settings.baseline,
+        settings.baselines,
         settings.candidates,
         paths=settings.paths,
         gpus=settings.gpus,

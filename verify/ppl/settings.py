@@ -25,7 +25,8 @@ class PplSettings:
 
     noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at
     the end of a window, None for the second half; measured_windows: see `verify.ppl.sample`, None for its
-    default, 0 for all; allow_same: a candidate may be its baseline's specification; checkpoint_minutes:
+    default, 0 for all; baselines: that of each candidate, once it is known what each returns
+    (`out=match`); allow_same: a candidate may be its baseline's specification; checkpoint_minutes:
     between two checkpoints of a group; gpus, split_mode: of the engine that is reproduced, whatever devices
     this run has.
     """
@@ -38,6 +39,7 @@ class PplSettings:
     path: str = "decode"
     baseline: str = DEFAULT_BASELINE
     candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)
+    baselines: tuple[str, ...] = ()
     cache_type: str = "f16"
     device: str = "cpu"
     memory: int | None = None
