@@ -34,6 +34,10 @@ def command(
     case: Annotated[
         str | None, typer.Option("--case", help="try this case alone, as a failure prints it (JSON)")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", help="engine: a fixed grid of the calls that engines make, within budget"),
+    ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")] = None,
     device: options.Device = None,
     json_: options.Json = False,
@@ -50,6 +54,12 @@ def command(
     from verify.reports.props import exit_code, print_results, to_json, write_junit
 
     prepare_torch()
+    if profile is not None:
+        if profile != "engine":
+            raise UsageError(f"--profile {profile}: expected engine")
+        if law or case is not None:
+            raise UsageError("--profile engine: has its own law and cases, expected no --law or --case")
+        return _engine_profile(spec, junit, device, json_)
     laws = chosen_laws(law or [])
     if case is not None and len(laws) != 1:
         raise UsageError("--case: needs the --law that it is a case of")
@@ -80,6 +90,40 @@ def command(
         print(f"verify: interrupted after {len(results)} of {len(laws)} laws", file=sys.stderr)
         return EXIT_INTERRUPTED
     return exit_code(results)
+
+
+def _engine_profile(spec: str, junit: Path | None, device: str | None, json_: bool) -> int:
+    """The operator test: every cell of the grid. Exit codes as for laws."""
+    import torch
+
+    from verify.laws import subject_of
+    from verify.laws.engine_grid import run_grid
+    from verify.machine.devices import chosen_device, default_device
+    from verify.machine.environment import describe
+    from verify.machine.jsontext import to_json_text
+    from verify.machine.outfile import check_writable
+    from verify.reports.engine_grid import grid_json, print_grid, write_grid_junit
+    from verify.reports.props import exit_code
+    from verify.reports.tables import progress_of
+
+    if junit is not None:
+        check_writable("--junit", junit)
+    on = str(chosen_device(device or default_device()))
+    subject = subject_of(spec, on)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with progress_of(f"operator test of {spec}") as progress:
+            found = run_grid(subject, on_cell=progress or (lambda done, total: None))
+    finally:
+        torch.set_num_threads(threads)
+        subject.close()
+    print_grid(found, spec, on, sys.stderr if json_ else sys.stdout)
+    if junit is not None:
+        write_grid_junit(found, spec, on, junit)
+    if json_:
+        print(to_json_text(grid_json(found, spec, on, describe(on))), end="")
+    return exit_code([result for _, result in found])
 
 
 def chosen_laws(names: Sequence[str]) -> list[Law]:
