@@ -49,24 +49,31 @@ def spoilt(value: float, *places: tuple[int, int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("wait", [True, False])
 def test_the_first_of_each_kind_is_found(wait: bool) -> None:
     plain = torch.ones(2, ROWS, HEADS, 8)
-    board: dict[str, torch.Tensor] = {}
+    outputs_at_hand: dict[str, torch.Tensor] = {}
     baseline = Arm("baseline", "baseline", "given", "decode", Given([plain] * 3))
     outputs = [plain, spoilt(2.0, (1, 2, 3)), spoilt(torch.nan, (0, 1, 2), (0, 1, 3), (1, 0, 0))]
-    candidate = Arm("candidate", "candidate", "given", "decode", Given(outputs), "baseline")
-    runners = [ArmRunner(arm, board, wait=wait) for arm in (baseline, candidate)]
+    candidate = Arm(
+        name="candidate",
+        role="candidate",
+        spec="given",
+        path="decode",
+        kernel=Given(outputs),
+        reference="baseline",
+    )
+    runners = [ArmRunner(arm, outputs_at_hand, wait=wait) for arm in (baseline, candidate)]
     for layer in range(3):
         for runner in runners:
             runner.attend(call_of(layer))
     if not wait:
-        assert candidate.findings.attention_equal, "nothing was waited for"
+        assert runners[1].findings.attention_equal, "nothing was waited for"
     for runner in runners:
         runner.settle()
-    found = candidate.findings
+    found = runners[1].findings
     assert not found.attention_equal
     assert found.first_difference == Place(6, 1, 2, 3)
     assert found.nonfinite_place == Place(5, 2, 1, 2)
     # Rows, not elements: two heads of one row count once.
     assert found.nonfinite_rows == 2
     assert [runner.launched.total_rows for runner in runners] == [3, 3]
-    assert baseline.findings.attention_equal
-    assert baseline.findings.nonfinite_place is None
+    assert runners[0].findings.attention_equal
+    assert runners[0].findings.nonfinite_place is None

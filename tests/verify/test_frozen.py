@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from support.ppl_runs import Tiny, run
-from verify.arms.arm import Arm
+from verify.arms.arm import Arm, ArmRunner
 from verify.arms.own_error import InPlace
+from verify.arms.sample import Sample
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.model.architectures.architecture import AttentionInputs, AttentionSettings
 from verify.model.runner import LayerCall
-from verify.ppl.frozen import FrozenRunner, Teacher
-from verify.ppl.sample import Sample
+from verify.ppl.frozen import FrozenRunner
+from verify.ppl.measuring import KernelMeasurer
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
@@ -128,10 +129,10 @@ def test_frozen_attention_stays_as_wide_as_the_model() -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 5, heads, 8, generator=generator) for heads in (4, 2, 2))
     kv_len = torch.arange(1, 6, dtype=torch.int32)[None]
-    teacher = Teacher([], InPlace(Sample(1)))
-    teacher.roundings = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v))
-    teacher.errors["arm/frozen"] = torch.zeros(q.shape, dtype=torch.float64)
-    runner = FrozenRunner("arm/frozen", Arm("arm", "floor", "exact", "decode"), teacher)
+    measurer = KernelMeasurer([], InPlace(Sample(1)))
+    measurer.roundings = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v))
+    measurer.errors["arm/frozen"] = torch.zeros(q.shape, dtype=torch.float64)
+    runner = FrozenRunner("arm/frozen", ArmRunner(Arm("arm", "floor", "exact", "decode"), {}), measurer)
     call = LayerCall(0, 0, q, k, v, kv_len, AttentionSettings(1.0), AttentionInputs(q, k, v))
     due = exact_attention(checked_call(*(x.double() for x in (q, k, v)), kv_len=kv_len, scale=1.0)).out
     wide = runner.attend(call._replace(x=torch.zeros(1, 5, 4, dtype=torch.float64)))

@@ -14,7 +14,6 @@ from verify.kernels.bits import same_bits
 from verify.kernels.faults import FAULTS, Fault
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.kernel import Kernel
-from verify.ppl import experiment
 
 # Gives other bits each time: the run is void if it is the baseline, and luck if it is not.
 NOT_REPEATABLE = "race"
@@ -71,7 +70,7 @@ def made_clean(fault: Fault) -> Kernel:
 def judged(six: Tiny, out: Path, fault: Fault, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A run with the fault as the candidate, and the correct kernel that it was made from as the baseline."""
     built = {"eager": lambda: made_clean(fault), "eager:block=16": fault.build}
-    patch.setattr(experiment, "build_shared_kernel", lambda spec, gpus: built[spec]())
+    patch.setattr(building, "build_shared_kernel", lambda spec, gpus: built[spec]())
     # Three tiles, so that three parts are there to be merged.
     more = ("-c", "160", "--chunks", "2", "--baseline", "eager", "--candidate", "eager:block=16")
     _, report = run(six, out, *more)

@@ -21,14 +21,15 @@ import torch
 from support.cli import Done, verify, verify_apart
 from support.ppl_runs import Tiny, command, run, write_tiny
 from support.tiny_model import write_text, write_tiny_model
+from verify.arms import building
 from verify.arms.own_error import InPlace
+from verify.arms.sample import Sample
 from verify.kernels.call import Call, Result
 from verify.kernels.eager import EagerKernel, EagerOptions
 from verify.model import runner
 from verify.model.gguf.file import GGUFFile
 from verify.model.products import Tiling
-from verify.ppl import experiment, rounds
-from verify.ppl.sample import Sample
+from verify.ppl import rounds
 
 TILINGS = Path(__file__).parents[1] / "support/tilings.py"
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
@@ -133,7 +134,7 @@ def test_windows_side_by_side_change_no_bit(
         ("heads_rotated", "times its rounding budget"),
         ("nan_in_one_row", "NaN or Inf"),
         ("hangs,timeout=1", "hung: hangs: no answer within 1 s"),
-        ("dies", "died: dies: its process was killed by SIGKILL"),
+        ("dies", "died: dies: its process was killed by SIGABRT"),
         ("raises", "raised: raises: RuntimeError: no such luck"),
         ("wrong_shape", "shape: wrong_shape"),
         ("writes_inputs", "wrote-inputs"),
@@ -385,14 +386,14 @@ def test_a_kernel_without_memory_makes_groups_smaller(
 ) -> None:
     plain = rounds.run_group
 
-    def counted(runner: Any, windows: Any, chosen: range, *rest: Any, **more: Any) -> Any:
+    def counted(job: Any, chosen: range, **more: Any) -> Any:
         OutOfMemory.group = len(chosen)
-        return plain(runner, windows, chosen, *rest, **more)
+        return plain(job, chosen, **more)
 
     monkeypatch.setattr(rounds, "run_group", counted)
-    build = experiment.build_shared_kernel
+    build = building.build_shared_kernel
     monkeypatch.setattr(
-        experiment,
+        building,
         "build_shared_kernel",
         lambda spec, gpus: OutOfMemory(limit) if spec == "eager:kv=2" else build(spec, gpus),
     )
@@ -436,9 +437,9 @@ def test_a_baseline_that_fails_half_way_is_what_is_broken(
 ) -> None:
     """Windows side by side, four and then two: the candidate has nothing of the same shape to differ from."""
     monkeypatch.setattr(runner, "tiling_of", lambda *_: Tiling(256, 4))
-    build = experiment.build_shared_kernel
+    build = building.build_shared_kernel
     monkeypatch.setattr(
-        experiment,
+        building,
         "build_shared_kernel",
         lambda spec, gpus: FailsOn(2) if spec == "eager:block=16" else build(spec, gpus),
     )

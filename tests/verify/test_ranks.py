@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +16,12 @@ from support.synthetic_moe import write_moe
 from support.tiny_model import write_text, write_tiny_model
 from verify.arms.arm import Findings
 from verify.arms.own_error import LAYER_SCHEMA
-from verify.ppl.experiment import Experiment
-from verify.ppl.grouping import group_windows
+from verify.machine.ranks import Ranks
+from verify.ppl import rounds
+from verify.ppl.grouping import Grouping, group_windows
 from verify.ppl.groups import TOKEN_SCHEMA, GroupResult, join_groups
-from verify.ppl.settings import PplSettings
+from verify.ppl.rounds import Rounds
 from verify.ppl.top1 import TOP1_SCHEMA
-from verify.reports.ppl_screen import PplConsole
 
 MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
 
@@ -74,12 +75,12 @@ def of_group(
 ) -> GroupResult:
     """A group that left nothing but what is given."""
     return GroupResult(
-        TOKEN_SCHEMA.empty_table(),
-        LAYER_SCHEMA.empty_table(),
-        TOP1_SCHEMA.empty_table() if top1 is None else top1,
-        {name: findings.get(name, Findings()) for name in names},
-        {},
-        {"edges": [0, 1], "sums": []},
+        tokens=TOKEN_SCHEMA.empty_table(),
+        layers=LAYER_SCHEMA.empty_table(),
+        top1=TOP1_SCHEMA.empty_table() if top1 is None else top1,
+        findings={name: findings.get(name, Findings()) for name in names},
+        traces={},
+        drift={"edges": [0, 1], "sums": []},
         windows=windows,
     )
 
@@ -102,17 +103,41 @@ def test_changed_tokens_are_in_the_order_of_the_text() -> None:
     assert together.top1["candidate"].to_pylist() == ["b", "a", "a", "b"]
 
 
-def test_an_arm_that_failed_in_one_rank_stays_failed(tmp_path: Path) -> None:
-    """Rank 0 takes in the groups of all ranks; the last of them knows nothing of a failure in the first."""
-    model, text = write_tiny_model(tmp_path / "tiny.gguf"), write_text(tmp_path / "text.txt")
-    settings = PplSettings(model=str(model), file=str(text), n_ctx=64, chunks=2, candidates=("eager:kv=2",))
-    experiment = Experiment(settings, PplConsole(silent=True))
-    names = [arm.name for arm in experiment.arms]
-    for first, failure in ((0, "raised"), (1, None)):
-        found = {"candidate": Findings(failure=failure)}
-        experiment.taken_in(first, of_group(range(first, first + 1), names, **found))
-    assert [arm.name for arm in experiment.arms if arm.failed] == ["candidate"]
-    experiment.close()
+class OtherRanks(Ranks):
+    """Rank 0 of two; the other one gives what it is told to, in turn."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(0, 2)
+        self.given = list(given)
+
+    def everyones(self, own: Any) -> list[Any]:
+        return [own, self.given.pop(0)]
+
+    def of_leader(self, own: Any) -> Any:
+        return own
+
+
+def test_an_arm_that_failed_in_one_rank_runs_in_no_group_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four windows, two a round: what fails in the other rank in the first runs in none of the second."""
+    failed = Findings(failure="raised")
+    known: list[list[str]] = []
+
+    def run_group(job: Any, chosen: range, *, failed: dict[str, Findings], **_: Any) -> GroupResult:
+        known.append(sorted(failed))
+        return of_group(chosen, ["candidate"])
+
+    monkeypatch.setattr(rounds, "run_group", run_group)
+    theirs = [
+        of_group(range(i, i + 1), ["candidate"], candidate=f) for i, f in ((1, failed), (3, Findings()))
+    ]
+    ranks = OtherRanks(theirs[0], {"candidate": failed}, theirs[1], {})
+    listener = SimpleNamespace(notice=print, progress=lambda *_: None)
+    job = SimpleNamespace(windows=SimpleNamespace(n_windows=4), runner=SimpleNamespace(device="cpu"))
+    results = Rounds(
+        job, Grouping(1, 0), folder=None, ranks=ranks, listener=listener, group_done=lambda *_: None
+    ).run()
+    assert known == [[], ["candidate"]]
+    assert join_groups(results).findings["candidate"].failure == "raised"
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from support.cli import assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
-from verify.ppl.sample import Sample, default_measured
+from verify.arms.sample import Sample, default_measured
 
 
 def test_runs_are_whole_and_spread_over_the_text() -> None:

@@ -15,8 +15,8 @@ Every kernel's arm runs twice, freely, as an engine would run it, and with froze
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,23 +51,23 @@ class Place:
         return ", ".join(words)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What went wrong in an arm, the first of each kind, and whether it stayed equal to its reference.
+    """What went wrong in an arm, the first of each kind, and whether it stayed equal to its reference."""
 
-    attention_equal: every attention output had the reference arm's bits; logits_equal: so had every logit;
-    model_fault: of the exact arm, that the model itself is not finite.
-    """
-
-    failure: str | None = None
+    failure: str | None = None  # what its kernel failed with; it did not run from there on
     failure_place: Place | None = None
-    nonfinite_place: Place | None = None
+    nonfinite_place: Place | None = None  # the first attention row with NaN or Inf
     nonfinite_rows: int = 0
-    attention_equal: bool = True
-    logits_equal: bool = True
+    attention_equal: bool = True  # every attention output had the reference arm's bits
+    logits_equal: bool = True  # so had every logit
     first_difference: Place | None = None
-    unsteady: str | None = None
-    model_fault: str | None = None
+    unsteady: str | None = None  # where one call gave two results, and how far apart
+    model_fault: str | None = None  # of the exact arm: that the model itself is not finite
+
+    @property
+    def failed(self) -> bool:
+        return self.failure is not None
 
     @property
     def refused(self) -> bool:
@@ -77,49 +77,51 @@ class Findings:
     @property
     def kept_all_bits(self) -> bool:
         """Whether it ran to the end with the reference's bits, in every attention output and logit."""
-        return self.failure is None and self.attention_equal and self.logits_equal
+        return not self.failed and self.attention_equal and self.logits_equal
 
     def refusal(self, called: str) -> str:
         """That a kernel does not take what the model asks for, or nothing."""
         return f"{called} does not take this call, {self.failure}" if self.refused else ""
 
+    def of_failure(self) -> Findings:
+        """The failure alone: what a later group must know."""
+        return Findings(failure=self.failure, failure_place=self.failure_place)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Findings:
+    def from_json(cls, stored: dict[str, Any]) -> Findings:
         places = ("failure_place", "nonfinite_place", "first_difference")
-        fields: dict[str, Any] = {k: Place(**v) if k in places and v else v for k, v in found.items()}
-        return cls(**fields)
+        values: dict[str, Any] = {k: Place(**v) if k in places and v else v for k, v in stored.items()}
+        return cls(**values)
 
-    def merge(self, later: Findings) -> None:
-        """Add the findings of a later group."""
-        if self.failure is None:
-            self.failure, self.failure_place = later.failure, later.failure_place
-        self.nonfinite_place = self.nonfinite_place or later.nonfinite_place
-        self.nonfinite_rows += later.nonfinite_rows
-        self.attention_equal &= later.attention_equal
-        self.logits_equal &= later.logits_equal
-        self.first_difference = self.first_difference or later.first_difference
-        self.unsteady = self.unsteady or later.unsteady
-        self.model_fault = self.model_fault or later.model_fault
+    def joined(self, later: Findings) -> Findings:
+        """These, and the findings of a later group."""
+        failure = self if self.failed else later
+        return Findings(
+            failure=failure.failure,
+            failure_place=failure.failure_place,
+            nonfinite_place=self.nonfinite_place or later.nonfinite_place,
+            nonfinite_rows=self.nonfinite_rows + later.nonfinite_rows,
+            attention_equal=self.attention_equal and later.attention_equal,
+            logits_equal=self.logits_equal and later.logits_equal,
+            first_difference=self.first_difference or later.first_difference,
+            unsteady=self.unsteady or later.unsteady,
+            model_fault=self.model_fault or later.model_fault,
+        )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arm:
-    """One arm of a run. `reference`: name of the arm that it is compared with, if any."""
+    """One arm of a run. What comes to light about it is in `Findings`."""
 
     name: str
     role: Role
     spec: str
     path: AttentionPath
-    kernel: Kernel | None = None
-    reference: str | None = None
-    findings: Findings = field(default_factory=Findings)
-
-    @property
-    def failed(self) -> bool:
-        return self.findings.failure is not None
+    kernel: Kernel | None = None  # None: float64 attention, or an engine's file
+    reference: str | None = None  # name of the arm that it is compared with, if any
 
 
 def common_cache(arms: Iterable[Arm]) -> str | None:
@@ -156,16 +158,15 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
 REFUSED, STEADY_TIMES = "unsupported:", 4.0
 
 
-class _Look(NamedTuple):
-    """What was looked for in a call of some heads; found, on the device: how many rows have it, and which
-    element of [B, T, H] is the first that has."""
+class _RowCheck(NamedTuple):
+    """What was looked for in the rows of a call, and what there was of it, still on the device."""
 
     kind: Literal["nonfinite", "different"]
-    window: int
+    window: int  # the first of the call
     layer: int
-    kv_len: torch.Tensor
+    kv_len: torch.Tensor  # [B, T]
     heads: int
-    found: torch.Tensor
+    counts: torch.Tensor  # [2]: rows that have it; the first element of [B, T, H] that has
 
     def place(self, element: int) -> Place:
         row, head = divmod(element, self.heads)
@@ -174,111 +175,141 @@ class _Look(NamedTuple):
 
 
 class ArmRunner:
-    """An arm as the model's runner sees it: attention, watched; `launched` is what its kernel ran for it.
+    """An arm as the model's runner sees it: attention, watched.
 
-    `board` holds, for the layer and windows at hand, the outputs of arms that others are compared with.
-    watch: called with each call of the exact arm and its float64 result; seen: with every call; wait: whether
-    the findings are complete after each call, which on a GPU has the host wait for it; else they are after
-    `settle`. again: what kernels gave for this very call, and the size of its error, by arm: the next result
-    is compared with it.
+    outputs: of the layer and windows at hand, by arm: what others are compared with; all runners of a run
+    share it. on_exact: called with each call of the exact arm and its float64 result; on_call: with the name
+    and every call. wait: whether `findings` are complete after each call, which on a GPU has the host wait
+    for it; else they are after `settle`. first_results: what kernels gave for this very call before, by arm:
+    the next result is compared with it. findings, launched: what is known already.
     """
 
     def __init__(
         self,
         arm: Arm,
-        board: dict[str, torch.Tensor],
+        outputs: dict[str, torch.Tensor],
         *,
         seed: int = 0,
-        watch: Callable[[LayerCall, torch.Tensor], None] | None = None,
-        seen: Callable[[str, LayerCall], None] | None = None,
+        on_exact: Callable[[LayerCall, torch.Tensor], None] | None = None,
+        on_call: Callable[[str, LayerCall], None] | None = None,
         wait: bool = True,
-        again: dict[str, FirstResult] | None = None,
+        first_results: dict[str, FirstResult] | None = None,
+        findings: Findings | None = None,
+        launched: LaunchTrace | None = None,
     ) -> None:
-        self.arm, self.board, self.seed, self.watch, self.seen = arm, board, seed, watch, seen
-        self.wait, self.again = wait, {} if again is None else again
-        self._looked: list[_Look] = []
-        self.name = arm.name
-        self.launched = LaunchTrace()
+        self.arm, self.name, self.path, self.seed = arm, arm.name, arm.path, seed
+        self.findings, self.launched = findings or Findings(), launched or LaunchTrace()
+        self._outputs, self._on_exact, self._on_call = outputs, on_exact, on_call
+        self._wait, self._first_results = wait, {} if first_results is None else first_results
+        self._checks: list[_RowCheck] = []
+
+    @property
+    def failed(self) -> bool:
+        return self.findings.failed
+
+    def fail(self, failure: str, call: LayerCall) -> None:
+        """Its kernel failed in this call, or in one that was made to measure it: it does not run any more."""
+        if not self.failed:
+            self.findings = replace(
+                self.findings, failure=failure, failure_place=Place(call.window, call.layer)
+            )
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         arm = self.arm
-        if arm.failed:
+        if self.failed:
             # Its output of other windows or layers is nothing to compare with.
-            self.board.pop(arm.name, None)
+            self._outputs.pop(arm.name, None)
             return None
-        if self.seen is not None:
-            self.seen(self.name, call)
+        if self._on_call is not None:
+            self._on_call(self.name, call)
         if arm.kernel is None:
-            oracle = exact_attention(kernel_call(call, arm.path), with_lse=False).out
+            oracle = exact_attention(kernel_call(call, self.path), with_lse=False).out
             if arm.role == "exact":
-                self._look("nonfinite", call, ~torch.isfinite(oracle).all(-1))
-                if self.wait:
+                self._check_rows("nonfinite", call, ~torch.isfinite(oracle).all(-1))
+                if self._wait:
                     self.settle()
-            if self.watch is not None:
-                self.watch(call, oracle)
+            if self._on_exact is not None:
+                self._on_exact(call, oracle)
             if arm.role == "floor":
                 oracle = oracle + floor_noise(call, oracle, self.seed)
             return oracle if call.x is not None and call.x.dtype == torch.float64 else oracle.float()
-        tried = attempt(arm.kernel, kernel_call(call, arm.path))
+        tried = attempt(arm.kernel, kernel_call(call, self.path))
         self.launched.count(tried.launched)
         tried.check_memory(arm.spec)
         if tried.output is None:
-            arm.findings.failure = tried.failure
-            arm.findings.failure_place = Place(call.window, call.layer)
-            self.board.pop(arm.name, None)
+            self.fail(tried.failure, call)
+            self._outputs.pop(arm.name, None)
             return None
         out = tried.output.out
-        self._look("nonfinite", call, ~torch.isfinite(out).all(-1))
+        self._check_rows("nonfinite", call, ~torch.isfinite(out).all(-1))
         self._compare(call, out)
         self._check_steady(call, out)
-        if self.wait:
+        if self._wait:
             self.settle()
         return out
 
     def _check_steady(self, call: LayerCall, out: torch.Tensor) -> None:
         """Compare with what the kernel gave for the same call before, if it did."""
-        first = self.again.pop(self.arm.name, None)
+        first = self._first_results.pop(self.arm.name, None)
         if first is None or first.window != call.window or same_bits(out, first.out):
             return
         moved = float((out.double() - first.out.double()).norm())
-        if not moved <= STEADY_TIMES * first.error:
-            self.arm.findings.unsteady = self.arm.findings.unsteady or (
-                f"window {call.window + 1}, layer {call.layer}: {moved / max(first.error, 1e-300):.3g} times"
-                " its error"
+        if not moved <= STEADY_TIMES * first.error and self.findings.unsteady is None:
+            times = moved / max(first.error, 1e-300)
+            self.findings = replace(
+                self.findings,
+                unsteady=f"window {call.window + 1}, layer {call.layer}: {times:.3g} times its error",
             )
 
     def settle(self) -> None:
         """Enter what the calls so far have shown; waits for the device."""
-        if not self._looked:
+        if not self._checks:
             return
-        findings = self.arm.findings
-        for look, (rows, first) in zip(
-            self._looked, torch.stack([look.found for look in self._looked]).tolist(), strict=True
-        ):
+        counts = torch.stack([check.counts for check in self._checks]).tolist()
+        for check, (rows, first) in zip(self._checks, counts, strict=True):
             if not rows:
                 continue
-            if look.kind == "nonfinite":
-                findings.nonfinite_rows += rows
-                findings.nonfinite_place = findings.nonfinite_place or look.place(first)
+            now = self.findings
+            if check.kind == "nonfinite":
+                self.findings = replace(
+                    now,
+                    nonfinite_rows=now.nonfinite_rows + rows,
+                    nonfinite_place=now.nonfinite_place or check.place(first),
+                )
             else:
-                findings.attention_equal = False
-                findings.first_difference = findings.first_difference or look.place(first)
-        self._looked.clear()
+                self.findings = replace(
+                    now,
+                    attention_equal=False,
+                    first_difference=now.first_difference or check.place(first),
+                )
+        self._checks.clear()
 
     def _compare(self, call: LayerCall, out: torch.Tensor) -> None:
-        self.board[self.arm.name] = out
+        self._outputs[self.arm.name] = out
         if self.arm.reference is None:
             return
-        reference = self.board.get(self.arm.reference)
+        reference = self._outputs.get(self.arm.reference)
         if reference is None:
-            self.arm.findings.attention_equal = False
+            self.findings = replace(self.findings, attention_equal=False)
         elif out.is_cuda or not same_bits(out, reference):
-            self._look("different", call, (out.view(torch.int32) != reference.view(torch.int32)).any(-1))
+            differs = (out.view(torch.int32) != reference.view(torch.int32)).any(-1)
+            self._check_rows("different", call, differs)
 
-    def _look(self, kind: Literal["nonfinite", "different"], call: LayerCall, where: torch.Tensor) -> None:
+    def _check_rows(
+        self, kind: Literal["nonfinite", "different"], call: LayerCall, where: torch.Tensor
+    ) -> None:
         """Note the rows of a call at which `where` [B, T, H] holds."""
-        found = torch.stack((where.any(-1).sum(), where.flatten().to(torch.uint8).argmax()))
-        self._looked.append(_Look(kind, call.window, call.layer, call.kv_len, where.shape[2], found))
+        counts = torch.stack((where.any(-1).sum(), where.flatten().to(torch.uint8).argmax()))
+        self._checks.append(
+            _RowCheck(
+                kind=kind,
+                window=call.window,
+                layer=call.layer,
+                kv_len=call.kv_len,
+                heads=where.shape[2],
+                counts=counts,
+            )
+        )
 
 
 def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tensor:
@@ -294,26 +325,27 @@ def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tenso
     return noise.mul_(oracle).mul_(FLOOR_NOISE)
 
 
-def void_reasons(arms: Sequence[Arm]) -> list[str]:
+def void_reasons(arms: Sequence[Arm], findings: Mapping[str, Findings]) -> list[str]:
     """Why the run measured nothing: a control that is not its baseline, or nothing finite to measure."""
     reasons = []
     for arm in arms:
-        if arm.findings.model_fault is not None:
-            reasons.append(arm.findings.model_fault)
-        elif arm.role == "exact" and arm.findings.nonfinite_place is not None:
+        of_arm = findings[arm.name]
+        if of_arm.model_fault is not None:
+            reasons.append(of_arm.model_fault)
+        elif arm.role == "exact" and of_arm.nonfinite_place is not None:
             reasons.append(
-                f"exact attention gives NaN or Inf, first at {arm.findings.nonfinite_place}: the model's own"
+                f"exact attention gives NaN or Inf, first at {of_arm.nonfinite_place}: the model's own"
                 " q, k or v overflow the type that they are rounded to (--cache-type), or are not finite"
             )
-    by_name = {arm.name: arm for arm in arms}
     for arm in arms:
         if arm.role != "control":
             continue
-        baseline, found = by_name[arm.reference or ""], arm.findings
-        if arm.failed and not baseline.failed:
-            reasons.append(f"control {arm.spec} failed where its baseline did not: {found.failure}")
-        elif not baseline.failed and not (found.attention_equal and found.logits_equal):
-            where = f", first at {found.first_difference}" if found.first_difference else ""
+        of_control, of_baseline = findings[arm.name], findings[arm.reference or ""]
+        if of_control.failed and not of_baseline.failed:
+            reasons.append(f"control {arm.spec} failed where its baseline did not: {of_control.failure}")
+        elif not of_baseline.failed and not of_control.kept_all_bits:
+            difference = of_control.first_difference
+            where = f", first at {difference}" if difference else ""
             reasons.append(
                 f"the control arm differs from its baseline{where}: {arm.spec} does not give the same bits"
                 " twice, so no difference can be charged to the candidate"

@@ -4,7 +4,7 @@ An arm that runs freely drifts from exact for many reasons; here each kernel get
 oracle and answers for its own rounding alone. All rows count for the size of the error and for its gain; the
 budget is derived for some rows: the first two, the last, others drawn by seed, and the two that err most;
 windows that are computed side by side share them. Of a long text a sample of windows is measured
-(`verify.ppl.sample`). An error above its budget is a bug, whatever the perplexity says.
+(`verify.arms.sample`). An error above its budget is a bug, whatever the perplexity says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from verify.arms.arm import Arm, Place
+from verify.arms.sample import Sample
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import Call, checked_call
 from verify.kernels.judging.figures import (
@@ -29,7 +30,6 @@ from verify.kernels.judging.figures import (
     row_figures,
 )
 from verify.model.runner import LayerCall
-from verify.ppl.sample import Sample
 
 SAMPLED_ROWS = 8
 # Of a long text, each layer's budgets are derived in this many windows at most, other ones in each layer.

@@ -8,13 +8,13 @@ verdict rests on where there is none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, get_type_hints
 
 import pyarrow as pa
 import torch
 
-from verify.arms.arm import Arm, ArmRunner, Place, common_cache, kernel_call
+from verify.arms.arm import ArmRunner, common_cache, kernel_call
 from verify.arms.attempt import attempt
 from verify.arms.own_error import worst_rows
 from verify.kernels.budget.bound import error_budget
@@ -67,42 +67,42 @@ CHECK_SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(
 class CheckedExact:
     """The exact arm, as the stepper sees it: whenever it attends, the kernels are checked on its inputs."""
 
-    def __init__(self, exact: ArmRunner, arms: Sequence[Arm], layers: int) -> None:
+    def __init__(self, exact: ArmRunner, runners: Iterable[ArmRunner], layers: int) -> None:
         self.exact, self.name = exact, exact.name
-        self.arms = [arm for arm in arms if arm.kernel is not None and arm.role != "control"]
+        self.kernels = [one for one in runners if one.arm.kernel is not None and one.arm.role != "control"]
         self.stride = max(layers // LAYERS_A_STEP, 1)
         self.step = -1
-        self.common_cache = common_cache(self.arms)
+        self.common_cache = common_cache(one.arm for one in self.kernels)
         self.checks: list[StepCheck] = []
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         out = self.exact.attend(call)
         if (call.layer - self.step) % self.stride == 0:
-            path = self.arms[0].path if self.arms else "decode"
-            oracle = exact_attention(kernel_call(call, path), with_lse=False).out[0]
-            for arm in self.arms:
-                self._check(call, arm, oracle)
+            oracle = exact_attention(kernel_call(call, self.exact.path), with_lse=False).out[0]
+            for one in self.kernels:
+                self._check(call, one, oracle)
         return out
 
-    def _check(self, call: LayerCall, arm: Arm, oracle: torch.Tensor) -> None:
+    def _check(self, call: LayerCall, one: ArmRunner, oracle: torch.Tensor) -> None:
         """One kernel on all rows of a layer; budgets of some, and of those that err most.
 
         oracle [T, H, Dv]: float64 attention on keys and values as they were given.
         """
-        if arm.failed or arm.kernel is None:
+        kernel = one.arm.kernel
+        if one.failed or kernel is None:
             return
-        whole = kernel_call(call, arm.path)
-        tried = attempt(arm.kernel, whole)
+        whole = kernel_call(call, one.path)
+        tried = attempt(kernel, whole)
         if tried.output is None:
-            arm.findings.failure, arm.findings.failure_place = tried.failure, Place(0, call.layer)
+            one.fail(tried.failure, call)
             return
         got = tried.output.out[0].double()  # [T, H, Dv]
         distance = got - oracle
         bad = ~torch.isfinite(distance).all(-1)
         distance = torch.where(bad[..., None], 0.0, distance)
         rows = _rows_to_check(distance, oracle, bad)
-        small = kernel_call(call, arm.path, rows)
-        budget = error_budget(arm.kernel.held(small), arm.kernel.arithmetic_of(small))
+        small = kernel_call(call, one.path, rows)
+        budget = error_budget(kernel.held(small), kernel.arithmetic_of(small))
         exact = budget.out
         figures = row_figures(got[rows] - exact, budget)
         error = torch.where(bad[rows][..., None], 0.0, got[rows] - exact[0])[None]
@@ -117,7 +117,7 @@ class CheckedExact:
             StepCheck(
                 step=self.step,
                 layer=call.layer,
-                arm=arm.name,
+                arm=one.name,
                 square_error=float(square / power.clamp(min=_SMALLEST_SQUARE)),
                 max_budget_ratio=float(figures.ratio.max()),
                 relative_max=float(figures.relative.max()),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
-from verify.arms.arm import Arm, void_reasons
+from verify.arms.arm import Arm, Findings, void_reasons
 from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of
 from verify.arms.model_facts import model_record
 from verify.arms.model_health import model_fault
@@ -35,11 +36,14 @@ from verify.ppl.groups import TOKEN_SCHEMA
 FEWEST_SAMPLES = 2
 
 
-def pair_record(generation: Generation, written: Written, candidate: Arm) -> GenPairRecord:
+def pair_record(
+    generation: Generation, written: Written, candidate: Arm, findings: Mapping[str, Findings]
+) -> GenPairRecord:
     """Everything about one candidate, and the verdict on it."""
     steps = [step for step in written.steps if candidate.name in step.arms]
     baseline = next(arm for arm in generation.arms if arm.name == candidate.reference)
-    equal = bool(steps) and candidate.findings.kept_all_bits
+    of_candidate, of_baseline = findings[candidate.name], findings[baseline.name]
+    equal = bool(steps) and of_candidate.kept_all_bits
     logs = log_squares(generation.exact.checks, candidate.name, baseline.name)
     enough = bool(steps) and len(logs) >= FEWEST_SAMPLES
     both = candidate.name, baseline.name
@@ -48,7 +52,10 @@ def pair_record(generation: Generation, written: Written, candidate: Arm) -> Gen
     coverage = _coverage(generation, candidate, steps)
     decision = decide(
         PairEvidence(
-            faults=[*_faults(generation, written, candidate), *_faults(generation, written, baseline)],
+            faults=[
+                *_faults(generation, written, candidate, of_candidate),
+                *_faults(generation, written, baseline, of_baseline),
+            ],
             same_spec=candidate.spec == baseline.spec,
             coverage=coverage,
             bitwise_equal=equal,
@@ -56,7 +63,7 @@ def pair_record(generation: Generation, written: Written, candidate: Arm) -> Gen
             min_coverage=generation.settings.min_coverage,
             margin=generation.settings.margin,
             allow_same=generation.settings.allow_same,
-            not_compared=candidate.findings.refusal("candidate") or baseline.findings.refusal("baseline"),
+            not_compared=of_candidate.refusal("candidate") or of_baseline.refusal("baseline"),
             unit="tokens",
             narrowed_by="more tokens (-n) narrow it",
         )
@@ -109,10 +116,10 @@ def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> 
     return sum(step.n_kv in changed for step in steps) / max(len(steps), 1)
 
 
-def _faults(generation: Generation, written: Written, arm: Arm) -> list[str]:
+def _faults(generation: Generation, written: Written, arm: Arm, findings: Findings) -> list[str]:
     """What makes an arm `broken`, as sentences."""
     called = "candidate" if arm.role == "candidate" else f"baseline {arm.spec}"
-    findings, faults = arm.findings, []
+    faults = []
     if findings.failure is not None and not findings.refused:
         steps = len([s for s in written.steps if arm.name in s.arms])
         at = "the prompt" if arm.name in written.failed_in_prompt else f"token {steps + 1}"
@@ -144,18 +151,19 @@ def _moved(steps: Sequence[Step], arm: str, reference: str) -> float:
 
 def conclude(generation: Generation, written: Written) -> GenRun:
     """The whole run: every candidate's evidence, and the verdict."""
-    if not all(step.arms["exact"].finite for step in written.steps if "exact" in step.arms):
-        exact = next(arm for arm in generation.arms if arm.role == "exact")
-        if exact.findings.nonfinite_place is None:
-            exact.findings.model_fault = model_fault(generation.architecture)
+    findings = generation.findings()
+    finite = all(step.arms["exact"].finite for step in written.steps if "exact" in step.arms)
+    if not finite and findings["exact"].nonfinite_place is None:
+        fault = model_fault(generation.architecture)
+        findings["exact"] = replace(findings["exact"], model_fault=fault)
     candidates = generation.candidates
-    pairs = [pair_record(generation, written, arm) for arm in candidates]
+    pairs = [pair_record(generation, written, arm, findings) for arm in candidates]
     verdict, exit_code, reasons = run_verdict(
         [
             (arm.spec, Decision(pair.verdict, pair.reasons))
             for arm, pair in zip(candidates, pairs, strict=True)
         ],
-        void_reasons(generation.arms),
+        void_reasons(generation.arms, findings),
     )
     settings, notes = generation.settings, generation.notes
     if written.ended:
@@ -177,7 +185,7 @@ def conclude(generation: Generation, written: Written) -> GenRun:
             tokens=len(generation.prompt),
             last=generation.tokenizer.token_text(generation.prompt[-1]),
         ),
-        arms=[_arm_record(generation, written, arm) for arm in generation.arms],
+        arms=[_arm_record(generation, written, arm, findings[arm.name].failure) for arm in generation.arms],
         pairs=pairs,
         coverage=coverage_records(generation.arms, traces),
         detectable={pair.candidate: pair.detectable_distance_ratio for pair in pairs},
@@ -185,7 +193,7 @@ def conclude(generation: Generation, written: Written) -> GenRun:
     )
 
 
-def _arm_record(generation: Generation, written: Written, arm: Arm) -> GenArmRecord:
+def _arm_record(generation: Generation, written: Written, arm: Arm, failure: str | None) -> GenArmRecord:
     mine = [step.arms[arm.name] for step in written.steps if arm.name in step.arms]
     tokens = [step.chosen for step in written.steps]
     own = written.own_tokens.get(arm.name)
@@ -199,7 +207,7 @@ def _arm_record(generation: Generation, written: Written, arm: Arm) -> GenArmRec
         text=generation.tokenizer.decode(tokens) if arm.role in ("baseline", "candidate") else None,
         kld_to_exact_mean=sum(a.kld_to_exact for a in mine) / len(mine) if mine else math.nan,
         agrees_with_baseline=sum(a.top1 == s.chosen for a, s in zip(mine, written.steps, strict=False)),
-        failure=arm.findings.failure,
+        failure=failure,
     )
 
 

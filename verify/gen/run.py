@@ -8,13 +8,13 @@ The prompt but for its last token goes through the prefill path; each token afte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from verify.arms.arm import Arm, ArmRunner
+from verify.arms.arm import Arm, ArmRunner, Findings
 from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.model_facts import match_baselines, try_kernels
 from verify.arms.split_mode import check_model
@@ -23,6 +23,7 @@ from verify.gen.difference import Difference, difference_at, measure_floor
 from verify.gen.record import TokenRecord
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.bits import same_bits
+from verify.kernels.call import AttentionPath
 from verify.kernels.trace import LaunchTrace
 from verify.machine.devices import chosen_device, free_memory
 from verify.machine.errors import UsageError
@@ -145,9 +146,10 @@ class Generation:
         self.resident = weight_bytes(self.architecture) < free_memory(self.device) // 2
         if not self.resident:
             notice("the weights do not fit into memory: they are decoded again for every token")
-        board: dict[str, torch.Tensor] = {}
-        self._runners = {arm.name: ArmRunner(arm, board, seed=settings.seed) for arm in self.arms}
-        self.exact = CheckedExact(self._runners["exact"], self.arms, sizes.layers)
+        outputs: dict[str, torch.Tensor] = {}
+        self._runners = {arm.name: ArmRunner(arm, outputs, seed=settings.seed) for arm in self.arms}
+        self._logits_equal = dict.fromkeys(self._runners, True)
+        self.exact = CheckedExact(self._runners["exact"], self._runners.values(), sizes.layers)
         self.stepper = Stepper(
             self.architecture,
             [self.exact, *(r for name, r in self._runners.items() if name != "exact")],
@@ -165,6 +167,13 @@ class Generation:
     def launched(self, arm: str) -> LaunchTrace:
         """What an arm's kernel ran for it: the prompt, and every step of the text that all arms share."""
         return self._runners[arm].launched
+
+    def findings(self) -> dict[str, Findings]:
+        """What came to light of every arm so far, by name."""
+        return {
+            name: replace(one.findings, logits_equal=self._logits_equal[name])
+            for name, one in self._runners.items()
+        }
 
     @property
     def candidates(self) -> list[Arm]:
@@ -191,7 +200,7 @@ class Generation:
         self._take("prefill")
         if len(self.prompt) > 1:
             self.stepper.step(torch.tensor(self.prompt[:-1]), scored=0)
-        found.failed_in_prompt = frozenset(arm.name for arm in self.arms if arm.failed)
+        found.failed_in_prompt = frozenset(name for name, one in self._runners.items() if one.failed)
         self._take("decode")
         sequence = list(self.prompt)
         for i in range(self.settings.n_predict):
@@ -221,9 +230,9 @@ class Generation:
                 return
             sequence.append(step.chosen)
 
-    def _take(self, path: Any) -> None:
-        for arm in self.arms:
-            arm.path = path
+    def _take(self, path: AttentionPath) -> None:
+        for one in self._runners.values():
+            one.path = path
 
     @property
     def _reference_of(self) -> dict[str, str]:
@@ -232,7 +241,8 @@ class Generation:
     def _compare_bits(self, logits: dict[str, torch.Tensor]) -> None:
         for arm in self.arms:
             if arm.reference in logits and arm.name in logits:
-                arm.findings.logits_equal &= same_bits(logits[arm.name], logits[arm.reference])
+                equal = same_bits(logits[arm.name], logits[arm.reference])
+                self._logits_equal[arm.name] &= equal
 
     def _difference(
         self, arm: Arm, i: int, sequence: list[int], step: Step, logits: dict[str, torch.Tensor]
@@ -254,8 +264,7 @@ class Generation:
         """What the candidate writes from here on by itself, `token` first."""
         assert arm.kernel is not None
         written = [token]
-        alone = Arm(arm.name, arm.role, arm.spec, arm.path, arm.kernel)
-        branch = self.stepper.branch(ArmRunner(alone, {}), after=arm.name)
+        branch = self.stepper.branch(ArmRunner(replace(arm, reference=None), {}), after=arm.name)
         while len(written) < self.settings.n_predict - i:
             if written[-1] == self.tokenizer.eos_id and not self.settings.ignore_eos:
                 break

@@ -38,7 +38,7 @@ class DriftSums:
         self._first = first
         self._exact: torch.Tensor | None = None
 
-    def __call__(self, name: str, call: LayerCall, *, exact: bool = False) -> None:
+    def add(self, name: str, call: LayerCall, *, exact: bool = False) -> None:
         """One layer of one pass. All passes enter the first layer alike: it is left out."""
         if call.x is None or call.layer == 0:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ import torch
 from verify.arms.arm import Arm, void_reasons
 from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.kernel_errors import in_place_record
-from verify.arms.model_facts import fingerprint, match_baselines, model_record, try_kernels
+from verify.arms.model_facts import match_baselines, model_record, try_kernels
 from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
 from verify.arms.result_type import Match, same_match
+from verify.arms.sample import Sample
 from verify.arms.split_mode import check_model, tensor_parallel_record
 from verify.data import Corpus, Windows, cut_windows, load_corpus, read_text_file
 from verify.diff.captured import capture_to, parse_layers
@@ -31,7 +32,7 @@ from verify.model.architectures import architecture_of
 from verify.model.architectures.architecture import Architecture
 from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
-from verify.model.runner import COMPUTE_TYPES, Progress, Runner
+from verify.model.runner import COMPUTE_TYPES, Runner
 from verify.model.tokenizer import Tokenizer
 from verify.ppl.drift import drift_record
 from verify.ppl.engine_logits import LogitsFiles, engine_records
@@ -47,26 +48,17 @@ from verify.ppl.evidence import (
     pair_record,
     power_record,
 )
-from verify.ppl.frozen import carried
 from verify.ppl.grouping import Grouping, group_windows
-from verify.ppl.groups import GroupResult, join_groups
+from verify.ppl.groups import GroupJob, GroupResult, join_groups
+from verify.ppl.listener import Listener
+from verify.ppl.measuring import is_measured
 from verify.ppl.noise_plans import noise_specs
 from verify.ppl.perplexity import running_perplexity
 from verify.ppl.planted import planted_faults
 from verify.ppl.record import CorpusRecord, PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
-from verify.ppl.sample import Sample
 from verify.ppl.settings import PplSettings
-
-
-class Listener(Protocol):
-    """What a console shows of a run while it goes on."""
-
-    def notice(self, text: str) -> None: ...
-    def started(self, experiment: Experiment) -> None: ...
-    def progress(self, first: int, last: int, windows: int) -> Progress: ...
-    def windows_done(self, first: int, running: list[float]) -> None: ...
 
 
 class Outcome(NamedTuple):
@@ -89,6 +81,7 @@ class Experiment:
         path = locate_model(settings.model)
         self.file = GGUFFile.open(path)
         self.architecture: Architecture = architecture_of(self.file)
+        self.model = model_record(self.architecture)
         layers = self.architecture.sizes.layers
         self.captured = (
             parse_layers(settings.capture, layers, self.architecture.attends)
@@ -166,7 +159,7 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on with."""
         return {
-            "model": fingerprint(self.file.paths),
+            "model": self.model.fingerprint,
             "tokens": hashlib.sha256(np.ascontiguousarray(self.windows.tokens).tobytes()).hexdigest(),
             "kernels": [_binary(arm.kernel) for arm in self.arms if arm.kernel],
         }
@@ -178,7 +171,7 @@ class Experiment:
         are in the folder then.
         """
         leads = self.ranks.leads
-        watch = capture_to(folder.path, self.captured) if self.captured and folder else None
+        capture = capture_to(folder.path, self.captured) if self.captured and folder else None
         runner = Runner(
             self.architecture,
             device=self.device,
@@ -197,34 +190,33 @@ class Experiment:
         )
         self.ended["preparing"] = environment.process_seconds()
         self.logits_files.begin(resume=bool(folder and folder.finished_groups()))
-        self.listener.started(self)
+        self.listener.started(self.model, self._corpus_record(), self.tensor_parallel, self.notes)
+        job = GroupJob(
+            runner=runner,
+            windows=self.windows,
+            arms=self.arms,
+            seed=self.settings.seed,
+            prompt=self.prompt,
+            faults={fault.name: fault.fault for fault in self.faults},
+            capture=capture,
+            logits_files=self.logits_files or None,
+            measured=self.settings.measured,
+        )
         rounds = Rounds(
-            runner,
-            self.windows,
-            self.arms,
+            job,
             grouping,
             folder=folder,
             ranks=self.ranks,
-            seed=self.settings.seed,
-            capture=watch,
-            prompt=self.prompt,
-            faults={fault.name: fault.fault for fault in self.faults},
-            logits_files=self.logits_files or None,
-            measured=self.settings.measured,
+            listener=self.listener,
+            group_done=self._group_done,
             checkpoint_seconds=60 * self.settings.checkpoint_minutes,
         )
-        results = rounds.run(self)
+        results = rounds.run()
         runner.stream.close()
         self.ended["groups"] = environment.process_seconds()
         self.grouping = rounds.grouping
         self._moved = [shape for shape, same in runner.products.checked.items() if not same]
         return self._conclude(join_groups(results)) if leads else None
-
-    def notice(self, text: str) -> None:
-        self.listener.notice(text)
-
-    def progress(self, first: int, last: int, windows: int) -> Progress:
-        return self.listener.progress(first, last, windows)
 
     def _grouping(self, runner: Runner) -> Grouping:
         n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
@@ -232,7 +224,7 @@ class Experiment:
             windows=self.windows.n_windows,
             at_once=runner.tiling(n_ctx, self.settings.score_last).windows,
             n_ctx=n_ctx,
-            state_bytes=(len(self.arms) + len(carried(self.arms)) + len(self.faults))
+            state_bytes=(len(self.arms) + sum(map(is_measured, self.arms)) + len(self.faults))
             * n_ctx
             * width
             * COMPUTE_TYPES[self.settings.compute].itemsize,
@@ -241,12 +233,8 @@ class Experiment:
             device=self.device,
         )
 
-    def taken_in(self, first: int, result: GroupResult) -> None:
-        """A finished group's findings, and its part of the running perplexity if all before it is there."""
-        for arm in self.arms:
-            # A failure of one rank's group is known here before all ranks are told.
-            if not arm.failed:
-                arm.findings = result.findings[arm.name]
+    def _group_done(self, first: int, result: GroupResult) -> None:
+        """A finished group's part of the running perplexity, if all before it is there."""
         baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
         nll = Scores(result, self.windows.scored_per_window).column(baseline, "nll")
         if first == sum(map(len, self._nll)) and len(nll):
@@ -255,8 +243,6 @@ class Experiment:
 
     def _conclude(self, joined: GroupResult) -> Outcome:
         settings = self.settings
-        for arm in self.arms:
-            arm.findings = joined.findings[arm.name]
         scores = Scores(joined, self.windows.scored_per_window)
         arms = [arm_record(arm, joined.findings[arm.name], scores) for arm in self.arms]
         by_name = {arm.name: arm for arm in self.arms}
@@ -292,7 +278,7 @@ class Experiment:
             )
         verdict, exit_code, reasons = run_verdict(
             [(f"{by_name[p.candidate].spec} ({p.path})", Decision(p.verdict, p.reasons)) for p in pairs],
-            void_reasons(self.arms),
+            void_reasons(self.arms, joined.findings),
         )
         baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
         engines = engine_records(
@@ -315,7 +301,7 @@ class Experiment:
             engines=engines,
             settings=settings.to_json(),
             environment=environment.describe(str(self.device)),
-            model=model_record(self.architecture),
+            model=self.model,
             tensor_parallel=self.tensor_parallel,
             corpus=self._corpus_record(),
             arms=arms,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from verify.arms.arm import Arm, ArmRunner, Findings
+from verify.arms.arm import Arm, ArmRunner, Findings, FirstResult, Role
 from verify.arms.model_health import OVERFLOWS, model_fault
 from verify.arms.own_error import InPlace
+from verify.arms.sample import Sample
 from verify.data import Windows
 from verify.kernels.trace import LaunchTrace
 from verify.machine.environment import anonymous_memory
@@ -23,11 +24,13 @@ from verify.model.runner import LayerCall, Progress, Runner
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
 from verify.ppl.drift import DriftSums, join_drift, position_edges
 from verify.ppl.engine_logits import LogitsFiles
-from verify.ppl.frozen import Fault, FrozenRunner, Teacher, frozen_name
-from verify.ppl.sample import Sample
+from verify.ppl.frozen import FrozenRunner
+from verify.ppl.measuring import Fault, KernelMeasurer
+from verify.ppl.record import frozen_name
 from verify.ppl.scoring import Scorer, TokenScores
 from verify.ppl.top1 import changed_tokens
 
+T = TypeVar("T")
 TOKEN_SCHEMA = pa.schema(
     [
         ("window", pa.int32()),
@@ -46,28 +49,22 @@ TOKEN_SCHEMA = pa.schema(
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GroupResult:
-    """What one group left: everything that a verdict needs, and nothing of the model.
-
-    top1: tokens whose most likely token changed; drift: sums of squares, see `join_drift`; windows: those
-    that it ran; seconds: by kind of work; product_flop: operations of the weight products of all passes;
-    anonymous_bytes: the most anonymous memory seen; groups: how many this is, joined ones included;
-    read_bytes: of the model's file, by tensor.
-    """
+    """What one group left, or several joined: all that a verdict needs, and nothing of the model."""
 
     tokens: pa.Table
     layers: pa.Table
-    top1: pa.Table
-    findings: dict[str, Findings]
-    traces: dict[str, LaunchTrace]
-    drift: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    product_flop: float = 0.0
-    anonymous_bytes: int = 0
-    windows: range = range(0)
-    groups: int = 1
-    read_bytes: Counter[str] = field(default_factory=Counter)
+    top1: pa.Table  # tokens whose most likely token changed
+    findings: dict[str, Findings]  # by arm
+    traces: dict[str, LaunchTrace]  # by arm
+    drift: dict[str, Any] = field(default_factory=dict)  # sums of squares, see `join_drift`
+    seconds: dict[str, float] = field(default_factory=dict)  # by kind of work
+    product_flop: float = 0.0  # operations of the weight products of all passes
+    anonymous_bytes: int = 0  # the most anonymous memory seen
+    windows: range = range(0)  # that it ran
+    groups: int = 1  # that this is
+    read_bytes: Counter[str] = field(default_factory=Counter)  # of the model's file, by tensor
 
     def state(self) -> dict[str, Any]:
         return {
@@ -86,208 +83,263 @@ class GroupResult:
         cls, tokens: pa.Table, layers: pa.Table, top1: pa.Table, state: dict[str, Any]
     ) -> GroupResult:
         return cls(
-            tokens,
-            layers,
-            top1,
-            {name: Findings.from_json(found) for name, found in state["findings"].items()},
-            {name: LaunchTrace.from_json(lines) for name, lines in state["traces"].items()},
-            state["drift"],
-            state["seconds"],
-            state["product_flop"],
-            state["anonymous_bytes"],
-            range(*state["windows"]),
+            tokens=tokens,
+            layers=layers,
+            top1=top1,
+            findings={name: Findings.from_json(one) for name, one in state["findings"].items()},
+            traces={name: LaunchTrace.from_json(lines) for name, lines in state["traces"].items()},
+            drift=state["drift"],
+            seconds=state["seconds"],
+            product_flop=state["product_flop"],
+            anonymous_bytes=state["anonymous_bytes"],
+            windows=range(*state["windows"]),
             read_bytes=Counter(state["read_bytes"]),
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupJob:
+    """What all groups of a run share."""
+
+    runner: Runner
+    windows: Windows  # all of the text
+    arms: Sequence[Arm]
+    seed: int = 0  # of sampled rows and the floor's noise
+    prompt: Arm | None = None  # runs what comes before the scored positions
+    faults: Mapping[str, Fault] = field(default_factory=dict)  # planted in the first baseline, by frozen pass
+    capture: Callable[[LayerCall], None] | None = None  # called with every layer's inputs of the exact arm
+    logits_files: LogitsFiles | None = None  # where logits are saved, and engines' come from
+    measured: int = 0  # windows on which kernels are measured and the floor runs (`Sample`), 0 for all
+
+    def first_of(self, role: Role) -> str | None:
+        """Name of the first arm of a role."""
+        return next((arm.name for arm in self.arms if arm.role == role), None)
+
+
 def run_group(
-    runner: Runner,
-    windows: Windows,
+    job: GroupJob,
     chosen: range,
-    arms: Sequence[Arm],
     *,
-    seed: int,
-    capture: Callable[[LayerCall], None] | None = None,
-    faults: Mapping[str, Fault] | None = None,
-    prompt: Arm | None = None,
+    failed: Mapping[str, Findings] | None = None,
     progress: Progress | None = None,
-    logits_files: LogitsFiles | None = None,
-    measured: int = 0,
     checkpoints: Checkpoints | None = None,
     begin: Checkpoint | None = None,
 ) -> GroupResult:
     """Run the windows `chosen` through every arm, freely and with frozen casts.
 
-    capture: called with every layer's inputs of the exact arm; faults: planted in the first baseline's
-    result, a frozen pass each; prompt: runs what comes before the scored positions; logits_files: where
-    logits are saved, and engines' come from; measured: windows of the text, 0 for all, on which kernels are
-    measured and the floor arm runs (`Sample`); checkpoints: where the group is kept between layers, begin:
-    one of these windows to go on from. Findings of the arms start anew; an arm that failed in an earlier
-    group does not run again.
+    failed: failures of arms in earlier groups: those do not run again. checkpoints: where the group is kept
+    between layers; begin: one of these windows to go on from.
     """
-    launching = [*arms, prompt] if prompt is not None else list(arms)
-    for arm in launching:
-        arm.findings = Findings(failure=arm.findings.failure, failure_place=arm.findings.failure_place)
-    runner.stopwatch.reset()
-    runner.stream.read_bytes.clear()
-    tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
-    first, rest = 0, None
-    if prompt is not None:
-        # The last token of a window is a target only: nothing needs its keys.
-        tokens = tokens[:, : windows.scored_positions.stop]
-        first, rest = windows.first_scored, windows.scored_per_window
-    at_once = runner.tiling(tokens.shape[1], rest).windows
-    sample = Sample(windows.n_windows, measured=measured, at_once=at_once)
-    in_place = InPlace(sample, seed=seed, at_once=at_once)
-    victim = next((arm for arm in arms if arm.role == "baseline"), None)
-    teacher = Teacher(arms, in_place, seed=seed, faults=faults, victim=victim.name if victim else "")
-    drift = DriftSums(position_edges(tokens.shape[1], first), runner.device)
+    return _Group(job, chosen, failed or {}, begin).run(progress, checkpoints, begin)
 
-    def watch(call: LayerCall, oracle: torch.Tensor) -> None:
-        if call.window in sample:
-            with runner.stopwatch.time("in place"):
-                teacher(call, oracle)
-        if capture is not None:
-            capture(call)
 
-    board: dict[str, torch.Tensor] = {}
-    passes: list[ArmRunner | FrozenRunner] = []
-    for arm in arms:
-        if arm.role == "engine":
-            continue
-        is_exact = arm.role == "exact"
-        # The control has its baseline's bits, or the run is void.
-        seen = None if arm.role == "control" else partial(drift, exact=is_exact)
-        passes.append(
-            ArmRunner(
+class _Group:
+    """The passes of one group, and what is added up while they run."""
+
+    def __init__(
+        self, job: GroupJob, chosen: range, failed: Mapping[str, Findings], begin: Checkpoint | None
+    ) -> None:
+        runner, windows, arms = job.runner, job.windows, job.arms
+        self.job, self.chosen = job, chosen
+        runner.stopwatch.reset()
+        runner.stream.read_bytes.clear()
+        self.tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
+        first, rest = 0, None
+        if job.prompt is not None:
+            # The last token of a window is a target only: nothing needs its keys.
+            self.tokens = self.tokens[:, : windows.scored_positions.stop]
+            first, rest = windows.first_scored, windows.scored_per_window
+        at_once = runner.tiling(self.tokens.shape[1], rest).windows
+        self.sample = Sample(windows.n_windows, measured=job.measured, at_once=at_once)
+        self.in_place = InPlace(self.sample, seed=job.seed, at_once=at_once)
+        self.drift = DriftSums(position_edges(self.tokens.shape[1], first), runner.device)
+        self.anonymous_bytes = anonymous_memory()
+        # The first layer after which the exact arm's state is not finite.
+        self.bad_layer: int | None = None
+        known = begin.evidence if begin is not None else {}
+        outputs: dict[str, torch.Tensor] = {}
+        first_results: dict[str, FirstResult] = {}
+
+        def free(arm: Arm) -> ArmRunner:
+            is_exact = arm.role == "exact"
+            # The control has its baseline's bits, or the run is void.
+            drifts = arm.role not in ("control", "prompt")
+            findings = failed.get(arm.name, Findings()).of_failure()
+            launched = None
+            if known:
+                findings = Findings.from_json(known["findings"][arm.name])
+                launched = LaunchTrace.from_json(known["traces"].get(arm.name, []))
+            return ArmRunner(
                 arm,
-                board,
-                seed=seed,
-                watch=watch if is_exact else None,
-                seen=seen,
-                wait=False,
-                again=teacher.first,
+                outputs,
+                seed=job.seed,
+                on_exact=self._measure if is_exact else None,
+                on_call=partial(self.drift.add, exact=is_exact) if drifts else None,
+                wait=arm.role == "prompt",
+                first_results=first_results,
+                findings=findings,
+                launched=launched,
             )
+
+        self.free = [free(arm) for arm in arms]
+        self.prompt = free(job.prompt) if job.prompt is not None else None
+        self.measurer = KernelMeasurer(
+            self.free,
+            self.in_place,
+            first_results=first_results,
+            seed=job.seed,
+            faults=job.faults,
+            planted_in=job.first_of("baseline") or "",
         )
-    passes += [FrozenRunner(frozen_name(arm.name), arm, teacher, drift) for arm in teacher.arms]
-    if victim is not None:
-        passes += [FrozenRunner(name, victim, teacher, drift) for name in teacher.faults]
-    before_scored = ArmRunner(prompt, board) if prompt is not None else None
-    runners = [one for one in (*passes, before_scored) if isinstance(one, ArmRunner)]
-    launched = {one.name: one for one in runners if one.arm.kernel is not None}
-    on_sample = {one.name for one in passes if isinstance(one, FrozenRunner) or one.arm.role == "floor"}
-    most = anonymous_memory()
+        self.passes: list[ArmRunner | FrozenRunner] = [one for one in self.free if one.arm.role != "engine"]
+        for one in self.measurer.runners:
+            self.passes.append(FrozenRunner(frozen_name(one.name), one, self.measurer, self.drift.add))
+        for one in self.free:
+            if one.name == self.measurer.planted_in:
+                planted = [FrozenRunner(name, one, self.measurer, self.drift.add) for name in job.faults]
+                self.passes += planted
+        frozen = {one.name for one in self.passes if isinstance(one, FrozenRunner)}
+        self._on_sample = frozen | {arm.name for arm in arms if arm.role == "floor"}
+        targets = windows.targets[chosen.start : chosen.stop].astype(np.int64)
+        self.scorer = Scorer(
+            exact=job.first_of("exact"),
+            baseline_of=self._baseline_of(),
+            targets=torch.from_numpy(targets.ravel()).to(runner.device),
+        )
+        if known:
+            self.in_place.restore(known["in_place"])
+            self.drift.sums = dict(known["drift"])
+            runner.stopwatch.restore(known["seconds"], known["flop"])
+            runner.stream.read_bytes.update(known["read_bytes"])
 
-    def step(done: int, total: int) -> None:
-        nonlocal most
-        most = max(most, anonymous_memory())
-        if progress:
-            progress(done, total)
+    @property
+    def _runners(self) -> list[ArmRunner]:
+        """Of every arm, the prompt's included."""
+        return [*self.free, *([self.prompt] if self.prompt is not None else [])]
 
-    exact, floor = (next((a.name for a in arms if a.role == role), None) for role in ("exact", "floor"))
-    by_name = {arm.name: arm for arm in arms}
-    baseline_of = {arm.name: arm.reference for arm in arms if arm.reference is not None}
-    baseline_of |= {
-        frozen_name(arm.name): frozen_name(arm.reference) for arm in teacher.arms if arm.reference is not None
-    }
-    if victim is not None:
-        baseline_of |= dict.fromkeys(teacher.faults, frozen_name(victim.name))
-    targets = windows.targets[chosen.start : chosen.stop].astype(np.int64)
-    scorer = Scorer(
-        exact=exact, baseline_of=baseline_of, targets=torch.from_numpy(targets.ravel()).to(runner.device)
-    )
+    def _baseline_of(self) -> dict[str, str]:
+        """Pass -> the pass that it is compared with."""
+        of = {arm.name: arm.reference for arm in self.job.arms if arm.reference is not None}
+        of |= {
+            frozen_name(one.name): frozen_name(one.arm.reference)
+            for one in self.measurer.runners
+            if one.arm.reference is not None
+        }
+        return of | dict.fromkeys(self.job.faults, frozen_name(self.measurer.planted_in))
 
-    def settle() -> None:
-        for one in passes:
-            if isinstance(one, ArmRunner):
-                one.settle()
+    def _measure(self, call: LayerCall, oracle: torch.Tensor) -> None:
+        if call.window in self.sample:
+            with self.job.runner.stopwatch.time("in place"):
+                self.measurer.measure(call, oracle)
+        if self.job.capture is not None:
+            self.job.capture(call)
 
-    # The first layer after which the exact arm's state is not finite.
-    bad_layer: int | None = None
+    def _takes(self, name: str, window: int) -> bool:
+        """Whether a pass runs a window: the floor and frozen passes run those that are measured."""
+        return window in self.sample or name not in self._on_sample
 
-    def layer_done(layers: int, hidden: dict[State, torch.Tensor]) -> None:
-        nonlocal bad_layer
-        states = [x for (_, name), x in hidden.items() if name == exact] if bad_layer is None else []
-        if not all(bool(torch.isfinite(x).all()) for x in states):
-            bad_layer = layers - 1
-        if checkpoints is not None and checkpoints.due:
-            settle()
-            evidence = {
-                "findings": {arm.name: arm.findings.to_json() for arm in launching},
-                "traces": {name: one.launched.to_json() for name, one in launched.items()},
-                "in_place": in_place.state(),
-                "drift": drift.sums,
-                "seconds": runner.stopwatch.seconds,
-                "flop": runner.stopwatch.flop,
-                "read_bytes": dict(runner.stream.read_bytes),
-            }
-            checkpoints.keep(Checkpoint(chosen, layers, hidden, evidence))
+    def _settle(self) -> None:
+        for one in self.free:
+            one.settle()
 
-    if begin is not None:
-        evidence = begin.evidence
-        for arm in launching:
-            arm.findings = Findings.from_json(evidence["findings"][arm.name])
-        for name, one in launched.items():
-            one.launched = LaunchTrace.from_json(evidence["traces"][name])
-        in_place.restore(evidence["in_place"])
-        drift.sums = dict(evidence["drift"])
-        runner.stopwatch.restore(evidence["seconds"], evidence["flop"])
-        runner.stream.read_bytes.update(evidence["read_bytes"])
-    slices = runner.run_group(
-        tokens,
-        passes,
-        scored=windows.scored_positions,
-        first_window=chosen.start,
-        progress=step,
-        whole_vocabulary=logits_files is not None,
-        prompt=before_scored,
-        takes=lambda name, window: name not in on_sample or window in sample,
-        layer_done=layer_done,
-        begin=(begin.layers, begin.hidden) if begin is not None else None,
-    )
-    for piece in slices:
-        if logits_files is not None:
-            piece = logits_files.pass_through(piece, chosen.start)
-        with runner.stopwatch.time("scoring"):
-            scorer.add(piece)
-        most = max(most, anonymous_memory())
-    settle()
-    for name, same in scorer.logits_equal.items():
-        if name in by_name:
-            by_name[name].findings.logits_equal &= same
-    scores = scorer.scores()
-    if exact in scores and not np.isfinite(scores[exact].nll).all():
-        by_name[exact].findings.model_fault = _model_fault(runner, by_name[exact], bad_layer)
-    names = [*by_name, *(one.name for one in passes if one.name not in by_name)]
-    top1 = changed_tokens(
-        scorer.best_two(),
-        scores[floor].kld_to_exact if floor is not None and floor in scores else None,
-        [arm for arm in arms if arm.role == "candidate"],
-        exact,
-        chosen,
-        windows.scored_positions,
-    )
-    return GroupResult(
-        _token_table(windows, chosen, names, scores),
-        in_place.table(),
-        top1,
-        {arm.name: arm.findings for arm in arms},
-        {name: one.launched for name, one in launched.items()},
-        drift.to_json(),
-        runner.stopwatch.seconds,
-        runner.stopwatch.flop,
-        most,
-        chosen,
-        read_bytes=Counter(runner.stream.read_bytes),
-    )
+    def _evidence(self) -> dict[str, Any]:
+        """What a checkpoint holds beside hidden states."""
+        runner = self.job.runner
+        return {
+            "findings": {one.name: one.findings.to_json() for one in self._runners},
+            "traces": self._traces(lambda trace: trace.to_json()),
+            "in_place": self.in_place.state(),
+            "drift": self.drift.sums,
+            "seconds": runner.stopwatch.seconds,
+            "flop": runner.stopwatch.flop,
+            "read_bytes": dict(runner.stream.read_bytes),
+        }
 
+    def run(
+        self, progress: Progress | None, checkpoints: Checkpoints | None, begin: Checkpoint | None
+    ) -> GroupResult:
+        job, runner = self.job, self.job.runner
+        exact = job.first_of("exact")
 
-def _model_fault(runner: Runner, exact: Arm, layer: int | None) -> str | None:
-    """What is wrong with the model; None where its q, k or v alone overflow what they are rounded to."""
-    fault = model_fault(runner.architecture, layer)
-    place = exact.findings.nonfinite_place
-    rounded = place is not None and (layer is None or place.layer <= layer)
-    return None if rounded and OVERFLOWS in fault else fault
+        def step(done: int, total: int) -> None:
+            self.anonymous_bytes = max(self.anonymous_bytes, anonymous_memory())
+            if progress:
+                progress(done, total)
+
+        def layer_done(layers: int, hidden: dict[State, torch.Tensor]) -> None:
+            states = [x for (_, name), x in hidden.items() if name == exact]
+            if self.bad_layer is None and not all(bool(torch.isfinite(x).all()) for x in states):
+                self.bad_layer = layers - 1
+            if checkpoints is not None and checkpoints.due:
+                self._settle()
+                checkpoints.keep(Checkpoint(self.chosen, layers, hidden, self._evidence()))
+
+        slices = runner.run_group(
+            self.tokens,
+            self.passes,
+            scored=job.windows.scored_positions,
+            first_window=self.chosen.start,
+            progress=step,
+            whole_vocabulary=job.logits_files is not None,
+            prompt=self.prompt,
+            takes=self._takes,
+            layer_done=layer_done,
+            begin=(begin.layers, begin.hidden) if begin is not None else None,
+        )
+        for piece in slices:
+            if job.logits_files is not None:
+                piece = job.logits_files.pass_through(piece, self.chosen.start)
+            with runner.stopwatch.time("scoring"):
+                self.scorer.add(piece)
+            self.anonymous_bytes = max(self.anonymous_bytes, anonymous_memory())
+        self._settle()
+        return self._result()
+
+    def _result(self) -> GroupResult:
+        job, runner, scores = self.job, self.job.runner, self.scorer.scores()
+        exact, floor = job.first_of("exact"), job.first_of("floor")
+        arms = [arm.name for arm in job.arms]
+        names = [*arms, *(one.name for one in self.passes if one.name not in arms)]
+        top1 = changed_tokens(
+            self.scorer.best_two(),
+            scores[floor].kld_to_exact if floor is not None and floor in scores else None,
+            [arm for arm in job.arms if arm.role == "candidate"],
+            exact,
+            self.chosen,
+            job.windows.scored_positions,
+        )
+        return GroupResult(
+            tokens=_token_table(job.windows, self.chosen, names, scores),
+            layers=self.in_place.table(),
+            top1=top1,
+            findings={one.name: self._findings(one, scores) for one in self.free},
+            traces=self._traces(lambda trace: trace),
+            drift=self.drift.to_json(),
+            seconds=runner.stopwatch.seconds,
+            product_flop=runner.stopwatch.flop,
+            anonymous_bytes=self.anonymous_bytes,
+            windows=self.chosen,
+            read_bytes=Counter(runner.stream.read_bytes),
+        )
+
+    def _findings(self, one: ArmRunner, scores: Mapping[str, TokenScores]) -> Findings:
+        """What came to light of an arm, its logits included."""
+        findings = one.findings
+        if one.name in self.scorer.logits_equal:
+            findings = replace(findings, logits_equal=self.scorer.logits_equal[one.name])
+        if one.arm.role == "exact" and one.name in scores and not np.isfinite(scores[one.name].nll).all():
+            findings = replace(findings, model_fault=self._model_fault(findings))
+        return findings
+
+    def _model_fault(self, exact: Findings) -> str | None:
+        """What is wrong with the model; None where its q, k or v alone overflow what they are rounded to."""
+        fault = model_fault(self.job.runner.architecture, self.bad_layer)
+        place = exact.nonfinite_place
+        rounded = place is not None and (self.bad_layer is None or place.layer <= self.bad_layer)
+        return None if rounded and OVERFLOWS in fault else fault
+
+    def _traces(self, form: Callable[[LaunchTrace], T]) -> dict[str, T]:
+        return {one.name: form(one.launched) for one in self._runners if one.arm.kernel is not None}
 
 
 def _token_table(
@@ -333,18 +385,18 @@ def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
     """All groups of a run as one."""
     first = groups[0]
     joined = GroupResult(
-        pa.concat_tables([g.tokens for g in groups]).combine_chunks(),
-        pa.concat_tables([g.layers for g in groups]).combine_chunks(),
-        pa.concat_tables([g.top1 for g in groups]).combine_chunks().sort_by(_IN_TEXT),
-        {name: Findings() for name in first.findings},
-        {name: LaunchTrace() for name in first.traces},
-        join_drift([g.drift for g in groups]),
+        tokens=pa.concat_tables([g.tokens for g in groups]).combine_chunks(),
+        layers=pa.concat_tables([g.layers for g in groups]).combine_chunks(),
+        top1=pa.concat_tables([g.top1 for g in groups]).combine_chunks().sort_by(_IN_TEXT),
+        findings={name: Findings() for name in first.findings},
+        traces={name: LaunchTrace() for name in first.traces},
+        drift=join_drift([g.drift for g in groups]),
         windows=range(first.windows.start, groups[-1].windows.stop),
         groups=len(groups),
     )
     for group in groups:
-        for name, found in group.findings.items():
-            joined.findings[name].merge(found)
+        for name, findings in group.findings.items():
+            joined.findings[name] = joined.findings[name].joined(findings)
         for name, trace in group.traces.items():
             joined.traces[name].add(trace)
         for kind, seconds in group.seconds.items():

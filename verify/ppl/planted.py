@@ -22,7 +22,7 @@ import torch
 
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention, finish_logits
-from verify.ppl.frozen import Fault
+from verify.ppl.measuring import Fault
 
 PREFIX = "power/"
 SCALES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)

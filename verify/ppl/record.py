@@ -24,6 +24,11 @@ from verify.ppl.perplexity import Perplexity
 FROZEN_SUFFIX = "/frozen"
 
 
+def frozen_name(arm: str) -> str:
+    """The name of an arm's pass with frozen casts."""
+    return arm + FROZEN_SUFFIX
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecord:
     """The text, and the windows that it was cut into."""

@@ -24,7 +24,7 @@ class PplSettings:
     """memory: bytes that hidden states of one group may take, None for a share of what is free.
 
     noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at
-    the end of a window, None for the second half; measured_windows: see `verify.ppl.sample`, None for its
+    the end of a window, None for the second half; measured_windows: see `verify.arms.sample`, None for its
     default, 0 for all; baselines: that of each candidate, once it is known what each returns
     (`out=match`); allow_same: a candidate may be its baseline's specification; checkpoint_minutes:
     between two checkpoints of a group; gpus, split_mode: of the engine that is reproduced, whatever devices
@@ -107,7 +107,7 @@ class PplSettings:
     @property
     def measured(self) -> int:
         """Windows on which kernels are measured, 0 for all."""
-        from verify.ppl.sample import default_measured
+        from verify.arms.sample import default_measured
 
         return default_measured(self.n_ctx) if self.measured_windows is None else self.measured_windows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -19,12 +20,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
 from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
 from verify.model.runner import Progress as Step
-from verify.ppl.experiment import Experiment
 from verify.ppl.perplexity import final_line, running_line
-from verify.ppl.record import PairRecord, PplRun
+from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
 from verify.reports.split_mode import split_mode_sentence
 from verify.reports.templating import is_known
@@ -49,24 +50,29 @@ class PplConsole:
         self._end_line()
         print(f"verify: {text}", file=sys.stderr)
 
-    def started(self, experiment: Experiment) -> None:
+    def started(
+        self,
+        model: ModelRecord,
+        corpus: CorpusRecord,
+        shares: TensorParallelRecord | None,
+        notes: Sequence[str],
+    ) -> None:
         if self.silent:
             return
-        sizes, windows = experiment.architecture.sizes, experiment.windows
-        shared_out = split_mode_sentence(experiment.tensor_parallel)
+        shared_out = split_mode_sentence(shares)
         print(
-            f"model {experiment.file.path.name}: {experiment.file.architecture}, {sizes.layers} layers,"
-            f" {sizes.heads} heads over {sizes.kv_heads} KV heads (r = {sizes.ratio}),"
-            f" head size {sizes.k_size}",
+            f"model {Path(model.path).name}: {model.architecture}, {model.layers} layers,"
+            f" {model.heads} heads over {model.kv_heads} KV heads (r = {model.ratio}),"
+            f" head size {model.head_size}",
             *([shared_out] if shared_out else []),
-            f"text {experiment.corpus.name}: {windows.n_tokens_total} tokens,"
-            f" {counted(windows.n_windows, 'window')} of {windows.n_ctx},"
-            f" {windows.scored_per_window} scored in each",
+            f"text {corpus.name}: {corpus.tokens} tokens,"
+            f" {counted(corpus.windows, 'window')} of {corpus.n_ctx},"
+            f" {corpus.scored_per_window} scored in each",
             sep="\n",
             file=self.out,
             flush=True,
         )
-        for note in experiment.notes:
+        for note in notes:
             self.notice(note)
         if on_terminal(sys.stderr):
             self._progress = Progress(

@@ -10,8 +10,7 @@ import numpy as np
 from verify.judge.statistics import paired_difference
 from verify.ppl.evidence.pairs import both
 from verify.ppl.evidence.scores import Scores
-from verify.ppl.frozen import frozen_name
-from verify.ppl.record import LengthRecord
+from verify.ppl.record import LengthRecord, frozen_name
 
 # Ranges of n_kv, and scored positions that each has at least.
 MOST_RANGES, FEWEST_POSITIONS = 16, 8

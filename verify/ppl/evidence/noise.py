@@ -13,9 +13,8 @@ from verify.arms.kernel_errors import faults_in_place
 from verify.judge.statistics import CONFIDENCE
 from verify.ppl.evidence.pairs import both, difference_of, distance_between
 from verify.ppl.evidence.scores import Scores
-from verify.ppl.frozen import frozen_name
 from verify.ppl.groups import GroupResult
-from verify.ppl.record import AmongNoise, NoiseArm, NoiseRecord, PairRecord
+from verify.ppl.record import AmongNoise, NoiseArm, NoiseRecord, PairRecord, frozen_name
 
 
 def noise_records(

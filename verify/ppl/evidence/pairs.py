@@ -13,10 +13,9 @@ from verify.judge.statistics import DistanceRatio, PairedDifference, distance_ra
 from verify.judge.verdict import PairEvidence, decide
 from verify.kernels.trace import LaunchTrace
 from verify.ppl.evidence.scores import Scores
-from verify.ppl.frozen import frozen_name
 from verify.ppl.groups import GroupResult
 from verify.ppl.perplexity import perplexity
-from verify.ppl.record import ArmRecord, FreeRatio, FrozenMeans, PairRecord
+from verify.ppl.record import ArmRecord, FreeRatio, FrozenMeans, PairRecord, frozen_name
 
 
 class ChangedPlan(NamedTuple):

@@ -13,10 +13,9 @@ from verify.judge.statistics import CONFIDENCE, POWER, paired_difference
 from verify.kernels.judging.figures import RMS_LIMIT
 from verify.ppl.evidence.pairs import both, difference_of, distance_between
 from verify.ppl.evidence.scores import Scores
-from verify.ppl.frozen import frozen_name
 from verify.ppl.groups import GroupResult
 from verify.ppl.planted import PlantedFault
-from verify.ppl.record import DetectableRecord, PairRecord, PlantedRecord, PowerRecord
+from verify.ppl.record import DetectableRecord, PairRecord, PlantedRecord, PowerRecord, frozen_name
 
 DETECTORS = ("budget", "rms", "gain", "distance", "nll", "kld")
 # Two correct attention paths of one engine, compared through llama-perplexity's 16-bit logits file, print

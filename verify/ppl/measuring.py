@@ -1,0 +1,101 @@
+"""Measuring the kernels of a run: each gets the exact arm's own q, k and v, layer by layer.
+
+What it errs there is its own error: the in-place evidence rests on it, and the passes with frozen casts
+(`verify.ppl.frozen`) carry it through the model. Faults can be planted in a kernel's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from verify.arms.arm import Arm, ArmRunner, FirstResult, common_cache, floor_noise, kernel_call
+from verify.arms.attempt import attempt
+from verify.arms.own_error import InPlace, Measured
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.exact import exact_attention
+from verify.model.runner import LayerCall
+from verify.ppl.record import frozen_name
+
+# A fault planted in a kernel's result: the call, the oracle's result and the kernel's (both float64) to what
+# is added to the kernel's.
+Fault = Callable[[Call, AttentionOutput, torch.Tensor], torch.Tensor]
+
+
+def is_measured(arm: Arm) -> bool:
+    """Whether an arm is measured, and has a pass with frozen casts: every kernel's but the control's, and
+    the floor."""
+    return arm.role == "floor" or (arm.kernel is not None and arm.role != "control")
+
+
+class KernelMeasurer:
+    """Measures kernels on the exact arm's inputs, and keeps what the frozen passes need of one layer.
+
+    runners: of all arms; those of `is_measured` are taken. faults: planted in the result of the
+    arm `planted_in`, by the name of their pass.
+
+    first_results: filled with what each kernel gave in the first layer, where the arms that run freely are
+    given the same call. errors: by frozen pass, [B, T, H, Dv] float64; roundings: of q, k and v, float64.
+    """
+
+    def __init__(
+        self,
+        runners: Sequence[ArmRunner],
+        in_place: InPlace,
+        *,
+        first_results: dict[str, FirstResult] | None = None,
+        seed: int = 0,
+        faults: Mapping[str, Fault] | None = None,
+        planted_in: str = "",
+    ) -> None:
+        self.runners = [one for one in runners if is_measured(one.arm)]
+        self.in_place, self.seed = in_place, seed
+        self.faults, self.planted_in = faults or {}, planted_in
+        self.common_cache = common_cache(one.arm for one in self.runners)
+        self.first_results = {} if first_results is None else first_results
+        self.errors: dict[str, torch.Tensor] = {}
+        self.roundings: tuple[torch.Tensor, ...] = ()
+
+    def measure(self, call: LayerCall, oracle: torch.Tensor) -> None:
+        """Measure every kernel on this layer's exact inputs; `oracle` is float64 attention on them."""
+        assert call.unrounded is not None
+        self.roundings = tuple(
+            a.double() - b.double() for a, b in zip((call.q, call.k, call.v), call.unrounded, strict=True)
+        )
+        self.errors.clear()
+        measured = []
+        for one in self.runners:
+            if one.arm.kernel is None:
+                self.errors[frozen_name(one.name)] = floor_noise(call, oracle, self.seed)
+            elif not one.failed:
+                measured += self._measure(call, one, oracle)
+        self.in_place(call, measured)
+
+    def _measure(self, call: LayerCall, one: ArmRunner, oracle: torch.Tensor) -> list[Measured]:
+        """One kernel's errors; none where it fails."""
+        arm = one.arm
+        assert arm.kernel is not None
+        whole = kernel_call(call, arm.path)
+        tried = attempt(arm.kernel, whole)
+        tried.check_memory(arm.spec)
+        if tried.output is None:
+            one.fail(tried.failure, call)
+            return []
+        results = {arm.name: tried.output.out.double()}
+        if arm.name == self.planted_in and self.faults:
+            exactly = exact_attention(whole)
+            for name, fault in self.faults.items():
+                results[name] = results[arm.name] + fault(whole, exactly, results[arm.name])
+        # Its arithmetic answers for what its own cache holds; what the cache loses is distance all the same,
+        # unless all have it.
+        own = arm.kernel.held(whole)
+        exact = oracle if own is whole else exact_attention(own, with_lse=False).out
+        aim = exact if self.common_cache else oracle
+        if call.layer == 0:
+            error = float((results[arm.name] - exact).norm())
+            self.first_results[arm.name] = FirstResult(call.window, tried.output.out, error)
+        for name, result in results.items():
+            self.errors[frozen_name(name) if name == arm.name else name] = result - aim
+        errors = {name: result - exact for name, result in results.items()}
+        return [Measured(arm, own, own is not whole, exact, errors)]
