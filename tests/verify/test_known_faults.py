@@ -10,6 +10,7 @@ import torch
 
 from support import tiny_model
 from support.ppl_runs import Tiny, run
+from verify.arms import building
 from verify.kernels.bits import same_bits
 from verify.kernels.faults import FAULTS, Fault
 from verify.kernels.faults.tile_kernel import TileKernel

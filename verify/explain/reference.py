@@ -91,11 +91,12 @@ class Reference:
             self._kernels[way.name] = way.build() if way.build is not None else build_kernel(way.spec)
         kernel = self._kernels.get(way.name)
         arm = Arm(way.name, "candidate" if kernel else way.role, way.spec, "decode", kernel)  # type: ignore[arg-type]
-        stepper = self._root.beside([ArmRunner(arm, {}, seed=way.seed)])
+        runner = ArmRunner(arm, {}, seed=way.seed)
+        stepper = self._root.beside([runner])
         stepper.attention_type = way.attention_type
         found = stepper.step(torch.tensor(list(tokens)), scored=scored).get(way.name)
         if found is None:
-            raise KernelFailure(way.spec, arm.findings.failure or "gave no result")
+            raise KernelFailure(way.spec, runner.findings.failure or "gave no result")
         return found
 
 
