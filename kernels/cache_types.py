@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from verify.kernels.numbers import FLOAT_TYPES
+
 # Numbers of one head that share a scale.
 BLOCK = 32
 
@@ -28,7 +30,7 @@ CACHE_TYPES: dict[str, CacheType] = {
     "iq4_nl": CacheType(16, 0),
 }
 # Types that keep numbers as they are given.
-PLAIN_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0}
+PLAIN_BITS = {name: float(kind.bits) for name, kind in FLOAT_TYPES.items()}
 
 
 def bits_per_number(cache_type: str) -> float:

@@ -28,23 +28,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from verify.kernels.budget.arithmetic import FLOAT_TYPES, U_F32, Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
+from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32
 from verify.kernels.plans.plan import Plan, RowPlan
 from verify.kernels.trace import Launched, RowKind, Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
 QUERY_TILE = 64
-# Keys of one MMA step: float16 accumulators are rounded after each.
-MMA_KEYS = 16
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
 _PARTIALS_AT_ONCE = 1 << 24
-_TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class EagerKernel(Kernel):
         for b in range(shape.batch if shape.keys else 0):
             ran.update(self._sequence(call, options, b, out[b], lse[b]))
         if options.out != "f32":
-            out = out.to(_TORCH_TYPES[options.out]).float()
+            out = out.to(FLOAT_TYPES[options.out].dtype).float()
         return Result(out, lse, Launched(ran))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
@@ -279,7 +277,7 @@ def _launch(
     kv_heads, g = heads.shape
     block, size = options.plan.block, call.shape.v_size
     device = call.q.device
-    p_type = _TORCH_TYPES[options.p]
+    p_type = FLOAT_TYPES[options.p].dtype
     used = t * g
     height = -(-used // TILE_ROWS) * TILE_ROWS
     tile = TILE_ROWS if call.path == "decode" else height
@@ -395,6 +393,3 @@ def _accumulate(
             _product(p[h, :, :, step], values[h, step], product[h], tile)
         grown = (grown.float() + product[:, :, :used]).half()
     a.copy_(grown)
-
-
-assert FLOAT_TYPES.keys() == _TORCH_TYPES.keys()

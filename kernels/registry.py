@@ -13,6 +13,7 @@ from verify.kernels.flash.kernel import flash_kernel
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.foreign.python_kernel import PythonKernel
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.peers.flex import FlexKernel
 from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.sdpa import SdpaKernel
@@ -22,9 +23,9 @@ from verify.kernels.plans.spec import Spec, check_options, choice, parse_plan, p
 def _eager_options(spec: Spec) -> EagerOptions:
     return EagerOptions(
         plan=parse_plan(spec),
-        p=choice(spec, "p", "f16", ("f16", "bf16", "f32")),
+        p=choice(spec, "p", "f16", tuple(FLOAT_TYPES)),
         acc=choice(spec, "acc", "f32", ("f32", "f16")),
-        out=choice(spec, "out", "f32", ("f32", "f16", "bf16")),
+        out=choice(spec, "out", "f32", tuple(FLOAT_TYPES)),
     )
 
 

@@ -19,13 +19,13 @@ import torch
 
 from verify.kernels.bits import same_bits
 from verify.kernels.lengths import keep_lengths
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings, Weights
 from verify.model.logits import VOCABULARY_ROWS, LogitSlice, State, logit_slices
 from verify.model.products import Products, Tiling, tile_rows, tiling_of
 from verify.model.stopwatch import Stopwatch
 from verify.model.stream import Piece, Share, TensorStream
 
-ATTENTION_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 # Of everything but attention.
 COMPUTE_TYPES = {"f32": torch.float32, "f64": torch.float64}
 # Rows of a tile where all arms but the prompt compute the end of a window: the least, and a GPU's.
@@ -105,7 +105,7 @@ class Runner:
     ) -> None:
         self.architecture = architecture
         self.device = device
-        self.attention_type = ATTENTION_TYPES[attention_type]
+        self.attention_type = FLOAT_TYPES[attention_type].dtype
         self.stopwatch = Stopwatch(device)
         self.products = Products(0, self.stopwatch, gpus)
         self.stream = TensorStream(

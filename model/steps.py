@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from verify.kernels.lengths import keep_lengths
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.model.architectures.architecture import Architecture
 from verify.model.errors import ModelError
 from verify.model.products import Products, tile_rows
-from verify.model.runner import ATTENTION_TYPES, Arm, LayerCall, round_inputs
+from verify.model.runner import Arm, LayerCall, round_inputs
 from verify.model.stopwatch import Stopwatch
 from verify.model.stream import TensorStream
 
@@ -102,7 +103,7 @@ class Stepper:
         start = rows.of_tokens(architecture.embedding_tensor) * architecture.embedding_scale
         own = architecture.own_inputs(start, rows, products)
         states = {arm.name: start for arm in self.arms}
-        kind = ATTENTION_TYPES[self.attention_type]
+        kind = FLOAT_TYPES[self.attention_type].dtype
 
         def own_of(layer: int) -> Callable[[str], torch.Tensor] | None:
             return None if own is None else lambda name: own[:, layer]

@@ -14,34 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-U_F32 = 2.0**-24
-U_F32_TENSOR_CORE = 2.0**-23
-
-
-class FloatType(NamedTuple):
-    """unit roundoff, and half the smallest subnormal: the absolute error where the type underflows."""
-
-    u: float
-    tau: float
-
-
-FLOAT_TYPES: dict[str, FloatType] = {
-    "f16": FloatType(2.0**-11, 2.0**-25),
-    "bf16": FloatType(2.0**-8, 2.0**-134),
-    # Rounding to float32 is counted with the accumulators; below 2^-149 nothing is left to lose.
-    "f32": FloatType(0.0, 0.0),
-}
-# P leaves the exponential as float32, whose subnormals a GPU's fast exponential turns into 0: whatever type
-# it is rounded to afterwards, this much of it may be lost.
-EXP_UNDERFLOW = 2.0**-126
-# Keys that one matrix instruction adds up before its accumulator is rounded.
-MMA_KEYS = 16
-# Roundings that a float32 accumulator of tensor cores is charged for each of them: one of the sum, and one
-# for all that is truncated of the products.
-MMA_ROUNDINGS = 2
-# Bits that a tensor core keeps below the accumulator's last place while it adds the products of one
-# instruction: products are truncated there. As measured on an H100 (see docs/numerics.md).
-MMA_GUARD_BITS = 2
+from verify.kernels.numbers import (
+    EXP_UNDERFLOW,
+    FLOAT_TYPES,
+    MMA_GUARD_BITS,
+    MMA_KEYS,
+    U_F32,
+    U_F32_TENSOR_CORE,
+    type_of,
+)
 
 
 class Depths(NamedTuple):
@@ -146,7 +127,8 @@ class Arithmetic:
 
 def loosest_of(dtype: torch.dtype, *, acc: str | None = None) -> Arithmetic:
     """`loosest` for inputs of a dtype; of float32 too a kernel may make float16 numbers."""
-    return loosest("bf16" if dtype == torch.bfloat16 else "f16", acc=acc)
+    kind = type_of(dtype)
+    return loosest("bf16" if kind is not None and kind.name == "bf16" else "f16", acc=acc)
 
 
 def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.budget.arithmetic import EXP_UNDERFLOW, U_F32
 from verify.kernels.merge import Part
+from verify.kernels.numbers import EXP_UNDERFLOW, U_F32
 
 
 class BoundedPart(NamedTuple):

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.budget.arithmetic import FLOAT_TYPES, MMA_GUARD_BITS, MMA_KEYS, U_F32, Arithmetic, Depths
+from verify.kernels.budget.arithmetic import Arithmetic, Depths
 from verify.kernels.budget.rows import Block, Rows, finite_size, products
 from verify.kernels.cache import q8_0_error
+from verify.kernels.numbers import FLOAT_TYPES, MMA_GUARD_BITS, MMA_KEYS, U_F32
 
 # Mean square of the relative rounding error, in units of u^2, of numbers whose mantissas are distributed
 # logarithmically: (1/3) E[1/x^2] over [1, 2) with density 1/(x ln 2).
@@ -286,7 +287,8 @@ def _depth(depths: Depths, name: str, sink: bool) -> int:
 
 def _step(x: torch.Tensor, dtype: str) -> torch.Tensor:
     """Distance between neighbouring numbers of a type at x (its spacing), in float64."""
-    digits, least = {"f16": (10, -24), "bf16": (7, -133), "f32": (23, -149)}[dtype]
+    kind = FLOAT_TYPES[dtype]
     # frexp has the exponent 0 for 0, whose neighbour is the smallest subnormal.
-    exponent = torch.where(x == 0, least, (torch.frexp(x).exponent - 1 - digits).clamp(min=least))
+    spacing = (torch.frexp(x).exponent - 1 - kind.digits).clamp(min=kind.least)
+    exponent = torch.where(x == 0, kind.least, spacing)
     return torch.ldexp(torch.ones_like(x), exponent)

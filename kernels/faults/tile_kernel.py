@@ -14,15 +14,14 @@ from itertools import pairwise
 
 import torch
 
-from verify.kernels.budget.arithmetic import MMA_KEYS, Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
+from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS
 from verify.kernels.plans.plan import KVCuts, Plan, RowPlan
 from verify.kernels.trace import Launched, RowKind, Signature
-
-TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class TileKernel(Kernel):
         shift = torch.where(torch.isneginf(state.m), 0.0, state.m)
         p = self.exp(s - shift[..., None])
         state.l = state.l + self.summed(p)
-        state.a = self.accumulate(state.a, p.to(TORCH_TYPES[self.p]).float(), v)
+        state.a = self.accumulate(state.a, p.to(FLOAT_TYPES[self.p].dtype).float(), v)
 
     def summed(self, p: torch.Tensor) -> torch.Tensor:
         return p.sum(-1)
@@ -231,7 +230,7 @@ class TileKernel(Kernel):
         return merge_sequential(parts) if len(parts) > 1 else parts[0]
 
     def store(self, result: Part) -> Part:
-        return Part(result.out.to(TORCH_TYPES[self.out]).float(), result.lse)
+        return Part(result.out.to(FLOAT_TYPES[self.out].dtype).float(), result.lse)
 
 
 def accumulate_f16(a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.budget.arithmetic import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.cache import dequantise, quantise
 from verify.kernels.cache_types import BLOCK, CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call, Result, Shape
@@ -25,6 +25,7 @@ from verify.kernels.flash.tiles import Tiles, choose_tiles
 from verify.kernels.here import why_not_flash
 from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
+from verify.kernels.numbers import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, type_of
 from verify.kernels.trace import NOTHING, Launched
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
@@ -225,7 +226,8 @@ class FlashKernel(Kernel):
         # `weighted_values` has one product of a tile where P is narrow, six where both operands are split;
         # float32 values go through float32 units, a key at a time.
         chained = MMA_ROUNDINGS * (1 if options.p != "f32" else 6)
-        values = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, options.p)
+        kind = type_of(dtype)
+        values = options.p if kind is None or kind.name == "f32" else kind.name
         return Arithmetic(
             p=options.p,
             out=options.out,

@@ -20,12 +20,12 @@ from verify.kernels.eager import EagerOptions
 from verify.kernels.flash import slots
 from verify.kernels.flash.rows import RowPlans
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.trace import Launched
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
 PARTIALS_AT_ONCE = 1 << 28
 LOG2_E = math.log2(math.e)
-_TRITON_TYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
 
 
 @functools.cache
@@ -156,7 +156,7 @@ class Prepared:
                 self._attend(item, b, t, None if state is None else state[b, t])
         out = self.out
         if self.options.out != "f32":
-            out = out.to(getattr(torch, _TRITON_TYPES[self.options.out])).float()
+            out = out.to(FLOAT_TYPES[self.options.out].dtype).float()
         return AttentionOutput(out, self.lse)
 
     def _attend(self, item: Launches, b: slice, t: slice, state: torch.Tensor | None) -> None:
@@ -254,7 +254,7 @@ class Prepared:
                 TILE=self.tiles.keys,
                 BLOCK=options.plan.block,
                 DECODE=decode,
-                P_TYPE=getattr(code.tl, _TRITON_TYPES[options.p]),
+                P_TYPE=getattr(code.tl, FLOAT_TYPES[options.p].torch_name),
                 ACC_F16=options.acc == "f16",
                 SOFTCAP=call.softcap is not None,
                 WINDOW=call.sliding_window is not None,

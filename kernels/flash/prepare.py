@@ -17,6 +17,7 @@ from verify.kernels.flash.launch import Launches, Planes, Prepared, tile_tokens
 from verify.kernels.flash.rows import plans_of_rows
 from verify.kernels.flash.tiles import LARGEST_GROUP, LARGEST_K_HEAD, LARGEST_V_HEAD, SMALLEST_HEAD, Tiles
 from verify.kernels.lengths import lengths_of
+from verify.kernels.numbers import type_of
 
 # Offsets inside a tile are 32 bits wide (a tile has at most 128 keys), all others 64.
 LARGEST_KEY_STRIDE = (1 << 31) // 256
@@ -27,7 +28,7 @@ FUSED_TYPES = {"q8_0": 8, "q4_0": 4}
 def check_supported(call: Call) -> None:
     """Raises ValueError, naming the argument, for a dtype or a head size that the kernel does not have."""
     shape = call.shape
-    if call.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if type_of(call.q.dtype) is None:
         raise ValueError(f"q: flash computes float16, bfloat16 and float32, got {call.q.dtype}")
     for name, size, largest in (("k", shape.k_size, LARGEST_K_HEAD), ("v", shape.v_size, LARGEST_V_HEAD)):
         if size % 8 or not SMALLEST_HEAD <= size <= largest:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from verify.kernels.budget.arithmetic import U_F32_TENSOR_CORE, Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import _step
 from verify.kernels.call import Call, Result, checked_call
@@ -18,6 +18,7 @@ from verify.kernels.flash.kernel import EagerOverCache, FlashKernel
 from verify.kernels.flash.tiles import Tiles
 from verify.kernels.judging.detectors import measure
 from verify.kernels.judging.figures import relative_error
+from verify.kernels.numbers import U_F32_TENSOR_CORE
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.policy import policy_named
 from verify.kernels.registry import build_kernel

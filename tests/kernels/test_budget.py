@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.problems import problem
-from verify.kernels.budget.arithmetic import U_F32, U_F32_TENSOR_CORE, Arithmetic, loosest
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import gamma
 from verify.kernels.call import checked_call
+from verify.kernels.numbers import U_F32, U_F32_TENSOR_CORE
 from verify.kernels.registry import build_kernel
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from verify.arms.attempt import attempt
-from verify.kernels.bits import same_bits
+from verify.kernels.bits import different, same_bits
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.kernel import Kernel
@@ -292,8 +292,7 @@ class ArmRunner:
         if reference is None:
             self.findings = replace(self.findings, attention_equal=False)
         elif out.is_cuda or not same_bits(out, reference):
-            differs = (out.view(torch.int32) != reference.view(torch.int32)).any(-1)
-            self._check_rows("different", call, differs)
+            self._check_rows("different", call, different(out, reference).any(-1))
 
     def _check_rows(
         self, kind: Literal["nonfinite", "different"], call: LayerCall, where: torch.Tensor

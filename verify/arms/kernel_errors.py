@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from verify.arms.own_error import HeadErrors, fault_of
 from verify.arms.records import InPlaceRecord, LayerErrors
-from verify.kernels.budget.arithmetic import U_F32
 from verify.kernels.judging.figures import gain_fault, gain_limit, graveness, rms_fault, rms_limit
+from verify.kernels.numbers import U_F32
 
 # Layer, head and window: fewer say nothing about a mean.
 FEWEST_CHECKS = 4

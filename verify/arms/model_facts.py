@@ -17,12 +17,12 @@ from verify.arms.records import ModelRecord
 from verify.arms.result_type import Match, is_matched, matched, shows_its_type
 from verify.kernels.call import AttentionPath, Call, Shape, checked_call
 from verify.kernels.errors import KernelFailure
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
 from verify.machine.devices import free_memory
 from verify.machine.errors import UsageError
 from verify.model.architectures.architecture import Architecture
-from verify.model.runner import ATTENTION_TYPES
 
 SAMPLE_BYTES = 1 << 20
 
@@ -120,7 +120,7 @@ def one_row(
     heads, kv_heads = architecture.heads_of(layer), architecture.kv_heads_of(layer)
     k_size, v_size = architecture.head_sizes_of(layer)
     q, k, v = (
-        torch.zeros(1, 1, n, size, dtype=ATTENTION_TYPES[cache_type], device=device)
+        torch.zeros(1, 1, n, size, dtype=FLOAT_TYPES[cache_type].dtype, device=device)
         for n, size in ((heads, k_size), (kv_heads, k_size), (kv_heads, v_size))
     )
     options = architecture.attention_settings(layer).options(device)

@@ -19,7 +19,7 @@ from verify.kernels.judging.families import POISON
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
 from verify.laws.law import LawBroken, Subject, law
-from verify.laws.tolerance import Seen, against_exact, agree, same_bits, seen
+from verify.laws.tolerance import Seen, against_exact, agree, no_bit_moves, seen
 
 OWN = "the kernel's own error budget (kernels/budget/bound.py)"
 BOTH = "both results' own error budgets (kernels/budget/bound.py)"
@@ -69,7 +69,7 @@ def head_groups(subject: Subject, problem: Problem) -> float:
     margin = agree(f"heads={heads['heads']}", a, b, lse=subject.capabilities.lse)
     ran = [{(s.kernel, s.binary, s.cuts) for _, _, s in result.launched.rows} for result in results]
     if ran[0] == ran[1] and subject.capabilities.plans:
-        same_bits(f"heads={heads['heads']}, one binary", *results, lse=subject.capabilities.lse)
+        no_bit_moves(f"heads={heads['heads']}, one binary", *results, lse=subject.capabilities.lse)
     return margin
 
 
@@ -254,14 +254,14 @@ def masked_keys(subject: Subject, problem: Problem) -> float:
         k[:, n:], v[:, n:] = -3.0, 3.0
         if has.deterministic:
             a, b = subject.kernel.run(call), subject.kernel.run(replace(call, k=k, v=v))
-            same_bits("other masked keys", a, b, lse=has.lse)
+            no_bit_moves("other masked keys", a, b, lse=has.lse)
     more = [
         torch.cat((x, x.new_full((x.shape[0], problem.twist, *x.shape[2:]), POISON)), 1)
         for x in (call.k, call.v)
     ]
     longer = replace(call, k=more[0], v=more[1], shape=call.shape._replace(keys=more[0].shape[1]))
     if has.row_alone and call.path == "decode":
-        same_bits("more masked keys", subject.kernel.run(call), subject.kernel.run(longer), lse=has.lse)
+        no_bit_moves("more masked keys", subject.kernel.run(call), subject.kernel.run(longer), lse=has.lse)
     else:
         margin = agree(
             "more masked keys", seen(subject.kernel, longer), seen(subject.kernel, call), lse=has.lse
@@ -304,7 +304,7 @@ def row_alone(subject: Subject, problem: Problem) -> float:
             what = f"sequence {b}, row {t} alone"
             if has.row_alone and call.path == "decode":
                 pair = (AttentionOutput(x.out, x.lse) for x in (row, alone))
-                same_bits(what, *pair, lse=has.lse)
+                no_bit_moves(what, *pair, lse=has.lse)
             margin = max(margin, agree(what, alone, row, lse=has.lse))
     return margin
 
@@ -333,7 +333,7 @@ def two_runs(subject: Subject, problem: Problem) -> float:
     call = problem.call(subject.device)
     first = subject.kernel.run(call)
     for run in (2, 3):
-        same_bits(f"run {run}", subject.kernel.run(call), first, lse=subject.capabilities.lse)
+        no_bit_moves(f"run {run}", subject.kernel.run(call), first, lse=subject.capabilities.lse)
     return 0.0
 
 
@@ -380,10 +380,10 @@ def empty_rows(subject: Subject, problem: Problem) -> float:
         )
     )
     if has.row_alone and call.path == "decode":
-        return same_bits("empty rows", *(AttentionOutput(*x[:2]) for x in (with_empty, due)), lse=has.lse)
+        return no_bit_moves("empty rows", *(AttentionOutput(*x[:2]) for x in (with_empty, due)), lse=has.lse)
     margin = agree("beside empty rows", with_empty, due, lse=has.lse)
     only = [AttentionOutput(x.out[row[..., 0]], x.lse[row[..., 0]]) for x in (with_empty, due)]
-    return max(margin, same_bits("empty rows", *only, lse=has.lse))
+    return max(margin, no_bit_moves("empty rows", *only, lse=has.lse))
 
 
 @law(

@@ -16,11 +16,11 @@ import torch
 from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.machine.errors import UsageError
 
 # Of a size that a case names: what is larger is a slip of the pen.
 MOST = 1 << 20
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
 class Case:
@@ -124,7 +124,7 @@ class Problem(Case):
             v_size=self.v_size,
             spare=self.spare if max(self.n_kv) + self.spare else 1,
             edges=(16, 64, 128),
-            dtype=DTYPES[self.dtype],
+            dtype=FLOAT_TYPES[self.dtype].dtype,
             path=path,
         )
 
@@ -139,7 +139,7 @@ class Problem(Case):
         return {**found, "heads": "+".join(map(str, self.groups))} if self.groups else found
 
     def check(self) -> None:
-        for name, allowed in (("family", FAMILIES), ("dtype", DTYPES), ("path", ("decode", "prefill"))):
+        for name, allowed in (("family", FAMILIES), ("dtype", FLOAT_TYPES), ("path", ("decode", "prefill"))):
             if getattr(self, name) not in allowed:
                 known = ", ".join(allowed)
                 raise UsageError(f"--case: {name}: expected one of {known}, got {getattr(self, name)!r}")

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from verify.kernels.capabilities import Capabilities, name_of
+from verify.kernels.capabilities import Capabilities
 from verify.kernels.judging.families import FAMILIES
-from verify.laws.cases import DTYPES, Parts, Problem
+from verify.kernels.numbers import FLOAT_TYPES
+from verify.laws.cases import Parts, Problem
 from verify.laws.law import Subject, head_sizes
 
 # Lengths around the edges of tiles, and a few tiles.
@@ -74,7 +75,7 @@ def problems(
         for n in ((1, 2, 3) if subject.small else (1, 2, 3, 4, 6, 12))
         if has.ratios is None or n in has.ratios
     ]
-    types = [name for name in ("f16", "bf16", "f32") if name_of(DTYPES[name]) in has.dtypes]
+    types = [name for name, kind in FLOAT_TYPES.items() if kind.torch_name in has.dtypes]
     return Problem(
         family=family,
         n_kv=tuple(n_kv),

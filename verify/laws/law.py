@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from verify.kernels.capabilities import Capabilities, Promise, name_of
+from verify.kernels.capabilities import Capabilities, Promise
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.plan import Plan
 from verify.kernels.plans.spec import PLAN_OPTIONS, parse_plan, parse_spec, replaced, with_options
 from verify.kernels.registry import build_kernel
-from verify.laws.cases import DTYPES, Case, Problem
+from verify.laws.cases import Case, Problem
 
 Group = Literal["merge", "parts", "attention", "options", "plans"]
 GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "plans")
@@ -68,7 +69,7 @@ class Subject:
             ratio=1 if has.ratios is None else has.ratios[0],
             k_size=size,
             v_size=size,
-            dtype=next(name for name, dtype in DTYPES.items() if name_of(dtype) in has.dtypes),
+            dtype=next(name for name, kind in FLOAT_TYPES.items() if kind.torch_name in has.dtypes),
             path="decode" if "decode" in has.paths else "prefill",
         )
 

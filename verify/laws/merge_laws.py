@@ -17,7 +17,7 @@ from verify.kernels.merge import Merge, Part, empty_part
 from verify.laws.cases import Parts
 from verify.laws.draws import far_parts, part_lists
 from verify.laws.law import LawBroken, Subject, law
-from verify.laws.tolerance import part_within, same_bits
+from verify.laws.tolerance import no_bit_moves, part_within
 
 DERIVED = (
     "merge_bound: rounding of the exponent, the weights, both sums and the division, composed over merges"
@@ -126,7 +126,7 @@ def merge_identity(subject: Subject, case: Parts) -> float:
     plain = merge([*parts, parts[-1]])
     for at in {0, len(parts) // 2, len(parts)}:
         more = merge([*parts[:at], nothing, *parts[at:], parts[-1]])
-        same_bits(f"with an empty part at {at}", plain, more)
+        no_bit_moves(f"with an empty part at {at}", plain, more)
     return 0.0
 
 
@@ -135,7 +135,7 @@ def merge_nothing(subject: Subject, case: Parts) -> float:
     """Empty parts alone give (0, -inf), and nothing ever becomes NaN."""
     parts = tensors(case, subject.device)
     nothing = empty_part(parts[0])
-    same_bits("of empty parts", _merge_of(subject)([nothing] * (len(parts) + 1)), nothing)
+    no_bit_moves("of empty parts", _merge_of(subject)([nothing] * (len(parts) + 1)), nothing)
     merged = _merge_of(subject)([*parts, nothing])
     if bool(merged.out.isnan().any()) or bool(merged.lse.isnan().any()):
         raise LawBroken(

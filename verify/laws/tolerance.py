@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from verify.kernels.bits import different
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.budget.merge_bound import BoundedPart
 from verify.kernels.call import AttentionOutput, Call
@@ -62,11 +63,13 @@ def part_within(what: str, got: Part, due: BoundedPart) -> float:
     return max(margin, _judge(f"{what}: lse", got.lse.double(), due.lse, due.lse_bound * (1 + SLACK)))
 
 
-def same_bits(what: str, a: AttentionOutput | Part, b: AttentionOutput | Part, *, lse: bool = True) -> float:
-    """0 where all numbers are equal (-0 is 0). Raises LawBroken otherwise."""
+def no_bit_moves(
+    what: str, a: AttentionOutput | Part, b: AttentionOutput | Part, *, lse: bool = True
+) -> float:
+    """0 where all numbers are the same (`verify.kernels.bits`). Raises LawBroken otherwise."""
     pairs = [("out", a.out, b.out), ("lse", a.lse, b.lse)]
     for name, x, y in pairs if lse else pairs[:1]:
-        wrong = ~(x == y)
+        wrong = different(x, y)
         if bool(wrong.any()):
             at = tuple(wrong.nonzero()[0].tolist())
             raise LawBroken(

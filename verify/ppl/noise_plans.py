@@ -15,10 +15,8 @@ import numpy as np
 
 from verify.kernels.errors import SpecError
 from verify.kernels.plans.plan import powers_of_two
-from verify.kernels.plans.spec import parse_spec
+from verify.kernels.plans.spec import PLAN_OPTIONS, parse_spec
 
-# Options of a specification that are its plan; everything else is its arithmetic.
-PLAN_OPTIONS = ("heads", "kv", "block", "launch", "policy", "threshold", "gpus", "split_mode")
 # Keys a tile; the smallest for short contexts only, where larger ones leave nothing to cut.
 BLOCKS, SHORT_BLOCK, SHORT = (32, 64, 128), 16, 256
 MOST_PARTS = 16
@@ -46,6 +44,7 @@ def noise_specs(baseline: str, count: int, *, ratio: int, n_ctx: int, seed: int)
             f"--noise {count}: windows of {n_ctx} tokens have {len(cuts)} plans, expected no more than that"
         )
     rng = np.random.default_rng(zlib.crc32(f"noise/{seed}".encode()))
+    # Everything but its plan is its arithmetic.
     kept = [f"{key}={value}" for key, value in spec.options.items() if key not in PLAN_OPTIONS]
     found = []
     for index in rng.permutation(len(cuts))[:count]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from verify.kernels.bits import different
 from verify.model.logits import GPU_LOGIT_ROWS, LogitSlice
 
 # Rows of float64 numbers held at once on a CPU, for its caches' sake; a GPU takes whole tiles.
@@ -182,7 +183,7 @@ class Scorer:
         """Note whether the logits have the same bits. On a GPU nothing waits for the answer."""
         known = self._equal.setdefault(name, torch.ones((), dtype=torch.bool, device=x.device))
         if x.data_ptr() != other.data_ptr() and (x.is_cuda or known):
-            self._equal[name] = known & (x.view(torch.int32) == other.view(torch.int32)).all()
+            self._equal[name] = known & ~different(x, other).any()
 
     def _wide(self, use: str, x: torch.Tensor) -> torch.Tensor:
         """x in float64, in the memory kept for this use."""

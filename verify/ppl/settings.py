@@ -62,12 +62,13 @@ class PplSettings:
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
         from verify.kernels.call import PATHS
-        from verify.model.runner import ATTENTION_TYPES, COMPUTE_TYPES
+        from verify.kernels.numbers import FLOAT_TYPES
+        from verify.model.runner import COMPUTE_TYPES
 
         if self.path not in (*PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, prefill or both")
-        if self.cache_type not in ATTENTION_TYPES:
-            known = ", ".join(ATTENTION_TYPES)
+        if self.cache_type not in FLOAT_TYPES:
+            known = ", ".join(FLOAT_TYPES)
             raise UsageError(f"--cache-type {self.cache_type}: expected one of {known}")
         if not 0 <= self.min_coverage <= 1:
             raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")

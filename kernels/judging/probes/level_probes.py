@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from verify.kernels.budget.arithmetic import FLOAT_TYPES, Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.sums import gamma
 from verify.kernels.call import Call, checked_call
 from verify.kernels.judging.counter_random import CounterRandom
 from verify.kernels.judging.families import POISON, Sizes
 from verify.kernels.judging.probes.one_hot_probes import one_hot_edges, tags
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Demand, Probe, call_of
+from verify.kernels.numbers import FLOAT_TYPES
 
 
 def counted(

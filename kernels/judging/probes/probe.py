@@ -20,6 +20,7 @@ from verify.kernels.errors import KernelFailure
 from verify.kernels.judging.families import POISON, Sizes
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.plan import Plan
 
 Demand = Literal["bits", "budget"]
@@ -108,7 +109,7 @@ def judge(
     if probe.demand == "bits":
         assert out is not None
         # Values, not bit patterns: -0 is 0.
-        wrong = ~(got == _as_type(out, arithmetic.out))
+        wrong = ~(got == out.to(FLOAT_TYPES[arithmetic.out].dtype).double())
         if lse is not None:
             # -inf to the bit; a finite one may have passed through another base and back.
             near = (result.lse.double() - lse).abs() <= 2.0**-20 * (1 + lse.abs())
@@ -149,11 +150,6 @@ def _failure(
     return ProbeFailure(
         probe.name, probe.demand, b, t, h, key, part, n, what, float(expected), float(got)
     )  # fmt: skip
-
-
-def _as_type(x: torch.Tensor, name: str) -> torch.Tensor:
-    types = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-    return x.to(types[name]).double()
 
 
 def call_of(
