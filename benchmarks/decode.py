@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,23 +28,11 @@ from verify.kernels.cache_types import bits_per_number
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.heads import Heads
 from verify.kernels.registry import build_kernel
 from verify.kernels.timing import Timing, input_sets, read_bandwidth, read_time, time_calls
 
 LONG = (8192, 16_384, 32_768, 65_536, 131_072)
-
-
-class Heads(NamedTuple):
-    """A shape: query heads, KV heads, sizes of k and v."""
-
-    q: int
-    kv: int
-    k_size: int
-    v_size: int
-
-    def __str__(self) -> str:
-        sizes = str(self.k_size) if self.k_size == self.v_size else f"{self.k_size}/{self.v_size}"
-        return f"{self.q}/{self.kv} x {sizes}"
 
 
 GLM = Heads(96, 8, 128, 128)

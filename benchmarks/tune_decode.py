@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from verify.kernels.call import checked_call
-from verify.kernels.eager import EagerOptions
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, shared_bytes
 from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.timing import input_sets, read_bandwidth, time_calls
 
 
@@ -70,7 +70,7 @@ def main() -> None:
             ):
                 continue
             plan = Plan(kv=KVCuts("parts", parts), block=keys)
-            kernel = FlashKernel("flash", EagerOptions(plan=plan), tiles=tiles)
+            kernel = FlashKernel("flash", TileOptions(plan=plan), tiles=tiles)
             try:
                 timing = time_calls(
                     calls_of(kernel, args.heads, args.kv_heads, k_size, v_size, n_kv), replays=7

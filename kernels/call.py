@@ -21,7 +21,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from verify.kernels.heads import Heads
 from verify.kernels.lengths import lengths_of
+from verify.kernels.plans.asked import PREFILL_TOKENS, RowAsked
 from verify.kernels.plans.plan import Plan
 from verify.kernels.trace import Launched
 
@@ -46,19 +48,36 @@ class Result(AttentionOutput):
 
 
 class Shape(NamedTuple):
-    """Sizes of one call: B batch, T query rows, S keys held, r query heads a KV head."""
+    """Sizes of one call: B batch, T query rows, S keys held, and its heads."""
 
     batch: int
     rows: int
     keys: int
-    q_heads: int
-    kv_heads: int
-    k_size: int
-    v_size: int
+    heads: Heads
 
     @property
     def ratio(self) -> int:
-        return self.q_heads // self.kv_heads
+        return self.heads.ratio
+
+    @property
+    def q_heads(self) -> int:
+        return self.heads.q
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads.kv
+
+    @property
+    def k_size(self) -> int:
+        return self.heads.k_size
+
+    @property
+    def v_size(self) -> int:
+        return self.heads.v_size
+
+    def asked(self, path: AttentionPath, cache_type: str = "f16") -> RowAsked:
+        """What a plan is asked about rows of a plain call of this shape; cache_type: of the kernel's own."""
+        return RowAsked(self.heads, n_q=1 if path == "decode" else PREFILL_TOKENS, cache_type=cache_type)
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,14 @@ class Call:
     sinks: torch.Tensor | None = None
     alibi_slopes: torch.Tensor | None = None
     plan: Plan | None = None
+
+    def asked(self, cache_type: str = "f16") -> RowAsked:
+        """What a plan is asked about rows of this call. Batch and number of rows never enter."""
+        return self.shape.asked(self.path, cache_type)._replace(
+            sinks=self.sinks is not None,
+            sliding_window=self.sliding_window is not None,
+            alibi=self.alibi_slopes is not None,
+        )
 
 
 def checked_call(
@@ -134,5 +161,5 @@ def checked_call(
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if per_head is not None and list(per_head.shape) != [q_heads]:
             raise ValueError(f"{name}: expected shape [Hq] = [{q_heads}], got {list(per_head.shape)}")
-    shape = Shape(batch, rows, k.shape[1], q_heads, kv_heads, k_size, v.shape[3])
+    shape = Shape(batch, rows, k.shape[1], Heads(q_heads, kv_heads, k_size, v.shape[3]))
     return Call(q, k, v, kv_len, scale, path, shape, sliding_window, softcap, sinks, alibi_slopes, plan)

@@ -20,10 +20,10 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,9 @@ from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32
-from verify.kernels.plans.plan import Plan, RowPlan
+from verify.kernels.plans.asked import RowAsked
+from verify.kernels.plans.plan import RowPlan
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import Launched, RowKind, Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
@@ -43,24 +45,6 @@ TILE_ROWS = 4
 QUERY_TILE = 64
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
 _PARTIALS_AT_ONCE = 1 << 24
-
-
-@dataclass(frozen=True)
-class EagerOptions:
-    """plan: how a call is cut; p: type of P in the second product; acc: output accumulators; out: result."""
-
-    plan: Plan = field(default_factory=Plan)
-    p: str = "f16"
-    acc: str = "f32"
-    out: str = "f32"
-
-    @property
-    def label(self) -> str:
-        return f"block={self.plan.block},p={self.p},acc={self.acc},out={self.out}"
-
-    def with_plan_of(self, call: Call) -> EagerOptions:
-        """These options, with the call's own plan where it has one."""
-        return self if call.plan is None else replace(self, plan=call.plan)
 
 
 @cache
@@ -73,12 +57,12 @@ def source_hash() -> str:
 class EagerKernel(Kernel):
     """`eager`, and `flash` where its CUDA kernel cannot run."""
 
-    def __init__(self, spec: str, options: EagerOptions) -> None:
+    def __init__(self, spec: str, options: TileOptions) -> None:
         super().__init__(spec)
         self.options = options
 
     def run(self, call: Call) -> Result:
-        options, shape = self.options.with_plan_of(call), call.shape
+        options, shape = self.options.with_plan(call.plan), call.shape
         if options.plan.policy is None:
             options.plan.groups(shape.ratio)  # raises before anything is computed
         out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
@@ -91,21 +75,21 @@ class EagerKernel(Kernel):
         return Result(out, lse, Launched(ran))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
-        return self._arithmetic(self.options, shape, path)
+        return self._arithmetic(self.options, shape, shape.asked(path, self.cache))
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        return self._arithmetic(self.options.with_plan_of(call), call.shape, call.path, **asked_of(call))
+        return self._arithmetic(self.options.with_plan(call.plan), call.shape, call.asked(self.cache))
 
-    def _arithmetic(
-        self, options: EagerOptions, shape: Shape, path: AttentionPath, **asked: bool
-    ) -> Arithmetic:
+    def _arithmetic(self, options: TileOptions, shape: Shape, row: RowAsked) -> Arithmetic:
         return Arithmetic(
             p=options.p,
             out=options.out,
             acc=options.acc,
             u=U_F32,
             block=options.plan.block,
-            **cuts_of_rows(options.plan, shape, path, cache_type=self.cache, **asked),
+            cuts_at=options.plan.cuts_of(row),
+            # A prefill tile is cut for its longest row, which may be any row of the call.
+            shared_up_to=0 if row.decode else shape.keys,
         )
 
     def capabilities(self) -> Capabilities:
@@ -115,7 +99,7 @@ class EagerKernel(Kernel):
         return merge_sequential
 
     def _sequence(
-        self, call: Call, options: EagerOptions, b: int, out: torch.Tensor, lse: torch.Tensor
+        self, call: Call, options: TileOptions, b: int, out: torch.Tensor, lse: torch.Tensor
     ) -> Counter[RowKind]:
         """One sequence of the batch; out [T, Hq, Dv] and lse [T, Hq] are written in place. Returns the number
         of rows of each kind."""
@@ -131,6 +115,7 @@ class EagerKernel(Kernel):
         cache = "" if self.cache == "f16" else f",cache={self.cache},expand=f16"
         kernel = f"eager[{options.label}{cache}]"
         plans: dict[int, RowPlan] = {}
+        asked = call.asked(self.cache)
         if decode:
             tiles = [[row] for row in sorted(range(shape.rows), key=n_kv_list.__getitem__)]
         else:
@@ -141,9 +126,7 @@ class EagerKernel(Kernel):
         tile_n_kv = [max(n_kv_list[row] for row in rows) for rows in tiles]
         for i, n in enumerate(tile_n_kv):
             if n not in plans:
-                plans[n] = plan_of_row(
-                    options.plan, shape, n, decode, cache_type=self.cache, **asked_of(call)
-                )
+                plans[n] = options.plan.at(asked.of_keys(n))
             by_groups.setdefault(plans[n].head_groups, []).append(i)
         tile_rows = 1 if decode else QUERY_TILE
         for head_groups, members in by_groups.items():
@@ -198,50 +181,6 @@ def _groups_by_bounds(launches: Sequence[_Launch], tile: int) -> dict[tuple[int,
     return found
 
 
-def asked_of(call: Call) -> dict[str, bool]:
-    """What a call asks for beside its shape that a policy looks at."""
-    return {"sinks": call.sinks is not None, "sliding_window": call.sliding_window is not None}
-
-
-def cuts_of_rows(
-    plan: Plan, shape: Shape, path: AttentionPath, *, cache_type: str, **asked: bool
-) -> dict[str, Any]:
-    """`cuts_at` and `shared_up_to` of the arithmetic of calls of this shape.
-
-    A prefill tile is cut for its longest row, which may be any row of the call.
-    """
-    decode = path == "decode"
-
-    def cuts(n_kv: int) -> tuple[int, ...]:
-        return plan_of_row(plan, shape, n_kv, decode, cache_type=cache_type, **asked).cuts
-
-    return {"cuts_at": cuts, "shared_up_to": 0 if decode else shape.keys}
-
-
-def plan_of_row(
-    plan: Plan,
-    shape: Shape,
-    n_kv: int,
-    decode: bool,
-    *,
-    cache_type: str = "f16",
-    sinks: bool = False,
-    sliding_window: bool = False,
-) -> RowPlan:
-    """The plan of a row of a call of this shape; cache_type: what the kernel's own cache holds."""
-    return plan.at(
-        n_kv,
-        ratio=shape.ratio,
-        kv_heads=shape.kv_heads,
-        k_size=shape.k_size,
-        v_size=shape.v_size,
-        decode=decode,
-        cache_type=cache_type,
-        sinks=sinks,
-        sliding_window=sliding_window,
-    )
-
-
 def _tiles(x: torch.Tensor, block: int) -> torch.Tensor:
     """[S, H, D] as float32 tiles [H, ceil(S / block), block, D], the last padded with zeros."""
     keys, heads, size = x.shape
@@ -259,7 +198,7 @@ def _heads(shape: Shape, first: int, group: int, device: torch.device) -> torch.
 
 def _launch(
     call: Call,
-    options: EagerOptions,
+    options: TileOptions,
     b: int,
     rows: torch.Tensor,
     n_kv: torch.Tensor,

@@ -1,5 +1,7 @@
 """The oracle: softmax(scale * Q K^T) V in float64, nothing cut, nothing approximated.
 
+`reference_attention` is the formula to read; `exact_attention` is what runs, the same in steps of rows.
+
 s_j = scale * <q, k_j>                                 logits, in float64
 s_j = softcap * tanh(s_j / softcap)                    if a softcap is given
 s_j = s_j + alibi_slope[h] * (j - (n_kv - 1))          if ALiBi slopes are given: 0 at the newest key
@@ -34,6 +36,24 @@ _ROWS_OF_MANY, _ROW_STEPS, _ROW_STEPS_CUDA = 64, 4, 2
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def reference_attention(call: Call) -> AttentionOutput:
+    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64, all logits at once: slow, but to be read."""
+    k, v = (x.double().repeat_interleave(call.shape.ratio, dim=2) for x in (call.k, call.v))
+    s = call.scale * torch.einsum("bthd,bshd->bths", call.q.double(), k)
+    if call.softcap is not None:
+        s = call.softcap * torch.tanh(s / call.softcap)
+    j, n_kv = torch.arange(call.shape.keys, device=s.device), call.kv_len[:, :, None, None]
+    if call.alibi_slopes is not None:
+        s = s + call.alibi_slopes.double()[:, None] * (j - (n_kv - 1))
+    hidden = (j >= n_kv) | (j < n_kv - (call.sliding_window or call.shape.keys))
+    s = s.masked_fill(hidden, -math.inf)
+    sink = s.new_tensor(-math.inf) if call.sinks is None else call.sinks.double()
+    lse = torch.logaddexp(torch.logsumexp(s, -1), sink)
+    # A row that sees no key: exp(-inf) = 0, and not exp(-inf + inf).
+    p = torch.exp(s - lse.clamp(min=-1e300)[..., None])
+    return AttentionOutput(torch.einsum("bths,bshd->bthd", p, v), lse)
+
+
 def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = True) -> AttentionOutput:
     """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64; lse is NaN without `with_lse`, which is faster.
 
@@ -61,9 +81,7 @@ def _sequences_together(
     for first in range(0, call.shape.batch, count):
         which = torch.arange(first, first + count, device=call.q.device).clamp(max=call.shape.batch - 1)
         q, k, v = (x[which].transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
-        shape = call.shape._replace(
-            batch=1, q_heads=count * call.shape.q_heads, kv_heads=count * call.shape.kv_heads
-        )
+        shape = call.shape._replace(batch=1, heads=call.shape.heads.with_kv(count * call.shape.kv_heads))
         sinks, slopes = (
             None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
         )

@@ -6,33 +6,24 @@ from collections.abc import Callable
 
 from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.catalogue import CATALOGUE, LIBRARY_CAPABILITIES
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.exact import ExactKernel
 from verify.kernels.flash.kernel import flash_kernel
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.foreign.python_kernel import PythonKernel
 from verify.kernels.kernel import Kernel
-from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.peers.flex import FlexKernel
 from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.sdpa import SdpaKernel
-from verify.kernels.plans.spec import Spec, check_options, choice, parse_plan, parse_spec
-
-
-def _eager_options(spec: Spec) -> EagerOptions:
-    return EagerOptions(
-        plan=parse_plan(spec),
-        p=choice(spec, "p", "f16", tuple(FLOAT_TYPES)),
-        acc=choice(spec, "acc", "f32", ("f32", "f16")),
-        out=choice(spec, "out", "f32", tuple(FLOAT_TYPES)),
-    )
+from verify.kernels.plans.spec import Spec, check_options, choice, parse_spec
+from verify.kernels.plans.tile_options import parse_tile_options
 
 
 def _flash(spec: Spec) -> Kernel:
     return flash_kernel(
         spec.text,
-        _eager_options(spec),
+        parse_tile_options(spec),
         cache=choice(spec, "cache", "f16", ("f16", *CACHE_TYPES)),
         expand=choice(spec, "expand", "fused", ("fused", "f16")),
     )
@@ -40,7 +31,7 @@ def _flash(spec: Spec) -> Kernel:
 
 BUILDERS: dict[str, Callable[[Spec], Kernel]] = {
     "exact": lambda s: ExactKernel(s.text, choice(s, "acc", "float64", ("float64", "double-float32"))),
-    "eager": lambda s: EagerKernel(s.text, _eager_options(s)),
+    "eager": lambda s: EagerKernel(s.text, parse_tile_options(s)),
     "flash": _flash,
     "py": PythonKernel.from_spec,
     "ggml": GgmlKernel.from_spec,

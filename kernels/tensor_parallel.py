@@ -110,7 +110,7 @@ def _heads(shape: Shape, gpus: int) -> list[range]:
 
 
 def _of_heads(shape: Shape, kv_heads: int) -> Shape:
-    return shape._replace(q_heads=kv_heads * shape.ratio, kv_heads=kv_heads)
+    return shape._replace(heads=shape.heads.with_kv(kv_heads))
 
 
 def _calls(call: Call, gpus: int) -> list[Call]:

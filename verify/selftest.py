@@ -21,7 +21,7 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget, rounding_key
 from verify.kernels.call import Call
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.detectors import (
@@ -39,6 +39,7 @@ from verify.kernels.judging.probes import Probe, check, far_offsets, standard_pr
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan
 from verify.kernels.plans.spec import parse_plan, parse_spec
+from verify.kernels.plans.tile_options import TileOptions
 from verify.laws import LAWS, Subject, subject_of
 from verify.laws.run import run_law
 
@@ -227,7 +228,7 @@ def _trials() -> Iterator[_Trial]:
     for broken in PLAN_FAULTS:
         subject = SelftestSubject(broken.name, "fault", broken.what, broken.references, broken.plan)
         spec = f"eager:{broken.plan}"
-        options = EagerOptions(plan=broken.breaks(parse_plan(parse_spec(spec))))
+        options = TileOptions(plan=broken.breaks(parse_plan(parse_spec(spec))))
         yield _Trial(
             subject, partial(EagerKernel, spec, options), plans=subject_of("eager").with_plans(broken.breaks)
         )
@@ -291,9 +292,6 @@ def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: in
 
 def _asked(kernel: Kernel, call: Call) -> Callable[[int], RowPlan]:
     """The plan that the kernel was asked for, by n_kv."""
-    shape = call.shape
     assert isinstance(kernel, TileKernel | EagerKernel)
     plan = kernel.plan if isinstance(kernel, TileKernel) else kernel.options.plan
-    return lambda n: plan.at(
-        n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size
-    )
+    return lambda n: plan.at(call.shape.asked("decode").of_keys(n))

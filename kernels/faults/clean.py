@@ -10,12 +10,13 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Shape
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
 from verify.kernels.faults.record import Variant
 from verify.kernels.faults.tile_kernel import Row, State, TileKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, merge_tree
 from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.tile_options import TileOptions
 
 
 class ReversedTiles(TileKernel):
@@ -94,7 +95,7 @@ def _tile(name: str, kind: type[TileKernel] = TileKernel, **options: object) -> 
 
 
 def _eager(name: str, **options: object) -> Callable[[], Kernel]:
-    return lambda: EagerKernel(name, EagerOptions(**options))  # type: ignore[arg-type]
+    return lambda: EagerKernel(name, TileOptions(**options))  # type: ignore[arg-type]
 
 
 VARIANTS: tuple[Variant, ...] = (

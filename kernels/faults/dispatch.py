@@ -24,7 +24,7 @@ class NeverRan(TileKernel):
 
     def plan_of(self, shape: Shape, n: int) -> RowPlan:
         old = Plan(heads=None, kv=KVCuts("parts", 1), block=self.plan.block)
-        return old.at(n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size)
+        return old.at(shape.asked("decode").of_keys(n))
 
 
 @fault("other head size", "only head size 64 is right", "ik #1452")

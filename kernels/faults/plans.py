@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from verify.kernels.faults.record import PlanFault
+from verify.kernels.plans.asked import N_KV_PADDING, RowAsked
 from verify.kernels.plans.plan import KVCuts, Plan
-from verify.kernels.plans.policy import N_KV_PADDING, CallShape, Rule
+from verify.kernels.plans.policy import Rule
 
 
 class RemainderLost(Plan):
@@ -38,7 +39,7 @@ class CutsInsideTiles(KVCuts):
 def _unpadded(rule: Rule) -> Rule:
     """The gate compares n_kv as it is, not padded as the engine has it."""
 
-    def applies(call: CallShape, threshold: int) -> bool:
+    def applies(call: RowAsked, threshold: int) -> bool:
         return rule.applies(call._replace(n_kv=call.n_kv // N_KV_PADDING * N_KV_PADDING), threshold)
 
     return rule._replace(applies=applies)

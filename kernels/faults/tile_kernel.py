@@ -74,9 +74,7 @@ class TileKernel(Kernel):
 
     def planned(self, shape: Shape, n: int) -> RowPlan:
         """The plan of a row, as it was asked for."""
-        return self.plan.at(
-            n, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size
-        )
+        return self.plan.at(shape.asked("decode").of_keys(n))
 
     def capabilities(self) -> Capabilities:
         # Rows of one n_kv are computed together: other products, other bits.

@@ -18,7 +18,7 @@ from verify.kernels.cache import dequantise, quantise
 from verify.kernels.cache_types import BLOCK, CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
-from verify.kernels.eager import EagerKernel, EagerOptions, asked_of, cuts_of_rows
+from verify.kernels.eager import EagerKernel
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
@@ -26,6 +26,8 @@ from verify.kernels.here import why_not_flash
 from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
 from verify.kernels.numbers import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, type_of
+from verify.kernels.plans.asked import RowAsked
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import NOTHING, Launched
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
@@ -37,7 +39,7 @@ _TENSOR_CORES_FROM = (8, 0)
 _OVERLAP_FROM = (9, 0)
 
 
-def reads_planes(call: Call, options: EagerOptions) -> bool:
+def reads_planes(call: Call, options: TileOptions) -> bool:
     """Whether the kernel that reads quantised caches itself has what this call asks for."""
     plain = call.softcap is None and call.sliding_window is None and call.alibi_slopes is None
     shape = call.shape
@@ -45,7 +47,7 @@ def reads_planes(call: Call, options: EagerOptions) -> bool:
     return plain and sizes and call.path == "decode" and (options.p, options.acc) == ("f16", "f32")
 
 
-def over_cache(options: EagerOptions, cache: str) -> Capabilities:
+def over_cache(options: TileOptions, cache: str) -> Capabilities:
     """What `flash` has with a cache of this type, on whichever device it runs."""
     blocks = 1 if cache == "f16" else BLOCK
     return Capabilities(caches=tuple(CACHE_TYPES), ratios=options.plan.ratios, size_multiple=blocks)
@@ -99,7 +101,7 @@ class FlashKernel(Kernel):
     def __init__(
         self,
         spec: str,
-        options: EagerOptions,
+        options: TileOptions,
         *,
         cache: str = "f16",
         expand: str = "fused",
@@ -120,7 +122,7 @@ class FlashKernel(Kernel):
 
         Raises ValueError on a dtype, a head size or head groups that the kernel does not have.
         """
-        options = self.options.with_plan_of(call)
+        options = self.options.with_plan(call.plan)
         overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
         planes = None
         if self.cache != "f16":
@@ -207,21 +209,20 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles_of(
             self._limit(None), shape, decode, block, item_size=2, v_is_k=False
         )
-        return self._arithmetic(self.options, shape, path, tiles, torch.float16)
+        return self._arithmetic(self.options, shape, shape.asked(path, self.cache), tiles, torch.float16)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        options = self.options.with_plan_of(call)
+        options = self.options.with_plan(call.plan)
         tiles = self.tiles or self._tiles(call.q.device, call, options)
-        return self._arithmetic(options, call.shape, call.path, tiles, call.q.dtype, **asked_of(call))
+        return self._arithmetic(options, call.shape, call.asked(self.cache), tiles, call.q.dtype)
 
     def _arithmetic(
         self,
-        options: EagerOptions,
+        options: TileOptions,
         shape: Shape,
-        path: AttentionPath,
+        row: RowAsked,
         tiles: Tiles | None,
         dtype: torch.dtype,
-        **asked: bool,
     ) -> Arithmetic:
         # `weighted_values` has one product of a tile where P is narrow, six where both operands are split;
         # float32 values go through float32 units, a key at a time.
@@ -237,7 +238,9 @@ class FlashKernel(Kernel):
             block=options.plan.block if tiles is None else tiles.keys,
             chained=MMA_KEYS if dtype == torch.float32 else chained,
             passes=1 if values == options.p else _PIECES[options.p] * _PIECES[values],
-            **cuts_of_rows(options.plan, shape, path, cache_type=self.cache, **asked),
+            cuts_at=options.plan.cuts_of(row),
+            # A prefill tile is cut for its longest row, which may be any row of the call.
+            shared_up_to=0 if row.decode else shape.keys,
             u_tanh=U_TANH,
             # Numbers of a quantised cache are rounded to float16 where they are expanded.
             u_k=2.0**-11 if self.cache != "f16" else 0.0,
@@ -252,7 +255,7 @@ class FlashKernel(Kernel):
 
         return combine
 
-    def _tiles(self, device: torch.device, call: Call, options: EagerOptions) -> Tiles | None:
+    def _tiles(self, device: torch.device, call: Call, options: TileOptions) -> Tiles | None:
         return self._tiles_of(
             self._limit(device),
             call.shape,
@@ -302,7 +305,7 @@ class FlashKernel(Kernel):
 class EagerOverCache(EagerKernel):
     """`eager` on keys and values as they come back from a quantised cache."""
 
-    def __init__(self, spec: str, options: EagerOptions, cache: str) -> None:
+    def __init__(self, spec: str, options: TileOptions, cache: str) -> None:
         super().__init__(spec, options)
         self.cache = cache
 
@@ -313,7 +316,7 @@ class EagerOverCache(EagerKernel):
         return over_cache(self.options, self.cache)
 
 
-def flash_kernel(spec: str, options: EagerOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:
+def flash_kernel(spec: str, options: TileOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
     reason = why_not_flash()
     if reason is None:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.eager import EagerOptions
 from verify.kernels.flash import slots
 from verify.kernels.flash.rows import RowPlans
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
 from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import Launched
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
@@ -117,7 +117,7 @@ class Prepared:
     """A call ready to launch: `launch()` writes `out` [B, T, Hq, Dv] and `lse` [B, T, Hq]."""
 
     call: Call
-    options: EagerOptions
+    options: TileOptions
     tiles: Tiles
     overlap: bool
     out: torch.Tensor

@@ -12,12 +12,12 @@ import torch
 
 from verify.kernels.cache import Quantised
 from verify.kernels.call import Call
-from verify.kernels.eager import EagerOptions, asked_of
 from verify.kernels.flash.launch import Launches, Planes, Prepared, tile_tokens
 from verify.kernels.flash.rows import plans_of_rows
 from verify.kernels.flash.tiles import LARGEST_GROUP, LARGEST_K_HEAD, LARGEST_V_HEAD, SMALLEST_HEAD, Tiles
 from verify.kernels.lengths import lengths_of
 from verify.kernels.numbers import type_of
+from verify.kernels.plans.tile_options import TileOptions
 
 # Offsets inside a tile are 32 bits wide (a tile has at most 128 keys), all others 64.
 LARGEST_KEY_STRIDE = (1 << 31) // 256
@@ -52,7 +52,7 @@ def planes_of(k: Quantised, v: Quantised) -> Planes:
 
 def prepare(
     call: Call,
-    options: EagerOptions,
+    options: TileOptions,
     tiles: Tiles,
     *,
     overlap: bool = False,
@@ -69,13 +69,7 @@ def prepare(
     lengths = lengths_of(call.kv_len).of_rows
     decode = call.path == "decode"
     rows = plans_of_rows(
-        plan,
-        shape,
-        lengths,
-        1 if decode else tile_tokens(call, tiles),
-        decode,
-        cache_type=cache_type,
-        **asked_of(call),
+        plan, call.asked(cache_type), lengths, shape.rows, 1 if decode else tile_tokens(call, tiles)
     )
     kv_len = call.kv_len.to(torch.int32).contiguous()
     launches = []

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from verify.kernels.call import Shape
-from verify.kernels.eager import plan_of_row
+from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.plan import Plan, RowPlan
 from verify.kernels.plans.policy import Launch
 
@@ -37,40 +36,27 @@ class RowPlans:
 
 @lru_cache(maxsize=16)
 def plans_of_rows(
-    plan: Plan,
-    shape: Shape,
-    lengths: tuple[int, ...],
-    tokens_a_tile: int,
-    decode: bool,
-    *,
-    cache_type: str,
-    sinks: bool,
-    sliding_window: bool,
+    plan: Plan, asked: RowAsked, lengths: tuple[int, ...], rows: int, tokens_a_tile: int
 ) -> RowPlans:
     """Kept for a few calls: the layers of a model ask for the same rows again.
 
-    lengths [B * T]: visible keys of each row. A prefill tile of tokens_a_tile rows follows the plan of its
-    longest row. Raises ValueError where head groups do not sum to r.
+    asked: of each row but its keys; lengths [B * T]: these; rows: T. A prefill tile of tokens_a_tile rows
+    follows the plan of its longest row. Raises ValueError where head groups do not sum to r.
     """
-    at = {
-        n: plan_of_row(
-            plan, shape, n, decode, cache_type=cache_type, sinks=sinks, sliding_window=sliding_window
-        )
-        for n in set(lengths)
-    }
+    at = {n: plan.at(asked.of_keys(n)) for n in set(lengths)}
     planned = list(lengths)
-    if not decode:
-        for first in range(0, len(planned), shape.rows or 1):
-            end = first + shape.rows
+    if not asked.decode:
+        for first in range(0, len(planned), rows or 1):
+            end = first + rows
             for t in range(first, end, tokens_a_tile):
                 tile = slice(t, min(t + tokens_a_tile, end))
                 planned[tile] = [max(planned[tile])] * len(planned[tile])
     plans = tuple(at[n] for n in planned)
     chosen = sorted({(p.head_groups, p.launch) for p in plans})
     if not chosen and plan.policy is None:
-        plan.groups(shape.ratio)
+        plan.groups(asked.ratio)
     # Rows of a prefill tile cannot be told apart: no policy chooses head groups by the length there.
-    assert decode or len(chosen) <= 1, chosen
+    assert asked.decode or len(chosen) <= 1, chosen
     number = {kind: i for i, kind in enumerate(chosen)}
     kind_of_row = tuple(number[p.head_groups, p.launch] for p in plans)
     slots = [1] * len(chosen)

@@ -18,12 +18,14 @@ Options as they are written in a specification:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from verify.kernels.errors import SpecError
-from verify.kernels.plans.policy import CallShape, Launch, Policy, SplitMode
+from verify.kernels.plans.asked import RowAsked, SplitMode
+from verify.kernels.plans.policy import Launch, Policy
 
 # Without a GPU `kv=auto` counts on this many multiprocessors (an H100's), so that it can be studied on a CPU.
 NOMINAL_SMS = 132
@@ -109,25 +111,13 @@ class Plan:
     split_mode: SplitMode = "layer"
     sms: int = NOMINAL_SMS
 
-    def at(
-        self,
-        n_kv: int,
-        *,
-        ratio: int,
-        kv_heads: int,
-        k_size: int,
-        v_size: int,
-        decode: bool = True,
-        cache_type: str = "f16",
-        sinks: bool = False,
-        sliding_window: bool = False,
-    ) -> RowPlan:
-        """The plan of a row with n_kv visible keys. Raises ValueError if head groups do not sum to r."""
-        call = CallShape(
-            ratio, kv_heads, k_size, v_size, 1 if decode else 2, n_kv, cache_type, sinks, sliding_window,
-            self.gpus, self.split_mode,
-        )  # fmt: skip
-        return _row_plan(self, call)
+    def at(self, row: RowAsked) -> RowPlan:
+        """The plan of a row. Raises ValueError if head groups do not sum to r."""
+        return _row_plan(self, row._replace(gpus=self.gpus, split_mode=self.split_mode))
+
+    def cuts_of(self, row: RowAsked) -> Callable[[int], tuple[int, ...]]:
+        """The cuts of such a row by its number of keys."""
+        return lambda n_kv: self.at(row.of_keys(n_kv)).cuts
 
     def groups(self, ratio: int) -> tuple[int, ...]:
         """Head groups at ratio r, policies left aside. Raises ValueError if they do not sum to r."""
@@ -153,10 +143,10 @@ class Plan:
 
 
 @lru_cache(maxsize=1 << 18)
-def _row_plan(plan: Plan, call: CallShape) -> RowPlan:
+def _row_plan(plan: Plan, row: RowAsked) -> RowPlan:
     if plan.policy is None:
-        groups, launch = plan.groups(call.ratio), plan.launch
+        groups, launch = plan.groups(row.ratio), plan.launch
     else:
-        groups, launch = plan.policy.head_groups(call)
-    programs = call.kv_heads * len(groups)
-    return RowPlan(groups, plan.kv.cuts(call.n_kv, plan.block, programs, plan.sms), launch)
+        groups, launch = plan.policy.head_groups(row)
+    programs = row.kv_heads * len(groups)
+    return RowPlan(groups, plan.kv.cuts(row.n_kv, plan.block, programs, plan.sms), launch)

@@ -17,73 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from verify.kernels.errors import SpecError, nearest
+from verify.kernels.plans.asked import RowAsked
 
 # One launch for all head groups; or one a group, on contiguous copies of Q (`each`) or on views (`views`).
 Launch = Literal["one", "each", "views"]
-SplitMode = Literal["layer", "graph"]
-SPLIT_MODES: tuple[SplitMode, ...] = ("layer", "graph")
-
 # vector: one program a query head, on ordinary cores. mma: tiles of query heads on tensor cores. gather: keys
 # by index. none: the engine has no such kernel and ends. unknown: what runs there was not looked up.
 EngineKernel = Literal["vector", "mma", "gather", "none", "unknown"]
 # In which type P V is summed within a part.
 KERNEL_SUMS: dict[EngineKernel, str] = {"vector": "float32", "mma": "float16", "gather": "float32"}
-# Generations of NVIDIA GPUs, old to new; blackwell is that of 2025's desktop cards (compute capability 12).
-Generation = Literal["pascal", "turing", "ampere", "ada", "hopper", "blackwell"]
-GENERATIONS: tuple[Generation, ...] = ("pascal", "turing", "ampere", "ada", "hopper", "blackwell")
-
-# Engines pad the visible keys of a call up to a multiple of this.
-N_KV_PADDING = 256
-
-
-class CallShape(NamedTuple):
-    """What a policy looks at."""
-
-    ratio: int
-    # The model's; `kv_heads_a_gpu` is what a rule compares.
-    kv_heads: int
-    k_size: int
-    v_size: int
-    # Query tokens in the call.
-    n_q: int
-    n_kv: int
-    cache_type: str
-    sinks: bool
-    # Of this layer.
-    sliding_window: bool
-    gpus: int
-    split_mode: SplitMode
-    # Of the GPUs.
-    generation: Generation = "ada"
-    # Sequences in the call.
-    sequences: int = 1
-    alibi: bool = False
-    # Each row has a list of the keys it sees (sparse MLA).
-    key_list: bool = False
-
-    @property
-    def kv_heads_a_gpu(self) -> int:
-        return max(self.kv_heads // self.gpus, 1) if self.split_mode == "graph" else self.kv_heads
-
-    @property
-    def n_kv_padded(self) -> int:
-        return -(-self.n_kv // N_KV_PADDING) * N_KV_PADDING
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        return self.k_size, self.v_size
-
-    @property
-    def quantised(self) -> bool:
-        return self.cache_type not in ("f16", "bf16", "f32")
-
-    def since(self, generation: Generation) -> bool:
-        """Whether the GPUs are of this generation or later."""
-        return GENERATIONS.index(self.generation) >= GENERATIONS.index(generation)
-
-    @property
-    def mla(self) -> bool:
-        return self.k_size == 576 and self.v_size == 512
 
 
 def power_of_two_groups(ratio: int) -> tuple[int, ...]:
@@ -122,7 +64,7 @@ def single_heads(ratio: int) -> tuple[int, ...]:
 class Rule(NamedTuple):
     """If `applies(call, threshold)`, these head groups are launched in this way."""
 
-    applies: Callable[[CallShape, int], bool]
+    applies: Callable[[RowAsked, int], bool]
     # Themselves, or how they follow from r.
     head_groups: tuple[int, ...] | Callable[[int], tuple[int, ...]]
     launch: Launch
@@ -133,7 +75,7 @@ class Rule(NamedTuple):
     columns: int | None = None
 
 
-class Launched(NamedTuple):
+class EngineLaunch(NamedTuple):
     """What a policy runs for a call. columns: each group's, padding included."""
 
     head_groups: tuple[int, ...]
@@ -156,15 +98,15 @@ class Policy:
     fallback: Callable[[int], tuple[int, ...]] = power_of_two_groups
     fallback_columns: int | None = None
 
-    def launched(self, call: CallShape) -> Launched:
+    def launched(self, call: RowAsked) -> EngineLaunch:
         """Head groups, launch, kernel and padded columns of a call."""
         last = Rule(lambda *_: True, self.fallback, "one", columns=self.fallback_columns)
         rule = next(r for r in (*self.rules, last) if r.applies(call, r.threshold))
         groups = rule.head_groups(call.ratio) if callable(rule.head_groups) else rule.head_groups
         columns = tuple(max(rule.columns or 1, 1 << (g - 1).bit_length()) for g in groups)
-        return Launched(groups, rule.launch, rule.kernel, columns)
+        return EngineLaunch(groups, rule.launch, rule.kernel, columns)
 
-    def head_groups(self, call: CallShape) -> tuple[tuple[int, ...], Launch]:
+    def head_groups(self, call: RowAsked) -> tuple[tuple[int, ...], Launch]:
         found = self.launched(call)
         return found.head_groups, found.launch
 
@@ -172,15 +114,15 @@ class Policy:
         return replace(self, rules=tuple(rule._replace(threshold=threshold) for rule in self.rules))
 
 
-def _ratio_12_decode(call: CallShape) -> bool:
+def _ratio_12_decode(call: RowAsked) -> bool:
     return call.ratio == 12 and call.n_q == 1
 
 
-def _ik_1182(call: CallShape, threshold: int) -> bool:
+def _ik_1182(call: RowAsked, threshold: int) -> bool:
     return call.mla and call.ratio == 20 and call.n_q == 1 and call.n_kv_padded > threshold
 
 
-def _ik_1183(call: CallShape, threshold: int) -> bool:
+def _ik_1183(call: RowAsked, threshold: int) -> bool:
     if not _ratio_12_decode(call) or call.sinks or call.sliding_window or call.cache_type != "f16":
         return False
     if call.split_mode == "graph":
@@ -189,15 +131,15 @@ def _ik_1183(call: CallShape, threshold: int) -> bool:
     return call.n_kv_padded >= threshold
 
 
-def _ik_1190(call: CallShape, threshold: int) -> bool:
+def _ik_1190(call: RowAsked, threshold: int) -> bool:
     return _ratio_12_decode(call) and call.n_kv_padded * call.kv_heads_a_gpu >= threshold
 
 
-def _mla_20(call: CallShape, threshold: int) -> bool:
+def _mla_20(call: RowAsked, threshold: int) -> bool:
     return call.mla and call.ratio == 20 and call.n_q == 1
 
 
-def _ik_1193(call: CallShape, threshold: int) -> bool:
+def _ik_1193(call: RowAsked, threshold: int) -> bool:
     return call.k_size == 128 and _ratio_12_decode(call)
 
 
@@ -208,7 +150,7 @@ _SPLIT_IN_BACKEND = Rule(_ik_1190, (8, 4), "each", 65536)
 _PADDED = Rule(_ik_1193, (12,), "one")
 
 
-def _sizes(k_size: int, v_size: int, also: Callable[[CallShape], bool]) -> Callable[[CallShape, int], bool]:
+def _sizes(k_size: int, v_size: int, also: Callable[[RowAsked], bool]) -> Callable[[RowAsked, int], bool]:
     """A condition on calls with these head sizes."""
     return lambda call, threshold: call.sizes == (k_size, v_size) and also(call)
 
@@ -228,12 +170,12 @@ def _padded_decode(size: int, ratio: int, columns: int) -> Rule:
     return Rule(applies, one_group, "one", columns=columns)
 
 
-def _few_mla(ratio: Callable[[CallShape], bool]) -> Callable[[CallShape, int], bool]:
+def _few_mla(ratio: Callable[[RowAsked], bool]) -> Callable[[RowAsked, int], bool]:
     """MLA, up to four query tokens, from `threshold` keys."""
     return lambda c, threshold: c.mla and ratio(c) and c.n_q <= 4 and c.n_kv_padded >= threshold
 
 
-def _ik_vector(call: CallShape, threshold: int) -> bool:
+def _ik_vector(call: RowAsked, threshold: int) -> bool:
     windowed = call.sliding_window and call.k_size == call.v_size <= 256
     return call.n_q == 1 and windowed and not call.quantised
 
@@ -259,12 +201,12 @@ _IK_2026_08 = (
 )
 
 
-def _grouped(call: CallShape) -> bool:
+def _grouped(call: RowAsked) -> bool:
     """llama.cpp's `gqa_opt`: heads of one KV head share a tile (n_kv padded and strides aligned, as here)."""
     return call.ratio >= 2 and not call.alibi
 
 
-def _mainline_vector(call: CallShape, threshold: int) -> bool:
+def _mainline_vector(call: RowAsked, threshold: int) -> bool:
     size = call.k_size
     if size != call.v_size or size > 256 or size % 64 or size == 192:
         return False
@@ -276,7 +218,7 @@ def _mainline_vector(call: CallShape, threshold: int) -> bool:
     return one and not (call.ratio > 4 and (size >= 256 or call.n_kv_padded >= threshold))
 
 
-def _mla_20_few(call: CallShape) -> bool:
+def _mla_20_few(call: RowAsked) -> bool:
     return call.mla and call.ratio == 20 and call.n_q <= 4
 
 

@@ -10,28 +10,49 @@ import re
 from typing import NamedTuple
 
 from verify.kernels.errors import SpecError, nearest
+from verify.kernels.heads import Heads
 
 _NUMBERS = re.compile(r"(\d+)/(\d+)x(\d+)(?:/(\d+))?")
 
 
 class ModelShape(NamedTuple):
-    """Query heads, KV heads, sizes of k and v; sliding_window and sinks where the model's layers have them.
+    """Heads of a model's layers; sliding_window and sinks where these have them.
 
     v_in_k: V is a view of the first v_size numbers of K (MLA).
     """
 
     name: str
-    q_heads: int
-    kv_heads: int
-    k_size: int
-    v_size: int
+    heads: Heads
     sliding_window: int | None = None
     sinks: bool = False
     v_in_k: bool = False
 
     @property
     def ratio(self) -> int:
-        return self.q_heads // self.kv_heads
+        return self.heads.ratio
+
+    @property
+    def q_heads(self) -> int:
+        return self.heads.q
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads.kv
+
+    @property
+    def k_size(self) -> int:
+        return self.heads.k_size
+
+    @property
+    def v_size(self) -> int:
+        return self.heads.v_size
+
+    def to_json(self) -> dict[str, object]:
+        """As `verify plan --json` lists it."""
+        sizes = {"k_size": self.k_size, "v_size": self.v_size}
+        options = {"sliding_window": self.sliding_window, "sinks": self.sinks, "v_in_k": self.v_in_k}
+        heads = {"q_heads": self.q_heads, "kv_heads": self.kv_heads}
+        return {"name": self.name, **heads, **sizes, **options, "ratio": self.ratio}
 
     def cache_bytes(self, n_kv: int, item_size: int = 2) -> int:
         """Bytes of K and V that one row of n_kv keys reads, each once."""
@@ -46,14 +67,14 @@ class ModelShape(NamedTuple):
 SHAPES: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        ModelShape("glm-4.5-air", 96, 8, 128, 128),
-        ModelShape("glm-4.5", 96, 8, 128, 128),
-        ModelShape("glm-4.7-flash", 20, 1, 576, 512, v_in_k=True),
-        ModelShape("llama-3-8b", 32, 8, 128, 128),
-        ModelShape("qwen2.5-7b", 28, 4, 128, 128),
-        ModelShape("smollm2", 9, 3, 64, 64),
-        ModelShape("gemma-3", 8, 4, 256, 256, sliding_window=1024),
-        ModelShape("gpt-oss", 64, 8, 64, 64, sliding_window=128, sinks=True),
+        ModelShape("glm-4.5-air", Heads(96, 8, 128, 128)),
+        ModelShape("glm-4.5", Heads(96, 8, 128, 128)),
+        ModelShape("glm-4.7-flash", Heads(20, 1, 576, 512), v_in_k=True),
+        ModelShape("llama-3-8b", Heads(32, 8, 128, 128)),
+        ModelShape("qwen2.5-7b", Heads(28, 4, 128, 128)),
+        ModelShape("smollm2", Heads(9, 3, 64, 64)),
+        ModelShape("gemma-3", Heads(8, 4, 256, 256), sliding_window=1024),
+        ModelShape("gpt-oss", Heads(64, 8, 64, 64), sliding_window=128, sinks=True),
     )
 }
 
@@ -63,7 +84,7 @@ def shape_named(text: str) -> ModelShape:
     name, at, gpus = text.partition("@")
     if match := _NUMBERS.fullmatch(name):
         q, kv, k, v = (int(x) if x else 0 for x in match.groups())
-        shape = ModelShape(name, q, kv, k, v or k)
+        shape = ModelShape(name, Heads(q, kv, k, v or k))
     elif name in SHAPES:
         shape = SHAPES[name]
     else:
@@ -78,4 +99,4 @@ def shape_named(text: str) -> ModelShape:
     if not gpus.isdecimal() or int(gpus) < 1 or shape.kv_heads % int(gpus):
         raise SpecError(f"shape {text!r}: {shape.kv_heads} KV heads cannot be shared out over {gpus!r} GPUs")
     n = int(gpus)
-    return shape._replace(name=text, q_heads=shape.q_heads // n, kv_heads=shape.kv_heads // n)
+    return shape._replace(name=text, heads=shape.heads.with_kv(shape.kv_heads // n))

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from verify.kernels.errors import SpecError, nearest
+from verify.kernels.plans.asked import SplitMode
 from verify.kernels.plans.plan import KVCuts, Plan, parse_heads
-from verify.kernels.plans.policy import POLICIES, Launch, SplitMode, policy_named
+from verify.kernels.plans.policy import POLICIES, Launch, policy_named
 
 
 class Spec(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from verify.kernels.heads import Heads
 from verify.model.architectures.feed_forward import FeedForward, Key, Shapes
 from verify.model.architectures.metadata import WITHOUT_EFFECT, Metadata
 from verify.model.blocks import rms_norm
@@ -87,16 +88,29 @@ class Sizes:
 
     layers: int
     width: int
-    heads: int
-    kv_heads: int
-    k_size: int
-    v_size: int
+    attention: Heads
     vocabulary: int
     context: int
 
     @property
+    def heads(self) -> int:
+        return self.attention.q
+
+    @property
+    def kv_heads(self) -> int:
+        return self.attention.kv
+
+    @property
+    def k_size(self) -> int:
+        return self.attention.k_size
+
+    @property
+    def v_size(self) -> int:
+        return self.attention.v_size
+
+    @property
     def ratio(self) -> int:
-        return self.heads // self.kv_heads
+        return self.attention.ratio
 
 
 class Architecture(ABC):

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from verify.kernels.heads import Heads
 from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
@@ -68,10 +69,7 @@ class Deepseek2(Architecture):
         self.sizes = Sizes(
             layers=self.layers,
             width=self.width,
-            heads=self.heads,
-            kv_heads=1,
-            k_size=self.rope_size + self.latent,
-            v_size=self.latent,
+            attention=Heads(self.heads, 1, self.rope_size + self.latent, self.latent),
             vocabulary=self.vocabulary,
             context=read.whole("context_length"),
         )

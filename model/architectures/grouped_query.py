@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from verify.kernels.heads import Heads
 from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
@@ -55,10 +56,9 @@ class GroupedQuery(Architecture):
         self.sizes = Sizes(
             layers=self.layers,
             width=self.width,
-            heads=self.heads[widest],
-            kv_heads=self.kv_heads[widest],
-            k_size=self.k_sizes[widest],
-            v_size=self.v_sizes[widest],
+            attention=Heads(
+                self.heads[widest], self.kv_heads[widest], self.k_sizes[widest], self.v_sizes[widest]
+            ),
             vocabulary=self.vocabulary,
             context=self.metadata.whole("context_length"),
         )

@@ -12,10 +12,11 @@ import torch
 from support import flash_counting as counting
 from support import flash_laws as laws
 from verify.kernels.call import checked_call
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.registry import build_kernel
 
 pytestmark = pytest.mark.cuda
@@ -71,7 +72,7 @@ def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
     kv_len = torch.randint(0, 3001, (2, 48), dtype=torch.int32, device=CUDA)
     binaries = set()
     for kv in (KVCuts(), KVCuts("parts", 5), KVCuts("parts", 17), KVCuts("size", 512), KVCuts("auto")):
-        flash = FlashKernel("flash", EagerOptions(plan=Plan(kv=kv)))
+        flash = FlashKernel("flash", TileOptions(plan=Plan(kv=kv)))
         together = flash.attend(q, k, v, kv_len=kv_len, scale=0.09)
         assert flash.notes == [], "what was written is what was planned"
         for t in range(48):
@@ -94,7 +95,7 @@ def test_offsets_beyond_32_bits() -> None:
     q = torch.randn(1, 1, 12 * heads, size, dtype=torch.float16, device=CUDA)
     last = keys // 64 * 64
     more = {"scale": 0.09, "sliding_window": 200}
-    flash = FlashKernel("flash", EagerOptions())
+    flash = FlashKernel("flash", TileOptions())
     n_kv = torch.tensor([[last]], dtype=torch.int32, device=CUDA)
     found = flash.attend(q, cache[0], cache[1], kv_len=n_kv, **more)
     near = cache[:, :, last - 256 : last].clone()
@@ -150,7 +151,7 @@ def test_cpu_tensors_run_as_eager_with_a_note() -> None:
     x = laws.inputs(laws.Case("cpu", p="f16"), torch.device("cpu"))
     flash = build_kernel("flash")
     found = flash.attend(x.q, x.k, x.v, **x.more)
-    assert laws.same_bits(found, EagerKernel("eager", EagerOptions()).attend(x.q, x.k, x.v, **x.more))
+    assert laws.same_bits(found, EagerKernel("eager", TileOptions()).attend(x.q, x.k, x.v, **x.more))
     assert len(flash.notes) == 1 and "did not run" in flash.notes[0]
 
 
@@ -165,7 +166,7 @@ def test_float16_accumulators_degrade_with_the_length_of_a_part() -> None:
     def error(n_kv: int, parts: int) -> float:
         more = {"kv_len": torch.tensor([[n_kv]], dtype=torch.int32, device=CUDA), "scale": 128**-0.5}
         exact = exact_attention(checked_call(q, k, v, **more)).out
-        flash = FlashKernel("flash", EagerOptions(plan=Plan(kv=KVCuts("parts", parts)), acc="f16"))
+        flash = FlashKernel("flash", TileOptions(plan=Plan(kv=KVCuts("parts", parts)), acc="f16"))
         return float((flash.attend(q, k, v, **more).out.double() - exact).norm() / exact.norm())
 
     by_length = [error(n, 1) for n in (4096, 16_384, 65_536)]

@@ -13,7 +13,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import _step
 from verify.kernels.call import Call, Result, checked_call
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
 from verify.kernels.flash.kernel import EagerOverCache, FlashKernel
 from verify.kernels.flash.tiles import Tiles
 from verify.kernels.judging.detectors import measure
@@ -21,6 +21,7 @@ from verify.kernels.judging.figures import relative_error
 from verify.kernels.numbers import U_F32_TENSOR_CORE
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.policy import policy_named
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.registry import build_kernel
 from verify.kernels.tensor_parallel import TensorParallelKernel
 from verify.kernels.trace import LaunchTrace
@@ -44,7 +45,7 @@ def test_a_policy_sees_the_type_of_the_cache() -> None:
     """ik-1183 splits 12 heads over a float16 cache only; else groups are what `before` has."""
     plan = Plan(policy=policy_named("ik-1183").with_threshold(0))
     for cache, groups in (("f16", (8, 4)), ("q8_0", (4, 4, 4))):
-        kernel = EagerOverCache("x", EagerOptions(plan=plan), cache)
+        kernel = EagerOverCache("x", TileOptions(plan=plan), cache)
         assert ran(kernel.run(call_of([64], size=32)), 64)[0] == groups
 
 
@@ -59,7 +60,7 @@ def test_the_plan_of_the_call_is_what_its_arithmetic_counts() -> None:
         ("sinks", with_sinks),
         ("own", replace(call, plan=Plan(kv=KVCuts("parts", 7)))),
     ):
-        kernel = EagerKernel("x", EagerOptions(plan=plan))
+        kernel = EagerKernel("x", TileOptions(plan=plan))
         parts[name] = len(ran(kernel.run(each), 1024)[1]) - 1
         assert kernel.arithmetic_of(each).depths(1024).parts == parts[name], name
     assert len(set(parts.values())) == 3
@@ -92,7 +93,7 @@ def test_an_accumulator_that_runs_on_is_rounded_at_every_instruction() -> None:
 
 def test_flash_is_charged_for_what_its_call_runs_on() -> None:
     """The type of the inputs, and the tile of this call, whatever ran before."""
-    options = EagerOptions(plan=Plan())
+    options = TileOptions(plan=Plan())
     kernel = FlashKernel("flash", options)
     call = call_of([4096], size=64)
     f16 = kernel.arithmetic_of(call)

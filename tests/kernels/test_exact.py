@@ -8,7 +8,7 @@ import torch
 
 from support.problems import problem
 from verify.kernels.call import Call, checked_call
-from verify.kernels.exact import ExactKernel, _sequences_together, exact_attention
+from verify.kernels.exact import ExactKernel, _sequences_together, exact_attention, reference_attention
 
 
 def by_hand(c: Call, b: int, t: int, h: int) -> tuple[list[float], float]:
@@ -53,6 +53,25 @@ def test_every_option_follows_its_formula(options: dict[str, object]) -> None:
             out, lse = by_hand(call, 0, t, h)
             assert result.out[0, t, h].tolist() == pytest.approx(out, rel=1e-12, abs=1e-14)
             assert result.lse[0, t, h].item() == pytest.approx(lse, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sliding_window": 3, "sinks": torch.linspace(-1, 2, 6)},
+        {"softcap": 2.0, "alibi_slopes": torch.linspace(0.1, 0.6, 6)},
+    ],
+    ids=["plain", "window and sinks", "softcap and ALiBi"],
+)
+@pytest.mark.parametrize("rows", [20, 200])
+def test_what_runs_is_the_formula_at_a_glance(options: dict[str, object], rows: int) -> None:
+    """Few rows at once and many in steps; an empty row among them; several sequences."""
+    call = problem(rows=rows, batch=2, size=8, **options)
+    call.kv_len[0, 3] = 0
+    fast, plain = exact_attention(call), reference_attention(call)
+    torch.testing.assert_close(fast.out, plain.out, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fast.lse, plain.lse, rtol=1e-12, atol=1e-14)
 
 
 def test_query_heads_read_their_own_kv_head() -> None:

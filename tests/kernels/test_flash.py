@@ -19,10 +19,10 @@ from support import flash_counting as counting
 from support import flash_laws as laws
 from support.subjects import flash_subject
 from verify.kernels.call import checked_call
-from verify.kernels.eager import EagerOptions
 from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel
 from verify.kernels.here import why_not_flash
 from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, Law
 from verify.laws.run import run_law
@@ -210,7 +210,7 @@ def test_without_cuda_flash_is_eager_and_says_so() -> None:
     assert {signature.kernel for _, _, signature in result.launched.rows} == {
         "eager[block=64,p=f16,acc=f32,out=f32]"
     }
-    assert flash_kernel("flash", EagerOptions()).spec == "flash"
+    assert flash_kernel("flash", TileOptions()).spec == "flash"
 
 
 def test_a_device_without_room_for_a_tile_falls_back_visibly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_a_smaller_tile_keeps_the_cuts_and_is_traced(monkeypatch: pytest.MonkeyP
 
 
 def test_arithmetic_is_that_of_tensor_cores() -> None:
-    kernel = FlashKernel("flash", EagerOptions(plan=Plan(kv=KVCuts("parts", 4))))
+    kernel = FlashKernel("flash", TileOptions(plan=Plan(kv=KVCuts("parts", 4))))
     x = laws.inputs(laws.Case("arithmetic"), CPU)
     arithmetic = kernel.arithmetic(checked_call(x.q, x.k, x.v, **x.more).shape, "decode")
     assert (arithmetic.u, arithmetic.p, arithmetic.acc) == (2.0**-23, "f16", "f32")

@@ -5,11 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verify.kernels.errors import SpecError
+from verify.kernels.heads import Heads
+from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.plan import KVCuts, Plan, parse_heads, powers_of_two
 from verify.kernels.plans.spec import with_options
 from verify.kernels.registry import build_kernel
 
-SHAPE = {"kv_heads": 8, "k_size": 128, "v_size": 128}
+TWELVE = RowAsked(Heads(96, 8, 128, 128), n_kv=8192)
 
 
 def test_a_number_of_parts_is_that_number_where_there_are_tiles_for_it() -> None:
@@ -18,8 +20,8 @@ def test_a_number_of_parts_is_that_number_where_there_are_tiles_for_it() -> None
 
 
 def test_auto_moves_with_the_head_groups() -> None:
-    padded = Plan(kv=KVCuts("auto", 0)).at(8192, ratio=12, **SHAPE)
-    split = Plan(heads=(8, 4), kv=KVCuts("auto", 0)).at(8192, ratio=12, **SHAPE)
+    padded = Plan(kv=KVCuts("auto", 0)).at(TWELVE)
+    split = Plan(heads=(8, 4), kv=KVCuts("auto", 0)).at(TWELVE)
     assert len(padded.cuts) > len(split.cuts) > 2
 
 
@@ -33,7 +35,7 @@ def test_split_is_powers_of_two_that_sum(r: int) -> None:
 
 def test_head_groups_that_do_not_sum_are_refused() -> None:
     with pytest.raises(ValueError, match=r"heads=8\+4: sums to 12, expected r = 3"):
-        Plan(heads=(8, 4)).at(1, ratio=3, **SHAPE)
+        Plan(heads=(8, 4)).at(RowAsked(Heads(24, 8, 128, 128), n_kv=1))
 
 
 @pytest.mark.parametrize("text", ["8+", "a", "0", "8+-1", ""])

@@ -6,27 +6,30 @@ passed from T + 1 (>).
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from verify.kernels.errors import SpecError
+from verify.kernels.heads import Heads
+from verify.kernels.plans.asked import N_KV_PADDING, RowAsked
 from verify.kernels.plans.plan import KVCuts, Plan
-from verify.kernels.plans.policy import (
-    KERNEL_SUMS,
-    N_KV_PADDING,
-    POLICIES,
-    CallShape,
-    Launched,
-    Policy,
-    policy_named,
-)
+from verify.kernels.plans.policy import KERNEL_SUMS, POLICIES, EngineLaunch, Policy, policy_named
 
-GLM = CallShape(12, 8, 128, 128, 1, 8192, "f16", False, False, 1, "layer")
-MLA = CallShape(20, 1, 576, 512, 1, 8192, "f16", False, False, 1, "layer")
+GLM = RowAsked(Heads(96, 8, 128, 128), n_kv=8192)
+MLA = RowAsked(Heads(20, 1, 576, 512), n_kv=8192)
 SPLIT, WHOLE = ((8, 4), "each"), ((4, 4, 4), "one")
 
 
-def chosen(policy: str, call: CallShape, **change: object) -> tuple[tuple[int, ...], str]:
-    return policy_named(policy).head_groups(call._replace(**change))  # type: ignore[arg-type]
+def changed(call: RowAsked, **change: Any) -> RowAsked:
+    """Other facts; of its heads `ratio`, `k_size` and `v_size`."""
+    sizes = {name: change.pop(name) for name in ("k_size", "v_size") if name in change}
+    q = change.pop("ratio", call.ratio) * call.kv_heads
+    return call._replace(heads=call.heads._replace(q=q, **sizes), **change)
+
+
+def chosen(policy: str, call: RowAsked, **change: Any) -> tuple[tuple[int, ...], str]:
+    return policy_named(policy).head_groups(changed(call, **change))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_head_groups_always_sum_to_the_ratio(name: str, ratio: int) -> None:
 MAINLINE, IK = policy_named("mainline-2026-10"), policy_named("ik-2026-08")
 
 
-def around(policy: Policy, call: CallShape, n_kv: int) -> list[Launched]:
+def around(policy: Policy, call: RowAsked, n_kv: int) -> list[EngineLaunch]:
     """What is launched at the last length before a padded threshold, at the first from it, and the next."""
     first = n_kv - N_KV_PADDING + 1
     return [policy.launched(call._replace(n_kv=n)) for n in (first - 1, first, first + 1)]
@@ -122,15 +125,15 @@ def test_mainline_leaves_the_vector_kernel_at_exactly_8192_keys() -> None:
     assert above == at
     assert KERNEL_SUMS[below.kernel] == "float32" and KERNEL_SUMS[at.kernel] == "float16"
     # A call cut into 8 + 4 heads runs its half of 4 in the vector kernel on both sides.
-    assert {x.kernel for x in around(MAINLINE, GLM._replace(ratio=4), 8192)} == {"vector"}
+    assert {x.kernel for x in around(MAINLINE, changed(GLM, ratio=4), 8192)} == {"vector"}
     # Where the vector kernel never was, nothing changes there.
     for change in ({"generation": "ampere"}, {"n_q": 2}, {"sequences": 2}, {"k_size": 256, "v_size": 256}):
-        assert {x.kernel for x in around(MAINLINE, GLM._replace(**change), 8192)} == {"mma"}, change
+        assert {x.kernel for x in around(MAINLINE, changed(GLM, **change), 8192)} == {"mma"}, change
     # Not grouped (ALiBi), or a quantised cache: the vector kernel at any length.
     for change in ({"alibi": True}, {"cache_type": "q8_0"}, {"cache_type": "q8_0", "n_q": 2}):
-        assert {x.kernel for x in around(MAINLINE, GLM._replace(**change), 8192)} == {"vector"}, change
+        assert {x.kernel for x in around(MAINLINE, changed(GLM, **change), 8192)} == {"vector"}, change
     for generation, n_q, kernel in (("ampere", 1, "vector"), ("ampere", 2, "mma"), ("ada", 3, "mma")):
-        call = GLM._replace(cache_type="q4_0", generation=generation, n_q=n_q)  # type: ignore[arg-type]
+        call = changed(GLM, cache_type="q4_0", generation=generation, n_q=n_q)
         assert MAINLINE.launched(call).kernel == kernel
 
 
@@ -149,7 +152,7 @@ def test_mainline_leaves_the_vector_kernel_at_exactly_8192_keys() -> None:
     ],
 )
 def test_mainlines_mla_by_generation(generation: str, n_q: int, n_kv: int, columns: tuple[int, ...]) -> None:
-    call = MLA._replace(generation=generation, n_q=n_q, n_kv=n_kv)  # type: ignore[arg-type]
+    call = changed(MLA, generation=generation, n_q=n_q, n_kv=n_kv)
     assert MAINLINE.launched(call).columns == columns
 
 
@@ -178,7 +181,7 @@ def test_mainlines_mla_by_generation(generation: str, n_q: int, n_kv: int, colum
 def test_mainlines_groups_of_a_prompt_by_head_size(
     sizes: tuple[int, int], ratio: int, kernel: str, groups: tuple[int, ...]
 ) -> None:
-    call = GLM._replace(k_size=sizes[0], v_size=sizes[1], ratio=ratio, n_q=512)
+    call = changed(GLM, k_size=sizes[0], v_size=sizes[1], ratio=ratio, n_q=512)
     found = MAINLINE.launched(call)
     assert (found.kernel, found.head_groups) == (kernel, groups)
 
@@ -209,7 +212,7 @@ def test_mainlines_groups_of_a_prompt_by_head_size(
     ],
 )
 def test_ik_of_2026_08_by_shape(change: dict[str, object], kernel: str, columns: tuple[int, ...]) -> None:
-    found = IK.launched(GLM._replace(**change))  # type: ignore[arg-type]
+    found = IK.launched(changed(GLM, **change))
     assert (found.kernel, found.columns) == (kernel, columns)
 
 
@@ -228,32 +231,32 @@ def test_ik_of_2026_08_by_shape(change: dict[str, object], kernel: str, columns:
 def test_ik_of_2026_08_groups_mla_from_2048_keys(
     change: dict[str, object], below: tuple[int, ...], at: tuple[int, ...]
 ) -> None:
-    found = around(IK, MLA._replace(**change), 2048)  # type: ignore[arg-type]
+    found = around(IK, changed(MLA, **change), 2048)
     assert [x.columns for x in found] == [below, at, at]
 
 
 def test_ik_of_2026_08_ends_on_mla_with_an_odd_ratio() -> None:
-    assert IK.launched(MLA._replace(ratio=6, n_kv=100)).kernel == "none"
+    assert IK.launched(changed(MLA, ratio=6, n_kv=100)).kernel == "none"
 
 
 def test_a_moved_threshold_of_mainline_moves_no_rule_without_one() -> None:
     moved = MAINLINE.with_threshold(512)
     assert [x.kernel for x in around(moved, GLM, 512)] == ["vector", "mma", "mma"]
-    assert moved.launched(MLA._replace(n_kv=4096)).columns == (16, 16)
+    assert moved.launched(changed(MLA, n_kv=4096)).columns == (16, 16)
 
 
 def test_a_moved_threshold_moves_every_rule_in_its_own_units() -> None:
     moved = policy_named("ik-1183").with_threshold(512)
-    found = [moved.head_groups(GLM._replace(n_kv=n)) for n in (256, 257, 258)]
+    found = [moved.head_groups(changed(GLM, n_kv=n)) for n in (256, 257, 258)]
     assert found == [WHOLE, SPLIT, SPLIT]
-    graph = GLM._replace(gpus=4, split_mode="graph")
+    graph = changed(GLM, gpus=4, split_mode="graph")
     found = [moved.head_groups(graph._replace(n_kv=n)) for n in (1792, 1793, 1794)]
     assert found == [WHOLE, SPLIT, SPLIT]
 
 
 def test_a_policy_in_a_plan_moves_the_automatic_cuts_with_the_groups() -> None:
     plan = Plan(policy=policy_named("ik-1183"), kv=KVCuts("auto"))
-    rows = [plan.at(n, ratio=12, kv_heads=8, k_size=128, v_size=128) for n in (7936, 7937)]
+    rows = [plan.at(GLM.of_keys(n)) for n in (7936, 7937)]
     assert [(row.head_groups, row.launch, len(row.cuts) - 1) for row in rows] == [
         ((4, 4, 4), "one", 5),
         ((8, 4), "each", 8),

@@ -25,8 +25,8 @@ def test_the_values_of_mla_lie_in_its_keys() -> None:
 
 
 def test_a_shape_by_its_numbers() -> None:
-    assert shape_named("40/8x64")[1:5] == (40, 8, 64, 64)
-    assert shape_named("20/1x576/512")[1:5] == (20, 1, 576, 512)
+    assert shape_named("40/8x64").heads == (40, 8, 64, 64)
+    assert shape_named("20/1x576/512").heads == (20, 1, 576, 512)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_gpus_that_share_unequally_show_each_its_plan_and_stay_within_the_budget
     assert {line.parts for line in LaunchTrace([result.launched]).coverage()} == {132 // 2, 69}
     arithmetic = kernel.arithmetic(call.shape, call.path)
     each = [
-        inner.arithmetic(call.shape._replace(q_heads=2 * n, kv_heads=n), call.path).depths(1100)
+        inner.arithmetic(call.shape._replace(heads=call.shape.heads.with_kv(n)), call.path).depths(1100)
         for n in (1, 2)
     ]
     depths = arithmetic.depths(1100)

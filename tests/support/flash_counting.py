@@ -13,13 +13,13 @@ from support.subjects import flash_subject
 from verify.diff import run as diff
 from verify.diff.run import DiffSettings
 from verify.kernels.call import AttentionOutput, checked_call
-from verify.kernels.eager import EagerOptions
 from verify.kernels.flash import kernel as flash_kernel
 from verify.kernels.flash import launch as flash_launch
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.flash.launch import Prepared
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.spec import parse_plan, parse_spec
+from verify.kernels.plans.tile_options import TileOptions
 from verify.laws import LAWS
 from verify.laws.run import run_law
 from verify.machine.stages import StageClock
@@ -102,7 +102,7 @@ def a_plan_that_did_not_run_is_not_what_it_says(
     assert law.state == "broken" and "the trace says" in law.reason
 
     def build(spec: str) -> FlashKernel:
-        return FlashKernel(spec, EagerOptions(plan=parse_plan(parse_spec(spec))))
+        return FlashKernel(spec, TileOptions(plan=parse_plan(parse_spec(spec))))
 
     monkeypatch.setattr(diff, "build_kernel", build)
     settings = DiffSettings(

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from verify.kernels.call import AttentionOutput, checked_call
-from verify.kernels.eager import EagerOptions
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.plans.plan import KVCuts, Plan
+from verify.kernels.plans.tile_options import TileOptions
 from verify.laws.tolerance import against_exact
 
 # With 64 keys a tile: no key, one, tile - 1, tile, tile + 1, several tiles and a rest.
@@ -118,7 +118,7 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def kernel(case: Case, **options: Any) -> FlashKernel:
-    return FlashKernel("flash", EagerOptions(plan=case.plan, p=case.p, **options))
+    return FlashKernel("flash", TileOptions(plan=case.plan, p=case.p, **options))
 
 
 def same_bits(a: AttentionOutput, b: AttentionOutput) -> bool:
@@ -159,7 +159,7 @@ def groupings_agree_to_the_bit(device: torch.device, dtype: torch.dtype = torch.
         plans += [Plan(kv=kv, heads=(8, 4), launch="each"), Plan(kv=kv, heads=(4, 8), launch="views")]
         results, binaries, groups = [], set(), set()
         for plan in plans:
-            flash = FlashKernel("flash", EagerOptions(plan=plan))
+            flash = FlashKernel("flash", TileOptions(plan=plan))
             results.append(flash.attend(x.q, x.k, x.v, **x.more))
             signatures = [signature for _, _, signature in results[-1].launched.rows]
             binaries |= {signature.binary for signature in signatures}
@@ -176,7 +176,7 @@ def automatic_cuts_move_with_the_groups(device: torch.device) -> None:
     x = inputs(case, device)
     cuts, results = [], []
     for heads in ((12,), (8, 4)):
-        flash = FlashKernel("flash", EagerOptions(plan=Plan(heads=heads, kv=KVCuts("auto"), sms=6)))
+        flash = FlashKernel("flash", TileOptions(plan=Plan(heads=heads, kv=KVCuts("auto"), sms=6)))
         results.append(flash.attend(x.q, x.k, x.v, **x.more))
         ((_, _, signature),) = results[-1].launched.rows
         cuts.append(signature.cuts)
@@ -252,7 +252,7 @@ def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None
             seen = [through_cache(y, cache) for y in (x.k, x.v)]
             exact = exact_attention(checked_call(x.q, *seen, **x.more)).out
             for expand in ("fused", "f16"):
-                flash = FlashKernel("flash", EagerOptions(plan=case.plan), cache=cache, expand=expand)
+                flash = FlashKernel("flash", TileOptions(plan=case.plan), cache=cache, expand=expand)
                 found = flash.attend(x.q, x.k, x.v, **x.more)
                 error = float((found.out.double() - exact).norm() / exact.norm())
                 assert error <= 8e-4, f"{cache}, {expand}, {size}: {error:.3g}"
@@ -266,7 +266,7 @@ def a_quantised_row_alone_is_the_row_in_its_batch(device: torch.device) -> None:
     x = inputs(case, device)
     for heads in (None, (2, 1)):
         plan = Plan(kv=KVCuts("parts", 2), heads=heads)
-        flash = FlashKernel("flash", EagerOptions(plan=plan), cache="q8_0")
+        flash = FlashKernel("flash", TileOptions(plan=plan), cache="q8_0")
         together = flash.attend(x.q, x.k, x.v, **x.more)
         lengths = x.more["kv_len"]
         for t in range(3):

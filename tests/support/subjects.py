@@ -10,12 +10,12 @@ import torch
 
 from verify.kernels.cache import through_cache
 from verify.kernels.call import Call
-from verify.kernels.eager import EagerOptions
 from verify.kernels.faults import PlanFault
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import Spec, parse_plan
+from verify.kernels.plans.tile_options import TileOptions
 from verify.laws import Law, Subject, subject_of
 from verify.laws.law import Options
 from verify.laws.run import kept_examples, run_law
@@ -82,7 +82,7 @@ def flash_subject(device: torch.device | str = "cpu", **options: str) -> Subject
     def variant(given: Options) -> Kernel:
         key = tuple(sorted(given.items()))
         if key not in built:
-            built[key] = FlashKernel("flash", EagerOptions(plan=plan(given)), cache=given.get("cache", "f16"))
+            built[key] = FlashKernel("flash", TileOptions(plan=plan(given)), cache=given.get("cache", "f16"))
         return built[key]
 
     kernel = variant({})

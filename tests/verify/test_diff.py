@@ -13,6 +13,9 @@ import pytest
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
 from verify.diff import inputs as diff
+from verify.kernels import eager
+from verify.laws import LAWS, subject_of
+from verify.laws.run import run_law
 from verify.model.products import Tiling
 
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
@@ -41,6 +44,26 @@ def test_a_split_is_round_off_with_its_evidence(tmp_path: Path) -> None:
     page = (tmp_path / "d/report.html").read_text()
     assert "data:image/png;base64," in page
     assert not re.findall(r'(?:src|href)="?(?!data:|#)[^" >]*//', page)
+
+
+def test_a_path_that_was_asked_for_and_did_not_run_is_inconclusive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch that ignores its cuts gives the baseline's bits; what it closed is counted, so no verdict."""
+    plain = eager._launch
+
+    def one_part(*given: Any) -> Any:
+        *before, cuts, heads, keys, values = given
+        return plain(*before, [(0, bounds[-1]) for bounds in cuts], heads, keys, values)
+
+    monkeypatch.setattr(eager, "_launch", one_part)
+    done, report = run(tmp_path / "d", "--baseline", "eager", "--candidate", "eager:kv=2")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert (report["verdict"], report["pairs"][0]["bitwise_equal"]) == ("inconclusive", True)
+    assert "the path under test did not run" in report["reasons"][0]
+    assert {line["parts"] for line in report["coverage"]} == {1}
+    law = run_law(LAWS["plan-runs"], subject_of("eager"), examples=40, shrink=False)
+    assert law.state == "broken" and "the trace says" in law.reason
 
 
 @pytest.mark.parametrize("function", ["last_key_dropped", "heads_rotated", "nan_in_one_row", "raises"])

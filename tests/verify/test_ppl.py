@@ -25,7 +25,8 @@ from verify.arms import building
 from verify.arms.own_error import InPlace
 from verify.arms.sample import Sample
 from verify.kernels.call import Call, Result
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
+from verify.kernels.plans.tile_options import TileOptions
 from verify.model import runner
 from verify.model.gguf.file import GGUFFile
 from verify.model.products import Tiling
@@ -369,7 +370,7 @@ class OutOfMemory(EagerKernel):
     """`eager`, on a device that is full for calls in a group of more than two windows."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__("full", EagerOptions())
+        super().__init__("full", TileOptions())
         self.limit = limit
 
     def run(self, call: Call) -> Result:
@@ -423,7 +424,7 @@ class FailsOn(EagerKernel):
     """`eager` that raises in a call of so many sequences."""
 
     def __init__(self, batch: int) -> None:
-        super().__init__("fails", EagerOptions())
+        super().__init__("fails", TileOptions())
         self.batch = batch
 
     def run(self, call: Call) -> Result:

@@ -21,9 +21,10 @@ from support.subjects import assert_keeps
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call, Result
-from verify.kernels.eager import EagerKernel, EagerOptions
+from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import KernelFailure
 from verify.kernels.kernel import Kernel
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import Launched
 from verify.laws import LAWS, Subject, subject_of
 from verify.laws.cases import Parts, Problem, Rule
@@ -253,7 +254,7 @@ class OffBy(EagerKernel):
     """Off by a share of sum p|v| in every column; its author says nothing of its arithmetic."""
 
     def __init__(self, share: float) -> None:
-        super().__init__("off", EagerOptions())
+        super().__init__("off", TileOptions())
         self.share = share
 
     def run(self, call: Call) -> Result:
@@ -323,7 +324,7 @@ class SpoilsOthers(EagerKernel):
 
 
 def test_an_empty_row_must_spoil_no_other() -> None:
-    kernel = SpoilsOthers("spoils", EagerOptions())
+    kernel = SpoilsOthers("spoils", TileOptions())
     subject = alone(kernel)
     assert run_law(LAWS["empty-rows"], subject, examples=60).state == "broken"
 
@@ -334,7 +335,7 @@ class RefusesAll(EagerKernel):
 
 
 def test_a_law_in_a_test_does_not_hold_of_a_kernel_that_refuses() -> None:
-    kernel = RefusesAll("refuses", EagerOptions())
+    kernel = RefusesAll("refuses", TileOptions())
     subject = alone(kernel)
     with pytest.raises(AssertionError, match="nothing is taken"):
         assert_keeps(LAWS["within-budget"], subject, examples=5)

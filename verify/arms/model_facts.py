@@ -64,7 +64,7 @@ def check_shapes(specs: Sequence[str], shapes: Sequence[ModelShape], path: Atten
         kernel = build_kernel(spec)
         try:
             for shape in shapes:
-                asked = Shape(1, 2, 1, shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size)
+                asked = Shape(1, 2, 1, shape.heads)
                 kernel.arithmetic(asked, path).depths(1)
                 odd = kernel.capabilities().size_multiple
                 if shape.k_size % odd or shape.v_size % odd:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from verify.arms.records import TensorParallelRecord
 from verify.kernels.errors import SpecError
 from verify.kernels.kernel import Kernel
-from verify.kernels.plans.policy import SPLIT_MODES
+from verify.kernels.plans.asked import SPLIT_MODES
 from verify.kernels.plans.spec import number, parse_spec, with_options
 from verify.kernels.registry import build_kernel
 from verify.kernels.tensor_parallel import TensorParallelKernel, shares

@@ -10,7 +10,7 @@ import typer
 from verify.commands import options
 from verify.engines.plans import Setting, chosen_policies, find_shape, plans_json
 from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS
-from verify.kernels.plans.policy import GENERATIONS
+from verify.kernels.plans.asked import GENERATIONS
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.reports.plan import print_plans, print_setting, print_versions

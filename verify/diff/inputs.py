@@ -172,4 +172,4 @@ def _edges(specs: Sequence[str], shape: ModelShape, n_kv: int, path: AttentionPa
 
 
 def _shape_of(shape: ModelShape, n_kv: int) -> Shape:
-    return Shape(1, 2, n_kv, shape.q_heads, shape.kv_heads, shape.k_size, shape.v_size)
+    return Shape(1, 2, n_kv, shape.heads)

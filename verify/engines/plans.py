@@ -15,18 +15,9 @@ from typing import Any, NamedTuple
 
 from verify.kernels.cache_types import bits_per_number
 from verify.kernels.errors import SpecError, nearest
-from verify.kernels.plans.policy import (
-    KERNEL_SUMS,
-    N_KV_PADDING,
-    POLICIES,
-    CallShape,
-    EngineKernel,
-    Generation,
-    Launch,
-    Policy,
-    SplitMode,
-    policy_named,
-)
+from verify.kernels.heads import Heads
+from verify.kernels.plans.asked import N_KV_PADDING, Generation, RowAsked, SplitMode
+from verify.kernels.plans.policy import KERNEL_SUMS, POLICIES, EngineKernel, Launch, Policy, policy_named
 from verify.kernels.plans.shapes import SHAPES, ModelShape, shape_named
 
 # What engines' names of architectures stand for here; other sizes of a family have shapes of their own.
@@ -60,18 +51,14 @@ class Setting(NamedTuple):
     def kv_heads_a_gpu(self) -> int:
         return self.call(1).kv_heads_a_gpu
 
-    def call(self, n_kv: int) -> CallShape:
-        s = self.shape
-        return CallShape(
-            ratio=s.ratio,
-            kv_heads=s.kv_heads,
-            k_size=s.k_size,
-            v_size=s.v_size,
-            n_q=self.n_q,
+    def call(self, n_kv: int) -> RowAsked:
+        return RowAsked(
+            self.shape.heads,
             n_kv=n_kv,
+            n_q=self.n_q,
             cache_type=self.cache_type,
-            sinks=s.sinks,
-            sliding_window=s.sliding_window is not None,
+            sinks=self.shape.sinks,
+            sliding_window=self.shape.sliding_window is not None,
             gpus=self.gpus,
             split_mode=self.split_mode,
             generation=self.generation,
@@ -211,10 +198,7 @@ def _shape_of_file(text: str) -> ModelShape:
     window = file.get(f"{name}.attention.sliding_window") if name in WINDOWED_ARCHITECTURES else None
     return ModelShape(
         name=file.path.name,
-        q_heads=heads,
-        kv_heads=kv_heads,
-        k_size=k_size,
-        v_size=v_size,
+        heads=Heads(heads, kv_heads, k_size, v_size),
         sliding_window=int(window) if window else None,
         sinks=any(t.endswith("attn_sinks.weight") for t in file.tensors),
         v_in_k=kv_heads == 1 and k_size > v_size,
@@ -230,9 +214,7 @@ def plan_at(policy: Policy, setting: Setting, n_kv: int) -> PlanAt:
     """What `policy` runs for one generated token with n_kv visible keys."""
     call = setting.call(n_kv)
     found = policy.launched(call)
-    own = setting.shape._replace(
-        kv_heads=call.kv_heads_a_gpu, q_heads=call.kv_heads_a_gpu * setting.shape.ratio
-    )
+    own = setting.shape._replace(heads=setting.shape.heads.with_kv(call.kv_heads_a_gpu))
     numbers = own.cache_bytes(call.n_kv_padded, 1)
     walked = len(found.head_groups) * 2 * numbers
     if setting.cache_type in ("f16", "bf16"):
@@ -290,7 +272,7 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
     return {
         "schema": 1,
         "command": "plan",
-        "shape": {**s._asdict(), "ratio": s.ratio},
+        "shape": s.to_json(),
         "cache_type": setting.cache_type,
         "gpus": setting.gpus,
         "split_mode": setting.split_mode,

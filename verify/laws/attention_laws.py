@@ -124,13 +124,11 @@ def plan_runs(subject: Subject, problem: Problem) -> float:
     """What was asked for is what ran: head groups that sum to r, parts that cover the row once."""
     assert subject.plan is not None
     call = problem.call(subject.device)
-    kernel, plan, shape = subject.variant(problem.options), subject.plan(problem.options), call.shape
+    kernel, plan = subject.variant(problem.options), subject.plan(problem.options)
     rows: Counter[int] = Counter()
     for (_, n_kv, ran), count in kernel.run(call).launched.rows.items():
         rows[n_kv] += count
-        due = plan.at(
-            n_kv, ratio=shape.ratio, kv_heads=shape.kv_heads, k_size=shape.k_size, v_size=shape.v_size
-        )
+        due = plan.at(call.shape.asked("decode").of_keys(n_kv))
         if (ran.head_groups, ran.cuts) != (due.head_groups, due.cuts):
             raise LawBroken(
                 f"at n_kv {n_kv}: asked for head groups {due.head_groups} and cuts {due.cuts}, the trace says"

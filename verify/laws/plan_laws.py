@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from verify.kernels.heads import Heads
+from verify.kernels.plans.asked import N_KV_PADDING, RowAsked
 from verify.kernels.plans.plan import RowPlan
-from verify.kernels.plans.policy import N_KV_PADDING, POLICIES
+from verify.kernels.plans.policy import POLICIES
 from verify.laws.cases import Rule
 from verify.laws.draws import compositions
 from verify.laws.law import LawBroken, Subject, law
@@ -47,13 +49,8 @@ def _written(groups: tuple[int, ...]) -> str:
 
 def _row(subject: Subject, rule: Rule, n_kv: int | None = None) -> RowPlan:
     assert subject.plan is not None
-    return subject.plan(rule.options).at(
-        rule.n_kv if n_kv is None else n_kv,
-        ratio=rule.ratio,
-        kv_heads=rule.kv_heads,
-        k_size=HEAD_SIZE,
-        v_size=HEAD_SIZE,
-    )
+    heads = Heads(rule.ratio * rule.kv_heads, rule.kv_heads, HEAD_SIZE, HEAD_SIZE)
+    return subject.plan(rule.options).at(RowAsked(heads, rule.n_kv if n_kv is None else n_kv))
 
 
 @law("groups-sum", "plans", tolerance=EQUAL, cases=lambda subject: rules(subject), case_type=Rule)
