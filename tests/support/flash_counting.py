@@ -11,15 +11,15 @@ import torch
 from support.flash_laws import Case, inputs, kernel, same_bits
 from support.subjects import flash_subject
 from verify.diff import run as diff
-from verify.diff.run import DiffSettings
+from verify.diff.inputs import DiffSettings, all_inputs
 from verify.kernels.call import AttentionOutput, checked_call
 from verify.kernels.flash import kernel as flash_kernel
 from verify.kernels.flash import launch as flash_launch
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.flash.launch import Prepared
 from verify.kernels.plans.plan import KVCuts, Plan
-from verify.kernels.plans.spec import parse_plan, parse_spec
-from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.plans.spec import parse_spec
+from verify.kernels.plans.tile_options import parse_tile_options
 from verify.laws import LAWS
 from verify.laws.run import run_law
 from verify.machine.stages import StageClock
@@ -102,7 +102,7 @@ def a_plan_that_did_not_run_is_not_what_it_says(
     assert law.state == "broken" and "the trace says" in law.reason
 
     def build(spec: str) -> FlashKernel:
-        return FlashKernel(spec, TileOptions(plan=parse_plan(parse_spec(spec))))
+        return FlashKernel(spec, parse_tile_options(parse_spec(spec)))
 
     monkeypatch.setattr(diff, "build_kernel", build)
     settings = DiffSettings(
@@ -114,7 +114,7 @@ def a_plan_that_did_not_run_is_not_what_it_says(
         device=str(device),
     )
     clock = StageClock(device)
-    outcome = diff.run_diff(settings, device, diff.all_inputs(settings, device, clock), clock)
+    outcome = diff.run_diff(settings, device, all_inputs(settings, device, clock), clock)
     reasons = outcome.candidates[0].reasons
     assert (outcome.verdict, outcome.exit_code) == ("inconclusive", 3), (outcome.verdict, reasons)
     assert "the path under test did not run" in reasons[0]
