@@ -91,6 +91,47 @@ class Walked(NamedTuple):
         return float(stats.poisson.sf(count - 1, mean)) if count else 1.0
 
 
+class Window(NamedTuple):
+    """Every position of some tokens, whatever came there: what rounding does to exact attention's choice."""
+
+    # Exact attention's most likely tokens [n, 1 + RIVALS] and their logits, float64.
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    whole: torch.Tensor
+    sigmas: np.ndarray
+    degrees: int
+
+    @property
+    def expected(self) -> float:
+        margins = _margins(self.logits).cpu().numpy()
+        return float(np.minimum(stats.t.sf(margins / self.sigmas, self.degrees).sum(1), 1).sum())
+
+    def moves_of(self, logits: torch.Tensor) -> np.ndarray:
+        """[n]: how far another pass moves the margin of the two most likely tokens, in sigmas."""
+        found = _margins(logits.gather(1, self.tokens).double()) - _margins(self.logits)
+        return np.asarray(found[:, 0].cpu().numpy() / self.sigmas[:, 0])
+
+    def p_of(self, logits: torch.Tensor) -> np.ndarray:
+        """p (see the module's text) of each position at which another pass prefers another token."""
+        chosen = logits.argmax(-1)
+        flipped = (chosen != self.tokens[:, 0]).nonzero()[:, 0]
+        margin = self.logits[flipped, 0] - self.whole[flipped, chosen[flipped]].double()
+        sigma = self.sigmas[flipped.cpu().numpy()]
+        # Of a rival that is none of the listed: the largest of theirs.
+        place = (self.tokens[flipped, 1:] == chosen[flipped, None]).cpu().numpy()
+        own = np.where(place.any(1), (sigma * place).sum(1), sigma.max(1, initial=0.0))
+        return np.asarray(2 * stats.t.sf(margin.cpu().numpy() / own, self.degrees))
+
+
+def walk_window(reference: Reference, tokens: Sequence[int], *, draws: Sequence[Pass] = DRAWS) -> Window:
+    """Rounding at every position of `tokens`, each after all tokens before it."""
+    whole = reference.logits(tokens, EXACT, len(tokens))
+    columns = whole.topk(1 + RIVALS).indices
+    logits = whole.gather(1, columns).double()
+    sigma = _sigmas(reference, tokens, len(tokens), columns, logits, draws)
+    return Window(columns, logits, whole, sigma, len(draws) + PRIOR)
+
+
 def walk(
     reference: Reference,
     before: Sequence[int],
@@ -100,26 +141,18 @@ def walk(
     draws: Sequence[Pass] = DRAWS,
 ) -> Walked:
     """Look at the tokens text[first:], each after all before it. `before`: the prompt, at least one token."""
-    tokens = [*before, *text]
+    tokens = [*before, *text][:-1]
     scored = len(text) - first
-    logits = reference.logits(tokens[:-1], EXACT, scored)
+    logits = reference.logits(tokens, EXACT, scored)
     top = logits.topk(1 + RIVALS)
     chosen = torch.tensor(list(text[first:]), device=logits.device)
     # Columns: the most likely tokens, and the one that the text has.
     columns = torch.cat((top.indices, chosen[:, None]), 1)
     exact = logits.gather(1, columns).double()
     del logits
-    moves = []
-    for draw in draws:
-        found = reference.logits(tokens[:-1], draw, scored).gather(1, columns).double()
-        moves.append(_margins(found) - _margins(exact))
-    squares = torch.stack(moves).square().cpu().numpy()  # [K, n, RIVALS + 1]
+    sigma = _sigmas(reference, tokens, scored, columns, exact, draws)
     margins = _margins(exact).cpu().numpy()
     degrees = len(draws) + PRIOR
-    own = squares.mean(0)
-    typical = float(np.median(own[:, 0]))
-    sigma = np.sqrt((squares.sum(0) + PRIOR * typical) / degrees)
-    sigma = np.maximum(sigma, np.finfo(np.float32).eps)
     preferred = top.indices[:, 0].tolist()
     flips = []
     for i, token in enumerate(text[first:]):
@@ -140,6 +173,25 @@ def walk(
             )
         )
     return Walked(first, margins[:, :RIVALS], sigma[:, :RIVALS], degrees, flips)
+
+
+def _sigmas(
+    reference: Reference,
+    tokens: Sequence[int],
+    scored: int,
+    columns: torch.Tensor,
+    exact: torch.Tensor,
+    draws: Sequence[Pass],
+) -> np.ndarray:
+    """[n, columns - 1]: how far rounding moves the margin of the first column over each other one."""
+    moves = []
+    for draw in draws:
+        found = reference.logits(tokens, draw, scored).gather(1, columns).double()
+        moves.append(_margins(found) - _margins(exact))
+    squares = torch.stack(moves).square().cpu().numpy()  # [K, n, columns - 1]
+    typical = float(np.median(squares.mean(0)[:, 0]))
+    sigma = np.sqrt((squares.sum(0) + PRIOR * typical) / (len(draws) + PRIOR))
+    return np.asarray(np.maximum(sigma, np.finfo(np.float32).eps))
 
 
 def _margins(columns: torch.Tensor) -> torch.Tensor:
