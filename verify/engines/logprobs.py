@@ -25,7 +25,8 @@ from scipy import special
 from verify.engines.conclusion import bounds_text
 from verify.engines.logprob_files import Columns, LogprobFile
 from verify.judge.statistics import BLOCK_TOKENS, BLOCK_WIDENING, CONFIDENCE, WINDOWS_FOR_T, Interval
-from verify.judge.verdict import DEFAULT_MARGIN, Decision
+from verify.judge.strata import IMPROVEMENT
+from verify.judge.verdict import DEFAULT_MARGIN, Decision, Verdict
 
 QUARTERS = 4
 # A ratio of probabilities that trainers clip beyond.
@@ -174,6 +175,28 @@ def floor_ratio(
     return FloorRatio(
         math.exp(center), math.exp(min(center - reach, 700)), math.exp(min(center + reach, 700))
     )
+
+
+def decide_beside_exact(
+    a: Sequence[np.ndarray], b: Sequence[np.ndarray], margin: float = DEFAULT_MARGIN
+) -> tuple[Decision, FloorRatio, float, float]:
+    """Which of two files is nearer to exact attention: a, b are their ln p less exact's, by sequence.
+
+    Returns the verdict, rms(b) / rms(a) with its interval, and the two root mean squares.
+    """
+    ratio = floor_ratio(b, a)
+    rms = [math.sqrt(float((np.concatenate(list(x)) ** 2).mean())) for x in (a, b)]
+    said = (
+        f"B lies {ratio.ratio:.3g} times as far from exact attention as A ({ratio.low:.3g} to"
+        f" {ratio.high:.3g}; {rms[1]:.2g} and {rms[0]:.2g} nats, rms)"
+    )
+    if ratio.low > margin:
+        verdict: Verdict = "degraded"
+    elif ratio.high < 1 / IMPROVEMENT:
+        verdict = "improved"
+    else:
+        verdict = "round-off" if ratio.high <= margin else "inconclusive"
+    return Decision(verdict, [said]), ratio, rms[0], rms[1]
 
 
 def ratios_of(moved: Sequence[np.ndarray]) -> Ratios:

@@ -10,7 +10,8 @@ import torch
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny
 from verify.explain.climb import UNCHANGED
-from verify.explain.reference import EXACT, Pass, Reference, unseen_key
+from verify.explain.flips import walk_window
+from verify.explain.reference import EXACT, Pass, Reference, losses, unseen_key
 
 PROMPT = "The river"
 
@@ -145,3 +146,63 @@ def test_what_does_not_fit_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
     assert_refused(verify("explain", "--texts", a, str(tmp_path / "e")), "the list[2] is '-3'")
     (tmp_path / "f").write_text(json.dumps([{"ids": [1]}, {"ids": [2]}]))
     assert_refused(verify("explain", "--texts", a, str(tmp_path / "f")), "2 records, expected 1")
+
+
+def test_logprobs_beside_exact_attention(reference: Reference, tiny: Tiny, tmp_path: Path) -> None:
+    """Two right arithmetics, and a coarser cache, with the model as the judge."""
+    prompt = reference.tokenizer.encode(PROMPT).tolist()
+    bos = [reference.tokenizer.bos_id] if reference.tokenizer.add_bos else []
+    rng = torch.Generator().manual_seed(0)
+    lines: dict[str, list[str]] = {"a": [], "b": [], "coarse": []}
+    ways = {
+        "a": UNCHANGED,
+        "b": Pass("other cuts", spec="flash:kv=2,block=16"),
+        "coarse": Pass("bf16 cache", spec="flash", attention_type="bf16"),
+    }
+    for _ in range(12):
+        text = torch.randint(3, reference.architecture.sizes.vocabulary, (24,), generator=rng).tolist()
+        for name, way in ways.items():
+            logits = reference.logits([*bos, *prompt, *text][:-1], way, len(text))
+            logs = (-losses(logits, text)).tolist()
+            record = {"prompt_token_ids": [*bos, *prompt], "token_ids": text, "logprobs": logs}
+            lines[name].append(json.dumps(record))
+    for name, written_lines in lines.items():
+        (tmp_path / name).write_text("\n".join(written_lines))
+    a, b, coarse = (str(tmp_path / name) for name in lines)
+    model = ("-m", str(tiny.model), "--device", "cpu")
+    done = verify("logprobs", a, coarse, *model, "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["verdict"]) == (1, "degraded")
+    assert found["beside_exact"]["rms_b"] > 2 * found["beside_exact"]["rms_a"] > 0
+    assert verify("logprobs", coarse, a, *model).returncode == 0
+    done = verify("logprobs", a, b, *model)
+    assert "times as far from exact attention as A" in done.stdout
+    assert done.returncode in (0, 3)
+    (tmp_path / "texts").write_text(
+        json.dumps({"choices": [{"logprobs": {"tokens": ["x"], "token_logprobs": [-1.0]}}]})
+    )
+    texts = str(tmp_path / "texts")
+    assert_refused(verify("logprobs", texts, texts, *model), "has texts of tokens, expected ids")
+    (tmp_path / "bare").write_text(json.dumps({"ids": [5], "logprobs": [-1.0]}))
+    bare = str(tmp_path / "bare")
+    assert_refused(verify("logprobs", bare, bare, *model), "has no prompt, expected prompt_token_ids")
+
+
+@pytest.mark.slow
+def test_a_real_model_moves_as_right_kernels_do_and_faults_do_not(smollm: Path, wikitext: Path) -> None:
+    """SmolLM2, WikiText: moves of right kernels that are no draws are calibrated, a dropped key's are not."""
+    model = Reference(str(smollm), "cpu")
+    ids = model.tokenizer.encode(wikitext.read_text(encoding="utf-8")[:4000]).tolist()[:192]
+    seen = walk_window(model, ids)
+    moves = []
+    for spec in ("flash:kv=5", "flash:acc=f16,kv=5", "flash:p=bf16,kv=5"):
+        logits = model.logits(ids, Pass(spec, spec=spec), len(ids))
+        moves.append(abs(seen.moves_of(logits)))
+        assert (seen.p_of(logits) >= 1e-3).all()
+    together = torch.tensor(moves).flatten()
+    # Student's t with 12 degrees: beyond 2.18 one in 20, beyond 4.32 one in 1,000.
+    assert 0.01 < (together > 2.18).double().mean() < 0.12
+    assert (together > 4.32).double().mean() < 0.01
+    wrong = model.logits(ids, Pass("off", spec="fault", build=unseen_key), len(ids))
+    assert (seen.p_of(wrong) < 1e-6).sum() > 10
+    model.close()
