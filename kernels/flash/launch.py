@@ -164,15 +164,12 @@ class Prepared:
 
         state [sequences, rows, slots, Hq]: gets what the slots hold, where it is asked for.
         """
-        call, shape, options = self.call, self.call.shape, self.options
-        code = device_code()
-        decode = call.path == "decode"
-        q, k, v = call.q[b, t], call.k[b], call.v[b]
+        call, shape = self.call, self.call.shape
+        q = call.q[b, t]
         kv_len = item.kv_len[b, t].contiguous()
         out, lse = self.out[b, t], self.lse[b, t]
         sequences, tokens = q.shape[:2]
-        tokens_a_tile = tile_tokens(call, self.tiles)
-        tiles = -(-tokens // tokens_a_tile)
+        tiles = -(-tokens // tile_tokens(call, self.tiles))
         combine = item.slots > 1 or call.sinks is not None
         part_out, part_lse = out, lse
         if combine:
@@ -184,8 +181,6 @@ class Prepared:
         sets = [(0, len(item.head_groups))]
         if item.launch != "one":
             sets = [(i, 1) for i in range(len(item.head_groups))]
-        dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
-        softcap = 1.0 if call.softcap is None else call.softcap
         early = {"launch_pdl": True} if self.overlap else {}
         names = []
         for first_group, n_groups in sets:
@@ -196,80 +191,43 @@ class Prepared:
                 q_ratio = item.head_groups[first_group]
                 by_head = q.unflatten(2, (shape.kv_heads, shape.ratio))
                 group_q = by_head[:, :, :, q_shift : q_shift + q_ratio].flatten(2, 3).contiguous()
-            if self.planes is not None and not self.expand:
-                names.append(
-                    self._attend_planes(
-                        item,
-                        first_group,
-                        n_groups,
-                        b,
-                        group_q,
-                        q_ratio,
-                        q_shift,
-                        kv_len,
-                        groups,
-                        part_out,
-                        part_lse,
-                        early,
-                    )
-                )
-                continue
-            compiled = code.attend_tiles[(sequences * tiles, shape.kv_heads * n_groups, item.slots)](
-                group_q,
-                k,
-                v,
-                kv_len,
-                groups,
-                call.alibi_slopes,
-                part_out,
-                part_lse,
-                tokens,
-                tokens_a_tile,
-                tiles,
-                shape.q_heads,
-                shape.ratio,
-                q_ratio,
-                q_shift,
-                first_group,
-                n_groups,
-                _common_size(item.head_groups),
-                item.same_length,
-                item.parts,
-                item.tiles_a_part,
-                item.slots,
-                call.scale * LOG2_E if call.softcap is None else call.scale / softcap,
-                softcap * LOG2_E,
-                call.sliding_window or 0,
-                *group_q.stride()[:3],
-                *k.stride()[:3],
-                *v.stride()[:3],
-                DK=shape.k_size,
-                DK1=dk.first,
-                DK2=dk.rest,
-                DV=shape.v_size,
-                DV1=dv.first,
-                DV2=dv.rest,
-                V_IS_K=shares_memory(call),
-                M=self.tiles.rows,
-                TILE=self.tiles.keys,
-                BLOCK=options.plan.block,
-                DECODE=decode,
-                P_TYPE=getattr(code.tl, FLOAT_TYPES[options.p].torch_name),
-                ACC_F16=options.acc == "f16",
-                SOFTCAP=call.softcap is not None,
-                WINDOW=call.sliding_window is not None,
-                ALIBI=call.alibi_slopes is not None,
-                OVERLAP=self.overlap,
-                num_warps=self.tiles.warps,
-                num_stages=self.tiles.stages,
+            # What both kernels take, by the names of their parameters.
+            shared: dict[str, Any] = {
+                "q": group_q,
+                "kv_len": kv_len,
+                "groups": groups,
+                "out": part_out,
+                "lse": part_lse,
+                "tokens": tokens,
+                "q_heads": shape.q_heads,
+                "ratio": shape.ratio,
+                "q_ratio": q_ratio,
+                "q_shift": q_shift,
+                "first_group": first_group,
+                "n_groups": n_groups,
+                "group_size": _common_size(item.head_groups),
+                "same_length": item.same_length,
+                "parts": item.parts,
+                "tiles_a_part": item.tiles_a_part,
+                "slots": item.slots,
+                "logit_scale": call.scale * LOG2_E if call.softcap is None else call.scale / call.softcap,
+                **_strides("q_b q_t q_h", group_q),
+                "M": self.tiles.rows,
+                "TILE": self.tiles.keys,
+                "BLOCK": self.options.plan.block,
+                "OVERLAP": self.overlap,
+                "num_warps": self.tiles.warps,
+                "num_stages": self.tiles.stages,
                 **early,
-            )
-            names.append(_binary_hash(compiled))
+            }
+            grid = sequences * tiles, shape.kv_heads * n_groups, item.slots
+            attend = self._over_numbers if self.planes is None or self.expand else self._over_planes
+            names.append(_binary_hash(attend(grid, b, shared)))
         if state is not None:
             state.copy_(slots.states(part_lse.view_as(state)))
         if combine:
             width = next_power_of_two(shape.v_size)
-            compiled = code.combine_parts[(sequences * tokens, shape.q_heads)](
+            compiled = device_code().combine_parts[(sequences * tokens, shape.q_heads)](
                 part_out,
                 part_lse,
                 kv_len,
@@ -289,61 +247,53 @@ class Prepared:
             names.append(_binary_hash(compiled))
         item.binaries = sorted(set(names), key=names.index)
 
-    def _attend_planes(
-        self,
-        item: Launches,
-        first_group: int,
-        n_groups: int,
-        b: slice,
-        q: torch.Tensor,
-        q_ratio: int,
-        q_shift: int,
-        kv_len: torch.Tensor,
-        groups: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        early: dict[str, bool],
-    ) -> str:
-        """One launch over a quantised cache; returns the hash of its binary."""
-        assert self.planes is not None
-        shape = self.call.shape
-        sequences, tokens = q.shape[:2]
-        compiled = quantised_code().attend_quantised[
-            (sequences * tokens, shape.kv_heads * n_groups, item.slots)
-        ](
-            q,
-            *(plane[b] for plane in self.planes[1:]),
-            kv_len,
-            groups,
-            out,
-            lse,
-            tokens,
-            shape.keys,
-            shape.q_heads,
-            shape.kv_heads,
-            shape.ratio,
-            q_ratio,
-            q_shift,
-            first_group,
-            n_groups,
-            _common_size(item.head_groups),
-            item.same_length,
-            item.parts,
-            item.tiles_a_part,
-            item.slots,
-            self.call.scale * LOG2_E,
-            *q.stride()[:3],
-            D=shape.k_size,
-            BITS=self.planes.bits,
-            M=self.tiles.rows,
-            TILE=self.tiles.keys,
-            BLOCK=self.options.plan.block,
-            OVERLAP=self.overlap,
-            num_warps=self.tiles.warps,
-            num_stages=self.tiles.stages,
-            **early,
+    def _over_numbers(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
+        """One launch over keys and values of sequences b as they are; returns what was compiled for it."""
+        call, shape, code = self.call, self.call.shape, device_code()
+        k, v = call.k[b], call.v[b]
+        tokens_a_tile = tile_tokens(call, self.tiles)
+        dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
+        return code.attend_tiles[grid](
+            k=k,
+            v=v,
+            alibi=call.alibi_slopes,
+            tokens_a_tile=tokens_a_tile,
+            tiles=-(-shared["tokens"] // tokens_a_tile),
+            softcap=(1.0 if call.softcap is None else call.softcap) * LOG2_E,
+            window=call.sliding_window or 0,
+            **_strides("k_b k_s k_h", k),
+            **_strides("v_b v_s v_h", v),
+            DK=shape.k_size,
+            DK1=dk.first,
+            DK2=dk.rest,
+            DV=shape.v_size,
+            DV1=dv.first,
+            DV2=dv.rest,
+            V_IS_K=shares_memory(call),
+            DECODE=call.path == "decode",
+            P_TYPE=getattr(code.tl, FLOAT_TYPES[self.options.p].torch_name),
+            ACC_F16=self.options.acc == "f16",
+            SOFTCAP=call.softcap is not None,
+            WINDOW=call.sliding_window is not None,
+            ALIBI=call.alibi_slopes is not None,
+            **shared,
         )
-        return _binary_hash(compiled)
+
+    def _over_planes(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
+        """The same over a quantised cache, on the decode path."""
+        assert self.planes is not None
+        shape, planes = self.call.shape, self.planes
+        return quantised_code().attend_quantised[grid](
+            k_codes=planes.k_codes[b],
+            k_scales=planes.k_scales[b],
+            v_codes=planes.v_codes[b],
+            v_scales=planes.v_scales[b],
+            keys=shape.keys,
+            kv_heads=shape.kv_heads,
+            D=shape.k_size,
+            BITS=planes.bits,
+            **shared,
+        )
 
     def launched(self, kernel: str, written: Sequence[torch.Tensor]) -> tuple[Launched, bool]:
         """What `launch` launched, counted by what it wrote, and whether that is the plan.
@@ -365,6 +315,11 @@ class Prepared:
             binaries=binaries,
         )
         return counted, False
+
+
+def _strides(names: str, x: torch.Tensor) -> dict[str, int]:
+    """The first three strides of x, by the names of the parameters that take them."""
+    return dict(zip(names.split(), x.stride(), strict=False))
 
 
 @functools.lru_cache(maxsize=1024)
