@@ -13,9 +13,12 @@ from verify.data.embedded import embedded_corpus
 from verify.data.errors import CorpusError
 from verify.data.hub import HubUnavailable, hub_rows
 from verify.data.local import local_rows
+from verify.data.long_text import LongText, is_long, read_long_text
 from verify.data.rows import SPEC_FORM, DatasetSpec, join_rows, parse_spec
 
 DEFAULT_CORPUS = "wikitext-2"
+# A text file beyond this is read a piece at a time, and only as far as its windows reach.
+LONG_TEXT_BYTES = 1 << 25
 WIKITEXT = {
     "wikitext-2": DatasetSpec("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": DatasetSpec("Salesforce/wikitext", "wikitext-103-raw-v1"),
@@ -33,6 +36,8 @@ def read_text_file(path: str | os.PathLike[str]) -> Corpus:
     """
     path = Path(path)
     try:
+        if path.is_char_device():
+            raise CorpusError(f"{path}: file: expected a text file, found a device")
         raw = path.read_bytes()
     except FileNotFoundError:
         raise CorpusError(f"{path}: file: expected a text file, found nothing there") from None
@@ -42,6 +47,11 @@ def read_text_file(path: str | os.PathLike[str]) -> Corpus:
         reason = getattr(error, "strerror", None) or error
         raise CorpusError(f"{path}: file: expected a readable text file: {reason}") from None
     return corpus_from_bytes(raw, name=path.name, source="file", where=str(path))
+
+
+def read_any_text(path: str | os.PathLike[str], *, most: int = LONG_TEXT_BYTES) -> Corpus | LongText:
+    """`read_text_file`; a file of more than `most` bytes is not held in memory. Raises CorpusError."""
+    return read_long_text(Path(path)) if is_long(Path(path), most) else read_text_file(path)
 
 
 def load_corpus(name: str = DEFAULT_CORPUS, *, timeout_s: float = 5.0, allow_fallback: bool = True) -> Corpus:

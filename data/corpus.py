@@ -1,6 +1,7 @@
 """A text with its identity: where it came from, its size and its hash."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from verify.data.errors import CorpusError
@@ -21,6 +22,10 @@ class Corpus:
     n_bytes: int
     sha256: str
     notice: str | None = None
+
+    def pieces(self, letters: int) -> Iterator[str]:
+        """`text` in slices of this length."""
+        return (self.text[at : at + letters] for at in range(0, len(self.text), letters))
 
 
 def corpus_from_bytes(

@@ -6,6 +6,7 @@ What is shown on a terminal, in Markdown or on a page goes through here once, wh
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # A message longer than this says nothing more to a reader.
 MOST_LETTERS = 2000
@@ -21,6 +22,15 @@ def visible(text: str) -> str:
     'a\\x1b[2Jb'
     """
     return _CONTROLS.sub(_written_out, text)
+
+
+def all_visible(x: Any) -> Any:
+    """What JSON held, with every text in it `visible`, names of fields too."""
+    if isinstance(x, str):
+        return visible(x)
+    if isinstance(x, dict):
+        return {visible(key): all_visible(value) for key, value in x.items()}
+    return [all_visible(value) for value in x] if isinstance(x, list) else x
 
 
 def one_line(text: str, most: int = MOST_LETTERS) -> str:

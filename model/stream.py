@@ -20,6 +20,7 @@ import torch
 from verify.model.errors import ModelError
 from verify.model.gguf.dequantize import PLAIN_TYPES, decode, dequantize, type_is_supported
 from verify.model.gguf.file import GGUFFile
+from verify.model.gguf.held import ModelChanged
 from verify.model.stopwatch import Stopwatch
 
 # Stored bytes read ahead at most (at least one tensor is, whatever its size).
@@ -78,6 +79,8 @@ class TensorStream:
         self.ahead_bytes = default if ahead_bytes is None else ahead_bytes
         self.read_bytes: Counter[str] = Counter()
         self._scales: dict[str, torch.Tensor] = {}
+        # Of the bytes of each piece, so that one that is read again is the same.
+        self._sums: dict[Piece, tuple[int, bytes]] = {}
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._change = threading.Condition()
         self._wanted: deque[Piece] = deque()
@@ -220,12 +223,21 @@ class TensorStream:
     def _size(self, piece: Piece) -> int:
         return int(self._raw(piece).size)
 
+    def _check_same(self, piece: Piece, stored: np.ndarray) -> None:
+        """Raises ModelChanged where a piece that is read again holds other bytes than it did."""
+        words = stored[: stored.size // 8 * 8].view(np.uint64)
+        found = int(np.add.reduce(words)), bytes(stored[words.nbytes :])
+        if self._sums.setdefault(piece, found) != found:
+            path = self.file.tensor(piece.name).path
+            raise ModelChanged(f"{path}: tensor {piece.name} holds other bytes than when it was read before")
+
     def _read(self, piece: Piece) -> _Staged:
         raw = self._raw(piece)
         on_gpu = self._copies is not None
         host = torch.empty(raw.size, dtype=torch.uint8, pin_memory=on_gpu)
         for first in range(0, raw.size, _READ_BYTES):
             host.numpy()[first : first + _READ_BYTES] = raw[first : first + _READ_BYTES]
+        self._check_same(piece, host.numpy())
         if self._copies is None:
             return _Staged(host, None)
         with torch.cuda.stream(self._copies):

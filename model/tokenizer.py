@@ -18,10 +18,12 @@ from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
 from verify.model.pretokenizers import PreTokenizer, pretokenizer_named
 from verify.model.sentence_piece import SPACE, SentencePiece
+from verify.model.text_cuts import PIECE, encode_in_pieces, slices
 
 KINDS = ("gpt2", "llama")
 # Kinds of tokens in `tokenizer.ggml.token_type`; 1 is an ordinary token, 5 an unused one.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_BEFORE_SPACE = re.compile(f"(.)(?={SPACE})", re.DOTALL)
 # Tokens that llama.cpp takes for control tokens by their text alone.
 CONTROL_LOOKING = frozenset((
     "</s>", "<EOT>", "<MID>", "<PAD>", "<PRE>", "<REPO>", "<SUF>", "<end_of_turn>", "<end_of_utterance>",
@@ -85,6 +87,11 @@ class Tokenizer:
         if self.kind == "llama":
             self._pairs = _pair_by_pair(file, self._tokens, self._types, own, self._prefixed)
         self._library.add_tokens([AddedToken(token, normalized=False) for token in own])
+        # Letters that a space follows inside a token: merges reach across them.
+        self._joined: frozenset[str] | None = None
+        if self.kind == "llama":
+            pairs = (before for token in self._tokens for before in _BEFORE_SPACE.findall(token))
+            self._joined = frozenset(pairs)
         self.bos_id = _token_id(file, "bos", len(self._tokens), bos)
         self.eos_id = _token_id(file, "eos", len(self._tokens), eos)
         self.add_bos = file.optional("tokenizer.ggml.add_bos_token", bool, add_bos)
@@ -114,6 +121,19 @@ class Tokenizer:
         A byte that has no token, in a `gpt2` vocabulary, gives none, as in the engines. Raises ModelError for
         half a surrogate pair, which is what Python makes of bytes that are no text.
         """
+        return self.encode_texts(slices(text))[0]
+
+    def encode_texts(
+        self, texts: Iterable[str], *, enough: int | None = None, piece: int = PIECE
+    ) -> tuple[np.ndarray, bool]:
+        """`encode` of the texts joined, and whether that is of all of them: `enough` ids are, where they come
+        to so many. Memory grows with the ids and with `piece` letters, not with the text. Raises ModelError.
+        """
+        return encode_in_pieces(
+            texts, self._encode, enough=enough, piece=piece, prefixed=self._prefixed, joined=self._joined
+        )
+
+    def _encode(self, text: str) -> np.ndarray:
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -53,7 +53,9 @@ def _answer(arguments: list[str]) -> int | None:
     except MachineFailure as error:
         code = _refuse(f"nothing was measured, the machine failed: {error}", EXIT_VOID)
     except typer.Exit as stop:
-        code = stop.exit_code
+        if (code := stop.exit_code) == EXIT_INTERRUPTED:
+            # typer's word for an interrupt that no command took.
+            raise KeyboardInterrupt from None
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:

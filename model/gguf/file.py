@@ -20,6 +20,7 @@ import numpy as np
 
 from verify.model.errors import ModelError, short
 from verify.model.gguf.header import TensorInfo, read_header
+from verify.model.gguf.held import Held, check_held, fingerprint, held
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -41,12 +42,15 @@ class GGUFFile:
 
     path: the file, or the first shard; paths: all of them. metadata: key -> Python number, bool or str, a
     list of str, or a numpy array for a list of numbers. tensors: name -> TensorInfo, in the file's order.
+    n_bytes, fingerprint: size and hash (`held.fingerprint`) of all shards, as they were opened.
     """
 
     path: Path
     paths: list[Path]
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    n_bytes: int
+    fingerprint: str
 
     def __init__(self, shards: list[_Shard]) -> None:
         self.path = shards[0].path
@@ -60,6 +64,9 @@ class GGUFFile:
                     raise ModelError(f"{info.path}: tensor {info.name} is in {other} as well, expected once")
                 self.tensors[info.name] = info
         self._maps: dict[Path, mmap.mmap] | None = {shard.path: shard.data for shard in shards}
+        self._held = {shard.path: shard.held for shard in shards}
+        self.n_bytes = sum(shard.held.size for shard in shards)
+        self.fingerprint = fingerprint([shard.held for shard in shards])
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -93,6 +100,11 @@ class GGUFFile:
     def close(self) -> None:
         """Let go of the maps. An array from `raw` stays good; its file is unmapped with the last of them."""
         self._maps = None
+
+    def check_unchanged(self) -> None:
+        """Raises ModelChanged where a file is gone, replaced or written to since it was opened."""
+        for path, then in self._held.items():
+            check_held(path, then)
 
     def __enter__(self) -> Self:
         return self
@@ -194,6 +206,7 @@ class _Shard(NamedTuple):
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
     data: mmap.mmap
+    held: Held
 
 
 def _expect_count(shard: _Shard, count: int) -> None:
@@ -226,6 +239,15 @@ def _checked(shards: list[_Shard]) -> list[_Shard]:
             raise ModelError(
                 f"{shard.path}: metadata key split.no is {number}, expected {index} as in the name"
             )
+    first = shards[0]
+    for shard in shards[1:]:
+        for key in sorted(first.metadata.keys() & shard.metadata.keys() - {"split.no"}):
+            ours, theirs = shard.metadata[key], first.metadata[key]
+            if type(ours) is not type(theirs) or not np.array_equal(ours, theirs):
+                raise ModelError(
+                    f"{shard.path}: metadata key {key} is {short(ours)}, but {short(theirs)} in"
+                    f" {first.path.name}"
+                )
     expected = shards[0].metadata.get("split.tensors.count")
     present = sum(len(shard.tensors) for shard in shards)
     if expected is not None and _whole(shards[0], "split.tensors.count") != present:
@@ -257,6 +279,7 @@ def _read_shard(path: Path) -> _Shard:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise ModelError(f"{path}: is empty, expected a GGUF file")
+            opened = held(path, file.fileno())
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise ModelError(f"{path}: expected a readable GGUF file: {_reason(error)}") from None
@@ -266,7 +289,7 @@ def _read_shard(path: Path) -> _Shard:
         # A caught error keeps these frames alive, and with them the map and its file descriptor.
         data.close()
         raise
-    return _Shard(path, metadata, tensors, data)
+    return _Shard(path, metadata, tensors, data, opened)
 
 
 def _noun(kind: type) -> str:

@@ -16,6 +16,7 @@ from support.tiny_model import write_tiny_model
 from support.twins import TWINS
 from verify.arms.arm import Arm
 from verify.arms.model_facts import try_kernels
+from verify.arms.records import SCHEMA
 from verify.kernels.registry import build_kernel
 from verify.machine.errors import UsageError
 from verify.model.architectures import architecture_of
@@ -191,7 +192,7 @@ def test_the_field_that_is_no_setting_is_named(tmp_path: Path) -> None:
         ({"margin": None}, "margin: expected float, got None"),
         ({"candidates": [1]}, "candidates: expected a list of texts"),
     ):
-        stored = {"command": "ppl", "settings": settings, "identity": {}}
+        stored = {"command": "ppl", "schema": SCHEMA, "settings": settings, "identity": {}}
         (tmp_path / "settings.json").write_text(json.dumps(stored))
         assert_refused(verify("ppl", "--resume", str(tmp_path)), "settings.json", said)
     (tmp_path / "settings.json").write_text("[]")

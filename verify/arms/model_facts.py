@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,6 @@ from verify.machine.devices import free_memory
 from verify.machine.errors import UsageError
 from verify.model.architectures.architecture import Architecture
 
-SAMPLE_BYTES = 1 << 20
-
 
 def model_record(architecture: Architecture) -> ModelRecord:
     """The model, as `run.json` names it."""
@@ -34,8 +30,8 @@ def model_record(architecture: Architecture) -> ModelRecord:
         path=str(file.path),
         name=file.metadata.get("general.name"),
         architecture=file.architecture,
-        bytes=sum(p.stat().st_size for p in file.paths),
-        fingerprint=fingerprint(file.paths),
+        bytes=file.n_bytes,
+        fingerprint=file.fingerprint,
         layers=sizes.layers,
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
@@ -43,19 +39,6 @@ def model_record(architecture: Architecture) -> ModelRecord:
         head_size=sizes.k_size,
         context=sizes.context,
     )
-
-
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Hash of the sizes, first and last mebibytes of a model's files: cheap, and enough to tell two apart."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as f:
-            digest.update(f.read(SAMPLE_BYTES))
-            f.seek(max(size - SAMPLE_BYTES, 0))
-            digest.update(f.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def check_shapes(specs: Sequence[str], shapes: Sequence[ModelShape], path: AttentionPath) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,8 @@ from verify.ppl.settings import (
 
 # What --resume may stand beside: all else is the run's.
 _WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
+# What a run's folder cannot ask for by itself is named again.
+_NAMED_AGAIN = {"baseline", "candidate", "save_logits"}
 
 
 def command(
@@ -111,6 +113,7 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     from verify.arms.records import SCHEMA
     from verify.kernels.errors import MachineFailure
+    from verify.kernels.said import visible
     from verify.machine.devices import default_device
     from verify.machine.environment import prepare_torch
     from verify.machine.errors import UsageError
@@ -118,7 +121,9 @@ def command(
     from verify.machine.outfile import check_writable
     from verify.machine.ranks import ranks_of_environment
     from verify.machine.records import as_json
+    from verify.model.gguf.held import ModelChanged
     from verify.ppl.experiment import Experiment
+    from verify.ppl.resuming import Named, check_named_again, words_to_resume
     from verify.ppl.runfolder import RunFolder
     from verify.reports.ppl_screen import PplConsole
 
@@ -129,7 +134,8 @@ def command(
     if resume is not None:
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        if other := sorted(set(given) - _WITH_RESUME):
+        if set(given) - _WITH_RESUME - _NAMED_AGAIN:
+            other = sorted(set(given) - _WITH_RESUME)
             called = {p.name: max(p.opts, key=len) for p in context.command.params}
             raise UsageError(
                 f"--resume {resume}: the run goes on with its own settings, expected no"
@@ -144,7 +150,14 @@ def command(
             settings = PplSettings.from_json(stored["settings"])
         except UsageError as error:
             raise UsageError(f"--resume {resume}: settings.json: {error}") from None
-        _go_to(stored.get("folder"), resume)
+        check_named_again(
+            settings,
+            Named(baseline if "baseline" in given else None, candidate or (), save_logits),
+            resume=resume,
+            begun_in=_begun_in(stored, resume),
+            kernels=stored["identity"].get("kernels"),
+        )
+        _go_to(_begun_in(stored, resume), resume)
         if memory:
             settings = replace(settings, memory=parse_size(memory))
         if "checkpoint_minutes" in given:
@@ -209,16 +222,23 @@ def command(
         if folder is None:
             return EXIT_INTERRUPTED
         print(
-            f"verify: interrupted; finished windows are kept in {folder.path},"
-            f" go on with: verify ppl --resume {folder.path}",
+            f"verify: interrupted; finished windows are kept in {visible(str(folder.path))},"
+            f" go on with: {visible(words_to_resume(folder.path, settings))}",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
+    except ModelChanged as changed:
+        if folder is None:
+            raise
+        raise ModelChanged(
+            f"{changed}; finished windows are kept, and go on with the model that they are of:"
+            f" {words_to_resume(folder.path, settings)}"
+        ) from None
     except MachineFailure as failed:
         if folder is None:
             raise
         raise MachineFailure(
-            f"{failed}; finished windows are kept, go on with: verify ppl --resume {folder.path}"
+            f"{failed}; finished windows are kept, go on with: {words_to_resume(folder.path, settings)}"
         ) from None
     finally:
         console.stop()
@@ -241,11 +261,21 @@ def command(
     return outcome.run.exit_code
 
 
-def _go_to(folder: str | None, resume: Path) -> None:
+def _begun_in(stored: dict[str, Any], resume: Path) -> Path:
+    """The folder from which a run's settings name files. Raises UsageError."""
+    from verify.machine.errors import UsageError
+
+    folder = stored.get("folder", ".")
+    if not isinstance(folder, str) or "\0" in folder:
+        raise UsageError(f"--resume {resume}: settings.json: folder: expected a text, got {folder!r:.80}")
+    return Path(folder)
+
+
+def _go_to(folder: Path, resume: Path) -> None:
     """To where the run was begun: names of files in its settings are seen from there."""
     from verify.machine.errors import UsageError
 
-    if folder is None or Path(folder) == Path.cwd():
+    if folder == Path.cwd():
         return
     try:
         os.chdir(folder)

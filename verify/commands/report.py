@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from verify.kernels.said import visible
 from verify.machine.errors import UsageError
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
 from verify.reports.comparison import comparison_html, comparison_markdown
 from verify.reports.record import StoredPpl, load_run
-from verify.reports.writing import write_reports
+from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, write_reports
 
 
 def command(
@@ -27,19 +28,23 @@ def command(
     if len(runs) == 1:
         if out is not None:
             raise UsageError(f"--out {out}: is for two runs; the reports of one go into its folder")
-        run = write_reports(runs[0]).run
+        run = write_reports(runs[0], foreign=True).run
         reasons = "; ".join([*run.reasons, *run.notes])
-        print(f"verdict: {run.verdict}: {reasons}\nreport: {runs[0] / PAGE}", file=sys.stdout)
+        print(f"verdict: {run.verdict}: {reasons}", file=sys.stdout)
+        print(f"report: {visible(str(runs[0] / PAGE))}", file=sys.stdout)
         return 0
     stored = [load_run(run) for run in runs]
     of_ppl = [one for one in stored if isinstance(one, StoredPpl)]
     if other := next((one for one in stored if not isinstance(one, StoredPpl)), None):
         raise UsageError(f"{other.folder}: a run of verify {other.run.command}, expected verify ppl")
     first, second = of_ppl
-    text = comparison_markdown(first, second)
-    page = comparison_html(first, second)
+    try:
+        text = comparison_markdown(first, second)
+        page = comparison_html(first, second)
+    except NOT_OF_A_RUN as error:
+        raise not_of_a_run(runs[1], error) from None
     folder = RunFolder.begin(out, "report", groups=False)
     folder.write_text(REPORT, text)
     folder.write_text(PAGE, page)
-    print(f"{text}\nreport: {folder.path / PAGE}", file=sys.stdout)
+    print(f"{text}\nreport: {visible(str(folder.path / PAGE))}", file=sys.stdout)
     return 0

@@ -16,15 +16,18 @@ import numpy as np
 import torch
 
 from verify.diff.cells import Inputs
-from verify.kernels.call import AttentionPath, checked_call
+from verify.kernels.call import AttentionPath, Call, checked_call
+from verify.kernels.said import one_line
 from verify.machine.errors import UsageError
-from verify.machine.files import written_whole
-from verify.model.runner import LayerCall
+from verify.machine.files import is_plain_folder, open_plain, written_whole
+from verify.model.runner import ATTENTION_TYPES, LayerCall
 
 FOLDER = "captured"
 _FILE = re.compile(r"layer-(\d+)\.npz")
 # Rows that a diff takes of a captured window, samples of a stratum: the last ones, where n_kv is largest.
 ROWS = 64
+_NUMBERS, _OF_HEADS = ("scale", "sliding_window", "softcap"), ("sinks", "alibi_slopes")
+_TYPES = {str(kind).removeprefix("torch."): kind for kind in ATTENTION_TYPES.values()}
 
 
 def parse_layers(
@@ -76,7 +79,9 @@ def capture_to(folder: Path, layers: frozenset[int]) -> Callable[[LayerCall], No
 def captured_inputs(run: str, path: AttentionPath, device: torch.device) -> Iterator[Inputs]:
     """The captured layers of a run folder as inputs of a diff. Raises UsageError."""
     folder = Path(run) / FOLDER
-    files = sorted(f for f in folder.glob("layer-*.npz") if _FILE.fullmatch(f.name))
+    files = []
+    if is_plain_folder(folder):
+        files = sorted(f for f in folder.glob("layer-*.npz") if _FILE.fullmatch(f.name))
     if not files:
         raise UsageError(
             f"--captured-from {run}: no captured layers there (verify ppl --capture LAYERS writes them)"
@@ -85,29 +90,61 @@ def captured_inputs(run: str, path: AttentionPath, device: torch.device) -> Iter
         match = _FILE.fullmatch(file.name)
         assert match is not None
         try:
-            with np.load(file, allow_pickle=False) as stored:
-                found: dict[str, Any] = {name: stored[name] for name in stored.files}
-            dtype = getattr(torch, str(found["dtype"]))
-            q, k, v = (torch.from_numpy(found[name]).to(device, dtype) for name in "qkv")
-            kv_len = torch.from_numpy(found["kv_len"]).to(device)
-            rows = slice(max(q.shape[1] - ROWS, 0), None)
-            call = checked_call(
-                q[:, rows].contiguous(),
-                k,
-                v,
-                kv_len=kv_len[:, rows].contiguous(),
-                scale=float(found["scale"]),
-                path=path,
-                sliding_window=int(found["sliding_window"]) or None,
-                softcap=float(found["softcap"]) or None,
-                sinks=_per_head(found.get("sinks"), device),
-                alibi_slopes=_per_head(found.get("alibi_slopes"), device),
-            )
-        except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise UsageError(f"--captured-from {run}: {file.name} cannot be read: {error}") from None
+            call = _read(file, path, device)
+        except (OSError, KeyError, ValueError, MemoryError, EOFError, zipfile.BadZipFile) as error:
+            said = one_line(str(error) if not isinstance(error, KeyError) else f"{error} is missing", 200)
+            raise UsageError(f"--captured-from {run}: {file.name} cannot be read: {said}") from None
         layer = int(match[1])
         name = f"{call.shape.q_heads}/{call.shape.kv_heads}x{call.shape.k_size}"
         yield Inputs(name, call.shape.keys, f"layer {layer}", 0, call)
+
+
+def _read(file: Path, path: AttentionPath, device: torch.device) -> Call:
+    """The last rows of a captured layer. Raises OSError, KeyError, ValueError."""
+    with open_plain(file) as opened:
+        with zipfile.ZipFile(opened) as archive:
+            # Ours are: what is packed could be of any size once it is not.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is packed, which verify ppl --capture does not do")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as stored:
+            found = {name: stored[name] for name in (*"qkv", "kv_len", *_NUMBERS, "dtype")}
+            heads = {name: stored[name] for name in _OF_HEADS if name in stored.files}
+    for name in "qkv":
+        if found[name].ndim != 4 or found[name].dtype != np.float32 or not found[name].size:
+            raise ValueError(
+                f"{name} is {found[name].dtype}{list(found[name].shape)}, expected float32[1, T, H, D]"
+            )
+        if not np.isfinite(found[name]).all():
+            raise ValueError(f"{name} holds NaN or Inf: the captured model overflows")
+    if found["kv_len"].ndim != 2 or found["kv_len"].dtype.kind != "i":
+        raise ValueError(
+            f"kv_len is {found['kv_len'].dtype}{list(found['kv_len'].shape)}, expected int32[1, T]"
+        )
+    for name, x in heads.items():
+        if x.ndim != 1 or x.dtype != np.float32 or len(x) not in (0, found["q"].shape[2]):
+            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, expected float32[{found['q'].shape[2]}]")
+    numbers = {}
+    for name in _NUMBERS:
+        if found[name].shape != () or found[name].dtype.kind not in "iuf" or not np.isfinite(found[name]):
+            raise ValueError(f"{name} is {one_line(str(found[name]), 40)}, expected a finite number")
+        numbers[name] = float(found[name])
+    if str(found["dtype"]) not in _TYPES:
+        raise ValueError(f"dtype is {one_line(str(found['dtype']), 40)}, expected one of {', '.join(_TYPES)}")
+    dtype = _TYPES[str(found["dtype"])]
+    q, k, v = (torch.from_numpy(found[name]).to(device, dtype) for name in "qkv")
+    rows = slice(max(q.shape[1] - ROWS, 0), None)
+    return checked_call(
+        q[:, rows].contiguous(),
+        k,
+        v,
+        kv_len=torch.from_numpy(found["kv_len"].astype(np.int32)).to(device)[:, rows].contiguous(),
+        scale=numbers["scale"],
+        path=path,
+        sliding_window=int(numbers["sliding_window"]) or None,
+        softcap=numbers["softcap"] or None,
+        **{name: _per_head(heads.get(name), device) for name in _OF_HEADS},
+    )
 
 
 def _per_head(values: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

@@ -214,6 +214,7 @@ class Generation:
                 found.ended = "the baseline failed"
                 return
             self._compare_bits(logits)
+            self.architecture.file.check_unchanged()
             step = _step(len(sequence), sequence[-1], logits, self._reference_of)
             found.steps.append(step)
             wrote(step.chosen)

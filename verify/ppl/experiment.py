@@ -18,7 +18,7 @@ from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
 from verify.arms.result_type import Match, same_match
 from verify.arms.sample import Sample
 from verify.arms.split_mode import check_model, tensor_parallel_record
-from verify.data import Corpus, Windows, cut_windows, load_corpus, read_text_file
+from verify.data import Corpus, LongText, Windows, cut_windows, load_corpus, read_any_text
 from verify.diff.captured import capture_to, parse_layers
 from verify.judge.run_verdict import run_verdict
 from verify.judge.verdict import Decision
@@ -33,6 +33,7 @@ from verify.model.architectures.architecture import Architecture
 from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 from verify.model.runner import COMPUTE_TYPES, Runner
+from verify.model.text_cuts import PIECE
 from verify.model.tokenizer import Tokenizer
 from verify.ppl.drift import drift_record
 from verify.ppl.engine_logits import LogitsFiles, engine_records
@@ -228,7 +229,7 @@ class Experiment:
             * n_ctx
             * width
             * COMPUTE_TYPES[self.settings.compute].itemsize,
-            model_bytes=sum(p.stat().st_size for p in self.file.paths),
+            model_bytes=self.file.n_bytes,
             memory=self.settings.memory,
             device=self.device,
         )
@@ -350,11 +351,15 @@ class Experiment:
         )
 
 
-def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus, Tokenizer, np.ndarray]:
+def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus | LongText, Tokenizer, np.ndarray]:
     """The text, the model's tokenizer, and the ids of the text's tokens."""
-    corpus = read_text_file(settings.file) if settings.file else load_corpus(settings.corpus)
+    corpus = read_any_text(settings.file) if settings.file else load_corpus(settings.corpus)
     tokenizer = Tokenizer.from_gguf(file)
-    return corpus, tokenizer, tokenizer.encode(corpus.text)
+    # A text that is held is counted to its end, a longer one is cut as far as the windows reach.
+    enough = None
+    if isinstance(corpus, LongText) and settings.chunks > 0:
+        enough = max(settings.chunks, 2) * settings.n_ctx
+    return corpus, tokenizer, tokenizer.encode_texts(corpus.pieces(PIECE), enough=enough)[0]
 
 
 def _match(settings: PplSettings, architecture: Architecture, device: torch.device) -> list[Match]:

@@ -116,6 +116,36 @@ class GroupJob:
         return next((arm.name for arm in self.arms if arm.role == role), None)
 
 
+def check_group(result: GroupResult, first: int, arms: Sequence[Arm], windows: Windows) -> None:
+    """Raises ValueError where a group that was read is not one that `run_group` left for this run: rows are
+    missing, or of other windows."""
+    here, names = result.windows, {arm.name for arm in arms}
+    if here.start != first or here.step != 1 or not first < here.stop <= windows.n_windows:
+        raise ValueError(f"is said to be windows {here.start} to {here.stop}")
+    if result.tokens.schema != TOKEN_SCHEMA:
+        raise ValueError("tokens.parquet has other columns")
+    if set(result.findings) != names or not isinstance(result.drift.get("sums"), list):
+        raise ValueError("state.json is of other arms")
+    scored = windows.scored_positions
+    window, position = (result.tokens[name].to_numpy() for name in ("window", "position"))
+    of_arm = np.array(result.tokens["arm"].to_pylist())
+    if len(window) % len(scored):
+        raise ValueError("tokens.parquet lacks rows")
+    # A line a window and arm.
+    window, position, of_arm = (x.reshape(-1, len(scored)) for x in (window, position, of_arm))
+    if (position != np.asarray(scored)).any() or (window != window[:, :1]).any():
+        raise ValueError("tokens.parquet lacks rows")
+    if (of_arm != of_arm[:, :1]).any() or not np.isin(window, np.asarray(here)).all():
+        raise ValueError("tokens.parquet holds rows of other windows")
+    for arm in arms:
+        ran = sorted(window[of_arm[:, 0] == arm.name, 0])
+        runs_all = arm.role in ("exact", "baseline", "control", "candidate")
+        if len(set(ran)) < len(ran):
+            raise ValueError(f"tokens.parquet has windows of {arm.name} twice")
+        if runs_all and result.findings[arm.name].failure is None and ran != list(here):
+            raise ValueError(f"tokens.parquet lacks windows of {arm.name}")
+
+
 def run_group(
     job: GroupJob,
     chosen: range,
@@ -267,6 +297,7 @@ class _Group:
                 progress(done, total)
 
         def layer_done(layers: int, hidden: dict[State, torch.Tensor]) -> None:
+            runner.architecture.file.check_unchanged()
             states = [x for (_, name), x in hidden.items() if name == exact]
             if self.bad_layer is None and not all(bool(torch.isfinite(x).all()) for x in states):
                 self.bad_layer = layers - 1
@@ -293,6 +324,8 @@ class _Group:
                 self.scorer.add(piece)
             self.anonymous_bytes = max(self.anonymous_bytes, anonymous_memory())
         self._settle()
+        # Now or never: what is found is kept under the model's name.
+        runner.architecture.file.check_unchanged()
         return self._result()
 
     def _result(self) -> GroupResult:

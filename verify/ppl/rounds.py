@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from verify.machine.errors import UsageError
 from verify.machine.ranks import Ranks
 from verify.ppl.checkpoint import Checkpoints
 from verify.ppl.grouping import Grouping, uncovered
-from verify.ppl.groups import GroupJob, GroupResult, run_group
+from verify.ppl.groups import GroupJob, GroupResult, check_group, run_group
 from verify.ppl.listener import Listener
 from verify.ppl.runfolder import RunFolder
 
@@ -48,7 +49,8 @@ class Rounds:
         results: dict[int, GroupResult] = {}
         for first in folder.finished_groups() if folder else ():
             assert folder is not None
-            results[first] = folder.load_group(first)
+            check = partial(check_group, first=first, arms=self.job.arms, windows=self.job.windows)
+            results[first] = folder.load_group(first, check)
             self._note_failures(results[first].findings)
             self.group_done(first, results[first])
         while left := ranks.of_leader(

@@ -12,6 +12,7 @@ what a run has written is written over or removed (`verify.machine.files`).
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verify.arms.records import SCHEMA
+from verify.kernels.said import one_line
 from verify.machine.errors import UsageError
 from verify.machine.files import (
     Lock,
@@ -73,6 +75,8 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path, self._lock = path, lock
+        # Of what the groups were measured with.
+        self._settings = ""
 
     @classmethod
     def create(cls, path: Path, *, groups: bool = True) -> RunFolder:
@@ -135,7 +139,8 @@ class RunFolder:
 
     def absolute(self) -> RunFolder:
         """The same, whatever the current folder becomes."""
-        return RunFolder(self.path.absolute(), self._lock)
+        self.path = self.path.absolute()
+        return self
 
     def release(self) -> None:
         """Others may have it."""
@@ -144,6 +149,7 @@ class RunFolder:
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         self.write_json(SETTINGS, settings)
+        self._settings = _digest(settings["settings"])
 
     def read_settings(self, command: str) -> dict[str, Any]:
         """Raises UsageError where they are not those of a run of this command."""
@@ -158,13 +164,15 @@ class RunFolder:
                 f"--resume {self.path}: {SETTINGS} is of schema {schema}, expected {SCHEMA}: another version"
                 " of verify began that run; go on with that one, or run it again into another folder"
             )
+        self._settings = _digest(found["settings"])
         return found
 
     def save_group(self, first_window: int, result: GroupResult) -> None:
         with self._writing(), folder_written_whole(self._group(first_window)) as part:
             for name in TABLES:
                 pq.write_table(getattr(result, name), part / f"{name}.parquet")
-            (part / STATE).write_text(json.dumps(result.state()))
+            state = {**result.state(), "settings": self._settings}
+            (part / STATE).write_text(json.dumps(state))
         self.drop_checkpoint(first_window)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -196,17 +204,25 @@ class RunFolder:
         """First windows of the groups that are there, in order."""
         return sorted(int(one.name) for one in _entries(self.path / GROUPS) if _GROUP.fullmatch(one.name))
 
-    def load_group(self, first_window: int) -> GroupResult:
-        """A finished group. Raises UsageError where it cannot be read."""
+    def load_group(
+        self, first_window: int, check: Callable[[GroupResult], None] = lambda result: None
+    ) -> GroupResult:
+        """A finished group. check: raises ValueError for one that is not this run's. Raises UsageError."""
         from verify.ppl.groups import GroupResult
 
         folder = self._group(first_window)
         try:
             tokens, layers, top1 = (_table(folder / f"{name}.parquet") for name in TABLES)
-            return GroupResult.from_state(tokens, layers, top1, read_json(folder / STATE))
+            state = read_json(folder / STATE)
+            if state.get("settings") != self._settings:
+                raise ValueError("is of a run with other settings")
+            found = GroupResult.from_state(tokens, layers, top1, state)
+            check(found)
+            return found
         except _UNREADABLE as error:
+            said = one_line(str(error), 120) if isinstance(error, ValueError) else type(error).__name__
             raise UsageError(
-                f"--resume {self.path}: {folder.name} of {GROUPS} cannot be read ({type(error).__name__}):"
+                f"--resume {self.path}: {folder.name} of {GROUPS} cannot be read ({said}):"
                 " remove it, and its windows are run again"
             ) from None
 
@@ -286,6 +302,12 @@ def _lock(path: Path, option: str) -> Lock:
         raise UsageError(f"{option} {path}: another run is writing there now") from None
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be used: {error.strerror or error}") from None
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    """Of all settings that figures hang on."""
+    kept = {key: value for key, value in settings.items() if key not in ("memory", "checkpoint_minutes")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -26,6 +26,8 @@ class Picture(NamedTuple):
 
 
 def new_figure(height: float = SIZE[1]) -> tuple[Figure, Any]:
+    # Names of arms are text, whatever dollars are in them.
+    matplotlib.rcParams["text.parse_math"] = False
     figure = Figure(figsize=(SIZE[0], height))
     FigureCanvasSVG(figure)
     # Fixed edges in inches: a layout engine would take longer than the drawing.

@@ -27,7 +27,7 @@ def print_outcome(run: GenRun, page: Path, to: TextIO) -> None:
         for sentence in pair_sentences(pair):
             print(f"  {sentence}", file=to)
     print(f"verdict: {run.verdict}: {'; '.join([*run.reasons, *run.notes])}", file=to)
-    print(f"report: {page}", file=to, flush=True)
+    print(f"report: {visible(str(page))}", file=to, flush=True)
 
 
 def gen_html(stored: StoredGen) -> str:

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
+from verify.kernels.said import visible
 from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
 from verify.model.runner import Progress as Step
 from verify.ppl.perplexity import final_line, running_line
@@ -61,11 +62,11 @@ class PplConsole:
             return
         shared_out = split_mode_sentence(shares)
         print(
-            f"model {Path(model.path).name}: {model.architecture}, {model.layers} layers,"
+            f"model {visible(Path(model.path).name)}: {model.architecture}, {model.layers} layers,"
             f" {model.heads} heads over {model.kv_heads} KV heads (r = {model.ratio}),"
             f" head size {model.head_size}",
             *([shared_out] if shared_out else []),
-            f"text {corpus.name}: {corpus.tokens} tokens,"
+            f"text {visible(corpus.name)}: {corpus.tokens} tokens,"
             f" {counted(corpus.windows, 'window')} of {corpus.n_ctx},"
             f" {corpus.scored_per_window} scored in each",
             sep="\n",
@@ -121,7 +122,14 @@ class PplConsole:
         print_table_on(console, _table(run))
         for line in _coverage(run):
             console.print(line, soft_wrap=True)
-        print(_read(run), *_verdict(run), f"report: {folder / PAGE}", sep="\n", file=self.out, flush=True)
+        print(
+            _read(run),
+            *_verdict(run),
+            f"report: {visible(str(folder / PAGE))}",
+            sep="\n",
+            file=self.out,
+            flush=True,
+        )
 
     def _end_line(self) -> None:
         if self._line_open:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,8 +12,10 @@ import pyarrow.parquet as pq
 
 from verify.arms.records import check_schema
 from verify.gen.record import GenRun
+from verify.kernels.said import all_visible
 from verify.machine.command_line import command_line
 from verify.machine.errors import UsageError
+from verify.machine.files import is_plain_file, open_plain, read_json
 from verify.machine.records import record_from_json
 from verify.ppl.record import PplRun, ppl_run_from_json
 from verify.ppl.runfolder import RESULT, SETTINGS
@@ -69,13 +70,14 @@ def load_run(folder: Path) -> StoredPpl | StoredGen:
     Raises UsageError, naming folder, file and field, where there is no such run to read.
     """
     path = folder / RESULT
-    if not path.is_file():
-        if (folder / SETTINGS).is_file():
+    if not is_plain_file(path):
+        if is_plain_file(folder / SETTINGS):
             raise UsageError(f"{folder}: that run is not finished, go on with: verify ppl --resume {folder}")
         raise UsageError(f"{folder}: no {RESULT} there, expected the folder of a run")
     try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        # A stranger's, it may be: no text in it steers a terminal or a page.
+        stored = all_visible(read_json(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     if not isinstance(stored, dict) or not {"command", "verdict", "settings"} <= stored.keys():
         raise UsageError(f"{path}: expected an object with command, verdict and settings")
@@ -99,11 +101,12 @@ def _of_arm(table: pa.Table | None, arm: str, name: str) -> np.ndarray:
 
 
 def _table(path: Path) -> pa.Table | None:
-    if not path.is_file():
+    if not is_plain_file(path):
         return None
     try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        with open_plain(path) as file:
+            return pq.read_table(file)
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise UsageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 

@@ -1,0 +1,115 @@
+"""Going on with a run from its folder, which may be a stranger's.
+
+A folder says what was measured; it cannot ask for code to be run, or for a file outside it to be written.
+What of its settings does that is done only where the command line names it again, and a kernel's file must
+be, byte for byte, the one that the run began with: that is looked at before any of it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from verify.kernels.errors import SpecError
+from verify.kernels.plans.spec import parse_spec
+from verify.machine.errors import UsageError
+from verify.ppl.settings import PplSettings
+
+# Kernels of ours, and of libraries that are installed here: no file of the user's is run for them.
+_NO_FILE = {"exact", "eager", "flash", "sdpa", "flex", "flashinfer", "flash_attn", "xformers"}
+
+
+class Named(NamedTuple):
+    """What a command line with --resume names again."""
+
+    baseline: str | None = None
+    candidates: Sequence[str] = ()
+    save_logits: str | None = None
+
+
+def runs_code(spec: str) -> bool:
+    """Whether a specification runs a file of somebody's. What nobody has vouched for here does."""
+    try:
+        return parse_spec(spec).name not in _NO_FILE
+    except SpecError:
+        return True
+
+
+def words_to_resume(folder: Path, settings: PplSettings) -> str:
+    """The command that goes on with a run."""
+    words = ["verify", "ppl", "--resume", str(folder)]
+    if runs_code(settings.baseline):
+        words += ["--baseline", settings.baseline]
+    for spec in settings.candidates:
+        words += ["--candidate", spec] if runs_code(spec) else []
+    words += ["--save-logits", settings.save_logits] if settings.save_logits else []
+    return shlex.join(words)
+
+
+def check_named_again(
+    settings: PplSettings, named: Named, *, resume: Path, begun_in: Path, kernels: Any
+) -> None:
+    """Raises UsageError where something is not named that must be, or is that must not, or has changed.
+
+    begun_in: the folder from which the run's settings name files; kernels: what the run stored of their
+    identity.
+    """
+    command = words_to_resume(resume, settings)
+    wanted = {"--candidate": [s for s in settings.candidates if runs_code(s)]}
+    wanted["--baseline"] = [settings.baseline] if runs_code(settings.baseline) else []
+    for spec in settings.baselines:
+        # Found by the run, one a candidate: of code they are the baseline itself.
+        if runs_code(spec) and spec != settings.baseline:
+            raise UsageError(f"--resume {resume}: settings.json: baselines: {spec} is no baseline of this run")
+    wanted["--save-logits"] = [settings.save_logits] if settings.save_logits else []
+    given = {"--candidate": list(named.candidates)}
+    given["--baseline"] = [named.baseline] if named.baseline else []
+    given["--save-logits"] = [named.save_logits] if named.save_logits else []
+    for option, values in wanted.items():
+        for value in given[option]:
+            if value not in values:
+                raise UsageError(
+                    f"--resume {resume}: the run goes on with its own settings, expected no {option} {value}"
+                    " beside it"
+                )
+        for value in values:
+            if value not in given[option]:
+                what = "writes" if option == "--save-logits" else "runs"
+                raise UsageError(
+                    f"--resume {resume}: this run {what} {value}, which a folder alone cannot ask for: if you"
+                    f" mean it, say so: {command}"
+                )
+            _check_place(option, value, resume=resume, begun_in=begun_in)
+            if option != "--save-logits":
+                _check_content(value, resume, begun_in, kernels)
+
+
+def _file_of(option: str, value: str) -> str:
+    if option == "--save-logits":
+        return value
+    spec = parse_spec(value)
+    return spec.target.rpartition("::")[0] if spec.name == "py" else spec.options.get("lib", "")
+
+
+def _check_place(option: str, value: str, *, resume: Path, begun_in: Path) -> None:
+    """What the command line names is named from here, what the run named from where it was begun."""
+    if Path(_file_of(option, value)).is_absolute() or begun_in.resolve() == Path.cwd().resolve():
+        return
+    raise UsageError(
+        f"--resume {resume}: {value} is named from {begun_in}, where the run was begun: go on from there"
+    )
+
+
+def _check_content(spec: str, resume: Path, begun_in: Path, kernels: Any) -> None:
+    if parse_spec(spec).name != "py":
+        return
+    file = begun_in / _file_of("--candidate", spec)
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise UsageError(f"--resume {resume}: {file}: {error.strerror}") from None
+    if not isinstance(kernels, list) or f"{spec}@{found}" not in kernels:
+        raise UsageError(f"--resume {resume}: {file} changed since the run began")
