@@ -143,7 +143,8 @@ def _read(file: Path, path: AttentionPath, device: torch.device) -> Call:
         path=path,
         sliding_window=int(numbers["sliding_window"]) or None,
         softcap=numbers["softcap"] or None,
-        **{name: _per_head(heads.get(name), device) for name in _OF_HEADS},
+        sinks=_per_head(heads.get("sinks"), device),
+        alibi_slopes=_per_head(heads.get("alibi_slopes"), device),
     )
 
 
