@@ -86,7 +86,7 @@ def _fetched(spec: str, repo: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
-    except HFValidationError as error:
+    except (HFValidationError, ValueError) as error:
         raise ModelError(f"model {spec!r}: expected {_HUB_FORM}: {_one_line(error)}") from None
     try:
         # The download itself would ask again and again for half a minute where there is no network.

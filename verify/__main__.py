@@ -64,13 +64,21 @@ def _answer(arguments: list[str]) -> int | None:
             code = _refuse(error.format_message())
         elif isinstance(error, OSError) and error.filename is not None and "--debug" not in sys.argv:
             code = _refuse(f"{error.filename}: {error.strerror or error}")
-        elif isinstance(error, MemoryError) and "--debug" not in sys.argv:
+        elif _memory_ran_out(error) and "--debug" not in sys.argv:
             code = _refuse("nothing was measured: too little memory (--debug shows where)", EXIT_VOID)
         else:
             raise
     if (lost := unwritten()) is not None:
         code = _refuse(f"standard output: {lost.strerror}; what a command keeps in a folder is kept")
     return code
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from verify.machine.devices import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _refuse(message: str, code: int = EXIT_USAGE) -> int:

@@ -94,6 +94,9 @@ def number(spec: Spec, key: str, default: int, *, least: int = 1) -> int:
     return int(text)
 
 
+# Keys of a tile: more is a cache, and memory that is not there.
+LONGEST_BLOCK = 1 << 16
+
 PLAN_OPTIONS: dict[str, str] = {
     "heads": "head groups: 12, 8+4, 4+4+4, split; default one group of all heads",
     "kv": "KV parts: a number, size:KEYS, auto; default 1 (with a policy: auto)",
@@ -114,8 +117,10 @@ def parse_plan(spec: Spec) -> Plan:
     """The plan that PLAN_OPTIONS describe. Raises SpecError."""
     options = spec.options
     block = number(spec, "block", 64)
-    if block % 16:
-        raise SpecError(f"kernel {spec.text!r}: block={block}, expected a multiple of 16")
+    if block % 16 or block > LONGEST_BLOCK:
+        raise SpecError(
+            f"kernel {spec.text!r}: block={block}, expected a multiple of 16 up to {LONGEST_BLOCK}"
+        )
     policy = policy_named(options["policy"]) if "policy" in options else None
     if policy is None:
         for key in OF_POLICY:

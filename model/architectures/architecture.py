@@ -155,6 +155,11 @@ class Architecture(ABC):
         self.metadata.running = self.layers
         self.width = self.metadata.whole("embedding_length")
         self.eps = self.metadata.number("attention.layer_norm_rms_epsilon")
+        if not 0 <= self.eps < 1:
+            raise ModelError(
+                f"{file.path}: metadata key {self.metadata.name('attention.layer_norm_rms_epsilon')}:"
+                f" expected a number from 0 to 1, got {self.eps:g}"
+            )
         embedding = file.tensors.get(self.embedding_tensor)
         if embedding is None:
             raise ModelError(f"{file.path}: tensor {self.embedding_tensor} is missing")

@@ -218,6 +218,11 @@ def rope_of(
         return Rope(kind, size, base, magnitude=magnitude)
     if scaling == "linear":
         return Rope(kind, size, base, factor, magnitude=magnitude)
+    if base <= 1:
+        raise ModelError(
+            f"{path}: metadata key {read.name('rope.freq_base')}: expected a number above 1 with yarn,"
+            f" got {base:g}"
+        )
     original = read.whole("rope.scaling.original_context_length", read.whole("context_length"))
     if factor > 1:
         magnitude *= 1 + 0.1 * math.log(factor)

@@ -11,6 +11,7 @@ from verify.kernels.errors import KernelFailure, MachineFailure
 from verify.kernels.kernel import Kernel
 from verify.kernels.said import one_line
 from verify.kernels.trace import NOTHING, Launched
+from verify.machine.devices import is_out_of_memory
 
 
 class Attempt(NamedTuple):
@@ -44,6 +45,8 @@ def attempt(kernel: Kernel, call: Call) -> Attempt:
     except MachineFailure:
         raise
     except Exception as raised:
+        if is_out_of_memory(raised) and not isinstance(raised, torch.cuda.OutOfMemoryError):
+            raise MachineFailure(f"{kernel.spec}: too little memory: {raised}", memory=True) from None
         failure = one_line(f"raised: {type(raised).__name__}: {raised}")
         no_memory = isinstance(raised, torch.cuda.OutOfMemoryError)
     return Attempt(output, failure, unsupported, no_memory)

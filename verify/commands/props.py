@@ -83,7 +83,10 @@ def command(
     for note in notes:
         print(f"verify: {note}", file=sys.stderr)
     if junit is not None:
-        write_junit(results, spec, str(on), junit)
+        try:
+            write_junit(results, spec, str(on), junit)
+        except OSError as error:
+            raise UsageError(f"--junit {junit}: cannot be written: {error.strerror or error}") from None
     if json_:
         print(to_json_text(to_json(results, spec, str(on), describe(str(on)))), end="")
     if len(results) < len(laws):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from verify.machine.errors import UsageError
+from verify.machine.files import read_input
 
 # rounding: another right arithmetic; cache: what a cache of that type loses; fault: a bug.
 StepKind = Literal["rounding", "cache", "fault"]
@@ -128,10 +129,10 @@ class Ladder(NamedTuple):
 def read_ladder(path: str | Path) -> Ladder:
     """A ladder that `verify ladder --out` wrote. Raises UsageError naming the file and the field."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(read_input(Path(path)))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path}: is not JSON, expected what verify ladder --out writes") from None
     if not isinstance(found, dict) or found.get("command") != "ladder" or found.get("schema") != SCHEMA:
         raise UsageError(f"{path}: is not a ladder, expected what verify ladder --out writes")

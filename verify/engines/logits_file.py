@@ -38,6 +38,8 @@ LARGEST_CODE = 65535
 BLOCK_BYTES = 8 << 20
 _HEADER = np.dtype("<i4")
 _RECORD_HEAD = 8
+# No writer spans more: the wider clip and the logarithm of a vocabulary make 40. What float32 leaves of 0.
+_WIDEST, _ROUNDING = 100.0, 0.01
 
 
 class Layout(NamedTuple):
@@ -192,8 +194,26 @@ class LogitsFile:
             raise UsageError(f"{self.path}: window {window + 1}: {error.strerror or error}") from None
         rows = raw.reshape(count, layout.record_bytes)
         head = rows[:, :_RECORD_HEAD].copy().view("<f4")
+        self._check_heads(head, window, index)
         codes = rows.view("<u2")[:, _RECORD_HEAD // 2 : _RECORD_HEAD // 2 + layout.n_vocab]
         return Records(window, index, head[:, 0], head[:, 1], codes)
+
+    def _check_heads(self, head: np.ndarray, window: int, index: int) -> None:
+        """Raises UsageError for finite numbers that no writer makes: the file is damaged there.
+
+        NaN and Inf pass: an engine whose logits are not finite writes them.
+        """
+        scale, least = head[:, 0].astype(np.float64), head[:, 1].astype(np.float64)
+        finite = np.isfinite(scale) & np.isfinite(least)
+        with np.errstate(invalid="ignore"):
+            span = scale * 65535
+            absurd = finite & ((scale < 0) | (span > _WIDEST) | (least < -_WIDEST) | (least > _ROUNDING))
+        if absurd.any():
+            i = int(absurd.argmax())
+            raise UsageError(
+                f"{self.path}: window {window + 1}, record {index + i + 1}: scale {scale[i]:g}, min_log_prob"
+                f" {least[i]:g}: expected logarithms of probabilities, 0 to -{_WIDEST:g}: the file is damaged"
+            )
 
     def close(self) -> None:
         self._file.close()

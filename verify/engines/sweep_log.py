@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from verify.engines.depth_tests import DepthTest, is_record, is_table, test_of_cells, test_of_record
 from verify.engines.pasted_text import plain_text
 from verify.machine.errors import UsageError
+from verify.machine.files import read_input
 
 COLUMNS = ("PP", "TG", "N_KV", "T_PP s", "T_TG s")
 KEYS = ("pp", "tg", "n_kv", "t_pp", "t_tg")
@@ -89,7 +90,7 @@ def read_logs(path: str | Path) -> list[SweepLog]:
     """
     path = Path(path)
     try:
-        text = plain_text(path.read_bytes())
+        text = plain_text(read_input(path))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     objects = _whole_json(text) or _comma_separated(text)
@@ -331,7 +332,7 @@ def _whole_json(text: str) -> list[dict[str, Any]] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     listed = found if isinstance(found, list) else [found]
     return [x for x in listed if isinstance(x, dict)]

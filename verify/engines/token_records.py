@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from verify.machine.errors import UsageError
+from verify.machine.files import read_input
 
 IDS = (
     "token_ids", "output_ids", "output_token_ids", "completion_ids", "response_ids", "completion_token_ids",
@@ -66,7 +67,7 @@ def read_records(path: str | Path) -> list[TokenRecord]:
     """Every record of a file. Raises UsageError, one line that names the file, the record and the field."""
     path = Path(path)
     try:
-        raw = path.read_bytes()
+        raw = read_input(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
@@ -87,11 +88,11 @@ def _json_values(text: str) -> list[Any] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         lines = [line for line in text.splitlines() if line.strip()]
         try:
             return [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(found, list) and found and all(isinstance(x, dict | list) for x in found):
         return found

@@ -41,8 +41,8 @@ class Case:
         """Raises UsageError, one line that names the field and what was expected."""
         try:
             given = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"--case {text}: not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--case {text:.80}: not JSON: {error}") from None
         if not isinstance(given, dict):
             raise UsageError(f"--case {text}: expected an object such as {cls().to_json()}")
         kinds = {f.name: get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

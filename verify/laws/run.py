@@ -19,6 +19,7 @@ from hypothesis.errors import Flaky, Unsatisfiable
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.laws.cases import Case
 from verify.laws.law import Law, LawBroken, Subject
+from verify.machine.devices import is_out_of_memory
 
 State = Literal["holds", "broken", "not applicable"]
 DATABASE = ".hypothesis/examples"
@@ -51,6 +52,8 @@ def try_case(law: Law, subject: Subject, case: Case) -> LawResult:
     except (SpecError, MachineFailure):
         raise  # the case names an option that there is not; nothing was found out about the kernel
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MachineFailure(f"{subject.spec}: too little memory: {error}", memory=True) from None
         state: State = "broken"
         if isinstance(error, KernelFailure) and error.kind == "unsupported":
             state = "not applicable"
@@ -112,6 +115,9 @@ def run_law(
         except MachineFailure as failed:
             raise _Stopped(failed) from None
         except Exception as error:
+            if is_out_of_memory(error):
+                said = f"{subject.spec}: too little memory: {error}"
+                raise _Stopped(MachineFailure(said, memory=True)) from None
             if isinstance(error, KernelFailure) and error.kind == "unsupported":
                 refused = str(error)
                 reject()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from verify.kernels.errors import MachineFailure
+from verify.kernels.errors import KernelFailure, MachineFailure
 from verify.machine import environment
 from verify.machine.errors import UsageError
+
+# How torch and C++ say it.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
 
 
 def default_device() -> str:
@@ -42,4 +45,6 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     if isinstance(error, MachineFailure):
         return error.memory
-    return isinstance(error, RuntimeError) and "alloc" in str(error)
+    if not isinstance(error, RuntimeError) or isinstance(error, KernelFailure):
+        return False
+    return any(words in str(error) for words in _NO_MEMORY)

@@ -25,6 +25,8 @@ PART = ".part"
 _OURS = re.compile(rf"\.(?P<name>.+)\.[0-9a-f]{{16}}{re.escape(PART)}")
 # Nobody's JSON of ours is larger, nor nested deeper; a reader of anybody's must say no somewhere.
 MOST_JSON_BYTES = 1 << 28
+# Logs, texts and records that a command reads whole.
+MOST_INPUT_BYTES = 1 << 28
 
 
 def open_plain(path: Path) -> IO[bytes]:
@@ -50,6 +52,20 @@ def read_json(path: Path) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("is nested too deep") from None
+
+
+def read_input(path: Path, most: int = MOST_INPUT_BYTES) -> bytes:
+    """A file that the user names, links followed. Raises OSError, for a device and too large a one too."""
+    with path.open("rb", buffering=0) as file:
+        of = os.fstat(file.fileno())
+        if stat.S_ISCHR(of.st_mode) or stat.S_ISBLK(of.st_mode):
+            raise OSError(errno.EINVAL, "is a device", str(path))
+        found = bytearray()
+        while piece := file.read(1 << 20):
+            found += piece
+            if len(found) > most:
+                raise OSError(errno.EFBIG, f"has more than {most} bytes", str(path))
+    return bytes(found)
 
 
 def is_plain_folder(path: Path) -> bool:
