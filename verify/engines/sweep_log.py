@@ -93,7 +93,10 @@ def read_logs(path: str | Path) -> list[SweepLog]:
         text = plain_text(read_input(path))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    objects = _whole_json(text) or _comma_separated(text)
+    try:
+        objects = _whole_json(text) or _comma_separated(text)
+    except csv.Error as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
     if objects is not None:
         sections, seen = (
             _json_sections(((f"{path}: row {i}", x) for i, x in enumerate(objects, 1))),

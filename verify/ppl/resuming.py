@@ -63,7 +63,9 @@ def check_named_again(
     for spec in settings.baselines:
         # Found by the run, one a candidate: of code they are the baseline itself.
         if runs_code(spec) and spec != settings.baseline:
-            raise UsageError(f"--resume {resume}: settings.json: baselines: {spec} is no baseline of this run")
+            raise UsageError(
+                f"--resume {resume}: settings.json: baselines: {spec} is no baseline of this run"
+            )
     wanted["--save-logits"] = [settings.save_logits] if settings.save_logits else []
     given = {"--candidate": list(named.candidates)}
     given["--baseline"] = [named.baseline] if named.baseline else []
