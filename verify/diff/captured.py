@@ -20,14 +20,14 @@ from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.said import one_line
 from verify.machine.errors import UsageError
 from verify.machine.files import is_plain_folder, open_plain, written_whole
-from verify.model.runner import ATTENTION_TYPES, LayerCall
+from verify.model.runner import LayerCall
 
 FOLDER = "captured"
 _FILE = re.compile(r"layer-(\d+)\.npz")
 # Rows that a diff takes of a captured window, samples of a stratum: the last ones, where n_kv is largest.
 ROWS = 64
 _NUMBERS, _OF_HEADS = ("scale", "sliding_window", "softcap"), ("sinks", "alibi_slopes")
-_TYPES = {str(kind).removeprefix("torch."): kind for kind in ATTENTION_TYPES.values()}
+_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def parse_layers(
