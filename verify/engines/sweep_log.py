@@ -95,15 +95,13 @@ def read_logs(path: str | Path) -> list[SweepLog]:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
         objects = _whole_json(text) or _comma_separated(text)
+        if objects is not None:
+            numbered = ((f"{path}: row {i}", x) for i, x in enumerate(objects, 1))
+            sections, seen = _json_sections(numbered), "no rows"
+        else:
+            sections, seen = _Reader(path).read(text)
     except csv.Error as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
-    if objects is not None:
-        sections, seen = (
-            _json_sections(((f"{path}: row {i}", x) for i, x in enumerate(objects, 1))),
-            "no rows",
-        )
-    else:
-        sections, seen = _Reader(path).read(text)
     sections = [s for s in sections if s.rows]
     if not sections:
         expected = f"expected sweep-bench rows with the columns {', '.join(COLUMNS)}, or JSON lines"
