@@ -134,6 +134,7 @@ class Runner:
         takes: Callable[[str, int], bool] | None = None,
         layer_done: Callable[[int, dict[State, torch.Tensor]], None] | None = None,
         begin: tuple[int, dict[State, torch.Tensor]] | None = None,
+        watch: Callable[[int, dict[State, torch.Tensor]], None] | None = None,
     ) -> Iterator[LogitSlice]:
         """Run every arm over windows [W, T] of tokens, then give their logits at the scored positions.
 
@@ -143,7 +144,8 @@ class Runner:
         for all arms, which then compute the rest over its keys and values. takes: whether the arm of this
         name runs the windows computed together whose first is this one, numbered as in the run; else it does.
         layer_done: called with how many layers are done, and the hidden states after them; begin: to go on
-        from what it was called with.
+        from what it was called with, which is not after every layer where layers share keys. watch: called
+        with the same, after every layer and before the first.
         """
         self.architecture.check_tokens(tokens.flatten())
         windows, n_ctx = tokens.shape
@@ -182,6 +184,8 @@ class Runner:
             hidden = self._first_states(first_rows.states, n_ctx, group, taken)
         else:
             hidden = dict(begin[1])
+        if watch is not None:
+            watch(layers_done, hidden)
         # Units of work of a slab in a layer: one a window and arm.
         units = {slab.start: len(slab) * len(taken[slab.start]) for slab in slabs}
         done, steps = layers_done * sum(units.values()), (layers + 1) * sum(units.values())
@@ -211,6 +215,8 @@ class Runner:
             wanted = self.architecture.wanted_later(layer)
             for kept in [key for key in group.kept if key[0] not in wanted]:
                 del group.kept[kept]
+            if watch is not None:
+                watch(layer + 1, hidden)
             # To go on after this layer, its states must be enough.
             if layer_done is not None and not wanted:
                 layer_done(layer + 1, hidden)

@@ -75,6 +75,23 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape("smollm2", Heads(9, 3, 64, 64)),
         ModelShape("gemma-3", Heads(8, 4, 256, 256), sliding_window=1024),
         ModelShape("gpt-oss", Heads(64, 8, 64, 64), sliding_window=128, sinks=True),
+        ModelShape("qwen3-30b-a3b", Heads(32, 4, 128, 128)),
+        ModelShape("qwen3-235b-a22b", Heads(64, 4, 128, 128)),
+        ModelShape("gemma-2-9b", Heads(16, 8, 256, 256), sliding_window=4096),
+        ModelShape("minimax-m2", Heads(48, 8, 128, 128)),
+        # Layers that see all keys, and those with a window.
+        ModelShape("step-3.5", Heads(64, 8, 128, 128)),
+        ModelShape("step-3.5-window", Heads(96, 8, 128, 128), sliding_window=512),
+        ModelShape("qwen3-next", Heads(16, 2, 256, 256)),
+        ModelShape("qwen3.5-27b", Heads(24, 4, 256, 256)),
+        ModelShape("qwen3.5-35b-a3b", Heads(16, 2, 256, 256)),
+        ModelShape("qwen3.5-397b-a17b", Heads(32, 2, 256, 256)),
+        ModelShape("gemma-4-31b", Heads(32, 4, 512, 512)),
+        ModelShape("gemma-4-31b-window", Heads(32, 16, 256, 256), sliding_window=1024),
+        ModelShape("deepseek-v3.2", Heads(128, 1, 576, 512), v_in_k=True),
+        ModelShape("glm-5", Heads(64, 1, 576, 512), v_in_k=True),
+        ModelShape("mistral-small-3", Heads(32, 8, 128, 128)),
+        ModelShape("mistral-small-4", Heads(32, 1, 320, 256), v_in_k=True),
     )
 }
 

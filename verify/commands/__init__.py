@@ -55,6 +55,10 @@ COMMANDS = {
         "ladder",
         "How far known changes (a plan, float16 sums, caches, faults) move a model, to place figures on.",
     ),
+    "logits": Listed(
+        "logits",
+        "A GGUF model's logits on a text, with exact attention or any kernel: what a port is held against.",
+    ),
     "logprobs": Listed(
         "logprobs",
         "Logprobs of the same tokens by two programs (rollout and trainer, decode and prefill, two versions):"

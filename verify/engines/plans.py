@@ -28,6 +28,18 @@ ARCHITECTURE_SHAPES = {
     "qwen2": "qwen2.5-7b",
     "gemma3": "gemma-3",
     "gpt-oss": "gpt-oss",
+    "qwen3moe": "qwen3-235b-a22b",
+    "gemma2": "gemma-2-9b",
+    "minimax-m2": "minimax-m2",
+    "step35": "step-3.5",
+    "qwen3next": "qwen3-next",
+    "qwen35": "qwen3.5-27b",
+    "qwen35moe": "qwen3.5-397b-a17b",
+    "gemma4": "gemma-4-31b",
+    "deepseek32": "deepseek-v3.2",
+    "glm-dsa": "glm-5",
+    "mistral3": "mistral-small-3",
+    "mistral4": "mistral-small-4",
 }
 LONGEST = 1 << 20
 # Those of whose layers some or all see a window; others may have the key, and engines pass it over.
