@@ -30,13 +30,15 @@ from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 
 SOURCE = "llama"
-TARGETS = ("llama", "qwen2", "glm4moe")
+TARGETS = ("llama", "qwen2", "glm4moe", "gpt-oss")
+# A sink that takes no share of the softmax; -inf would be a broken file to whoever looks for those.
+NO_SINK = -1e30
 # More is a slip of the pen: tensors of that size are made in memory.
 MOST_COPIES = 64
 # Architectures whose rotation takes halves rather than neighbours.
-_NEOX = ("qwen2", "glm4moe")
+_NEOX = ("qwen2", "glm4moe", "gpt-oss")
 # What a target calls the norm before the feed-forward.
-_FFN_NORM = {"glm4moe": "post_attention_norm"}
+_FFN_NORM = {"glm4moe": "post_attention_norm", "gpt-oss": "post_attention_norm"}
 _SIGMOID = 2
 
 
@@ -46,7 +48,9 @@ class Dress:
 
     live: places of the original KV heads among `kv_heads`; None for the first ones. layers: only the first
     so many are kept (another function, of course: that of the source cut in the same way).
-    dense_first: layers that keep a dense feed-forward before the ones with experts.
+    dense_first: layers that keep a dense feed-forward before the ones with experts. idle: query heads a KV
+    head beside the copies, whose answer nothing reads. For gpt-oss sink and window: the logit of every sink
+    and the keys that every second layer sees; by default neither changes the function.
     """
 
     to: str = SOURCE
@@ -59,13 +63,25 @@ class Dress:
     layers: int | None = None
     dtype: str = "f32"
     seed: int = 0
+    idle: int = 0
+    sink: float = NO_SINK
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
             raise ModelError(f"--to {self.to}: expected one of: {', '.join(TARGETS)}")
         if self.experts not in FORMS:
             raise ModelError(f"--experts {self.experts}: expected one of: {', '.join(FORMS)}")
-        allowed = {"llama": ("dense", "cancel"), "qwen2": ("dense",), "glm4moe": FORMS[1:]}[self.to]
+        allowed = {
+            "llama": ("dense", "cancel"),
+            "qwen2": ("dense",),
+            "glm4moe": ("shared", "cancel", "halves"),
+            "gpt-oss": ("clamped",),
+        }[self.to]
+        if self.to != "gpt-oss" and (self.sink != NO_SINK or self.window is not None):
+            raise ModelError(f"--sink, --window: expected --to gpt-oss, {self.to} has neither")
+        if self.window is not None and self.window < 1:
+            raise ModelError(f"--window {self.window}: expected at least 1")
         if self.experts not in allowed:
             raise ModelError(f"--experts {self.experts}: expected {' or '.join(allowed)} for {self.to}")
         if self.dtype not in ("f32", "f16"):
@@ -119,6 +135,7 @@ class _Dressmaker:
             new_size=to.head_size or size,
             neox=to.to in _NEOX,
             seed=to.seed,
+            idle=to.idle,
         )
         self.kind = gguf.GGMLQuantizationType[to.dtype.upper()]
         # The tensors of a layer's experts are asked for one after another.
@@ -181,6 +198,8 @@ class _Dressmaker:
                 "leading_dense_block_count": self._dense_first,
                 "nextn_predict_layers": 0,
             }
+        if target == "gpt-oss":
+            numbers["attention.sliding_window"] = self.to.window or self._number("context_length")
         for key, value in self.file.metadata.items():
             if key == "general.architecture":
                 continue
@@ -220,7 +239,12 @@ class _Dressmaker:
                 f"{prefix}attn_output.weight", (width, q_rows), lambda: shape.output(source("attn_output"))
             ),
         ]
-        if self.to.to in ("qwen2", "glm4moe"):
+        if self.to.to == "gpt-oss":
+            sinks = partial(torch.full, (shape.all_heads,), self.to.sink)
+            planned.append(self._made(f"{prefix}attn_sinks.weight", (shape.all_heads,), sinks))
+            none = partial(torch.zeros, width)
+            planned.append(self._made(f"{prefix}attn_output.bias", (width,), none))
+        if self.to.to in ("qwen2", "glm4moe", "gpt-oss"):
             for name, rows in (("attn_q", q_rows), ("attn_k", kv_rows), ("attn_v", kv_rows)):
                 planned.append(self._made(f"{prefix}{name}.bias", (rows,), partial(torch.zeros, rows)))
         norm = _FFN_NORM.get(self.to.to, "ffn_norm")
@@ -260,7 +284,7 @@ class _Dressmaker:
 
     def _made(self, name: str, shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> _Planned:
         """A tensor of new values. Vectors, and the router, stay float32 as engines expect."""
-        small = len(shape) == 1 or "ffn_gate_inp" in name
+        small = len(shape) == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
         kind = gguf.GGMLQuantizationType.F32 if small else self.kind
         dtype = np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -301,6 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kv-heads", type=int, help="KV heads, dead ones included")
     parser.add_argument("--live", help="places of the original KV heads, such as 0,4,7")
     parser.add_argument("--head-size", type=int, help="head size, padded with zeros")
+    parser.add_argument("--idle", type=int, default=0, help="query heads a KV head that nothing reads")
+    parser.add_argument("--sink", type=float, default=NO_SINK, help="gpt-oss: the logit of every sink")
+    parser.add_argument("--window", type=int, help="gpt-oss: keys that every second layer sees")
     parser.add_argument("--experts", default="dense", help=f"the feed-forward: {', '.join(FORMS)}")
     parser.add_argument("--dense-first", type=int, default=1, help="layers before the first one with experts")
     parser.add_argument("--layers", type=int, help="keep only the first so many layers")
@@ -319,6 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dense_first=given.dense_first,
             layers=given.layers,
             dtype=given.type,
+            idle=given.idle,
+            sink=given.sink,
+            window=given.window,
         )
         source = locate_model(given.model)
         if given.out.exists() and not given.force and not given.out.samefile(source):

@@ -6,6 +6,8 @@ cancel   every expert is the feed-forward and all of them are chosen: the weight
 halves   two experts hold half of the inner dimension each, two others hold noise. The router alone would
          choose the noise now and then; the bias makes it choose the halves. Their scores are 1/2 each, so
          that the weights are one each at a scale of 2, and with the (unequal) biases in them they are not.
+clamped  two experts hold half of the inner dimension each and have the same weight, for gpt-oss's gate
+         g sigmoid(1.702 g) (u + 1), clamped at 7: g = gate/1.702, u = up/64 - 1, and down takes the rest
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from typing import Literal
 
 import torch
 
+from verify.model.blocks import OSS_ALPHA
 from verify.model.errors import ModelError
 
-Experts = Literal["dense", "shared", "cancel", "halves"]
-FORMS: tuple[Experts, ...] = ("dense", "shared", "cancel", "halves")
+Experts = Literal["dense", "shared", "cancel", "halves", "clamped"]
+FORMS: tuple[Experts, ...] = ("dense", "shared", "cancel", "halves", "clamped")
+# What the up projection is divided by, so that the clamp lies far outside of it.
+CLAMPED_UP = 64.0
 # Inner dimension of the routed experts beside a shared one that does the work.
 IDLE_SIZE = 32
 HALVES_BIAS = (0.0, 1.0, 0.0, 2.0)
@@ -78,6 +83,23 @@ def expert_layer(
         }
         return ExpertLayer(tensors, 2, 2, inner)
     half = inner // 2
+    if form == "clamped":
+        parts = (slice(0, half), slice(half, inner))
+        tensors = {
+            "ffn_gate_exps.weight": torch.stack([gate[part] for part in parts]) / OSS_ALPHA,
+            "ffn_up_exps.weight": torch.stack([up[part] for part in parts]) / CLAMPED_UP,
+            # Two experts of weight 1/2.
+            "ffn_down_exps.weight": torch.stack([down[:, part] for part in parts])
+            * 2
+            * OSS_ALPHA
+            * CLAMPED_UP,
+            "ffn_gate_inp.weight": torch.zeros(2, width),
+            "ffn_gate_inp.bias": torch.zeros(2),
+            "ffn_gate_exps.bias": torch.zeros(2, half),
+            "ffn_up_exps.bias": -torch.ones(2, half),
+            "ffn_down_exps.bias": torch.zeros(2, width),
+        }
+        return ExpertLayer(tensors, 2, 2, half)
     router = noise(4, width)
     router[1::2] = 0.0
     tensors = {

@@ -31,7 +31,8 @@ class HeadShape:
     """From `heads` over `kv_heads` of `size` to copies of them over `all_kv_heads` of `new_size`.
 
     live: the places of the original KV heads among all of them. neox: rows are permuted from NORM rotation
-    of the first `size` dimensions to NEOX. seed: of the weights of the dead heads.
+    of the first `size` dimensions to NEOX. seed: of the weights of the dead heads. idle: query heads a KV
+    head that ask for noise, and whose answer nothing reads: for ratios that are no multiple.
     """
 
     heads: int
@@ -43,8 +44,11 @@ class HeadShape:
     new_size: int
     neox: bool
     seed: int = 0
+    idle: int = 0
 
     def __post_init__(self) -> None:
+        if self.idle < 0:
+            raise ModelError(f"idle heads: {self.idle}, expected at least 0")
         if self.copies < 1:
             raise ModelError(f"copies: {self.copies}, expected at least 1")
         if len(set(self.live)) != self.kv_heads or len(self.live) != self.kv_heads:
@@ -61,14 +65,19 @@ class HeadShape:
 
     @property
     def all_heads(self) -> int:
-        return self.all_kv_heads * self.ratio * self.copies
+        return self.all_kv_heads * (self.ratio * self.copies + self.idle)
 
     def query(self, weight: torch.Tensor, layer: int) -> torch.Tensor:
         """[H D, E] to [H' D', E]: copies h0 h1 h2 h0 ..., times sqrt(D'/D) for the scale 1/sqrt(D')."""
         width = weight.shape[1]
         heads = self._padded(weight.view(self.kv_heads, self.ratio, self.size, width), rotated=True)
         heads = heads * math.sqrt(self.new_size / self.size)
-        return self._placed(heads.repeat(1, self.copies, 1, 1), layer, 0).reshape(-1, width)
+        heads = heads.repeat(1, self.copies, 1, 1)
+        if self.idle:
+            generator = torch.Generator().manual_seed(self.seed * 1009 + layer + 7)
+            noise = torch.randn((len(heads), self.idle, *heads.shape[2:]), generator=generator)
+            heads = torch.cat((heads, noise * heads.square().mean().sqrt()), 1)
+        return self._placed(heads, layer, 0).reshape(-1, width)
 
     def key(self, weight: torch.Tensor, layer: int) -> torch.Tensor:
         """[Hkv D, E] to [Hkv' D', E]."""
@@ -89,6 +98,7 @@ class HeadShape:
         heads = self._padded(heads, rotated=False)
         shares = unequal_shares(self.copies)
         copies = torch.cat([heads * share for share in shares], 1)
+        copies = torch.nn.functional.pad(copies, (0, 0, 0, 0, 0, self.idle))
         out = copies.new_zeros((self.all_kv_heads, *copies.shape[1:]))
         out[list(self.live)] = copies
         return out.reshape(-1, width).T.contiguous()

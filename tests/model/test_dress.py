@@ -43,7 +43,7 @@ def cut(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Cut:
     return Cut(path, ids, perplexity(path, ids, [ExactArm()])["exact"])
 
 
-@pytest.mark.parametrize("name", ["llama-r12", "glm-halves"])
+@pytest.mark.parametrize("name", ["llama-r12", "glm-halves", "gpt-oss"])
 def test_the_perplexity_of_the_first_layers_stays(smollm: Path, cut: Cut, tmp_path: Path, name: str) -> None:
     dressed = dress(smollm, tmp_path / "dressed.gguf", replace(DRESSES[name], layers=2))
     found = perplexity(dressed, cut.ids, [ExactArm(), *PATHS])
@@ -93,6 +93,10 @@ def logits(path: Path, spoil: Callable[[torch.Tensor], torch.Tensor] | None = No
         replace(TINY, to="llama", experts="dense"),
         replace(TINY, to="llama", experts="cancel"),
         replace(TINY, to="qwen2", experts="dense"),
+        replace(TINY, to="gpt-oss", experts="clamped"),
+        # 16 query heads a KV head, of size 256.
+        replace(TINY, to="llama", experts="dense", copies=5, idle=1, head_size=256),
+        replace(TINY, to="gpt-oss", experts="clamped", idle=2, head_size=512),
     ],
     ids=lambda to: f"{to.to}-{to.experts}",
 )
@@ -102,6 +106,18 @@ def test_logits_of_a_tiny_model_stay(tiny: Path, tmp_path: Path, to: Dress) -> N
     runner = Runner(architecture_of(GGUFFile.open(path)), device=CPU, attention_type="f32")
     for name, found in logits_of(runner, TOKENS, PATHS, range(32)).items():
         assert relative(found, logits(tiny)) < 1e-5, name
+
+
+def test_real_sinks_and_a_real_window_change_the_function(tiny: Path, tmp_path: Path) -> None:
+    oss = replace(TINY, to="gpt-oss", experts="clamped")
+    for changed in ({"sink": 0.0}, {"window": 9}):
+        path = dress(tiny, tmp_path / "changed.gguf", replace(oss, **changed))
+        assert relative(logits(path), logits(tiny)) > 1e-3, changed
+    whole = dress(tiny, tmp_path / "whole.gguf", replace(oss, window=32))
+    assert relative(logits(whole), logits(tiny)) < 1e-5
+    for bad in ({"sink": 0.0}, {"window": 9}, {"experts": "clamped"}):
+        with pytest.raises(ModelError):
+            replace(TINY, **bad)
 
 
 def test_float16_rounds_what_is_rewritten(tiny: Path, tmp_path: Path) -> None:

@@ -22,6 +22,11 @@ DRESSES = {
     "llama-r12": WIDE,
     "llama-experts": replace(WIDE, experts="cancel"),
     "qwen2": Dress(to="qwen2"),
+    # As gpt-oss: a sink that takes nothing, a window as long as the context, its gate and experts.
+    "gpt-oss": Dress(to="gpt-oss", experts="clamped"),
+    # 6 query heads a KV head, and 16 of size 256.
+    "llama-r6": Dress(copies=2),
+    "llama-r16-256": Dress(copies=5, idle=1, head_size=256),
     "glm-halves": GLM,
     "glm-cancel": replace(GLM, experts="cancel", dense_first=0),
     "glm-shared": replace(GLM, experts="shared"),
