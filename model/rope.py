@@ -3,7 +3,7 @@
     angle of pair i at position t = t * f_i,      f_i = base^(-2i/n)
 
 Linear scaling divides every f_i by its factor. YaRN divides the slow ones, leaves the fast ones, goes from
-one to the other on a ramp between the pairs that turn BETA_SLOW and BETA_FAST times within the original
+one to the other on a ramp between the pairs that turn beta_slow and beta_fast times within the original
 context, and multiplies what is rotated by a magnitude.
 """
 
@@ -34,6 +34,8 @@ class Rope:
     original_context: int | None = None
     magnitude: float = 1.0
     divisors: torch.Tensor | None = None
+    beta_fast: float = BETA_FAST
+    beta_slow: float = BETA_SLOW
     # The last positions and their tables: all windows, arms and layers of a group ask for the same.
     _last: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
         default_factory=list, init=False, repr=False, compare=False
@@ -47,8 +49,8 @@ class Rope:
             plain = plain / self.divisors.to("cpu", torch.float64)
         if self.original_context is None:
             return plain / self.factor
-        low = max(math.floor(self._pair_that_turns(BETA_FAST)), 0)
-        high = min(math.ceil(self._pair_that_turns(BETA_SLOW)), self.size - 1)
+        low = max(math.floor(self._pair_that_turns(self.beta_fast)), 0)
+        high = min(math.ceil(self._pair_that_turns(self.beta_slow)), self.size - 1)
         slow = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
         return plain * (1 - slow) + plain / self.factor * slow
 

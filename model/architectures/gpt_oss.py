@@ -40,6 +40,7 @@ class GptOss(GroupedQuery):
             layer,
             gating="softmax of the chosen",
             normalised=False,
+            scaled=False,
             gate=clamped_swiglu_plus_one,
             biases=True,
         )

@@ -29,6 +29,11 @@ WITHOUT_EFFECT = frozenset(
         "rope.dimension_sections",
         "rope.scaling.finetuned",
         "rope.scaling.original_context_length",
+        "rope.scaling.yarn_attn_factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scaling.yarn_ext_factor",
+        "rope.scaling.yarn_log_multiplier",
     }
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from verify.model.architectures.architecture import AttentionInputs, Weights
@@ -22,8 +24,13 @@ class Mistral3(Llama):
 
     def plain_rope(self, head_size: int) -> Rope:
         multiplier = self.metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
-        return rope_of(
+        rope = rope_of(
             self, head_size, self.rope_kind, default_size=head_size, log_multiplier=0.1 * multiplier
+        )
+        return replace(
+            rope,
+            beta_fast=self.metadata.number("rope.scaling.yarn_beta_fast", rope.beta_fast),
+            beta_slow=self.metadata.number("rope.scaling.yarn_beta_slow", rope.beta_slow),
         )
 
     def attention_inputs(
