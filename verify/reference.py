@@ -20,6 +20,7 @@ from verify.arms.arm import kernel_call
 from verify.kernels.call import PATHS, AttentionPath
 from verify.kernels.errors import KernelFailure
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.registry import build_kernel
 from verify.machine.devices import chosen_device, default_device
 from verify.machine.environment import prepare_torch
@@ -28,7 +29,7 @@ from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 from verify.model.logits import State
-from verify.model.runner import ATTENTION_TYPES, LayerCall, Runner
+from verify.model.runner import LayerCall, Runner
 
 
 class Reference(NamedTuple):
@@ -69,8 +70,8 @@ def reference(
 ) -> Reference:
     """As `reference_logits`, and the hidden states after so many layers (0: the embeddings)."""
     prepare_torch()
-    if cache_type not in ATTENTION_TYPES:
-        raise UsageError(f"cache type {cache_type!r}: expected one of {', '.join(ATTENTION_TYPES)}")
+    if cache_type not in FLOAT_TYPES:
+        raise UsageError(f"cache type {cache_type!r}: expected one of {', '.join(FLOAT_TYPES)}")
     if path not in PATHS:
         raise UsageError(f"path {path!r}: expected one of {', '.join(PATHS)}")
     ids = np.asarray(token_ids)

@@ -350,9 +350,9 @@ MISTRAL: dict[str, TinyFile] = {
     "mistral3-temperature-alone": _mistral3(
         attention__temperature_scale=0.4, rope__scaling__original_context_length=8
     ),
-    "mistral3-betas": _mistral3(
-        rope__scaling__yarn_beta_fast=4.0, rope__scaling__yarn_beta_slow=0.25
-    ).with_(YARN),
+    "mistral3-betas": _mistral3(rope__scaling__yarn_beta_fast=4.0, rope__scaling__yarn_beta_slow=0.25).with_(
+        YARN
+    ),
     "mistral3-attn_factor": _mistral3().with_(YARN | {"rope.scaling.attn_factor": 1.3}),
     "mistral4": _deepseek2("mistral4"),
     "mistral4-temperature": _deepseek2(
