@@ -71,7 +71,7 @@ def test_the_merge_that_is_off_is_a_merge_with_another_lse() -> None:
     )
     ulp = torch.nextafter(second.lse.abs().half(), torch.tensor(torch.inf).half()) - second.lse.abs().half()
     # The step of the float16 above |lse|: lse itself may round up into the next binade.
-    expected = merge_sequential([Part(*first), Part(second.out, second.lse + ulp.double())]).out
+    expected = merge_sequential([Part(first.out, first.lse), Part(second.out, second.lse + ulp.double())]).out
     assert (found[:, 15] - (expected - oracle.out[:, 15:])[:, 0]).abs().max() < 1e-9
 
 
