@@ -29,7 +29,7 @@ from verify.kernels.trace import Launched
 
 AttentionPath = Literal["decode", "prefill"]
 PATHS: tuple[AttentionPath, ...] = ("decode", "prefill")
-FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INPUT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def checked_call(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, H, D], got shape {list(x.shape)}")
-        if x.dtype not in FLOAT_TYPES:
+        if x.dtype not in INPUT_TYPES:
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: on device {x.device}, q is on {q.device}")
