@@ -114,6 +114,8 @@ def compare(pair: PairScores, *, first_scored: int, max_kld: float | None = None
 
 def bounds_text(kld: Interval) -> str:
     """The interval of a mean divergence. None is below zero, so a negative lower end is no bound."""
+    if math.isinf(kld.high):
+        return "too little data for an interval"
     if kld.low <= 0:
         return f"99.9 %: at most {kld.high:.3g}"
     return f"99.9 % interval {kld.low:.3g} to {kld.high:.3g}"
@@ -234,7 +236,10 @@ def _decide(
     if max_kld is not None:
         said = f"{divergence}, --max-kld {max_kld:g}"
         return Decision("round-off" if kld.mean <= max_kld else "degraded", [said])
-    moved = f"ln PPL moved by {dnll.mean:+.3g} (99.9 % interval {dnll.low:+.3g} to {dnll.high:+.3g})"
+    reach = f"99.9 % interval {dnll.low:+.3g} to {dnll.high:+.3g}"
+    if math.isinf(dnll.high):
+        reach = "too little data for an interval"
+    moved = f"ln PPL moved by {dnll.mean:+.3g} ({reach})"
     # A shift that 16 bits could make is none, however steady.
     shifted = abs(dnll.mean) > resolution.mean_nll
     if shifted and dnll.low > 0:

@@ -204,6 +204,7 @@ def test_the_pages_own_command_lines_are_taken_by_the_program(
             if at in words:
                 words[words.index(at) + 1] = "32" if at == "-c" else "2"
         words[words.index("-f") + 1] = "wiki.test.raw"
+        Path(words[words.index("-m") + 1]).write_bytes(b"GGUF")
         done = verify(*words[1:], *(("-c", "32") if "-c" not in words else ()))
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         assert "verdict: identical" in done.stdout
