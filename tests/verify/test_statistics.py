@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from verify.judge.statistics import CONFIDENCE, distance_ratio, paired_difference, window_interval
+from verify.judge.statistics import (
+    CONFIDENCE,
+    block_length,
+    deviation_of,
+    distance_ratio,
+    expected_half_width,
+    paired_difference,
+    window_interval,
+    windows_to_decide,
+)
 
 
 def draw(windows: int, *, ratio: float, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -103,4 +112,69 @@ def test_the_paired_error_is_that_of_the_differences() -> None:
     base = rng.normal(3, 2, (4, 255))
     difference = paired_difference(base + rng.normal(1e-3, 1e-3, base.shape), base)
     assert difference.mean == pytest.approx(1e-3, abs=4 * difference.se)
-    assert difference.se == pytest.approx(1e-3 / math.sqrt(4 * 255), rel=0.1)
+    assert difference.se == pytest.approx(1e-3 / math.sqrt(4 * 255), rel=0.3)
+    assert difference.blocks == 4 * (255 // 16)
+
+
+def test_neighbours_that_agree_are_not_independent_in_the_paired_error() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        series = lfilter([1.0], [1.0, -0.9], rng.normal(size=(4, 512)), axis=1)
+        found.append(paired_difference(series, np.zeros_like(series)))
+    true = float(np.std([f.mean for f in found]))
+    assert np.mean([f.se for f in found]) == pytest.approx(true, rel=0.2)
+    assert not any(f.beyond_chance for f in found)
+    assert paired_difference(series + 5 * true * 10, np.zeros_like(series)).beyond_chance
+    few = paired_difference(np.full((1, 64), 9.0) + rng.normal(size=(1, 64)), np.zeros((1, 64)))
+    assert few.blocks == 0
+    assert not few.beyond_chance
+
+
+def test_blocks_are_as_long_as_the_autocorrelation_asks() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(4, 512))
+    assert block_length(noise) == 16
+    assert 50 <= block_length(lfilter([1.0], [1.0, -0.9], noise, axis=1)) <= 200
+    assert block_length(np.ones((4, 10))) == 10
+
+
+def test_no_interval_comes_of_fewer_than_eight_blocks() -> None:
+    kld = np.exp(np.random.default_rng(0).normal(-14, 2, (1, 127)))
+    found = distance_ratio(kld * 2, kld)
+    assert (found.low, found.high) == (0, math.inf)
+    enough = distance_ratio(*draw(2, ratio=1.0, seed=0))
+    assert 0.4 < enough.low < 1 < enough.high < 2.5
+
+
+def test_an_interval_that_says_nothing_is_none() -> None:
+    rng = np.random.default_rng(0)
+    kld, reference = np.exp(rng.normal(-20, 40, (2, 2, 64)))
+    found = distance_ratio(kld, reference)
+    assert (found.low, found.high) == (0, math.inf)
+
+
+def test_few_tokens_that_hold_the_difference_are_named() -> None:
+    kld, reference = draw(4, ratio=1.0, seed=0)
+    assert not distance_ratio(kld, reference).few_tokens_hold_it
+    kld[2, 7] += 100 * reference.sum()
+    assert distance_ratio(kld, reference).few_tokens_hold_it
+
+
+@pytest.mark.parametrize("windows", [2, 4, 16, 64])
+def test_the_half_width_is_foretold(windows: int) -> None:
+    """Of a run whose spread is the typical one."""
+    found = [distance_ratio(*draw(windows, ratio=1.0, seed=s, spread=1.25)) for s in range(20)]
+    widths = [math.sqrt(f.high / f.low) - 1 for f in found]
+    assert expected_half_width(windows, windows * 255) == pytest.approx(float(np.median(widths)), rel=0.3)
+    spread = [deviation_of(f, windows, windows * 255) for f in found]
+    assert float(np.median(spread)) == pytest.approx(1.25, rel=0.2)
+    assert expected_half_width(1, 100) == math.inf
+
+
+def test_as_many_windows_as_are_named_decide() -> None:
+    few = distance_ratio(*draw(4, ratio=1.15, seed=3))
+    assert few.low < 1.25 < few.high
+    needed = windows_to_decide(few, 4, 1.25)
+    assert 4 < needed < 200
+    assert distance_ratio(*draw(math.ceil(needed) + 4, ratio=1.15, seed=4)).high < 1.25

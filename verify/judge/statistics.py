@@ -18,15 +18,26 @@ from scipy import special
 # The one pre-declared test: two-sided, at 99.9 %.
 CONFIDENCE = 0.999
 POWER = 0.9
-BLOCK_TOKENS = 64
+# Tokens of one block: at least so many, and so many times the lag from which on the series' autocorrelation
+# is below LITTLE. Of blocks of one lag the standard error is 0.76 of the true one.
+BLOCK_TOKENS, LAGS, LITTLE = 16, 5, 0.1
 # Blocks of a window are not independent: their standard error is widened by this, and few windows say
 # nothing about other texts.
 BLOCK_WIDENING = 1.2
 WINDOWS_FOR_T = 8
+# Of fewer samples there is no interval: their spread is not known.
+FEWEST_BLOCKS = 8
+# Standard deviation of one token's theta, as if tokens were independent, between kernels that differ by the
+# rounding of P: SmolLM2, 64 windows of 512 (`benchmarks/results/distances.json`).
+TYPICAL_DEVIATION = 1.25
+# A difference of ln PPL is one beyond what chance does once in a million.
+DIFFERENCE_CHANCE = 1e-6
 # Divergences are computed in float64 from float32 logits: below this they are its rounding.
 SMALLEST_KLD = 1e-15
 # From here on exp(theta / 2) is no number.
 _LARGEST = 1400.0
+# An interval of theta that is wider says nothing: a factor of 10,000 between the limits of a distance ratio.
+WIDEST = 4 * math.log(100)
 
 
 class Interval(NamedTuple):
@@ -44,7 +55,8 @@ class DistanceRatio(NamedTuple):
     """Distance of the candidate to exact over that of the reference, with its interval at CONFIDENCE.
 
     detectable: the smallest ratio that this run would have told from 1, with probability POWER; infinite, as
-    high is, where there is one sample and so no interval. theta and its standard error: 2 ln ratio.
+    high is, where there are too few samples for an interval. theta and its standard error: 2 ln ratio;
+    degrees: of freedom; energy_ratio: of the root mean divergences, which few tokens may hold.
     """
 
     ratio: float
@@ -54,27 +66,64 @@ class DistanceRatio(NamedTuple):
     scope: str
     theta: float = math.nan
     theta_se: float = math.nan
+    degrees: int = 0
+    energy_ratio: float = math.nan
+
+    @property
+    def few_tokens_hold_it(self) -> bool:
+        """Whether the mean divergences say something else than the typical token does."""
+        apart = abs(math.log(self.energy_ratio / self.ratio)) if self.energy_ratio > 0 else 0.0
+        return apart > math.log(2)
 
 
 class PairedDifference(NamedTuple):
-    """mean of nll_candidate - nll_reference, its standard error (tokens taken as independent)."""
+    """mean of nll_candidate - nll_reference, its standard error over blocks of tokens, and how many they are
+    (0: too few; then tokens are taken as independent)."""
 
     mean: float
     se: float
+    blocks: int = 0
+
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether it differs from 0 by more than chance does once in a million: never on few blocks."""
+        if self.blocks < FEWEST_BLOCKS:
+            return False
+        return abs(self.mean) > float(special.stdtrit(self.blocks - 1, 1 - DIFFERENCE_CHANCE / 2)) * self.se
 
 
-def window_interval(values: np.ndarray, *, confidence: float = CONFIDENCE) -> Interval:
+def window_interval(
+    values: np.ndarray, *, like: np.ndarray | None = None, confidence: float = CONFIDENCE
+) -> Interval:
     """Interval of the mean of values [windows, tokens].
 
-    Under WINDOWS_FOR_T windows: Student's t over blocks of 64 tokens, widened, about this text only; from
-    there on: t over window means. (A bootstrap over windows covers less, and less than it says: at 20 windows
-    of heavy-tailed data 98 % of a nominal 99.9 %. `tests/verify/test_statistics.py` simulates all of this.)
+    Under WINDOWS_FOR_T windows: Student's t over blocks of tokens, widened, about this text only; from there
+    on: t over window means. like [windows, tokens]: a series whose autocorrelation says how long blocks must
+    be; default: the values. (A bootstrap over windows covers less, and less than it says: at 20 windows of
+    heavy-tailed data 98 % of a nominal 99.9 %. `tests/verify/test_statistics.py` simulates all of this.)
     """
     if values.shape[0] < WINDOWS_FOR_T:
-        blocks = np.concatenate([_block_means(row) for row in values])
+        length = block_length(values if like is None else like)
+        blocks = np.concatenate([_block_means(row, length) for row in values])
         return _t_interval(blocks, float(values.mean()), BLOCK_WIDENING, "this text only", confidence)
     means = values.mean(1)
     return _t_interval(means, float(means.mean()), 1.0, "texts like this one", confidence)
+
+
+def block_length(series: np.ndarray) -> int:
+    """Tokens of a block of a series [windows, tokens]: LAGS times the first lag of little autocorrelation.
+
+    At least BLOCK_TOKENS; a window at most.
+    """
+    tokens = series.shape[1]
+    centred = series - series.mean()
+    power = float(np.square(centred).mean())
+    if not power > 0:
+        return min(BLOCK_TOKENS, tokens)
+    for lag in range(1, tokens):
+        if float((centred[:, lag:] * centred[:, :-lag]).mean()) < LITTLE * power:
+            return min(max(BLOCK_TOKENS, LAGS * lag), tokens)
+    return tokens
 
 
 def ratio_of_samples(log_squares: np.ndarray, scope: str = "these inputs") -> DistanceRatio:
@@ -84,18 +133,53 @@ def ratio_of_samples(log_squares: np.ndarray, scope: str = "these inputs") -> Di
 
 def distance_ratio(kld: np.ndarray, kld_reference: np.ndarray) -> DistanceRatio:
     """Distance ratio of two arms from their divergences to exact, both [windows, tokens]."""
-    theta = np.log(np.maximum(kld, SMALLEST_KLD) / np.maximum(kld_reference, SMALLEST_KLD))
-    return _ratio(window_interval(theta))
+    mine, its = (np.log(np.maximum(x, SMALLEST_KLD)) for x in (kld, kld_reference))
+    energies = [max(float(x.mean()), SMALLEST_KLD) for x in (kld, kld_reference)]
+    found = _ratio(window_interval(mine - its, like=its))
+    return found._replace(energy_ratio=math.sqrt(energies[0] / energies[1]))
+
+
+def expected_half_width(windows: int, tokens: int, deviation: float = TYPICAL_DEVIATION) -> float:
+    """By which factor, less 1, the interval of a distance ratio will lie around it.
+
+    windows, tokens: what is measured; deviation: of one token's theta. Infinite where there will be none.
+    """
+    few = windows < WINDOWS_FOR_T
+    samples = tokens // BLOCK_TOKENS if few else windows
+    if samples < FEWEST_BLOCKS:
+        return math.inf
+    se = (BLOCK_WIDENING if few else 1.0) * deviation / math.sqrt(tokens)
+    reach = float(special.stdtrit(samples - 1, (1 + CONFIDENCE) / 2)) * se / 2
+    return math.expm1(reach) if reach < _LARGEST / 2 else math.inf
+
+
+def deviation_of(distance: DistanceRatio, windows: int, tokens: int) -> float:
+    """Standard deviation of one token's theta, as a run of some windows shows it."""
+    widening = BLOCK_WIDENING if windows < WINDOWS_FOR_T else 1.0
+    return distance.theta_se * math.sqrt(tokens) / widening
+
+
+def windows_to_decide(distance: DistanceRatio, windows: int, bound: float) -> float:
+    """How many windows would put `bound` outside of the interval, the ratio staying as it is."""
+    away = abs(2 * math.log(bound) - distance.theta)
+    if not math.isfinite(distance.theta_se) or away < 2e-3:
+        return math.inf
+    reach = float(special.stdtrit(max(distance.degrees, 1), (1 + CONFIDENCE) / 2)) * distance.theta_se
+    return windows * max(reach / away, 1.0) ** 2
 
 
 def _ratio(interval: Interval) -> DistanceRatio:
     """exp(theta / 2) of an interval of theta."""
+    if interval.high - interval.low > WIDEST:
+        interval = interval._replace(low=-math.inf, high=math.inf, se=math.inf)
     reach = detectable_shift(max(interval.degrees, 1))
     low, mean, high, detectable = (
         math.exp(x / 2) if x < _LARGEST else math.inf
         for x in (interval.low, interval.mean, interval.high, reach * interval.se)
     )
-    return DistanceRatio(mean, low, high, detectable, interval.scope, interval.mean, interval.se)
+    return DistanceRatio(
+        mean, low, high, detectable, interval.scope, interval.mean, interval.se, interval.degrees
+    )
 
 
 @cache
@@ -110,17 +194,19 @@ def detectable_shift(degrees: int) -> float:
 
 
 def paired_difference(nll: np.ndarray, nll_reference: np.ndarray) -> PairedDifference:
-    """Difference of the mean nll of two arms over the same tokens, and its standard error."""
-    difference = (nll - nll_reference).ravel()
-    n = len(difference)
-    se = float(difference.std()) / math.sqrt(n - 1) if n > 1 else math.nan
-    return PairedDifference(float(difference.mean()), se)
+    """Difference of the mean nll of two arms over the same tokens, [windows, tokens], and its error."""
+    difference = np.atleast_2d(nll - nll_reference)
+    mean, n = float(difference.mean()), difference.size
+    blocks = np.concatenate([_block_means(row, block_length(difference)) for row in difference])
+    if len(blocks) >= FEWEST_BLOCKS:
+        return PairedDifference(mean, float(blocks.std(ddof=1)) / math.sqrt(len(blocks)), len(blocks))
+    return PairedDifference(mean, float(difference.std()) / math.sqrt(n - 1) if n > 1 else math.nan)
 
 
-def _block_means(row: np.ndarray) -> np.ndarray:
-    """Means of consecutive blocks of BLOCK_TOKENS; a short rest joins the last block."""
-    blocks = max(len(row) // BLOCK_TOKENS, 1)
-    edges = [i * BLOCK_TOKENS for i in range(blocks)] + [len(row)]
+def _block_means(row: np.ndarray, length: int) -> np.ndarray:
+    """Means of consecutive blocks of `length`; a short rest joins the last block."""
+    blocks = max(len(row) // length, 1)
+    edges = [i * length for i in range(blocks)] + [len(row)]
     return np.array([row[a:b].mean() for a, b in pairwise(edges)])
 
 
@@ -128,8 +214,8 @@ def _t_interval(
     samples: np.ndarray, mean: float, widening: float, scope: str, confidence: float = CONFIDENCE
 ) -> Interval:
     degrees = len(samples) - 1
-    if degrees < 1:
-        return Interval(mean, -math.inf, math.inf, math.inf, 0, scope)
+    if len(samples) < FEWEST_BLOCKS:
+        return Interval(mean, -math.inf, math.inf, math.inf, degrees, scope)
     se = widening * float(samples.std(ddof=1)) / math.sqrt(len(samples))
     reach = float(special.stdtrit(degrees, (1 + confidence) / 2)) * se
     return Interval(mean, mean - reach, mean + reach, se, degrees, scope)

@@ -131,6 +131,8 @@ def _by_distance(e: PairEvidence, d: DistanceRatio) -> Decision:
         interval = "too little data for an interval"
     said = f"distance to exact is {d.ratio:.3g} times the {e.reference}'s ({interval}"
     said += f"; {kld[0]:.2g} against {kld[1]:.2g} nats a token)" if kld is not None else ")"
+    if d.few_tokens_hold_it:
+        said += f", though mean divergences say {d.energy_ratio:.3g}: few tokens hold the difference"
     if d.low > margin:
         return Decision("degraded", [f"{said}: farther, beyond the margin of {margin:g}"])
     if d.high < improvement_of(margin):
@@ -138,10 +140,8 @@ def _by_distance(e: PairEvidence, d: DistanceRatio) -> Decision:
     if d.high <= margin:
         real = ", a real difference" if d.low > 1 or d.high < 1 else ""
         return Decision("round-off", [f"{said}{real}: inside the margin of {margin:g}"])
-    return Decision(
-        "inconclusive",
-        [f"{said}: it reaches the margin of {margin:g}; {e.narrowed_by}"],
-    )
+    reach = "" if math.isinf(d.high) else f": it reaches the margin of {margin:g}"
+    return Decision("inconclusive", [f"{said}{reach}; {e.narrowed_by}"])
 
 
 def _by_strata(e: PairEvidence, found: Judgement) -> Decision:

@@ -49,6 +49,7 @@ from verify.ppl.evidence import (
     pair_record,
     power_record,
 )
+from verify.ppl.evidence.foresight import deviation_so_far, foresight
 from verify.ppl.grouping import Grouping, group_windows
 from verify.ppl.groups import GroupJob, GroupResult, join_groups
 from verify.ppl.listener import Listener
@@ -98,6 +99,7 @@ class Experiment:
         if settings.score_last is not None:
             self.prompt = Arm("prompt", "prompt", "exact", "prefill", build_kernel("exact"))
         self._nll: list[np.ndarray] = []
+        self._corrected = False
         self.sample = Sample(0)
         self.grouping = Grouping(1, 0)
         # Shapes of products that depend on where a row lies.
@@ -219,6 +221,18 @@ class Experiment:
         self._moved = [shape for shape, same in runner.products.checked.items() if not same]
         return self._conclude(join_groups(results)) if leads else None
 
+    def _correct_foresight(self, result: GroupResult) -> None:
+        """Say once what the first group's spread makes of it, where more groups follow."""
+        pair = next((arm for arm in self.arms if arm.role == "candidate" and arm.reference), None)
+        if self._corrected or pair is None or len(result.windows) == self.windows.n_windows:
+            return
+        scores = Scores(result, self.windows.scored_per_window)
+        deviation = deviation_so_far(scores, pair.name, pair.reference or "")
+        if deviation is not None:
+            self._corrected = True
+            corrected = foresight(len(self.sample), self.windows.scored_per_window, deviation)
+            self.listener.notice(f"by the first group, {corrected}")
+
     def _grouping(self, runner: Runner) -> Grouping:
         n_ctx, width = self.settings.n_ctx, self.architecture.sizes.width
         return group_windows(
@@ -238,6 +252,7 @@ class Experiment:
         """A finished group's part of the running perplexity, if all before it is there."""
         baseline = next(arm.name for arm in self.arms if arm.role == "baseline")
         nll = Scores(result, self.windows.scored_per_window).column(baseline, "nll")
+        self._correct_foresight(result)
         if first == sum(map(len, self._nll)) and len(nll):
             self._nll.append(nll)
             self.listener.windows_done(first, running_perplexity(np.concatenate(self._nll))[first:])

@@ -102,6 +102,7 @@ class PairRecord:
     theta_se: float | None = None
     distance_ratio: float | None = None  # exp(theta / 2); None without finite divergences of both
     distance_ratio_ci: tuple[float, float] | None = None  # 99.9 %
+    energy_ratio: float | None = None  # of the root mean divergences, which few tokens may hold
     distance_kind: str = "free-running"  # what it is a distance of
     distance_to: str = "reference"  # or `floor`, where the reference is exact to the bit
     distance_scope: str | None = None  # what the interval speaks about

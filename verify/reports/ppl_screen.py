@@ -25,6 +25,7 @@ from verify.judge.run_verdict import VOID
 from verify.kernels.said import visible
 from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
 from verify.model.runner import Progress as Step
+from verify.ppl.evidence.foresight import foresight
 from verify.ppl.perplexity import final_line, running_line
 from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
@@ -69,6 +70,7 @@ class PplConsole:
             f"text {visible(corpus.name)}: {corpus.tokens} tokens,"
             f" {counted(corpus.windows, 'window')} of {corpus.n_ctx},"
             f" {corpus.scored_per_window} scored in each",
+            foresight(corpus.measured_windows, corpus.scored_per_window),
             sep="\n",
             file=self.out,
             flush=True,

@@ -9,13 +9,22 @@ import numpy as np
 
 from verify.arms.arm import Arm, Findings
 from verify.arms.kernel_errors import faults_in_place
-from verify.judge.statistics import DistanceRatio, PairedDifference, distance_ratio, paired_difference
+from verify.judge.statistics import (
+    DistanceRatio,
+    PairedDifference,
+    distance_ratio,
+    paired_difference,
+    windows_to_decide,
+)
 from verify.judge.verdict import PairEvidence, decide
 from verify.kernels.trace import LaunchTrace
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.groups import GroupResult
 from verify.ppl.perplexity import perplexity
 from verify.ppl.record import ArmRecord, FreeRatio, FrozenMeans, PairRecord, frozen_name
+
+# More windows than this are no advice.
+MOST_WINDOWS = 100_000
 
 
 class ChangedPlan(NamedTuple):
@@ -141,6 +150,7 @@ def pair_record(
             allow_same=allow_same,
             frozen_kld=frozen_kld,
             reference=distance_to,
+            narrowed_by=_advice(distance, len(frozen_klds[0]), margin),
         )
     )
     between, _ = both(scores, name, other, "kld_to_baseline")
@@ -157,6 +167,7 @@ def pair_record(
         theta_se=distance.theta_se if distance else None,
         distance_ratio=distance.ratio if distance else None,
         distance_ratio_ci=(distance.low, distance.high) if distance else None,
+        energy_ratio=_known(distance.energy_ratio) if distance else None,
         distance_kind="frozen-cast",
         distance_to=distance_to,
         distance_scope=distance.scope if distance else None,
@@ -178,6 +189,22 @@ def pair_record(
         changed_n_kv=(min(changed.n_kv), max(changed.n_kv)) if changed.n_kv else None,
         detectable_distance_ratio=distance.detectable if distance else None,
     )
+
+
+def _known(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
+def _advice(distance: DistanceRatio | None, windows: int, margin: float) -> str:
+    """How many windows would decide what is inconclusive."""
+    if distance is None or not windows:
+        return "more windows (--chunks) narrow it"
+    if not math.isfinite(distance.theta_se):
+        return "no interval comes of so few tokens: more windows (--chunks), or a longer --ctx-size"
+    needed = windows_to_decide(distance, windows, margin)
+    if needed > MOST_WINDOWS:
+        return f"no number of windows decides a ratio this near to the margin of {margin:g}"
+    return f"about {math.ceil(needed)} measured windows would decide (--chunks, --measured-windows)"
 
 
 def _faults(arm: str, called: str, result: GroupResult, nll: np.ndarray) -> list[str]:
