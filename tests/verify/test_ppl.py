@@ -185,7 +185,7 @@ def test_a_kernel_that_remembers_is_broken(tiny: Tiny, tmp_path: Path) -> None:
     """What is measured in place is right there; what the model runs on is not."""
     done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{KERNELS}::every_second_call_halved")
     assert done.returncode == 1
-    assert "gave another result for the same call at window 1, layer 0" in report["reasons"][0]
+    assert "is unsteady: another result for the same call at window 1, layer 0" in report["reasons"][0]
 
 
 def test_a_kernel_that_refuses_is_no_bug(tiny: Tiny, tmp_path: Path) -> None:

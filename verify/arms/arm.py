@@ -253,9 +253,13 @@ class ArmRunner:
         first = self._first_results.pop(self.arm.name, None)
         if first is None or first.window != call.window or same_bits(out, first.out):
             return
-        moved = float((out.double() - first.out.double()).norm())
-        if not moved <= STEADY_TIMES * first.error and self.findings.unsteady is None:
-            times = moved / max(first.error, 1e-300)
+        self.note_again(call, first.out, out, first.error)
+
+    def note_again(self, call: LayerCall, first: torch.Tensor, second: torch.Tensor, error: float) -> None:
+        """Two results of one call: unsteady if they lie farther apart than STEADY_TIMES the first's error."""
+        moved = float((second.double() - first.double()).norm())
+        if not moved <= STEADY_TIMES * error and self.findings.unsteady is None:
+            times = moved / max(error, 1e-300)
             self.findings = replace(
                 self.findings,
                 unsteady=f"window {call.window + 1}, layer {call.layer}: {times:.3g} times its error",

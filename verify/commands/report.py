@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from verify.kernels.said import visible
+from verify.judge.run_verdict import VOID
 from verify.machine.errors import UsageError
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
 from verify.reports.comparison import comparison_html, comparison_markdown
@@ -21,8 +22,13 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the comparison; default runs/report-TIME")
     ] = None,
+    rejudge: Annotated[
+        bool, typer.Option("--rejudge", help="judge one run by today's rules, and say what changed")
+    ] = False,
 ) -> int:
-    """Run the command; exit 0."""
+    """Run the command; exit 0, or by the verdict with --rejudge."""
+    if rejudge:
+        return _rejudge(runs, out)
     if len(runs) > 2:
         raise UsageError(f"report: expected one run or two, got {len(runs)}")
     if len(runs) == 1:
@@ -48,3 +54,26 @@ def command(
     folder.write_text(PAGE, page)
     print(f"{text}\nreport: {visible(str(folder.path / PAGE))}", file=sys.stdout)
     return 0
+
+
+def _rejudge(runs: list[Path], out: Path | None) -> int:
+    """The folder stays as it is: what it would say today is printed."""
+    from verify.judge.verdict import EXIT_CODES
+    from verify.ppl.rejudge import rejudge_gen, rejudge_ppl, rules_in_words, verdict_of
+
+    if len(runs) != 1 or out is not None:
+        raise UsageError("--rejudge: expected one run, and no --out: it prints what the run is called today")
+    stored = load_run(runs[0])
+    if stored.run.verdict == VOID:
+        raise UsageError(f"{runs[0]}: the run is void, there is nothing to judge again")
+    if isinstance(stored, StoredPpl):
+        pairs = rejudge_ppl(stored.run, stored.tokens, stored.layers)
+    else:
+        pairs = rejudge_gen(stored.run)
+    verdict = verdict_of(pairs)
+    print(rules_in_words(float(stored.run.settings.get("margin", 1.25))))
+    for pair in pairs:
+        print(pair)
+    changed = sum(pair.changed for pair in pairs)
+    print(f"verdict: {verdict}; it was {stored.run.verdict}; {changed} of {len(pairs)} pairs changed")
+    return EXIT_CODES[verdict]

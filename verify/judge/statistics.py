@@ -145,7 +145,7 @@ def expected_half_width(windows: int, tokens: int, deviation: float = TYPICAL_DE
     windows, tokens: what is measured; deviation: of one token's theta. Infinite where there will be none.
     """
     few = windows < WINDOWS_FOR_T
-    samples = tokens // BLOCK_TOKENS if few else windows
+    samples = windows * max(round(tokens / windows / BLOCK_TOKENS), 1) if few else windows
     if samples < FEWEST_BLOCKS:
         return math.inf
     se = (BLOCK_WIDENING if few else 1.0) * deviation / math.sqrt(tokens)
@@ -204,9 +204,9 @@ def paired_difference(nll: np.ndarray, nll_reference: np.ndarray) -> PairedDiffe
 
 
 def _block_means(row: np.ndarray, length: int) -> np.ndarray:
-    """Means of consecutive blocks of `length`; a short rest joins the last block."""
-    blocks = max(len(row) // length, 1)
-    edges = [i * length for i in range(blocks)] + [len(row)]
+    """Means of consecutive blocks of about `length`: as many as fit best, of equal size."""
+    blocks = max(round(len(row) / length), 1)
+    edges = [len(row) * i // blocks for i in range(blocks + 1)]
     return np.array([row[a:b].mean() for a, b in pairwise(edges)])
 
 

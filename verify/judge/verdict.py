@@ -54,7 +54,8 @@ class PairEvidence:
     to exact in nats a token, of the candidate and of the reference, where they are known; not_compared: why
     there is nothing to compare the two by, if there is not; reference: whose distance the ratio is to;
     narrowed_by: what makes an interval narrower; allow_same: two equal specifications were asked for; strata:
-    what the kinds of input say, in the place of one distance.
+    what the kinds of input say, in the place of one distance; unsteady: that what it does running freely is
+    not explained, a sentence.
     """
 
     faults: Sequence[str]
@@ -71,6 +72,7 @@ class PairEvidence:
     frozen_kld: tuple[float, float] | None = None
     allow_same: bool = False
     strata: Judgement | None = None
+    unsteady: str = ""
 
 
 class Decision(NamedTuple):
@@ -104,6 +106,13 @@ def decide(e: PairEvidence) -> Decision:
             [f"{e.coverage:.1%} of the {e.unit} went through the changed plan,"
              f" --min-coverage asks for {e.min_coverage:.1%}"],
         )  # fmt: skip
+    decision = _by_what_was_measured(e)
+    if e.unsteady and decision.verdict != "degraded":
+        return Decision("inconclusive", [e.unsteady, *decision.reasons])
+    return decision
+
+
+def _by_what_was_measured(e: PairEvidence) -> Decision:
     if e.bitwise_equal:
         if e.same_spec:
             return Decision("identical", ["every bit is equal; the two specifications are the same text"])

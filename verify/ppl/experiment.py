@@ -50,6 +50,7 @@ from verify.ppl.evidence import (
     power_record,
 )
 from verify.ppl.evidence.foresight import deviation_so_far, foresight
+from verify.ppl.evidence.steadiness import unexplained
 from verify.ppl.grouping import Grouping, group_windows
 from verify.ppl.groups import GroupJob, GroupResult, join_groups
 from verify.ppl.listener import Listener
@@ -58,6 +59,7 @@ from verify.ppl.noise_plans import noise_specs
 from verify.ppl.perplexity import running_perplexity
 from verify.ppl.planted import planted_faults
 from verify.ppl.record import CorpusRecord, PplRun, SpeedRecord
+from verify.ppl.reasking import reask
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
 from verify.ppl.settings import PplSettings
@@ -100,6 +102,8 @@ class Experiment:
             self.prompt = Arm("prompt", "prompt", "exact", "prefill", build_kernel("exact"))
         self._nll: list[np.ndarray] = []
         self._corrected = False
+        # Of a candidate whose free-running pass nothing explains: that, in words.
+        self._unsteady: dict[str, str] = {}
         self.sample = Sample(0)
         self.grouping = Grouping(1, 0)
         # Shapes of products that depend on where a row lies.
@@ -215,11 +219,35 @@ class Experiment:
             checkpoint_seconds=60 * self.settings.checkpoint_minutes,
         )
         results = rounds.run()
+        joined = join_groups(results) if leads else None
+        if joined is not None:
+            self._ask_again(runner, joined)
         runner.stream.close()
         self.ended["groups"] = environment.process_seconds()
         self.grouping = rounds.grouping
         self._moved = [shape for shape, same in runner.products.checked.items() if not same]
-        return self._conclude(join_groups(results)) if leads else None
+        return self._conclude(joined) if joined is not None else None
+
+    def _ask_again(self, runner: Runner, joined: GroupResult) -> None:
+        """Find candidates whose free-running divergence nothing explains, and ask their calls again."""
+        scores = Scores(joined, self.windows.scored_per_window)
+        floor = next((arm.name for arm in self.arms if arm.role == "floor"), None)
+        for arm in self.arms:
+            of_arm = joined.findings[arm.name]
+            if arm.role != "candidate" or not arm.reference or of_arm.failed:
+                continue
+            found = unexplained(scores, arm.name, arm.reference, floor)
+            if found is None:
+                continue
+            self._unsteady[arm.name] = str(found)
+            if self.ranks.size > 1 or of_arm.unsteady is not None:
+                continue
+            self.listener.notice(f"{arm.spec} is {found}: window {found.window + 1} is asked again")
+            asked = reask(runner, self.windows, found.window, arm, self.prompt)
+            joined.findings[arm.name] = replace(of_arm, unsteady=asked.unsteady)
+            self._unsteady[arm.name] += (
+                f"; {asked.calls} calls of window {found.window + 1}, asked again, were steady"
+            )
 
     def _correct_foresight(self, result: GroupResult) -> None:
         """Say once what the first group's spread makes of it, where more groups follow."""
@@ -282,6 +310,7 @@ class Experiment:
                     min_coverage=settings.min_coverage,
                     margin=settings.margin,
                     allow_same=settings.allow_same,
+                    unsteady=self._unsteady.get(arm.name, ""),
                 )
             )
             lengths += by_n_kv(

@@ -123,6 +123,7 @@ class PairRecord:
     coverage_rows: float | None = None  # the same of attention rows
     changed_n_kv: tuple[int, int] | None = None  # smallest and largest n_kv at which it did
     detectable_distance_ratio: float | None = None  # told from 1 with 90 % probability
+    judged_calls: int | None = None  # calls that were held against exact
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from verify.kernels.said import visible
 from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
 from verify.model.runner import Progress as Step
 from verify.ppl.evidence.foresight import foresight
+from verify.ppl.evidence.judged_calls import steady_sentence
 from verify.ppl.perplexity import final_line, running_line
 from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
@@ -216,7 +217,8 @@ def _could_have_seen(pair: PairRecord) -> str:
     """What this run would have seen of a pair."""
     least = pair.detectable_distance_ratio
     could = f"could have seen a distance ratio from {least:.3g}" if is_known(least) else "no interval"
+    calls = f"; {steady_sentence(pair.judged_calls)}" if pair.judged_calls is not None else ""
     return (
         f"  {could}, on {pair.measured_tokens} tokens, about {pair.distance_scope};"
-        f" {pair.coverage:.1%} of them went through the changed plan"
+        f" {pair.coverage:.1%} of them went through the changed plan{calls}"
     )

@@ -24,7 +24,7 @@ from verify.ppl.settings import PplSettings
 # In the order of its command line.
 _GEN_SETTINGS = (
     *("n_predict", "baseline", "candidates", "cache_type", "device", "split_mode", "gpus", "margin"),
-    *("min_coverage", "seed", "ignore_eos"),
+    *("allow_same", "min_coverage", "seed", "ignore_eos"),
 )
 
 
@@ -114,7 +114,9 @@ def ppl_command(run: PplRun) -> str:
     """The command that makes a run of `verify ppl` again: defaults are left out, but for the device, whose
     default is the machine's."""
     defaults = {f.name: f.default for f in fields(PplSettings) if f.name != "device"}
-    return command_line(["ppl"], run.settings, defaults=defaults)
+    # Which baseline each candidate has follows from what it returns.
+    asked = {name: value for name, value in run.settings.items() if name != "baselines"}
+    return command_line(["ppl"], asked, defaults=defaults)
 
 
 def gen_command(run: GenRun) -> str:

@@ -9,7 +9,7 @@ from verify.judge.statistics import TYPICAL_DEVIATION, deviation_of, expected_ha
 from verify.machine.terminal import counted
 from verify.ppl.evidence.pairs import distance_between
 from verify.ppl.evidence.scores import Scores
-from verify.ppl.frozen import frozen_name
+from verify.ppl.record import frozen_name
 
 
 def foresight(windows: int, scored: int, deviation: float = TYPICAL_DEVIATION) -> str:

@@ -18,6 +18,7 @@ from verify.judge.statistics import (
 )
 from verify.judge.verdict import PairEvidence, decide
 from verify.kernels.trace import LaunchTrace
+from verify.ppl.evidence.judged_calls import judged_calls
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.groups import GroupResult
 from verify.ppl.perplexity import perplexity
@@ -115,6 +116,7 @@ def pair_record(
     min_coverage: float,
     margin: float,
     allow_same: bool,
+    unsteady: str = "",
 ) -> PairRecord:
     """Everything about one candidate, and the verdict on it."""
     name, other = candidate.name, reference.name
@@ -148,9 +150,10 @@ def pair_record(
             min_coverage=min_coverage,
             margin=margin,
             allow_same=allow_same,
+            unsteady=unsteady,
             frozen_kld=frozen_kld,
             reference=distance_to,
-            narrowed_by=_advice(distance, len(frozen_klds[0]), margin),
+            narrowed_by=advice(distance, len(frozen_klds[0]), margin),
         )
     )
     between, _ = both(scores, name, other, "kld_to_baseline")
@@ -188,6 +191,7 @@ def pair_record(
         coverage_rows=changed.rows,
         changed_n_kv=(min(changed.n_kv), max(changed.n_kv)) if changed.n_kv else None,
         detectable_distance_ratio=distance.detectable if distance else None,
+        judged_calls=judged_calls(result, name),
     )
 
 
@@ -195,7 +199,7 @@ def _known(x: float) -> float | None:
     return None if math.isnan(x) else x
 
 
-def _advice(distance: DistanceRatio | None, windows: int, margin: float) -> str:
+def advice(distance: DistanceRatio | None, windows: int, margin: float) -> str:
     """How many windows would decide what is inconclusive."""
     if distance is None or not windows:
         return "more windows (--chunks) narrow it"
@@ -214,7 +218,7 @@ def _faults(arm: str, called: str, result: GroupResult, nll: np.ndarray) -> list
     if findings.failure is not None and not findings.refused:
         faults.append(f"{called} failed at {findings.failure_place}: {findings.failure}")
     if findings.unsteady is not None:
-        faults.append(f"{called} gave another result for the same call at {findings.unsteady} away")
+        faults.append(f"{called} is unsteady: another result for the same call at {findings.unsteady} away")
     if findings.nonfinite_place is not None:
         faults.append(
             f"{called}: NaN or Inf in {findings.nonfinite_rows} attention rows, first at"

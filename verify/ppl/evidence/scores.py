@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from verify.ppl.groups import GroupResult
@@ -13,8 +14,9 @@ from verify.ppl.groups import GroupResult
 class Scores:
     """Columns of tokens.parquet by arm, as arrays [windows, scored]."""
 
-    def __init__(self, result: GroupResult, scored: int) -> None:
-        self._table, self._scored = result.tokens, scored
+    def __init__(self, result: GroupResult | pa.Table, scored: int) -> None:
+        table = result if isinstance(result, pa.Table) else result.tokens
+        self._table, self._scored = table, scored
         self._arms: dict[str, Any] = {}
 
     def column(self, arm: str, name: str) -> np.ndarray:

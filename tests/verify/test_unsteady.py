@@ -1,0 +1,74 @@
+"""Kernels that err on calls that nobody measured: what they do running freely reaches the verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.ppl_runs import Tiny, run
+from verify.ppl import measuring
+from verify.ppl.evidence.judged_calls import missed, steady_sentence
+
+KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+LAYERS = 2
+# Calls of the first layer in 6 windows: on the exact arm's inputs, and the one of the arm that runs freely,
+# which are the same calls there.
+FIRST_LAYER = 12
+
+
+def free_calls_wrong(folder: Path, until: int) -> str:
+    """A kernel whose every other call but those of the first layer is another head's, up to one number."""
+    file = folder / "free.py"
+    file.write_text(
+        KERNELS.read_text()
+        + "\nCALLS = [0]\n\ndef free(q, k, v, *, kv_len, scale):\n"
+        + "    CALLS[0] += 1\n    n = CALLS[0]\n"
+        + "    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)\n"
+        + f"    wrong = n % 2 == 0 and {FIRST_LAYER} < n <= {until}\n"
+        + "    return (out.roll(1, 2) if wrong else out), lse\n"
+    )
+    return f"py:{file}::free,acc=f32"
+
+
+@pytest.fixture(autouse=True)
+def _no_call_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the calls of arms that run freely are every other one."""
+    monkeypatch.setattr(measuring, "asked_again", lambda *_: False)
+
+
+def test_a_fault_of_free_calls_that_is_met_again_is_broken(tiny: Tiny, tmp_path: Path) -> None:
+    done, report = run(tiny, tmp_path / "run", "--candidate", free_calls_wrong(tmp_path, 1 << 30))
+    assert (done.returncode, report["verdict"]) == (1, "broken"), report["reasons"]
+    assert "is unsteady: another result for the same call" in report["reasons"][0]
+    assert "of 8 calls" in report["reasons"][0]
+    assert "is asked again" in done.stderr
+
+
+def test_a_fault_of_free_calls_that_is_not_met_again_never_passes(tiny: Tiny, tmp_path: Path) -> None:
+    calls = 6 * LAYERS * 2
+    done, report = run(tiny, tmp_path / "run", "--candidate", free_calls_wrong(tmp_path, calls))
+    assert (done.returncode, report["verdict"]) == (3, "inconclusive"), report["reasons"]
+    assert report["reasons"][0].startswith("unsteady: running freely it is")
+    assert f"{8 * LAYERS} calls of window" in report["reasons"][0]
+
+
+def test_right_kernels_are_not_unsteady(tiny: Tiny, tmp_path: Path) -> None:
+    coarse = ("--candidate", "eager:acc=f16", "--candidate", "eager:p=bf16", "--candidate", "eager:out=f16")
+    done, report = run(tiny, tmp_path / "run", "--baseline", "eager:out=f32", *coarse)
+    assert not any("unsteady" in reason for pair in report["pairs"] for reason in pair["reasons"])
+    assert "asked again" not in done.stderr
+    assert all(pair["judged_calls"] == 6 * LAYERS for pair in report["pairs"])
+
+
+def test_what_so_many_calls_say_of_a_race() -> None:
+    """A fault in 1 call of 50, at random, against what is said of it."""
+    rng = np.random.default_rng(0)
+    for calls in (60, 120, 540):
+        seen = (rng.random((4000, calls)) < 1 / 50).any(1).mean()
+        assert 1 - missed(calls, 1 / 50) == pytest.approx(float(seen), abs=0.03)
+    # 4 windows of a model of 30 layers.
+    assert "one in 1 of 50 with 91%" in steady_sentence(120)
+    assert "1 call of 40 or more" in steady_sentence(120)
+    assert steady_sentence(0) == "no call was held against exact"

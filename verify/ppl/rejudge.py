@@ -1,0 +1,140 @@
+"""A finished run judged by today's rules, from what its folder holds: what each pair was called, and is.
+
+Nothing is computed again but statistics: the tokens' divergences and nll, and the errors by layer and head.
+What only the running kernels could show (that it failed, that it was unsteady) stays as the run says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from verify.arms.kernel_errors import faults_in_place
+from verify.gen.record import GenPairRecord, GenRun
+from verify.judge.statistics import DistanceRatio
+from verify.judge.verdict import GRAVITY, Decision, PairEvidence, Verdict, bounds_in_words, decide, overall
+from verify.machine.errors import UsageError
+from verify.ppl.evidence.pairs import advice, both, distance_between, only_reference_exact
+from verify.ppl.evidence.scores import Scores
+from verify.ppl.evidence.steadiness import unexplained
+from verify.ppl.record import frozen_name
+from verify.ppl.record import ArmRecord, PairRecord, PplRun
+
+# Words of a stored reason that no table can show again.
+_OF_THE_RUN = ("another result for the same call", "failed at", "does not take", "NaN or Inf in")
+
+
+class Rejudged(NamedTuple):
+    """One candidate: its specification, what it was called and why, and the decision by today's rules."""
+
+    spec: str
+    was: str
+    reasons: Sequence[str]
+    now: Decision
+
+    @property
+    def changed(self) -> bool:
+        return self.was != self.now.verdict
+
+    def __str__(self) -> str:
+        said = f"{self.spec}: {self.now.verdict}: {'; '.join(self.now.reasons)}"
+        if not self.changed:
+            return f"{said} (as it was)"
+        return f"{said}\n  it was {self.was}: {'; '.join(self.reasons)}"
+
+
+def rejudge_ppl(run: PplRun, tokens: pa.Table | None, layers: pa.Table | None) -> list[Rejudged]:
+    """Every pair of a run of `verify ppl`. Raises UsageError where its tables are gone."""
+    if tokens is None or layers is None:
+        raise UsageError(
+            "--rejudge: the run has no tokens.parquet and layers.parquet, which are judged again"
+        )
+    scores = Scores(tokens, run.corpus.scored_per_window)
+    arms = {arm.name: arm for arm in run.arms}
+    floor = next((arm.name for arm in run.arms if arm.role == "floor"), None)
+    return [
+        _pair(run, pair, arms[pair.candidate], arms[pair.reference], scores, layers, floor)
+        for pair in run.pairs
+    ]
+
+
+def _pair(
+    run: PplRun,
+    pair: PairRecord,
+    candidate: ArmRecord,
+    reference: ArmRecord,
+    scores: Scores,
+    layers: pa.Table,
+    floor: str | None,
+) -> Rejudged:
+    names = frozen_name(pair.candidate), frozen_name(pair.reference)
+    frozen_floor = frozen_name(floor) if floor else None
+    klds = both(scores, *names, "kld_to_exact")
+    distance = distance_between(*names, frozen_floor, scores)
+    called = ((pair.candidate, "candidate"), (pair.reference, f"baseline {reference.spec}"))
+    kept = [reason for reason in pair.reasons if any(words in reason for words in _OF_THE_RUN)]
+    faults = [fault for arm, name in called for fault in faults_in_place(layers, arm, name)]
+    found = unexplained(scores, pair.candidate, pair.reference, floor)
+    margin = float(run.settings.get("margin", 1.25))
+    stand_in = bool(frozen_floor and only_reference_exact(*klds))
+    now = decide(
+        PairEvidence(
+            faults=[*(kept if pair.verdict == "broken" else []), *faults],
+            same_spec=candidate.spec == reference.spec,
+            coverage=pair.coverage,
+            bitwise_equal=pair.bitwise_equal,
+            distance=distance,
+            not_compared="; ".join(kept) if pair.verdict == "inconclusive" else "",
+            min_coverage=float(run.settings.get("min_coverage", 0.0)),
+            margin=margin,
+            allow_same=bool(run.settings.get("allow_same", False)),
+            frozen_kld=(pair.frozen_kld, pair.frozen_kld_reference),
+            reference="floor" if stand_in else "reference",
+            narrowed_by=advice(distance, len(klds[0]), margin),
+            unsteady=str(found) if found is not None else "",
+        )
+    )
+    return Rejudged(candidate.spec, pair.verdict, pair.reasons, now)
+
+
+def rejudge_gen(run: GenRun) -> list[Rejudged]:
+    """Every pair of a run of `verify gen`, whose ratios stand as they are."""
+    arms = {arm.name: arm for arm in run.arms}
+    margin = float(run.settings.get("margin", 1.25))
+
+    def again(pair: GenPairRecord) -> Rejudged:
+        candidate, reference = arms[pair.candidate], arms[pair.reference]
+        distance = None
+        if pair.distance_ratio is not None and pair.distance_ratio_ci is not None:
+            low, high = pair.distance_ratio_ci
+            high = math.inf if high is None else high
+            distance = DistanceRatio(pair.distance_ratio, low, high, math.nan, pair.distance_scope or "")
+        now = decide(
+            PairEvidence(
+                faults=pair.reasons if pair.verdict == "broken" else [],
+                same_spec=candidate.spec == reference.spec,
+                coverage=pair.coverage,
+                bitwise_equal=pair.bitwise_equal,
+                distance=distance,
+                margin=margin,
+                allow_same=bool(run.settings.get("allow_same", False)),
+                unit="tokens",
+                narrowed_by="more tokens (-n) narrow it",
+            )
+        )
+        return Rejudged(candidate.spec, pair.verdict, pair.reasons, now)
+
+    return [again(pair) for pair in run.pairs]
+
+
+def verdict_of(pairs: Sequence[Rejudged]) -> Verdict:
+    """The gravest of the pairs by today's rules."""
+    return overall([pair.now for pair in pairs]) if pairs else GRAVITY[-1]
+
+
+def rules_in_words(margin: float) -> str:
+    """By what a run is judged today."""
+    return f"judged by today's rules (docs/evidence.md): {bounds_in_words(margin)}"
