@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from verify.kernels.said import visible
 from verify.judge.run_verdict import VOID
+from verify.kernels.said import visible
 from verify.machine.errors import UsageError
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
 from verify.reports.comparison import comparison_html, comparison_markdown

@@ -58,8 +58,8 @@ from verify.ppl.measuring import is_measured
 from verify.ppl.noise_plans import noise_specs
 from verify.ppl.perplexity import running_perplexity
 from verify.ppl.planted import planted_faults
-from verify.ppl.record import CorpusRecord, PplRun, SpeedRecord
 from verify.ppl.reasking import reask
+from verify.ppl.record import CorpusRecord, PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
 from verify.ppl.settings import PplSettings

@@ -20,8 +20,7 @@ from verify.machine.errors import UsageError
 from verify.ppl.evidence.pairs import advice, both, distance_between, only_reference_exact
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.evidence.steadiness import unexplained
-from verify.ppl.record import frozen_name
-from verify.ppl.record import ArmRecord, PairRecord, PplRun
+from verify.ppl.record import ArmRecord, PairRecord, PplRun, frozen_name
 
 # Words of a stored reason that no table can show again.
 _OF_THE_RUN = ("another result for the same call", "failed at", "does not take", "NaN or Inf in")
