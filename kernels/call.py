@@ -10,6 +10,8 @@
     lse    [B, T, Hq]       float32, natural logarithm of the sum of exp(logit), sinks included
     launched                what the call launched, counted where it ran (`trace`)
 
+ALiBi counts from the row's last key: slope * (j - (kv_len - 1)) is added to the logit of key j, so that the
+last key's is not changed. Another origin gives the same out, and an lse that is shifted by slope * c.
 An empty row gives out = 0 and lse = -inf. On the decode path every row is computed as if it were alone: one
 query token against its own prefix. On the prefill path rows share tiles.
 """

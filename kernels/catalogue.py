@@ -31,6 +31,7 @@ CALL_LIMIT_S = 60
 PYTHON_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
     "acc": "f32: the kernel is known to accumulate in float32, so that a tighter error budget applies",
+    "deterministic": "yes: it promises the same bits for the same call; no: it does not; default: it is seen",
 }
 # With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
 # keeps sums of q in float16, and no budget has been derived for that.

@@ -3,8 +3,9 @@
 Every fault of `verify.kernels.faults` and every clean variant runs over every input family and every probe,
 with as many seeds as asked for; of a fault of plans the laws of plans are asked too. A fault is caught if
 some detector that is sure by itself objects with every seed; a clean variant must make none of them object.
-The gates of other projects are asked about the same results: on Gaussian inputs, which is what they are run
-on, and on all families.
+The same results are judged once more as those of a kernel of which nothing is stated, as a `py:` kernel is by
+default. The gates of other projects are asked about the same results: on Gaussian inputs, which is what they
+are run on, and on all families.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic, loosest_of
 from verify.kernels.budget.bound import Budget, error_budget, rounding_key
 from verify.kernels.call import Call
 from verify.kernels.eager import EagerKernel
+from verify.kernels.errors import KernelFailure
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.detectors import (
     DETECTORS,
     SUSPICIONS,
     Detector,
+    Finding,
     determinism_finding,
     findings,
     measure,
@@ -35,7 +38,7 @@ from verify.kernels.judging.detectors import (
 )
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
-from verify.kernels.judging.probes import Probe, check, far_offsets, standard_probes
+from verify.kernels.judging.probes import Probe, far_offsets, judge, standard_probes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan
 from verify.kernels.plans.spec import parse_plan, parse_spec
@@ -63,7 +66,8 @@ class SelftestSubject:
 
     detectors: seeds with which each objected; caught: seeds with which a sure one did; gates: seeds with
     which each gate refused it on Gaussian inputs; gates_any: on any family; said: each detector's first
-    objection and the input it was about; skipped: why it did not run.
+    objection and the input it was about; unstated: seeds with which a sure detector objected though nothing
+    was stated of the arithmetic, unstated_said: the first objection of each; skipped: why it did not run.
     """
 
     name: str
@@ -76,6 +80,8 @@ class SelftestSubject:
     gates: dict[str, int] = field(default_factory=dict)
     gates_any: dict[str, int] = field(default_factory=dict)
     said: dict[Detector, str] = field(default_factory=dict)
+    unstated: int = 0
+    unstated_said: dict[Detector, str] = field(default_factory=dict)
     skipped: str = ""
 
 
@@ -102,13 +108,23 @@ class SelftestResult:
         return [s for s in self.subjects if s.kind == "clean" and s.caught]
 
     @property
+    def missed_unstated(self) -> list[SelftestSubject]:
+        """Faults that some seed does not show where nothing is stated of the arithmetic."""
+        return [s for s in self.faults if s.unstated < self.seeds]
+
+    @property
+    def false_alarms_unstated(self) -> list[SelftestSubject]:
+        """Clean variants that a sure detector objects to where nothing is stated."""
+        return [s for s in self.subjects if s.kind == "clean" and s.unstated]
+
+    @property
     def score(self) -> float:
         """Share of the faults that ran which every seed caught."""
         return 1 - len(self.missed) / max(len(self.faults), 1)
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.missed or self.false_alarms else 0
+        return 1 if self.missed or self.false_alarms or self.false_alarms_unstated else 0
 
     def gate_score(self, name: str, *, everywhere: bool = False) -> int:
         """Faults that a gate refuses with every seed: on Gaussian inputs, or on any family."""
@@ -129,6 +145,8 @@ class SelftestResult:
             "faults": len(self.faults),
             "missed": [s.name for s in self.missed],
             "false_alarms": [s.name for s in self.false_alarms],
+            "missed_unstated": [s.name for s in self.missed_unstated],
+            "false_alarms_unstated": [s.name for s in self.false_alarms_unstated],
             "foreign_gates": {
                 g.name: {
                     "rule": g.rule,
@@ -248,35 +266,48 @@ def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
 def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: int) -> None:
     subject, kernel = trial.subject, trial.build()
     objected: set[Detector] = set()
+    unstated: set[Detector] = set()
 
-    def object_to(detector: Detector, said: str, where: str) -> None:
-        objected.add(detector)
-        subject.said.setdefault(detector, f"{said} ({where})" if where else said)
+    def object_to(finding: Finding, where: str, *, stated: bool = True, assumed: bool = True) -> None:
+        said = f"{finding.said} ({where})" if where else finding.said
+        if stated:
+            objected.add(finding.detector)
+            subject.said.setdefault(finding.detector, said)
+        if assumed:
+            unstated.add(finding.detector)
+            subject.unstated_said.setdefault(finding.detector, said)
 
     for probe in probes:
-        for failure in check(probe, kernel, most=1):
-            object_to("probe", str(failure), "")
+        try:
+            result = kernel.run(probe.call)
+        except KernelFailure as failure:
+            object_to(Finding("probe", str(failure)), "")
+            continue
+        for stated, arithmetic in _arithmetics(kernel, probe.call):
+            for wrong in judge(probe, result, arithmetic, most=1):
+                object_to(Finding("probe", str(wrong)), "", stated=stated, assumed=not stated)
     if trial.plans is not None:
         for law in (law for law in LAWS.values() if law.group == "plans"):
             done = run_law(law, trial.plans, examples=PLAN_CASES, seed=seed, shrink=False)
             if done.state == "broken":
-                object_to("law", done.reason, law.name)
+                object_to(Finding("law", done.reason), law.name)
     refused: set[str] = set()
     refused_gaussian: set[str] = set()
     for x in inputs:
         result = kernel.run(x.call)
-        arithmetic = kernel.arithmetic_of(x.call)
-        budget = x.budget(arithmetic)
-        for finding in findings(measure(x.call, result, arithmetic, distinct=x.distinct, budget=budget)):
-            object_to(finding.detector, finding.said, x.name)
+        for stated, arithmetic in _arithmetics(kernel, x.call):
+            measured = measure(x.call, result, arithmetic, distinct=x.distinct, budget=x.budget(arithmetic))
+            for finding in findings(measured):
+                object_to(finding, x.name, stated=stated, assumed=not stated)
         if x.family == "gaussian":
-            wrong = determinism_finding(kernel, x.call, result)
-            if wrong is not None:
-                object_to(wrong.detector, wrong.said, x.name)
-            wrong = trace_finding(result.launched, _asked(kernel, x.call))
-            if wrong is not None:
-                object_to(wrong.detector, wrong.said, x.name)
-        passed = verdicts(compared(x.call, result.out, budget.out, x.plain))
+            for found in (
+                determinism_finding(kernel, x.call, result),
+                trace_finding(result.launched, _asked(kernel, x.call)),
+            ):
+                if found is not None:
+                    object_to(found, x.name)
+        exact = x.budget(kernel.arithmetic_of(x.call)).out
+        passed = verdicts(compared(x.call, result.out, exact, x.plain))
         failed = {name for name, ok in passed.items() if not ok}
         refused |= failed
         if x.family == "gaussian":
@@ -284,10 +315,18 @@ def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: in
     for detector in objected:
         subject.detectors[detector] += 1
     subject.caught += bool(objected - SUSPICIONS)
+    subject.unstated += bool(unstated - SUSPICIONS)
     for name in refused:
         subject.gates_any[name] += 1
     for name in refused_gaussian:
         subject.gates[name] += 1
+
+
+def _arithmetics(kernel: Kernel, call: Call) -> tuple[tuple[bool, Arithmetic], ...]:
+    """The kernel's own, which is stated, and what is assumed of a `py:` kernel that returns the same type."""
+    own = kernel.arithmetic_of(call)
+    assumed = loosest_of(call.q.dtype)
+    return (True, own), (False, assumed if own.out == "f32" else dataclasses.replace(assumed, out=own.out))
 
 
 def _asked(kernel: Kernel, call: Call) -> Callable[[int], RowPlan]:

@@ -24,6 +24,9 @@ from verify.kernels.numbers import (
     type_of,
 )
 
+# The largest offset on the maximum that a kernel is taken to have of which nothing is stated, in nats.
+LARGEST_OFFSET = 3.0
+
 
 class Depths(NamedTuple):
     """Roundings that one term can pass: in the denominator (d_l), the numerator (d_n), the merge (d_m).
@@ -53,7 +56,10 @@ class Arithmetic:
     a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs on from tile to
     tile (0: each tile is a product of its own, added to it); passes: matrix products that a tile of P and V
     takes, each of which rounds that accumulator (more than one where an operand is split); shared_up_to: a
-    row may have the cuts of another row, of up to so many keys, that shares its tile (0: it has its own).
+    row may have the cuts of another row, of up to so many keys, that shares its tile (0: it has its own);
+    stated: the kernel, or whoever wrote its specification, says all of this. Otherwise it is assumed, as the
+    loosest that there is: a bound holds all the same, but nothing may be demanded of it to the bit, nor may
+    any of it excuse what is far off.
     """
 
     p: str = "f16"
@@ -74,6 +80,19 @@ class Arithmetic:
     chained: int = 0
     passes: int = 1
     shared_up_to: int = 0
+    stated: bool = True
+
+    @property
+    def exact_maximum(self) -> bool:
+        """Whether the P of the largest logit is 1, exact in every type: not where the maximum lags behind,
+        nor where it is offset. llama.cpp's 3 * 0.6931 on CUDA gives 0.1250177; even ln 8 gives 0.125 only
+        as nearly as s - (m + ln 8) is rounded."""
+        return not self.stale_maximum and self.p_shift == 0
+
+    @property
+    def promises_bits(self) -> bool:
+        """Whether a row whose weight lies on one key alone must be that key's value, to the bit."""
+        return self.stated and self.exact_maximum
 
     @property
     def truncates(self) -> bool:
@@ -101,6 +120,11 @@ class Arithmetic:
     def tau_p(self) -> float:
         """What a P that underflows may lose, in units of exp(s - m)."""
         return max(FLOAT_TYPES[self.p].tau, EXP_UNDERFLOW) * math.exp(self.p_shift)
+
+    @property
+    def tau_acc(self) -> float:
+        """What a sum in a float16 accumulator may lose where it underflows, in units of exp(s - m)."""
+        return FLOAT_TYPES["f16"].tau * math.exp(self.p_shift) if self.acc == "f16" else 0.0
 
     def depths(self, n_kv: int) -> Depths:
         """Depths of a row with n_kv keys; the loosest order of summation where the plan is not known."""
@@ -134,13 +158,13 @@ def loosest_of(dtype: torch.dtype, *, acc: str | None = None) -> Arithmetic:
 def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:
     """The arithmetic of a kernel about which only its input type (`f16`, `bf16` or `f32`) is known.
 
-    It may pre-scale and round q, hold P and the accumulators in the input type and return it, in any order of
-    summation: a bound that no correct kernel of this type can break. `acc`: the type of its accumulators,
-    where its author vouches for it.
+    It may pre-scale and round q, offset the maximum, hold P and the accumulators in the input type and return
+    it, in any order of summation: a bound that no correct kernel of this type can break. `acc`: the type of
+    its accumulators, where its author vouches for it.
     """
     u = FLOAT_TYPES[input_type].u
     acc = acc or ("f16" if input_type == "f16" else "f32")
     return Arithmetic(
         p=input_type, out=input_type, acc=acc, u=U_F32_TENSOR_CORE, u_q=u, u_part=u, block=None, cuts_at=None,
-        l_from_rounded_p=True, u_tanh=max(2.0**-11, u),
+        l_from_rounded_p=True, u_tanh=max(2.0**-11, u), p_shift=LARGEST_OFFSET, stated=False,
     )  # fmt: skip

@@ -67,9 +67,12 @@ class Budget(NamedTuple):
     expected: torch.Tensor
     # Root of the sum of squares of the single bounds.
     quadrature: torch.Tensor
-    # What roundings of one direction may make of <err, out> / <out, out>, a row; infinite where results are
-    # so small that their type has few of them, and no gain can be told.
+    # What roundings of one direction may make of <err, out> / <out, out>, a row, as the arithmetic says;
+    # infinite where results are so small that their type has few of them, and no gain can be told.
     bias: torch.Tensor
+    # The same, downwards and upwards, with what an arithmetic may do that is only assumed.
+    falls: torch.Tensor
+    rises: torch.Tensor
 
 
 def error_budget(call: Call, arithmetic: Arithmetic) -> Budget:
@@ -109,7 +112,8 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
             out, lse,
             bound=torch.zeros_like(out), lse_bound=torch.full_like(lse, -math.inf), size=size,
             vacuous=torch.zeros(narrow, dtype=torch.bool, device=like.device),
-            expected=torch.zeros_like(out), quadrature=torch.zeros_like(out), bias=torch.zeros_like(lse),
+            expected=torch.zeros_like(out), quadrature=torch.zeros_like(out),
+            bias=torch.zeros_like(lse), falls=torch.zeros_like(lse), rises=torch.zeros_like(lse),
         )
         for _ in arithmetics
     ]  # fmt: skip
@@ -131,10 +135,11 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
                 bound, lse_bound = each.bounds()
                 expected = each.expected()
                 quadrature = each.quadrature(bound)
+                bias, falls, rises = each.bias()
                 for whole, part in (
                     (budget.bound, bound), (budget.lse_bound, lse_bound),
                     (budget.expected, expected), (budget.quadrature, quadrature),
-                    (budget.bias, each.bias()),
+                    (budget.bias, bias), (budget.falls, falls), (budget.rises, rises),
                 ):  # fmt: skip
                     whole[b, chosen] = _by_row(part)
     for budget in budgets:

@@ -22,6 +22,8 @@ MEAN_SQUARE = (3.0 / 8.0) / (3.0 * math.log(2.0))
 # Mean of 1/x for such a mantissa x: what half a unit in the last place is, on average, relative to a number.
 MEAN_INVERSE = 0.5 / math.log(2.0)
 _TAU = FLOAT_TYPES["f16"].tau
+# Exponents of the normal numbers of float16.
+_LEAST_EXPONENT, _MOST_EXPONENT = -14, 16
 # A row of results below so many times half the smallest number of their type is rounded to one of few
 # numbers, or to 0: no gain can be told of it.
 SMALLEST_NUMBERS = 64.0
@@ -93,7 +95,7 @@ class Sums:
         total = total + (gamma_l + gamma_m + 3 * u) * (abs_o + first)
         if a.acc == "f16":
             # Every rounding of a float16 accumulator may also underflow, in units of exp(s - m).
-            total = total + self._depth("d_n") * _TAU / rows.l
+            total = total + self._depth("d_n") * a.tau_acc / rows.l
         total = total + _TAU * ((a.u_v > 0) + (a.u_part > 0))
         total = torch.minimum(total.nan_to_num(nan=math.inf, posinf=math.inf), rows.cap + abs_o)
         out_type, n = FLOAT_TYPES[a.out], rows.n_kv.view(1, -1, 1, 1).double()
@@ -103,13 +105,16 @@ class Sums:
         lse_bound = lse_bound + gamma_l + self.split * gamma_m + from_rounded * rounded_1 / w
         abs_lse = torch.where(rows.empty, 0.0, rows.lse).abs()
         lse_bound = lse_bound + 2 * u * (abs_lse + rows.log_n + 1) + u * rows.largest + U_F32 * abs_lse
+        # The offset is added to the maximum, and back to the logarithm of a sum that it has made smaller.
+        lse_bound = lse_bound + 4 * u * abs(a.p_shift)
         return bound, lse_bound.squeeze(-1)
 
     def expected(self) -> torch.Tensor:
         """Root mean square of the error of a correct kernel, [Hkv, t, r, Dv]."""
         common = self.by_abs[2] + self.alone[3] * self.rows.out.abs()
         variance = MEAN_SQUARE * self._expected_variance(common)
-        return (variance + self._shrinkage().square() + _step(self.rows.out, self.a.out).square() / 12).sqrt()
+        one_way = self._shrinkage().square() + self._stagnation().square()
+        return (variance + one_way + _step(self.rows.out, self.a.out).square() / 12).sqrt()
 
     def quadrature(self, bound: torch.Tensor) -> torch.Tensor:
         """Root of the sum of squares of the single bounds, at most `bound`; after `bounds`."""
@@ -126,24 +131,50 @@ class Sums:
             + (3 * u) ** 2 * self.tiles * (size + rows.out.abs()).square()
             + common.square()
             + self._shrinkage().square()
+            + self._stagnation().square()
             + (out_type.u + U_F32) ** 2 * square_o
-            + (a.acc == "f16") * self._depth("d_n") * (_TAU / rows.l) ** 2
+            + self._depth("d_n") * (a.tau_acc / rows.l) ** 2
             + (out_type.tau + _TAU * ((a.u_v > 0) + (a.u_part > 0))) ** 2
         ).sqrt()
         return torch.minimum(quadrature, bound)
 
-    def bias(self) -> torch.Tensor:
-        """What roundings that go one way may make of <err, o> / <o, o>, [Hkv, t, r].
+    def bias(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What roundings that go one way may make of <err, o> / <o, o>, [Hkv, t, r]: as the arithmetic says;
+        and how far down and up they may take it if the arithmetic is only assumed.
 
-        shrinking <sum p|v|, |o|> / <o, o>: accumulators that truncate (`Arithmetic.shrinking`).
+        With <a> = <a, |o|> / <o, o>, by what the arithmetic says
+
+            shrinking <sum p|v|>                   accumulators that truncate (`Arithmetic.shrinking`)
+            <stagnation>                           float16 accumulators (`_stagnation`)
+            u_p <sqrt(sum p^2 v^2)>                the largest P, where it is no power of two: it is rounded
+                                                   alike in every row, and sum p^2 v^2 >= (p v)^2 of it
+
+        and where it is assumed, the second whatever the maximum is, and downwards alone
+
+            u_p <sum p|v|> + u_out                 P, or the result, truncated: 0.72 of a unit on average
         """
-        out = self.rows.out
-        shrinking = self._per_row([self.a.shrinking(n) for n in self.rows.lengths]).squeeze(-1)
+        a, out = self.a, self.rows.out
         power = out.square().sum(-1)
-        found = shrinking * (self.rows.size * out.abs()).sum(-1) / power.clamp(min=1e-300)
-        least = SMALLEST_NUMBERS * FLOAT_TYPES[self.a.out].tau
-        few = power < least**2 * out.shape[-1]
-        return torch.where(few & (power > 0), math.inf, found)
+
+        def along(x: torch.Tensor) -> torch.Tensor:
+            return (x * out.abs()).sum(-1) / power.clamp(min=1e-300)
+
+        u_p, truncated = FLOAT_TYPES[a.p].u, along(self.rows.size)
+        stagnating = along(self._stagnation())
+        largest = u_p * along(self.rows.p_square_vv.sqrt())
+        bias = self._per_row([a.shrinking(n) for n in self.rows.lengths]).squeeze(-1) * truncated + stagnating
+        if not (a.stated and a.exact_maximum):
+            rises = bias + largest
+        else:
+            rises = bias
+        falls = rises
+        if a.stated:
+            bias = rises
+        else:
+            falls = falls + u_p * truncated + FLOAT_TYPES[a.out].u
+        least = SMALLEST_NUMBERS * FLOAT_TYPES[a.out].tau
+        few = (power < least**2 * out.shape[-1]) & (power > 0)
+        return tuple(torch.where(few, math.inf, x) for x in (bias, falls, rises))  # type: ignore[return-value]
 
     def _shrinkage(self) -> torch.Tensor:
         """What truncating accumulators lose on average, [Hkv, t, r, Dv]: not a random error, it adds up.
@@ -158,13 +189,46 @@ class Sums:
         steps = self._depth("longest") / MMA_KEYS
         if self.a.acc == "f16" and self.a.u != U_F32:
             # Sums among the subnormal numbers lose half a unit a step, and mostly the same way.
-            return (steps * _TAU / self.rows.l).expand_as(self.rows.out)
+            return (steps * self.a.tau_acc / self.rows.l).expand_as(self.rows.out)
         if not self.a.truncates:
             return torch.zeros_like(self.rows.out)
         size = self.rows.size.clamp(min=torch.finfo(torch.float64).tiny)
         one_sign = self.rows.out.abs() / size * (MMA_KEYS / 2**MMA_GUARD_BITS)
         reached = (self.rows.out.square() + self.rows.p_square_vv).sqrt()
         return steps * self.a.passes * U_F32 * MEAN_INVERSE / 2 * reached * (1 + one_sign)
+
+    def _stagnation(self) -> torch.Tensor:
+        """What float16 accumulators lose or gain one way, since their steps are alike: [Hkv, t, r, Dv].
+
+        A part adds N steps of mean mu = |A| / N and deviation sigma to a sum that grows evenly from 0 to A,
+        in units of exp(s - m - p_shift). Among numbers that lie w apart a step becomes a multiple of w. Where
+        sigma is small beside w, every step is rounded the same way: by w / 2 at most, and whole (the sum
+        stagnates) where mu < w / 2. Where it is not, roundings average out: the mean of x - round(x) over a
+        normal x has the Fourier coefficients e^(-2 pi^2 k^2 (sigma/w)^2) / (pi k), whose sum is at most
+
+            h = -ln(1 - e^(-2 pi^2 (sigma/w)^2)) / pi          (k^2 >= k)
+
+        so a step is off by min(w / 2, w h, mu) on average; w is constant between powers of two.
+        """
+        a, rows = self.a, self.rows
+        if a.acc != "f16":
+            return torch.zeros_like(rows.out)
+        keys = MMA_KEYS if a.block is not None and a.cuts_at is not None else 1
+        n = rows.n_kv.view(1, -1, 1, 1).double().clamp(min=1)
+        weight = rows.l * math.exp(-a.p_shift)
+        mean = rows.out.abs() * weight / n
+        spread = (rows.p_square_vv * weight.square() / n - mean.square()).clamp(min=0)
+        mu, sigma = keys * mean, (keys * spread).sqrt()
+        top = (mean * self._depth("longest")).clamp(min=torch.finfo(torch.float64).tiny)
+        lost = torch.zeros_like(top)
+        for exponent in range(_LEAST_EXPONENT, _MOST_EXPONENT):
+            share = (top.clamp(max=2.0 ** (exponent + 1)) - 2.0**exponent).clamp(min=0) / top
+            apart = 2.0 ** (exponent - 10)
+            averaged = -torch.log1p(
+                -torch.exp(-2 * math.pi**2 * (sigma / apart).square()).clamp(max=1 - 1e-12)
+            )
+            lost += share * torch.minimum((averaged / math.pi).clamp(max=0.5) * apart, mu)
+        return lost * n / keys / weight
 
     def _add_sink(self) -> None:
         """The sink is one more key, whose value is 0."""
@@ -189,7 +253,7 @@ class Sums:
     def _exponent_error(self, abs_s: torch.Tensor) -> torch.Tensor:
         """eta of a logit that is given, not computed."""
         u = self.a.u
-        sum_of_logits = abs_s + self.rows.largest
+        sum_of_logits = abs_s + self.rows.largest + abs(self.a.p_shift)
         eta = 4 * u * sum_of_logits + self.tiles * 3 * u
         return eta + self.split * (2 * u * sum_of_logits + 4 * u * self.rows.log_n + 6 * u)
 
@@ -241,7 +305,7 @@ class Sums:
         below = torch.minimum(p.square(), (tau**2 / 3).expand_as(p)) / MEAN_SQUARE
         rounded = torch.where(u_p * p < tau, below, rounded)
         # exp(0) = 1 is exact in every type.
-        exact = (p == 0) if a.stale_maximum else (p == 0) | (block.s == self.rows.top)
+        exact = (p == 0) | (block.s == self.rows.top) if a.promises_bits else (p == 0)
         rounded = torch.where(exact, 0.0, rounded)
         return _Variances(p.square() * relative, rounded)
 
@@ -260,7 +324,7 @@ class Sums:
         if a.acc == "f16":
             # Partial sums grow from nothing to o: like t where signs agree, like sqrt(t) where they do not.
             steps = a.u_acc**2 * d_n * (square_o / 3 + p_square_vv / 2)
-            variance = variance + steps + d_n * _TAU**2 / 3 / MEAN_SQUARE / self.rows.l**2
+            variance = variance + steps + d_n * a.tau_acc**2 / 3 / MEAN_SQUARE / self.rows.l**2
         variance = variance + a.u_v**2 * p_square_vv + a.u_part**2 * size.square()
         if a.u_v or a.u_part:
             variance = variance + _TAU**2 / 3 / MEAN_SQUARE

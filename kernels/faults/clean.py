@@ -15,6 +15,7 @@ from verify.kernels.faults.record import Variant
 from verify.kernels.faults.tile_kernel import Row, State, TileKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, merge_tree
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions
 
@@ -83,6 +84,41 @@ class LazyRescale(TileKernel):
         return replace(super().arithmetic(shape, path), stale_maximum=True)
 
 
+class MaximumOffset(TileKernel):
+    """A constant is added to the maximum, so that P stays small: exp(s - m - offset).
+
+    llama.cpp's CUDA kernels add 3 * 0.6931 (FATTN_KQ_MAX_OFFSET), which is not ln 8: the largest P is
+    0.1250177, 0.125 in float16, while l sums it as it was.
+    """
+
+    offset = 3 * 0.6931
+
+    def update(self, state: State, s: torch.Tensor, v: torch.Tensor) -> None:
+        self.rescaled(state, torch.maximum(state.m, s.amax(-1)))
+        shift = torch.where(torch.isneginf(state.m), 0.0, state.m)
+        p = self.exp(s - (shift + self.offset)[..., None])
+        state.l = state.l + self.summed(p)
+        state.a = self.accumulate(state.a, p.to(FLOAT_TYPES[self.p].dtype).float(), v)
+
+    def closed(self, state: State) -> Part:
+        return super().closed(replace(state, m=state.m + self.offset))
+
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
+        return replace(super().arithmetic(shape, path), p_shift=self.offset)
+
+
+class LargerOffset(MaximumOffset):
+    """An offset of 3 nats."""
+
+    offset = 3.0
+
+
+class OffsetEightfold(MaximumOffset):
+    """An offset of ln 8: the largest P is nearly a power of two, as nearly as s - (m + offset) is."""
+
+    offset = 3 * math.log(2.0)
+
+
 class CompensatedSum(TileKernel):
     """l in float64."""
 
@@ -119,6 +155,16 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("l of rounded P", "the denominator sums rounded P", _tile("l of rounded P", RoundedDenominator)),
     Variant("f16 parts", "partial results stored as float16", _tile("f16 parts", HalfParts, kv=3)),
     Variant("lazy rescale", "the maximum moves in steps of 8 octaves", _tile("lazy rescale", LazyRescale)),
+    Variant("lazy rescale, f16 output", "the same, with a result in float16",
+            _tile("lazy rescale, f16 output", LazyRescale, out="f16", kv=2)),
+    Variant("offset 3 x 0.6931", "llama.cpp's offset on the maximum, sums in float32",
+            _tile("offset 3 x 0.6931", MaximumOffset)),
+    Variant("offset 3 x 0.6931, f16 sums", "the same with float16 sums, as its MMA kernel has them",
+            _tile("offset 3 x 0.6931, f16 sums", MaximumOffset, acc="f16", kv=2),
+            without=("near-overflow",)),
+    Variant("offset 3", "an offset of 3 nats", _tile("offset 3", LargerOffset, kv=2)),
+    Variant("offset ln 8", "an offset by which the largest P is nearly exact",
+            _tile("offset ln 8", OffsetEightfold)),
     Variant("l in float64", "a more exact denominator", _tile("l in float64", CompensatedSum, kv=3)),
     Variant("eager", "the project's own `eager`, three parts",
             _eager("eager", plan=Plan(kv=KVCuts("parts", 3)))),

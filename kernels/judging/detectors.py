@@ -7,8 +7,12 @@ Each sees what the others miss (`docs/numerics.md`):
 - rms: the root mean square of err / E over rows above its limit. Sees errors of many elements that stay
   within the bound; needs distinct logits, since equal ones round alike.
 - quadrature: the largest |err| / Q above sqrt(2 ln(2N / alpha)). A suspicion only.
-- gain: <err, o> / <o, o>, a common factor, many times smaller than any single element shows.
+- gain: <err, o> / <o, o>, a common factor, many times smaller than any single element shows, beyond what
+  roundings that all go one way can make of it.
+- bias: a gain that they can make, of an arithmetic that is not stated. Said, no fault.
 - lse: |lse error| / its bound above 1.
+- contract: an lse of ALiBi slopes that count from another key. Said, no fault.
+- limit: what float16 sums cannot do, and a stated arithmetic that has them does not (`emulation`). Said.
 - trace: what was asked for is not what ran.
 - determinism: two runs give different bits.
 - law: a law of plans (`verify.laws`) does not hold of the rule that cuts calls up.
@@ -29,6 +33,8 @@ from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.judging.figures import (
     LARGEST_RELATIVE_ERROR,
     RowFigures,
+    another_origin,
+    bias_said,
     budget_fault,
     budget_ratio,
     element_ratios,
@@ -41,15 +47,20 @@ from verify.kernels.judging.figures import (
     row_figures,
 )
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.plan import RowPlan
 from verify.kernels.trace import Launched
 
-Detector = Literal["probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism", "law"]
+Detector = Literal[
+    "probe", "budget", "rms", "quadrature", "gain", "bias", "lse", "contract", "limit", "trace",
+    "determinism", "law",
+]  # fmt: skip
 DETECTORS: tuple[Detector, ...] = (
-    "probe", "budget", "rms", "quadrature", "gain", "lse", "trace", "determinism", "law",
+    "probe", "budget", "rms", "quadrature", "gain", "bias", "lse", "contract", "limit", "trace",
+    "determinism", "law",
 )  # fmt: skip
 # A detector that is sure by itself; a suspicion is reported and decides nothing.
-SUSPICIONS: frozenset[Detector] = frozenset({"quadrature"})
+SUSPICIONS: frozenset[Detector] = frozenset({"quadrature", "bias", "contract", "limit"})
 # Chance of one false suspicion in one call.
 ALPHA = 1e-6
 
@@ -59,8 +70,10 @@ class Measures(NamedTuple):
 
     budget: largest |err| / bound, vacuous rows left aside; relative: largest error of a row relative to
     sum_j p_j |v_j| where the budget is vacuous; rms and rms_limit; quadrature and its limit; gain and its
-    limit; lse: largest |lse error| / bound; nonfinite: elements that are NaN or Inf where none is due;
-    vacuous: share of rows; worst: index (b, t, h, column) of the largest |err| / bound.
+    limit, and gain_stated, what chance and the stated arithmetic explain of it; lse: largest |lse error| /
+    bound; nonfinite: elements that are NaN or Inf where none is due; vacuous: share of rows; worst: index
+    (b, t, h, column) of the largest |err| / bound; u_out: unit roundoff of the result's type; another_origin:
+    the lse is off as ALiBi slopes that count from another key make it, and no more.
     """
 
     budget: float
@@ -71,10 +84,13 @@ class Measures(NamedTuple):
     quadrature_limit: float
     gain: float
     gain_limit: float
+    gain_stated: float
     lse: float
     nonfinite: int
     vacuous: float
     worst: tuple[int, int, int, int]
+    u_out: float
+    another_origin: bool = False
 
 
 class Finding(NamedTuple):
@@ -105,7 +121,7 @@ def measure(
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
     quadrature = budget_ratio(error, b.quadrature)[(b.quadrature > 0) & ~b.vacuous[..., None]]
     measured = int((~torch.isnan(rows.rms)).sum())
-    gain, gain_most = _gain(error, rows, b, arithmetic) if distinct else (math.nan, math.nan)
+    gain, gain_most, gain_stated = _gain(error, rows, b, arithmetic) if distinct else (math.nan,) * 3
     lse_error = torch.where(result.lse.double() == b.lse, 0.0, result.lse.double() - b.lse)
     return Measures(
         budget=float(ratio.max()),
@@ -116,28 +132,35 @@ def measure(
         quadrature_limit=math.sqrt(2 * math.log(2 * max(quadrature.numel(), 1) / ALPHA)),
         gain=gain,
         gain_limit=gain_most,
+        gain_stated=gain_stated,
         lse=float(budget_ratio(lse_error, b.lse_bound).max()),
         nonfinite=int(rows.nonfinite.sum()),
         vacuous=float(b.vacuous.double().mean()),
         worst=(worst[0], worst[1], worst[2], worst[3]),
+        u_out=FLOAT_TYPES[arithmetic.out].u,
+        another_origin=another_origin(call, result.lse, b),
     )
 
 
-def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[float, float]:
-    """The gain of all rows of which one can be told, and what rounding alone does not exceed."""
+def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[float, float, float]:
+    """The gain of all rows of which one can be told, what rounding does not exceed, and as is stated."""
     used = torch.isfinite(rows.bias) & (rows.power > 0)
     power = float(rows.power[used].sum())
     if power == 0:
-        return math.nan, math.nan
+        return math.nan, math.nan, math.nan
     out, expected = b.out[used], b.expected[used]
     # <err, o> of a row has the standard deviation |o| |E| if its columns err alike, and that over
     # sqrt(columns) if they do not. They do where values agree: by rho = |o|^2 / |sum p |v||^2.
     rho = (out.norm(dim=-1) / b.size[used].norm(dim=-1)).square().clamp(max=1)
     alike = (rho + (1 - rho) / out.shape[-1]).sqrt()
     deviation = float((out.norm(dim=-1) * expected.norm(dim=-1) * alike).norm()) / power
-    bias = float(pooled_gain(rows.bias[used], rows.power[used], 0))
-    gain = float(pooled_gain(rows.gain[used], rows.power[used], 0))
-    return gain, gain_limit(deviation, bias, a.u)
+
+    def pooled(x: torch.Tensor) -> float:
+        return float(pooled_gain(x[used], rows.power[used], 0))
+
+    gain = pooled(rows.gain)
+    most = pooled(rows.rises if gain > 0 else rows.falls)
+    return gain, gain_limit(deviation, most, a.u), gain_limit(deviation, pooled(rows.bias), a.u)
 
 
 def findings(m: Measures) -> list[Finding]:
@@ -147,10 +170,16 @@ def findings(m: Measures) -> list[Finding]:
         "budget": budget_fault(m.nonfinite, m.budget, m.relative),
         "rms": rms_fault(m.rms, m.rms_limit),
         "gain": gain_fault(m.gain, m.gain_limit),
+        "bias": bias_said(m.gain, m.gain_stated, m.gain_limit, m.u_out),
     }
     if m.quadrature > m.quadrature_limit:
         said["quadrature"] = f"largest |err|/Q is {m.quadrature:.3g}, limit {m.quadrature_limit:.3g}"
-    if not m.lse <= 1:
+    if m.another_origin:
+        said["contract"] = (
+            "lse: ALiBi counts from another key than the row's last: results are right, its lse cannot be"
+            " compared with another kernel's"
+        )
+    elif not m.lse <= 1:
         said["lse"] = f"lse error is {m.lse:.3g} times its bound"
     for detector in DETECTORS:
         if sentence := said.get(detector):

@@ -27,7 +27,7 @@ class Sizes:
     """Sizes of the inputs to draw.
 
     n_kv: visible keys of each row, so T = len(n_kv); edges: keys where something is cut (KV parts, tiles);
-    spare: keys held beyond the longest row.
+    spare: keys held beyond the longest row; v_in_k: V is a view of the first v_size numbers of K (MLA).
     """
 
     n_kv: tuple[int, ...] = (257, 200)
@@ -40,6 +40,7 @@ class Sizes:
     edges: tuple[int, ...] = (64, 128, 192)
     dtype: torch.dtype = torch.float16
     path: AttentionPath = "decode"
+    v_in_k: bool = False
 
     @property
     def keys(self) -> int:
@@ -81,11 +82,10 @@ class Family(NamedTuple):
 def gaussian(g: CounterRandom, sizes: Sizes) -> Draft:
     """q, k, v standard normal: what the tests of others draw."""
     b, t, s, h = sizes.batch, len(sizes.n_kv), sizes.keys, sizes.kv_heads
-    return Draft(
-        g.normal(b, t, h, sizes.ratio, sizes.k_size, device="cpu"),
-        g.normal(b, s, h, sizes.k_size),
-        g.normal(b, s, h, sizes.v_size),
-    )
+    q = g.normal(b, t, h, sizes.ratio, sizes.k_size, device="cpu")
+    k = g.normal(b, s, h, sizes.k_size)
+    # What a family makes of K it makes of V, where V lies in K.
+    return Draft(q, k, k[..., : sizes.v_size] if sizes.v_in_k else g.normal(b, s, h, sizes.v_size))
 
 
 def _add_logits(draft: Draft, sizes: Sizes, logits: torch.Tensor) -> Draft:
@@ -256,14 +256,18 @@ def finish(draft: Draft, sizes: Sizes, *, device: torch.device | str = "cpu") ->
     longest = max(sizes.n_kv)
     for x in (draft.k, draft.v):
         x[:, longest:] = POISON
+    if sizes.v_in_k:
+        # Families that draw another V leave their mark in K.
+        draft.k[..., : sizes.v_size] = draft.v
     kv_len = torch.tensor(sizes.n_kv, dtype=torch.int32).expand(sizes.batch, -1).contiguous()
     options: dict[str, Any] = {
         name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in draft.options.items()
     }
+    k = draft.k.to(sizes.dtype).to(device)
     return checked_call(
         draft.q.flatten(2, 3).to(sizes.dtype).to(device),
-        draft.k.to(sizes.dtype).to(device),
-        draft.v.to(sizes.dtype).to(device),
+        k,
+        k[..., : sizes.v_size] if sizes.v_in_k else draft.v.to(sizes.dtype).to(device),
         kv_len=kv_len.to(device),
         scale=sizes.scale,
         path=sizes.path,

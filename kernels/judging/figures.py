@@ -8,7 +8,8 @@ columns of both, of the bound and of the expected size E (`Budget`):
     relative   ||err|| / ||sum_j p_j |v_j|| |          above 1/8 where it is vacuous: a bug
     rms        sqrt(mean_i (err_i / E_i)^2)            of a right kernel about 1 at most, over many rows
     gain       <err, o> / <o, o>                       a common factor, 1 + gain
-    bias       what roundings that go one way make of the gain, by the kernel's arithmetic
+    bias       what roundings that go one way make of the gain, by the kernel's arithmetic;
+    falls, rises    how far down and up they may take it, where the arithmetic is only assumed
 
 The gain of several rows is that of all their columns together, sum <err, o> / sum <o, o>: the factor that
 fits the result best in least squares. No expected size weighs it, so that two kernels on the same inputs,
@@ -18,11 +19,13 @@ and one kernel under two arithmetics, are measured alike, and rows without a bud
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from verify.kernels.budget.bound import SMALLEST_SIZE, Budget
+from verify.kernels.call import Call
 
 # Where the budget is vacuous, a relative error above this is a bug all the same.
 LARGEST_RELATIVE_ERROR = 1.0 / 8.0
@@ -51,8 +54,10 @@ class RowFigures(NamedTuple):
     rms: torch.Tensor
     # <err, o> / <o, o>, 0 where o is 0.
     gain: torch.Tensor
-    # What roundings of one direction make of it, by the arithmetic.
+    # What roundings of one direction make of it, by the arithmetic; and down and up, where it is assumed.
     bias: torch.Tensor
+    falls: torch.Tensor
+    rises: torch.Tensor
     # <o, o>: by it gains of rows are weighed together.
     power: torch.Tensor
     # Columns that are NaN or Inf, int64.
@@ -80,6 +85,8 @@ def row_figures(error: torch.Tensor, budget: Budget) -> RowFigures:
         rms=_rms(error, budget),
         gain=gain,
         bias=budget.bias,
+        falls=budget.falls,
+        rises=budget.rises,
         power=power,
         nonfinite=nonfinite,
         vacuous=budget.vacuous,
@@ -157,9 +164,26 @@ def rms_limit(rows: int) -> float:
 
 
 def gain_limit(deviation: float, bias: float, u: float) -> float:
-    """What the gain of a right kernel does not exceed: chance, roundings of one direction, and of u_p alone
-    a float32 denominator adds what it rounds, a few u, common to a row."""
+    """What the gain of a right kernel does not exceed: chance, roundings of one direction (`bias`, or `falls`
+    or `rises` by the gain's sign), and of u_p alone a float32 denominator adds what it rounds, a few u,
+    common to a row."""
     return GAIN_SIGMAS * deviation + bias + GAIN_UNITS * u
+
+
+def another_origin(call: Call, lse: torch.Tensor, budget: Budget) -> bool:
+    """Whether an lse [B, T, Hq] is off as that of ALiBi slopes which count from another key, and no more.
+
+    Then it differs from the exact one by slope * c, c the same for all heads of a row, and the weights are
+    the same. Merged with parts of the same row it does no harm; it is not comparable with another kernel's.
+    """
+    if call.alibi_slopes is None or call.alibi_slopes.unique().numel() < 2:
+        return False
+    off = torch.where(lse.double() == budget.lse, 0.0, lse.double() - budget.lse)
+    if not bool(torch.isfinite(off).all()) or bool((off.abs() <= budget.lse_bound).all()):
+        return False
+    slopes = call.alibi_slopes.double()
+    ends = torch.stack([(off - budget.lse_bound) / slopes, (off + budget.lse_bound) / slopes])
+    return bool((ends.amin(0).amax(-1) <= ends.amax(0).amin(-1)).all())
 
 
 # The sentences. Each is None where nothing is wrong; where: " at ..." or ", on ...", after what is wrong.
@@ -197,6 +221,27 @@ def gain_fault(
     said = "results are off, on average by a factor" if shadow else "every result is off by a common factor"
     chance = "" if math.isnan(sigmas) else f"{abs(sigmas):.0f} standard errors; "
     return f"{said} of 1 {gain:+.3g}{where} ({chance}rounding explains {limit:.1g})"
+
+
+def bias_said(gain: float, stated_limit: float, limit: float, u_out: float, where: str = "") -> str | None:
+    """A gain that is no fault: beyond chance and what is stated, within what an assumed arithmetic may do.
+
+    u_out: unit roundoff of the result's type, half of which is half a step of it relative to a number.
+    """
+    if not stated_limit < abs(gain) <= limit:
+        return None
+    below = f"below half a step of its result, {u_out / 2:.2g}"
+    if abs(gain) > u_out / 2:
+        below = f"which roundings that go one way may make, up to {limit:.2g}"
+    return f"biased by {gain:+.2g}{where}, {below}: no fault"
+
+
+def shared_fault(faults: Sequence[str]) -> str:
+    """What is said of faults that a candidate shares with its baseline, whose bits it has.
+
+    faults: the baseline's, as sentences that begin with "both".
+    """
+    return f"{faults[0]}, bit for bit the same: not this change"
 
 
 def graveness(nonfinite: int, ratio: float, relative: float) -> tuple[bool, float]:

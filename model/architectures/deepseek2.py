@@ -163,10 +163,11 @@ class Deepseek2(Architecture):
         kv = products(h, weights["attn_kv_a_mqa"])
         latent = rms_norm(kv[:, : self.latent], weights["attn_kv_a_norm"], self.eps)[:, None]
         k_rope = self.rope(kv[:, None, self.latent :], positions)
-        whole_q = torch.cat((self.rope(q_rope, positions), absorbed), -1)
+        # The latent part comes first, as everywhere in this project: V is the first v_size numbers of K.
+        whole_q = torch.cat((absorbed, self.rope(q_rope, positions)), -1)
         if self.temperature is not None:
             whole_q = whole_q * self.temperature(positions).to(whole_q.dtype)[:, None, None]
-        return AttentionInputs(whole_q, torch.cat((k_rope, latent), -1), latent)
+        return AttentionInputs(whole_q, torch.cat((latent, k_rope), -1), latent)
 
     def attention_output(
         self, layer: int, o: torch.Tensor, weights: Weights, products: Products

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from verify.arms.own_error import _all_rows, _some_rows
-from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput
-from verify.kernels.judging.detectors import measure
+from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.families import Sizes, draw
 from verify.kernels.judging.figures import (
     budget_fault,
@@ -46,7 +47,9 @@ def by_hand() -> Budget:
         vacuous=torch.tensor([False, True, False, False])[None, :, None],
         expected=of_rows(EXPECTED),
         quadrature=of_rows(BOUND),
-        bias=torch.tensor([1e-6, 3e-6, 0.0, math.inf], dtype=torch.float64)[None, :, None],
+        bias=(bias := torch.tensor([1e-6, 3e-6, 0.0, math.inf], dtype=torch.float64)[None, :, None]),
+        falls=2 * bias,
+        rises=bias,
     )
 
 
@@ -112,6 +115,27 @@ def test_a_gain_does_not_depend_on_the_arithmetic_that_is_assumed() -> None:
     )
     assert narrow == pytest.approx(wide, rel=1e-9)
     assert narrow == pytest.approx(1e-4, rel=0.2)
+
+
+def test_a_bias_that_an_assumed_arithmetic_can_make_is_said_and_is_no_fault() -> None:
+    """As torch's flash attention on a CPU: 1.3e-5 too small, in float16."""
+    call = draw("gaussian", Sizes(n_kv=(1024,) * 16), 1)
+    kernel = build_kernel("eager:p=f32")
+    result = kernel.run(call)
+    small = AttentionOutput(result.out * (1 - 1.5e-4), result.lse)
+    stated = findings(measure(call, small, kernel.arithmetic_of(call), distinct=True))
+    assert "gain" in {f.detector for f in stated}
+    assumed = replace(loosest("f16", acc="f32"), u_part=0.0, u_q=0.0)
+    (said,) = findings(measure(call, small, assumed, distinct=True))
+    assert said.detector == "bias"
+    assert "biased by -0.00015, below half a step of its result, 0.00024: no fault" in said.said
+    # Nothing that goes one way makes results larger where no key weighs much of the sum.
+    call = draw("one-sign", Sizes(n_kv=(1024,) * 16), 1)
+    result = kernel.run(call)
+    for factor, said_of in ((1 + 3e-4, "gain"), (1 - 3e-4, "bias")):
+        scaled = AttentionOutput(result.out * factor, result.lse)
+        found = {f.detector for f in findings(measure(call, scaled, assumed, distinct=True))}
+        assert said_of in found and not {"gain", "bias"} - {said_of} & found
 
 
 def test_sentences() -> None:

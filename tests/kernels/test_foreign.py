@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from support.problems import problem
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 
 FILE = Path(__file__).parents[1] / "support/user_kernels.py"
@@ -121,3 +124,63 @@ def test_a_file_that_does_not_import(tmp_path: Path) -> None:
     broken.write_text("import nothing_of_this_name\n")
     with pytest.raises(SpecError, match="does not import: ModuleNotFoundError"):
         build_kernel(f"py:{broken}::f")
+
+
+WORLD = FILE.with_name("world_kernels.py")
+
+
+@pytest.mark.parametrize(
+    ("form", "takes", "left_out"),
+    [
+        ("module", {"softcap"}, ""),
+        ("behind_args", {"sliding_window"}, "softcap (TypeError)"),
+        ("ignores_the_rest", {"sinks"}, "softcap (ignored)"),
+        ("built_in", set(), "sinks (TypeError)"),
+        ("operator", set(), "sinks (RuntimeError)"),
+    ],
+)
+def test_what_a_callable_takes_is_found_by_asking_it(form: str, takes: set[str], left_out: str) -> None:
+    """Every form of the same right kernel runs, and what it does not take is left out and said."""
+    kernel = build_kernel(f"py:{WORLD}::{form}")
+    has = kernel.capabilities()
+    names = {"sliding_window": has.sliding_window, "softcap": has.softcap, "sinks": has.sinks}
+    assert {name for name, taken in names.items() if taken} == takes and not has.alibi
+    assert left_out in " ".join(kernel.notes) and bool(kernel.notes) == bool(left_out)
+    call = problem(batch=2, rows=3)
+    assert (kernel.run(call).out - exact_attention(call).out).abs().max() < 1e-3
+    kernel.close()
+
+
+def test_a_function_that_names_an_option_is_held_to_it() -> None:
+    kernel = build_kernel(f"py:{WORLD}::ignores_sinks_by_name")
+    assert kernel.capabilities().sinks and not kernel.notes
+    kernel.close()
+
+
+@pytest.mark.parametrize(("function", "out"), [("returns_f16", "f16"), ("returns_bf16", "bf16")])
+def test_the_budget_is_that_of_the_type_that_came_back(function: str, out: str) -> None:
+    call = problem(batch=1, rows=3)
+    kernel = build_kernel(f"py:{WORLD}::{function},acc=f32")
+    assert kernel.arithmetic_of(call).out == "f16"  # of float16 inputs, until it has run
+    result = kernel.run(call)
+    assert kernel.arithmetic_of(call).out == kernel.result_type(call) == out
+    budget = error_budget(call, kernel.arithmetic_of(call))
+    assert float(budget_ratio(result.out - budget.out, budget.bound).max()) <= 1
+    kernel.close()
+
+
+def test_that_no_budget_applies_is_said_once_with_what_to_add() -> None:
+    short, long = (draw("gaussian", Sizes(n_kv=(n,), kv_heads=1, ratio=1, edges=()), 0) for n in (127, 128))
+    kernel = build_kernel(f"py:{WORLD}::plain")
+    kernel.run(short)
+    assert not kernel.notes
+    for _ in range(2):
+        kernel.run(long)
+    (note,) = kernel.notes
+    assert "from 128 keys on no rounding budget applies; add acc=f32" in note
+    assert bool(error_budget(long, kernel.arithmetic_of(long)).vacuous.all())
+    stated = build_kernel(f"py:{WORLD}::plain,acc=f32")
+    stated.run(long)
+    assert not stated.notes and not error_budget(long, stated.arithmetic_of(long)).vacuous.any()
+    kernel.close()
+    stated.close()

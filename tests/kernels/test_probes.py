@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.eager import EagerKernel
-from verify.kernels.faults import FAULTS
+from verify.kernels.faults import FAULTS, VARIANTS
 from verify.kernels.judging.families import POISON, Sizes
 from verify.kernels.judging.probes import (
     Probe,
@@ -18,6 +19,7 @@ from verify.kernels.judging.probes import (
     constant_v,
     counted,
     empty_rows,
+    judge,
     last_key_edge,
     one_hot,
     one_hot_edges,
@@ -136,6 +138,35 @@ def test_a_key_that_is_not_read_is_named(key: int) -> None:
 def test_the_probe_made_for_a_fault_sees_it(fault: str, probe: Probe) -> None:
     kernel = next(f for f in FAULTS if f.name == fault).build()
     assert check(probe, kernel)
+
+
+OFFSETS = ["offset 3 x 0.6931", "offset 3 x 0.6931, f16 sums", "offset 3", "offset ln 8", "lazy rescale"]
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.parametrize("keys", [150, 600])
+def test_an_offset_on_the_maximum_is_no_fault(name: str, keys: int) -> None:
+    """Whether it is stated or not: the largest P is 0.1250177 in l, and 0.125 in the numerator."""
+    kernel = next(v for v in VARIANTS if v.name == name).build()
+    off = 0
+    for probe in standard_probes(Sizes(n_kv=(keys, 65, 1), edges=(64, 128))):
+        result = kernel.run(probe.call)
+        for arithmetic in (kernel.arithmetic_of(probe.call), loosest("f16")):
+            assert [str(f) for f in judge(probe, result, arithmetic)] == []
+        if probe.demand == "bits" and probe.out is not None:
+            off += not torch.equal(result.out.double(), probe.out)
+    # Bits would have been too much to ask for.
+    assert off == 0 if name == "lazy rescale" else off > 0
+
+
+@pytest.mark.parametrize("assumed", [loosest("f16"), loosest("bf16")], ids=["f16", "bf16"])
+@pytest.mark.parametrize("key", [0, 63, 149])
+def test_another_keys_value_is_seen_though_no_bits_are_due(key: int, assumed: Arithmetic) -> None:
+    probe = one_hot(SIZES)
+    kernel = build_kernel("eager:kv=3")
+    probe.call.v[:, key, 1] = probe.call.v[:, (key + 1) % 150, 1]
+    failures = judge(probe, kernel.run(probe.call), assumed, most=1000)
+    assert {failure.key for failure in failures} == {key}
 
 
 def test_unequal_counts_are_what_shows_the_base() -> None:

@@ -73,15 +73,23 @@ def test_a_common_factor_is_broken_though_no_element_shows_it(tiny: Tiny, tmp_pa
     kernel.write_text(
         KERNELS.read_text()
         + "\ndef scaled(q, k, v, *, kv_len, scale):\n"
+        + "    return good(q, k, v, kv_len=kv_len, scale=scale)[0] * (1 + 2e-3)\n"
+        + "\ndef slightly(q, k, v, *, kv_len, scale):\n"
         + "    return good(q, k, v, kv_len=kv_len, scale=scale)[0] * (1 + 1e-4)\n"
     )
     done, report = run(tiny, tmp_path / "run", "--candidate", f"py:{kernel}::scaled")
     assert done.returncode == 1
     assert report["verdict"] == "broken"
-    assert "off by a common factor of 1 +0.0001" in " ".join(report["reasons"])
+    assert "off by a common factor of 1 +0.002" in " ".join(report["reasons"])
     entry = next(line for line in report["in_place"] if line["arm"] == "candidate")
     assert entry["max_budget_ratio"] < 1
-    assert entry["gain_mean"] == pytest.approx(1e-4, rel=0.05)
+    assert entry["gain_mean"] == pytest.approx(2e-3, rel=0.05)
+    # Less than P in float16 explains, of which nothing is stated here, is said: precision was lost, no fault.
+    done, report = run(tiny, tmp_path / "less", "--candidate", f"py:{kernel}::slightly")
+    assert report["verdict"] == "degraded"
+    assert "slightly: biased by +0.0001, on the exact arm's own q, k and v, below half a step" in " ".join(
+        report["notes"]
+    )
 
 
 def test_layers_have_a_line_a_head_and_places_in_the_text(five: tuple[dict[str, Any], Path]) -> None:

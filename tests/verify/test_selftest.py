@@ -14,7 +14,10 @@ from verify.commands import selftest as command
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.selftest import run_selftest
 
-SOME = {"base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain", "bf16 P"}
+SOME = {
+    "base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain", "bf16 P",
+    "offset 3 x 0.6931", "offset 3 x 0.6931, f16 sums",
+}  # fmt: skip
 PLANS = {fault.name for fault in PLAN_FAULTS}
 
 
@@ -96,11 +99,34 @@ def test_every_known_fault_is_run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_the_whole_corpus_over_20_seeds() -> None:
     found = run_selftest(20)
     assert [s.name for s in found.missed] == []
     assert [s.name for s in found.false_alarms] == []
+    assert [s.name for s in found.false_alarms_unstated] == []
+    assert {s.name for s in found.missed_unstated} <= HIDDEN_UNSTATED
+
+
+# What a float16 kernel of which nothing is stated may do as well: a narrow sum for logits, and P of the
+# largest key rounded the same way in every row.
+HIDDEN_UNSTATED = {"f16 logits", "wrong by 2e-4"}
+
+
+def test_clean_offsets_are_clean_and_faults_are_caught_though_nothing_is_stated(
+    result: selftest.SelftestResult,
+) -> None:
+    assert {s.name for s in result.missed_unstated} <= HIDDEN_UNSTATED
+    assert [s.name for s in result.false_alarms_unstated] == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason='waits for "What arithmetic is this?": nothing is stated or identified'
+)
+@pytest.mark.parametrize("name", sorted(HIDDEN_UNSTATED))
+def test_every_fault_is_caught_with_the_arithmetic_of_a_py_kernel(name: str) -> None:
+    (subject,) = run_selftest(1, only=lambda each: each == name).subjects
+    assert subject.unstated == 1
 
 
 def test_a_device_that_is_not_one() -> None:

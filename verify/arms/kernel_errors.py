@@ -7,16 +7,26 @@ what no single element shows: the gain, a common factor, and the root mean squar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from verify.arms.arm import Arm
 from verify.arms.own_error import HeadErrors, fault_of
 from verify.arms.records import InPlaceRecord, LayerErrors
-from verify.kernels.judging.figures import gain_fault, gain_limit, graveness, rms_fault, rms_limit
-from verify.kernels.numbers import U_F32
+from verify.kernels.call import Shape
+from verify.kernels.judging.figures import (
+    bias_said,
+    gain_fault,
+    gain_limit,
+    graveness,
+    rms_fault,
+    rms_limit,
+)
+from verify.kernels.numbers import FLOAT_TYPES, U_F32
 
 # Layer, head and window: fewer say nothing about a mean.
 FEWEST_CHECKS = 4
@@ -28,8 +38,9 @@ class KernelErrors(NamedTuple):
     """One kernel's errors in place, over all layers, heads and windows.
 
     gain: mean of <error, exact> / <exact, exact>, gain_se its standard error (layers, heads and windows
-    taken as independent); gain_limit: what rounding alone does not exceed; rms_ratio: of error over expected
-    size.
+    taken as independent); gain_limit: what rounding alone does not exceed, gain_stated: as the kernel's
+    arithmetic is stated, less where the limit rests on one that is only assumed; rms_ratio: of error over
+    expected size.
     """
 
     checks: int
@@ -40,6 +51,7 @@ class KernelErrors(NamedTuple):
     gain: float
     gain_se: float
     gain_limit: float
+    gain_stated: float
 
     @property
     def gain_z(self) -> float:
@@ -57,7 +69,7 @@ def kernel_errors(rows: pa.Table) -> KernelErrors | None:
     figure = {name: rows[name].to_numpy() for name in rows.column_names if name not in ("arm", "path")}
     gain = figure["gain"]
     se = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) >= FEWEST_CHECKS else math.inf
-    bias = _mean(figure["gain_bias"])
+    one_way = figure["gain_rises" if gain.mean() > 0 else "gain_falls"]
     return KernelErrors(
         checks=len(gain),
         max_budget_ratio=_most(figure["max_budget_ratio"]),
@@ -66,7 +78,8 @@ def kernel_errors(rows: pa.Table) -> KernelErrors | None:
         rms_ratio=math.sqrt(_mean(figure["rms_ratio"] ** 2)),
         gain=float(gain.mean()),
         gain_se=se,
-        gain_limit=gain_limit(se, bias, U_F32),
+        gain_limit=gain_limit(se, _mean(one_way), U_F32),
+        gain_stated=gain_limit(se, _mean(figure["gain_bias"]), U_F32),
     )
 
 
@@ -134,6 +147,19 @@ def faults_in_common(whole: KernelErrors, called: str) -> list[str]:
         rms_fault(whole.rms_ratio, rms_limit(whole.checks), IN_PLACE),
     )
     return [f"{called}: {fault}" for fault in found if fault]
+
+
+def said_in_common(layers: pa.Table, arms: Sequence[Arm], shape: Shape) -> list[str]:
+    """What is no fault of a kernel and worth a word: a bias that roundings can make. shape: of any call."""
+    found = []
+    for arm in arms:
+        whole = kernel_errors(rows_of(layers, arm.name)) if arm.kernel is not None else None
+        if arm.kernel is None or whole is None or arm.role not in ("baseline", "candidate"):
+            continue
+        u_out = FLOAT_TYPES[arm.kernel.arithmetic(shape, arm.path).out].u
+        said = bias_said(whole.gain, whole.gain_stated, whole.gain_limit, u_out, IN_PLACE)
+        found += [f"{arm.spec}: {said}"] if said else []
+    return found
 
 
 def _mean(values: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from verify.arms.records import ModelRecord
 from verify.arms.result_type import Match, is_matched, matched, shows_its_type
 from verify.kernels.call import AttentionPath, Call, Shape, checked_call
 from verify.kernels.errors import KernelFailure
+from verify.kernels.heads import Heads
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
@@ -56,6 +57,12 @@ def check_shapes(specs: Sequence[str], shapes: Sequence[ModelShape], path: Atten
             raise UsageError(f"kernel {spec!r} does not fit this shape: {error}") from None
         finally:
             kernel.close()
+
+
+def any_call(architecture: Architecture) -> Shape:
+    """The shape of a call of this model: one row that sees one key."""
+    sizes = architecture.sizes
+    return Shape(1, 1, 1, Heads(q=sizes.heads, kv=sizes.kv_heads, k_size=sizes.k_size, v_size=sizes.v_size))
 
 
 def check_lengths(n_kvs: Sequence[int], shapes: Sequence[ModelShape], device: torch.device) -> None:

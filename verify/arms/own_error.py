@@ -43,8 +43,9 @@ class HeadErrors(NamedTuple):
     nonfinite: rows with NaN or Inf. Over the sampled rows and those that err most, NaN where the window was
     not sampled: max_budget_ratio: largest |error| / budget where the budget is not vacuous; relative_max:
     largest ||error|| / ||sum p|v||| of a row with a vacuous budget. Over the sampled ones alone: rms_ratio:
-    root mean square of error / expected size; vacuous: share of rows with such a budget; gain_bias: the
-    common shrinking that accumulators may have which truncate. position: of the worst row.
+    root mean square of error / expected size; vacuous: share of rows with such a budget; gain_bias: what
+    roundings that go one way may make of the gain, as the kernel states its arithmetic; gain_falls,
+    gain_rises: how far down and up they may take it where it is only assumed. position: of the worst row.
     """
 
     window: int
@@ -59,6 +60,8 @@ class HeadErrors(NamedTuple):
     relative_max: float
     vacuous: float
     gain_bias: float
+    gain_falls: float
+    gain_rises: float
     nonfinite: int
     position: int
 
@@ -226,6 +229,8 @@ def _some_rows(
         "relative_max": rows.relative.amax(1),
         "vacuous": rows.vacuous[:, first].double().mean(1),
         "gain_bias": pooled_gain(rows.bias[:, first], rows.power[:, first], 1),
+        "gain_falls": pooled_gain(rows.falls[:, first], rows.power[:, first], 1),
+        "gain_rises": pooled_gain(rows.rises[:, first], rows.power[:, first], 1),
         "position": (kv_len.double() - 1)[finite.severity.argmax(1)],
     }
     windows = figures["nonfinite"].shape

@@ -37,6 +37,7 @@ def command(
     inputs: Annotated[
         str, typer.Option("--inputs", help="families, comma between, or all; default all")
     ] = "",
+    strict: options.Strict = False,
     captured_from: Annotated[
         str | None,
         typer.Option("--captured-from", help="run folder of verify ppl --capture"),
@@ -90,6 +91,7 @@ def command(
         captured_from=captured_from,
         rows=rows,
         allow_same=allow_same,
+        strict=strict,
     )
     check_settings(settings)
     folder = RunFolder.begin(out, "diff", groups=False)

@@ -41,6 +41,12 @@ SplitMode = Annotated[
 Gpus = Annotated[
     int, typer.Option("--gpus", help="GPUs of the engine that is reproduced; any device runs them all")
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="a kernel of yours must be right for n_kv = 0 too, which engines never ask"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")]
 
 

@@ -39,6 +39,7 @@ def command(
         typer.Option("--profile", help="engine: a fixed grid of the calls that engines make, within budget"),
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")] = None,
+    strict: options.Strict = False,
     device: options.Device = None,
     json_: options.Json = False,
 ) -> int:
@@ -66,7 +67,7 @@ def command(
     if junit is not None:
         check_writable("--junit", junit)
     on = chosen_device(device or default_device())
-    subject = subject_of(spec, on)
+    subject = subject_of(spec, on, strict=strict)
     threads = torch.get_num_threads()
     # Tensors are small here: threads would mostly wait for each other.
     torch.set_num_threads(1)
@@ -75,7 +76,7 @@ def command(
             results = [_one_case(laws[0], subject, case)]
         else:
             results = _run(laws, subject, examples, seed)
-        notes = list(subject.kernel.notes)
+        notes = [*subject.kernel.notes, *subject.said]
     finally:
         torch.set_num_threads(threads)
         subject.close()

@@ -102,6 +102,11 @@ def _summary(result: SelftestResult) -> list[str]:
         f"mutation score: {faults - len(result.missed)} of {faults} faults caught with every seed"
         f" ({result.score:.1%}), {result.seeds} seeds, {result.seconds:.0f} s",
     ]
+    missed = result.missed_unstated
+    lines.append(
+        f"  of a kernel that states no arithmetic, as py: by default: {faults - len(missed)} of {faults}"
+        + (f"; not {', '.join(s.name for s in missed)}" if missed else "")
+    )
     for gate in GATES:
         lines.append(
             f"  {gate.name} ({gate.rule}): {result.gate_score(gate.name)} on Gaussian inputs,"
@@ -114,4 +119,7 @@ def _summary(result: SelftestResult) -> list[str]:
     lines += [f"missed: {s.name}: caught with {s.caught} of {result.seeds} seeds" for s in result.missed]
     for subject in result.false_alarms:
         lines += [f"false alarm: {subject.name}: {said}" for said in subject.said.values()]
+    for subject in result.false_alarms_unstated:
+        for said in subject.unstated_said.values():
+            lines.append(f"false alarm where no arithmetic is stated: {subject.name}: {said}")
     return lines

@@ -25,8 +25,9 @@ from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.detectors import SUSPICIONS, Finding, Measures, findings, measure
+from verify.kernels.judging.emulation import limit_of_float16_sums
 from verify.kernels.judging.families import FAMILIES
-from verify.kernels.judging.figures import LARGEST_RELATIVE_ERROR, element_ratios
+from verify.kernels.judging.figures import LARGEST_RELATIVE_ERROR, element_ratios, shared_fault
 from verify.kernels.judging.gates import compared, nmse, plain_attention, verdicts
 from verify.kernels.kernel import Kernel
 from verify.kernels.trace import LaunchTrace
@@ -73,6 +74,8 @@ class KernelEvidence:
     gates: dict[str, bool] = field(default_factory=dict)
     probes_failed: list[str] = field(default_factory=list)
     refused: bool = False
+    # What it does not keep of the contract, where that is no fault.
+    contract: str = ""
     nmse: float = math.nan
     worst: tuple[int, ...] = ()
     worst_values: tuple[float, float] = (math.nan, math.nan)
@@ -148,6 +151,8 @@ class Cell:
     bitwise_equal: bool
     same_spec: bool
     stratum: Stratum | None
+    # A fault that both have, bit for bit the same.
+    shared: str = ""
 
 
 def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> list[KernelEvidence | None]:
@@ -303,12 +308,20 @@ def _hold(
         measures = measures._replace(lse=max(measures.lse, one.lse))
     found.measures = measures
     found.findings = findings(measures)
+    if family is not None and any(finding.detector == "budget" for finding in found.findings):
+        # Of inputs that were drawn; what overflows on a real model's is wrong there.
+        asked = inputs.call
+        held = replace(due.held, q=asked.q, kv_len=asked.kv_len, shape=asked.shape)
+        limit = limit_of_float16_sums(held, output.out, due.exact_held, due.arithmetic)
+        if limit is not None:
+            kept = [f for f in found.findings if f.detector in SUSPICIONS or f.detector == "lse"]
+            found.findings = [*kept, Finding("limit", limit)]
     found.worst = measures.worst
     exact = due.exact[:, :rows]
     found.gates = verdicts(compared(due.held, head.out, exact, plain))
     found.nmse = nmse(output.out, due.exact)
     ratio = element_ratios(head.out.double() - budget.out, budget)
-    found.energy, found.given_energy = (_energy(output.out.double() - x) for x in (due.exact_held, due.exact))
+    found.energy, found.given_energy = (_energy(output.out, x) for x in (due.exact_held, due.exact))
     found.heat = ratio[0].amax(-1).cpu().numpy()
     found.ratios = ratio.flatten().cpu().numpy()
 
@@ -322,9 +335,9 @@ def smallest_squares(exact: torch.Tensor, out: str) -> torch.Tensor:
     return (torch.exp2((exponent - bits).clamp(min=least)) / 4).square()
 
 
-def _energy(error: torch.Tensor) -> np.ndarray:
-    """Mean square error [B * T, Hq] of each row and head; what is NaN or Inf is judged elsewhere."""
-    squares = torch.where(torch.isfinite(error), error, 0.0).square().mean(-1)
+def _energy(out: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+    """Mean square error [B * T, Hq] of each row and head; NaN and Inf are off by the whole result."""
+    squares = torch.where(torch.isfinite(out), out.double() - exact, exact).square().mean(-1)
     return np.asarray(squares.flatten(0, 1).cpu().numpy())
 
 
@@ -333,8 +346,14 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
     faults = [*faults_of(candidate, "candidate"), *faults_of(baseline, f"baseline {baseline.spec}")]
     a, b = candidate.output, baseline.output
     equal = a is not None and b is not None and same_bits(a.out, b.out)
+    shared = ""
+    both_have = faults_of(baseline, "both")
+    if both_have and (equal or candidate.probes_failed == baseline.probes_failed != []):
+        # What both have to the bit is not the candidate's doing.
+        shared, faults = shared_fault(both_have), []
     family = FAMILIES.get(inputs.family)
-    comparable = not faults and (family is None or family.distinct) and candidate.exact is not None
+    comparable = not faults and not shared and (family is None or family.distinct)
+    comparable = comparable and candidate.exact is not None
     return Cell(
         inputs,
         baseline,
@@ -345,6 +364,7 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
         stratum=_stratum(inputs, baseline, candidate) if comparable else None,
+        shared=shared,
     )
 
 

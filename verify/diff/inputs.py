@@ -46,6 +46,8 @@ class DiffSettings:
     first_seed: int = 0
     margin: float = DEFAULT_MARGIN
     captured_from: str | None = None
+    # A user's kernel must be right for a row that sees no key.
+    strict: bool = False
     rows: int = DEFAULT_ROWS
     allow_same: bool = False
 
@@ -154,6 +156,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
         v_size=shape.v_size,
         edges=edges,
         path=settings.path,
+        v_in_k=shape.v_in_k,
     )
 
 

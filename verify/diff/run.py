@@ -56,6 +56,8 @@ def run_diff(
     base_traces = {spec: LaunchTrace() for spec in baselines}
     left_out: dict[str, set[str]] = {}
     few_words: list[str] = []
+    # Findings that are no faults, in the order in which they came.
+    said: dict[str, None] = {}
     stopped, interrupted, examined = "", False, 0
     each: Inputs | Probing | None = None
     try:
@@ -67,7 +69,9 @@ def run_diff(
             if isinstance(each, Probing):
                 if (why := why_not_one_hot(each.sizes)) is not None:
                     few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
-                found = [None if one.refused else one for one in probe_kernels(kernels, each, device, clock)]
+                probed = probe_kernels(kernels, each, device, clock, strict=settings.strict)
+                said |= dict.fromkeys(one.contract for one in probed if one.contract)
+                found = [None if one.refused else one for one in probed]
             else:
                 found = examine(kernels, each, clock)
             family = PROBES if isinstance(each, Probing) else each.family
@@ -111,7 +115,8 @@ def run_diff(
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
     notes = sorted({note for kernel in (*baselines.values(), *candidates) for note in kernel.notes})
     notes += [match.said for match in matches if match.said]
-    notes += [*dict.fromkeys(few_words), *([stopped] if stopped else [])]
+    said |= dict.fromkeys(f"{c.candidate.spec}: {c.shared}" for of in cells for c in of if c.shared)
+    notes += [*said, *dict.fromkeys(few_words), *([stopped] if stopped else [])]
     notes += [
         f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
         for spec, families in left_out.items()

@@ -34,7 +34,8 @@ class StepCheck(NamedTuple):
     what the kernel's own cache holds: what a cache loses is distance, not a fault. max_budget_ratio: largest
     |error| / budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head
     where it is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst;
-    relative_rms, rms_ratio, gain, gain_bias: as in `verify.arms.own_error.HeadErrors`.
+    relative_rms, rms_ratio, gain, gain_bias, gain_falls, gain_rises: as in
+    `verify.arms.own_error.HeadErrors`.
     """
 
     step: int
@@ -51,6 +52,8 @@ class StepCheck(NamedTuple):
     rms_ratio: float = math.nan
     gain: float = math.nan
     gain_bias: float = math.nan
+    gain_falls: float = math.nan
+    gain_rises: float = math.nan
 
     @property
     def fault(self) -> str | None:
@@ -129,6 +132,8 @@ class CheckedExact:
                 rms_ratio=float(pooled_rms(figures.rms, every)),
                 gain=float(gain),
                 gain_bias=float(pooled_gain(figures.bias, figures.power, every)),
+                gain_falls=float(pooled_gain(figures.falls, figures.power, every)),
+                gain_rises=float(pooled_gain(figures.rises, figures.power, every)),
             )
         )
 

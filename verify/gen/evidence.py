@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from verify.arms.arm import Arm, Findings, void_reasons
-from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of
-from verify.arms.model_facts import model_record
+from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of, said_in_common
+from verify.arms.model_facts import any_call, model_record
 from verify.arms.model_health import model_fault
 from verify.arms.records import SCHEMA, coverage_records
 from verify.arms.split_mode import tensor_parallel_record
@@ -29,7 +29,7 @@ from verify.gen.run import Generation, Step, Written
 from verify.judge.run_verdict import run_verdict
 from verify.judge.statistics import ratio_of_samples
 from verify.judge.verdict import Decision, PairEvidence, decide
-from verify.kernels.judging.figures import graveness
+from verify.kernels.judging.figures import graveness, shared_fault
 from verify.machine import environment
 from verify.ppl.groups import TOKEN_SCHEMA
 
@@ -50,12 +50,16 @@ def pair_record(
     finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in both)
     distance = ratio_of_samples(np.array(logs), "this text only") if enough and finite else None
     coverage = _coverage(generation, candidate, steps)
+    faults = [
+        *_faults(generation, written, candidate, of_candidate, "candidate"),
+        *_faults(generation, written, baseline, of_baseline, f"baseline {baseline.spec}"),
+    ]
+    shared = ""
+    if equal and (both_have := _faults(generation, written, baseline, of_baseline, "both")):
+        shared, faults = shared_fault(both_have), []
     decision = decide(
         PairEvidence(
-            faults=[
-                *_faults(generation, written, candidate, of_candidate),
-                *_faults(generation, written, baseline, of_baseline),
-            ],
+            faults=faults,
             same_spec=candidate.spec == baseline.spec,
             coverage=coverage,
             bitwise_equal=equal,
@@ -68,6 +72,8 @@ def pair_record(
             narrowed_by="more tokens (-n) narrow it",
         )
     )
+    if shared:
+        decision = Decision(decision.verdict, [*decision.reasons, shared])
     text = generation.tokenizer.token_text
     klds = [step.arms[candidate.name].kld_to_baseline for step in steps]
     first = written.first.get(candidate.name)
@@ -116,9 +122,8 @@ def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> 
     return sum(step.n_kv in changed for step in steps) / max(len(steps), 1)
 
 
-def _faults(generation: Generation, written: Written, arm: Arm, findings: Findings) -> list[str]:
-    """What makes an arm `broken`, as sentences."""
-    called = "candidate" if arm.role == "candidate" else f"baseline {arm.spec}"
+def _faults(generation: Generation, written: Written, arm: Arm, findings: Findings, called: str) -> list[str]:
+    """What makes an arm `broken`, as sentences that begin with `called`."""
     faults = []
     if findings.failure is not None and not findings.refused:
         steps = len([s for s in written.steps if arm.name in s.arms])
@@ -165,7 +170,8 @@ def conclude(generation: Generation, written: Written) -> GenRun:
         ],
         void_reasons(generation.arms, findings),
     )
-    settings, notes = generation.settings, generation.notes
+    settings, shape = generation.settings, any_call(generation.architecture)
+    notes = [*generation.notes, *said_in_common(generation.exact.table(), generation.arms, shape)]
     if written.ended:
         notes = [*notes, f"{written.ended} after {len(written.steps)} of {settings.n_predict} tokens"]
     traces = {arm.name: generation.launched(arm.name) for arm in generation.arms if arm.kernel}

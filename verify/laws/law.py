@@ -16,6 +16,7 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from verify.kernels.capabilities import Capabilities, Promise
+from verify.kernels.judging.contract import empty_row_finding
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
 from verify.kernels.numbers import FLOAT_TYPES
@@ -59,6 +60,16 @@ class Subject:
     plan: Callable[[Options], Plan] | None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     small: bool = False
+    # By law: cases in which bits were compared that nobody promised, and in how many they differed.
+    compared: dict[str, list[int]] = field(default_factory=dict)
+    # Findings that are no faults.
+    said: list[str] = field(default_factory=list)
+
+    def bits(self, law: str, *, differ: bool) -> None:
+        """Count a case in which bits were compared that the kernel does not promise."""
+        seen = self.compared.setdefault(law, [0, 0])
+        seen[0] += 1
+        seen[1] += differ
 
     @property
     def simplest(self) -> Problem:
@@ -89,8 +100,12 @@ class Subject:
         self.kernel.close()
 
 
-def subject_of(spec: str, device: torch.device | str = "cpu") -> Subject:
-    """The subject of a specification. Raises SpecError."""
+def subject_of(spec: str, device: torch.device | str = "cpu", *, strict: bool = True) -> Subject:
+    """The subject of a specification. Raises SpecError.
+
+    strict: a user's kernel is asked for rows that see no key, whatever it makes of them; else it is where it
+    is right for them.
+    """
     kernel = build_kernel(spec)
     built: dict[str, Kernel] = {}
 
@@ -107,6 +122,11 @@ def subject_of(spec: str, device: torch.device | str = "cpu") -> Subject:
     with suppress(Exception):
         kernel.run(subject.simplest.call(subject.device))
     subject.capabilities = kernel.capabilities()
+    if not strict and parse_spec(spec).name == "py":
+        with suppress(Exception):
+            if (sentence := empty_row_finding(kernel, device=device)) is not None:
+                subject.capabilities = replace(subject.capabilities, empty_rows=False)
+                subject.said.append(sentence)
     return subject
 
 

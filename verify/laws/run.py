@@ -30,7 +30,8 @@ SHRINK_SECONDS = 30
 @dataclass
 class LawResult:
     """examples: cases tried until it held or failed; margin: the tightest, in units of the tolerance; reason:
-    why it is not applicable, or what broke it; case: the shrunk one that breaks it."""
+    why it is not applicable, what broke it, or a reservation with which it holds; case: the shrunk one that
+    breaks it."""
 
     law: Law
     state: State
@@ -170,6 +171,9 @@ def run_law(
         raise stopped.failure from None
     except Unsatisfiable:
         result.state, result.reason = "not applicable", refused or "no case that this kernel takes was found"
+    cases, differed = subject.compared.get(law.name, (0, 0))
+    if result.state == "holds" and differed:
+        result.reason = f"bits differed in {differed} of {cases} cases, within the budget"
     result.seconds = time.monotonic() - began
     return result
 

@@ -12,8 +12,8 @@ import torch
 
 from verify.arms.arm import Arm, void_reasons
 from verify.arms.building import build_arms, close_kernels, kernel_notes
-from verify.arms.kernel_errors import in_place_record
-from verify.arms.model_facts import match_baselines, model_record, try_kernels
+from verify.arms.kernel_errors import in_place_record, said_in_common
+from verify.arms.model_facts import any_call, match_baselines, model_record, try_kernels
 from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
 from verify.arms.result_type import Match, same_match
 from verify.arms.sample import Sample
@@ -342,7 +342,12 @@ class Experiment:
             verdict=verdict,
             exit_code=exit_code,
             reasons=reasons,
-            notes=[*self.notes, *noise_notes(noise), *(engine.said for engine in engines)],
+            notes=[
+                *self.notes,
+                *said_in_common(joined.layers, self.arms, any_call(self.architecture)),
+                *noise_notes(noise),
+                *(engine.said for engine in engines),
+            ],
             engines=engines,
             settings=settings.to_json(),
             environment=environment.describe(str(self.device)),

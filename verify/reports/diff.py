@@ -169,11 +169,11 @@ def _draw_histogram(axis: Any, cells: Sequence[Cell]) -> None:
 
 
 def _draw_lengths(axis: Any, name: str, cells: Sequence[Cell]) -> bool:
-    """Whether there was an error to draw: an exact kernel has none, and a logarithm of 0 neither."""
+    """Whether there was an error to draw: an exact kernel has none, Inf none that fits."""
     found: dict[int, list[float]] = {}
     for c in cells:
         nmse = getattr(c, name).nmse
-        if nmse > 0:
+        if 0 < nmse < math.inf:
             found.setdefault(c.inputs.n_kv, []).append(math.sqrt(nmse))
     points = [(n, float(np.median(errors))) for n, errors in sorted(found.items())]
     axis.plot([n for n, _ in points], [error for _, error in points], marker="o", label=name)

@@ -40,9 +40,15 @@ def table(results: Sequence[LawResult]) -> Table:
             {"holds": "holds", "broken": "BROKEN", "not applicable": "n/a"}[result.state],
             str(result.examples) if applies else "",
             margin(result) if applies else "",
-            result.law.statement if applies else f"not applicable: {result.reason}",
+            _said(result) if applies else f"not applicable: {result.reason}",
         )
     return rows
+
+
+def _said(result: LawResult) -> str:
+    """The law; where it holds with a reservation, that too."""
+    reserved = result.state == "holds" and result.reason
+    return f"{result.law.statement} ({result.reason})" if reserved else result.law.statement
 
 
 def margin(result: LawResult) -> str:

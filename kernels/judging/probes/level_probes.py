@@ -80,7 +80,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
     size = call.v[:, :1].double().abs().repeat_interleave(call.shape.ratio, 2)
     bound = size * (relative + (out_type.u + 2.0**-24) * (1 + relative)) + out_type.tau + n * 2.0**-149
     if a.acc == "f16":
-        bound = bound + per_row("d_n") * tau
+        bound = bound + per_row("d_n") * a.tau_acc
     return bound + tau * ((a.u_v > 0) + (a.u_part > 0))
 
 

@@ -19,6 +19,8 @@ from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Probe, call_of
 
 # Weights of exp(-GAP) are 0 in float32, even times 2^17 keys: 104 + ln n.
 GAP = 116.0
+# Columns that are needed for it.
+SMALLEST_SIZE = 16
 # Rows of the one-hot probe of strides.
 STRIDED_ROWS = 128
 
@@ -29,10 +31,18 @@ def words_of(size: int) -> int:
     return 1 << 1 + m + m * (m - 1) // 2
 
 
+def asking_size(sizes: Sizes) -> int:
+    """Columns of K by which a key is asked for: all, or those beyond the values where V lies in K."""
+    return sizes.k_size - sizes.v_size if sizes.v_in_k else sizes.k_size
+
+
 def why_not_one_hot(sizes: Sizes) -> str | None:
     """Why no one-hot probe can be made of these sizes, or None if it can."""
-    if sizes.keys > words_of(sizes.k_size):
-        return f"head size {sizes.k_size} tells {words_of(sizes.k_size)} keys apart, not {sizes.keys}"
+    size = asking_size(sizes)
+    if size < SMALLEST_SIZE:
+        return f"{size} columns of K beside its values: at least {SMALLEST_SIZE} are needed to ask for a key"
+    if sizes.keys > words_of(size):
+        return f"head size {size} tells {words_of(size)} keys apart, not {sizes.keys}"
     return None
 
 
@@ -122,10 +132,16 @@ def _one_hot(
     """wanted [B or 1, T, Hq]: the key that each query asks for."""
     keys, heads, r = sizes.keys, sizes.kv_heads, sizes.ratio
     batch, rows = sizes.batch, wanted.shape[1]
-    words = code_words(keys, sizes.k_size, device=device).to(sizes.dtype)
-    m = 1 << (sizes.k_size.bit_length() - 1)
-    if AMPLITUDE * m / 2 * sizes.scale < GAP:
-        raise ValueError(f"head size {sizes.k_size}: expected at least 16 for a one-hot probe")
+    asking = asking_size(sizes)
+    words = torch.zeros(keys, sizes.k_size, dtype=sizes.dtype, device=device)
+    words[:, sizes.k_size - asking :] = code_words(keys, asking, device=device)
+    m = 1 << (asking.bit_length() - 1)
+    # The gap is amplitude * m / 2 * scale: beside many columns that do not ask, a larger amplitude.
+    amplitude = AMPLITUDE
+    while sizes.v_in_k and amplitude * m / 2 * sizes.scale < GAP:
+        amplitude *= 2
+    if amplitude * m / 2 * sizes.scale < GAP:
+        raise ValueError(f"head size {asking}: expected at least {SMALLEST_SIZE} for a one-hot probe")
     # Sequences differ in their tags only, so that a key of another sequence shows.
     k = words[None, :, None].expand(batch, -1, heads, -1).contiguous()
     values = tags(keys, heads, sizes.v_size, device=device).to(sizes.dtype)
@@ -134,7 +150,7 @@ def _one_hot(
     # Beyond the longest row lie keys that would win against any other, with poison as values.
     k[:, longest:], v[:, longest:] = 0.0, POISON
     wanted = wanted.expand(batch, -1, -1)
-    q = AMPLITUDE * words[wanted]
+    q = amplitude * words[wanted]
     head = torch.arange(heads * r, device=device) // r
     out = torch.stack([v[b][wanted[b], head] for b in range(batch)]).double()
     lengths = torch.tensor(sizes.n_kv) if n_kv is None else torch.full((rows,), n_kv)

@@ -1,7 +1,9 @@
 """A probe: a call whose right answer is known, and what is wrong with a kernel's result of it.
 
-Where a probe demands bits, its result is due to the bit whatever the rounding is; where it demands a budget,
-`error_budget` of its call bounds the error, or a closed form of its own.
+Where a probe demands bits, its result is due to the bit from every kernel that states an arithmetic which
+promises them (`Arithmetic.promises_bits`), and from others to a few units of the types that they may have
+(`one_key_tolerance`); where it demands a budget, `error_budget` of its call bounds the error, or a closed
+form of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput, Call, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.judging.families import POISON, Sizes
-from verify.kernels.judging.figures import budget_ratio
+from verify.kernels.judging.figures import another_origin, budget_ratio
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.plan import Plan
@@ -26,6 +28,8 @@ from verify.kernels.plans.plan import Plan
 Demand = Literal["bits", "budget"]
 # Of the one column, or the code word, by which a query asks for keys.
 AMPLITUDE = 64.0
+# What sums of one term and exact zeros are allowed for, relative.
+ONE_KEY_SUMS = 2.0**-10
 # Logits of keys that a probe does not mean, below the ones it does.
 LOW = -128.0
 
@@ -109,10 +113,16 @@ def judge(
     if probe.demand == "bits":
         assert out is not None
         # Values, not bit patterns: -0 is 0.
-        wrong = ~(got == out.to(FLOAT_TYPES[arithmetic.out].dtype).double())
+        due = out.to(FLOAT_TYPES[arithmetic.out].dtype).double()
+        wrong = ~(got == due)
+        if not arithmetic.promises_bits:
+            wrong &= ~((got - due).abs() <= one_key_tolerance(arithmetic, call) * due.abs())
         if lse is not None:
             # -inf to the bit; a finite one may have passed through another base and back.
-            near = (result.lse.double() - lse).abs() <= 2.0**-20 * (1 + lse.abs())
+            near = 2.0**-20 * (1 + lse.abs())
+            if not arithmetic.promises_bits:
+                near = near + FLOAT_TYPES[arithmetic.p].u
+            near = (result.lse.double() - lse).abs() <= near
             lse_wrong = ~((result.lse.double() == lse) | (torch.isfinite(lse) & near))
     else:
         budget = budget or error_budget(call, arithmetic)
@@ -121,6 +131,7 @@ def judge(
         wrong = budget_ratio(got - out, bound) > 1
         lse_error = torch.where(result.lse.double() == lse, 0.0, result.lse.double() - lse)
         lse_wrong = budget_ratio(lse_error, budget.lse_bound) > 1
+        lse_wrong &= not another_origin(call, result.lse, budget)
     assert out is not None
     failures = []
     for b, t, h in wrong.any(-1).nonzero()[:most].tolist():
@@ -131,6 +142,19 @@ def judge(
         assert lse is not None
         failures.append(_failure(probe, arithmetic, (b, t, h), "lse", lse[b, t, h], result.lse[b, t, h]))
     return failures
+
+
+def one_key_tolerance(a: Arithmetic, call: Call) -> float:
+    """What a row may err by, relative to its value, whose weight lies on one key, where no bits are due.
+
+    The key's P may be no power of two (an offset on the maximum): rounded in the numerator and not in l.
+    Accumulator, partial results, what a cache holds and the result may be rounded too. l passes gamma_dl, but
+    all other keys add exact zeros: that is capped where it would hide another key's value, whole units away.
+    """
+    most = int(call.kv_len.max()) if call.kv_len.numel() else 0
+    passed = a.depths(most).d_l * a.u
+    rounded = FLOAT_TYPES[a.p].u + FLOAT_TYPES[a.out].u + a.u_acc + a.u_part + a.u_v
+    return rounded + min(passed / (1 - passed) if passed < 1 else math.inf, ONE_KEY_SUMS)
 
 
 def _failure(
@@ -163,10 +187,18 @@ def call_of(
     strided: bool = False,
     **options: Any,
 ) -> Call:
-    """The call of q, k, v and lengths [B, T], in the sizes' type; strided: K and V lie head by head."""
+    """The call of q, k, v and lengths [B, T], in the sizes' type; strided: K and V lie head by head.
+
+    Where V lies in K, its numbers stand in K's first columns, and queries ask by the others alone.
+    """
     q, k, v = (x.to(sizes.dtype).to(device) for x in (q, k, v))
+    if sizes.v_in_k:
+        q, k = q.clone(), k.clone()
+        q[..., : sizes.v_size], k[..., : sizes.v_size] = 0, v
     if strided:
         k, v = _head_by_head(k), _head_by_head(v)
+    if sizes.v_in_k:
+        v = k[..., : sizes.v_size]
     kv_len = lengths.to(torch.int32).contiguous().to(device)
     return checked_call(q, k, v, kv_len=kv_len, scale=sizes.scale, path=sizes.path, **options)
 

@@ -16,7 +16,8 @@ from verify.judge.statistics import (
     paired_difference,
     windows_to_decide,
 )
-from verify.judge.verdict import PairEvidence, decide
+from verify.judge.verdict import Decision, PairEvidence, decide
+from verify.kernels.judging.figures import shared_fault
 from verify.kernels.trace import LaunchTrace
 from verify.ppl.evidence.judged_calls import judged_calls
 from verify.ppl.evidence.scores import Scores
@@ -130,6 +131,9 @@ def pair_record(
         *_faults(name, "candidate", result, nll),
         *_faults(other, f"baseline {reference.spec}", result, nll_reference),
     ]
+    shared = ""
+    if equal and (both_have := _faults(other, "both", result, nll_reference)):
+        shared, faults = shared_fault(both_have), []
     frozen_kld = (
         scores.mean(frozen_name(name), "kld_to_exact"),
         scores.mean(frozen_name(other), "kld_to_exact"),
@@ -156,6 +160,8 @@ def pair_record(
             narrowed_by=advice(distance, len(frozen_klds[0]), margin),
         )
     )
+    if shared:
+        decision = Decision(decision.verdict, [*decision.reasons, shared])
     between, _ = both(scores, name, other, "kld_to_baseline")
     top1, top1_reference = both(scores, name, other, "top1")
     difference = difference_of(scores, name, other)

@@ -1,0 +1,46 @@
+"""What the contract asks for and serving engines never do: a row that sees no key.
+
+Such a row is 0, with an lse of -inf. A kernel of a user that gives NaN there is right wherever anybody calls
+it: a named finding, which makes it `broken` only where that is asked for (`--strict`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from verify.kernels.errors import KernelFailure
+from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.judging.probes import ProbeFailure
+from verify.kernels.kernel import Kernel
+
+
+def empty_row_sentence(spec: str, got: str) -> str:
+    """The finding, in words."""
+    return (
+        f"{spec}: contract: a row that sees no key (n_kv = 0) gives {got}, 0 with an lse of -inf is due;"
+        " serving engines never ask for one, so it is no fault here (--strict makes it one)"
+    )
+
+
+def of_empty_rows(failures: list[ProbeFailure]) -> tuple[list[ProbeFailure], list[ProbeFailure]]:
+    """Failures of rows that see no key, and the others."""
+    empty = [f for f in failures if f.n_kv == 0 and f.row >= 0]
+    return empty, [f for f in failures if f not in empty]
+
+
+def empty_row_finding(kernel: Kernel, *, device: torch.device | str = "cpu") -> str | None:
+    """Asks a kernel for a row that sees no key beside one that sees some: the sentence if it is not right."""
+    size = (kernel.capabilities().k_sizes or (64,))[0]
+    sizes = Sizes(n_kv=(3, 0), kv_heads=1, ratio=1, k_size=size, v_size=size, edges=())
+    try:
+        result = kernel.run(draw("gaussian", sizes, 0, device=device))
+    except KernelFailure as failure:
+        return None if failure.kind == "unsupported" else empty_row_sentence(kernel.spec, str(failure))
+    out, lse = result.out[0, 1], result.lse[0, 1]
+    if bool((out != 0).any()):
+        return empty_row_sentence(kernel.spec, f"{float(out[out != 0][0]):.3g}")
+    if kernel.capabilities().lse and not bool((lse == -math.inf).all()):
+        return empty_row_sentence(kernel.spec, f"an lse of {float(lse[lse != -math.inf][0]):.3g}")
+    return None

@@ -1,0 +1,116 @@
+"""Float16 sums that stagnate and overflow, an lse that counts ALiBi from another key, V that lies in K."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from verify.kernels.budget.arithmetic import loosest
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.faults import FAULTS
+from verify.kernels.judging.detectors import findings, measure
+from verify.kernels.judging.emulation import limit_of_float16_sums
+from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.figures import another_origin
+from verify.kernels.judging.probes import check, judge, last_key_edge, one_hot, standard_probes
+from verify.kernels.registry import build_kernel
+
+ONE = Sizes(n_kv=(8192,), kv_heads=1, ratio=2, k_size=32, v_size=32)
+LATENT = Sizes(n_kv=(150, 65), kv_heads=1, ratio=3, k_size=96, v_size=64, edges=(64, 128), v_in_k=True)
+
+
+def stagnating(keys: int) -> Call:
+    return draw("one-sign", replace(ONE, n_kv=(keys,)), 0)
+
+
+def test_the_expected_size_of_float16_sums_knows_that_steps_are_rounded_alike() -> None:
+    """One part of 8,192 keys of one sign: 2.3 times what independent roundings would come to."""
+    call = stagnating(8192)
+    kernel = build_kernel("eager:acc=f16")
+    found = measure(call, kernel.run(call), kernel.arithmetic_of(call), distinct=True)
+    assert found.rms < 1
+    # Where values have no sign in common nothing adds up, and nothing is allowed for.
+    call = draw("gaussian", replace(ONE, n_kv=(2048,)), 0)
+    result = kernel.run(call)
+    found = measure(call, result, kernel.arithmetic_of(call), distinct=True)
+    assert findings(found) == [] and found.rms > 0.5
+    undeclared = measure(call, result, build_kernel("eager").arithmetic_of(call), distinct=True)
+    assert undeclared.rms > 3 * undeclared.rms_limit
+
+
+@pytest.mark.slow
+def test_a_sum_that_stagnates_is_a_limit_where_it_is_stated() -> None:
+    """65,536 keys: more than an eighth is lost, by this kernel and by anything else that sums so."""
+    call = stagnating(65_536)
+    kernel = build_kernel("eager:acc=f16")
+    result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
+    budget = error_budget(call, arithmetic)
+    assert {f.detector for f in findings(measure(call, result, arithmetic, distinct=True))} == {"budget"}
+    said = limit_of_float16_sums(call, result.out, budget.out, arithmetic)
+    assert said is not None and "they stagnate" in said
+    # What is lost twice over is no limit of the sums.
+    worse = 3 * result.out - 2 * budget.out.float()
+    assert limit_of_float16_sums(call, worse, budget.out, arithmetic) is None
+
+
+def test_an_overflow_is_a_limit_in_the_same_elements_alone() -> None:
+    call = draw("near-overflow", Sizes(n_kv=(257,), kv_heads=1, ratio=2), 0)
+    kernel = build_kernel("eager:acc=f16")
+    result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
+    budget = error_budget(call, arithmetic)
+    said = limit_of_float16_sums(call, result.out, budget.out, arithmetic)
+    assert said is not None and "overflow, as they do when emulated" in said
+    # Nor where one more is not finite, nor of an arithmetic that is assumed, nor of float32 sums.
+    finite = torch.isfinite(result.out).nonzero()[0].tolist()
+    more = result.out.clone()
+    more[tuple(finite)] = torch.inf
+    assert limit_of_float16_sums(call, more, budget.out, arithmetic) is None
+    assert limit_of_float16_sums(call, result.out, budget.out, loosest("f16")) is None
+    assert limit_of_float16_sums(call, result.out, budget.out, replace(arithmetic, acc="f32")) is None
+
+
+def test_an_lse_that_counts_alibi_from_another_key_is_said_and_no_fault() -> None:
+    call = draw("alibi", Sizes(n_kv=(130, 93)), 0)
+    kernel = build_kernel("eager")
+    result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
+    budget = error_budget(call, arithmetic)
+    assert call.alibi_slopes is not None
+    first = result.lse + call.alibi_slopes * (call.kv_len[..., None] - 1)
+    assert another_origin(call, first, budget)
+    found = findings(measure(call, AttentionOutput(result.out, first), arithmetic, distinct=True))
+    assert [f.detector for f in found] == ["contract"]
+    # Right as it stands, off by a constant, or by another slope: none of these is an origin.
+    for lse in (result.lse, result.lse + 1, result.lse / 0.693, first + 0.01 * torch.rand(first.shape)):
+        assert not another_origin(call, lse, budget)
+    off = findings(measure(call, AttentionOutput(result.out, result.lse + 1), arithmetic, distinct=True))
+    assert [f.detector for f in off] == ["lse"]
+    dropped = next(f for f in FAULTS if f.name == "ALiBi dropped").build().run(call)
+    assert not another_origin(call, dropped.lse, budget)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_values_that_lie_in_keys_are_their_first_columns(family: str) -> None:
+    call = draw(family, LATENT, 0)
+    assert call.v.data_ptr() == call.k.data_ptr()
+    assert torch.equal(call.v, call.k[..., :64])
+    kernel = build_kernel("eager:kv=2")
+    result = kernel.run(call)
+    m = measure(call, result, kernel.arithmetic_of(call), distinct=FAMILIES[family].distinct)
+    assert findings(m) == []
+
+
+def test_probes_of_values_in_keys_are_right_and_see_what_they_must() -> None:
+    kernel = build_kernel("eager:kv=3")
+    for probe in standard_probes(LATENT):
+        assert probe.call.v.data_ptr() == probe.call.k.data_ptr(), probe.name
+        assert [str(failure) for failure in check(probe, kernel)] == []
+    # Another key's value, and the values of the columns that ask.
+    probe = one_hot(LATENT)
+    swapped = probe.call.v.roll(1, 1)
+    assert judge(probe, kernel.run(replace(probe.call, v=swapped)), kernel.arithmetic_of(probe.call))
+    probe = last_key_edge(LATENT)
+    shifted = probe.call.k[..., 32:96]
+    assert judge(probe, kernel.run(replace(probe.call, v=shifted)), kernel.arithmetic_of(probe.call))
