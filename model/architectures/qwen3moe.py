@@ -16,5 +16,7 @@ class Qwen3Moe(GroupedQuery):
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         size = self.inner(layer) // self.metadata.whole("expert_used_count")
-        experts: Experts = experts_of(self, layer, gating="softmax", normalised=True, default_size=size)
+        experts: Experts = experts_of(
+            self, layer, gating="softmax", normalised=True, scaled=False, default_size=size
+        )
         return experts

@@ -115,6 +115,15 @@ def test_what_a_file_clips_is_no_distance(saved: Path) -> None:
     assert abs(engine["kld"]) < 1e-7
 
 
+def test_a_text_whose_backslashes_the_engine_expanded_is_recognised(saved: Path) -> None:
+    """The engine's file is of the text with line ends in place of backslash and n."""
+    escaped = (saved / "text").read_text().replace("\n", "\\n").replace("a", "\\x61")
+    (saved / "escaped").write_text(escaped)
+    base = [str(saved / "escaped") if part == str(saved / "text") else part for part in command(saved, "no")]
+    said = "the engine expanded the backslashes of the text before it cut it into tokens; expected a file of"
+    assert_refused(verify(*base, "--against", str(saved / "exact.kld")), said)
+
+
 def test_files_of_another_text_or_model_are_refused_before_anything_runs(saved: Path) -> None:
     good = str(saved / "exact.kld")
     raw = bytearray(Path(good).read_bytes())

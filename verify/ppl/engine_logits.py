@@ -12,7 +12,7 @@ them. What is left is, to second order, sum (P ln(P/Q) - P + Q) over the tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ EXACT = "exact"
 class LogitsFiles:
     """Files of one run: `against` by name of the engine's arm, and perhaps one to save exact's logits in.
 
-    Raises UsageError where a file is not of these windows and this vocabulary.
+    expanded: tokens [windows, n_ctx] of the text with its backslashes expanded, None where it has none or
+    they are too few. Raises UsageError where a file is not of these windows and this vocabulary.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class LogitsFiles:
         *,
         against: Mapping[str, str],
         save: str | None,
+        expanded: Callable[[], np.ndarray | None] | None = None,
     ) -> None:
         self.windows, self.vocabulary, self.save = windows, vocabulary, save
         self._writer: LogitsWriter | None = None
@@ -59,7 +61,16 @@ class LogitsFiles:
                             f"--against {path}: {field} is {getattr(found, field)},"
                             f" expected {value} as {options[field]} says"
                         )
-                check_tokens(file, windows.text_tokens, "the text of this run")
+                try:
+                    check_tokens(file, windows.text_tokens, "the text of this run")
+                except UsageError:
+                    other = expanded() if expanded is not None else None
+                    if other is None or not np.array_equal(file.tokens, other):
+                        raise
+                    raise UsageError(
+                        f"--against {path}: the engine expanded the backslashes of the text before it cut it"
+                        " into tokens; expected a file of a run with --no-escape"
+                    ) from None
         except BaseException:
             self.close()
             raise

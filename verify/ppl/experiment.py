@@ -37,6 +37,7 @@ from verify.model.text_cuts import PIECE
 from verify.model.tokenizer import Tokenizer
 from verify.ppl.drift import drift_record
 from verify.ppl.engine_logits import LogitsFiles, engine_records
+from verify.ppl.escapes import expanded
 from verify.ppl.evidence import (
     Scores,
     arm_record,
@@ -125,6 +126,7 @@ class Experiment:
                 self.architecture.sizes.vocabulary,
                 against={arm.name: arm.spec for arm in self.arms if arm.role == "engine"},
                 save=settings.save_logits,
+                expanded=lambda: self._expanded_tokens(bos),
             )
         except BaseException:
             self.close()
@@ -157,6 +159,19 @@ class Experiment:
     def tensor_parallel(self) -> TensorParallelRecord | None:
         """How the layers are shared out; None where they are not."""
         return tensor_parallel_record(self.architecture, self.settings.gpus)
+
+    def _expanded_tokens(self, bos: int | None) -> np.ndarray | None:
+        """The windows' tokens if an engine had expanded the text's backslashes; None if it has none."""
+        text = expanded(self.corpus.text)
+        if text == self.corpus.text:
+            return None
+        n_ctx, chunks = self.settings.n_ctx, self.windows.n_windows
+        try:
+            return cut_windows(
+                self.tokenizer.encode(text), n_ctx=n_ctx, chunks=chunks, bos_id=bos
+            ).text_tokens
+        except ValueError:
+            return None
 
     def close(self) -> None:
         close_kernels(self.arms)
