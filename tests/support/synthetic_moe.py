@@ -1,4 +1,4 @@
-"""A `glm4moe` GGUF file of any size: random valid blocks of several types, a byte-level vocabulary."""
+"""A GGUF file of any size with experts: random valid blocks of several types, a byte-level vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _POOL = 20_011
 
 @dataclass(frozen=True)
 class MoeSizes:
-    """dense: layers without experts, at the front; ratio 12 by default, as GLM-4.5 has it."""
+    """dense: layers without experts, at the front; ratio 12 by default, as GLM-4.5 has it.
+
+    architecture: glm4moe, qwen3moe or gpt-oss; the latter two have experts in every layer.
+    """
 
     layers: int = 3
     dense: int = 1
@@ -30,6 +33,7 @@ class MoeSizes:
     experts: int = 8
     used: int = 3
     expert_inner: int = 256
+    architecture: str = "glm4moe"
 
     @property
     def expert_weights(self) -> int:
@@ -41,20 +45,26 @@ def write_moe(path: Path, sizes: MoeSizes = MoeSizes(), *, seed: int = 0) -> Pat
 
     Where blocks of 256 do not fit in a row, down is Q8_0, as quantisers have it.
     """
-    writer = gguf.GGUFWriter(path, "glm4moe")
-    s, name = sizes, "glm4moe"
-    for key, value in {
+    s, name = sizes, sizes.architecture
+    writer = gguf.GGUFWriter(path, name)
+    glm, oss = name == "glm4moe", name == "gpt-oss"
+    assert glm or not s.dense
+    numbers = {
         "block_count": s.layers, "embedding_length": s.width, "feed_forward_length": s.inner,
         "context_length": 512, "attention.head_count": s.heads, "attention.head_count_kv": s.kv_heads,
         "attention.key_length": s.head_size, "attention.value_length": s.head_size,
-        "rope.dimension_count": s.head_size // 2, "expert_count": s.experts, "expert_used_count": s.used,
-        "expert_feed_forward_length": s.expert_inner, "expert_shared_count": 1,
-        "leading_dense_block_count": s.dense, "expert_gating_func": 2,
-    }.items():  # fmt: skip
+        "rope.dimension_count": s.head_size // (2 if glm else 1), "expert_count": s.experts,
+        "expert_used_count": s.used, "expert_feed_forward_length": s.expert_inner,
+    }  # fmt: skip
+    if glm:
+        numbers |= {"expert_shared_count": 1, "leading_dense_block_count": s.dense, "expert_gating_func": 2}
+        writer.add_float32(f"{name}.expert_weights_scale", 1.0)
+        writer.add_bool(f"{name}.expert_weights_norm", True)
+    if oss:
+        numbers["attention.sliding_window"] = 16
+    for key, value in numbers.items():
         writer.add_uint32(f"{name}.{key}", value)
     writer.add_float32(f"{name}.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32(f"{name}.expert_weights_scale", 1.0)
-    writer.add_bool(f"{name}.expert_weights_norm", True)
     tokens = [*byte_symbols(), "<|end|>", "th", "the"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -77,7 +87,18 @@ def write_moe(path: Path, sizes: MoeSizes = MoeSizes(), *, seed: int = 0) -> Pat
     for layer in range(s.layers):
         at = f"blk.{layer}."
         add(at + "attn_norm.weight", Kind.F32, s.width)
-        add(at + "post_attention_norm.weight", Kind.F32, s.width)
+        norm = "ffn_norm" if name == "qwen3moe" else "post_attention_norm"
+        add(f"{at}{norm}.weight", Kind.F32, s.width)
+        if name == "qwen3moe":
+            add(at + "attn_q_norm.weight", Kind.F32, s.head_size)
+            add(at + "attn_k_norm.weight", Kind.F32, s.head_size)
+        if oss:
+            add(at + "attn_sinks.weight", Kind.F32, s.heads)
+            for part, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows), ("output", s.width)):
+                add(f"{at}attn_{part}.bias", Kind.F32, rows)
+            add(at + "ffn_gate_inp.bias", Kind.F32, s.experts)
+            for part, rows in (("gate", s.expert_inner), ("up", s.expert_inner), ("down", s.width)):
+                add(f"{at}ffn_{part}_exps.bias", Kind.F32, s.experts, rows)
         add(at + "attn_q.weight", Kind.Q8_0, q_rows, s.width)
         add(at + "attn_k.weight", Kind.Q8_0, kv_rows, s.width)
         add(at + "attn_v.weight", Kind.Q8_0, kv_rows, s.width)
@@ -88,10 +109,13 @@ def write_moe(path: Path, sizes: MoeSizes = MoeSizes(), *, seed: int = 0) -> Pat
             add(at + "ffn_down.weight", Kind.Q6_K, s.width, s.inner)
             continue
         add(at + "ffn_gate_inp.weight", Kind.F32, s.experts, s.width)
-        add(at + "exp_probs_b.bias", Kind.F32, s.experts)
         for part in ("ffn_gate_exps", "ffn_up_exps"):
-            add(f"{at}{part}.weight", Kind.Q4_K, s.experts, s.expert_inner, s.width)
-        add(at + "ffn_down_exps.weight", Kind.Q6_K, s.experts, s.width, s.expert_inner)
+            add(f"{at}{part}.weight", Kind.MXFP4 if oss else Kind.Q4_K, s.experts, s.expert_inner, s.width)
+        down = Kind.MXFP4 if oss else Kind.Q6_K
+        add(at + "ffn_down_exps.weight", down, s.experts, s.width, s.expert_inner)
+        if not glm:
+            continue
+        add(at + "exp_probs_b.bias", Kind.F32, s.experts)
         for part in ("ffn_gate_shexp", "ffn_up_shexp"):
             add(f"{at}{part}.weight", Kind.Q4_0, s.expert_inner, s.width)
         add(at + "ffn_down_shexp.weight", Kind.Q4_0, s.width, s.expert_inner)
@@ -155,9 +179,16 @@ def _q6_k(rng: np.random.Generator, count: int, spread: float) -> np.ndarray:
     return np.hstack([_random(rng, count, 192), scales, _halves(spread / (18.5 * 16), count)])
 
 
+def _mxfp4(rng: np.random.Generator, count: int, spread: float) -> np.ndarray:
+    """A power of two, and 16 bytes of 4-bit numbers up to 6."""
+    exponent = np.full((count, 1), 127 + round(np.log2(spread / 2.9)), np.uint8)
+    return np.hstack([exponent, _random(rng, count, 16)])
+
+
 _BLOCKS: dict[Kind, Callable[[np.random.Generator, int, float], np.ndarray]] = {
     Kind.Q8_0: _q8_0,
     Kind.Q4_0: _q4_0,
     Kind.Q4_K: _q4_k,
     Kind.Q6_K: _q6_k,
+    Kind.MXFP4: _mxfp4,
 }
