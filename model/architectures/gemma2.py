@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from verify.model.architectures.architecture import AttentionSettings
 from verify.model.architectures.feed_forward import Dense, FeedForward
 from verify.model.architectures.grouped_query import GroupedQuery
@@ -31,6 +33,9 @@ class Gemma2(GroupedQuery):
         self.window = read.whole("attention.sliding_window", WINDOW, least=0) or None
         self.local = read.windowed("attention.sliding_window_pattern", self.blocks, PERIOD)
         self.local_rope = self.local_rope_of(self.rope)
+        # llama.cpp takes the first layer's number for all.
+        if self.is_local(0):
+            self.rope = replace(self.rope, size=self.local_rope.size)
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         return Dense(self.width, self.inner(layer), gate=geglu)

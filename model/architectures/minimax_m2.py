@@ -16,6 +16,11 @@ class MinimaxM2(GroupedQuery):
 
     def feed_forward_of(self, layer: int) -> FeedForward:
         experts: Experts = experts_of(
-            self, layer, default_gating="sigmoid", normalised=True, default_size=self.inner(layer)
+            self,
+            layer,
+            default_gating="sigmoid",
+            normalised=True,
+            scaled=False,
+            default_size=self.inner(layer),
         )
         return experts

@@ -286,6 +286,7 @@ GEMMA2: dict[str, TinyFile] = {
     "gemma2-window-by-default": _gemma2().with_(drop=("attention.sliding_window",)),
     "gemma2-linear": _gemma2(rope__scaling__factor=3.0, rope__freq_base_swa=300.0),
     "gemma2-largest": _gemma2(46),
+    "gemma2-sizes-by-kind": _gemma2(rope__dimension_count_swa=8),
 }
 
 
