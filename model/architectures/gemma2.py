@@ -32,7 +32,7 @@ class Gemma2(GroupedQuery):
         self.final_softcap = read.number("final_logit_softcapping", FINAL_SOFTCAP) or None
         self.window = read.whole("attention.sliding_window", WINDOW, least=0) or None
         self.local = read.windowed("attention.sliding_window_pattern", self.blocks, PERIOD)
-        self.local_rope = self.local_rope_of(self.rope)
+        self.local_rope = self.local_rope_of(self.rope, scaled=True)
         # llama.cpp takes the first layer's number for all.
         if self.is_local(0):
             self.rope = replace(self.rope, size=self.local_rope.size)

@@ -60,7 +60,7 @@ class Gemma4(GroupedQuery):
                 f"{file.path}: metadata key {read.name('attention.shared_kv_layers')}: expected two layers"
                 f" of {self.layers} at least with keys of their own"
             )
-        self.local_rope = self.local_rope_of(replace(self.rope, divisors=None))
+        self.local_rope = self.local_rope_of(replace(self.rope, divisors=None), scaled=False)
 
     def read_head_sizes(self) -> tuple[list[int], list[int]]:
         read = self.metadata

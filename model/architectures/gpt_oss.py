@@ -31,7 +31,7 @@ class GptOss(GroupedQuery):
         read = self.metadata
         self.window = read.whole("attention.sliding_window", least=0) or None
         self.local = read.windowed("attention.sliding_window_pattern", self.blocks, PERIOD)
-        self.local_rope = self.local_rope_of(self.rope)
+        self.local_rope = self.local_rope_of(self.rope, scaled=True)
         self.sinks = [self.per_head(layer, "attn_sinks") for layer in range(self.layers)]
 
     def feed_forward_of(self, layer: int) -> FeedForward:

@@ -96,15 +96,18 @@ class GroupedQuery(Architecture):
         """The rotation that the metadata describes. Raises ModelError on one that is not known."""
         return rope_of(self, head_size, self.rope_kind, default_size=head_size)
 
-    def local_rope_of(self, rope: Rope, base: float | None = None) -> Rope:
+    def local_rope_of(self, rope: Rope, *, scaled: bool) -> Rope:
         """The rotation of layers with a window: as the others' where the file does not say otherwise.
 
-        base: where they differ in that and the file does not say.
+        scaled: whether their positions are scaled too. If not, `attn_factor` is still theirs.
         """
         read = self.metadata
+        if not scaled:
+            magnitude = read.number("rope.scaling.attn_factor", 1.0)
+            rope = replace(rope, factor=1.0, original_context=None, magnitude=magnitude)
         return replace(
             rope,
-            base=read.number("rope.freq_base_swa", rope.base if base is None else base),
+            base=read.number("rope.freq_base_swa", rope.base),
             size=read.whole("rope.dimension_count_swa", rope.size),
         )
 

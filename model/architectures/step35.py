@@ -37,7 +37,7 @@ class Step35(GroupedQuery):
         read = self.metadata
         self.window = read.whole("attention.sliding_window", least=0) or None
         self.local = read.windowed("attention.sliding_window_pattern", self.blocks)
-        self.local_rope = self.local_rope_of(replace(self.rope, divisors=None))
+        self.local_rope = self.local_rope_of(replace(self.rope, divisors=None), scaled=False)
         self.rope = replace(self.rope, size=self.rope.size // 2)
         if self.rope.divisors is not None:
             self.rope = replace(self.rope, divisors=self.rope.divisors[: self.rope.size // 2])

@@ -336,6 +336,8 @@ STEP35: dict[str, TinyFile] = {
     "step35-clamped": _step35(swiglu_clamp_exp=[0.0, 0.0, 0.2, 0.3], swiglu_clamp_shexp=[0.3, 0.0, 0.0, 0.2]),
     "step35-frequencies": _step35().with_(values={"rope_freqs.weight": np.linspace(1, 3, 8)}),
     "step35-other-sizes": _step35(5, rope__dimension_count=12, rope__dimension_count_swa=8),
+    "step35-linear": _step35(rope__scaling__factor=3.0),
+    "step35-yarn": _step35().with_(YARN | {"rope.scaling.attn_factor": 1.3}),
     "step35-softmax": _step35(expert_gating_func=1, expert_weights_norm=False),
 }
 
@@ -473,6 +475,8 @@ def _gemma4(
 
 GEMMA4: dict[str, TinyFile] = {
     "gemma4": _gemma4(),
+    "gemma4-linear": _gemma4(rope__scaling__factor=3.0),
+    "gemma4-yarn": _gemma4().with_(YARN | {"rope.scaling.attn_factor": 1.3}),
     "gemma4-v-from-k": _gemma4(v=False, final_logit_softcapping=5.0),
     "gemma4-shared-keys": _gemma4(9, shared=3),
     "gemma4-all-but-two-share": _gemma4(6, shared=4, local=[True, False, True, True, False, False]),
