@@ -46,14 +46,23 @@ class TinyFile:
             dict(self.values) | dict(values or {}),
         )
 
-    def write(self, path: Path) -> Path:
-        """With a vocabulary of t0, t1, ..., which engines want."""
+    def write(self, path: Path, *, letters: bool = False) -> Path:
+        """With a vocabulary of t0, t1, ..., which engines want; or of letters, which reads texts."""
         writer = gguf.GGUFWriter(path, self.architecture)
         for key, value in self.keys.items():
             add_value(writer, f"{self.architecture}.{key}", value)
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
-        writer.add_token_scores([0.0] * VOCABULARY)
+        if letters:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre("gpt-2")
+            # A space and a line end as byte-level vocabularies write them.
+            writer.add_token_list(
+                [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?01", "Ġ", "Ċ", "th", "he"]
+            )
+            writer.add_token_merges(["t h", "h e"])
+        else:
+            writer.add_tokenizer_model("llama")
+            writer.add_token_list([f"t{i}" for i in range(VOCABULARY)])
+            writer.add_token_scores([0.0] * VOCABULARY)
         writer.add_token_types([1] * VOCABULARY)
         for name, value in self.tensors().items():
             writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
