@@ -7,7 +7,8 @@ halves   two experts hold half of the inner dimension each, two others hold nois
          choose the noise now and then; the bias makes it choose the halves. Their scores are 1/2 each, so
          that the weights are one each at a scale of 2, and with the (unequal) biases in them they are not.
 clamped  two experts hold half of the inner dimension each and have the same weight, for gpt-oss's gate
-         g sigmoid(1.702 g) (u + 1), clamped at 7: g = gate/1.702, u = up/64 - 1, and down takes the rest
+         g sigmoid(1.702 g) (u + 1), clamped at 7: g = gate/1.702, u = up/64 - 1, and down takes the rest;
+         the same function where no gate is above 11.9
 """
 
 from __future__ import annotations

