@@ -1,7 +1,7 @@
 """Right kernels through `verify ppl`, `diff`, `props` and `gen`: what is said of each; none is broken.
 
     python benchmarks/right_kernels.py [--device cpu|cuda] [--only NAME,...] [--commands ppl,diff,props,gen]
-        [--ggml NAME=LIBRARY ...] [--again] [--out benchmarks/results/right-kernels.json]
+        [--ggml NAME=LIBRARY ...] [--workers N] [--again] [--out benchmarks/results/right-kernels.json]
         [--page docs/right-kernels.md]
 
 Every run is a process of its own, written down as soon as it ends; what is there from the same device is
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +182,7 @@ def main() -> int:
     parser.add_argument("--ggml", action="append", default=[], help="NAME=LIBRARY[,option=value...]")
     parser.add_argument("-f", "--file")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/right-kernels.json")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
@@ -189,21 +191,24 @@ def main() -> int:
         built = [RightKernel(n, f"ggml:lib={lib}", "a built engine", _OVERFLOWS) for n, _, lib in
                  (word.partition("=") for word in arguments.ggml)]  # fmt: skip
         wanted = [k for k in (*KERNELS, *built) if not arguments.only or k.name in arguments.only.split(",")]
-        for kernel in wanted:
-            for command in arguments.commands.split(","):
-                key = (kernel.name, command, arguments.device)
-                there = [row for row in rows if (row["name"], row["command"], row["device"]) == key]
-                if there and not arguments.again:
-                    continue
-                row = run(command, kernel, arguments.device, arguments.file)
-                rows = sorted(
-                    [*(r for r in rows if r not in there), row], key=lambda r: (r["device"], r["name"])
-                )
+        there = {(row["name"], row["command"], row["device"]) for row in rows}
+        due = [
+            (command, kernel)
+            for kernel in wanted
+            for command in arguments.commands.split(",")
+            if arguments.again or (kernel.name, command, arguments.device) not in there
+        ]
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            running = [pool.submit(run, c, k, arguments.device, arguments.file) for c, k in due]
+            for done in as_completed(running):
+                row = done.result()
+                key = (row["name"], row["command"], row["device"])
+                kept = [r for r in rows if (r["name"], r["command"], r["device"]) != key]
+                rows = sorted([*kept, row], key=lambda r: (r["device"], r["name"], r["command"]))
                 arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
                 reason = row["reasons"][0][:160] if row["reasons"] else ""
                 print(
-                    f"{kernel.name:26} {command:6} {row['verdict']:13} {row['seconds']:6.1f} s  {reason}",
-                    flush=True,
+                    f"{key[0]:26} {key[1]:6} {row['verdict']:13} {row['seconds']:6.1f} s", reason, flush=True
                 )
     else:
         tables = [f"## On {d}\n\n{table(rows, d)}" for d in sorted({row["device"] for row in rows})]
