@@ -1,8 +1,8 @@
 """Text to token ids and back, built from a GGUF file's own metadata on the `tokenizers` library.
 
-`gpt2` is byte-pair merging of bytes, with the merges in the file; `llama` is SentencePiece's merging of
-characters, with a score a token from which the merges follow. A corpus is text: what stands in it and looks
-like a control token is text too.
+`gpt2` is byte-pair merging of bytes, with the merges in the file, `gemma4` of characters; `llama` is
+SentencePiece's merging of characters, with a score a token from which the merges follow. A corpus is text:
+what stands in it and looks like a control token is text too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verify.model.pretokenizers import PreTokenizer, pretokenizer_named
 from verify.model.sentence_piece import SPACE, SentencePiece
 from verify.model.text_cuts import PIECE, encode_in_pieces, slices
 
-KINDS = ("gpt2", "llama")
+KINDS = ("gpt2", "llama", "gemma4")
 # Kinds of tokens in `tokenizer.ggml.token_type`; 1 is an ordinary token, 5 an unused one.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _BEFORE_SPACE = re.compile(f"(.)(?={SPACE})", re.DOTALL)
@@ -43,7 +43,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
-    """The tokenizer of one model. kind: `gpt2` or `llama`; pre: the pre-tokenizer's name, None for `llama`.
+    """The tokenizer of one model. kind: `gpt2`, `llama` or `gemma4`; pre: a `gpt2` pre-tokenizer's name.
 
     bos_id, eos_id: None where the model has no such token. add_bos: whether an engine puts BOS first.
     """
@@ -70,17 +70,21 @@ class Tokenizer:
             pretokenizer = pretokenizer_named(self.pre, file.path)
             self._library = _byte_pairs(file, self._tokens, pretokenizer)
             self._prefixed, add_bos, bos, eos = False, pretokenizer.add_bos, None, None
+        elif self.kind == "gemma4":
+            self.pre, self._prefixed = None, False
+            self._library = _character_pairs(file, self._tokens)
+            add_bos, bos, eos = True, None, None
         else:
             self.pre = None
             self._prefixed = file.optional("tokenizer.ggml.add_space_prefix", bool, True)
             self._library = _sentence_piece(file, self._tokens, self._types, self._prefixed)
             add_bos, bos, eos = True, 1, 2
-            for i in np.flatnonzero(self._types == _BYTE):
-                if not _BYTE_TOKEN.fullmatch(self._tokens[i]):
-                    raise ModelError(
-                        f"{file.path}: metadata key tokenizer.ggml.tokens: byte token {i} is"
-                        f" {self._tokens[i]!r:.80}, expected <0x00> to <0xFF>"
-                    )
+        for i in np.flatnonzero(self._types == _BYTE) if self.kind != "gpt2" else ():
+            if not _BYTE_TOKEN.fullmatch(self._tokens[i]):
+                raise ModelError(
+                    f"{file.path}: metadata key tokenizer.ggml.tokens: byte token {i} is"
+                    f" {self._tokens[i]!r:.80}, expected <0x00> to <0xFF>"
+                )
         # Only these are cut out of a text as they stand; a control token never comes from text.
         own = [self._tokens[i] for i in np.flatnonzero(self._types == _USER_DEFINED)]
         self._pairs = None
@@ -89,7 +93,7 @@ class Tokenizer:
         self._library.add_tokens([AddedToken(token, normalized=False) for token in own])
         # Letters that a space follows inside a token: merges reach across them.
         self._joined: frozenset[str] | None = None
-        if self.kind == "llama":
+        if self.kind != "gpt2":
             pairs = (before for token in self._tokens for before in _BEFORE_SPACE.findall(token))
             self._joined = frozenset(pairs)
         self.bos_id = _token_id(file, "bos", len(self._tokens), bos)
@@ -166,7 +170,7 @@ class Tokenizer:
         token, kind = self._tokens[token_id], self._types[token_id]
         if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN):
             return token.encode()
-        if self.kind == "llama":
+        if self.kind != "gpt2":
             return bytes([int(token[3:5], 16)]) if kind == _BYTE else token.replace(SPACE, " ").encode()
         try:
             return bytes(_BYTE_OF_SYMBOL[symbol] for symbol in token)
@@ -181,7 +185,8 @@ def _tokens(file: GGUFFile) -> list[str]:
     for i, token in enumerate(tokens):
         if not isinstance(token, str):
             raise ModelError(f"{file.path}: metadata key {key}: expected a list of texts")
-        if token in seen and token:
+        # Of two that are written alike the engines take the later; Gemma 4 has some.
+        if token in seen and token and file.get("tokenizer.ggml.model") != "gemma4":
             raise ModelError(f"{file.path}: metadata key {key}: token {i} is {token!r:.80}, as one before it")
         seen.add(token)
     # An empty token comes from no text, and there may be several.
@@ -233,10 +238,9 @@ def _token_id(file: GGUFFile, which: str, n_vocab: int, default: int | None) -> 
     return token_id
 
 
-def _byte_pairs(file: GGUFFile, tokens: list[str], pretokenizer: PreTokenizer) -> tokenizers.Tokenizer:
-    """`gpt2`: bytes, written as symbols, merged in the order of the file's merges."""
+def _merges(file: GGUFFile, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """The file's merges in their order. Raises ModelError for one that is not of tokens."""
     key = "tokenizer.ggml.merges"
-    ids = {token: i for i, token in enumerate(tokens)}
     # Of a merge that is there twice the first counts.
     merges: dict[tuple[str, str], None] = {}
     for i, merge in enumerate(file.require(key, list)):
@@ -249,7 +253,34 @@ def _byte_pairs(file: GGUFFile, tokens: list[str], pretokenizer: PreTokenizer) -
                 " between them, that make a third"
             )
         merges.setdefault((left, right))
-    library = tokenizers.Tokenizer(models.BPE(ids, list(merges), ignore_merges=pretokenizer.ignore_merges))
+    return list(merges)
+
+
+def _character_pairs(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
+    """`gemma4`: characters, a space written as SentencePiece does, merged in the order of the file's merges;
+    line ends stay among themselves. What is no token becomes bytes."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    unknown = _token_id(file, "unknown", len(tokens), None)
+    library = tokenizers.Tokenizer(
+        models.BPE(
+            ids,
+            _merges(file, ids),
+            unk_token=None if unknown is None else tokens[unknown],
+            byte_fallback=True,
+            # For runs of line ends, which no merges make; a whole line that is a token, its merges make too.
+            ignore_merges=True,
+        )
+    )
+    library.normalizer = normalizers.Replace(" ", SPACE)
+    library.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    return library
+
+
+def _byte_pairs(file: GGUFFile, tokens: list[str], pretokenizer: PreTokenizer) -> tokenizers.Tokenizer:
+    """`gpt2`: bytes, written as symbols, merged in the order of the file's merges."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = _merges(file, ids)
+    library = tokenizers.Tokenizer(models.BPE(ids, merges, ignore_merges=pretokenizer.ignore_merges))
     cuts: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pretokenizer.patterns
     ]

@@ -174,3 +174,37 @@ def test_equal_scores_without_the_engine(tmp_path: Path) -> None:
     """From the left: `bc`, then `de`, and not `cd`."""
     tokenizer = Tokenizer.from_gguf(GGUFFile.open(pieces(tmp_path / "pieces.gguf", "equal")))
     assert [tokenizer.token_text(i) for i in tokenizer.encode("abcde")] == [" a", "bc", "de"]
+
+
+def characters(path: Path) -> Path:
+    """A `gemma4` vocabulary: bytes, letters, all their pairs, and runs of line ends."""
+    letters = [*"abcdeé漢", "▁", "\n"]
+    pairs = [(a, b) for a in letters for b in letters if "\n" not in (a, b)]
+    tokens = ["<pad>", "<unk>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    tokens += [a + b for a, b in pairs] + ["\n\n", "\n\n\n", "<mine>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 2, 3, *[6] * 256, *[1] * (len(tokens) - 260), 4])
+    writer.add_token_merges([f"{a} {b}" for a, b in pairs])
+    writer.add_unk_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_characters_of_gemma_4_merge_as_the_engine_has_it(engine: ModelEngine, tmp_path: Path) -> None:
+    rng = random.Random(4)
+    texts = [
+        "".join(rng.choices([*"abcdeé漢x語  \n\n\t", "<mine>"], k=rng.randint(1, 40))) for _ in range(400)
+    ]
+    check(engine, characters(tmp_path / "characters.gguf"), texts)
+
+
+def test_text_of_gemma_4_comes_back(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_gguf(GGUFFile.open(characters(tmp_path / "characters.gguf")))
+    for text in ("a b\n\n\nc", "x語 <mine>é", " ab "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [tokenizer.token_text(i) for i in tokenizer.encode("ab\n\n\nc")] == ["ab", "\n\n\n", "c"]
