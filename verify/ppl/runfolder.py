@@ -73,8 +73,8 @@ class RunFolder:
     One that was created or reopened is this process's alone until `release`.
     """
 
-    def __init__(self, path: Path, lock: Lock | None = None) -> None:
-        self.path, self._lock = path, lock
+    def __init__(self, path: Path, lock: Lock | None = None, *, called: str = "--out ") -> None:
+        self.path, self._lock, self._called = path, lock, called
         # Of what the groups were measured with.
         self._settings = ""
 
@@ -281,7 +281,7 @@ class RunFolder:
         except OSError as error:
             kept = f"; what was finished is kept, go on with --resume {self.path}" if self._goes_on else ""
             raise UsageError(
-                f"--out {self.path}: cannot be written: {error.strerror or error}{kept}"
+                f"{self._called}{self.path}: cannot be written: {error.strerror or error}{kept}"
             ) from None
 
     @property

@@ -37,7 +37,7 @@ def write_reports(folder: Path, *, foreign: bool = False) -> StoredPpl | StoredG
     foreign: the folder was not written just now, by this process; what it holds may be anything. Raises
     UsageError where there is no such run, or one of a command whose reports are not made this way.
     """
-    stored, into = load_run(folder), RunFolder(folder)
+    stored, into = load_run(folder), RunFolder(folder, called="")
     try:
         if isinstance(stored, StoredPpl):
             texts = {REPORT: report_markdown(stored), PAGE: report_html(stored)}
