@@ -53,9 +53,7 @@ def _answer(arguments: list[str]) -> int | None:
     except MachineFailure as error:
         code = _refuse(f"nothing was measured, the machine failed: {error}", EXIT_VOID)
     except typer.Exit as stop:
-        if (code := stop.exit_code) == EXIT_INTERRUPTED:
-            # typer's word for an interrupt that no command took.
-            raise KeyboardInterrupt from None
+        code = stop.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:

@@ -425,7 +425,9 @@ def test_signals_at_random_moments(tiny: Tiny, tmp_path: Path, count: int) -> No
             said, _ = process.communicate(timeout=120)
             sent += 1
             outcomes[f"{signal.Signals(number).name}: {process.returncode}"] += 1
-            assert process.returncode in (*CODES, 128 + number, -number), said
+            # A library that is interrupted while it is imported may make a Ctrl-C of it.
+            ends = (*CODES, 128 + number, -number, -signal.SIGINT, -signal.SIGALRM)
+            assert process.returncode in ends, (process.returncode, number, said)
             assert process.returncode != 1 or "verdict" in said, said
         assert not left_over(mark)
         assert "\x1b" not in said and "internal error" not in said

@@ -242,3 +242,17 @@ def test_a_terminated_diff_keeps_what_it_measured(tmp_path: Path, monkeypatch: p
     )
     assert done.returncode == 128 + signal.SIGTERM, (done.stdout, done.stderr)
     assert '"interrupted after 1 inputs"' in (out / "run.json").read_text()
+
+
+def test_an_interrupt_that_is_swallowed_ends_the_process_all_the_same() -> None:
+    script = (
+        "import time\nfrom verify.machine import standing\nstanding.GRACE_S = 1\n"
+        "with standing.Ended():\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n        try:\n            time.sleep(60)\n        except KeyboardInterrupt:\n"
+        "            pass\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == -signal.SIGALRM

@@ -12,6 +12,8 @@ import sys
 import threading
 from typing import Any
 
+# A library that swallows the interrupt, while it is imported say, does not keep the process longer than this.
+GRACE_S = 60
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -40,9 +42,12 @@ class Ended:
             for number in _ENDING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._interrupt)
+            self._before[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.came:
+            signal.alarm(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -52,7 +57,9 @@ class Ended:
 
     def _interrupt(self, number: int, _frame: Any) -> None:
         # Once: what ends the run in good order is not itself interrupted.
-        for other in self._before:
+        for other in _ENDING:
             signal.signal(other, signal.SIG_IGN)
         self.came = number
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(GRACE_S)
         raise KeyboardInterrupt
