@@ -248,9 +248,9 @@ def test_an_interrupt_that_is_swallowed_ends_the_process_all_the_same() -> None:
     script = (
         "import time\nfrom verify.machine import standing\nstanding.GRACE_S = 1\n"
         "with standing.Ended():\n"
-        "    print('ready', flush=True)\n"
-        "    while True:\n        try:\n            time.sleep(60)\n        except KeyboardInterrupt:\n"
-        "            pass\n"
+        "    while True:\n"
+        "        try:\n            print('ready', flush=True)\n            time.sleep(60)\n"
+        "        except KeyboardInterrupt:\n            pass\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()

