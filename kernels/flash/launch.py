@@ -25,6 +25,8 @@ from verify.kernels.trace import Launched
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
 PARTIALS_AT_ONCE = 1 << 28
+# Slots, one a head, whose states are held where they are counted (128 MiB).
+COUNTED_AT_ONCE = 1 << 27
 LOG2_E = math.log2(math.e)
 
 
@@ -133,7 +135,8 @@ class Prepared:
         """Launch everything on the current stream; nothing here waits for the device.
 
         written: where it is given, slots are filled beforehand, and it gets what they hold after the launch
-        (`slots.states`, [B, T, slots, Hq]) for each of `launches`.
+        (`slots.states`, [B', T, slots, Hq]) for each of `launches`: of the first B' sequences, which are all
+        of them but in the largest calls.
         """
         call = self.call
         if self.out.numel() == 0:
@@ -148,9 +151,9 @@ class Prepared:
         for item in self.launches:
             state = None
             if written is not None:
-                state = self.lse.new_empty(
-                    (*self.lse.shape[:2], item.slots, self.lse.shape[2]), dtype=torch.int8
-                )
+                batch, rows, heads = self.lse.shape
+                counted = min(max(COUNTED_AT_ONCE // (rows * item.slots * heads), 1), batch)
+                state = self.lse.new_empty((counted, rows, item.slots, heads), dtype=torch.int8)
                 written.append(state)
             for b, t in _chunks(call, item, self.tiles):
                 self._attend(item, b, t, None if state is None else state[b, t])
@@ -223,8 +226,8 @@ class Prepared:
             grid = sequences * tiles, shape.kv_heads * n_groups, item.slots
             attend = self._over_numbers if self.planes is None or self.expand else self._over_planes
             names.append(_binary_hash(attend(grid, b, shared)))
-        if state is not None:
-            state.copy_(slots.states(part_lse.view_as(state)))
+        if state is not None and len(state):
+            state.copy_(slots.states(part_lse.view(-1, *state.shape[1:])[: len(state)]))
         if combine:
             width = next_power_of_two(shape.v_size)
             compiled = device_code().combine_parts[(sequences * tokens, shape.q_heads)](

@@ -56,13 +56,16 @@ def as_planned(
 ) -> bool:
     """Whether every row's slots hold what its plan has them hold; waits for the device.
 
-    lengths [B * T]: visible keys of each row; written: of each kind of rows, `states` [B, T, slots, Hq].
+    lengths [B * T]: visible keys of each row; written: of each kind of rows, `states` [B', T, slots, Hq] of
+    the first sequences.
     """
     which = {key: i for i, key in enumerate(rows.counts)}
-    keys = zip(lengths, rows.plans, rows.kind_of_row, strict=True)
-    index = torch.tensor([which[key] for key in keys], dtype=torch.long)
+    every = torch.tensor(
+        [which[key] for key in zip(lengths, rows.plans, rows.kind_of_row, strict=True)], dtype=torch.long
+    )
     wrong = []
     for kind, state in enumerate(written):
+        index = every[: state.shape[0] * state.shape[1]]
         planned = torch.full((len(which), state.shape[2]), NO_KEYS, dtype=torch.int8)
         mine = torch.zeros(len(which), dtype=torch.bool)
         for i, (n_kv, plan, its_kind) in enumerate(which):
@@ -89,14 +92,19 @@ def rows_as_written(
     """What a call launched by the slots that were written, where its plan says other; as in `as_planned`.
 
     A head group that wrote no slot did not run. Where a row wrote other parts than the planned ones, of all
-    rows of that plan it is known how many parts they have, and not where these begin.
+    rows of that plan it is known how many parts they have, and not where these begin. A row of a sequence
+    whose slots are not held is taken for the last one that is like it.
     """
     ran: Counter[RowKind] = Counter()
     of_rows = [state.flatten(0, 1).cpu() for state in written]
-    found, other = [], set()
-    for row, (n_kv, plan, kind) in enumerate(zip(lengths, rows.plans, rows.kind_of_row, strict=True)):
-        found.append(_groups_by_parts(of_rows[kind][row], rows.kinds[kind], ratio))
-        if found[-1].keys() - {parts_with_keys(plan.cuts, n_kv, sliding_window)}:
+    found, other, like = [], set(), {}
+    for row, key in enumerate(zip(lengths, rows.plans, rows.kind_of_row, strict=True)):
+        n_kv, plan, kind = key
+        planned = parts_with_keys(plan.cuts, n_kv, sliding_window)
+        if row < len(of_rows[kind]):
+            like[key] = _groups_by_parts(of_rows[kind][row], rows.kinds[kind], ratio)
+        found.append(like.get(key, {planned: list(plan.head_groups)}))
+        if found[-1].keys() - {planned}:
             other.add(plan)
     for by_parts, n_kv, plan, kind in zip(found, lengths, rows.plans, rows.kind_of_row, strict=True):
         for parts, groups in by_parts.items():

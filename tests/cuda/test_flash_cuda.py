@@ -127,6 +127,10 @@ def test_the_first_of_like_calls_is_counted_and_a_sample_after(monkeypatch: pyte
     counting.the_first_of_like_calls_is_counted_and_a_sample_after(CUDA, monkeypatch)
 
 
+def test_of_the_largest_calls_the_first_sequences_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting.of_the_largest_calls_the_first_sequences_are_counted(CUDA, monkeypatch)
+
+
 def test_what_is_not_launched_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     counting.what_is_not_launched_is_not_counted(CUDA, monkeypatch)
 

@@ -73,6 +73,11 @@ def _ignores_its_plan(spoil: str, monkeypatch: Any, tmp_path: Path) -> None:
         spec.loader.exec_module(module)
         monkeypatch.setattr(flash_launch, "device_code", lambda: module)
         return
+    _ignore_plans(monkeypatch)
+
+
+def _ignore_plans(monkeypatch: Any) -> None:
+    """The host asks the device for one part of every row."""
     plain = flash_kernel.prepare
 
     def prepare(*given: Any, **more: Any) -> Prepared:
@@ -118,6 +123,21 @@ def a_plan_that_did_not_run_is_not_what_it_says(
     reasons = outcome.candidates[0].reasons
     assert (outcome.verdict, outcome.exit_code) == ("inconclusive", 3), (outcome.verdict, reasons)
     assert "the path under test did not run" in reasons[0]
+
+
+def of_the_largest_calls_the_first_sequences_are_counted(device: torch.device, monkeypatch: Any) -> None:
+    """Rows that are like them are taken to be like them."""
+    monkeypatch.setattr(flash_launch, "COUNTED_AT_ONCE", 1)
+    case = Case("large", plan=Plan(kv=KVCuts("parts", 2)), lengths=[[65, 130], [130, 65], [65, 64]])
+    x, flash = inputs(case, device), kernel(case)
+    cuts = {n_kv: s.cuts for _, n_kv, s in flash.attend(x.q, x.k, x.v, **x.more).launched.rows}
+    assert cuts == {64: (0, 64), 65: (0, 64, 65), 130: (0, 64, 130)}
+    assert flash.notes == []
+    _ignore_plans(monkeypatch)
+    result = kernel(case).attend(x.q, x.k, x.v, **x.more)
+    assert {(n_kv, s.cuts): rows for (_, n_kv, s), rows in result.launched.rows.items()} == {
+        (64, (0, 64)): 1, (65, (0, 65)): 3, (130, (0, 130)): 2,
+    }  # fmt: skip
 
 
 def what_is_not_launched_is_not_counted(device: torch.device, monkeypatch: Any) -> None:
