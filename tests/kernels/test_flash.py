@@ -168,7 +168,7 @@ def test_the_laws_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         laws.agrees_with_exact(laws.Case("dropped", lengths=[[200]]), CPU)
 
 
-@pytest.mark.parametrize("spoil", ["device", "plan"])
+@pytest.mark.parametrize("spoil", [pytest.param("device", marks=pytest.mark.slow), "plan"])
 def test_a_plan_that_did_not_run_is_not_what_it_says(
     spoil: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
