@@ -63,8 +63,9 @@ def load_corpus(name: str = DEFAULT_CORPUS, *, timeout_s: float = 5.0, allow_fal
     set. How rows become a text: `verify.data.rows.join_rows`.
 
     What is in the local cache of `datasets` is read from there. Otherwise a hub that has given no sign of
-    life `timeout_s` seconds after the call counts as unreachable; a download that has begun is not cut off.
-    Where `wikitext-2` cannot be had, and `allow_fallback`, the embedded text is returned, with a `notice`.
+    life `timeout_s` seconds after it is asked counts as unreachable; a download that has begun is not cut
+    off. Where `wikitext-2` cannot be had, and `allow_fallback`, the embedded text is returned, with a
+    `notice`.
 
     Raises CorpusError for an unknown name, a data set that cannot be had, a split, column or row that is
     not as expected, and for a WikiText-2 that differs from the published file.

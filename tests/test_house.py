@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import re
 import tomllib
 from pathlib import Path
 
@@ -13,6 +14,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each folder's floor: what stands on one imports only from lower ones, and from itself.
 FLOORS = {"data": 1, "kernels": 1, "model": 2, "verify": 3}
+# Rooms of the top floor: each imports only from those after it, and none from beside it.
+ROOMS = (
+    ("commands",), ("reports",), ("selftest", "bench", "rejudge"), ("gen", "explain"), ("ppl",),
+    ("reference", "diff", "engines", "laws"), ("arms",), ("judge",), ("machine",),
+)  # fmt: skip
+ENTRANCES = {"__init__", "__main__", "checkout"}
 MODULES = sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))
 
 
@@ -87,3 +94,26 @@ def test_no_folder_that_we_make_has_the_name_of_a_module() -> None:
     ours = [path for folder in (*FLOORS, "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
     imports = {name.split(".")[0] for path in ours for name in imported(path)}
     assert not made & ({path.stem for path in ours} | {path.parent.name for path in ours} | imports)
+
+
+def test_rooms_of_the_top_floor_import_downwards() -> None:
+    storey = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+    upwards = []
+    for path in (ROOT / "verify").rglob("*.py"):
+        own = path.relative_to(ROOT / "verify").parts[0].removesuffix(".py")
+        assert own in storey or own in ENTRANCES, f"{path}: a room that {ROOMS} does not have"
+        if own in storey:
+            others = {name.split(".")[1] for name in imported(path) if name.startswith("verify.")}
+            upwards += [f"{path.name} -> {x}" for x in others - {own} if storey.get(x, 99) <= storey[own]]
+    assert upwards == []
+
+
+def test_every_path_that_the_page_of_the_house_names_is_there() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"\b(?:verify|kernels|model|data|docs|tests)/[\w./-]*\w/?", page))
+    assert len(named) > 60
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    # And every room is on it.
+    rooms = {p.parent.relative_to(ROOT) for p in MODULES if p.name == "__init__.py"}
+    shallow = {f"{room}/" for room in rooms if len(room.parts) <= 2}
+    assert {room for room in shallow if room not in page} == set()

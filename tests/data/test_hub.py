@@ -1,13 +1,12 @@
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
-from verify.data import hub
 from verify.data.corpora import WIKITEXT_2_SHA256
-from verify.data.hub import HubUnavailable, hub_rows, is_cached, offline_variable, why_unreachable
+from verify.data.hub import HubUnavailable, hub_rows, why_unreachable
 from verify.data.rows import DatasetSpec
 
 WIKITEXT_2 = DatasetSpec("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -24,7 +23,6 @@ def test_slow_download_is_finished_and_then_read_without_a_network(
 
     warm = load_in_new_process(hub=silent_url)
     assert (warm["source"], warm["sha256"], warm["notice"]) == ("hub", WIKITEXT_2_SHA256, None)
-    assert warm["seconds"] < 5.0
 
 
 @pytest.mark.parametrize("status", [200, 401, 404, 429])
@@ -55,56 +53,32 @@ def test_deadline_holds_where_the_socket_timeout_does_not(monkeypatch: pytest.Mo
     assert time.monotonic() - start < 1.0
 
 
-@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_offline_variable_is_obeyed(
-    hub_at: Callable[[str], None], fake_hub: Any, monkeypatch: pytest.MonkeyPatch, variable: str
+def test_where_the_network_is_forbidden_nobody_is_asked(
+    hub_at: Callable[[str], None], fake_hub: Any, monkeypatch: pytest.MonkeyPatch
 ):
     hub_at(fake_hub.url)
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(HubUnavailable, match=f"{variable} is set"):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubUnavailable, match="HF_HUB_OFFLINE or its like is set"):
         hub_rows(WIKITEXT_2, timeout_s=5.0)
     assert fake_hub.requests == []
-
-
-def test_offline_variable_of_datasets_has_the_last_word(empty_cache: Path, monkeypatch: pytest.MonkeyPatch):
-    assert offline_variable() is None
-    monkeypatch.setenv("HF_HUB_OFFLINE", "yes")
-    assert offline_variable() == "HF_HUB_OFFLINE"
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
-    assert offline_variable() is None
-
-
-def test_cache_is_told_by_data_set_and_configuration(empty_cache: Path):
-    assert not is_cached(WIKITEXT_2)
-    (empty_cache / "Salesforce___wikitext/wikitext-2-raw-v1/0.0.0/abc").mkdir(parents=True)
-    assert not is_cached(WIKITEXT_2), "a folder without a finished data set in it"
-    (empty_cache / "Salesforce___wikitext/wikitext-2-raw-v1/0.0.0/abc/dataset_info.json").write_text("{}")
-    assert is_cached(WIKITEXT_2)
-    assert is_cached(DatasetSpec("Salesforce/wikitext"))
-    assert is_cached(DatasetSpec("Salesforce/WikiText")), "the cache folds the case of names"
-    assert not is_cached(DatasetSpec("Salesforce/wikitext", "wikitext-103-raw-v1"))
-    assert not is_cached(DatasetSpec("Salesforce/wiki", "wikitext-2-raw-v1"))
 
 
 def test_spoilt_cache_leads_to_the_hub(
     hub_at: Callable[[str], None], fake_hub: Any, monkeypatch: pytest.MonkeyPatch
 ):
     hub_at(fake_hub.url)
-    monkeypatch.setattr(hub, "is_cached", lambda spec: True)
     tried = []
 
-    def load(spec: DatasetSpec, *, offline: bool) -> dict:
-        tried.append(offline)
-        if offline:
+    def load(path: str, config: str | None) -> datasets.DatasetDict:
+        tried.append(datasets.config.HF_HUB_OFFLINE)
+        if datasets.config.HF_HUB_OFFLINE:
             raise ValueError("half of it is gone")
-        import datasets
-
         return datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["row"]})})
 
-    monkeypatch.setattr(hub, "_load", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert hub_rows(WIKITEXT_2, timeout_s=5.0) == ["row"]
     assert tried == [True, False]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubUnavailable, match="half of it is gone"):
         hub_rows(WIKITEXT_2, timeout_s=5.0)
 
@@ -114,9 +88,9 @@ def test_download_that_fails_gives_its_reason_in_one_line(
 ):
     hub_at(fake_hub.url)
 
-    def load(spec: DatasetSpec, *, offline: bool) -> None:
+    def load(path: str, config: str | None) -> None:
         raise RuntimeError("storage is down\nand more")
 
-    monkeypatch.setattr(hub, "_load", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(HubUnavailable, match=r"\(RuntimeError: storage is down\)$"):
         hub_rows(WIKITEXT_2, timeout_s=5.0)

@@ -15,14 +15,16 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis.database import InMemoryExampleDatabase
 
 from support.cli import assert_refused, verify
-from support.subjects import assert_keeps
+from support.subjects import assert_keeps, tile_subject
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call, Result
 from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import KernelFailure
+from verify.kernels.faults import FAULTS
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import Launched
@@ -353,3 +355,15 @@ def test_a_kernel_that_is_given_copies_is_not_asked_about_strides(tmp_path: Path
     )
     assert done.returncode == 0
     assert "is given copies without gaps" in done.stdout
+
+
+def test_what_broke_a_law_is_kept_for_that_law_and_kernel() -> None:
+    kept = InMemoryExampleDatabase()
+    subject = tile_subject(next(fault for fault in FAULTS if fault.name == "last key dropped").build)
+    names = ("keys-permuted", "parts-every-cut")
+    tried = [
+        run_law(LAWS[name], subject, examples=60, seed=1, database=kept, shrink=False).examples
+        for name in names * 2
+    ]
+    assert min(tried[:2]) > 1 and tried[2:] == [1, 1]
+    assert {bytes(key).split(b" ")[0].decode() for key in kept.data if b"hypothesis" not in key} == {*names}

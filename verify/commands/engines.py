@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from verify.commands import options
+from verify.commands.kld import compare_files
+from verify.engines.builds import ask, find_program, fitted, unknown_options
 from verify.engines.logits_file import MAGIC, LogitsFile
+from verify.engines.perplexity_runs import Batches, engine_command, run_engine
 from verify.judge.verdict import EXIT_CODES, Verdict
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
+from verify.reports.tables import progress_of
 
 if TYPE_CHECKING:
     from verify.engines.builds import Program
@@ -53,9 +57,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run both and compare; returns the verdict's exit code."""
-    from verify.engines.builds import ask, fitted, unknown_options
-    from verify.engines.perplexity_runs import Batches, engine_command, run_engine
-    from verify.reports.tables import progress_of
 
     if n_ctx < 4 or chunks == 0 or chunks < -1:
         raise UsageError(
@@ -135,8 +136,6 @@ def command(
         found = _without_comparison(troubles, failed)
         print(f"verdict: {found['verdict']}: {'; '.join(found['reasons'])}", file=screen)
     else:
-        from verify.commands.kld import compare_files
-
         paths = [str(side.logits) for side in sides]
         found = compare_files(paths[0], [paths[1]], max_kld=max_kld, screen=screen)
     found["command"] = "engines"
@@ -158,7 +157,6 @@ class _Side(NamedTuple):
 
 
 def _side(name: str, build: str, args: list[str], folder: Path, n_ctx: int, chunks: int) -> _Side:
-    from verify.engines.builds import find_program
 
     if _is_logits_file(build):
         _check_fits(f"--{name.lower()} {build}", build, n_ctx, chunks)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from verify.commands import options
-
-if TYPE_CHECKING:
-    from verify.engines.closing_table import ClosingRow
+from verify.engines.closing_table import ClosingRow, base_row, comma_separated, named, other_row
+from verify.engines.closing_table import markdown as markdown_of
+from verify.engines.conclusion import compare, comparison_json, file_json
+from verify.engines.divergence import check_same_text, score_file, score_pair
+from verify.engines.logits_file import LogitsFile
+from verify.judge.verdict import EXIT_CODES, overall
+from verify.machine.errors import UsageError
+from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import check_writable
+from verify.reports.kld import print_closing_table, print_comparison, print_file
+from verify.reports.tables import progress_of
 
 
 def command(
@@ -32,8 +40,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Compare; returns the exit code of the gravest verdict, 0 for one file alone."""
-    from verify.machine.errors import UsageError
-    from verify.machine.outfile import check_writable
 
     if max_kld is not None and not max_kld >= 0:
         raise UsageError(f"--max-kld {max_kld:g}: expected a number from 0")
@@ -52,8 +58,6 @@ def command(
     written = {"markdown": markdown, "csv": csv}
     run = compare_files(base, others, max_kld=max_kld, screen=screen, models=models, tables=written)
     if json_:
-        from verify.machine.jsontext import to_json_text
-
         print(to_json_text(run), end="")
     return int(run["exit_code"])
 
@@ -71,13 +75,6 @@ def compare_files(
 
     models: GGUF files, one a logits file, or None; tables: where the closing table goes as `markdown`, `csv`.
     """
-    from verify.engines.closing_table import base_row, named, other_row
-    from verify.engines.conclusion import compare, comparison_json, file_json
-    from verify.engines.divergence import check_same_text, score_file, score_pair
-    from verify.engines.logits_file import LogitsFile
-    from verify.judge.verdict import EXIT_CODES, overall
-    from verify.reports.kld import print_closing_table, print_comparison, print_file
-    from verify.reports.tables import progress_of
 
     files, pairs, decisions, rows = [], [], [], []
     sized: list[str | None] = [*models] if models else [None] * (1 + len(other_paths))
@@ -126,10 +123,8 @@ def compare_files(
 
 
 def _write_tables(rows: list[ClosingRow], to: dict[str, Path | None], screen: Any) -> None:
-    from verify.engines.closing_table import comma_separated, markdown
-    from verify.machine.errors import UsageError
 
-    for form, write in (("markdown", markdown), ("csv", comma_separated)):
+    for form, write in (("markdown", markdown_of), ("csv", comma_separated)):
         if (path := to.get(form)) is None:
             continue
         try:

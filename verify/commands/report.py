@@ -59,7 +59,7 @@ def command(
 def _rejudge(runs: list[Path], out: Path | None) -> int:
     """The folder stays as it is: what it would say today is printed."""
     from verify.judge.verdict import EXIT_CODES
-    from verify.ppl.rejudge import rejudge_gen, rejudge_ppl, rules_in_words, verdict_of
+    from verify.rejudge import rejudge_gen, rejudge_ppl, rules_in_words, verdict_of
 
     if len(runs) != 1 or out is not None:
         raise UsageError("--rejudge: expected one run, and no --out: it prints what the run is called today")

@@ -11,7 +11,7 @@ from verify.arms.model_facts import check_lengths, check_shapes
 from verify.diff.captured import captured_inputs
 from verify.diff.cells import Inputs
 from verify.diff.probing import PROBES, Probing
-from verify.judge.verdict import DEFAULT_MARGIN
+from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Shape
 from verify.kernels.judging.families import FAMILIES, Sizes, draw
 from verify.kernels.plans.shapes import ModelShape, shape_named
@@ -19,7 +19,6 @@ from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import IN_OWN_PROCESS, build_kernel
 from verify.machine.errors import UsageError
 from verify.machine.stages import StageClock
-from verify.ppl.settings import check_margin
 
 # Cut edges that inputs are made for: the first and the last few of a plan.
 MOST_EDGES = 6

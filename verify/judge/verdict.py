@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 from verify.judge.regimes import sentence
 from verify.judge.statistics import DistanceRatio
 from verify.judge.strata import IMPROVEMENT, Judgement, improvement_of
+from verify.machine.errors import UsageError
 
 Verdict = Literal["broken", "inconclusive", "identical", "degraded", "improved", "round-off"]
 # Of several pairs, the one that a reader must not miss gives the run its verdict.
@@ -42,6 +43,12 @@ EXIT_CODES: dict[Verdict, int] = {
     "round-off": 0,
 }
 DEFAULT_MARGIN = 1.25
+
+
+def check_margin(margin: float) -> None:
+    """Raises UsageError unless it is a ratio above 1."""
+    if not 1 < margin < math.inf:
+        raise UsageError(f"--margin {margin:g}: expected a ratio above 1")
 
 
 @dataclass(frozen=True)

@@ -18,45 +18,31 @@ from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.judging.families import POISON
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
-from verify.laws.law import LawBroken, Subject, law
+from verify.laws.law import Cases, LawBroken, Subject, has_one_path, laws, quantises_keys, reads_no_cache
 from verify.laws.tolerance import Seen, against_exact, agree, no_bit_moves, seen
 
 OWN = "the kernel's own error budget (kernels/budget/bound.py)"
 BOTH = "both results' own error budgets (kernels/budget/bound.py)"
 BITS = "bits: nothing that is computed changes"
+law = laws("attention", BOTH)
 
 
-@law("within-budget", "attention", tolerance=OWN, cases=lambda subject: problems(subject), case_type=Problem)
+@law("within-budget", problems, tolerance=OWN)
 def within_budget(subject: Subject, problem: Problem) -> float:
     """Every result is within its rounding budget of softmax(QK)V in float64."""
     return against_exact(subject.kernel, problem.call(subject.device), lse=subject.capabilities.lse)
 
 
-@law(
-    "large-values",
-    "attention",
-    tolerance=OWN,
-    cases=lambda subject: problems(subject, only=["near-overflow"]),
-    case_type=Problem,
-)
+@law("large-values", lambda subject: problems(subject, only=["near-overflow"]), tolerance=OWN)
 def large_values(subject: Subject, problem: Problem) -> float:
     """Keys and values near the largest float16 overflow nowhere."""
     return against_exact(subject.kernel, problem.call(subject.device), lse=subject.capabilities.lse)
 
 
-def _variants_agree(subject: Subject, problem: Problem) -> float:
-    """The plan of the problem against the subject's own."""
-    call = problem.call(subject.device)
-    plain, planned = subject.kernel, subject.variant(problem.options)
-    return agree(f"{problem.options}", seen(planned, call), seen(plain, call), lse=subject.capabilities.lse)
-
-
 @law(
     "head-groups",
-    "attention",
+    lambda subject: planned_problems(subject, groups=True),
     tolerance=BOTH + "; bits where every grouping ran one binary and the same cuts",
-    cases=lambda subject: planned_problems(subject, groups=True),
-    case_type=Problem,
     needs=("head_groups",),
 )
 def head_groups(subject: Subject, problem: Problem) -> float:
@@ -73,51 +59,38 @@ def head_groups(subject: Subject, problem: Problem) -> float:
     return margin
 
 
-@law(
-    "kv-parts",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: planned_problems(subject, parts=True),
-    case_type=Problem,
-    needs=("plans",),
-)
-def kv_parts(subject: Subject, problem: Problem) -> float:
-    """Any number of KV parts gives what one part gives."""
-    return _variants_agree(subject, problem)
+# Another plan, and the same result: one law for each part of a plan.
+OTHER_PLANS: dict[str, tuple[str, Cases]] = {
+    "kv-parts": (
+        "Any number of KV parts gives what one part gives.",
+        lambda subject: planned_problems(subject, parts=True),
+    ),
+    "groups-and-parts": (
+        "Head groups and KV parts together change nothing but rounding.",
+        lambda subject: planned_problems(subject, groups=True, parts=True),
+    ),
+    "tile-sizes": (
+        "Keys a tile are of no consequence but to rounding.",
+        lambda subject: planned_problems(subject, block=True),
+    ),
+}
 
 
-@law(
-    "groups-and-parts",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: planned_problems(subject, groups=True, parts=True),
-    case_type=Problem,
-    needs=("plans",),
-)
-def groups_and_parts(subject: Subject, problem: Problem) -> float:
-    """Head groups and KV parts together change nothing but rounding."""
-    return _variants_agree(subject, problem)
+def variants_agree(subject: Subject, problem: Problem) -> float:
+    """The plan of the problem against the subject's own."""
+    call = problem.call(subject.device)
+    plain, planned = subject.kernel, subject.variant(problem.options)
+    return agree(f"{problem.options}", seen(planned, call), seen(plain, call), lse=subject.capabilities.lse)
 
 
-@law(
-    "tile-sizes",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: planned_problems(subject, block=True),
-    case_type=Problem,
-    needs=("plans",),
-)
-def tile_sizes(subject: Subject, problem: Problem) -> float:
-    """Keys a tile are of no consequence but to rounding."""
-    return _variants_agree(subject, problem)
+for _name, (_says, _drawn) in OTHER_PLANS.items():
+    law(_name, _drawn, needs=("plans",), says=_says)(variants_agree)
 
 
 @law(
     "plan-runs",
-    "attention",
+    lambda subject: planned_problems(subject, groups=True, parts=True, path="decode"),
     tolerance="equality: the launch trace against the plan",
-    cases=lambda subject: planned_problems(subject, groups=True, parts=True, path="decode"),
-    case_type=Problem,
     needs=("plans",),
 )
 def plan_runs(subject: Subject, problem: Problem) -> float:
@@ -141,12 +114,10 @@ def plan_runs(subject: Subject, problem: Problem) -> float:
 
 @law(
     "values-scaled",
-    "attention",
-    tolerance=BOTH + "; a power of two rounds nothing by itself",
-    cases=lambda subject: twisted(
+    lambda subject: twisted(
         problems(subject, without=("near-overflow", "denormal", "tiny")), st.integers(1, 3)
     ),
-    case_type=Problem,
+    tolerance=BOTH + "; a power of two rounds nothing by itself",
 )
 def values_scaled(subject: Subject, problem: Problem) -> float:
     """V times a power of two is the result times that power, and the same lse."""
@@ -162,13 +133,7 @@ def _rows(x: Seen, heads: torch.Tensor) -> Seen:
     return Seen(*(y[:, :, heads] for y in x))
 
 
-@law(
-    "heads-permuted",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(problems(subject), st.integers(0, SEEDS)),
-    case_type=Problem,
-)
+@law("heads-permuted", lambda subject: twisted(problems(subject), st.integers(0, SEEDS)))
 def heads_permuted(subject: Subject, problem: Problem) -> float:
     """KV heads, and query heads within each, in another order give the results in that order."""
     call, order = problem.call(subject.device), random.Random(problem.twist)
@@ -195,12 +160,9 @@ def heads_permuted(subject: Subject, problem: Problem) -> float:
 
 @law(
     "keys-permuted",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(
+    lambda subject: twisted(
         problems(subject, without=BY_PLACE, rows=1, path="decode"), st.integers(0, SEEDS)
     ),
-    case_type=Problem,
 )
 def keys_permuted(subject: Subject, problem: Problem) -> float:
     """The order of the keys that a row sees is of no consequence."""
@@ -215,12 +177,10 @@ def keys_permuted(subject: Subject, problem: Problem) -> float:
 
 @law(
     "logits-shifted",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(
+    lambda subject: twisted(
         problems(subject, without=("sinks", "softcap", "near-overflow")), st.integers(-64, 64)
     ),
-    case_type=Problem,
+    unless=quantises_keys,
 )
 def logits_shifted(subject: Subject, problem: Problem) -> float:
     """A number added to every logit moves the lse by as much, and nothing else."""
@@ -238,11 +198,9 @@ def logits_shifted(subject: Subject, problem: Problem) -> float:
 
 @law(
     "masked-keys",
-    "attention",
+    lambda subject: twisted(problems(subject), st.integers(1, 20)),
     tolerance=f"{BITS}; with more keys held, where the kernel promises no bits of a row alone, {BOTH}",
-    cases=lambda subject: twisted(problems(subject), st.integers(1, 20)),
-    case_type=Problem,
-)  # fmt: skip
+)
 def masked_keys(subject: Subject, problem: Problem) -> float:
     """Keys that no row sees change nothing, whatever they hold and however many there are."""
     call, n, has = problem.call(subject.device), max(problem.n_kv), subject.capabilities
@@ -272,13 +230,7 @@ def masked_keys(subject: Subject, problem: Problem) -> float:
     return margin
 
 
-@law(
-    "both-paths",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: problems(subject, path="decode"),
-    case_type=Problem,
-)
+@law("both-paths", lambda subject: problems(subject, path="decode"), unless=has_one_path)
 def both_paths(subject: Subject, problem: Problem) -> float:
     """A row of the prefill path is the row of the decode path."""
     call = problem.call(subject.device)
@@ -288,12 +240,8 @@ def both_paths(subject: Subject, problem: Problem) -> float:
 
 @law(
     "row-alone",
-    "attention",
+    lambda subject: problems(subject, path="" if "decode" not in subject.capabilities.paths else "decode"),
     tolerance="bits, where the kernel promises it; else " + BOTH,
-    cases=lambda subject: problems(
-        subject, path="" if "decode" not in subject.capabilities.paths else "decode"
-    ),
-    case_type=Problem,
 )
 def row_alone(subject: Subject, problem: Problem) -> float:
     """A row alone is the row in its batch."""
@@ -325,10 +273,8 @@ def _row_of(call: Call, b: int, t: int) -> Call:
 
 @law(
     "two-runs",
-    "attention",
+    problems,
     tolerance="bits, where the kernel promises them; else, where other bits are seen, " + BOTH,
-    cases=lambda subject: problems(subject),
-    case_type=Problem,
 )
 def two_runs(subject: Subject, problem: Problem) -> float:
     """The same call gives the same bits every time."""
@@ -347,14 +293,7 @@ def two_runs(subject: Subject, problem: Problem) -> float:
     return margin
 
 
-@law(
-    "strides",
-    "attention",
-    tolerance=BOTH,
-    cases=lambda subject: problems(subject),
-    case_type=Problem,
-    needs=("strided",),
-)
+@law("strides", problems, needs=("strided",))
 def strides(subject: Subject, problem: Problem) -> float:
     """K and V that lie head by head in memory, or between other numbers, are the same K and V."""
     call = problem.call(subject.device)
@@ -367,10 +306,8 @@ def strides(subject: Subject, problem: Problem) -> float:
 
 @law(
     "empty-rows",
-    "attention",
+    lambda subject: problems(subject, without=("sinks",)),
     tolerance="bits of empty rows; others: bits where rows do not depend on others, else " + BOTH,
-    cases=lambda subject: problems(subject, without=("sinks",)),
-    case_type=Problem,
     needs=("empty_rows", "ragged"),
 )
 def empty_rows(subject: Subject, problem: Problem) -> float:
@@ -398,16 +335,15 @@ def empty_rows(subject: Subject, problem: Problem) -> float:
 
 @law(
     "caches",
-    "attention",
-    tolerance=OWN + ", the numbers of the cache's blocks taken as exact",
-    cases=lambda subject: st.builds(
+    lambda subject: st.builds(
         lambda problem, cache: replace(
             problem, cache=cache, k_size=max(problem.k_size, BLOCK), v_size=max(problem.v_size, BLOCK)
         ),
         problems(subject, without=("near-overflow",)),
         st.sampled_from(subject.capabilities.caches),
     ),
-    case_type=Problem,
+    tolerance=OWN + ", the numbers of the cache's blocks taken as exact",
+    unless=reads_no_cache,
 )
 def caches(subject: Subject, problem: Problem) -> float:
     """Attention over a quantised cache is attention over the numbers that its blocks stand for."""

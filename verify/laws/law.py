@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_type_hints
 
 import torch
 from hypothesis.strategies import SearchStrategy
@@ -139,58 +139,116 @@ def _plan_of(spec: str) -> Callable[[Options], Plan]:
     return plan
 
 
+Unless = Callable[[Subject], str | None]
+Cases = Callable[[Subject], SearchStrategy[Any]]
+
+
+def _always(subject: Subject) -> None:
+    return None
+
+
+def no_merge(subject: Subject) -> str | None:
+    return "its merge cannot be called by itself" if subject.merge is None else None
+
+
+def no_plans(subject: Subject) -> str | None:
+    missing = subject.capabilities.lacks("plans")
+    return missing or ("takes no plan" if subject.plan is None else None)
+
+
+def has_one_path(subject: Subject) -> str | None:
+    paths = subject.capabilities.paths
+    return f"has only the {paths[0]} path" if len(paths) < 2 else None
+
+
+def reads_no_cache(subject: Subject) -> str | None:
+    if not subject.capabilities.caches:
+        return "reads no quantised cache"
+    return None if subject.reads_as_given else "has a quantised cache already"
+
+
+def quantises_keys(subject: Subject) -> str | None:
+    """Of laws that write exact numbers into a column of k."""
+    if subject.reads_as_given:
+        return None
+    return "quantises keys: numbers that are written into one column change the others"
+
+
 @dataclass(frozen=True)
 class Law:
-    """name; group; statement: one sentence; tolerance: where the allowance comes from; needs: what a kernel
-    must have for it; cases: draws them for a subject; check: the law itself, returning its margin."""
+    """A named law. It is asked of a subject that has what it needs."""
 
     name: str
     group: Group
+    # One sentence.
     statement: str
+    # Where the allowance comes from.
     tolerance: str
+    # What a kernel must have for it, and why else it cannot be asked.
     needs: tuple[Promise, ...]
-    cases: Callable[[Subject], SearchStrategy[Any]]
+    unless: Unless
+    # Draws cases for a subject; the law itself, which returns its margin; what it takes beside the subject.
+    cases: Cases
     check: Callable[[Subject, Any], float]
     case_type: type[Case]
 
     def not_applicable(self, subject: Subject) -> str | None:
         """Why this subject cannot be asked, or None if it can."""
-        if self.group == "merge":
-            return "its merge cannot be called by itself" if subject.merge is None else None
-        if self.group == "plans":
-            missing = subject.capabilities.lacks("plans")
-            return missing or ("takes no plan" if subject.plan is None else None)
-        has = subject.capabilities
-        if self.name == "both-paths" and len(has.paths) < 2:
-            return f"has only the {has.paths[0]} path"
-        if self.name == "caches" and (not has.caches or not subject.reads_as_given):
-            return "reads no quantised cache" if not has.caches else "has a quantised cache already"
-        if self.name in WRITES_NUMBERS and not subject.reads_as_given:
-            return "quantises keys: numbers that are written into one column change the others"
-        return has.lacks(*self.needs)
+        return self.unless(subject) or subject.capabilities.lacks(*self.needs)
 
 
-# Laws that write exact numbers into a column of k.
-WRITES_NUMBERS = ("logits-shifted", "softcap", "sinks", "alibi")
 LAWS: dict[str, Law] = {}
+Check = Callable[[Subject, Any], float]
 
 
-def law(
-    name: str,
-    group: Group,
-    *,
-    tolerance: str,
-    cases: Callable[[Subject], SearchStrategy[Any]],
-    case_type: type[Case],
-    needs: tuple[Promise, ...] = (),
-) -> Callable[[Callable[[Subject, Any], float]], Law]:
-    """Makes a law of a function, whose docstring is the statement, and puts it into `LAWS`."""
+class Declare(Protocol):
+    """What `laws` returns."""
 
-    def make(check: Callable[[Subject, Any], float]) -> Law:
-        statement = " ".join((check.__doc__ or "").split())
-        made = Law(name, group, statement, tolerance, needs, cases, check, case_type)
-        assert name not in LAWS and statement, name
-        LAWS[name] = made
-        return made
+    def __call__(
+        self,
+        name: str,
+        cases: Cases,
+        *,
+        tolerance: str = ...,
+        needs: tuple[Promise, ...] = ...,
+        unless: Unless = ...,
+        says: str = ...,
+    ) -> Callable[[Check], Law]: ...
 
-    return make
+
+def laws(group: Group, tolerance: str, *, unless: Unless = _always) -> Declare:
+    """A decorator for the laws of a group, with the tolerance of most of them.
+
+    It makes a law of a function and puts it into `LAWS`. says: the statement, by default the docstring. The
+    type of the second argument is that of its cases.
+    """
+
+    def declare(
+        name: str,
+        cases: Cases,
+        *,
+        tolerance: str = tolerance,
+        needs: tuple[Promise, ...] = (),
+        unless: Unless = unless,
+        says: str = "",
+    ) -> Callable[[Check], Law]:
+        def make(check: Check) -> Law:
+            _, case_type, *_ = get_type_hints(check).values()
+            made = Law(
+                name=name,
+                group=group,
+                statement=says or " ".join((check.__doc__ or "").split()),
+                tolerance=tolerance,
+                needs=needs,
+                unless=unless,
+                cases=cases,
+                check=check,
+                case_type=case_type,
+            )
+            assert name not in LAWS and made.statement, name
+            LAWS[name] = made
+            return made
+
+        return make
+
+    return declare

@@ -16,12 +16,13 @@ from verify.kernels.budget.merge_bound import BoundedPart, given, merge_bound
 from verify.kernels.merge import Merge, Part, empty_part
 from verify.laws.cases import Parts
 from verify.laws.draws import far_parts, part_lists
-from verify.laws.law import LawBroken, Subject, law
+from verify.laws.law import LawBroken, Subject, laws, no_merge
 from verify.laws.tolerance import no_bit_moves, part_within
 
 DERIVED = (
     "merge_bound: rounding of the exponent, the weights, both sums and the division, composed over merges"
 )
+law = laws("merge", DERIVED, unless=no_merge)
 BITS = "bits: a weight of exactly 0 adds exactly nothing"
 
 
@@ -49,26 +50,14 @@ def _nested(merge: Merge, parts: Sequence[Part], order: Sequence[int]) -> tuple[
     return level[0], due[0]
 
 
-@law(
-    "merge-exact",
-    "merge",
-    tolerance=DERIVED,
-    cases=lambda subject: part_lists(shift=64),
-    case_type=Parts,
-)
+@law("merge-exact", lambda _: part_lists(shift=64))
 def merge_exact(subject: Subject, case: Parts) -> float:
     """Merged parts are the exact softmax-weighted mean, and their lse is the natural logarithm of the sum."""
     parts = tensors(case, subject.device)
     return part_within("merged", _merge_of(subject)(parts), merge_bound([given(part) for part in parts]))
 
 
-@law(
-    "merge-commutes",
-    "merge",
-    tolerance=DERIVED,
-    cases=lambda subject: part_lists(least=2, order=True),
-    case_type=Parts,
-)
+@law("merge-commutes", lambda _: part_lists(least=2, order=True))
 def merge_commutes(subject: Subject, case: Parts) -> float:
     """Any order of the parts gives the same result."""
     parts = tensors(case, subject.device)
@@ -79,13 +68,7 @@ def merge_commutes(subject: Subject, case: Parts) -> float:
     return max(margin, part_within("reversed", _merge_of(subject)(parts[::-1]), due))
 
 
-@law(
-    "merge-associates",
-    "merge",
-    tolerance=DERIVED,
-    cases=lambda subject: part_lists(least=3, most=6),
-    case_type=Parts,
-)
+@law("merge-associates", lambda _: part_lists(least=3, most=6))
 def merge_associates(subject: Subject, case: Parts) -> float:
     """((a b) c) ... and a (b (c ...)) agree."""
     parts = tensors(case, subject.device)
@@ -95,13 +78,7 @@ def merge_associates(subject: Subject, case: Parts) -> float:
     return max(part_within("from the left", left, due_left), part_within("from the right", right, due_right))
 
 
-@law(
-    "merge-tree",
-    "merge",
-    tolerance=DERIVED,
-    cases=lambda subject: part_lists(least=2, order=True),
-    case_type=Parts,
-)
+@law("merge-tree", lambda _: part_lists(least=2, order=True))
 def merge_tree_law(subject: Subject, case: Parts) -> float:
     """Any tree of merges agrees with merging all parts at once."""
     parts = tensors(case, subject.device)
@@ -111,13 +88,7 @@ def merge_tree_law(subject: Subject, case: Parts) -> float:
     return max(margin, part_within("at once", _merge_of(subject)(parts), at_once))
 
 
-@law(
-    "merge-identity",
-    "merge",
-    tolerance=BITS,
-    cases=lambda subject: part_lists(order=True),
-    case_type=Parts,
-)
+@law("merge-identity", lambda _: part_lists(order=True), tolerance=BITS)
 def merge_identity(subject: Subject, case: Parts) -> float:
     """An empty part (0, -inf) changes no bit, wherever it stands."""
     parts = tensors(case, subject.device)
@@ -130,7 +101,7 @@ def merge_identity(subject: Subject, case: Parts) -> float:
     return 0.0
 
 
-@law("merge-nothing", "merge", tolerance="bits", cases=lambda subject: part_lists(most=6), case_type=Parts)
+@law("merge-nothing", lambda _: part_lists(most=6), tolerance="bits")
 def merge_nothing(subject: Subject, case: Parts) -> float:
     """Empty parts alone give (0, -inf), and nothing ever becomes NaN."""
     parts = tensors(case, subject.device)
@@ -144,13 +115,7 @@ def merge_nothing(subject: Subject, case: Parts) -> float:
     return 0.0
 
 
-@law(
-    "merge-shift",
-    "merge",
-    tolerance=DERIVED + "; both sides",
-    cases=lambda subject: part_lists(shift=64),
-    case_type=Parts,
-)
+@law("merge-shift", lambda _: part_lists(shift=64), tolerance=DERIVED + "; both sides")
 def merge_shift(subject: Subject, case: Parts) -> float:
     """A common shift of every lse moves the merged lse by as much, and nothing else."""
     # Levels are multiples of 1/64: shifting them rounds nothing.
@@ -166,7 +131,7 @@ def merge_shift(subject: Subject, case: Parts) -> float:
     return part_within(f"shifted by {case.shift}", _merge_of(subject)(moved), due)
 
 
-@law("merge-far-apart", "merge", tolerance=DERIVED, cases=lambda subject: far_parts(), case_type=Parts)
+@law("merge-far-apart", lambda _: far_parts())
 def merge_far_apart(subject: Subject, case: Parts) -> float:
     """Parts whose lse differ by 100 and more neither overflow nor vanish: the heaviest is the result."""
     parts = tensors(case, subject.device)

@@ -15,13 +15,14 @@ from verify.kernels.call import Call
 from verify.laws.attention_laws import BOTH
 from verify.laws.cases import Problem
 from verify.laws.draws import problems, twisted
-from verify.laws.law import Subject, law
+from verify.laws.law import Subject, laws, quantises_keys
 from verify.laws.tolerance import agree, seen
 
 # Families that leave the call's options alone.
 PLAIN = ("gaussian", "needles", "one-sign", "peaked", "flat", "tiny")
 # Beyond every logit: a cap or a window that does nothing; a sink that weighs nothing.
 WIDE_CAP, LOW_SINK = 2.0**20, -1e4
+law = laws("options", BOTH)
 
 
 def _own_column(problem: Problem, device: torch.device) -> Call:
@@ -34,10 +35,7 @@ def _own_column(problem: Problem, device: torch.device) -> Call:
 
 @law(
     "sliding-window",
-    "options",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(problems(subject, only=PLAIN, rows=1, path="decode"), st.integers(1, 200)),
-    case_type=Problem,
+    lambda subject: twisted(problems(subject, only=PLAIN, rows=1, path="decode"), st.integers(1, 200)),
     needs=("sliding_window",),
 )
 def sliding_window(subject: Subject, problem: Problem) -> float:
@@ -59,11 +57,9 @@ def sliding_window(subject: Subject, problem: Problem) -> float:
 
 @law(
     "softcap",
-    "options",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(problems(subject, only=PLAIN, least=1), st.integers(0, 4)),
-    case_type=Problem,
+    lambda subject: twisted(problems(subject, only=PLAIN, least=1), st.integers(0, 4)),
     needs=("softcap",),
+    unless=quantises_keys,
 )
 def softcap(subject: Subject, problem: Problem) -> float:
     """Far beyond the cap only the sign of a logit counts; a cap far beyond every logit is none."""
@@ -85,11 +81,9 @@ def softcap(subject: Subject, problem: Problem) -> float:
 
 @law(
     "sinks",
-    "options",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(problems(subject, only=PLAIN, path="decode"), st.integers(-3, 6)),
-    case_type=Problem,
+    lambda subject: twisted(problems(subject, only=PLAIN, path="decode"), st.integers(-3, 6)),
     needs=("sinks",),
+    unless=quantises_keys,
 )
 def sinks(subject: Subject, problem: Problem) -> float:
     """A sink is one more key whose value is 0; a sink far below every logit is none."""
@@ -119,14 +113,12 @@ def sinks(subject: Subject, problem: Problem) -> float:
 
 @law(
     "alibi",
-    "options",
-    tolerance=BOTH,
-    cases=lambda subject: twisted(
+    lambda subject: twisted(
         problems(subject, only=PLAIN, path="decode", lengths=(1, 2, 3, 16, 17, 64, 65, 200)),
         st.integers(0, 7),
     ),
-    case_type=Problem,
     needs=("alibi",),
+    unless=quantises_keys,
 )
 def alibi(subject: Subject, problem: Problem) -> float:
     """ALiBi is one more column, the position of a key times the slope; slopes of 0 are none."""

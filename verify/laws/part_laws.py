@@ -15,11 +15,12 @@ from verify.kernels.call import Call
 from verify.kernels.merge import Part, merge_sequential
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, cut_problems, problems
-from verify.laws.law import Subject, law
+from verify.laws.law import Subject, laws
 from verify.laws.tolerance import Seen, against_exact, agree, seen
 
 EVERY_CUT_OF = (1, 2, 3, 5, 9)
 DERIVED = "each piece's own budgets of out and lse through merge_bound, and the budget of the whole"
+law = laws("parts", DERIVED)
 
 
 def pieces(call: Call, cuts: Sequence[int]) -> list[Call]:
@@ -52,14 +53,7 @@ def _merged(subject: Subject, call: Call, cuts: Sequence[int]) -> Seen:
     return Seen(merged.out.double(), merged.lse.double(), bounded.bound, bounded.lse_bound)
 
 
-@law(
-    "parts-merge",
-    "parts",
-    tolerance=DERIVED,
-    cases=lambda subject: cut_problems(subject),
-    case_type=Problem,
-    needs=("lse",),
-)
+@law("parts-merge", cut_problems, needs=("lse",))
 def parts_merge(subject: Subject, problem: Problem) -> float:
     """Attention over pieces of the KV range, merged, is attention over the whole, wherever the cuts lie."""
     call = problem.call(subject.device)
@@ -69,10 +63,7 @@ def parts_merge(subject: Subject, problem: Problem) -> float:
 
 @law(
     "parts-every-cut",
-    "parts",
-    tolerance=DERIVED,
-    cases=lambda subject: problems(subject, without=BY_PLACE, rows=1, path="decode", lengths=EVERY_CUT_OF),
-    case_type=Problem,
+    lambda subject: problems(subject, without=BY_PLACE, rows=1, path="decode", lengths=EVERY_CUT_OF),
     needs=("lse",),
 )
 def parts_every_cut(subject: Subject, problem: Problem) -> float:
@@ -88,12 +79,9 @@ def parts_every_cut(subject: Subject, problem: Problem) -> float:
 
 @law(
     "parts-far-apart",
-    "parts",
-    tolerance=DERIVED,
-    cases=lambda subject: problems(
+    lambda subject: problems(
         subject, only=["gaussian"], rows=1, path="decode", least=2, lengths=(2, 3, 17, 65, 130)
     ),
-    case_type=Problem,
     needs=("lse",),
 )
 def parts_far_apart(subject: Subject, problem: Problem) -> float:
@@ -114,10 +102,8 @@ def parts_far_apart(subject: Subject, problem: Problem) -> float:
 
 @law(
     "lse-exact",
-    "parts",
+    problems,
     tolerance="the lse's own budget (kernels/budget/bound.py): to another base it is off by a factor",
-    cases=lambda subject: problems(subject),
-    case_type=Problem,
     needs=("lse",),
 )
 def lse_exact(subject: Subject, problem: Problem) -> float:

@@ -10,10 +10,11 @@ from verify.kernels.plans.plan import RowPlan
 from verify.kernels.plans.policy import POLICIES
 from verify.laws.cases import Rule
 from verify.laws.draws import compositions
-from verify.laws.law import LawBroken, Subject, law
+from verify.laws.law import LawBroken, Subject, laws, no_plans
 
 EQUAL = "equality"
 HEAD_SIZE = 128
+law = laws("plans", EQUAL, unless=no_plans)
 
 
 @st.composite
@@ -53,7 +54,7 @@ def _row(subject: Subject, rule: Rule, n_kv: int | None = None) -> RowPlan:
     return subject.plan(rule.options).at(RowAsked(heads, rule.n_kv if n_kv is None else n_kv))
 
 
-@law("groups-sum", "plans", tolerance=EQUAL, cases=lambda subject: rules(subject), case_type=Rule)
+@law("groups-sum", rules)
 def groups_sum(subject: Subject, rule: Rule) -> float:
     """Head groups are at least one head each, and sum to r."""
     groups = _row(subject, rule).head_groups
@@ -62,7 +63,7 @@ def groups_sum(subject: Subject, rule: Rule) -> float:
     return 0.0
 
 
-@law("cuts-partition", "plans", tolerance=EQUAL, cases=lambda subject: rules(subject), case_type=Rule)
+@law("cuts-partition", rules)
 def cuts_partition(subject: Subject, rule: Rule) -> float:
     """Cuts partition the keys: from 0 to n_kv, each once, no part empty, on the edges of tiles."""
     cuts = _row(subject, rule).cuts
@@ -103,7 +104,7 @@ def opens(rule: Rule) -> int:
     return max(padded - N_KV_PADDING + 1, 1)
 
 
-@law("policy-thresholds", "plans", tolerance=EQUAL, cases=lambda subject: gates(), case_type=Rule)
+@law("policy-thresholds", lambda _: gates())
 def policy_thresholds(subject: Subject, rule: Rule) -> float:
     """A policy splits from exactly the length at which the engine's does, and below it never."""
     first = opens(rule)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from verify.data.corpora import DEFAULT_CORPUS
-from verify.judge.verdict import DEFAULT_MARGIN
+from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -135,11 +135,6 @@ class PplSettings:
         if "candidates" not in given:
             raise UsageError("candidates: expected a list of texts, got none")
         return cls(**given)
-
-
-def check_margin(margin: float) -> None:
-    if not 1 < margin < math.inf:
-        raise UsageError(f"--margin {margin:g}: expected a ratio above 1")
 
 
 def parse_size(text: str) -> int:
