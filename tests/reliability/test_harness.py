@@ -86,6 +86,9 @@ def mutated(content: bytes, draw: random.Random, within: int) -> bytes:
     """Some bytes, or an aligned or unaligned number, of the first `within` replaced; or cut off; or moved."""
     found = bytearray(content)
     for _ in range(draw.choice((1, 1, 2, 5))):
+        within = min(within, len(found))
+        if not within:
+            break
         at, how = draw.randrange(within), draw.randrange(7)
         if how == 0:
             found[at] = draw.randrange(256)

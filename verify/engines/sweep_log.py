@@ -200,7 +200,7 @@ class _Reader:
             raise UsageError(self.cut_json)
         try:
             found, _ = json.JSONDecoder().raw_decode(line[line.index("{") :])
-        except ValueError:
+        except (ValueError, RecursionError):
             self.cut_json = f"{where}: not JSON: the log is cut off"
             if not self.objects:
                 raise UsageError(self.cut_json) from None
@@ -274,7 +274,7 @@ class _Reader:
         if table.bench:
             try:
                 test = test_of_cells(table.columns, mine)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where}: {error}") from None
             table.tests.extend([test] if test else [])
             return True
