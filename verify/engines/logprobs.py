@@ -24,11 +24,13 @@ from scipy import special
 
 from verify.engines.conclusion import bounds_text
 from verify.engines.logprob_files import Columns, LogprobFile
-from verify.judge.statistics import BLOCK_TOKENS, BLOCK_WIDENING, CONFIDENCE, WINDOWS_FOR_T, Interval
+from verify.judge.statistics import BLOCK_WIDENING, CONFIDENCE, WINDOWS_FOR_T, Interval
 from verify.judge.strata import IMPROVEMENT
 from verify.judge.verdict import DEFAULT_MARGIN, Decision, Verdict
 
 QUARTERS = 4
+# Tokens that stand for a sequence where there are few.
+BLOCK = 64
 # A ratio of probabilities that trainers clip beyond.
 CLIP = 0.2
 
@@ -138,7 +140,7 @@ def clustered_interval(values: Sequence[np.ndarray], confidence: float = CONFIDE
     clusters, widening, scope = list(values), 1.0, "texts like these"
     if len(values) < WINDOWS_FOR_T:
         widening, scope = BLOCK_WIDENING, "these sequences only"
-        clusters = [b for x in values for b in np.array_split(x, max(len(x) // BLOCK_TOKENS, 1))]
+        clusters = [b for x in values for b in np.array_split(x, max(len(x) // BLOCK, 1))]
     n = len(clusters)
     if n < 2:
         return Interval(mean, -math.inf, math.inf, math.inf, 0, scope)
@@ -157,7 +159,7 @@ def floor_ratio(
         pairs = [
             pair
             for x, y in pairs
-            for pair in zip(*(np.array_split(z, max(len(x) // BLOCK_TOKENS, 1)) for z in (x, y)), strict=True)
+            for pair in zip(*(np.array_split(z, max(len(x) // BLOCK, 1)) for z in (x, y)), strict=True)
         ]
     squares = np.array([[float((x**2).sum()), float((y**2).sum())] for x, y in pairs])
     b, c = squares.sum(0)
