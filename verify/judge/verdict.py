@@ -149,15 +149,16 @@ def _by_distance(e: PairEvidence, d: DistanceRatio) -> Decision:
     said += f"; {kld[0]:.2g} against {kld[1]:.2g} nats a token)" if kld is not None else ")"
     if d.few_tokens_hold_it:
         said += f", though mean divergences say {d.energy_ratio:.3g}: few tokens hold the difference"
+    rule = f" ({bounds_in_words(margin)})"
     if d.low > margin:
-        return Decision("degraded", [f"{said}: farther, beyond the margin of {margin:g}"])
+        return Decision("degraded", [f"{said}: farther, beyond the margin of {margin:g}{rule}"])
     if d.high < improvement_of(margin):
-        return Decision("improved", [f"{said}: closer, beyond 1/{min(IMPROVEMENT, margin):g}"])
+        return Decision("improved", [f"{said}: closer, beyond 1/{min(IMPROVEMENT, margin):g}{rule}"])
     if d.high <= margin:
         real = ", a real difference" if d.low > 1 or d.high < 1 else ""
-        return Decision("round-off", [f"{said}{real}: inside the margin of {margin:g}"])
+        return Decision("round-off", [f"{said}{real}: inside the margin of {margin:g}{rule}"])
     reach = "" if math.isinf(d.high) else f": it reaches the margin of {margin:g}"
-    return Decision("inconclusive", [f"{said}{reach}; {e.narrowed_by}"])
+    return Decision("inconclusive", [f"{said}{reach}{rule}; {e.narrowed_by}"])
 
 
 def _by_strata(e: PairEvidence, found: Judgement) -> Decision:
