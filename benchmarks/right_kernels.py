@@ -44,6 +44,8 @@ class RightKernel(NamedTuple):
     what: str
     # Why a run of it may truly be `broken`: a limit of its own arithmetic, or empty.
     limit: str = ""
+    # What it is compared with; the default answers in the candidate's type.
+    baseline: str = "flash"
 
 
 _OVERFLOWS = "float16 sums overflow where inputs near the largest float16 add up"
@@ -57,14 +59,14 @@ def py(name: str, what: str, *, limit: str = "", arithmetic: str = "acc=f32") ->
 
 KERNELS = (
     RightKernel("flash-split", "flash:heads=split,kv=4", "ours, split"),
-    RightKernel("flash-8+1", "flash:kv=8", "ours, eight parts"),
+    RightKernel("flash-kv8", "flash:kv=8", "ours, eight parts"),
     RightKernel("flash-auto", "flash:kv=auto", "ours, parts by the device"),
     RightKernel("flash-block", "flash:block=128", "ours, larger tiles"),
     RightKernel("flash-p-f32", "flash:p=f32", "ours, P in float32"),
     RightKernel("flash-p-bf16", "flash:p=bf16", "ours, P in bfloat16"),
     RightKernel("flash-acc-f16", "flash:acc=f16", "ours, float16 sums", _OVERFLOWS),
-    RightKernel("flash-out-f16", "flash:out=f16", "ours, float16 result"),
-    RightKernel("flash-out-bf16", "flash:out=bf16", "ours, bfloat16 result"),
+    RightKernel("flash-out-f16", "flash:out=f16", "ours, float16 result", baseline="flash:out=f32"),
+    RightKernel("flash-out-bf16", "flash:out=bf16", "ours, bfloat16 result", baseline="flash:out=f32"),
     RightKernel("flash-q8_0", "flash:cache=q8_0", "ours, q8_0 cache"),
     RightKernel("flash-q4_0", "flash:cache=q4_0", "ours, q4_0 cache"),
     RightKernel("sdpa-math", "sdpa:math", "torch's operator, by products"),
@@ -109,7 +111,8 @@ def run(command: str, kernel: RightKernel, device: str, file: str | None) -> dic
     """One command on one kernel: its verdict, reasons and exit code."""
     argv = [command, *OPTIONS[command], "--device", device, "--json"]
     argv += ["-f", file] if file and command == "ppl" else []
-    argv += [kernel.spec] if command == "props" else ["--candidate", kernel.spec]
+    compared = ["--baseline", kernel.baseline, "--candidate", kernel.spec]
+    argv += [kernel.spec] if command == "props" else compared
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         more = [] if command == "props" else ["--out", str(Path(folder) / "run")]

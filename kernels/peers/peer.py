@@ -105,8 +105,19 @@ class PeerKernel(Kernel):
             for rows in ranges:
                 n = call.shape.keys if self.whole_cache else max(lengths[rows])
                 q, kv_len = call.q[b : b + 1, rows], call.kv_len[b : b + 1, rows]
-                found.append((b, rows, self.prepare(Rows(q, k[:, :n], v[:, :n], kv_len, call))))
+                q, its_k, its_v = (aligned(x) for x in (q, k[:, :n], v[:, :n]))
+                found.append((b, rows, self.prepare(Rows(q, its_k, its_v, kv_len, call))))
         return found
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x where vector loads may read it: each head's numbers begin at a multiple of 16 bytes; else a copy.
+
+    Kernels of libraries read 16 bytes at a time and do not ask; elsewhere the device faults, and the process
+    is of no more use.
+    """
+    steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
 
 
 def refuse(spec: str, reason: str | None) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from support.dresses import DRESSES, GLM, perplexity
 from support.plain_arms import ExactArm, KernelArm
+from verify.model import blocks
 from verify.model.dressing.dress import Dress, dress
 
 pytestmark = pytest.mark.cuda
@@ -42,7 +43,12 @@ def expected(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.parametrize("name", DRESSES)
-def test_every_dress_keeps_the_perplexity(smollm: Path, tmp_path: Path, expected, name: str) -> None:  # type: ignore[no-untyped-def]
+def test_every_dress_keeps_the_perplexity(  # type: ignore[no-untyped-def]
+    smollm: Path, tmp_path: Path, expected, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "gpt-oss":
+        # The model's gates go beyond the clamp here and there, which moves perplexity by itself.
+        monkeypatch.setattr(blocks, "OSS_LIMIT", 1e9)
     layers = None if name in WHOLE else FEW
     dressed = dress(smollm, tmp_path / "dressed.gguf", replace(DRESSES[name], layers=layers))
     arms = [ExactArm(), KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2", "prefill")]

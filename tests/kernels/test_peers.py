@@ -21,7 +21,7 @@ from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import Sizes, draw
 from verify.kernels.peers.libraries import LibraryKernel
-from verify.kernels.peers.peer import PeerKernel
+from verify.kernels.peers.peer import PeerKernel, aligned
 from verify.kernels.peers.sdpa import SdpaKernel
 from verify.kernels.registry import BUILDERS, build_kernel
 
@@ -219,3 +219,15 @@ def test_options_reach_the_library(
     kernel, there = stand(name)
     kernel.run(problem(rows=1, **option))
     assert {key: there.given[key] for key in given} == given
+
+
+def test_what_vector_loads_cannot_read_is_copied() -> None:
+    whole = torch.arange(2 * 7 * 3 * 16, dtype=torch.float16).view(1, 14, 3, 16)
+    assert aligned(whole) is whole
+    assert aligned(whole[:, 3:]) is not None and aligned(whole[:, 3:]).data_ptr() == whole[:, 3:].data_ptr()
+    shifted = whole.flatten()[1:513].view(1, 8, 4, 16)
+    narrow = torch.zeros(1, 8, 3, 20, dtype=torch.float16)[..., :16]
+    for x in (shifted, narrow):
+        copy = aligned(x)
+        assert torch.equal(copy, x) and copy.data_ptr() % 16 == 0
+        assert all(step * copy.element_size() % 16 == 0 for step in copy.stride()[:-1])
