@@ -347,7 +347,7 @@ def test_a_run_that_was_interrupted_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     assert not (parts / "run.json").exists()
     kept = len(list(parts.glob("groups/*/state.json")))
     assert 1 <= kept < 6
-    done = verify("ppl", "--resume", str(parts))
+    done = verify("ppl", "--resume", str(parts), "--candidate", f"py:{slow}::slow")
     assert done.returncode == json.loads((whole / "run.json").read_text())["exit_code"], done.stderr
     assert (parts / "tokens.parquet").read_bytes() == (whole / "tokens.parquet").read_bytes()
 
