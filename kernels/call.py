@@ -164,4 +164,17 @@ def checked_call(
         if per_head is not None and list(per_head.shape) != [q_heads]:
             raise ValueError(f"{name}: expected shape [Hq] = [{q_heads}], got {list(per_head.shape)}")
     shape = Shape(batch, rows, k.shape[1], Heads(q_heads, kv_heads, k_size, v.shape[3]))
-    return Call(q, k, v, kv_len, scale, path, shape, sliding_window, softcap, sinks, alibi_slopes, plan)
+    return Call(
+        q=q,
+        k=k,
+        v=v,
+        kv_len=kv_len,
+        scale=scale,
+        path=path,
+        shape=shape,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        plan=plan,
+    )

@@ -35,10 +35,12 @@ class FloatType(NamedTuple):
 FLOAT_TYPES: dict[str, FloatType] = {
     kind.name: kind
     for kind in (
-        FloatType("f16", "float16", 16, 10, -24, 2.0**-11, 2.0**-25),
-        FloatType("bf16", "bfloat16", 16, 7, -133, 2.0**-8, 2.0**-134),
+        FloatType(name="f16", torch_name="float16", bits=16, digits=10, least=-24, u=2.0**-11, tau=2.0**-25),
+        FloatType(
+            name="bf16", torch_name="bfloat16", bits=16, digits=7, least=-133, u=2.0**-8, tau=2.0**-134
+        ),
         # Rounding to float32 is counted with the accumulators; below 2^-149 nothing is left to lose.
-        FloatType("f32", "float32", 32, 23, -149, 0.0, 0.0),
+        FloatType(name="f32", torch_name="float32", bits=32, digits=23, least=-149, u=0.0, tau=0.0),
     )
 }
 # Unit roundoff of float32 sums: of units that round to nearest, and of tensor cores, which truncate.

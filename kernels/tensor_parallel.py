@@ -37,7 +37,8 @@ class _OfAnyGpu(Arithmetic):
     gpus: tuple[Arithmetic, ...] = ()
 
     def depths(self, n_kv: int) -> Depths:
-        return Depths(*map(max, zip(*(gpu.depths(n_kv) for gpu in self.gpus), strict=True)))
+        depths = [gpu.depths(n_kv)._asdict() for gpu in self.gpus]
+        return Depths(**{name: max(of_gpu[name] for of_gpu in depths) for name in Depths._fields})
 
 
 def _of_any_gpu(found: list[Arithmetic]) -> Arithmetic:

@@ -168,7 +168,16 @@ class LaunchTrace:
             line = lines.get(key)
             if line is None:
                 lines[key] = Coverage(
-                    path, s.kernel, s.binary, s.head_groups, parts, s.launch, rows, n_kv, n_kv, s.cuts
+                    path=path,
+                    kernel=s.kernel,
+                    binary=s.binary,
+                    head_groups=s.head_groups,
+                    parts=parts,
+                    launch=s.launch,
+                    rows=rows,
+                    n_kv_min=n_kv,
+                    n_kv_max=n_kv,
+                    cuts_at_max=s.cuts,
                 )
             else:
                 line.rows += rows
@@ -187,7 +196,18 @@ class LaunchTrace:
     @classmethod
     def from_json(cls, lines: Iterable[Sequence[Any]]) -> LaunchTrace:
         rows = {
-            (path, n_kv, Signature(kernel, binary, tuple(groups), tuple(cuts), launch, as_planned)): count
+            (
+                path,
+                n_kv,
+                Signature(
+                    kernel=kernel,
+                    binary=binary,
+                    head_groups=tuple(groups),
+                    cuts=tuple(cuts),
+                    launch=launch,
+                    as_planned=as_planned,
+                ),
+            ): count
             for path, n_kv, kernel, binary, groups, cuts, launch, as_planned, count in lines
         }
         return cls([Launched(rows)])

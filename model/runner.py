@@ -53,7 +53,7 @@ class LayerCall(NamedTuple):
     x: torch.Tensor | None = None
 
 
-class Arm(Protocol):
+class AttentionPass(Protocol):
     """One pass of the model. `attend` returns [B, T, H, Dv] float32, or None where the arm has failed."""
 
     name: str
@@ -75,8 +75,8 @@ class _Group(NamedTuple):
     """
 
     slabs: list[range]
-    arms: list[Arm]
-    prompt: Arm | None
+    arms: list[AttentionPass]
+    prompt: AttentionPass | None
     spans: dict[str, range]
     first_window: int
     products: Products
@@ -123,14 +123,14 @@ class Runner:
     def run_group(
         self,
         tokens: torch.Tensor,
-        arms: Sequence[Arm],
+        arms: Sequence[AttentionPass],
         *,
         scored: range,
         first_window: int = 0,
         progress: Progress | None = None,
         whole_vocabulary: bool = False,
         tiling: Tiling | None = None,
-        prompt: Arm | None = None,
+        prompt: AttentionPass | None = None,
         takes: Callable[[str, int], bool] | None = None,
         layer_done: Callable[[int, dict[State, torch.Tensor]], None] | None = None,
         begin: tuple[int, dict[State, torch.Tensor]] | None = None,
@@ -158,14 +158,16 @@ class Runner:
         # What each arm computes of a window: the prompt its beginning, all others the rest.
         spans = {arm.name: range(first) if arm is prompt else range(first, n_ctx) for arm in arms}
         slabs = _slabs(first_window, windows, tiling.windows)
+        positions, kv_lens = self._positions(slabs, sorted(set(spans.values()), key=lambda span: span.start))
         group = _Group(
-            slabs,
-            list(arms),
-            prompt,
-            spans,
-            first_window,
-            self.products.with_tile(tiling.rows),
-            *self._positions(slabs, sorted(set(spans.values()), key=lambda span: span.start)),
+            slabs=slabs,
+            arms=list(arms),
+            prompt=prompt,
+            spans=spans,
+            first_window=first_window,
+            products=self.products.with_tile(tiling.rows),
+            positions=positions,
+            kv_lens=kv_lens,
             kept={},
         )
         taken = {
@@ -276,14 +278,17 @@ class Runner:
                 group.kept[layer, slab.start, arm.name] = inputs
             if arm is group.prompt:
                 before = inputs
+            q, k, v = rounded
             call = LayerCall(
-                layer,
-                group.first_window + slab.start,
-                *rounded,
-                group.kv_lens[at],
-                settings,
-                inputs,
-                x.unflatten(0, (len(slab), len(at[1]))),
+                layer=layer,
+                window=group.first_window + slab.start,
+                q=q,
+                k=k,
+                v=v,
+                kv_len=group.kv_lens[at],
+                settings=settings,
+                unrounded=inputs,
+                x=x.unflatten(0, (len(slab), len(at[1]))),
             )
             with self.stopwatch.time(f"attention {arm.name}"):
                 o = arm.attend(call)
@@ -438,7 +443,7 @@ class Runner:
         """Rows of the embedding matrix of tokens [W, T], and what layers take of a token beside them."""
         architecture, n_ctx = self.architecture, tokens.shape[1]
         found, place = tokens.flatten().long().unique(return_inverse=True)
-        rows = _Rows(self.stream, found, architecture.sizes.vocabulary)
+        rows = _SlabRows(self.stream, found, architecture.sizes.vocabulary)
         states = rows.of_tokens(architecture.embedding_tensor) * architecture.embedding_scale
         places = {slab.start: place[slab.start * n_ctx : slab.stop * n_ctx] for slab in slabs}
         # On tiles of one size: a row's bits depend on nothing but its token.
@@ -446,7 +451,7 @@ class Runner:
         return _FirstRows([states[places[slab.start]] for slab in slabs], own, places, n_ctx)
 
 
-class _Rows:
+class _SlabRows:
     """`TokenRows` of tokens, each once, decoding a slice of a tensor at a time."""
 
     def __init__(self, stream: TensorStream, tokens: torch.Tensor, vocabulary: int) -> None:

@@ -20,7 +20,7 @@ from verify.kernels.numbers import FLOAT_TYPES
 from verify.model.architectures.architecture import Architecture
 from verify.model.errors import ModelError
 from verify.model.products import Products, tile_rows
-from verify.model.runner import Arm, LayerCall, round_inputs
+from verify.model.runner import AttentionPass, LayerCall, round_inputs
 from verify.model.stopwatch import Stopwatch
 from verify.model.stream import TensorStream
 
@@ -37,7 +37,7 @@ class Stepper:
     def __init__(
         self,
         architecture: Architecture,
-        arms: Sequence[Arm],
+        arms: Sequence[AttentionPass],
         *,
         device: torch.device,
         attention_type: str = "f16",
@@ -56,7 +56,7 @@ class Stepper:
         self._recurrent: dict[tuple[str, int], Any] = {}
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
 
-    def beside(self, arms: Sequence[Arm]) -> Stepper:
+    def beside(self, arms: Sequence[AttentionPass]) -> Stepper:
         """Other arms at the start of a sequence, with the weights that this one has decoded."""
         other = Stepper(
             self.architecture,
@@ -73,7 +73,7 @@ class Stepper:
         """End the reading of the file, for those made by `beside` and `branch` too."""
         self.stream.close()
 
-    def branch(self, arm: Arm, after: str) -> Stepper:
+    def branch(self, arm: AttentionPass, after: str) -> Stepper:
         """One arm that goes on, on tokens of its own, from where the arm named `after` is now."""
         other = self.beside([arm])
         other.length = self.length
@@ -99,7 +99,7 @@ class Stepper:
         positions = torch.arange(self.length, self.length + n, device=self.device)
         kv_len = keep_lengths((positions + 1).to(torch.int32)[None])
         architecture.check_length(self.length + n)
-        rows = _Rows(self, tokens)
+        rows = _StepRows(self, tokens)
         start = rows.of_tokens(architecture.embedding_tensor) * architecture.embedding_scale
         own = architecture.own_inputs(start, rows, products)
         states = {arm.name: start for arm in self.arms}
@@ -129,7 +129,17 @@ class Stepper:
                     q = architecture.attention_queries(layer, x, positions, weights, products).to(kind)
                     k, v = self._caches[arm.name, source].held()
                 with self.stopwatch.time("attention"):
-                    o = arm.attend(LayerCall(layer, 0, q[None], k[None], v[None], kv_len, settings))
+                    o = arm.attend(
+                        LayerCall(
+                            layer=layer,
+                            window=0,
+                            q=q[None],
+                            k=k[None],
+                            v=v[None],
+                            kv_len=kv_len,
+                            settings=settings,
+                        )
+                    )
                 if o is None:
                     self.arms.remove(arm)
                     del states[arm.name]
@@ -158,7 +168,7 @@ class Stepper:
         return found
 
 
-class _Rows:
+class _StepRows:
     """`TokenRows` of a step's tokens, decoding their rows alone."""
 
     def __init__(self, stepper: Stepper, tokens: torch.Tensor) -> None:

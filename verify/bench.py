@@ -101,16 +101,16 @@ def _measure_one(
         # What one kernel cannot do is a line of the table; the others are still measured.
         said = " ".join(str(error).split())[:160]
         return Measurement(
-            str(shape),
-            n_kv,
-            spec,
-            None,
-            None,
-            None,
-            False,
-            "",
-            kernel.notes,
-            f"{type(error).__name__}: {said}",
+            shape=str(shape),
+            n_kv=n_kv,
+            spec=spec,
+            us=None,
+            gb_s=None,
+            share=None,
+            graph=False,
+            launched="",
+            notes=kernel.notes,
+            failed=f"{type(error).__name__}: {said}",
         )
     finally:
         kernel.close()
@@ -121,7 +121,17 @@ def _measure_one(
         f"{name}, heads {'+'.join(map(str, groups)) or 'not known'}, KV parts {parts or 'not known'}, {how}"
         for name, groups, parts, how in sorted(kinds)
     )
-    return Measurement(str(shape), n_kv, spec, us, rate, rate / read_gb_s, graph, said, list(kernel.notes))
+    return Measurement(
+        shape=str(shape),
+        n_kv=n_kv,
+        spec=spec,
+        us=us,
+        gb_s=rate,
+        share=rate / read_gb_s,
+        graph=graph,
+        launched=said,
+        notes=list(kernel.notes),
+    )
 
 
 def _time(kernel: Kernel, shape: ModelShape, n_kv: int, device: torch.device) -> tuple[float, bool, Launched]:

@@ -36,7 +36,7 @@ from verify.kernels.judging.detectors import (
     measure,
     trace_finding,
 )
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
 from verify.kernels.judging.probes import Probe, far_offsets, judge, standard_probes
 from verify.kernels.kernel import Kernel
@@ -48,11 +48,11 @@ from verify.laws.run import run_law
 
 DEFAULT_SEEDS = 2
 # Two sequences; rows that end inside a tile, on its edge, one key after it, and one that sees nothing.
-SIZES = Sizes(n_kv=(257, 200, 64, 1, 0), batch=2)
+SIZES = InputSizes(n_kv=(257, 200, 64, 1, 0), batch=2)
 # Another head size, and values of another size than keys.
-OTHER_SIZES = Sizes(n_kv=(97, 33), kv_heads=1, k_size=128, v_size=32, edges=(32, 64))
+OTHER_SIZES = InputSizes(n_kv=(97, 33), kv_heads=1, k_size=128, v_size=32, edges=(32, 64))
 # Enough keys for accumulators to lose what they lose.
-LONG_SIZES = Sizes(n_kv=(2048,), kv_heads=1, edges=(64, 1024))
+LONG_SIZES = InputSizes(n_kv=(2048,), kv_heads=1, edges=(64, 1024))
 # Rows that share tiles.
 PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
@@ -163,7 +163,7 @@ class SelftestResult:
 class _Input:
     """One call, with everything about it that does not depend on the kernel."""
 
-    def __init__(self, family: str, sizes: Sizes, seed: int, device: torch.device | str) -> None:
+    def __init__(self, family: str, sizes: InputSizes, seed: int, device: torch.device | str) -> None:
         self.family, self.name = (
             family,
             f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.k_size}, {sizes.path}",

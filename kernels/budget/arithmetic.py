@@ -131,7 +131,7 @@ class Arithmetic:
         if self.block is None or self.cuts_at is None:
             # A key at a time, rescaled after each; parts of 16 keys.
             parts = max(-(-n_kv // 16), 1)
-            return Depths(parts, n_kv, 2 * n_kv, 2 * n_kv, parts + 3, n_kv)
+            return Depths(parts=parts, tiles=n_kv, d_l=2 * n_kv, d_n=2 * n_kv, d_m=parts + 3, longest=n_kv)
         possible = [self.cuts_at(n_kv)]
         if self.shared_up_to > n_kv:
             possible.append(self.cuts_at(self.shared_up_to))
@@ -146,7 +146,9 @@ class Arithmetic:
             d_n = tiles * (instructions + 1) + 1
         elif self.chained:
             d_n = max(d_n, tiles * (self.chained * instructions + 1) + 1)
-        return Depths(parts, tiles, d_l, d_n, parts + 3 if parts > 1 else 0, longest)
+        return Depths(
+            parts=parts, tiles=tiles, d_l=d_l, d_n=d_n, d_m=parts + 3 if parts > 1 else 0, longest=longest
+        )
 
 
 def loosest_of(dtype: torch.dtype, *, acc: str | None = None) -> Arithmetic:

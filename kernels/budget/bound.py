@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.budget.rows import Rows
+from verify.kernels.budget.rows import BudgetRows
 from verify.kernels.budget.sums import Sums
 from verify.kernels.call import Call
 
@@ -109,7 +109,7 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
     lse = like.new_full(narrow, -math.inf, dtype=torch.float64)
     budgets = [
         Budget(
-            out, lse,
+            out=out, lse=lse,
             bound=torch.zeros_like(out), lse_bound=torch.full_like(lse, -math.inf), size=size,
             vacuous=torch.zeros(narrow, dtype=torch.bool, device=like.device),
             expected=torch.zeros_like(out), quadrature=torch.zeros_like(out),
@@ -124,7 +124,7 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
         order = call.kv_len[b].argsort()
         for first in range(0, shape.rows, at_once):
             chosen = order[first : first + at_once]
-            rows = Rows(call, b, chosen)
+            rows = BudgetRows(call, b, chosen)
             sums = [Sums(rows, a) for a in arithmetics]
             for block in rows.blocks(_KEYS_AT_ONCE):
                 for each in sums:

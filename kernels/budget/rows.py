@@ -38,7 +38,7 @@ class Block(NamedTuple):
     square_v: torch.Tensor
 
 
-class Rows:
+class BudgetRows:
     """Some rows [t] of one sequence: the exact result, and the blocks of keys that it is summed over.
 
     top, l, lse: of the whole row, sink included; largest: m; empty: the row sees nothing; all [Hkv, t, r, 1].
@@ -76,7 +76,19 @@ class Rows:
             abs_s = torch.where(seen, s.abs(), 0.0)
             p = torch.where(seen, torch.exp(s - torch.where(self.empty, 0.0, self.lse)), 0.0)
             positions = torch.arange(keys.start, keys.stop, device=self.q.device)
-            block = Block(positions, k, raw, s, big_s, seen, abs_s, p, v, v.abs(), v.square())
+            block = Block(
+                positions=positions,
+                k=k,
+                raw=raw,
+                s=s,
+                big_s=big_s,
+                seen=seen,
+                abs_s=abs_s,
+                p=p,
+                v=v,
+                abs_v=v.abs(),
+                square_v=v.square(),
+            )
             self.out += products(p, v)
             self.size += products(p, block.abs_v)
             self.p_square_vv += products(p.square(), block.square_v)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, Depths
-from verify.kernels.budget.rows import Block, Rows, finite_size, products
+from verify.kernels.budget.rows import Block, BudgetRows, finite_size, products
 from verify.kernels.cache import q8_0_error
 from verify.kernels.numbers import FLOAT_TYPES, MMA_GUARD_BITS, MMA_KEYS, U_F32
 
@@ -45,7 +45,7 @@ class _Variances(NamedTuple):
 class Sums:
     """The sums of one arithmetic, over the blocks of some rows, and what they amount to."""
 
-    def __init__(self, rows: Rows, arithmetic: Arithmetic) -> None:
+    def __init__(self, rows: BudgetRows, arithmetic: Arithmetic) -> None:
         self.rows, self.call, self.a = rows, rows.call, arithmetic
         self.q, self.sink = rows.q, rows.sink
         self.depths = [arithmetic.depths(n) for n in rows.lengths]

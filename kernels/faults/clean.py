@@ -12,7 +12,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Shape
 from verify.kernels.eager import EagerKernel
 from verify.kernels.faults.record import Variant
-from verify.kernels.faults.tile_kernel import Row, State, TileKernel
+from verify.kernels.faults.tile_kernel import State, TileKernel, TileRow
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, merge_tree
 from verify.kernels.numbers import FLOAT_TYPES
@@ -46,7 +46,7 @@ class ScaledQuery(TileKernel):
     def query(self, call: Call, b: int, t: torch.Tensor) -> torch.Tensor:
         return (call.q[b, t].float() * (call.scale / math.log(2.0))).half().float()
 
-    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+    def logits(self, row: TileRow, k: torch.Tensor) -> torch.Tensor:
         return torch.einsum("thd,nhd->thn", row.q, k) * math.log(2.0)
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
@@ -66,7 +66,7 @@ class RoundedDenominator(TileKernel):
 class HalfParts(TileKernel):
     """Partial results are stored as float16."""
 
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+    def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         return [Part(part.out.half().float(), part.lse) for part in parts]
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:

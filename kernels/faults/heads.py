@@ -9,7 +9,7 @@ import torch
 
 from verify.kernels.call import Call, Shape
 from verify.kernels.faults.record import fault
-from verify.kernels.faults.tile_kernel import Row, TileKernel
+from verify.kernels.faults.tile_kernel import TileKernel, TileRow
 from verify.kernels.merge import Part
 
 
@@ -45,7 +45,7 @@ class SecondGroupsQuery(TileKernel):
 
 @fault("second group's sinks", "the second head group takes the first group's sinks", heads=(4, 2))
 class SinkOfFirstGroup(TileKernel):
-    def sink(self, row: Row) -> torch.Tensor:
+    def sink(self, row: TileRow) -> torch.Tensor:
         heads, r = torch.arange(row.call.shape.q_heads), row.call.shape.ratio
         first = self.plan.groups(r)[0]
         return super().sink(row)[torch.where(heads % r >= first, heads - first, heads)]

@@ -11,7 +11,7 @@ import torch
 
 from verify.kernels.call import Call
 from verify.kernels.faults.record import fault
-from verify.kernels.faults.tile_kernel import Row, TileKernel
+from verify.kernels.faults.tile_kernel import TileKernel, TileRow
 
 
 @fault("last key dropped", "the newest key is not seen", "llama.cpp #18487")
@@ -42,14 +42,14 @@ class LoneKeyDropped(TileKernel):
 class PaddingSeen(TileKernel):
     """The last tile is padded with zero keys that are not masked."""
 
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
+    def load(self, x: torch.Tensor, row: TileRow, first: int, last: int) -> torch.Tensor:
         seen = super().load(x, row, first, last)
         if last < row.n or last - first == self.plan.block:
             return seen
         padding = self.plan.block - (last - first)
         return torch.cat((seen, seen.new_zeros((padding, *seen.shape[1:]))))
 
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+    def mask(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         return super().mask(replace(row, n=max(row.n, first + s.shape[-1])), s, first)
 
 
@@ -87,7 +87,7 @@ class CutKeyLost(TileKernel):
 class TilesSwapped(TileKernel):
     """Values of the second tile are read where the third one's belong."""
 
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
+    def values(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         if first == 2 * self.plan.block:
             return super().values(row, first - self.plan.block, last - self.plan.block)
         return super().values(row, first, last)
@@ -108,7 +108,7 @@ class OffsetWraps(TileKernel):
 
     bits = 16
 
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
+    def load(self, x: torch.Tensor, row: TileRow, first: int, last: int) -> torch.Tensor:
         key = x.shape[2] * x.shape[3]
         positions = torch.arange(first, last, device=x.device)
         half = 1 << (self.bits - 1)
@@ -141,7 +141,7 @@ class OffsetWraps32(OffsetWraps):
 class StridesIgnored(TileKernel):
     """K and V are read as if they lay contiguously."""
 
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
+    def load(self, x: torch.Tensor, row: TileRow, first: int, last: int) -> torch.Tensor:
         if not x.is_contiguous():
             dense = torch.empty(x.shape, dtype=x.dtype, device="meta").stride()
             x = x.as_strided(x.shape, dense, x.storage_offset())
@@ -150,13 +150,13 @@ class StridesIgnored(TileKernel):
 
 @fault("window dropped", "the sliding window is not applied", "ik #1183")
 class WindowDropped(TileKernel):
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+    def mask(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         return super().mask(replace(row, call=replace(row.call, sliding_window=None)), s, first)
 
 
 @fault("window off by one", "the sliding window holds one key more")
 class WindowOffByOne(TileKernel):
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+    def mask(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         window = row.call.sliding_window
         wider = None if window is None else window + 1
         return super().mask(replace(row, call=replace(row.call, sliding_window=wider)), s, first)

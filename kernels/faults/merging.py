@@ -10,7 +10,7 @@ import math
 import torch
 
 from verify.kernels.faults.record import fault
-from verify.kernels.faults.tile_kernel import Row, State, TileKernel
+from verify.kernels.faults.tile_kernel import State, TileKernel, TileRow
 from verify.kernels.merge import Part, merge_sequential
 
 
@@ -26,7 +26,7 @@ from verify.kernels.merge import Part, merge_sequential
 class Base2Merge(TileKernel):
     """The lse is in base 2, the merge takes it as natural."""
 
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+    def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         return [Part(part.out, part.lse / math.log(2.0)) for part in parts]
 
     def merge(self, parts: list[Part]) -> Part:
@@ -69,7 +69,7 @@ class NoCommonMaximum(TileKernel):
 class FixUpColumns(TileKernel):
     """The fix-up of the last part writes its columns 16 further on."""
 
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+    def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         if len(parts) > 1:
             parts[-1] = Part(parts[-1].out.roll(16, -1), parts[-1].lse)
         return parts
@@ -90,7 +90,7 @@ class PartOfOtherBatch(TileKernel):
         super().__init__(spec, kv=kv)
         self.kept: dict[int, Part] = {}
 
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+    def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         if len(parts) > 1:
             if row.b and self.kept[row.n].out.shape == parts[0].out.shape:
                 parts[0] = self.kept[row.n]
@@ -122,7 +122,7 @@ class EmptyPartFinite(TileKernel):
         part = super().closed(state)
         return Part(part.out, torch.where(torch.isneginf(part.lse), 0.0, part.lse))
 
-    def no_part(self, row: Row) -> Part:
+    def no_part(self, row: TileRow) -> Part:
         return super().closed(self.begin(row))
 
 
@@ -130,7 +130,7 @@ class EmptyPartFinite(TileKernel):
 class EmptyRowPlusInf(TileKernel):
     """A row with no visible key has lse +inf."""
 
-    def no_part(self, row: Row) -> Part:
+    def no_part(self, row: TileRow) -> Part:
         part = super().no_part(row)
         return Part(part.out, -part.lse)
 
@@ -139,7 +139,7 @@ class EmptyRowPlusInf(TileKernel):
 class EmptyRowNaN(TileKernel):
     """A row with no visible key is 0 / 0."""
 
-    def no_part(self, row: Row) -> Part:
+    def no_part(self, row: TileRow) -> Part:
         part = super().no_part(row)
         return Part(part.out * math.nan, part.lse)
 
@@ -152,7 +152,7 @@ class Race(TileKernel):
         super().__init__(spec, kv=kv)
         self.generator = torch.Generator().manual_seed(7)
 
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+    def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         if len(parts) > 1:
             # Drawn on the host: the same rows on every device.
             written = (torch.rand(row.q.shape[:2], generator=self.generator) >= 0.05).to(row.q.device)

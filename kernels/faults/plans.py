@@ -8,7 +8,7 @@ from dataclasses import replace
 from verify.kernels.faults.record import PlanFault
 from verify.kernels.plans.asked import N_KV_PADDING, RowAsked
 from verify.kernels.plans.plan import KVCuts, Plan
-from verify.kernels.plans.policy import Rule
+from verify.kernels.plans.policy import PolicyRule
 
 
 class RemainderLost(Plan):
@@ -36,7 +36,7 @@ class CutsInsideTiles(KVCuts):
         return tuple(sorted({i * n_kv // parts for i in range(parts + 1)}))
 
 
-def _unpadded(rule: Rule) -> Rule:
+def _unpadded(rule: PolicyRule) -> PolicyRule:
     """The gate compares n_kv as it is, not padded as the engine has it."""
 
     def applies(call: RowAsked, threshold: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from verify.kernels.faults.record import fault
-from verify.kernels.faults.tile_kernel import Row, TileKernel, accumulate_f16
+from verify.kernels.faults.tile_kernel import TileKernel, TileRow, accumulate_f16
 from verify.kernels.merge import Part
 
 
@@ -32,7 +32,7 @@ class UndeclaredF16(TileKernel):
 class F16Logits(TileKernel):
     """Q K^T is accumulated and kept in float16."""
 
-    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+    def logits(self, row: TileRow, k: torch.Tensor) -> torch.Tensor:
         return (torch.einsum("thd,nhd->thn", row.q, k).half() * row.call.scale).float()
 
 
@@ -57,7 +57,7 @@ class SlightScale(ScaleOfResult):
 class ScaleOfValueSize(TileKernel):
     """The softmax scale is off by a thousandth, as one kept in bfloat16 is."""
 
-    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+    def logits(self, row: TileRow, k: torch.Tensor) -> torch.Tensor:
         return super().logits(row, k) * (1 + 2.0**-9)
 
 
@@ -65,7 +65,7 @@ class ScaleOfValueSize(TileKernel):
 class WrongCacheType(TileKernel):
     """The bits of V are read as another 16-bit type in the second half of the head."""
 
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
+    def values(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         v = super().values(row, first, last)
         half = v.shape[-1] // 2
         other = v[..., half:].half().view(torch.int16).view(torch.bfloat16).float()
@@ -76,7 +76,7 @@ class WrongCacheType(TileKernel):
 class ExpandedTwice(TileKernel):
     """The scales of the cache's blocks of 32 are multiplied in twice."""
 
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
+    def values(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         v = super().values(row, first, last)
         blocks = v.unflatten(-1, (-1, 16))
         return (blocks * blocks.abs().amax(-1, keepdim=True) / 127).flatten(-2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from verify.kernels.faults.record import fault
-from verify.kernels.faults.tile_kernel import Row, State, TileKernel
+from verify.kernels.faults.tile_kernel import State, TileKernel, TileRow
 from verify.kernels.merge import Part
 
 
@@ -43,24 +43,24 @@ class LateMaximum(TileKernel):
 
 @fault("softcap dropped", "softcap is not applied on the fast path", "ik #1183")
 class SoftcapDropped(TileKernel):
-    def cap(self, row: Row, s: torch.Tensor) -> torch.Tensor:
+    def cap(self, row: TileRow, s: torch.Tensor) -> torch.Tensor:
         return s
 
 
 @fault("ALiBi dropped", "ALiBi is not applied on the fast path", "ik #1183")
 class AlibiDropped(TileKernel):
-    def bias(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+    def bias(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         return s
 
 
 @fault("sinks dropped", "sinks are never applied", "ik #2087")
 class SinksDropped(TileKernel):
-    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
+    def with_sink(self, row: TileRow, parts: list[Part]) -> list[Part]:
         return parts or super().with_sink(row, parts)
 
 
 @fault("sink in every part", "the sink is counted once a part", kv=3)
 class SinkInEveryPart(TileKernel):
-    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
+    def with_sink(self, row: TileRow, parts: list[Part]) -> list[Part]:
         sink = super().with_sink(row, [])
         return parts + sink * max(len(parts), 1)

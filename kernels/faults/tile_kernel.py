@@ -25,7 +25,7 @@ from verify.kernels.trace import Launched, RowKind, Signature
 
 
 @dataclass(frozen=True)
-class Row:
+class TileRow:
     """Query rows t of sequence b that see keys 0 .. n-1; q [t, Hq, Dk]; kv_head [Hq]."""
 
     call: Call
@@ -93,7 +93,14 @@ class TileKernel(Kernel):
                 t = (call.kv_len[b] == n_kv).nonzero()[:, 0]
                 n = self.visible(call, n_kv)
                 plan = self.plan_of(shape, n)
-                row = Row(call, b, t, n, self.query(call, b, t), self.kv_heads(shape, plan.head_groups))
+                row = TileRow(
+                    call=call,
+                    b=b,
+                    t=t,
+                    n=n,
+                    q=self.query(call, b, t),
+                    kv_head=self.kv_heads(shape, plan.head_groups),
+                )
                 result = self.row(row, plan)
                 out[b, t], lse[b, t] = self.store(result)
                 plan = self.plan_of(shape, n_kv)
@@ -117,7 +124,7 @@ class TileKernel(Kernel):
         """The KV head of every query head, [Hq]."""
         return torch.arange(shape.q_heads) // shape.ratio
 
-    def row(self, row: Row, plan: RowPlan) -> Part:
+    def row(self, row: TileRow, plan: RowPlan) -> Part:
         """The parts of a row, and their merge."""
         parts = [self.part(row, a, b) for a, b in self.part_bounds(plan.cuts)]
         parts = self.stored(row, parts)
@@ -128,7 +135,7 @@ class TileKernel(Kernel):
     def part_bounds(self, cuts: tuple[int, ...]) -> list[tuple[int, int]]:
         return list(pairwise(cuts))
 
-    def part(self, row: Row, start: int, stop: int) -> Part:
+    def part(self, row: TileRow, start: int, stop: int) -> Part:
         state = self.begin(row)
         for first, last in self.tiles(start, stop):
             s = self.logits(row, self.keys(row, first, last))
@@ -136,7 +143,7 @@ class TileKernel(Kernel):
             self.update(state, s, self.values(row, first, last))
         return self.closed(state)
 
-    def begin(self, row: Row) -> State:
+    def begin(self, row: TileRow) -> State:
         heads, size = row.q.shape[:2], row.call.shape.v_size
         zeros = row.q.new_zeros(heads)
         return State(zeros - math.inf, zeros, row.q.new_zeros((*heads, size)))
@@ -145,31 +152,31 @@ class TileKernel(Kernel):
         block = self.plan.block
         return [(first, min(first + block, stop)) for first in range(start, stop, block)]
 
-    def load(self, x: torch.Tensor, row: Row, first: int, last: int) -> torch.Tensor:
+    def load(self, x: torch.Tensor, row: TileRow, first: int, last: int) -> torch.Tensor:
         """Keys or values first .. last-1 as every query head reads them: [n, Hq, D] float32."""
         return x[row.b, first:last].float().index_select(1, row.kv_head.to(x.device))
 
-    def keys(self, row: Row, first: int, last: int) -> torch.Tensor:
+    def keys(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         return self.load(row.call.k, row, first, last)
 
-    def values(self, row: Row, first: int, last: int) -> torch.Tensor:
+    def values(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         return self.load(row.call.v, row, first, last)
 
-    def logits(self, row: Row, k: torch.Tensor) -> torch.Tensor:
+    def logits(self, row: TileRow, k: torch.Tensor) -> torch.Tensor:
         """[t, Hq, n]"""
         return torch.bmm(row.q.transpose(0, 1), k.permute(1, 2, 0)).transpose(0, 1) * row.call.scale
 
-    def cap(self, row: Row, s: torch.Tensor) -> torch.Tensor:
+    def cap(self, row: TileRow, s: torch.Tensor) -> torch.Tensor:
         c = row.call.softcap
         return s if c is None else c * torch.tanh(s / c)
 
-    def bias(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+    def bias(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         if row.call.alibi_slopes is None:
             return s
         distance = torch.arange(first, first + s.shape[-1], device=s.device) - (row.n - 1)
         return s + row.call.alibi_slopes.float()[:, None] * distance
 
-    def mask(self, row: Row, s: torch.Tensor, first: int) -> torch.Tensor:
+    def mask(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         positions = torch.arange(first, first + s.shape[-1], device=s.device)
         hidden = positions >= row.n
         if row.call.sliding_window is not None:
@@ -207,19 +214,19 @@ class TileKernel(Kernel):
         o = state.a / torch.where(empty, 1.0, state.l)[..., None]
         return Part(o, torch.where(empty, -math.inf, state.m + torch.log(state.l)))
 
-    def stored(self, row: Row, parts: list[Part]) -> list[Part]:
+    def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         """Partial results as they are written to memory and read back."""
         return parts
 
-    def no_part(self, row: Row) -> Part:
+    def no_part(self, row: TileRow) -> Part:
         """The result of a row that sees no key."""
         return self.closed(self.begin(row))
 
-    def sink(self, row: Row) -> torch.Tensor:
+    def sink(self, row: TileRow) -> torch.Tensor:
         assert row.call.sinks is not None
         return row.call.sinks.float()
 
-    def with_sink(self, row: Row, parts: list[Part]) -> list[Part]:
+    def with_sink(self, row: TileRow, parts: list[Part]) -> list[Part]:
         """A sink is one more part: a key whose logit is the sink and whose value is 0."""
         heads, size = row.q.shape[:2], row.call.shape.v_size
         return [*parts, Part(row.q.new_zeros((*heads, size)), self.sink(row).expand(heads))]

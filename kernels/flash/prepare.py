@@ -88,11 +88,30 @@ def prepare(
             parts = plan.kv.parts_wanted(shape.kv_heads * len(kind.head_groups), plan.sms)
         same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
         launches.append(
-            Launches(kind.head_groups, kind.launch, parts, tiles_a_part, kind.slots, mine, same_length)
+            Launches(
+                head_groups=kind.head_groups,
+                launch=kind.launch,
+                parts=parts,
+                tiles_a_part=tiles_a_part,
+                slots=kind.slots,
+                kv_len=mine,
+                same_length=same_length,
+            )
         )
     out = call.q.new_empty((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
     lse = out.new_empty((shape.batch, shape.rows, shape.q_heads))
-    return Prepared(call, options, tiles, overlap, out, lse, launches, lengths, rows, notes)
+    return Prepared(
+        call=call,
+        options=options,
+        tiles=tiles,
+        overlap=overlap,
+        out=out,
+        lse=lse,
+        launches=launches,
+        lengths=lengths,
+        rows=rows,
+        notes=notes,
+    )
 
 
 def _contiguous_enough(call: Call, notes: list[str]) -> Call:

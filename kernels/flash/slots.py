@@ -110,7 +110,18 @@ def rows_as_written(
         for parts, groups in by_parts.items():
             cuts = _bounds(len(parts), n_kv) if plan in other else plan.cuts
             same = plan not in other and tuple(groups) == plan.head_groups
-            ran[path, n_kv, Signature(kernel, binaries[kind], tuple(groups), cuts, plan.launch, same)] += 1
+            ran[
+                path,
+                n_kv,
+                Signature(
+                    kernel=kernel,
+                    binary=binaries[kind],
+                    head_groups=tuple(groups),
+                    cuts=cuts,
+                    launch=plan.launch,
+                    as_planned=same,
+                ),
+            ] += 1
     return Launched(ran)
 
 

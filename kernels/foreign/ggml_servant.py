@@ -354,7 +354,19 @@ def check_it_attends(attention: Attention) -> None:
     q = numbers.standard_normal((1, 4, 64)).astype(np.float16).astype(np.float32)
     k, v = (numbers.standard_normal((KV_PAD, 2, 64)).astype(np.float16) for _ in range(2))
     n = 200
-    inputs = Inputs(q, k, v, "f16", (64, 64), np.array([n]), None, 0.125, 0.0, None, (2,))
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        kind="f16",
+        sizes=(64, 64),
+        kv_len=np.array([n]),
+        sinks=None,
+        scale=0.125,
+        softcap=0.0,
+        window=None,
+        groups=(2,),
+    )
     found = attention(inputs, decode=True)[0]
     for head in range(4):
         p = np.exp(k[:n, head // 2].astype(np.float64) @ q[0, head] * 0.125)

@@ -23,7 +23,7 @@ POISON = 6e4
 
 
 @dataclass(frozen=True)
-class Sizes:
+class InputSizes:
     """Sizes of the inputs to draw.
 
     n_kv: visible keys of each row, so T = len(n_kv); edges: keys where something is cut (KV parts, tiles);
@@ -65,7 +65,7 @@ class Draft:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-Draw = Callable[[CounterRandom, Sizes], Draft]
+Draw = Callable[[CounterRandom, InputSizes], Draft]
 
 
 class Family(NamedTuple):
@@ -79,7 +79,7 @@ class Family(NamedTuple):
     edged: bool = False
 
 
-def gaussian(g: CounterRandom, sizes: Sizes) -> Draft:
+def gaussian(g: CounterRandom, sizes: InputSizes) -> Draft:
     """q, k, v standard normal: what the tests of others draw."""
     b, t, s, h = sizes.batch, len(sizes.n_kv), sizes.keys, sizes.kv_heads
     q = g.normal(b, t, h, sizes.ratio, sizes.k_size, device="cpu")
@@ -88,7 +88,7 @@ def gaussian(g: CounterRandom, sizes: Sizes) -> Draft:
     return Draft(q, k, k[..., : sizes.v_size] if sizes.v_in_k else g.normal(b, s, h, sizes.v_size))
 
 
-def _add_logits(draft: Draft, sizes: Sizes, logits: torch.Tensor) -> Draft:
+def _add_logits(draft: Draft, sizes: InputSizes, logits: torch.Tensor) -> Draft:
     """Adds `logits` [S] to the logits of every row, through a column of q and k of their own."""
     amplitude = sizes.k_size**0.5
     draft.q[..., 0] = amplitude
@@ -97,7 +97,7 @@ def _add_logits(draft: Draft, sizes: Sizes, logits: torch.Tensor) -> Draft:
     return draft
 
 
-def needles(g: CounterRandom, sizes: Sizes) -> Draft:
+def needles(g: CounterRandom, sizes: InputSizes) -> Draft:
     """Each row and KV head has one heavy key: the last one, the first, or one beside an edge."""
     draft = gaussian(g, sizes)
     edges = [edge + side for edge in sizes.edges for side in (-1, 0)]
@@ -117,7 +117,7 @@ def needles(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def gaps(g: CounterRandom, sizes: Sizes) -> Draft:
+def gaps(g: CounterRandom, sizes: InputSizes) -> Draft:
     """The parts between edges differ in their softmax sums: by 0 to 12 nats, the heaviest moving about."""
     draft = gaussian(g, sizes)
     logits = torch.zeros(sizes.keys)
@@ -127,31 +127,31 @@ def gaps(g: CounterRandom, sizes: Sizes) -> Draft:
     return _add_logits(draft, sizes, logits)
 
 
-def peaked(g: CounterRandom, sizes: Sizes) -> Draft:
+def peaked(g: CounterRandom, sizes: InputSizes) -> Draft:
     """Logits of standard deviation 8: a few keys hold all the weight."""
     draft = gaussian(g, sizes)
     draft.q *= 8
     return draft
 
 
-def flat(g: CounterRandom, sizes: Sizes) -> Draft:
+def flat(g: CounterRandom, sizes: InputSizes) -> Draft:
     """All logits 0: every key weighs the same, in every key's own rounding."""
     draft = gaussian(g, sizes)
     draft.q.zero_()
     return draft
 
 
-def rising(g: CounterRandom, sizes: Sizes) -> Draft:
+def rising(g: CounterRandom, sizes: InputSizes) -> Draft:
     """Logits rise by 24 nats over the row: the running maximum moves in every tile, up to the last key."""
     return _add_logits(gaussian(g, sizes), sizes, torch.linspace(-24, 0, sizes.keys))
 
 
-def falling(g: CounterRandom, sizes: Sizes) -> Draft:
+def falling(g: CounterRandom, sizes: InputSizes) -> Draft:
     """Logits fall by 24 nats: the maximum is found at once, later keys only add small terms."""
     return _add_logits(gaussian(g, sizes), sizes, torch.linspace(0, -24, sizes.keys))
 
 
-def one_sign(g: CounterRandom, sizes: Sizes) -> Draft:
+def one_sign(g: CounterRandom, sizes: InputSizes) -> Draft:
     """V about 1: nothing cancels, accumulators grow with every key."""
     draft = gaussian(g, sizes)
     draft.q *= 0.25
@@ -159,7 +159,7 @@ def one_sign(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def near_overflow(g: CounterRandom, sizes: Sizes) -> Draft:
+def near_overflow(g: CounterRandom, sizes: InputSizes) -> Draft:
     """K and V near the largest float16, q so small that logits stay ordinary."""
     draft = gaussian(g, sizes)
     draft.k = (draft.k * 1.2e4).clamp(-6e4, 6e4)
@@ -170,7 +170,7 @@ def near_overflow(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def denormal(g: CounterRandom, sizes: Sizes) -> Draft:
+def denormal(g: CounterRandom, sizes: InputSizes) -> Draft:
     """V, and half of K's columns, among the subnormal numbers of float16."""
     draft = gaussian(g, sizes)
     draft.v *= 2.0**-19
@@ -178,7 +178,7 @@ def denormal(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def tiny(g: CounterRandom, sizes: Sizes) -> Draft:
+def tiny(g: CounterRandom, sizes: InputSizes) -> Draft:
     """All of q, k, v about 1e-3: nearly flat rows and small results."""
     draft = gaussian(g, sizes)
     draft.q *= 1e-3
@@ -187,7 +187,7 @@ def tiny(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def sinks(g: CounterRandom, sizes: Sizes) -> Draft:
+def sinks(g: CounterRandom, sizes: InputSizes) -> Draft:
     """A sink of its own for every head, from nothing to most of the weight."""
     draft = gaussian(g, sizes)
     heads = sizes.kv_heads * sizes.ratio
@@ -196,14 +196,14 @@ def sinks(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def window(g: CounterRandom, sizes: Sizes) -> Draft:
+def window(g: CounterRandom, sizes: InputSizes) -> Draft:
     """A sliding window that ends inside a tile and leaves whole parts unseen."""
     draft = gaussian(g, sizes)
     draft.options["sliding_window"] = max(min(sizes.n_kv[0] // 3, 100), 1)
     return draft
 
 
-def softcap(g: CounterRandom, sizes: Sizes) -> Draft:
+def softcap(g: CounterRandom, sizes: InputSizes) -> Draft:
     """A softcap of 5 over logits of standard deviation 6."""
     draft = gaussian(g, sizes)
     draft.q *= 6
@@ -211,7 +211,7 @@ def softcap(g: CounterRandom, sizes: Sizes) -> Draft:
     return draft
 
 
-def alibi(g: CounterRandom, sizes: Sizes) -> Draft:
+def alibi(g: CounterRandom, sizes: InputSizes) -> Draft:
     """ALiBi slopes from steep to flat, a power of two apart."""
     draft = gaussian(g, sizes)
     heads = sizes.kv_heads * sizes.ratio
@@ -241,7 +241,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def draw(name: str, sizes: Sizes, seed: int, *, device: torch.device | str = "cpu") -> Call:
+def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str = "cpu") -> Call:
     """The call of a family at these sizes. Equal names, sizes and seeds give equal bits on every device.
 
     Raises KeyError for a family that does not exist.
@@ -251,7 +251,7 @@ def draw(name: str, sizes: Sizes, seed: int, *, device: torch.device | str = "cp
     return finish(draft, sizes, device=device)
 
 
-def finish(draft: Draft, sizes: Sizes, *, device: torch.device | str = "cpu") -> Call:
+def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu") -> Call:
     """A draft as a call: rounded to its type, POISON beyond the longest row."""
     longest = max(sizes.n_kv)
     for x in (draft.k, draft.v):

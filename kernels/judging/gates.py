@@ -31,7 +31,7 @@ FUDGE_FACTOR = 5.0
 _RTOL = {torch.float16: 1e-3, torch.bfloat16: 1.6e-2, torch.float32: 1.3e-6, torch.float64: 1e-7}
 
 
-class Compared(NamedTuple):
+class GateCase(NamedTuple):
     """What gates look at: the result, the exact one, that of plain attention in the input type (all float64,
     [B, T, Hq, Dv]), the input type, and whether the call has a softcap."""
 
@@ -51,7 +51,7 @@ class Gate(NamedTuple):
 
     name: str
     rule: str
-    passes: Callable[[Compared], bool]
+    passes: Callable[[GateCase], bool]
 
 
 def nmse(out: torch.Tensor, exact: torch.Tensor) -> float:
@@ -84,22 +84,22 @@ def plain_attention(call: Call) -> torch.Tensor:
 
 def compared(
     call: Call, out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor | None = None
-) -> Compared:
+) -> GateCase:
     """What the gates need, of a result and the exact one. plain: `plain_attention` of the call, if known."""
     plain = plain_attention(call) if plain is None else plain
-    return Compared(out.double(), exact, plain, call.q.dtype, call.softcap is not None)
+    return GateCase(out.double(), exact, plain, call.q.dtype, call.softcap is not None)
 
 
 def _largest(x: torch.Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
 
-def _llama_cpp(c: Compared) -> bool:
+def _llama_cpp(c: GateCase) -> bool:
     # As they call it: the result under test is what the error is relative to.
     return nmse(c.exact, c.out) <= NMSE_LIMIT
 
 
-def _flash_attention(c: Compared) -> bool:
+def _flash_attention(c: GateCase) -> bool:
     out, exact = c.in_type()
     typed = exact.to(c.dtype)
     rounding = _largest((typed + 0.3 - 0.3 - typed).double())
@@ -107,11 +107,11 @@ def _flash_attention(c: Compared) -> bool:
     return _largest(out - exact) <= factor * _largest(c.plain - exact) + 2 * rounding
 
 
-def _pytorch(c: Compared) -> bool:
+def _pytorch(c: GateCase) -> bool:
     return _largest(c.out - c.exact) <= max(1e-5, FUDGE_FACTOR * _largest(c.plain - c.exact))
 
 
-def _close(c: Compared, atol: float, rtol: float) -> bool:
+def _close(c: GateCase, atol: float, rtol: float) -> bool:
     out, exact = c.in_type()
     return bool(((out - exact).abs() <= atol + rtol * exact.abs()).all())
 
@@ -134,7 +134,7 @@ GATES: tuple[Gate, ...] = (
 )
 
 
-def verdicts(c: Compared) -> dict[str, bool]:
+def verdicts(c: GateCase) -> dict[str, bool]:
     """Whether each gate passes the result."""
     finite = bool(torch.isfinite(c.out).all())
     return {gate.name: finite and gate.passes(c) for gate in GATES}

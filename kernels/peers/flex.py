@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention as flex
 
 from verify.kernels.call import Call, Result
 from verify.kernels.catalogue import FLEX_CAPABILITIES
-from verify.kernels.peers.peer import Launch, PeerKernel, Rows
+from verify.kernels.peers.peer import Launch, PeerKernel, PeerRows
 
 UNCOMPILED_NOTE = "the compiled kernel did not run: `flex` ran in plain torch (no CUDA device)"
 # Shapes and modifications that are compiled before torch gives up and, unnoticed, computes another way.
@@ -43,7 +43,7 @@ class FlexKernel(PeerKernel):
             self.notes.append(UNCOMPILED_NOTE)
         return super().run(call)
 
-    def prepare(self, rows: Rows) -> Launch:
+    def prepare(self, rows: PeerRows) -> Launch:
         q, k, v = (x.transpose(1, 2) for x in (rows.q, rows.k, rows.v))
         options: dict[str, Any] = {
             "scale": rows.call.scale,
@@ -68,7 +68,7 @@ class FlexKernel(PeerKernel):
         return launch
 
 
-def _block_mask(rows: Rows) -> Any:
+def _block_mask(rows: PeerRows) -> Any:
     """Which keys each row sees; None where all rows see all keys, as a caller without a mask has it."""
     kv_len, window = rows.kv_len, rows.call.sliding_window
     keys = rows.k.shape[1]
@@ -82,7 +82,7 @@ def _block_mask(rows: Rows) -> Any:
     return flex.create_block_mask(seen, None, None, rows.q.shape[1], keys, device=str(rows.q.device))
 
 
-def _score_mod(rows: Rows) -> Callable[..., torch.Tensor] | None:
+def _score_mod(rows: PeerRows) -> Callable[..., torch.Tensor] | None:
     softcap, slopes, kv_len = rows.call.softcap, rows.call.alibi_slopes, rows.kv_len
     if softcap is None and slopes is None:
         return None

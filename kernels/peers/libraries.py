@@ -11,7 +11,7 @@ import torch
 from verify.kernels.catalogue import LIBRARY_CAPABILITIES
 from verify.kernels.here import LIBRARIES, why_not_library
 from verify.kernels.merge import from_base2
-from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse, version_of
+from verify.kernels.peers.peer import Launch, PeerKernel, PeerRows, refuse, version_of
 from verify.kernels.plans.spec import Spec
 
 
@@ -28,12 +28,12 @@ class LibraryKernel(PeerKernel):
         refuse(spec.text, why_not_library(spec.name))
         return cls(spec.text, spec.name)
 
-    def prepare(self, rows: Rows) -> Launch:
+    def prepare(self, rows: PeerRows) -> Launch:
         launch: Launch = self._prepare(rows)
         return launch
 
 
-def _flashinfer(library: Any, rows: Rows) -> Launch:
+def _flashinfer(library: Any, rows: PeerRows) -> Launch:
     """single_decode_with_kv_cache; its lse is a base-2 logarithm, its window counts the keys to the left."""
     q, k, v, window = rows.q[0, 0], rows.k[0], rows.v[0], rows.call.sliding_window
 
@@ -48,7 +48,7 @@ def _flashinfer(library: Any, rows: Rows) -> Launch:
     return launch
 
 
-def _flash_attn(library: Any, rows: Rows) -> Launch:
+def _flash_attn(library: Any, rows: PeerRows) -> Launch:
     """flash_attn_with_kvcache, the split-KV decode kernel; its window counts the keys to the left."""
     window, slopes = rows.call.sliding_window, rows.call.alibi_slopes
     lengths = rows.kv_len[0].to(torch.int32)
@@ -65,7 +65,7 @@ def _flash_attn(library: Any, rows: Rows) -> Launch:
     return launch
 
 
-def _xformers(library: Any, rows: Rows) -> Launch:
+def _xformers(library: Any, rows: PeerRows) -> Launch:
     """memory_efficient_attention on [B, T, groups, heads, D], with KV heads expanded, not copied."""
     attend = import_module("xformers.ops").memory_efficient_attention
     shape = rows.call.shape

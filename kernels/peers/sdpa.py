@@ -14,7 +14,7 @@ from verify.kernels.call import Call, Result
 from verify.kernels.catalogue import SDPA_CAPABILITIES
 from verify.kernels.errors import KernelFailure
 from verify.kernels.here import NO_CUDA, has_cuda
-from verify.kernels.peers.peer import Launch, PeerKernel, Rows, refuse
+from verify.kernels.peers.peer import Launch, PeerKernel, PeerRows, refuse
 from verify.kernels.plans.spec import Spec
 
 _BACKENDS = {
@@ -55,7 +55,7 @@ class SdpaKernel(PeerKernel):
                 reason = f"{self.spec}: torch has no kernel for this call: {_reasons(said)}"
                 raise KernelFailure("unsupported", reason) from None
 
-    def prepare(self, rows: Rows) -> Launch:
+    def prepare(self, rows: PeerRows) -> Launch:
         q, k, v = (x.transpose(1, 2) for x in (rows.q, rows.k, rows.v))
         if self.variant == "efficient":
             k, v = (x.repeat_interleave(rows.call.shape.ratio, dim=1) for x in (k, v))

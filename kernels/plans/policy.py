@@ -61,7 +61,7 @@ def single_heads(ratio: int) -> tuple[int, ...]:
     return (1,) * ratio
 
 
-class Rule(NamedTuple):
+class PolicyRule(NamedTuple):
     """If `applies(call, threshold)`, these head groups are launched in this way."""
 
     applies: Callable[[RowAsked, int], bool]
@@ -94,13 +94,13 @@ class Policy:
 
     name: str
     summary: str
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[PolicyRule, ...] = ()
     fallback: Callable[[int], tuple[int, ...]] = power_of_two_groups
     fallback_columns: int | None = None
 
     def launched(self, call: RowAsked) -> EngineLaunch:
         """Head groups, launch, kernel and padded columns of a call."""
-        last = Rule(lambda *_: True, self.fallback, "one", columns=self.fallback_columns)
+        last = PolicyRule(lambda *_: True, self.fallback, "one", columns=self.fallback_columns)
         rule = next(r for r in (*self.rules, last) if r.applies(call, r.threshold))
         groups = rule.head_groups(call.ratio) if callable(rule.head_groups) else rule.head_groups
         columns = tuple(max(rule.columns or 1, 1 << (g - 1).bit_length()) for g in groups)
@@ -143,11 +143,11 @@ def _ik_1193(call: RowAsked, threshold: int) -> bool:
     return call.k_size == 128 and _ratio_12_decode(call)
 
 
-_MLA_SPLIT = Rule(_ik_1182, (16, 4), "views", 8192)
-_MLA_PADDED = Rule(_mla_20, (20,), "one")
-_SPLIT_ON_COPIES = Rule(_ik_1183, (8, 4), "each", 8192)
-_SPLIT_IN_BACKEND = Rule(_ik_1190, (8, 4), "each", 65536)
-_PADDED = Rule(_ik_1193, (12,), "one")
+_MLA_SPLIT = PolicyRule(_ik_1182, (16, 4), "views", 8192)
+_MLA_PADDED = PolicyRule(_mla_20, (20,), "one")
+_SPLIT_ON_COPIES = PolicyRule(_ik_1183, (8, 4), "each", 8192)
+_SPLIT_IN_BACKEND = PolicyRule(_ik_1190, (8, 4), "each", 65536)
+_PADDED = PolicyRule(_ik_1193, (12,), "one")
 
 
 def _sizes(k_size: int, v_size: int, also: Callable[[RowAsked], bool]) -> Callable[[RowAsked, int], bool]:
@@ -155,19 +155,19 @@ def _sizes(k_size: int, v_size: int, also: Callable[[RowAsked], bool]) -> Callab
     return lambda call, threshold: call.sizes == (k_size, v_size) and also(call)
 
 
-def _divisible(k_size: int, v_size: int, *sizes: int) -> tuple[Rule, ...]:
+def _divisible(k_size: int, v_size: int, *sizes: int) -> tuple[PolicyRule, ...]:
     """Groups of the largest of `sizes` that divides r; no kernel where none does."""
     found = [
-        Rule(_sizes(k_size, v_size, lambda c, n=n: c.ratio % n == 0), groups_of(n), "one", columns=n)  # type: ignore[misc]
+        PolicyRule(_sizes(k_size, v_size, lambda c, n=n: c.ratio % n == 0), groups_of(n), "one", columns=n)  # type: ignore[misc]
         for n in sizes
     ]
-    return (*found, Rule(_sizes(k_size, v_size, lambda c: True), one_group, "one", kernel="none"))
+    return (*found, PolicyRule(_sizes(k_size, v_size, lambda c: True), one_group, "one", kernel="none"))
 
 
-def _padded_decode(size: int, ratio: int, columns: int) -> Rule:
+def _padded_decode(size: int, ratio: int, columns: int) -> PolicyRule:
     """One query token, head size `size`, r = ratio: one launch padded to `columns`."""
     applies = _sizes(size, size, lambda c: c.n_q == 1 and c.ratio == ratio)
-    return Rule(applies, one_group, "one", columns=columns)
+    return PolicyRule(applies, one_group, "one", columns=columns)
 
 
 def _few_mla(ratio: Callable[[RowAsked], bool]) -> Callable[[RowAsked, int], bool]:
@@ -181,23 +181,23 @@ def _ik_vector(call: RowAsked, threshold: int) -> bool:
 
 
 _IK_2026_08 = (
-    Rule(lambda c, _: c.key_list, one_group, "one", kernel="gather"),
-    Rule(lambda c, _: c.generation == "pascal" and c.n_q <= 8, single_heads, "one", kernel="vector"),
-    Rule(lambda c, _: c.generation == "pascal", one_group, "one", kernel="unknown"),
+    PolicyRule(lambda c, _: c.key_list, one_group, "one", kernel="gather"),
+    PolicyRule(lambda c, _: c.generation == "pascal" and c.n_q <= 8, single_heads, "one", kernel="vector"),
+    PolicyRule(lambda c, _: c.generation == "pascal", one_group, "one", kernel="unknown"),
     _padded_decode(128, 12, 16),
     _padded_decode(128, 6, 8),
     _padded_decode(128, 10, 16),
     _padded_decode(128, 16, 16),
     _padded_decode(256, 6, 8),
-    Rule(_few_mla(lambda c: c.ratio == 20 and c.since("ada")), groups_of(16), "one", 2048, columns=16),
-    Rule(_few_mla(lambda c: c.ratio == 20), one_group, "one", 2048, columns=32),
-    Rule(_few_mla(lambda c: c.ratio % 12 == 0), groups_of(12), "one", 2048, columns=16),
+    PolicyRule(_few_mla(lambda c: c.ratio == 20 and c.since("ada")), groups_of(16), "one", 2048, columns=16),
+    PolicyRule(_few_mla(lambda c: c.ratio == 20), one_group, "one", 2048, columns=32),
+    PolicyRule(_few_mla(lambda c: c.ratio % 12 == 0), groups_of(12), "one", 2048, columns=16),
     *_divisible(576, 512, 16, 8, 4),
     *_divisible(512, 512, 16, 8, 4, 2),
     *_divisible(320, 256, 16),
-    Rule(_sizes(192, 128, lambda c: True), dividing_groups(16), "one"),
-    Rule(_ik_vector, single_heads, "one", kernel="vector"),
-    Rule(lambda c, _: c.k_size != c.v_size, one_group, "one", kernel="unknown"),
+    PolicyRule(_sizes(192, 128, lambda c: True), dividing_groups(16), "one"),
+    PolicyRule(_ik_vector, single_heads, "one", kernel="vector"),
+    PolicyRule(lambda c, _: c.k_size != c.v_size, one_group, "one", kernel="unknown"),
 )
 
 
@@ -225,34 +225,34 @@ def _mla_20_few(call: RowAsked) -> bool:
 _MAINLINE_SAME_SIZES = (64, 80, 96, 112, 128, 256, 512)
 _MAINLINE_PAIRS = ((576, 512), (192, 128), (320, 256))
 _MAINLINE_2026_10 = (
-    Rule(lambda c, _: not c.since("turing") or c.k_size in (40, 72), one_group, "one", kernel="unknown"),
-    Rule(
+    PolicyRule(lambda c, _: not c.since("turing") or c.k_size in (40, 72), one_group, "one", kernel="unknown"),
+    PolicyRule(
         lambda c, _: c.sizes not in _MAINLINE_PAIRS
         and (c.k_size != c.v_size or c.k_size not in _MAINLINE_SAME_SIZES),
         one_group, "one", kernel="none",
     ),
-    Rule(
+    PolicyRule(
         lambda c, _: not _grouped(c) and (c.k_size > 256 or c.k_size == 192),
         one_group, "one", kernel="none",
     ),
-    Rule(_mainline_vector, single_heads, "one", 8192, kernel="vector"),
-    Rule(
+    PolicyRule(_mainline_vector, single_heads, "one", 8192, kernel="vector"),
+    PolicyRule(
         lambda c, most: _mla_20_few(c) and not c.since("ada") and c.n_kv_padded <= most,
         groups_of(16), "one", 16_384, columns=16,
     ),
-    Rule(lambda c, _: _mla_20_few(c) and not c.since("ada"), one_group, "one", columns=32),
-    Rule(lambda c, _: _mla_20_few(c) and not c.since("blackwell"), groups_of(16), "one", columns=16),
-    Rule(
+    PolicyRule(lambda c, _: _mla_20_few(c) and not c.since("ada"), one_group, "one", columns=32),
+    PolicyRule(lambda c, _: _mla_20_few(c) and not c.since("blackwell"), groups_of(16), "one", columns=16),
+    PolicyRule(
         lambda c, least: _mla_20_few(c) and c.n_kv_padded >= least,
         groups_of(16), "one", 65_536, columns=16,
     ),
-    Rule(_sizes(576, 512, lambda c: c.ratio % 16 == 0), groups_of(16), "one", columns=16),
-    Rule(_sizes(576, 512, lambda c: True), groups_of(4), "one", columns=4),
+    PolicyRule(_sizes(576, 512, lambda c: c.ratio % 16 == 0), groups_of(16), "one", columns=16),
+    PolicyRule(_sizes(576, 512, lambda c: True), groups_of(4), "one", columns=4),
     *_divisible(192, 128, 16, 8),
     *_divisible(320, 256, 32),
-    Rule(lambda c, _: not _grouped(c), single_heads, "one"),
-    Rule(lambda c, _: c.ratio > 4, groups_of(8), "one", columns=8),
-    Rule(lambda c, _: c.ratio > 2, groups_of(4), "one", columns=4),
+    PolicyRule(lambda c, _: not _grouped(c), single_heads, "one"),
+    PolicyRule(lambda c, _: c.ratio > 4, groups_of(8), "one", columns=8),
+    PolicyRule(lambda c, _: c.ratio > 2, groups_of(4), "one", columns=4),
 )  # fmt: skip
 
 POLICIES: dict[str, Policy] = {

@@ -83,7 +83,7 @@ class AttentionSettings:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """Sizes of a model, as its metadata gives them; heads are those of the layer with the most."""
 
     layers: int
@@ -122,7 +122,7 @@ class Architecture(ABC):
     output_vector: the output matrix may have a bias.
     """
 
-    sizes: Sizes
+    sizes: ModelSizes
     embedding_scale: float = 1.0
     final_softcap: float | None = None
     # Numbers of what each layer takes of a token beside its state (`own_inputs`).

@@ -19,7 +19,7 @@ from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
     AttentionSettings,
-    Sizes,
+    ModelSizes,
     Weights,
 )
 from verify.model.architectures.experts import Experts, Gating
@@ -66,7 +66,7 @@ class Deepseek2(Architecture):
                 f"{file.path}: metadata key {read.name(f'attention.key_length{suffix}')} is {head},"
                 f" expected more than the {self.rope_size} rotated dimensions"
             )
-        self.sizes = Sizes(
+        self.sizes = ModelSizes(
             layers=self.layers,
             width=self.width,
             attention=Heads(self.heads, 1, self.rope_size + self.latent, self.latent),

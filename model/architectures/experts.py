@@ -32,7 +32,7 @@ GATING: dict[int, Gating] = {1: "softmax", 2: "sigmoid", 3: "softmax of the chos
 LEAST_SUM = 2.0**-14
 
 
-class Rows(NamedTuple):
+class ExpertRows(NamedTuple):
     """Rows of a tile at most; of the states that lie in one tensor, and of what an expert takes at once, at
     least (0: each state by itself)."""
 
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 # A window of 512 with 8 experts of 128 gives an expert 32 rows in the mean; a group of windows, in all arms
 # that a GPU computes side by side, thousands.
-ON_CPU, ON_GPU = Rows(64, 0, 0), Rows(1024, 16384, 16384)
+ON_CPU, ON_GPU = ExpertRows(64, 0, 0), ExpertRows(1024, 16384, 16384)
 
 
 def route(
@@ -246,7 +246,14 @@ class Experts:
         counts = torch.bincount(entries.cpu(), minlength=self.count).tolist()
         rows, of_entries = order // self.used, shares.flatten()[order]
         lengths = [len(state.h) for state in states]
-        return _Pack(list(keys), lengths, h, total, rows.split(counts), of_entries.split(counts))
+        return _Pack(
+            keys=list(keys),
+            lengths=lengths,
+            h=h,
+            total=total,
+            rows=rows.split(counts),
+            shares=of_entries.split(counts),
+        )
 
     def _add_expert(
         self,

@@ -15,7 +15,7 @@ from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
     AttentionSettings,
-    Sizes,
+    ModelSizes,
     Weights,
 )
 from verify.model.architectures.feed_forward import Dense, FeedForward, Shapes
@@ -53,7 +53,7 @@ class GroupedQuery(Architecture):
                 )
         self.k_sizes, self.v_sizes = self.read_head_sizes()
         widest = max(filter(self.attends, range(self.layers)), key=lambda layer: self.heads[layer])
-        self.sizes = Sizes(
+        self.sizes = ModelSizes(
             layers=self.layers,
             width=self.width,
             attention=Heads(
@@ -231,7 +231,9 @@ def rope_of(
         magnitude *= 1 + 0.1 * math.log(factor)
         if log_multiplier:
             magnitude /= 1 + log_multiplier * math.log(factor)
-    return Rope(kind, size, base, factor, original, magnitude)
+    return Rope(
+        kind=kind, size=size, base=base, factor=factor, original_context=original, magnitude=magnitude
+    )
 
 
 def _scaling_factor(architecture: Architecture) -> float:

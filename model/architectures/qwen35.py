@@ -44,7 +44,12 @@ class Qwen35(GroupedQuery):
                 f" {v_heads} heads of {size}, and {v_heads} a multiple of {k_heads}"
             )
         self.net = DeltaNet(
-            k_heads, v_heads, size, read.whole("ssm.conv_kernel", least=2), self.eps, self.interleaved
+            k_heads=k_heads,
+            v_heads=v_heads,
+            size=size,
+            kernel=read.whole("ssm.conv_kernel", least=2),
+            eps=self.eps,
+            interleaved=self.interleaved,
         )
 
     def read_heads(self) -> tuple[list[int], list[int]]:

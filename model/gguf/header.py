@@ -162,7 +162,15 @@ class _Reader:
                 f" present are {max(self.size - offset, 0)} (of a file of {self.size} bytes)"
             )
         shape = tuple(reversed(entry.sizes))
-        return TensorInfo(entry.name, shape, entry.type_id, kind.name, n_bytes, self.path, offset)
+        return TensorInfo(
+            name=entry.name,
+            shape=shape,
+            type_id=entry.type_id,
+            type_name=kind.name,
+            n_bytes=n_bytes,
+            path=self.path,
+            offset=offset,
+        )
 
     def _expect_apart(self, tensors: list[TensorInfo]) -> None:
         in_order = sorted(tensors, key=lambda info: info.offset)

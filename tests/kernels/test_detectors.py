@@ -12,10 +12,10 @@ from verify.kernels.eager import EagerKernel
 from verify.kernels.faults import FAULTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.detectors import determinism_finding, findings, measure, trace_finding
-from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.registry import build_kernel
 
-LONG = Sizes(n_kv=(2048,), kv_heads=1)
+LONG = InputSizes(n_kv=(2048,), kv_heads=1)
 
 
 def eager(spec: str) -> EagerKernel:
@@ -60,7 +60,7 @@ def test_a_small_error_of_every_element_is_rms_and_not_the_budgets() -> None:
 
 
 def test_a_common_factor_is_gain_and_nothing_else() -> None:
-    call = draw("gaussian", Sizes(n_kv=(257, 200, 130), batch=2), 1)
+    call = draw("gaussian", InputSizes(n_kv=(257, 200, 130), batch=2), 1)
     out = eager("eager").run(call).out
     assert seen(call, out * (1 + 1e-4)) == {"gain"}
 
@@ -80,7 +80,7 @@ def test_float16_accumulators_stand_out_at_2048_keys() -> None:
 @pytest.mark.parametrize("fault", ["wrong by 2 %", "last key dropped"])
 def test_long_rows_are_seen_by_rms_though_the_budget_has_lost_its_power(fault: str) -> None:
     """131,072 Gaussian keys, one KV head, a float32 result."""
-    call = draw("gaussian", Sizes(n_kv=(131_072,), kv_heads=1, ratio=2, spare=0), 3)
+    call = draw("gaussian", InputSizes(n_kv=(131_072,), kv_heads=1, ratio=2, spare=0), 3)
     kernel = eager("eager:block=512,kv=16")
     options = call
     if fault == "last key dropped":
@@ -96,7 +96,7 @@ def test_long_rows_are_seen_by_rms_though_the_budget_has_lost_its_power(fault: s
 
 
 def test_overflow_to_inf_is_an_objection() -> None:
-    call = draw("near-overflow", Sizes(n_kv=(257,)), 0)
+    call = draw("near-overflow", InputSizes(n_kv=(257,)), 0)
     kernel = eager("eager:acc=f16")
     found = measure(call, kernel.run(call), kernel.arithmetic(call.shape, call.path), distinct=True)
     assert found.nonfinite > 0
@@ -110,7 +110,7 @@ def test_a_wrong_lse_is_seen_though_out_is_right() -> None:
 
 
 def test_trace_and_determinism() -> None:
-    call = draw("gaussian", Sizes(n_kv=(257,)), 0)
+    call = draw("gaussian", InputSizes(n_kv=(257,)), 0)
     race = next(f for f in FAULTS if f.name == "race").build()
     assert determinism_finding(race, call, race.run(call), runs=8) is not None
     never = next(f for f in FAULTS if f.name == "never ran").build()

@@ -12,12 +12,12 @@ from support.other_device import other_device
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.faults import FAULTS, VARIANTS, Fault, Variant
 from verify.kernels.faults.tile_kernel import TileKernel
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import LaunchTrace
 
-SIZES = Sizes(n_kv=(161, 97, 0), batch=2)
+SIZES = InputSizes(n_kv=(161, 97, 0), batch=2)
 # One reference of every line of the list of real bugs that the corpus grew from.
 KNOWN = [
     "SGLang #40903", "llama.cpp #19092", "llama.cpp #18487", "PyTorch #191937", "FlashInfer #4051",
@@ -60,7 +60,7 @@ def test_variants_stay_within_their_own_budget(variant: Variant) -> None:
 def test_they_run_where_the_call_lies() -> None:
     """On a device that is not there: what a kernel creates on the host, or leaves there, is refused."""
     with other_device() as device:
-        call = draw("sinks", Sizes(n_kv=(161, 0)), seed=0, device=device)
+        call = draw("sinks", InputSizes(n_kv=(161, 0)), seed=0, device=device)
         slopes = torch.linspace(0.5, 0.1, call.shape.q_heads, device=device)
         call = replace(call, sliding_window=100, softcap=5.0, alibi_slopes=slopes)
         for subject in (*FAULTS, *VARIANTS):
@@ -90,7 +90,7 @@ def test_variants_do_round_differently() -> None:
 
 
 def test_the_tile_kernel_is_eager_in_other_words() -> None:
-    call = draw("gaussian", Sizes(n_kv=(200, 64)), seed=2)
+    call = draw("gaussian", InputSizes(n_kv=(200, 64)), seed=2)
     tile, eager = TileKernel("tile", kv=2).run(call), build_kernel("eager:kv=2").run(call)
     assert float((tile.out - eager.out).abs().max()) < 1e-4
     assert float((tile.lse - eager.lse).abs().max()) < 1e-5

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.gates import GATES, NMSE_LIMIT, compared, nmse, plain_attention, verdicts
 
-CALL = draw("gaussian", Sizes(n_kv=(200, 65)), 0)
+CALL = draw("gaussian", InputSizes(n_kv=(200, 65)), 0)
 EXACT = exact_attention(CALL).out
 
 
@@ -69,7 +69,7 @@ def test_a_nan_fails_every_gate() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_plain_attention_is_attention(family: str) -> None:
-    call = draw(family, Sizes(n_kv=(100, 7, 0)), 1)
+    call = draw(family, InputSizes(n_kv=(100, 7, 0)), 1)
     exact = exact_attention(call).out
     plain = plain_attention(call)
     assert torch.isfinite(plain).all()

@@ -27,12 +27,12 @@ from verify.kernels.exact import exact_attention
 from verify.kernels.foreign import process, worker
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.judging.detectors import measure
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.plans.plan import Plan
 from verify.kernels.registry import build_kernel
 
 # The shape of GLM on one GPU of eight: 12 query heads over one KV head.
-GLM = Sizes(n_kv=(300, 256, 1), ratio=12, kv_heads=1, k_size=128, v_size=128)
+GLM = InputSizes(n_kv=(300, 256, 1), ratio=12, kv_heads=1, k_size=128, v_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_large_values_overflow_in_its_float16_sums(kernels: dict[str, GgmlKernel
     """Infinite where the loop in float16 is, and nowhere else; the same loop in float32 is attention."""
     kernel, infinite = kernel_of(kernels, build), 0
     for n in (1, 2, 64, 300):
-        call = draw("near-overflow", Sizes(n_kv=(n,), kv_heads=1, ratio=2), seed=n)
+        call = draw("near-overflow", InputSizes(n_kv=(n,), kv_heads=1, ratio=2), seed=n)
         found, due = (x.out[0, 0].numpy() for x in (kernel.run(call), exact_attention(call)))
         for head in range(2):
             with np.errstate(over="ignore", invalid="ignore"):

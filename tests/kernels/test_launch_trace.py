@@ -46,7 +46,9 @@ def test_traces_add_up() -> None:
 def test_a_plan_that_did_not_run_is_no_other_path() -> None:
     """On a GPU a plan of two parts has a binary that merges them; beside a first part that did everything."""
     whole = Signature("flash", "b1", (12,), (0, 64), "one")
-    ignored = Signature("flash", "b1+merge", (12,), (0, 64), "one", as_planned=False)
+    ignored = Signature(
+        kernel="flash", binary="b1+merge", head_groups=(12,), cuts=(0, 64), launch="one", as_planned=False
+    )
     baseline, candidate = (LaunchTrace([Launched({("decode", 64, s): 1})]) for s in (whole, ignored))
     assert candidate.differs_from(baseline) == frozenset()
     assert LaunchTrace.from_json(candidate.to_json()) == candidate

@@ -10,11 +10,11 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.registry import build_kernel
 from verify.kernels.sliced_products import BITS, CHUNK, sliced_bmm
 
-SIZES = Sizes(n_kv=(700, 300, 0), edges=(64, 256, 640))
+SIZES = InputSizes(n_kv=(700, 300, 0), edges=(64, 256, 640))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,11 +22,11 @@ from verify.model.dressing.dress import Dress, _Dressmaker, dress, main
 from verify.model.dressing.reshape_heads import HeadShape, unequal_shares
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
-from verify.model.runner import Arm, Runner
+from verify.model.runner import AttentionPass, Runner
 from verify.model.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
-PATHS: list[Arm] = [KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2", "prefill")]
+PATHS: list[AttentionPass] = [KernelArm("eager:p=f32", "decode"), KernelArm("eager:p=f32,kv=2", "prefill")]
 
 
 class Cut(NamedTuple):
@@ -194,7 +194,9 @@ def test_shares_differ_and_sum_to_one(copies: int) -> None:
 
 
 def test_copies_are_interleaved() -> None:
-    shape = HeadShape(4, 2, 2, copies=2, all_kv_heads=3, live=(0, 2), new_size=2, neox=False)
+    shape = HeadShape(
+        heads=4, kv_heads=2, size=2, copies=2, all_kv_heads=3, live=(0, 2), new_size=2, neox=False
+    )
     weight = torch.arange(8.0)[:, None]
     rows = shape.query(weight, 0)[:, 0].view(3, 4, 2)
     assert rows[0].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]

@@ -8,12 +8,22 @@ import pytest
 import torch
 
 from verify.model.architectures import experts
-from verify.model.architectures.experts import Experts, Rows
+from verify.model.architectures.experts import ExpertRows, Experts
 from verify.model.products import Products
 from verify.model.stopwatch import Stopwatch
 
 WIDTH, INNER, COUNT, USED = 24, 20, 6, 2
-LAYER = Experts(WIDTH, COUNT, USED, INNER, 0, "sigmoid", normalised=True, scale=1.5, has_bias=True)
+LAYER = Experts(
+    width=WIDTH,
+    count=COUNT,
+    used=USED,
+    size=INNER,
+    shared=0,
+    gating="sigmoid",
+    normalised=True,
+    scale=1.5,
+    has_bias=True,
+)
 # The fourth has no rows at all.
 LENGTHS = (30, 7, 16, 0, 1, 25)
 
@@ -68,9 +78,9 @@ def by_formula(h: torch.Tensor, weights: dict[str, torch.Tensor], pull: Pull) ->
 
 
 @pytest.mark.parametrize(
-    "rows", [experts.ON_CPU, Rows(16, 0, 0), Rows(16, 40, 24), Rows(8, 1000, 1000)], ids=str
+    "rows", [experts.ON_CPU, ExpertRows(16, 0, 0), ExpertRows(16, 40, 24), ExpertRows(8, 1000, 1000)], ids=str
 )
-def test_each_row_is_what_the_formula_says(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_is_what_the_formula_says(rows: ExpertRows, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "ON_CPU", rows)
     states, weights = layer_inputs()
     pull = Pull()

@@ -16,7 +16,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, subject_of
@@ -38,10 +38,10 @@ def one_thread() -> Iterator[None]:
 
 
 @st.composite
-def sizes(draw: st.DrawFn) -> Sizes:
+def sizes(draw: st.DrawFn) -> InputSizes:
     longest = draw(st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 150, 300]))
     rows = draw(st.lists(st.integers(0, longest), max_size=2))
-    return Sizes(
+    return InputSizes(
         n_kv=(longest, *rows),
         kv_heads=draw(st.integers(1, 2)),
         ratio=draw(st.integers(1, 3)),
@@ -83,7 +83,7 @@ def test_float16_accumulators_overflow_and_that_is_said() -> None:
 def test_the_budget_is_not_slack() -> None:
     """Median over families and kernels of the largest |error| / bound."""
     ratios = sorted(
-        worst(draw(family, Sizes(n_kv=(200, 65)), seed=1), spec)[0]
+        worst(draw(family, InputSizes(n_kv=(200, 65)), seed=1), spec)[0]
         for family in FAMILIES
         for spec in SPECS[:6]
     )
@@ -93,7 +93,9 @@ def test_the_budget_is_not_slack() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_oracle_errs_by_less_than_a_thousandth_of_the_budget(family: str) -> None:
-    call = draw(family, Sizes(n_kv=(40,), kv_heads=1, ratio=2, k_size=16, v_size=4, edges=(16, 32)), seed=3)
+    call = draw(
+        family, InputSizes(n_kv=(40,), kv_heads=1, ratio=2, k_size=16, v_size=4, edges=(16, 32)), seed=3
+    )
     tight = error_budget(call, Arithmetic(p="f32", cuts_at=lambda n: (0, n)))
     truth, lse = in_mpmath(call)
     exact = exact_attention(call)
@@ -132,7 +134,7 @@ def in_mpmath(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 @given(sizes=sizes(), family=st.sampled_from(sorted(FAMILIES)), seed=st.integers(0, 99))
 @settings(max_examples=25)
-def test_streaming_in_blocks_changes_nothing(sizes: Sizes, family: str, seed: int) -> None:
+def test_streaming_in_blocks_changes_nothing(sizes: InputSizes, family: str, seed: int) -> None:
     from verify.kernels.budget import bound as module
 
     call = draw(family, sizes, seed)

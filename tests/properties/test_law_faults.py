@@ -11,7 +11,7 @@ import torch
 from support.subjects import plan_subject, tile_subject
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
-from verify.kernels.judging.families import Sizes
+from verify.kernels.judging.families import InputSizes
 from verify.kernels.judging.probes import check, standard_probes
 from verify.laws import LAWS, Law, Subject
 from verify.laws.run import LawResult, run_law
@@ -126,7 +126,7 @@ def test_each_other_fault_fails_a_law(fault: str, law: str) -> None:
 
 @pytest.mark.parametrize("fault", sorted(BY_PROBE))
 def test_what_no_law_sees_a_probe_does(fault: str) -> None:
-    sizes = Sizes(n_kv=(257, 200, 64, 1, 0), batch=2)
+    sizes = InputSizes(n_kv=(257, 200, 64, 1, 0), batch=2)
     kernel = BY_NAME[fault].build()
     assert any(check(probe, kernel, most=1) for probe in standard_probes(sizes))
 

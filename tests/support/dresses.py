@@ -13,7 +13,7 @@ from support.plain_arms import logits_of
 from verify.model.architectures import architecture_of
 from verify.model.dressing.dress import Dress
 from verify.model.gguf.file import GGUFFile
-from verify.model.runner import Arm, Runner
+from verify.model.runner import AttentionPass, Runner
 
 # 9 heads over 3 KV heads of 64 become 96 over 8 of 128, as GLM-4.5 has them: 12 query heads a KV head.
 WIDE = Dress(copies=4, kv_heads=8, live=(0, 4, 7), head_size=128)
@@ -34,7 +34,12 @@ DRESSES = {
 
 
 def perplexity(
-    path: Path, ids: np.ndarray, arms: Sequence[Arm], *, device: str = "cpu", attention_type: str = "f32"
+    path: Path,
+    ids: np.ndarray,
+    arms: Sequence[AttentionPass],
+    *,
+    device: str = "cpu",
+    attention_type: str = "f32",
 ) -> dict[str, float]:
     """exp of the mean negative log-likelihood of the second halves of windows ids [W, T], by arm."""
     n_ctx = ids.shape[1]

@@ -9,7 +9,7 @@ import torch
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 
@@ -25,7 +25,7 @@ def agrees_with_exact(spec: str, device: torch.device, *, n_kv: tuple[int, ...] 
     """
     kernel = build_kernel(spec)
     has = kernel.capabilities()
-    sizes = Sizes(n_kv=n_kv, ratio=12, k_size=128, v_size=128)
+    sizes = InputSizes(n_kv=n_kv, ratio=12, k_size=128, v_size=128)
     families = ["gaussian", "needles", *(name for name, needed in NEEDS.items() if getattr(has, needed))]
     for path in has.paths:
         for family in families if path == "decode" else families[:1]:
@@ -33,7 +33,7 @@ def agrees_with_exact(spec: str, device: torch.device, *, n_kv: tuple[int, ...] 
     return kernel
 
 
-def _holds(kernel: Kernel, family: str, sizes: Sizes, device: torch.device) -> None:
+def _holds(kernel: Kernel, family: str, sizes: InputSizes, device: torch.device) -> None:
     call = draw(family, sizes, 0, device=device)
     result = kernel.run(call)
     assert sum(result.launched.rows.values()) == len(sizes.n_kv)

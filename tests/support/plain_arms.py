@@ -11,7 +11,7 @@ import torch
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.registry import build_kernel
-from verify.model.runner import Arm, LayerCall, Runner
+from verify.model.runner import AttentionPass, LayerCall, Runner
 
 
 class ExactArm:
@@ -34,7 +34,7 @@ class ExactArm:
 
 
 def logits_of(
-    runner: Runner, tokens: np.ndarray, arms: Sequence[Arm], scored: range, **options: Any
+    runner: Runner, tokens: np.ndarray, arms: Sequence[AttentionPass], scored: range, **options: Any
 ) -> dict[str, torch.Tensor]:
     """Name -> [windows that it took, scored, vocabulary]."""
     found: dict[str, list[torch.Tensor]] = {}

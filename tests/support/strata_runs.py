@@ -114,7 +114,16 @@ def _lent(c: np.ndarray, b: np.ndarray) -> Any:
     for one_c, one_b in zip(c, b, strict=True):
         zero = np.zeros((c.shape[-1], 1))
         strata = [
-            Stratum("shape", n, "family", x[:, None], y[:, None], zero, zero, ())
+            Stratum(
+                shape="shape",
+                n_kv=n,
+                family="family",
+                candidate=x[:, None],
+                reference=y[:, None],
+                floor=zero,
+                power=zero,
+                heads=(),
+            )
             for n, (x, y) in enumerate(zip(one_c, one_b, strict=True))
         ]
         found.append(_ratios(strata)[0])

@@ -60,7 +60,9 @@ def tile_subject(build: Callable[[], Kernel]) -> Subject:
         return other
 
     has = replace(kernel.capabilities(), caches=(CACHE,), ratios=own.ratios)
-    return Subject(kernel.spec, kernel, variant, has, kernel.merger(), plan)
+    return Subject(
+        spec=kernel.spec, kernel=kernel, variant=variant, capabilities=has, merge=kernel.merger(), plan=plan
+    )
 
 
 def _cached(call: Call, cache: str) -> Call:
@@ -87,5 +89,11 @@ def flash_subject(device: torch.device | str = "cpu", **options: str) -> Subject
 
     kernel = variant({})
     return Subject(
-        "flash", kernel, variant, kernel.capabilities(), kernel.merger(), plan, torch.device(device)
+        spec="flash",
+        kernel=kernel,
+        variant=variant,
+        capabilities=kernel.capabilities(),
+        merge=kernel.merger(),
+        plan=plan,
+        device=torch.device(device),
     )

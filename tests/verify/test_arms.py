@@ -36,7 +36,7 @@ def call_of(layer: int) -> LayerCall:
     """Windows 5 and 6, rows that see 1, 2 and 3 keys."""
     q, k = torch.zeros(2, ROWS, HEADS, 8), torch.zeros(2, ROWS, 2, 8)
     kv_len = torch.arange(1, ROWS + 1, dtype=torch.int32).expand(2, -1).contiguous()
-    return LayerCall(layer, 5, q, k, k, kv_len, AttentionSettings(1.0))
+    return LayerCall(layer=layer, window=5, q=q, k=k, v=k, kv_len=kv_len, settings=AttentionSettings(1.0))
 
 
 def spoilt(value: float, *places: tuple[int, int, int]) -> torch.Tensor:

@@ -39,7 +39,9 @@ def test_a_kernel_that_cannot_run_is_a_line_of_the_table() -> None:
 
 
 def measured(spec: str, n_kv: int, us: float | None) -> Measurement:
-    return Measurement("shape", n_kv, spec, us, None, None, True, "", [])
+    return Measurement(
+        shape="shape", n_kv=n_kv, spec=spec, us=us, gb_s=None, share=None, graph=True, launched="", notes=[]
+    )
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,16 @@ def test_frozen_attention_stays_as_wide_as_the_model() -> None:
     measurer.roundings = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v))
     measurer.errors["arm/frozen"] = torch.zeros(q.shape, dtype=torch.float64)
     runner = FrozenRunner("arm/frozen", ArmRunner(Arm("arm", "floor", "exact", "decode"), {}), measurer)
-    call = LayerCall(0, 0, q, k, v, kv_len, AttentionSettings(1.0), AttentionInputs(q, k, v))
+    call = LayerCall(
+        layer=0,
+        window=0,
+        q=q,
+        k=k,
+        v=v,
+        kv_len=kv_len,
+        settings=AttentionSettings(1.0),
+        unrounded=AttentionInputs(q, k, v),
+    )
     due = exact_attention(checked_call(*(x.double() for x in (q, k, v)), kv_len=kv_len, scale=1.0)).out
     wide = runner.attend(call._replace(x=torch.zeros(1, 5, 4, dtype=torch.float64)))
     assert wide is not None

@@ -15,7 +15,7 @@ from support.cli import Done, assert_refused, verify
 from support.plain_arms import ExactArm
 from support.tiny_model import write_tiny_model
 from verify.gen.difference import Difference, measure_floor
-from verify.gen.record import TokenRecord
+from verify.gen.record import ShownToken
 from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
 from verify.model.steps import Stepper
@@ -121,8 +121,8 @@ def test_what_a_user_is_told() -> None:
         step=16,
         n_kv=20,
         before="once upon",
-        baseline_token=TokenRecord(id=1, text=" a"),
-        candidate_token=TokenRecord(id=2, text=" the"),
+        baseline_token=ShownToken(id=1, text=" a"),
+        candidate_token=ShownToken(id=2, text=" the"),
         logits={"baseline": (1.0004, 1.0), "candidate": (1.0, 1.0003), "exact": (1.0, 1.0001)},
         probabilities={},
         floor=0.0011,
@@ -149,8 +149,8 @@ def test_the_floor_is_what_noise_does_there(tiny: Path) -> None:
             step=0,
             n_kv=tokens,
             before="",
-            baseline_token=TokenRecord(id=1, text=""),
-            candidate_token=TokenRecord(id=2, text=""),
+            baseline_token=ShownToken(id=1, text=""),
+            candidate_token=ShownToken(id=2, text=""),
             logits={},
             probabilities={},
         )

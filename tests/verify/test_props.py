@@ -311,7 +311,13 @@ def test_a_trace_must_hold_every_row(told: int, monkeypatch: pytest.MonkeyPatch)
 def alone(kernel: Kernel) -> Subject:
     """A kernel that no specification names."""
     return Subject(
-        kernel.spec, kernel, lambda _: kernel, kernel.capabilities(), None, None, torch.device("cpu")
+        spec=kernel.spec,
+        kernel=kernel,
+        variant=lambda _: kernel,
+        capabilities=kernel.capabilities(),
+        merge=None,
+        plan=None,
+        device=torch.device("cpu"),
     )
 
 

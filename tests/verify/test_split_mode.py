@@ -21,7 +21,7 @@ from verify.kernels.errors import SpecError
 from verify.kernels.heads import Heads
 from verify.kernels.tensor_parallel import TensorParallelKernel
 from verify.machine.errors import UsageError
-from verify.model.architectures.architecture import Sizes
+from verify.model.architectures.architecture import ModelSizes
 from verify.model.architectures.deepseek2 import Deepseek2
 from verify.reports.split_mode import split_mode_sentence
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_shared_out_is_one_line(tiny: Tiny, tmp_path: Path, more:
 
 def test_the_one_head_of_mla_cannot_be_shared_out() -> None:
     mla = Deepseek2.__new__(Deepseek2)
-    mla.sizes = Sizes(2, 64, Heads(20, 1, 576, 512), 300, 128)
+    mla.sizes = ModelSizes(2, 64, Heads(20, 1, 576, 512), 300, 128)
     mla.file = SimpleNamespace(path=Path("mla.gguf"))  # type: ignore[assignment]
     check_model(mla, 1)
     said = r"mla.gguf has 1 KV head \(the latent one of MLA\), expected at least one for each GPU"

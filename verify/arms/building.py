@@ -27,7 +27,16 @@ def build_arms(
     arms = [Arm("exact", "exact", "exact", paths[0]), Arm("floor", "floor", "exact", paths[0])]
 
     def add(name: str, spec: str, path: AttentionPath, role: Role, reference: str | None) -> None:
-        arms.append(Arm(name, role, spec, path, build_shared_kernel(spec, gpus), reference))
+        arms.append(
+            Arm(
+                name=name,
+                role=role,
+                spec=spec,
+                path=path,
+                kernel=build_shared_kernel(spec, gpus),
+                reference=reference,
+            )
+        )
 
     try:
         for path in paths:

@@ -112,9 +112,15 @@ def command(
         for option in unknown_options(own, said):
             print(f"{side.name}: its --help does not name {option}", file=screen)
         lines[side.name] = engine_command(
-            side.program, model=model, text=file, n_ctx=n_ctx, chunks=chunks, logits=side.logits,
-            batches=batches, more=own,
-        )  # fmt: skip
+            side.program,
+            model=model,
+            text=file,
+            n_ctx=n_ctx,
+            chunks=chunks,
+            logits=side.logits,
+            batches=batches,
+            more=own,
+        )
     failed = []
     for side in sides if not troubles else ():
         if side.program is None:
@@ -123,9 +129,14 @@ def command(
         print(f"{side.name}: {shlex.join(line)}", file=screen, flush=True)
         with progress_of(f"{side.name} {side.program.path.name}") as progress:
             run = run_engine(
-                side.name, line, logits=side.logits, log=log, time_limit=time_limit, chunks=chunks,
+                side.name,
+                line,
+                logits=side.logits,
+                log=log,
+                time_limit=time_limit,
+                chunks=chunks,
                 progress=progress,
-            )  # fmt: skip
+            )
         print(f"{side.name}: {run.failure or 'done'} ({run.seconds:.1f} s, {log})", file=screen, flush=True)
         for words in run.last:
             print(f"{side.name} |   {words}", file=screen)

@@ -156,9 +156,14 @@ def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None)
 
     results = []
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=Console(stderr=True), transient=True, disable=not on_terminal(sys.stderr),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not on_terminal(sys.stderr),
+    )
     with bar, suppress(KeyboardInterrupt):
         all_laws = bar.add_task("laws", total=len(laws))
         cases = bar.add_task("", total=examples)

@@ -42,7 +42,7 @@ _STEPS = {"f16": (10, -24), "bf16": (7, -133), "f32": (23, -149)}
 
 
 @dataclass(frozen=True)
-class Inputs:
+class CellInputs:
     """Where a cell's inputs came from; `call` is what the kernels get. candidates: numbers of those that they
     are for, None for all: inputs that lie where plans cut depend on the candidate's."""
 
@@ -142,7 +142,7 @@ class Cell:
     add up).
     """
 
-    inputs: Inputs
+    inputs: CellInputs
     baseline: KernelEvidence
     candidate: KernelEvidence
     faults: list[str]
@@ -155,7 +155,7 @@ class Cell:
     shared: str = ""
 
 
-def examine(kernels: Sequence[Kernel], inputs: Inputs, clock: StageClock) -> list[KernelEvidence | None]:
+def examine(kernels: Sequence[Kernel], inputs: CellInputs, clock: StageClock) -> list[KernelEvidence | None]:
     """Run kernels on a cell's inputs and hold the errors of each against its own arithmetic.
 
     None for a kernel that does not take what the inputs ask for (sinks, say): no evidence either way. What
@@ -233,7 +233,10 @@ def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]
         others = error_budgets(_rows_of(held, rows), arithmetics) if rows else []
         for at, i in enumerate(which):
             row = worst[at]
-            own = None if row is None else Budget(*(x[:, [rows.index(row)]] for x in others[at]))
+            own = None
+            if row is not None:
+                columns = {name: x[:, [rows.index(row)]] for name, x in others[at]._asdict().items()}
+                own = Budget(**columns)
             due[i] = _Due(
                 held=checked,
                 arithmetic=arithmetics[at],
@@ -267,7 +270,7 @@ def _worst_row(out: torch.Tensor, exact: torch.Tensor, checked: int) -> int | No
 
 def _hold(
     found: KernelEvidence,
-    inputs: Inputs,
+    inputs: CellInputs,
     output: AttentionOutput,
     due: _Due,
     plain: torch.Tensor,
@@ -341,7 +344,7 @@ def _energy(out: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
     return np.asarray(squares.flatten(0, 1).cpu().numpy())
 
 
-def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:
+def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Cell:
     """A candidate's cell."""
     faults = [*faults_of(candidate, "candidate"), *faults_of(baseline, f"baseline {baseline.spec}")]
     a, b = candidate.output, baseline.output
@@ -355,10 +358,10 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
     comparable = not faults and not shared and (family is None or family.distinct)
     comparable = comparable and candidate.exact is not None
     return Cell(
-        inputs,
-        baseline,
-        candidate,
-        faults,
+        inputs=inputs,
+        baseline=baseline,
+        candidate=candidate,
+        faults=faults,
         compared=a is not None and b is not None,
         covered=bool(candidate.trace.differs_from(baseline.trace)),
         bitwise_equal=equal,
@@ -368,7 +371,7 @@ def compare(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence)
     )
 
 
-def _stratum(inputs: Inputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:
+def _stratum(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:
     """Both kernels' errors on the rows that are of the cell's length."""
     call, exact = inputs.call, candidate.exact
     assert exact is not None

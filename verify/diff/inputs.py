@@ -9,11 +9,11 @@ import torch
 
 from verify.arms.model_facts import check_lengths, check_shapes
 from verify.diff.captured import captured_inputs
-from verify.diff.cells import Inputs
+from verify.diff.cells import CellInputs
 from verify.diff.probing import PROBES, Probing
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Shape
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.plans.shapes import ModelShape, shape_named
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import IN_OWN_PROCESS, build_kernel
@@ -67,7 +67,9 @@ class DiffSettings:
         object.__setattr__(self, "families", tuple(dict.fromkeys(self.families)))
 
 
-def all_inputs(settings: DiffSettings, device: torch.device, clock: StageClock) -> Iterator[Inputs | Probing]:
+def all_inputs(
+    settings: DiffSettings, device: torch.device, clock: StageClock
+) -> Iterator[CellInputs | Probing]:
     """The inputs of every cell, one at a time. Raises SpecError, UsageError."""
     if settings.captured_from is not None:
         yield from captured_inputs(settings.captured_from, settings.path, device)
@@ -88,7 +90,14 @@ def all_inputs(settings: DiffSettings, device: torch.device, clock: StageClock) 
                     for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
                         with clock.stage("inputs drawn", n_kv):
                             call = draw(family, sizes, seed, device=device)
-                        yield Inputs(shape.name, n_kv, family, seed, call, tuple(candidates))
+                        yield CellInputs(
+                            shape=shape.name,
+                            n_kv=n_kv,
+                            family=family,
+                            seed=seed,
+                            call=call,
+                            candidates=tuple(candidates),
+                        )
 
 
 def count_inputs(settings: DiffSettings) -> int | None:
@@ -128,17 +137,17 @@ def check_settings(settings: DiffSettings) -> None:
     check_lengths(settings.n_kvs, shapes, torch.device(settings.device))
 
 
-def first_call(settings: DiffSettings, device: torch.device) -> Inputs:
+def first_call(settings: DiffSettings, device: torch.device) -> CellInputs:
     """A small call for what a kernel shows only when it runs."""
     if settings.captured_from is not None:
         return next(captured_inputs(settings.captured_from, settings.path, device))
     shape, n_kv = shape_named(settings.shapes[0]), min(64, *settings.n_kvs)
     sizes = _sizes(replace(settings, rows=2), shape, n_kv, ())
     call = draw("gaussian", sizes, settings.first_seed, device=device)
-    return Inputs(shape.name, n_kv, "gaussian", settings.first_seed, call)
+    return CellInputs(shape.name, n_kv, "gaussian", settings.first_seed, call)
 
 
-def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[int, ...]) -> Sizes:
+def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[int, ...]) -> InputSizes:
     """Rows of n_kv keys, the second of fewer; on the prefill path rows one after another, the last of n_kv.
 
     edges: where the plans of the kernels cut, and tiles end.
@@ -147,7 +156,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
     rows[1] = max(n_kv - 37, 1)
     if settings.path == "prefill":
         rows = [max(n_kv - t, 1) for t in reversed(range(settings.rows))]
-    return Sizes(
+    return InputSizes(
         n_kv=tuple(rows),
         kv_heads=shape.kv_heads,
         ratio=shape.ratio,

@@ -18,7 +18,7 @@ from verify.machine.command_line import command_line
 SCHEMA = 3
 
 
-class Line(NamedTuple):
+class LengthLine(NamedTuple):
     """The cells of one shape and length: a line of the report. strata: those of its own."""
 
     cells: list[Cell]
@@ -35,7 +35,7 @@ class CandidateResult:
     verdict: Verdict
     reasons: list[str]
     cells: list[Cell]
-    lines: list[Line]
+    lines: list[LengthLine]
     strata: Judgement
     trace: LaunchTrace
 

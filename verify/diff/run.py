@@ -11,7 +11,7 @@ import torch
 from verify.arms.result_type import matched, shows_its_type
 from verify.diff.cells import (
     Cell,
-    Inputs,
+    CellInputs,
     KernelEvidence,
     compare,
     decide_cells,
@@ -21,7 +21,7 @@ from verify.diff.cells import (
 )
 from verify.diff.inputs import DiffSettings, first_call
 from verify.diff.probing import PROBES, Probing, probe_kernels
-from verify.diff.results import CandidateResult, DiffOutcome, Line, run_json
+from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, run_json
 from verify.judge.strata import Judgement
 from verify.judge.verdict import EXIT_CODES, Decision, overall
 from verify.kernels.judging.probes import why_not_one_hot
@@ -37,7 +37,7 @@ _MOST_ROWS = 1_000_000
 
 
 def run_diff(
-    settings: DiffSettings, device: torch.device, inputs: Iterator[Inputs | Probing], clock: StageClock
+    settings: DiffSettings, device: torch.device, inputs: Iterator[CellInputs | Probing], clock: StageClock
 ) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate.
 
@@ -59,7 +59,7 @@ def run_diff(
     # Findings that are no faults, in the order in which they came.
     said: dict[str, None] = {}
     stopped, interrupted, examined = "", False, 0
-    each: Inputs | Probing | None = None
+    each: CellInputs | Probing | None = None
     try:
         for each in inputs:
             asked = list(range(len(candidates)) if each.candidates is None else each.candidates)
@@ -124,14 +124,22 @@ def run_diff(
     run = run_json(settings, results, base_traces, verdict, notes, str(device))
     run["seconds"] = clock.to_json()
     return DiffOutcome(
-        settings, results, verdict, EXIT_CODES[verdict], notes, run, str(clock), stopped, interrupted
+        settings=settings,
+        candidates=results,
+        verdict=verdict,
+        exit_code=EXIT_CODES[verdict],
+        notes=notes,
+        run=run,
+        seconds=str(clock),
+        stopped=stopped,
+        interrupted=interrupted,
     )
 
 
 class _First(NamedTuple):
     """A kernel's first call, which shows the type that it returns, and is judged where it is wrong."""
 
-    inputs: Inputs
+    inputs: CellInputs
     evidence: KernelEvidence
 
 
@@ -160,7 +168,16 @@ def _judge(
     strata = judge_cells(cells, settings.margin)
     if not cells:
         reasons = ["it takes none of the inputs"]
-        return CandidateResult(spec, baseline, "inconclusive", reasons, [], [], strata, trace)
+        return CandidateResult(
+            spec=spec,
+            baseline=baseline,
+            verdict="inconclusive",
+            reasons=reasons,
+            cells=[],
+            lines=[],
+            strata=strata,
+            trace=trace,
+        )
 
     def decided(some: Sequence[Cell], of_these: Judgement) -> Decision:
         return decide_cells(
@@ -174,12 +191,21 @@ def _judge(
     lines = []
     for of_line in _by_line(cells):
         own = strata.only(of_line[0].inputs.shape, of_line[0].inputs.n_kv)
-        lines.append(Line(of_line, decided(of_line, own), own))
+        lines.append(LengthLine(of_line, decided(of_line, own), own))
     decision = decided(cells, strata)
     reasons = list(decision.reasons)
     if decision.verdict == "broken":
         reasons.append(_where([c for c in cells if c.faults], cells))
-    return CandidateResult(spec, baseline, decision.verdict, reasons, cells, lines, strata, trace)
+    return CandidateResult(
+        spec=spec,
+        baseline=baseline,
+        verdict=decision.verdict,
+        reasons=reasons,
+        cells=cells,
+        lines=lines,
+        strata=strata,
+        trace=trace,
+    )
 
 
 def _advice(settings: DiffSettings, strata: Judgement) -> str:

@@ -127,12 +127,12 @@ def resolution_of(pair: PairScores) -> Resolution:
     n = pair.kld.size
     bias = float((pair.base.step**2 + pair.other.step**2).mean()) / 12
     return Resolution(
-        float(np.median(np.maximum(pair.base.step, pair.other.step))),
-        z * float(np.median(pair.nll_floor)),
-        z * float(np.median(pair.kld_floor)),
-        z * math.sqrt(float((pair.nll_floor**2).sum())) / n,
-        z * math.sqrt(float((pair.kld_floor**2).sum())) / n + bias,
-        int((pair.kld < 0).sum()),
+        step=float(np.median(np.maximum(pair.base.step, pair.other.step))),
+        token_nll=z * float(np.median(pair.nll_floor)),
+        token_kld=z * float(np.median(pair.kld_floor)),
+        mean_nll=z * math.sqrt(float((pair.nll_floor**2).sum())) / n,
+        mean_kld=z * math.sqrt(float((pair.kld_floor**2).sum())) / n + bias,
+        negative=int((pair.kld < 0).sum()),
     )
 
 

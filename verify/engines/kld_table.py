@@ -70,22 +70,22 @@ def table_of(pair: PairScores) -> Table:
     rms = math.sqrt(square.value)
     same = float((pair.other.top1 == pair.base.top1).mean())
     return Table(
-        ppl,
-        ppl_base,
-        covariance / (u * u_base) if u and u_base else math.nan,
-        ln_ratio,
-        Estimate(ratio, ratio * ln_ratio.error),
-        difference,
-        mean(kld),
-        float(kld.min()),
-        float(kld.max()),
-        {share: percentile(kld, share) for share in KLD_FRACTIONS},
-        mean(dp),
-        float(dp.min()),
-        float(dp.max()),
-        {share: percentile(dp, share) for share in DP_FRACTIONS},
-        Estimate(rms, 0.5 / rms * square.error if rms else 0.0),
-        Estimate(same, math.sqrt(same * (1 - same) / (n - 1)) if n > 1 else math.nan),
+        ppl=ppl,
+        ppl_base=ppl_base,
+        correlation=covariance / (u * u_base) if u and u_base else math.nan,
+        ln_ratio=ln_ratio,
+        ratio=Estimate(ratio, ratio * ln_ratio.error),
+        difference=difference,
+        kld=mean(kld),
+        kld_least=float(kld.min()),
+        kld_most=float(kld.max()),
+        kld_percentiles={share: percentile(kld, share) for share in KLD_FRACTIONS},
+        dp=mean(dp),
+        dp_least=float(dp.min()),
+        dp_most=float(dp.max()),
+        dp_percentiles={share: percentile(dp, share) for share in DP_FRACTIONS},
+        dp_rms=Estimate(rms, 0.5 / rms * square.error if rms else 0.0),
+        same_top=Estimate(same, math.sqrt(same * (1 - same) / (n - 1)) if n > 1 else math.nan),
     )
 
 

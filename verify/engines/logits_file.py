@@ -131,9 +131,11 @@ class LogitsFile:
                 raise UsageError(f"{self.path}: {field} is {value}, expected at least {least}")
         if size != layout.file_bytes:
             whole = max(size - layout.records_at, 0) // (layout.scored * layout.record_bytes)
-            said = f"the file is cut off after {whole} whole windows" if size < layout.file_bytes else (
-                "there is more after the last record"
-            )  # fmt: skip
+            said = (
+                f"the file is cut off after {whole} whole windows"
+                if size < layout.file_bytes
+                else ("there is more after the last record")
+            )
             raise UsageError(
                 f"{self.path}: {size} bytes, expected {layout.file_bytes} for {layout.n_chunk} windows of"
                 f" {layout.n_ctx} tokens and a vocabulary of {layout.n_vocab}: {said}"

@@ -196,7 +196,9 @@ def _of_logits_file(path: str) -> LogprobFile:
         rows = whole.rows(i)
         chosen.append(rows[np.arange(len(targets)), targets].astype(np.float64))
     before = [file.layout.first_scored + 1] * len(names)
-    return LogprobFile(path, "full", names, chosen, whole=whole, before=before, logits=file)
+    return LogprobFile(
+        path=path, kind="full", names=names, chosen=chosen, whole=whole, before=before, logits=file
+    )
 
 
 class _Records:

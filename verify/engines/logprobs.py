@@ -143,11 +143,11 @@ def clustered_interval(values: Sequence[np.ndarray], confidence: float = CONFIDE
         clusters = [b for x in values for b in np.array_split(x, max(len(x) // BLOCK, 1))]
     n = len(clusters)
     if n < 2:
-        return Interval(mean, -math.inf, math.inf, math.inf, 0, scope)
+        return Interval(mean=mean, low=-math.inf, high=math.inf, se=math.inf, degrees=0, scope=scope)
     errors = np.array([float((x - mean).sum()) for x in clusters])
     se = widening * math.sqrt(n / (n - 1) * float((errors**2).sum())) / total
     reach = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * se
-    return Interval(mean, mean - reach, mean + reach, se, n - 1, scope)
+    return Interval(mean=mean, low=mean - reach, high=mean + reach, se=se, degrees=n - 1, scope=scope)
 
 
 def floor_ratio(
@@ -266,9 +266,11 @@ def _decide(
     if floor is None:
         return Decision(
             "inconclusive",
-            [f"{said}: two files cannot say whether that is rounding; give a repeat of A as a third file, a"
-             " model (-m), a ladder (--ladder), or --max-kld"],
-        )  # fmt: skip
+            [
+                f"{said}: two files cannot say whether that is rounding; give a repeat of A as a third file,"
+                " a model (-m), a ladder (--ladder), or --max-kld"
+            ],
+        )
     reach = f"{floor.low:.3g} to {floor.high:.3g}"
     against = f"B lies {floor.ratio:.3g} times as far from A as A's own repeat ({reach})"
     if floor.high <= margin:

@@ -65,7 +65,7 @@ class Setting(NamedTuple):
 
     def call(self, n_kv: int) -> RowAsked:
         return RowAsked(
-            self.shape.heads,
+            heads=self.shape.heads,
             n_kv=n_kv,
             n_q=self.n_q,
             cache_type=self.cache_type,

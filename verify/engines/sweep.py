@@ -39,7 +39,7 @@ SLOWDOWN = 1.01
 SLOWDOWN_CONFIDENCE = 0.99
 
 
-class Line(NamedTuple):
+class FittedLine(NamedTuple):
     """T = a + b N_KV: seconds, and seconds a cached token, each with its interval."""
 
     a: float
@@ -81,7 +81,7 @@ class ChangePoint(NamedTuple):
         return not self.reasons
 
 
-class Compared(NamedTuple):
+class ColumnComparison(NamedTuple):
     """One column of one log against that of another of the same work."""
 
     label: str
@@ -154,7 +154,7 @@ def _unlike(first: SweepLog, other: SweepLog) -> str:
     return "" if shared else "N_KV: no depth in common, expected some"
 
 
-def fit_line(depths: Sequence[int], times: Sequence[float]) -> Line | None:
+def fit_line(depths: Sequence[int], times: Sequence[float]) -> FittedLine | None:
     """None for fewer than three depths."""
     if len(depths) < 3:
         return None
@@ -163,10 +163,10 @@ def fit_line(depths: Sequence[int], times: Sequence[float]) -> Line | None:
     b, low, high = float(fit[0]), float(fit[2]), float(fit[3])
     a = float(np.median(y - b * x))
     ends = sorted(float(np.median(y - slope * x)) for slope in (low, high))
-    return Line(a, ends[0], ends[1], b, low, high)
+    return FittedLine(a=a, a_low=ends[0], a_high=ends[1], b=b, b_low=low, b_high=high)
 
 
-def compare(main: SweepLog, other: SweepLog, column: Column) -> Compared | None:
+def compare(main: SweepLog, other: SweepLog, column: Column) -> ColumnComparison | None:
     """Ratios of the times of `other` to those of `main`, at the depths that both have; None without any."""
     base, theirs = medians(main, column), medians(other, column)
     depths = sorted(base.keys() & theirs.keys())
@@ -178,7 +178,7 @@ def compare(main: SweepLog, other: SweepLog, column: Column) -> Compared | None:
     if len(ratios) > 1:
         t = float(stats.t.ppf((1 + SLOWDOWN_CONFIDENCE) / 2, len(ratios) - 1))
         reach = t * float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios))
-    return Compared(
+    return ColumnComparison(
         label=other.label,
         against=main.label,
         column=column,
@@ -215,13 +215,13 @@ def change_point(depths: Sequence[int], ratios: Sequence[float], seed: int = 0) 
     before, after = y[:k], y[k:]
     stays = bool(after.min() > before.max() or after.max() < before.min())
     return ChangePoint(
-        int(depths[k]),
-        float(before.mean()),
-        float(after[0]),
-        float(after[-1]),
-        (reached + 1) / (SERIES + 1),
-        bic,
-        stays,
+        n_kv=int(depths[k]),
+        before=float(before.mean()),
+        first=float(after[0]),
+        last=float(after[-1]),
+        by_chance=(reached + 1) / (SERIES + 1),
+        bic=bic,
+        stays=stays,
     )
 
 
@@ -239,8 +239,8 @@ def split_starts(policy: Policy, setting: Setting, log: SweepLog) -> list[SplitS
 
 def to_json(
     logs: Sequence[SweepLog],
-    lines: dict[tuple[str, Column], Line | None],
-    compared: Sequence[Compared],
+    lines: dict[tuple[str, Column], FittedLine | None],
+    compared: Sequence[ColumnComparison],
     starts: Sequence[SplitStart],
     exit_code: int,
 ) -> dict[str, Any]:

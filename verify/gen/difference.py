@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from verify.arms.arm import Arm, ArmRunner
-from verify.gen.record import FirstDifference, TokenRecord
+from verify.gen.record import FirstDifference, ShownToken
 from verify.model.steps import Stepper
 
 # Passes of the exact arm with noise at the place of a difference; fewer where the text is long.
@@ -35,8 +35,8 @@ class Difference:
     step: int
     n_kv: int
     before: str
-    baseline_token: TokenRecord
-    candidate_token: TokenRecord
+    baseline_token: ShownToken
+    candidate_token: ShownToken
     logits: dict[str, tuple[float, float]]
     probabilities: dict[str, tuple[float, float]]
     floor: float | None = None
@@ -95,7 +95,7 @@ class Difference:
 
 def difference_at(
     candidate: str,
-    tokens: tuple[TokenRecord, TokenRecord],
+    tokens: tuple[ShownToken, ShownToken],
     logits: Mapping[str, torch.Tensor],
     *,
     step: int,

@@ -38,7 +38,7 @@ class GenArmRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenRecord:
+class ShownToken:
     """A token, and how it is shown."""
 
     id: int
@@ -53,8 +53,8 @@ class FirstDifference:
     step: int  # counted from 0
     n_kv: int  # keys that it sees
     before: str  # the text so far
-    baseline_token: TokenRecord
-    candidate_token: TokenRecord
+    baseline_token: ShownToken
+    candidate_token: ShownToken
     logits: dict[str, tuple[float, float]]  # by arm: of the baseline's token, and of the candidate's
     probabilities: dict[str, tuple[float, float]]
     floor: float | None  # rms of how far one rounding of noise moves exact's margin; None: not measured

@@ -20,7 +20,7 @@ from verify.arms.model_facts import match_baselines, try_kernels
 from verify.arms.split_mode import check_model
 from verify.gen.checks import CheckedExact
 from verify.gen.difference import Difference, difference_at, measure_floor
-from verify.gen.record import TokenRecord
+from verify.gen.record import ShownToken
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionPath
@@ -249,7 +249,7 @@ class Generation:
         self, arm: Arm, i: int, sequence: list[int], step: Step, logits: dict[str, torch.Tensor]
     ) -> Difference:
         theirs = step.arms[arm.name].top1
-        tokens = tuple(TokenRecord(id=t, text=self.tokenizer.token_text(t)) for t in (step.chosen, theirs))
+        tokens = tuple(ShownToken(id=t, text=self.tokenizer.token_text(t)) for t in (step.chosen, theirs))
         found = difference_at(
             arm.name,
             (tokens[0], tokens[1]),

@@ -15,7 +15,7 @@ import torch
 
 from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call
-from verify.kernels.judging.families import FAMILIES, Sizes, draw
+from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.machine.errors import UsageError
 
@@ -113,9 +113,9 @@ class Problem(Case):
     twist: int = 0
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> InputSizes:
         path: AttentionPath = "prefill" if self.path == "prefill" else "decode"
-        return Sizes(
+        return InputSizes(
             n_kv=self.n_kv,
             batch=self.batch,
             kv_heads=self.kv_heads,

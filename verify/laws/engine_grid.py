@@ -30,7 +30,7 @@ OPTIONS = ("sinks", "window", "softcap", "alibi")
 LAW = "within-budget"
 
 
-class Cell(NamedTuple):
+class GridCell(NamedTuple):
     """One call. group: what varies; name: the same in every run."""
 
     group: str
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     problem: Problem
 
 
-def cells() -> Iterator[Cell]:
+def cells() -> Iterator[GridCell]:
     """The grid, short calls first in every group."""
     for ratio in RATIOS:
         for threshold in THRESHOLDS:
@@ -62,7 +62,7 @@ def cells() -> Iterator[Cell]:
                 yield _cell("caches", ratio, n_q, (128, 128), 700, cache=cache)
 
 
-def run_cell(subject: Subject, cell: Cell) -> LawResult:
+def run_cell(subject: Subject, cell: GridCell) -> LawResult:
     """Whether a kernel keeps its budget there; not applicable where it does not take such a call."""
     law = LAWS[LAW]
     has, problem = subject.capabilities, cell.problem
@@ -85,7 +85,7 @@ def run_cell(subject: Subject, cell: Cell) -> LawResult:
 
 def run_grid(
     subject: Subject, *, on_cell: Callable[[int, int], None] = lambda done, total: None
-) -> list[tuple[Cell, LawResult]]:
+) -> list[tuple[GridCell, LawResult]]:
     """Every cell, in order. A kernel that dies in a cell is started anew for the next."""
     grid = list(cells())
     found = []
@@ -109,7 +109,7 @@ def _cell(
     *,
     family: str = "gaussian",
     cache: str = "",
-) -> Cell:
+) -> GridCell:
     k_size, v_size = sizes
     size = str(k_size) if k_size == v_size else f"{k_size}/{v_size}"
     name = f"r={ratio},n_q={n_q},size={size},n_kv={n_kv}"
@@ -128,4 +128,4 @@ def _cell(
         path="decode" if n_q == 1 else "prefill",
         cache=cache,
     )
-    return Cell(group, name, problem)
+    return GridCell(group, name, problem)

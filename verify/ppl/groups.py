@@ -160,10 +160,10 @@ def run_group(
     failed: failures of arms in earlier groups: those do not run again. checkpoints: where the group is kept
     between layers; begin: one of these windows to go on from.
     """
-    return _Group(job, chosen, failed or {}, begin).run(progress, checkpoints, begin)
+    return _GroupRun(job, chosen, failed or {}, begin).run(progress, checkpoints, begin)
 
 
-class _Group:
+class _GroupRun:
     """The passes of one group, and what is added up while they run."""
 
     def __init__(

@@ -54,8 +54,19 @@ REPORT, PAGE = "report.md", "report.html"
 STATE = "state.json"
 TABLES = ("tokens", "layers", "top1")
 # What reading a file that is not a whole checkpoint or table raises.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-               EOFError, MemoryError, pa.ArrowException, pickle.UnpicklingError)  # fmt: skip
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    MemoryError,
+    pa.ArrowException,
+    pickle.UnpicklingError,
+)
 _OWN_FILES = {SETTINGS, RESULT, REPORT, PAGE, *(f"{name}.parquet" for name in TABLES)}
 _GROUP_FILES = {STATE, *(f"{name}.parquet" for name in TABLES)}
 _GROUP, _LAYERS = re.compile(r"\d{5,}"), re.compile(r"\d{5,}\.layers")

@@ -50,7 +50,7 @@ class BestTwo(NamedTuple):
 
 
 @dataclass
-class _Rows:
+class _ScoredRows:
     """What is known so far of some consecutive rows: arrays [rows], of which the first `used` are wanted.
 
     top, second: the two largest logits; best, next: their vocabulary indices; moments: reference -> D. Arms
@@ -80,7 +80,7 @@ class Scorer:
         # Tiles may reach beyond the last row.
         self.targets = torch.nn.functional.pad(targets, (0, GPU_LOGIT_ROWS))
         # By arm and first row.
-        self._rows: dict[tuple[str, int], _Rows] = {}
+        self._rows: dict[tuple[str, int], _ScoredRows] = {}
         # Float64 numbers [rows, vocabulary] of a step, by use: allocated once, since what is allocated anew
         # for every step leaves holes between the rows kept, and they add up to gigabytes.
         self._scratch: dict[str, torch.Tensor] = {}
@@ -114,18 +114,13 @@ class Scorer:
 
         return {
             name: TokenScores(
-                *(
-                    x.cpu().numpy()
-                    for x in (
-                        rows.best >= 0,
-                        lse[name] - rows.target.double(),
-                        kld(name, self.exact),
-                        kld(name, self.baseline_of.get(name)),
-                        rows.best,
-                        rows.target,
-                        rows.top - rows.second,
-                    )
-                )
+                ran=_array(rows.best >= 0),
+                nll=_array(lse[name] - rows.target.double()),
+                kld_to_exact=_array(kld(name, self.exact)),
+                kld_to_baseline=_array(kld(name, self.baseline_of.get(name))),
+                top1=_array(rows.best),
+                target_logit=_array(rows.target),
+                top1_margin=_array(rows.top - rows.second),
             )
             for name, rows in whole.items()
         }
@@ -192,17 +187,25 @@ class Scorer:
             kept = self._scratch[use] = x.new_empty(x.shape, dtype=torch.float64)
         return kept[: len(x)].copy_(x)
 
-    def _state(self, names: Sequence[str], rows: range, size: int) -> _Rows:
+    def _state(self, names: Sequence[str], rows: range, size: int) -> _ScoredRows:
         key = names[0], rows.start
         if key not in self._rows:
             lowest = torch.full((size,), -torch.inf, device=self.targets.device)
             none = torch.zeros_like(lowest, dtype=torch.int64)
-            self._rows[key] = _Rows(len(rows), lowest, lowest, none, none, none.double(), lowest)
+            self._rows[key] = _ScoredRows(
+                used=len(rows),
+                top=lowest,
+                second=lowest,
+                best=none,
+                next=none,
+                total=none.double(),
+                target=lowest,
+            )
             for name in names[1:]:
                 self._rows[name, rows.start] = self._rows[key]
         return self._rows[key]
 
-    def _joined(self, name: str) -> _Rows:
+    def _joined(self, name: str) -> _ScoredRows:
         """All rows of the group, as the arm has them."""
         mine = [(start, self._rows[of, start]) for of, start in sorted(self._rows) if of == name]
         at = torch.cat([torch.arange(start, start + rows.used) for start, rows in mine])
@@ -221,10 +224,23 @@ class Scorer:
             other: whole(rows.moments.get(other, torch.zeros_like(rows.total)) for _, rows in mine)
             for other in dict.fromkeys(other for _, rows in mine for other in rows.moments)
         }
-        return _Rows(self.rows, top, second, best, following, total, target, moments)
+        return _ScoredRows(
+            used=self.rows,
+            top=top,
+            second=second,
+            best=best,
+            next=following,
+            total=total,
+            target=target,
+            moments=moments,
+        )
 
 
-def _take_in(state: _Rows, x: torch.Tensor, vocabulary: range) -> torch.Tensor:
+def _array(x: torch.Tensor) -> np.ndarray:
+    return x.cpu().numpy()
+
+
+def _take_in(state: _ScoredRows, x: torch.Tensor, vocabulary: range) -> torch.Tensor:
     """Enter the two largest of further logits x [rows, len(vocabulary)]; exp(m - m') of each row.
 
     x is written to, and put back.

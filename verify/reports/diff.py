@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from verify.diff.cells import Cell
-from verify.diff.results import CandidateResult, DiffOutcome, Line, command_of, detectable
+from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, command_of, detectable
 from verify.machine.terminal import console_on, print_table_on
 from verify.reports.templating import TEMPLATES, flat
 
@@ -22,7 +22,7 @@ def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
     return [_row(line) for line in result.lines]
 
 
-def _row(line: Line) -> dict[str, Any]:
+def _row(line: LengthLine) -> dict[str, Any]:
     cells = [c.candidate for c in line.cells]
     worst = max(line.cells, key=lambda c: c.candidate.severity)
     # Where every budget is vacuous none says anything, and no inputs are the worst.
@@ -44,7 +44,7 @@ def _row(line: Line) -> dict[str, Any]:
     }
 
 
-def _ratio(line: Line) -> str:
+def _ratio(line: LengthLine) -> str:
     """R of the stratum that tells, with its own limits; or that errors are equal."""
     telling = line.strata.telling
     if telling is None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, TextIO
 from xml.etree import ElementTree
 
-from verify.laws.engine_grid import LAW, Cell
+from verify.laws.engine_grid import LAW, GridCell
 from verify.laws.run import LawResult
 from verify.machine.command_line import command_line
 from verify.machine.terminal import counted
 from verify.reports.props import exit_code
 from verify.reports.tables import print_table
 
-Found = Sequence[tuple[Cell, LawResult]]
+Found = Sequence[tuple[GridCell, LawResult]]
 
 
 def print_grid(found: Found, spec: str, device: str, to: TextIO) -> None:
@@ -35,7 +35,7 @@ def print_grid(found: Found, spec: str, device: str, to: TextIO) -> None:
     print(f"{spec}: {counted(held, 'cell')} of {len(found)} held within budget, {broken} broken", file=to)
 
 
-def again(cell: Cell, spec: str, device: str) -> str:
+def again(cell: GridCell, spec: str, device: str) -> str:
     """The command that tries a cell alone."""
     cache = cell.problem.cache
     own = f"{spec},cache={cache}" if cache else spec

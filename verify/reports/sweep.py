@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TextIO
 
 from verify.engines.plans import Setting
-from verify.engines.sweep import COLUMNS, Column, Compared, Line, SplitStart, medians
+from verify.engines.sweep import COLUMNS, Column, ColumnComparison, FittedLine, SplitStart, medians
 from verify.engines.sweep_log import SweepLog
 from verify.kernels.plans.policy import Policy
 from verify.reports.tables import print_table
 
 
-def print_times(logs: Sequence[SweepLog], compared: Sequence[Compared], to: TextIO) -> None:
+def print_times(logs: Sequence[SweepLog], compared: Sequence[ColumnComparison], to: TextIO) -> None:
     """A row a depth: times of every file, and their ratios to the first's."""
     names = ["N_KV"]
     columns: list[dict[int, str]] = []
@@ -45,7 +45,7 @@ def note_lines(logs: Sequence[SweepLog], pairs: Sequence[tuple[SweepLog, SweepLo
     return lines
 
 
-def line_text(label: str, column: Column, line: Line) -> str:
+def line_text(label: str, column: Column, line: FittedLine) -> str:
     """The fitted line of one file in one sentence; the slope by 1000 cached tokens."""
     return (
         f"{label}: {COLUMNS[column]} = {line.a:.2f} s ({line.a_low:.2f} to {line.a_high:.2f})"
@@ -53,7 +53,7 @@ def line_text(label: str, column: Column, line: Line) -> str:
     )
 
 
-def compared_lines(c: Compared) -> list[str]:
+def compared_lines(c: ColumnComparison) -> list[str]:
     """What the ratio of one file does, in sentences."""
     name = f"{COLUMNS[c.column]} {c.label} / {c.against}"
     lines = [f"{name}: mean {c.mean:.4f} (99 % interval {c.mean_low:.4f} to {c.mean_high:.4f})"]
@@ -84,7 +84,7 @@ def compared_lines(c: Compared) -> list[str]:
 
 
 def policy_lines(
-    policy: Policy, setting: Setting, starts: Sequence[SplitStart], compared: Sequence[Compared]
+    policy: Policy, setting: Setting, starts: Sequence[SplitStart], compared: Sequence[ColumnComparison]
 ) -> list[str]:
     """Whether the changes of generation's speed lie where a policy changes its plan."""
     where = (
@@ -118,7 +118,7 @@ def policy_lines(
 
 
 def plot(
-    logs: Sequence[SweepLog], compared: Sequence[Compared], starts: Sequence[SplitStart], path: Path
+    logs: Sequence[SweepLog], compared: Sequence[ColumnComparison], starts: Sequence[SplitStart], path: Path
 ) -> None:
     """Speed against N_KV above, ratios of times below; generation left, prompt processing right."""
     import matplotlib

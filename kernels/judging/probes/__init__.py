@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from verify.kernels.judging.families import Sizes
+from verify.kernels.judging.families import InputSizes
 from verify.kernels.judging.probes.level_probes import (
     alibi_edge,
     constant_bound,
@@ -62,12 +62,12 @@ __all__ = [
 ]
 
 
-def standard_probes(sizes: Sizes, *, device: torch.device | str = "cpu") -> list[Probe]:
+def standard_probes(sizes: InputSizes, *, device: torch.device | str = "cpu") -> list[Probe]:
     """Every probe at these sizes. sizes.n_kv: its longest row is probed, the others at the edges too."""
     return [make() for make in probe_makers(sizes, device=device)]
 
 
-def probe_makers(sizes: Sizes, *, device: torch.device | str = "cpu") -> list[Callable[[], Probe]]:
+def probe_makers(sizes: InputSizes, *, device: torch.device | str = "cpu") -> list[Callable[[], Probe]]:
     """What makes each of the standard probes, for where they are too large to be held together.
 
     Without those that need a code word a key where there are too few (`why_not_one_hot`).

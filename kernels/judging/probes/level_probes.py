@@ -16,14 +16,14 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.sums import gamma
 from verify.kernels.call import Call, checked_call
 from verify.kernels.judging.counter_random import CounterRandom
-from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.probes.one_hot_probes import one_hot_edges, tags
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Demand, Probe, call_of
 from verify.kernels.numbers import FLOAT_TYPES
 
 
 def counted(
-    sizes: Sizes,
+    sizes: InputSizes,
     cut: int,
     a: int,
     b: int,
@@ -41,7 +41,7 @@ def counted(
     return _levels(f"counted {a}+{b} at {cut}", "budget", sizes, levels, v, device)
 
 
-def constant_v(sizes: Sizes, *, seed: int = 0, device: torch.device | str = "cpu") -> Probe:
+def constant_v(sizes: InputSizes, *, seed: int = 0, device: torch.device | str = "cpu") -> Probe:
     """One value in every key, over Gaussian logits: only the denominator and rounding can spoil it."""
     random = CounterRandom(seed, device)
     shape = (sizes.batch, len(sizes.n_kv), sizes.kv_heads * sizes.ratio, sizes.k_size)
@@ -55,7 +55,9 @@ def constant_v(sizes: Sizes, *, seed: int = 0, device: torch.device | str = "cpu
     call = call_of(q, k, v, lengths, sizes, device)
     seen = (call.kv_len > 0)[..., None, None].double()
     out = seen * column.double().expand(*shape[:3], -1)
-    return Probe("constant V", "budget", call, out, None, None, constant_bound)
+    return Probe(
+        name="constant V", demand="budget", call=call, out=out, lse=None, keys=None, bound=constant_bound
+    )
 
 
 def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
@@ -84,7 +86,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
     return bound + tau * ((a.u_v > 0) + (a.u_part > 0))
 
 
-def empty_rows(sizes: Sizes, *, device: torch.device | str = "cpu", sinks: bool = False) -> Probe:
+def empty_rows(sizes: InputSizes, *, device: torch.device | str = "cpu", sinks: bool = False) -> Probe:
     """Rows that see nothing, among rows that see one key: (0, -inf), and the key's value; demands bits.
 
     With sinks none sees a key: (0, the sink).
@@ -108,7 +110,7 @@ def empty_rows(sizes: Sizes, *, device: torch.device | str = "cpu", sinks: bool 
     return Probe("empty rows with sinks" if sinks else "empty rows", "bits", call, out, lse)
 
 
-def window_edge(sizes: Sizes, window: int, *, device: torch.device | str = "cpu") -> Probe:
+def window_edge(sizes: InputSizes, window: int, *, device: torch.device | str = "cpu") -> Probe:
     """A sliding window whose first key must be seen and whose last hidden key must not; demands bits.
 
     The hidden key would win by 128 nats, the first visible one wins by 128 against the rest, and every part
@@ -124,7 +126,7 @@ def window_edge(sizes: Sizes, window: int, *, device: torch.device | str = "cpu"
     return _asking(probe, n - window)
 
 
-def last_key_edge(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
+def last_key_edge(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """The last visible key wins by 128 nats, the one beyond would win against it; demands bits."""
     n = max(sizes.n_kv)
     levels = torch.full((sizes.keys,), LOW)
@@ -132,7 +134,7 @@ def last_key_edge(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
     return _asking(_levels("last key", "bits", replace(sizes, n_kv=(n,)), levels, None, device), n - 1)
 
 
-def sink_weights(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
+def sink_weights(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """Three keys of logit 0, and for head h a sink of ln(1 + h): out is 3 / (4 + h) of V; a budget."""
     n, heads = max(sizes.n_kv), sizes.kv_heads * sizes.ratio
     levels = torch.full((sizes.keys,), LOW)
@@ -143,7 +145,7 @@ def sink_weights(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
     )
 
 
-def softcap_edge(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
+def softcap_edge(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """Two keys far above a softcap of 20 weigh the same though their logits differ by 30; a budget."""
     n = max(sizes.n_kv)
     levels = torch.full((sizes.keys,), LOW)
@@ -152,7 +154,7 @@ def softcap_edge(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
     return _levels("softcap", "budget", replace(sizes, n_kv=(n,)), levels, v, device, softcap=20.0)
 
 
-def alibi_edge(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
+def alibi_edge(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """Equal logits under slopes that differ by head: geometric weights, the newest key first; a budget."""
     n, heads = max(sizes.n_kv), sizes.kv_heads * sizes.ratio
     slopes = (2.0 ** -(torch.arange(heads, dtype=torch.float32) % 8)).to(device)
@@ -165,7 +167,7 @@ def alibi_edge(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
 def _levels(
     name: str,
     demand: Demand,
-    sizes: Sizes,
+    sizes: InputSizes,
     levels: torch.Tensor,
     v: torch.Tensor | None,
     device: torch.device | str,

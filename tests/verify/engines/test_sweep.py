@@ -10,7 +10,7 @@ from conftest import SHARED
 from support.cli import assert_refused, verify
 from verify.engines import sweep
 from verify.engines.sweep import change_point, fit_line
-from verify.engines.sweep_log import Row, read_logs
+from verify.engines.sweep_log import SweepRow, read_logs
 
 HEADER = (
     "|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |\n"
@@ -73,7 +73,7 @@ def test_a_policy_that_splits_elsewhere_is_not_the_cause(published: tuple[str, s
 
 def test_markdown_json_and_a_whole_log_give_the_same_rows(tmp_path: Path) -> None:
     times = [(0, 1.5, 2.25), (512, 1.625, 2.5)]
-    rows = [Row(512, 128, n, pp, t) for n, pp, t in times]
+    rows = [SweepRow(512, 128, n, pp, t) for n, pp, t in times]
     plain, wrapped, lines = (tmp_path / name for name in ("a.md", "a.log", "a.jsonl"))
     plain.write_text(table(times))
     wide = table(times).replace(" |\n", " |  3000.1 |   12.0 |\n")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from support.cli import assert_refused, verify
-from verify.engines.sweep_log import Row, SweepLog, read_logs
+from verify.engines.sweep_log import SweepLog, SweepRow, read_logs
 
 NAMES = ("PP", "TG", "N_KV", "T_PP s", "S_PP t/s", "T_TG s", "S_TG t/s")
 RULE = f"|{'-------|' * len(NAMES)}\n"
 TIMES = [(256 * i, 1 + i / 64, 4 + i / 32) for i in range(4)]
-ROWS = [Row(256, 64, n, pp, tg) for n, pp, tg in TIMES]
+ROWS = [SweepRow(256, 64, n, pp, tg) for n, pp, tg in TIMES]
 
 
 def line(cells: tuple[object, ...] | list[str]) -> str:
@@ -181,7 +181,7 @@ def bench_table(tests: list[tuple[str, str]], fa: str = "1") -> str:
 def test_the_depth_tests_of_llama_bench(tmp_path: Path) -> None:
     tests = [("pp512", "256.00 ± 0.5"), ("tg128", "16.00 ± 0.1"), ("pp512 @ d4096", "128.00 ± 0.5"),
              ("tg128 @ d4096", "8.00 ± 0.1"), ("pp512+tg128 @ d4096", "20.00 ± 0.1")]  # fmt: skip
-    wanted = [Row(512, 128, 0, 2.0, 8.0), Row(512, 128, 4096, 4.0, 16.0)]
+    wanted = [SweepRow(512, 128, 0, 2.0, 8.0), SweepRow(512, 128, 4096, 4.0, 16.0)]
     log = one(tmp_path, "build: abc\n" + bench_table(tests) + "\nbuild: b3000 (1)\n")
     assert log.rows == wanted
     records = [
@@ -207,7 +207,7 @@ def test_the_depth_tests_of_llama_bench(tmp_path: Path) -> None:
     assert one(tmp_path, "\n".join([",".join(records[0]), *quoted]) + "\n").rows == wanted
     # Generation alone.
     log = one(tmp_path, "".join(json.dumps(x) + "\n" for x in records[1:4:2]))
-    assert log.rows == [Row(0, 128, 0, None, 8.0), Row(0, 128, 4096, None, 16.0)]
+    assert log.rows == [SweepRow(0, 128, 0, None, 8.0), SweepRow(0, 128, 4096, None, 16.0)]
 
 
 def test_settings_and_sizes_of_llama_bench_are_told_apart(tmp_path: Path) -> None:
