@@ -225,7 +225,9 @@ def _mla_20_few(call: RowAsked) -> bool:
 _MAINLINE_SAME_SIZES = (64, 80, 96, 112, 128, 256, 512)
 _MAINLINE_PAIRS = ((576, 512), (192, 128), (320, 256))
 _MAINLINE_2026_10 = (
-    PolicyRule(lambda c, _: not c.since("turing") or c.k_size in (40, 72), one_group, "one", kernel="unknown"),
+    PolicyRule(
+        lambda c, _: not c.since("turing") or c.k_size in (40, 72), one_group, "one", kernel="unknown"
+    ),
     PolicyRule(
         lambda c, _: c.sizes not in _MAINLINE_PAIRS
         and (c.k_size != c.v_size or c.k_size not in _MAINLINE_SAME_SIZES),
