@@ -32,8 +32,8 @@ from verify.model.gguf.file import GGUFFile
 from verify.model.products import Tiling
 from verify.ppl import rounds
 
-TILINGS = Path(__file__).parents[1] / "support/tilings.py"
-KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+TILINGS = Path(__file__).parents[2] / "support/tilings.py"
+KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
 
 
 def test_a_round_off_run_shows_its_evidence(tiny: Tiny, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from verify.laws import LAWS, subject_of
 from verify.laws.run import run_law
 from verify.model.products import Tiling
 
-KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
-TILINGS = Path(__file__).parents[1] / "support/tilings.py"
+KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
+TILINGS = Path(__file__).parents[2] / "support/tilings.py"
 PLAIN = "gaussian,needles,gaps,rising,falling,one-sign"
 
 

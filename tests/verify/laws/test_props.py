@@ -35,7 +35,7 @@ from verify.laws.law import Law, LawBroken
 from verify.laws.run import DATABASE, LawResult, run_law
 from verify.laws.tolerance import against_exact
 
-USER = Path(__file__).parents[1] / "support/user_kernels.py"
+USER = Path(__file__).parents[2] / "support/user_kernels.py"
 BROKEN = f"py:{USER}::last_key_dropped"
 
 

@@ -21,7 +21,7 @@ from verify.model.runner import LayerCall
 from verify.ppl.frozen import FrozenRunner
 from verify.ppl.measuring import KernelMeasurer
 
-KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
 
 
 @pytest.fixture(scope="module")

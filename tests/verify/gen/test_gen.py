@@ -20,8 +20,8 @@ from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
 from verify.model.steps import Stepper
 
-TILINGS = Path(__file__).parents[1] / "support/tilings.py"
-KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+TILINGS = Path(__file__).parents[2] / "support/tilings.py"
+KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
 PROMPT = "the moth sat on that"
 CPU = torch.device("cpu")
 
