@@ -56,12 +56,12 @@ class Findings:
     """What went wrong in an arm, the first of each kind, and whether it stayed equal to its reference."""
 
     failure: str | None = None  # what its kernel failed with; it did not run from there on
-    failure_place: Place | None = None
+    failure_place: Place | None = None  # where
     nonfinite_place: Place | None = None  # the first attention row with NaN or Inf
-    nonfinite_rows: int = 0
+    nonfinite_rows: int = 0  # attention rows with NaN or Inf
     attention_equal: bool = True  # every attention output had the reference arm's bits
     logits_equal: bool = True  # so had every logit
-    first_difference: Place | None = None
+    first_difference: Place | None = None  # the first row that has other bits
     unsteady: str | None = None  # where one call gave two results, and how far apart
     model_fault: str | None = None  # of the exact arm: that the model itself is not finite
 
@@ -116,10 +116,10 @@ class Findings:
 class Arm:
     """One arm of a run. What comes to light about it is in `Findings`."""
 
-    name: str
-    role: Role
-    spec: str
-    path: AttentionPath
+    name: str  # unique in the run
+    role: Role  # what it is for, see above
+    spec: str  # of its kernel; of an engine, its file
+    path: AttentionPath  # decode or prefill
     kernel: Kernel | None = None  # None: float64 attention, or an engine's file
     reference: str | None = None  # name of the arm that it is compared with, if any
 
@@ -161,11 +161,11 @@ REFUSED, STEADY_TIMES = "unsupported:", 4.0
 class _RowCheck(NamedTuple):
     """What was looked for in the rows of a call, and what there was of it, still on the device."""
 
-    kind: Literal["nonfinite", "different"]
+    kind: Literal["nonfinite", "different"]  # rows with NaN or Inf, or with other bits than the reference's
     window: int  # the first of the call
-    layer: int
+    layer: int  # of the call
     kv_len: torch.Tensor  # [B, T]
-    heads: int
+    heads: int  # H
     counts: torch.Tensor  # [2]: rows that have it; the first element of [B, T, H] that has
 
     def place(self, element: int) -> Place:

@@ -34,12 +34,12 @@ class ModelRecord:
 
     path: str  # as it was found, the first file of several
     name: str | None  # as the file names itself
-    architecture: str
+    architecture: str  # of its metadata
     bytes: int  # of all its files
     fingerprint: str  # hash of sizes, beginnings and ends of its files
-    layers: int
+    layers: int  # of blocks
     heads: int  # query heads of a layer
-    kv_heads: int
+    kv_heads: int  # of a layer
     ratio: int  # query heads a KV head
     head_size: int  # of keys
     context: int  # tokens that it was trained on at once
@@ -57,9 +57,9 @@ class TensorParallelRecord:
 class CoverageRecord:
     """Attention rows of one kind that an arm's kernel launched."""
 
-    arm: str
-    spec: str
-    path: str
+    arm: str  # its name
+    spec: str  # of its kernel
+    path: str  # decode or prefill
     kernel: str  # with its numerical options
     binary: str  # hash of the code that ran, empty where there is none
     launch: str  # `one`, or `each` head group
@@ -67,8 +67,8 @@ class CoverageRecord:
     parts: int  # of the KV range; 0 where it cannot say
     kv_cuts: list[int]  # bounds of the parts, of the longest row
     rows: int  # tokens times layers
-    n_kv_min: int
-    n_kv_max: int
+    n_kv_min: int  # of all these rows
+    n_kv_max: int  # of all these rows
 
 
 def coverage_records(arms: Iterable[Arm], traces: Mapping[str, LaunchTrace]) -> list[CoverageRecord]:
@@ -96,14 +96,14 @@ class LayerErrors:
 class InPlaceRecord:
     """A kernel's own error on the exact arm's q, k and v, over all layers, heads and windows."""
 
-    arm: str
+    arm: str  # its name
     checks: int  # of a layer, head and window
     max_budget_ratio: float  # largest |error| / budget
     vacuous: float  # share of rows whose budget says nothing
-    relative_rms: float
+    relative_rms: float  # ||error|| / ||exact||
     rms_ratio: float = NOT_KNOWN  # error over its expected size
     gain_mean: float = NOT_KNOWN  # a common factor is 1 + gain
-    gain_se: float = NOT_KNOWN
+    gain_se: float = NOT_KNOWN  # its standard error
     gain_z: float = NOT_KNOWN  # gain_mean / gain_se
     gain_limit: float = NOT_KNOWN  # what rounding alone does not exceed
-    layers: list[LayerErrors] = field(default_factory=list)
+    layers: list[LayerErrors] = field(default_factory=list)  # one a layer

@@ -24,24 +24,20 @@ FAR = 3.0
 
 @dataclass
 class Difference:
-    """A step at which a candidate's most likely token is not the baseline's.
+    """A step at which a candidate's most likely token is not the baseline's."""
 
-    step counts from 0; n_kv: keys that the step sees; before: the end of the text so far. logits and
-    probabilities: arm -> those of (baseline's token, candidate's token). floor: root mean square, over draws,
-    of how far one rounding of noise moves the margin of the exact arm; None where that was not measured.
-    """
-
-    candidate: str
-    step: int
-    n_kv: int
-    before: str
-    baseline_token: ShownToken
-    candidate_token: ShownToken
-    logits: dict[str, tuple[float, float]]
-    probabilities: dict[str, tuple[float, float]]
+    candidate: str  # name of its arm
+    step: int  # counted from 0
+    n_kv: int  # keys that the step sees
+    before: str  # the end of the text so far
+    baseline_token: ShownToken  # that was written
+    candidate_token: ShownToken  # that the candidate prefers
+    logits: dict[str, tuple[float, float]]  # arm -> those of (baseline's token, candidate's token)
+    probabilities: dict[str, tuple[float, float]]  # arm -> of the same two
+    # Rms of how far one rounding of noise moves exact's margin; None: not measured.
     floor: float | None = None
-    draws: int = 0
-    margins: dict[str, float] = field(init=False)
+    draws: int = 0  # that this is the rms of
+    margins: dict[str, float] = field(init=False)  # arm -> nats between the two tokens
 
     def __post_init__(self) -> None:
         self.margins = {arm: x - y for arm, (x, y) in self.logits.items()}

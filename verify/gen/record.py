@@ -27,14 +27,14 @@ class PromptRecord:
 class GenArmRecord:
     """One arm over all steps."""
 
-    name: str
+    name: str  # unique in the run
     role: str  # see `verify.arms.arm`
-    spec: str
+    spec: str  # of its kernel
     tokens: int  # steps that it ran
     text: str | None  # what it wrote; None for arms that write nothing
     kld_to_exact_mean: float  # nats a token
     agrees_with_baseline: int  # steps at which its most likely token is the baseline's
-    failure: str | None
+    failure: str | None  # what its kernel failed with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ class ShownToken:
 class FirstDifference:
     """The first step at which a candidate's most likely token is not the baseline's."""
 
-    candidate: str
+    candidate: str  # name of its arm
     step: int  # counted from 0
     n_kv: int  # keys that it sees
     before: str  # the text so far
-    baseline_token: ShownToken
-    candidate_token: ShownToken
+    baseline_token: ShownToken  # that was written
+    candidate_token: ShownToken  # that the candidate prefers
     logits: dict[str, tuple[float, float]]  # by arm: of the baseline's token, and of the candidate's
-    probabilities: dict[str, tuple[float, float]]
+    probabilities: dict[str, tuple[float, float]]  # of the same two
     floor: float | None  # rms of how far one rounding of noise moves exact's margin; None: not measured
     draws: int  # that this is the rms of
     margins: dict[str, float]  # by arm: nats between the two tokens
@@ -88,23 +88,23 @@ class ClosestStep:
 class GenPairRecord:
     """One candidate against the baseline: the verdict, and what it rests on."""
 
-    reference: str
-    candidate: str
-    path: str
-    verdict: Verdict
-    reasons: list[str]
+    reference: str  # name of the baseline's arm
+    candidate: str  # name of the candidate's
+    path: str  # decode
+    verdict: Verdict  # on this candidate
+    reasons: list[str]  # for it, sentences
     distance_ratio: float | None  # of the kernels' own errors; None where too little is known
     distance_ratio_ci: tuple[float, float] | None  # 99.9 %
-    distance_kind: str = DISTANCE_KIND
+    distance_kind: str = DISTANCE_KIND  # what the ratio is of
     distance_scope: str | None  # what the interval speaks about
     detectable_distance_ratio: float | None  # told from 1 with 90 % probability
     kld_mean: float  # nats a token to the baseline
-    kld_max: float
+    kld_max: float  # the largest of a step
     tokens: int  # steps that it ran
     bitwise_equal: bool  # attention outputs and logits
     coverage: float  # share of the steps whose plan or kernel differed
-    first_difference: FirstDifference | None
-    disagreements: list[Disagreement]
+    first_difference: FirstDifference | None  # None: the same text
+    disagreements: list[Disagreement]  # every step that differs
     margin_moved_rms: float  # nats, over all steps, by the candidate
     margin_moved_rms_floor: float  # the same by one rounding of noise
     closest: ClosestStep | None  # None where nothing was written
@@ -122,19 +122,19 @@ class GenSpeed:
 class GenRun:
     """One whole run."""
 
-    schema: int
-    command: str
+    schema: int  # see `verify.arms.records.SCHEMA`
+    command: str  # `gen`
     verdict: str  # or `void`, where nothing was measured
-    exit_code: int
-    reasons: list[str]
-    notes: list[str]
+    exit_code: int  # of the verdict
+    reasons: list[str]  # for the verdict, sentences
+    notes: list[str]  # what a reader of it must know
     settings: dict[str, Any]  # `GenSettings`, by field
-    environment: dict[str, Any]
-    model: ModelRecord
-    tensor_parallel: TensorParallelRecord | None = None
-    prompt: PromptRecord
-    arms: list[GenArmRecord]
-    pairs: list[GenPairRecord]
-    coverage: list[CoverageRecord]
+    environment: dict[str, Any]  # what it ran on
+    model: ModelRecord  # what wrote
+    tensor_parallel: TensorParallelRecord | None = None  # None: one GPU is reproduced
+    prompt: PromptRecord  # what was gone on with
+    arms: list[GenArmRecord]  # every one
+    pairs: list[GenPairRecord]  # one a candidate
+    coverage: list[CoverageRecord]  # what every kernel launched
     detectable: dict[str, float | None] = field(default_factory=dict)  # candidate -> distance ratio
-    speed: GenSpeed | None = None
+    speed: GenSpeed | None = None  # where the time went

@@ -39,25 +39,23 @@ DEFAULT_TOKENS = 64
 
 @dataclass(frozen=True)
 class GenSettings:
-    """prompt_file: where the prompt was read, if it was; n_predict: tokens to write; ignore_eos: go on after
-    the model has ended its text; gpus, split_mode: of the engine that is reproduced.
-    """
+    """What the command line of `verify gen` says."""
 
-    prompt: str
-    prompt_file: str | None = None
-    model: str | None = None
-    n_predict: int = DEFAULT_TOKENS
-    ignore_eos: bool = False
-    baseline: str = DEFAULT_BASELINE
-    candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)
-    cache_type: str = "f16"
-    device: str = "cpu"
-    min_coverage: float = 0.0
-    margin: float = DEFAULT_MARGIN
-    allow_same: bool = False
-    seed: int = 0
-    split_mode: str = "layer"
-    gpus: int = 1
+    prompt: str  # text to go on with
+    prompt_file: str | None = None  # where it was read, if it was
+    model: str | None = None  # file, or None for the one that is installed
+    n_predict: int = DEFAULT_TOKENS  # tokens to write
+    ignore_eos: bool = False  # go on after the model has ended its text
+    baseline: str = DEFAULT_BASELINE  # specification
+    candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)  # specifications
+    cache_type: str = "f16"  # type that q, k and v are rounded to
+    device: str = "cpu"  # of torch
+    min_coverage: float = 0.0  # share of steps that must run another plan
+    margin: float = DEFAULT_MARGIN  # distance ratio that still is round-off
+    allow_same: bool = False  # a candidate may be its baseline's specification
+    seed: int = 0  # of the floor's noise
+    split_mode: str = "layer"  # of the engine that is reproduced
+    gpus: int = 1  # of the engine that is reproduced
 
     def __post_init__(self) -> None:
         if self.n_predict < 1:
@@ -77,16 +75,16 @@ class GenSettings:
 
 
 class ArmStep(NamedTuple):
-    """One arm at one step. margin: of the baseline's two most likely tokens, with this arm's logits."""
+    """One arm at one step."""
 
-    nll: float
-    kld_to_exact: float
-    kld_to_baseline: float
-    top1: int
-    top1_margin: float
-    target_logit: float
-    margin: float
-    finite: bool
+    nll: float  # of the baseline's token
+    kld_to_exact: float  # nats
+    kld_to_baseline: float  # nats; NaN where there is no baseline
+    top1: int  # its most likely token
+    top1_margin: float  # nats between its two most likely tokens
+    target_logit: float  # of the baseline's token
+    margin: float  # of the baseline's two most likely tokens, with this arm's logits
+    finite: bool  # whether its logits are
 
 
 class Step(NamedTuple):

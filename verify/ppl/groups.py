@@ -53,8 +53,8 @@ TOKEN_SCHEMA = pa.schema(
 class GroupResult:
     """What one group left, or several joined: all that a verdict needs, and nothing of the model."""
 
-    tokens: pa.Table
-    layers: pa.Table
+    tokens: pa.Table  # a row a scored token and pass
+    layers: pa.Table  # a row a check in place
     top1: pa.Table  # tokens whose most likely token changed
     findings: dict[str, Findings]  # by arm
     traces: dict[str, LaunchTrace]  # by arm
@@ -101,9 +101,9 @@ class GroupResult:
 class GroupJob:
     """What all groups of a run share."""
 
-    runner: Runner
+    runner: Runner  # of the model
     windows: Windows  # all of the text
-    arms: Sequence[Arm]
+    arms: Sequence[Arm]  # every one
     seed: int = 0  # of sampled rows and the floor's noise
     prompt: Arm | None = None  # runs what comes before the scored positions
     faults: Mapping[str, Fault] = field(default_factory=dict)  # planted in the first baseline, by frozen pass

@@ -33,15 +33,15 @@ def frozen_name(arm: str) -> str:
 class CorpusRecord:
     """The text, and the windows that it was cut into."""
 
-    name: str
+    name: str  # as it was asked for
     source: str  # where it was read
-    bytes: int
-    sha256: str
+    bytes: int  # of the text
+    sha256: str  # of the text
     notice: str | None  # what a reader must know of it: another text stood in, say
     tokens: int  # of the whole text
     n_ctx: int  # tokens a window
-    windows: int
-    scored_per_window: int
+    windows: int  # that were scored
+    scored_per_window: int  # positions
     first_scored: int = 0  # position in each window
     measured_windows: int = 0  # on which kernels were measured, and the floor ran
 
@@ -58,17 +58,17 @@ class FrozenMeans:
 class ArmRecord:
     """One arm: what it is, and its free-running pass."""
 
-    name: str
+    name: str  # unique in the run
     role: str  # see `verify.arms.arm`
-    spec: str
+    spec: str  # of its kernel, or the file of an engine
     path: str  # decode or prefill
-    ppl: float
-    ppl_se: float
+    ppl: float  # perplexity
+    ppl_se: float  # its error bar
     nll_mean: float  # nats a token
     tokens: int = 0  # scored
     kld_to_exact_mean: float = NOT_KNOWN  # nats a token
     frozen: FrozenMeans | None = None  # None: it has no such pass
-    failure: str | None = None
+    failure: str | None = None  # what its kernel failed with
     bitwise_equal: bool | None = None  # attention and logits had all bits of the reference's; None: has none
 
     @property
@@ -95,11 +95,11 @@ class PairRecord:
 
     reference: str  # name of the baseline's arm
     candidate: str  # name of the candidate's
-    path: str
-    verdict: Verdict
-    reasons: list[str]
+    path: str  # decode or prefill
+    verdict: Verdict  # on this candidate
+    reasons: list[str]  # for it, sentences
     theta: float | None = None  # mean over tokens of ln(KLD / KLD of the reference), frozen casts
-    theta_se: float | None = None
+    theta_se: float | None = None  # its standard error
     distance_ratio: float | None = None  # exp(theta / 2); None without finite divergences of both
     distance_ratio_ci: tuple[float, float] | None = None  # 99.9 %
     energy_ratio: float | None = None  # of the root mean divergences, which few tokens may hold
@@ -108,13 +108,13 @@ class PairRecord:
     distance_scope: str | None = None  # what the interval speaks about
     free: FreeRatio | None = None  # the same, free-running
     frozen_kld: float = NOT_KNOWN  # nats a token to exact, frozen casts
-    frozen_kld_reference: float = NOT_KNOWN
+    frozen_kld_reference: float = NOT_KNOWN  # the same of the reference
     cost_nats: float = NOT_KNOWN  # difference of mean nll, frozen casts
-    cost_nats_se: float = NOT_KNOWN
+    cost_nats_se: float = NOT_KNOWN  # its standard error
     dlnppl: float = NOT_KNOWN  # difference of ln PPL, free-running
-    dlnppl_se: float = NOT_KNOWN
+    dlnppl_se: float = NOT_KNOWN  # its standard error
     kld_mean: float = NOT_KNOWN  # nats a token to the reference, free-running
-    kld_max: float = NOT_KNOWN
+    kld_max: float = NOT_KNOWN  # the largest of a token
     top1_changes: int = 0  # tokens whose most likely token changed, free-running
     tokens: int = 0  # compared freely
     measured_tokens: int | None = None  # compared with casts frozen; None: not said, `tokens`
@@ -130,18 +130,18 @@ class PairRecord:
 class LengthRecord:
     """One candidate over a range of context lengths; divergences in nats a token."""
 
-    candidate: str
-    reference: str
-    n_kv_min: int
-    n_kv_max: int
+    candidate: str  # name of its arm
+    reference: str  # name of its baseline's
+    n_kv_min: int  # first length of the range
+    n_kv_max: int  # last length of the range
     tokens: int  # scored
     changed: float  # share of them that took the changed plan
-    frozen_kld: float
-    frozen_kld_reference: float
+    frozen_kld: float  # to exact, frozen casts
+    frozen_kld_reference: float  # the same of the reference
     floor_kld: float | None  # free-running; None without a floor
     kld_mean: float  # to the reference, free-running
     dnll: float  # free-running
-    dnll_se: float
+    dnll_se: float  # its standard error
     cost_nats: float  # frozen casts
 
 
@@ -174,77 +174,77 @@ class DriftRecord:
 class Top1Record:
     """A token whose most likely token changed."""
 
-    candidate: str
-    reference: str
-    window: int
-    position: int
-    n_kv: int
+    candidate: str  # name of its arm
+    reference: str  # name of its baseline's
+    window: int  # counted from 0
+    position: int  # in the window, counted from 0
+    n_kv: int  # visible keys
     context: str  # the text before it
     target: str  # the text's next token
-    reference_token: str
-    candidate_token: str
+    reference_token: str  # that the reference prefers, as text
+    candidate_token: str  # that the candidate prefers, as text
     p_reference: tuple[float, float]  # that the reference gives to its own token, and to the candidate's
-    p_candidate: tuple[float, float]
-    p_exact: tuple[float, float]
+    p_candidate: tuple[float, float]  # that the candidate gives to the same two
+    p_exact: tuple[float, float]  # that exact gives to them
     margin: float  # difference of exact's logits, reference's token - candidate's
     floor: float  # how far rounding alone moves such a difference here
-    margin_in_floors: float
+    margin_in_floors: float  # margin / floor
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseArm:
     """One noise arm against its baseline."""
 
-    name: str
-    spec: str
-    theta: float | None
-    distance_ratio: float | None
+    name: str  # of the arm
+    spec: str  # the baseline's kernel with another plan
+    theta: float | None  # as in `PairRecord`
+    distance_ratio: float | None  # exp(theta / 2)
     distance_ratio_ci: tuple[float, float] | None  # 99.9 %
     dlnppl: float  # free-running
     kld_mean: float  # nats a token to the baseline, free-running
-    top1_changes: int
-    faults: list[str] = field(default_factory=list)
+    top1_changes: int  # tokens whose most likely token changed
+    faults: list[str] = field(default_factory=list)  # sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class AmongNoise:
     """A candidate's place among the noise arms."""
 
-    candidate: str
-    theta: float
+    candidate: str  # name of its arm
+    theta: float  # as in `PairRecord`
     outside: bool  # of theta_limits
     rank: int  # noise arms that are closer to exact
-    dlnppl: float
-    dlnppl_outside: bool
+    dlnppl: float  # difference of ln PPL to the baseline
+    dlnppl_outside: bool  # of where 99.9 % of the noise arms' lie
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseRecord:
     """The noise arms of one baseline; without two that have a theta there are no limits."""
 
-    reference: str
-    arms: list[NoiseArm]
-    theta_mean: float | None = None
-    theta_sd: float | None = None
+    reference: str  # name of the baseline's arm
+    arms: list[NoiseArm]  # one a random plan
+    theta_mean: float | None = None  # of the arms
+    theta_sd: float | None = None  # their standard deviation
     theta_limits: tuple[float, float] | None = None  # where 99.9 % of such arms lie
-    candidates: list[AmongNoise] = field(default_factory=list)
+    candidates: list[AmongNoise] = field(default_factory=list)  # each candidate's place among them
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedRecord:
     """One fault planted in the reference's own output, and which detectors saw it."""
 
-    name: str
+    name: str  # of its pass
     kind: str  # scale, last key, middle key, merge
     size: float | None  # of a scale error
-    distance_ratio: float | None
+    distance_ratio: float | None  # to the reference's own distance
     distance_ratio_ci: tuple[float, float] | None  # 99.9 %
-    frozen_kld: float
+    frozen_kld: float  # nats a token to exact
     dnll: float  # frozen casts
-    dnll_se: float
-    max_budget_ratio: float | None
-    rms_ratio: float | None
-    gain: float | None
+    dnll_se: float  # its standard error
+    max_budget_ratio: float | None  # largest |error| / budget
+    rms_ratio: float | None  # error over its expected size
+    gain: float | None  # a common factor is 1 + gain
     seen: dict[str, bool]  # by detector
 
 
@@ -272,8 +272,8 @@ class DetectableRecord:
 class EngineRecord:
     """An engine's logits file beside this run."""
 
-    arm: str
-    path: str
+    arm: str  # its name
+    path: str  # of the file
     kld: float  # mean to exact, nats a token
     resolution: float  # what the file's 16 bits add to it
     cause: str  # kernel, not the kernel, quantisation or engine, engine, not known
@@ -286,9 +286,9 @@ class SpeedRecord:
 
     seconds: dict[str, float] = field(default_factory=dict)  # by kind of work
     product_flop: float = 0.0  # of the weight products of all passes
-    product_flop_per_s: float | None = None
+    product_flop_per_s: float | None = None  # None: no product was timed
     anonymous_bytes: int = 0  # the most memory seen
-    group_windows: int = 0
+    group_windows: int = 0  # windows of a group
     stages_ended_at_s: dict[str, float] = field(default_factory=dict)  # since the process began
     groups: int | None = None  # None: not said
     read_bytes: int = 0  # of the model's file
@@ -298,29 +298,29 @@ class SpeedRecord:
 class PplRun:
     """One whole run."""
 
-    schema: int
-    command: str
+    schema: int  # see `verify.arms.records.SCHEMA`
+    command: str  # `ppl`
     verdict: str  # or `void`, where nothing was measured
-    exit_code: int
-    reasons: list[str]
-    notes: list[str]
-    engines: list[EngineRecord] = field(default_factory=list)
+    exit_code: int  # of the verdict
+    reasons: list[str]  # for the verdict, sentences
+    notes: list[str]  # what a reader of it must know
+    engines: list[EngineRecord] = field(default_factory=list)  # with --against
     settings: dict[str, Any]  # `PplSettings`, by field
-    environment: dict[str, Any]
-    model: ModelRecord
-    tensor_parallel: TensorParallelRecord | None = None
-    corpus: CorpusRecord
-    arms: list[ArmRecord]
-    pairs: list[PairRecord]
-    coverage: list[CoverageRecord]
-    in_place: list[InPlaceRecord]
-    by_n_kv: list[LengthRecord] = field(default_factory=list)
-    drift: DriftRecord = DriftRecord()
-    top1_changes: list[Top1Record] = field(default_factory=list)
-    noise: list[NoiseRecord] = field(default_factory=list)
-    power: PowerRecord | None = None
+    environment: dict[str, Any]  # what it ran on
+    model: ModelRecord  # what it was about
+    tensor_parallel: TensorParallelRecord | None = None  # None: one GPU is reproduced
+    corpus: CorpusRecord  # its text
+    arms: list[ArmRecord]  # every one
+    pairs: list[PairRecord]  # one a candidate and path
+    coverage: list[CoverageRecord]  # what every kernel launched
+    in_place: list[InPlaceRecord]  # each kernel's own error
+    by_n_kv: list[LengthRecord] = field(default_factory=list)  # divergences by context length
+    drift: DriftRecord = DriftRecord()  # distance to exact, layer by layer
+    top1_changes: list[Top1Record] = field(default_factory=list)  # the first of them
+    noise: list[NoiseRecord] = field(default_factory=list)  # with --noise
+    power: PowerRecord | None = None  # with --power
     detectable: dict[str, DetectableRecord]  # by candidate
-    speed: SpeedRecord = SpeedRecord()
+    speed: SpeedRecord = SpeedRecord()  # where the time went
 
 
 def ppl_run_from_json(stored: dict[str, Any], where: str) -> PplRun:

@@ -27,19 +27,16 @@ _CPU_ROWS = 16
 
 
 class TokenScores(NamedTuple):
-    """Per scored token of a group: arrays [rows]; KLDs are NaN where there is no arm to compare with.
+    """Per scored token of a group: arrays [rows]."""
 
-    ran: the rows that the arm ran; all others are NaN, or -1 in top1.
-    """
+    ran: np.ndarray  # the rows that the arm ran; all others are NaN, or -1 in top1
 
-    ran: np.ndarray
-
-    nll: np.ndarray
-    kld_to_exact: np.ndarray
-    kld_to_baseline: np.ndarray
-    top1: np.ndarray
-    target_logit: np.ndarray
-    top1_margin: np.ndarray
+    nll: np.ndarray  # of the token that came
+    kld_to_exact: np.ndarray  # NaN where there is no such arm
+    kld_to_baseline: np.ndarray  # NaN where there is no such arm
+    top1: np.ndarray  # the most likely token
+    target_logit: np.ndarray  # of the token that came
+    top1_margin: np.ndarray  # between the two largest logits
 
 
 class BestTwo(NamedTuple):
@@ -51,20 +48,16 @@ class BestTwo(NamedTuple):
 
 @dataclass
 class _ScoredRows:
-    """What is known so far of some consecutive rows: arrays [rows], of which the first `used` are wanted.
+    """What is known so far of some consecutive rows: arrays [rows]. Arms that share logits share these."""
 
-    top, second: the two largest logits; best, next: their vocabulary indices; moments: reference -> D. Arms
-    that share their logits share these too.
-    """
-
-    used: int
-    top: torch.Tensor
-    second: torch.Tensor
-    best: torch.Tensor
-    next: torch.Tensor
-    total: torch.Tensor
-    target: torch.Tensor
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    used: int  # the first of the rows, that are wanted
+    top: torch.Tensor  # the largest logit
+    second: torch.Tensor  # the second largest
+    best: torch.Tensor  # vocabulary index of the largest
+    next: torch.Tensor  # vocabulary index of the second
+    total: torch.Tensor  # Z, see above
+    target: torch.Tensor  # logit of the token that came
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)  # reference -> D, see above
 
 
 class Scorer:

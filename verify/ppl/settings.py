@@ -21,43 +21,37 @@ DEFAULT_CHECKPOINT_MINUTES = 10.0
 
 @dataclass(frozen=True)
 class PplSettings:
-    """memory: bytes that hidden states of one group may take, None for a share of what is free.
+    """What the command line of `verify ppl` says."""
 
-    noise: noise arms a path; power: whether faults are planted; score_last: positions that are scored at
-    the end of a window, None for the second half; measured_windows: see `verify.arms.sample`, None for its
-    default, 0 for all; baselines: that of each candidate, once it is known what each returns
-    (`out=match`); allow_same: a candidate may be its baseline's specification; checkpoint_minutes:
-    between two checkpoints of a group; gpus, split_mode: of the engine that is reproduced, whatever devices
-    this run has.
-    """
-
-    model: str | None = None
-    file: str | None = None
-    corpus: str = DEFAULT_CORPUS
-    n_ctx: int = 512
-    chunks: int = 4
-    path: str = "decode"
-    baseline: str = DEFAULT_BASELINE
-    candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)
+    model: str | None = None  # file, or None for the one that is installed
+    file: str | None = None  # text, or None for the corpus
+    corpus: str = DEFAULT_CORPUS  # name of a text
+    n_ctx: int = 512  # tokens a window
+    chunks: int = 4  # windows, -1 for all
+    path: str = "decode"  # decode, prefill or both
+    baseline: str = DEFAULT_BASELINE  # specification
+    candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)  # specifications
+    # That of each candidate, once it is known what each returns (`out=match`).
     baselines: tuple[str, ...] = ()
-    cache_type: str = "f16"
-    device: str = "cpu"
+    cache_type: str = "f16"  # type that q, k and v are rounded to
+    device: str = "cpu"  # of torch
+    # Bytes that hidden states of one group may take, None for a share of what is free.
     memory: int | None = None
-    min_coverage: float = 0.0
-    margin: float = DEFAULT_MARGIN
-    allow_same: bool = False
-    seed: int = 0
-    capture: str | None = None
-    compute: str = "f32"
-    save_logits: str | None = None
-    against: tuple[str, ...] = ()
-    noise: int = 0
-    power: bool = False
-    score_last: int | None = None
-    measured_windows: int | None = None
-    checkpoint_minutes: float = DEFAULT_CHECKPOINT_MINUTES
-    split_mode: str = "layer"
-    gpus: int = 1
+    min_coverage: float = 0.0  # share of scored tokens that must take the changed plan
+    margin: float = DEFAULT_MARGIN  # distance ratio that still is round-off
+    allow_same: bool = False  # a candidate may be its baseline's specification
+    seed: int = 0  # of sampled rows, the floor's noise and noise arms' plans
+    capture: str | None = None  # layers whose q, k, v are kept
+    compute: str = "f32"  # type of everything but attention
+    save_logits: str | None = None  # file for exact's logits
+    against: tuple[str, ...] = ()  # engines' logits files
+    noise: int = 0  # noise arms a path
+    power: bool = False  # whether faults are planted
+    score_last: int | None = None  # positions scored at the end of a window, None for the second half
+    measured_windows: int | None = None  # see `verify.arms.sample`; None for its default, 0 for all
+    checkpoint_minutes: float = DEFAULT_CHECKPOINT_MINUTES  # between two checkpoints of a group
+    split_mode: str = "layer"  # of the engine that is reproduced, whatever devices this run has
+    gpus: int = 1  # of the engine that is reproduced
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
