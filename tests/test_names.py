@@ -55,6 +55,7 @@ WITHOUT_COMMENTS = {
     "LayerCall",
     "LogprobComparison",
     "LogprobFile",
+    "LongText",
     "Measurement",
     "Measures",
     "PairEvidence",

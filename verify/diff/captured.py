@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verify.diff.cells import Inputs
+from verify.diff.cells import CellInputs
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.said import one_line
 from verify.machine.errors import UsageError
@@ -76,7 +76,7 @@ def capture_to(folder: Path, layers: frozenset[int]) -> Callable[[LayerCall], No
     return capture
 
 
-def captured_inputs(run: str, path: AttentionPath, device: torch.device) -> Iterator[Inputs]:
+def captured_inputs(run: str, path: AttentionPath, device: torch.device) -> Iterator[CellInputs]:
     """The captured layers of a run folder as inputs of a diff. Raises UsageError."""
     folder = Path(run) / FOLDER
     files = []
@@ -96,7 +96,7 @@ def captured_inputs(run: str, path: AttentionPath, device: torch.device) -> Iter
             raise UsageError(f"--captured-from {run}: {file.name} cannot be read: {said}") from None
         layer = int(match[1])
         name = f"{call.shape.q_heads}/{call.shape.kv_heads}x{call.shape.k_size}"
-        yield Inputs(name, call.shape.keys, f"layer {layer}", 0, call)
+        yield CellInputs(name, call.shape.keys, f"layer {layer}", 0, call)
 
 
 def _read(file: Path, path: AttentionPath, device: torch.device) -> Call:

@@ -36,7 +36,7 @@ _LONGEST_HEADING = 60
 _TIME_STAMP = re.compile(r"\W*\d+[.:]\d")
 
 
-class Row(NamedTuple):
+class SweepRow(NamedTuple):
     """One measurement; times in seconds, None where the log has none (its PP or TG is 0 then)."""
 
     pp: int
@@ -54,7 +54,7 @@ class SweepLog(NamedTuple):
 
     label: str
     path: Path
-    rows: list[Row]
+    rows: list[SweepRow]
     notes: tuple[str, ...] = ()
 
     @property
@@ -67,7 +67,7 @@ class _Section(NamedTuple):
     """Rows under one heading, not yet told apart by their work."""
 
     heading: str
-    rows: list[Row]
+    rows: list[SweepRow]
     notes: list[str]
 
 
@@ -99,7 +99,7 @@ def read_logs(path: str | Path) -> list[SweepLog]:
             numbered = ((f"{path}: row {i}", x) for i, x in enumerate(objects, 1))
             sections, seen = _json_sections(numbered), "no rows"
         else:
-            sections, seen = _Reader(path).read(text)
+            sections, seen = _LogReader(path).read(text)
     except csv.Error as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     sections = [s for s in sections if s.rows]
@@ -111,7 +111,7 @@ def read_logs(path: str | Path) -> list[SweepLog]:
 
 def _told_apart(path: Path, sections: Sequence[_Section]) -> list[SweepLog]:
     """A log a section and kind of work, each with a label of its own."""
-    found: list[tuple[str, list[Row], tuple[str, ...]]] = []
+    found: list[tuple[str, list[SweepRow], tuple[str, ...]]] = []
     for section in sections:
         works = sorted({(row.pp, row.tg) for row in section.rows})
         for pp, tg in works:
@@ -133,7 +133,7 @@ def _told_apart(path: Path, sections: Sequence[_Section]) -> list[SweepLog]:
     ]
 
 
-class _Reader:
+class _LogReader:
     """Reads a text line by line."""
 
     def __init__(self, path: Path) -> None:
@@ -350,7 +350,7 @@ def _comma_separated(text: str) -> list[dict[str, Any]] | None:
 
 def _json_sections(objects: Iterable[tuple[str, dict[str, Any]]]) -> list[_Section]:
     """A section a setting; objects that are no rows are passed over."""
-    by_setting: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    by_setting: dict[tuple[tuple[str, str], ...], list[SweepRow]] = {}
     tests: list[DepthTest] = []
     for where, found in objects:
         if is_record(found):
@@ -384,7 +384,7 @@ def _depth_sections(tests: Sequence[DepthTest], heading: str) -> list[_Section]:
     sections = []
     for name, mine in zip(_what_differs(list(by_setting)), by_setting.values(), strict=True):
         sizes = {kind: sorted({t.tokens for t in mine if t.kind == kind}) for kind in ("pp", "tg")}
-        rows: list[Row] = []
+        rows: list[SweepRow] = []
         if all(len(s) <= 1 for s in sizes.values()):
             pp, tg = (s[0] if s else 0 for s in sizes.values())
             at: dict[str, dict[int, list[float]]] = {"pp": {}, "tg": {}}
@@ -394,13 +394,13 @@ def _depth_sections(tests: Sequence[DepthTest], heading: str) -> list[_Section]:
                 prompt, generated = at["pp"].get(depth, []), at["tg"].get(depth, [])
                 for i in range(max(len(prompt), len(generated))):
                     times = [x[i] if i < len(x) else None for x in (prompt, generated)]
-                    rows.append(Row(pp, tg, depth, times[0], times[1]))
+                    rows.append(SweepRow(pp, tg, depth, times[0], times[1]))
         else:
             for t in mine:
                 prompt_test = t.kind == "pp"
                 work = (t.tokens, 0) if prompt_test else (0, t.tokens)
                 rows.append(
-                    Row(
+                    SweepRow(
                         *work, t.depth, t.seconds if prompt_test else None, None if prompt_test else t.seconds
                     )
                 )
@@ -417,7 +417,7 @@ def _what_differs(settings: Sequence[tuple[tuple[str, str], ...]]) -> list[str]:
     return [" ".join(f"{k} {t.get(k, '-')}" for k in keys)[:_LONGEST_HEADING] for t in tables]
 
 
-def _row(values: Sequence[Any], names: tuple[str, ...], where: str) -> Row:
+def _row(values: Sequence[Any], names: tuple[str, ...], where: str) -> SweepRow:
     numbers: list[float] = []
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         try:
@@ -433,4 +433,4 @@ def _row(values: Sequence[Any], names: tuple[str, ...], where: str) -> Row:
             raise UsageError(f"{where}: {name} is 0, expected a time")
     if not pp and not tg:
         raise UsageError(f"{where}: {names[0]} and {names[1]} are 0, expected tokens in one of them")
-    return Row(pp, tg, n_kv, numbers[3] if pp else None, numbers[4] if tg else None)
+    return SweepRow(pp, tg, n_kv, numbers[3] if pp else None, numbers[4] if tg else None)

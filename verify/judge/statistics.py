@@ -178,7 +178,14 @@ def _ratio(interval: Interval) -> DistanceRatio:
         for x in (interval.low, interval.mean, interval.high, reach * interval.se)
     )
     return DistanceRatio(
-        mean, low, high, detectable, interval.scope, interval.mean, interval.se, interval.degrees
+        ratio=mean,
+        low=low,
+        high=high,
+        detectable=detectable,
+        scope=interval.scope,
+        theta=interval.mean,
+        theta_se=interval.se,
+        degrees=interval.degrees,
     )
 
 
@@ -215,7 +222,7 @@ def _t_interval(
 ) -> Interval:
     degrees = len(samples) - 1
     if len(samples) < FEWEST_BLOCKS:
-        return Interval(mean, -math.inf, math.inf, math.inf, degrees, scope)
+        return Interval(mean=mean, low=-math.inf, high=math.inf, se=math.inf, degrees=degrees, scope=scope)
     se = widening * float(samples.std(ddof=1)) / math.sqrt(len(samples))
     reach = float(special.stdtrit(degrees, (1 + confidence) / 2)) * se
-    return Interval(mean, mean - reach, mean + reach, se, degrees, scope)
+    return Interval(mean=mean, low=mean - reach, high=mean + reach, se=se, degrees=degrees, scope=scope)

@@ -82,7 +82,7 @@ def test_a_changed_plan_is_what_the_traces_differ_in() -> None:
         lines = []
         for n_kv, parts, count in rows:
             cuts = [n_kv * i // parts for i in range(parts + 1)]
-            lines.append(["decode", n_kv, "k", "", [2], cuts, "one", count])
+            lines.append(["decode", n_kv, "k", "", [2], cuts, "one", True, count])
         return LaunchTrace.from_json(lines)
 
     found = changed_plan(
