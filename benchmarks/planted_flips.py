@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from verify.explain.flips import COMMON, DRAWS, PRIOR, TOO_RARE, walk_window
-from verify.explain.reference import BASELINE, EXACT, Pass, Reference, divergences
+from verify.explain.reference import BASELINE, EXACT, Pass, ReferencePasses, divergences
 from verify.kernels.call import Call
 from verify.kernels.faults.altered import (
     AlteredKernel,
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--device")
     given = parser.parse_args()
     prepare_torch()
-    reference = Reference(given.model, given.device)
+    reference = ReferencePasses(given.model, given.device)
     ids = reference.tokenizer.encode(given.file.read_bytes().decode()).tolist()
     degrees = len(DRAWS) + PRIOR
     p_of: dict[str, list[np.ndarray]] = {w.name: [] for w in (*RIGHT, *WRONG)}

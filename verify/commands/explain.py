@@ -111,12 +111,12 @@ def _texts(
 
         found = [from_files_alone(x, y) for x, y in zip(a, b, strict=True)]
     else:
-        from verify.explain.reference import Reference
+        from verify.explain.reference import ReferencePasses
         from verify.explain.texts import explain_texts, tokens_of
         from verify.machine.environment import prepare_torch
 
         prepare_torch()
-        reference = Reference(None if model == "default" else model, device)
+        reference = ReferencePasses(None if model == "default" else model, device)
         try:
             pairs = [tokens_of(reference, x, y, prompt) for x, y in zip(a, b, strict=True)]
             found = [explain_texts(reference, pair, most=tokens) for pair in pairs]
@@ -224,11 +224,11 @@ def _ladder_on(model: str, windows: Any, n_vocab: int, device: str | None) -> La
 
     from verify.data.windows import Windows
     from verify.explain.climb import measure
-    from verify.explain.reference import Reference
+    from verify.explain.reference import ReferencePasses
     from verify.machine.environment import prepare_torch
 
     prepare_torch()
-    reference = Reference(None if model == "default" else model, device)
+    reference = ReferencePasses(None if model == "default" else model, device)
     try:
         own = reference.architecture.sizes.vocabulary
         if own != n_vocab:

@@ -60,12 +60,12 @@ def measured_ladder(
     """The ladder of a model on a text (None: the corpus of ppl)."""
     from verify.data import cut_windows, load_corpus, read_text_file
     from verify.explain.climb import measure
-    from verify.explain.reference import Reference
+    from verify.explain.reference import ReferencePasses
     from verify.machine.environment import prepare_torch
     from verify.reports.tables import progress_of
 
     prepare_torch()
-    reference = Reference(model, device)
+    reference = ReferencePasses(model, device)
     try:
         corpus = read_text_file(str(file)) if file is not None else load_corpus()
         tokenizer = reference.tokenizer

@@ -89,11 +89,11 @@ def _beside_exact(
 ) -> tuple[Decision, FloorRatio, float, float]:
     """How far both files lie from exact attention of a model."""
     from verify.explain.beside import exact_logprobs
-    from verify.explain.reference import Reference
+    from verify.explain.reference import ReferencePasses
     from verify.machine.environment import prepare_torch
 
     prepare_torch()
-    reference = Reference(None if model == "default" else model, device)
+    reference = ReferencePasses(None if model == "default" else model, device)
     try:
         exact = exact_logprobs(reference, a)
     finally:

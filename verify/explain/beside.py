@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from verify.engines.logprob_files import LogprobFile
-from verify.explain.reference import EXACT, Reference, losses
+from verify.explain.reference import EXACT, ReferencePasses, losses
 from verify.machine.errors import UsageError
 
 
-def exact_logprobs(reference: Reference, file: LogprobFile) -> list[np.ndarray]:
+def exact_logprobs(reference: ReferencePasses, file: LogprobFile) -> list[np.ndarray]:
     """ln p of every token of a file under exact attention, by sequence.
 
     Raises UsageError for tokens that are no ids, are of another vocabulary, or have no prompt before them.
@@ -28,7 +28,7 @@ def exact_logprobs(reference: Reference, file: LogprobFile) -> list[np.ndarray]:
     return found
 
 
-def _before(reference: Reference, file: LogprobFile, i: int, where: str) -> list[int]:
+def _before(reference: ReferencePasses, file: LogprobFile, i: int, where: str) -> list[int]:
     """The tokens before a sequence's first scored one, as they were evaluated."""
     tokenizer = reference.tokenizer
     bos = tokenizer.bos_id if tokenizer.add_bos else None

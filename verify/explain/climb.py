@@ -14,7 +14,7 @@ from verify.explain.reference import (
     BASELINE,
     EXACT,
     Pass,
-    Reference,
+    ReferencePasses,
     divergences,
     losses,
     unseen_key,
@@ -51,7 +51,7 @@ RUNGS = (
 
 
 def measure(
-    reference: Reference,
+    reference: ReferencePasses,
     windows: Windows,
     rungs: tuple[Rung, ...] = RUNGS,
     progress: Progress | None = None,

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy import special, stats
 
-from verify.explain.reference import EXACT, Pass, Reference
+from verify.explain.reference import EXACT, Pass, ReferencePasses
 
 Answer = Literal["tie", "not explained", "inconclusive"]
 DRAWS = (
@@ -123,7 +123,9 @@ class Window(NamedTuple):
         return np.asarray(2 * stats.t.sf(margin.cpu().numpy() / own, self.degrees))
 
 
-def walk_window(reference: Reference, tokens: Sequence[int], *, draws: Sequence[Pass] = DRAWS) -> Window:
+def walk_window(
+    reference: ReferencePasses, tokens: Sequence[int], *, draws: Sequence[Pass] = DRAWS
+) -> Window:
     """Rounding at every position of `tokens`, each after all tokens before it."""
     whole = reference.logits(tokens, EXACT, len(tokens))
     columns = whole.topk(1 + RIVALS).indices
@@ -133,7 +135,7 @@ def walk_window(reference: Reference, tokens: Sequence[int], *, draws: Sequence[
 
 
 def walk(
-    reference: Reference,
+    reference: ReferencePasses,
     before: Sequence[int],
     text: Sequence[int],
     *,
@@ -176,7 +178,7 @@ def walk(
 
 
 def _sigmas(
-    reference: Reference,
+    reference: ReferencePasses,
     tokens: Sequence[int],
     scored: int,
     columns: torch.Tensor,

@@ -55,7 +55,7 @@ def wrong_head() -> Kernel:
     return AlteredKernel(f"{BASELINE} on the next KV head", build_kernel(BASELINE), next_heads_keys)
 
 
-class Reference:
+class ReferencePasses:
     """One model on one device, its weights kept where memory allows. Raises ModelError or UsageError."""
 
     def __init__(self, model: str | None, device: str | None = None) -> None:

@@ -29,7 +29,7 @@ from verify.explain.flips import (
     walk,
     worst,
 )
-from verify.explain.reference import EXACT, Pass, Reference
+from verify.explain.reference import EXACT, Pass, ReferencePasses
 from verify.kernels.errors import KernelFailure
 from verify.machine.errors import UsageError
 
@@ -130,7 +130,7 @@ def from_files_alone(a: TokenRecord, b: TokenRecord) -> Explained:
     return Explained("inconclusive", [*told, more], first=at)
 
 
-def tokens_of(reference: Reference, a: TokenRecord, b: TokenRecord, prompt: str | None) -> Tokens:
+def tokens_of(reference: ReferencePasses, a: TokenRecord, b: TokenRecord, prompt: str | None) -> Tokens:
     """Ids of both sides. Raises UsageError where prompts do not match or ids are of another vocabulary."""
     tokenizer = reference.tokenizer
     given: list[list[int] | None] = []
@@ -171,7 +171,7 @@ def tokens_of(reference: Reference, a: TokenRecord, b: TokenRecord, prompt: str 
     return Tokens(before, sides[0], sides[1], known, cut_here)
 
 
-def explain_texts(reference: Reference, tokens: Tokens, *, most: int) -> Explained:
+def explain_texts(reference: ReferencePasses, tokens: Tokens, *, most: int) -> Explained:
     """The pair beside the model. most: tokens of each text, from the difference on, that are looked at."""
     at = first_difference(tokens.a, tokens.b)
     if at is None:
@@ -200,7 +200,7 @@ def explain_texts(reference: Reference, tokens: Tokens, *, most: int) -> Explain
     return found
 
 
-def _measure_there(reference: Reference, tokens: Tokens, at: int, found: Explained) -> None:
+def _measure_there(reference: ReferencePasses, tokens: Tokens, at: int, found: Explained) -> None:
     """Exact attention's margin at the first difference, and how far each known change moves it."""
     prefix = [*tokens.prompt, *tokens.a[:at]]
     x, y = tokens.a[at], tokens.b[at]
@@ -226,7 +226,7 @@ def _measure_there(reference: Reference, tokens: Tokens, at: int, found: Explain
         found.sigma, found.p_flip = chosen.sigma, chosen.p_flip
 
 
-def _say_where(reference: Reference, tokens: Tokens, at: int, found: Explained) -> None:
+def _say_where(reference: ReferencePasses, tokens: Tokens, at: int, found: Explained) -> None:
     text = reference.tokenizer.token_text
     before = reference.tokenizer.decode([*tokens.prompt, *tokens.a[:at]])[-40:]
     x, y = text(tokens.a[at]), text(tokens.b[at])

@@ -100,7 +100,7 @@ def window_interval(
     Under WINDOWS_FOR_T windows: Student's t over blocks of tokens, widened, about this text only; from there
     on: t over window means. like [windows, tokens]: a series whose autocorrelation says how long blocks must
     be; default: the values. (A bootstrap over windows covers less, and less than it says: at 20 windows of
-    heavy-tailed data 98 % of a nominal 99.9 %. `tests/verify/test_statistics.py` simulates all of this.)
+    heavy-tailed data 98 % of a nominal 99.9 %. All of it: `tests/verify/judge/test_statistics.py`.)
     """
     if values.shape[0] < WINDOWS_FOR_T:
         length = block_length(values if like is None else like)

@@ -11,19 +11,19 @@ from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny
 from verify.explain.climb import UNCHANGED
 from verify.explain.flips import walk_window
-from verify.explain.reference import EXACT, Pass, Reference, losses, unseen_key
+from verify.explain.reference import EXACT, Pass, ReferencePasses, losses, unseen_key
 
 PROMPT = "The river"
 
 
 @pytest.fixture(scope="module")
 def reference(tiny: Tiny) -> Any:
-    found = Reference(str(tiny.model), "cpu")
+    found = ReferencePasses(str(tiny.model), "cpu")
     yield found
     found.close()
 
 
-def written(reference: Reference, way: Pass, n: int) -> tuple[list[int], list[int]]:
+def written(reference: ReferencePasses, way: Pass, n: int) -> tuple[list[int], list[int]]:
     """The prompt's ids, and a greedy text after it."""
     tokenizer = reference.tokenizer
     prompt = tokenizer.encode(PROMPT).tolist()
@@ -40,7 +40,7 @@ def record(path: Path, prompt: list[int], text: list[int]) -> str:
     return str(path)
 
 
-def test_texts_beside_a_model(reference: Reference, tiny: Tiny, tmp_path: Path) -> None:
+def test_texts_beside_a_model(reference: ReferencePasses, tiny: Tiny, tmp_path: Path) -> None:
     prompt, right = written(reference, UNCHANGED, 12)
     likely = reference.logits([*prompt, *right[:5]], EXACT, 1)[0].topk(3).indices
     wrong = [*right[:5], int(likely[2]), *right[6:]]
@@ -70,7 +70,7 @@ def test_texts_beside_a_model(reference: Reference, tiny: Tiny, tmp_path: Path) 
     assert done.returncode == 1 and "verdict: not explained (2 pairs)" in done.stdout
 
 
-def test_a_fault_of_one_key_is_found_by_the_reference_itself(reference: Reference) -> None:
+def test_a_fault_of_one_key_is_found_by_the_reference_itself(reference: ReferencePasses) -> None:
     tokens = reference.tokenizer.encode(PROMPT * 3).tolist()
     right = reference.logits(tokens, UNCHANGED, len(tokens))
     off = reference.logits(tokens, Pass("off", spec="fault", build=unseen_key), len(tokens))
@@ -112,7 +112,7 @@ def test_without_a_model_the_files_say_where_and_how_close(tmp_path: Path) -> No
 
 
 def test_plain_texts_are_cut_by_the_models_tokeniser(
-    reference: Reference, tiny: Tiny, tmp_path: Path
+    reference: ReferencePasses, tiny: Tiny, tmp_path: Path
 ) -> None:
     _, right = written(reference, UNCHANGED, 8)
     text = reference.tokenizer.decode(right)
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
     assert_refused(verify("explain", "--texts", a, str(tmp_path / "f")), "2 records, expected 1")
 
 
-def test_logprobs_beside_exact_attention(reference: Reference, tiny: Tiny, tmp_path: Path) -> None:
+def test_logprobs_beside_exact_attention(reference: ReferencePasses, tiny: Tiny, tmp_path: Path) -> None:
     """Two right arithmetics, and a coarser cache, with the model as the judge."""
     prompt = reference.tokenizer.encode(PROMPT).tolist()
     bos = [reference.tokenizer.bos_id] if reference.tokenizer.add_bos else []
@@ -191,7 +191,7 @@ def test_logprobs_beside_exact_attention(reference: Reference, tiny: Tiny, tmp_p
 @pytest.mark.slow
 def test_a_real_model_moves_as_right_kernels_do_and_faults_do_not(smollm: Path, wikitext: Path) -> None:
     """SmolLM2, WikiText: moves of right kernels that are no draws are calibrated, a dropped key's are not."""
-    model = Reference(str(smollm), "cpu")
+    model = ReferencePasses(str(smollm), "cpu")
     ids = model.tokenizer.encode(wikitext.read_text(encoding="utf-8")[:4000]).tolist()[:192]
     seen = walk_window(model, ids)
     moves = []

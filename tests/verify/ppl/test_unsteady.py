@@ -11,7 +11,7 @@ from support.ppl_runs import Tiny, run
 from verify.ppl import measuring
 from verify.ppl.evidence.judged_calls import missed, steady_sentence
 
-KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
+KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
 LAYERS = 2
 # Calls of the first layer in 6 windows: on the exact arm's inputs, and the one of the arm that runs freely,
 # which are the same calls there.
