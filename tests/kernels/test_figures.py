@@ -13,7 +13,7 @@ from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.figures import (
     budget_fault,
     gain_fault,
@@ -91,7 +91,7 @@ def test_what_is_not_finite_counts_once(bad: float) -> None:
 
 def test_everyone_has_the_same_gain_and_rms() -> None:
     """The detectors of one call, and the evidence in place: one head, the same rows, the same figures."""
-    call = draw("rising", Sizes(n_kv=(200, 130, 77), kv_heads=1, ratio=1), 3)
+    call = draw("rising", InputSizes(n_kv=(200, 130, 77), kv_heads=1, ratio=1), 3)
     kernel = build_kernel("eager:kv=2")
     result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
     budget = error_budget(call, arithmetic)
@@ -105,7 +105,7 @@ def test_everyone_has_the_same_gain_and_rms() -> None:
 
 
 def test_a_gain_does_not_depend_on_the_arithmetic_that_is_assumed() -> None:
-    call = draw("gaps", Sizes(n_kv=(200, 130, 1)), 3)
+    call = draw("gaps", InputSizes(n_kv=(200, 130, 1)), 3)
     kernel = build_kernel("eager")
     result = kernel.run(call)
     result = AttentionOutput(result.out * (1 + 1e-4), result.lse)
@@ -119,7 +119,7 @@ def test_a_gain_does_not_depend_on_the_arithmetic_that_is_assumed() -> None:
 
 def test_a_bias_that_an_assumed_arithmetic_can_make_is_said_and_is_no_fault() -> None:
     """As torch's flash attention on a CPU: 1.3e-5 too small, in float16."""
-    call = draw("gaussian", Sizes(n_kv=(1024,) * 16), 1)
+    call = draw("gaussian", InputSizes(n_kv=(1024,) * 16), 1)
     kernel = build_kernel("eager:p=f32")
     result = kernel.run(call)
     small = AttentionOutput(result.out * (1 - 1.5e-4), result.lse)
@@ -130,7 +130,7 @@ def test_a_bias_that_an_assumed_arithmetic_can_make_is_said_and_is_no_fault() ->
     assert said.detector == "bias"
     assert "biased by -0.00015, below half a step of its result, 0.00024: no fault" in said.said
     # Nothing that goes one way makes results larger where no key weighs much of the sum.
-    call = draw("one-sign", Sizes(n_kv=(1024,) * 16), 1)
+    call = draw("one-sign", InputSizes(n_kv=(1024,) * 16), 1)
     result = kernel.run(call)
     for factor, said_of in ((1 + 3e-4, "gain"), (1 - 3e-4, "bias")):
         scaled = AttentionOutput(result.out * factor, result.lse)

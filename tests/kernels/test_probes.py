@@ -10,7 +10,7 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.eager import EagerKernel
 from verify.kernels.faults import FAULTS, VARIANTS
-from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.probes import (
     Probe,
     alibi_edge,
@@ -33,7 +33,7 @@ from verify.kernels.judging.probes import (
 from verify.kernels.judging.probes.one_hot_probes import GAP
 from verify.kernels.registry import build_kernel
 
-SIZES = Sizes(n_kv=(150, 65, 1), edges=(64, 128))
+SIZES = InputSizes(n_kv=(150, 65, 1), edges=(64, 128))
 SPECS = [
     "eager", "eager:kv=3,block=16", "eager:acc=f16,kv=2", "eager:p=bf16", "eager:out=f16",
     "eager:heads=4+2,kv=size:64,out=bf16",
@@ -73,13 +73,13 @@ def test_tags_differ_by_key_and_head_in_every_type() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_correct_kernel_passes_every_probe(spec: str, dtype: torch.dtype) -> None:
     kernel = build_kernel(spec)
-    for probe in standard_probes(Sizes(n_kv=SIZES.n_kv, edges=SIZES.edges, dtype=dtype, batch=2)):
+    for probe in standard_probes(InputSizes(n_kv=SIZES.n_kv, edges=SIZES.edges, dtype=dtype, batch=2)):
         assert [str(failure) for failure in check(probe, kernel)] == []
 
 
 def test_prefill_passes_too() -> None:
     kernel = build_kernel("eager:kv=2")
-    for probe in standard_probes(Sizes(n_kv=(150,), edges=(64,), path="prefill")):
+    for probe in standard_probes(InputSizes(n_kv=(150,), edges=(64,), path="prefill")):
         assert check(probe, kernel) == []
 
 
@@ -131,7 +131,7 @@ def test_a_key_that_is_not_read_is_named(key: int) -> None:
         ("second group's sinks", empty_rows(SIZES, sinks=True)),
         ("softcap dropped", softcap_edge(SIZES)),
         ("ALiBi dropped", alibi_edge(SIZES)),
-        ("undeclared f16", constant_v(Sizes(n_kv=(1000,)))),
+        ("undeclared f16", constant_v(InputSizes(n_kv=(1000,)))),
     ],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
@@ -149,7 +149,7 @@ def test_an_offset_on_the_maximum_is_no_fault(name: str, keys: int) -> None:
     """Whether it is stated or not: the largest P is 0.1250177 in l, and 0.125 in the numerator."""
     kernel = next(v for v in VARIANTS if v.name == name).build()
     off = 0
-    for probe in standard_probes(Sizes(n_kv=(keys, 65, 1), edges=(64, 128))):
+    for probe in standard_probes(InputSizes(n_kv=(keys, 65, 1), edges=(64, 128))):
         result = kernel.run(probe.call)
         for arithmetic in (kernel.arithmetic_of(probe.call), loosest("f16")):
             assert [str(f) for f in judge(probe, result, arithmetic)] == []
@@ -172,7 +172,7 @@ def test_another_keys_value_is_seen_though_no_bits_are_due(key: int, assumed: Ar
 def test_unequal_counts_are_what_shows_the_base() -> None:
     """With as many keys in either part, weights are equal in every base: this is how the bug passed."""
     kernel = next(f for f in FAULTS if f.name == "base-2 merge").build()
-    two = Sizes(n_kv=(128,), edges=(64,))
+    two = InputSizes(n_kv=(128,), edges=(64,))
     kernel.plan = kernel.plan.__class__(kv=kernel.plan.kv.__class__("parts", 2))  # type: ignore[attr-defined]
     assert {f.what for f in check(counted(two, 64, 3, 3), kernel)} == {"lse"}
     assert "column 0" in {f.what for f in check(counted(two, 64, 1, 3), kernel)}

@@ -35,22 +35,16 @@ IN_PLACE = ", on the exact arm's own q, k and v"
 
 
 class KernelErrors(NamedTuple):
-    """One kernel's errors in place, over all layers, heads and windows.
+    """One kernel's errors in place, over all layers, heads and windows."""
 
-    gain: mean of <error, exact> / <exact, exact>, gain_se its standard error (layers, heads and windows
-    taken as independent); gain_limit: what rounding alone does not exceed, gain_stated: as the kernel's
-    arithmetic is stated, less where the limit rests on one that is only assumed; rms_ratio: of error over
-    expected size.
-    """
-
-    checks: int
-    max_budget_ratio: float
-    vacuous: float
-    relative_rms: float
-    rms_ratio: float
-    gain: float
-    gain_se: float
-    gain_limit: float
+    checks: int  # of a layer, head and window
+    max_budget_ratio: float  # largest |error| / budget; NaN: none was derived
+    vacuous: float  # share of sampled rows whose budget says nothing
+    relative_rms: float  # ||error|| / ||exact||
+    rms_ratio: float  # error over its expected size
+    gain: float  # mean of <error, exact> / <exact, exact>
+    gain_se: float  # standard error; layers, heads and windows taken as independent
+    gain_limit: float  # what rounding alone does not exceed
     gain_stated: float
 
     @property

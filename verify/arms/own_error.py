@@ -39,31 +39,27 @@ CHECKED_WINDOWS = 64
 class HeadErrors(NamedTuple):
     """One row of layers.parquet: a kernel at one layer, window and head.
 
-    Over all rows: relative_rms: ||error|| / ||exact||; gain: <error, exact> / <exact, exact>, a scale error;
-    nonfinite: rows with NaN or Inf. Over the sampled rows and those that err most, NaN where the window was
-    not sampled: max_budget_ratio: largest |error| / budget where the budget is not vacuous; relative_max:
-    largest ||error|| / ||sum p|v||| of a row with a vacuous budget. Over the sampled ones alone: rms_ratio:
-    root mean square of error / expected size; vacuous: share of rows with such a budget; gain_bias: what
-    roundings that go one way may make of the gain, as the kernel states its arithmetic; gain_falls,
-    gain_rises: how far down and up they may take it where it is only assumed. position: of the worst row.
+    Figures of sampled rows are NaN where the window was not sampled.
     """
 
-    window: int
-    layer: int
-    arm: str
-    path: str
-    head: int
-    relative_rms: float
-    gain: float
+    window: int  # counted from 0
+    layer: int  # counted from 0
+    arm: str  # its name, or that of a planted fault
+    path: str  # decode or prefill
+    head: int  # query head
+    relative_rms: float  # over all rows: ||error|| / ||exact||
+    gain: float  # over all rows: <error, exact> / <exact, exact>, a scale error
+    # Over the sampled rows and those that err most: largest |error| / budget where it says something.
     max_budget_ratio: float
-    rms_ratio: float
+    rms_ratio: float  # over the sampled rows: root mean square of error / expected size
+    # As max_budget_ratio: largest ||error|| / ||sum p|v||| of a row where the budget is vacuous.
     relative_max: float
-    vacuous: float
-    gain_bias: float
+    vacuous: float  # over the sampled rows: share of those with such a budget
+    gain_bias: float  # over the sampled rows: the common shrinking that truncating accumulators may have
     gain_falls: float
     gain_rises: float
-    nonfinite: int
-    position: int
+    nonfinite: int  # over all rows: those with NaN or Inf
+    position: int  # of the worst row
 
 
 _FIGURES = HeadErrors._fields[5:]

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from verify.arms.attempt import Attempt, attempt
-from verify.diff.cells import Inputs, KernelEvidence, by_cache
+from verify.diff.cells import CellInputs, KernelEvidence, by_cache
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.contract import empty_row_sentence, of_empty_rows
-from verify.kernels.judging.families import Sizes, draw
+from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import Probe, ProbeFailure, judge, on_cache, probe_makers
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import parse_spec
@@ -30,14 +30,14 @@ class Probing(NamedTuple):
 
     shape: str
     n_kv: int
-    sizes: Sizes
+    sizes: InputSizes
     candidates: tuple[int, ...] | None = None
 
     @property
-    def inputs(self) -> Inputs:
+    def inputs(self) -> CellInputs:
         """Stands for the probes in the report; its call is the smallest that there is."""
         one = self.sizes.__class__(n_kv=(1,), spare=0, edges=())
-        return Inputs(self.shape, self.n_kv, PROBES, 0, draw("gaussian", one, 0))
+        return CellInputs(self.shape, self.n_kv, PROBES, 0, draw("gaussian", one, 0))
 
 
 def probe_kernels(

@@ -28,30 +28,26 @@ _SMALLEST_SQUARE = 1e-300
 
 
 class StepCheck(NamedTuple):
-    """One row of layers.parquet: a kernel at one step and layer, over all heads. Step -1 is the prompt.
+    """One row of layers.parquet: a kernel at one step and layer, over all heads.
 
-    square_error: squared distance to the exact output over the square of that. The others are of the error on
-    what the kernel's own cache holds: what a cache loses is distance, not a fault. max_budget_ratio: largest
-    |error| / budget where the budget is not vacuous; relative_max: largest ||error|| / ||sum p|v||| of a head
-    where it is; vacuous: share of such heads; nonfinite: heads with NaN or Inf; n_kv, head: of the worst;
-    relative_rms, rms_ratio, gain, gain_bias, gain_falls, gain_rises: as in
-    `verify.arms.own_error.HeadErrors`.
+    All but square_error is of the error on what the kernel's own cache holds: what a cache loses is distance,
+    not a fault.
     """
 
-    step: int
-    layer: int
-    arm: str
-    square_error: float
-    max_budget_ratio: float
-    relative_max: float
-    vacuous: float
-    nonfinite: int
-    n_kv: int
-    head: int
-    relative_rms: float = math.nan
-    rms_ratio: float = math.nan
-    gain: float = math.nan
-    gain_bias: float = math.nan
+    step: int  # -1 is the prompt
+    layer: int  # counted from 0
+    arm: str  # its name
+    square_error: float  # squared distance to exact on the inputs as given, over the square of that
+    max_budget_ratio: float  # largest |error| / budget where the budget is not vacuous
+    relative_max: float  # largest ||error|| / ||sum p|v||| of a head where it is
+    vacuous: float  # share of such heads
+    nonfinite: int  # heads with NaN or Inf
+    n_kv: int  # of the worst
+    head: int  # of the worst
+    relative_rms: float = math.nan  # this and the next as in `verify.arms.own_error.HeadErrors`
+    rms_ratio: float = math.nan  # error over its expected size
+    gain: float = math.nan  # a common factor is 1 + gain
+    gain_bias: float = math.nan  # what truncation may make of it
     gain_falls: float = math.nan
     gain_rises: float = math.nan
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from verify.kernels.call import checked_call
-from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Probe, call_of
 
 # Weights of exp(-GAP) are 0 in float32, even times 2^17 keys: 104 + ln n.
@@ -31,12 +31,12 @@ def words_of(size: int) -> int:
     return 1 << 1 + m + m * (m - 1) // 2
 
 
-def asking_size(sizes: Sizes) -> int:
+def asking_size(sizes: InputSizes) -> int:
     """Columns of K by which a key is asked for: all, or those beyond the values where V lies in K."""
     return sizes.k_size - sizes.v_size if sizes.v_in_k else sizes.k_size
 
 
-def why_not_one_hot(sizes: Sizes) -> str | None:
+def why_not_one_hot(sizes: InputSizes) -> str | None:
     """Why no one-hot probe can be made of these sizes, or None if it can."""
     size = asking_size(sizes)
     if size < SMALLEST_SIZE:
@@ -84,7 +84,7 @@ def tags(keys: int, kv_heads: int, size: int, *, device: torch.device | str = "c
 
 
 def one_hot(
-    sizes: Sizes,
+    sizes: InputSizes,
     *,
     device: torch.device | str = "cpu",
     strided: bool = False,
@@ -107,7 +107,11 @@ def one_hot(
 
 
 def one_hot_edges(
-    sizes: Sizes, edges: Sequence[int], *, device: torch.device | str = "cpu", name: str = "one-hot edges"
+    sizes: InputSizes,
+    edges: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    name: str = "one-hot edges",
 ) -> Probe:
     """Keys on both sides of each edge, the first and the last, by every query head; rows of each n_kv."""
     asked, lengths = [], []
@@ -122,7 +126,7 @@ def one_hot_edges(
 
 def _one_hot(
     name: str,
-    sizes: Sizes,
+    sizes: InputSizes,
     n_kv: int | None,
     wanted: torch.Tensor,
     device: torch.device | str,
@@ -155,10 +159,10 @@ def _one_hot(
     out = torch.stack([v[b][wanted[b], head] for b in range(batch)]).double()
     lengths = torch.tensor(sizes.n_kv) if n_kv is None else torch.full((rows,), n_kv)
     call = call_of(q, k, v, lengths.expand(batch, -1), sizes, device, strided=strided)
-    return Probe(name, "bits", call, out, None, wanted)
+    return Probe(name=name, demand="bits", call=call, out=out, lse=None, keys=wanted)
 
 
-def strided_one_hot(sizes: Sizes, *, device: torch.device | str = "cpu") -> Probe:
+def strided_one_hot(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """One-hot over K and V that lie head by head, two elements off alignment; demands bits.
 
     A wrong stride shows at nearly every key, so at most `STRIDED_ROWS` rows are asked.
@@ -167,7 +171,7 @@ def strided_one_hot(sizes: Sizes, *, device: torch.device | str = "cpu") -> Prob
     return replace(probe, name="one-hot strided")
 
 
-def far_offsets(sizes: Sizes, *, device: torch.device | str) -> Probe:
+def far_offsets(sizes: InputSizes, *, device: torch.device | str) -> Probe:
     """One-hot at the end of a K and a V of more than 2^31 elements, and beside it. Needs about 10 GB."""
     keys = (1 << 31) // (sizes.kv_heads * min(sizes.k_size, sizes.v_size)) + 64
     kinds = torch.full((1, keys, 1, 1), LOW, device=device, dtype=sizes.dtype)
@@ -183,4 +187,4 @@ def far_offsets(sizes: Sizes, *, device: torch.device | str) -> Probe:
     call = checked_call(q, k, v, kv_len=lengths, scale=sizes.scale, path=sizes.path)
     out = torch.full((1, 1, heads, sizes.v_size), 17.0, device=device, dtype=torch.float64)
     wanted = torch.full((1, 1, heads), n - 1, device=device)
-    return Probe("offsets beyond 2^31", "bits", call, out, None, wanted)
+    return Probe(name="offsets beyond 2^31", demand="bits", call=call, out=out, lse=None, keys=wanted)

@@ -19,7 +19,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput, Call, checked_call
 from verify.kernels.errors import KernelFailure
-from verify.kernels.judging.families import POISON, Sizes
+from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.figures import another_origin, budget_ratio
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
@@ -84,7 +84,19 @@ def check(probe: Probe, kernel: Kernel, *, plan: Plan | None = None, most: int =
         result = kernel.run(call)
     except KernelFailure as failure:
         return [
-            ProbeFailure(probe.name, probe.demand, -1, -1, -1, -1, -1, 0, str(failure), math.nan, math.nan)
+            ProbeFailure(
+                probe=probe.name,
+                demand=probe.demand,
+                sequence=-1,
+                row=-1,
+                head=-1,
+                key=-1,
+                part=-1,
+                n_kv=0,
+                what=str(failure),
+                expected=math.nan,
+                got=math.nan,
+            )
         ]
     arithmetic = kernel.arithmetic_of(call)
     return judge(probe, result, arithmetic, most=most)
@@ -172,8 +184,18 @@ def _failure(
     if key >= 0 and a.cuts_at is not None:
         part = sum(bound <= key for bound in a.cuts_at(n)[1:-1])
     return ProbeFailure(
-        probe.name, probe.demand, b, t, h, key, part, n, what, float(expected), float(got)
-    )  # fmt: skip
+        probe=probe.name,
+        demand=probe.demand,
+        sequence=b,
+        row=t,
+        head=h,
+        key=key,
+        part=part,
+        n_kv=n,
+        what=what,
+        expected=float(expected),
+        got=float(got),
+    )
 
 
 def call_of(
@@ -181,7 +203,7 @@ def call_of(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor,
-    sizes: Sizes,
+    sizes: InputSizes,
     device: torch.device | str,
     *,
     strided: bool = False,
