@@ -117,7 +117,15 @@ def subject_of(spec: str, device: torch.device | str = "cpu", *, strict: bool = 
 
     capabilities = kernel.capabilities()
     plan = _plan_of(spec) if capabilities.plans else None
-    subject = Subject(spec, kernel, variant, capabilities, kernel.merger(), plan, torch.device(device))
+    subject = Subject(
+        spec=spec,
+        kernel=kernel,
+        variant=variant,
+        capabilities=capabilities,
+        merge=kernel.merger(),
+        plan=plan,
+        device=torch.device(device),
+    )
     # Whether a user's function returns an lse shows when it runs; what else is wrong with it, laws will say.
     with suppress(Exception):
         kernel.run(subject.simplest.call(subject.device))
