@@ -1,4 +1,4 @@
-"""`verify diff` on right kernels of known distance: none broken, none degraded that is as near as its peer."""
+"""`verify diff` on right kernels of known distance: none broken, none as near as its peer degraded."""
 
 from __future__ import annotations
 
