@@ -21,7 +21,7 @@ from verify.kernels.trace import Launched, Signature
 Launch = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-class Rows(NamedTuple):
+class PeerRows(NamedTuple):
     """Rows of one sequence that a library gets in one launch, and the keys that they see.
 
     q [1, T, Hq, Dk], k [1, n, Hkv, Dk], v [1, n, Hkv, Dv]; kv_len [1, T]. On the decode path T is 1, and n is
@@ -46,7 +46,7 @@ class PeerKernel(Kernel):
         self._capabilities, self.version = capabilities, version
 
     @abstractmethod
-    def prepare(self, rows: Rows) -> Launch:
+    def prepare(self, rows: PeerRows) -> Launch:
         """The launch for some rows, so that nothing but the library's kernel is left to run."""
 
     def capabilities(self) -> Capabilities:
@@ -106,7 +106,7 @@ class PeerKernel(Kernel):
                 n = call.shape.keys if self.whole_cache else max(lengths[rows])
                 q, kv_len = call.q[b : b + 1, rows], call.kv_len[b : b + 1, rows]
                 q, its_k, its_v = (aligned(x) for x in (q, k[:, :n], v[:, :n]))
-                found.append((b, rows, self.prepare(Rows(q, its_k, its_v, kv_len, call))))
+                found.append((b, rows, self.prepare(PeerRows(q, its_k, its_v, kv_len, call))))
         return found
 
 
