@@ -45,6 +45,7 @@ class KernelErrors(NamedTuple):
     gain: float  # mean of <error, exact> / <exact, exact>
     gain_se: float  # standard error; layers, heads and windows taken as independent
     gain_limit: float  # what rounding alone does not exceed
+    # The same as the arithmetic is stated: less where the limit rests on one that is only assumed.
     gain_stated: float
 
     @property

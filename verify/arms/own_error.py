@@ -55,8 +55,11 @@ class HeadErrors(NamedTuple):
     # As max_budget_ratio: largest ||error|| / ||sum p|v||| of a row where the budget is vacuous.
     relative_max: float
     vacuous: float  # over the sampled rows: share of those with such a budget
-    gain_bias: float  # over the sampled rows: the common shrinking that truncating accumulators may have
+    # What roundings that go one way may make of the gain, as the kernel states its arithmetic.
+    gain_bias: float
+    # How far down they may take it where the arithmetic is only assumed.
     gain_falls: float
+    # The same up.
     gain_rises: float
     nonfinite: int  # over all rows: those with NaN or Inf
     position: int  # of the worst row

@@ -47,8 +47,11 @@ class StepCheck(NamedTuple):
     relative_rms: float = math.nan  # this and the next as in `verify.arms.own_error.HeadErrors`
     rms_ratio: float = math.nan  # error over its expected size
     gain: float = math.nan  # a common factor is 1 + gain
-    gain_bias: float = math.nan  # what truncation may make of it
+    # What roundings that go one way may make of the gain, as the kernel states its arithmetic.
+    gain_bias: float = math.nan
+    # How far down they may take it where the arithmetic is only assumed.
     gain_falls: float = math.nan
+    # The same up.
     gain_rises: float = math.nan
 
     @property

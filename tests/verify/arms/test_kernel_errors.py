@@ -25,6 +25,8 @@ def rows(count: int = 8, **change: Any) -> list[HeadErrors]:
         "relative_max": 0.0,
         "vacuous": 0.0,
         "gain_bias": 0.0,
+        "gain_falls": 0.0,
+        "gain_rises": 0.0,
         "nonfinite": 0,
         "position": 7,
     }
@@ -47,7 +49,14 @@ def test_a_right_kernel_has_no_fault() -> None:
 
 
 def test_rows_without_a_budget_count_where_they_have_figures() -> None:
-    unsampled = rows(4, max_budget_ratio=math.nan, rms_ratio=math.nan, vacuous=math.nan, gain_bias=math.nan)
+    unsampled = rows(
+        4,
+        max_budget_ratio=math.nan,
+        rms_ratio=math.nan,
+        vacuous=math.nan,
+        gain_falls=math.nan,
+        gain_rises=math.nan,
+    )
     found = kernel_errors(rows_of(table(*rows(4), *unsampled), "candidate"))
     assert found is not None
     assert (found.checks, found.max_budget_ratio, found.vacuous) == (8, 0.5, 0.0)
@@ -71,7 +80,7 @@ def test_a_gain_that_all_share_is_a_fault_that_no_element_shows() -> None:
     (fault,) = faults_in_place(table(*rows(gain=1e-4)), "candidate", "it")
     assert "off by a common factor of 1 +0.0001" in fault
     # What truncation explains is none.
-    assert faults_in_place(table(*rows(gain=1e-4, gain_bias=2e-4)), "candidate", "it") == []
+    assert faults_in_place(table(*rows(gain=1e-4, gain_rises=2e-4)), "candidate", "it") == []
 
 
 def test_few_checks_say_nothing_about_a_gain() -> None:

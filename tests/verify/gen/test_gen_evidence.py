@@ -43,7 +43,7 @@ def check(step: int, **change: Any) -> StepCheck:
 def faults(findings: Findings, *checks: StepCheck, written: Written | None = None) -> list[str]:
     exact = SimpleNamespace(checks=list(checks), table=CHECK_SCHEMA.empty_table)
     generation: Any = SimpleNamespace(exact=exact)
-    return _faults(generation, written or Written(), CANDIDATE, findings)
+    return _faults(generation, written or Written(), CANDIDATE, findings, "candidate")
 
 
 def test_a_failure_is_placed_in_the_prompt_or_at_a_token() -> None:
