@@ -244,6 +244,14 @@ def shared_fault(faults: Sequence[str]) -> str:
     return f"{faults[0]}, bit for bit the same: not this change"
 
 
+def shared_overflow(of_candidate: int, of_baseline: int) -> str:
+    """What is said where a candidate has NaN or Inf in such elements alone as its baseline has it in."""
+    return (
+        f"both: {of_candidate} elements are NaN or Inf, all of them among the baseline's {of_baseline}:"
+        " not this change"
+    )
+
+
 def graveness(nonfinite: int, ratio: float, relative: float) -> tuple[bool, float]:
     """What the worst of several faults is the largest by: NaN first, then times what is allowed."""
     return nonfinite > 0, max(ratio, relative / LARGEST_RELATIVE_ERROR)

@@ -27,7 +27,12 @@ from verify.kernels.exact import exact_attention
 from verify.kernels.judging.detectors import SUSPICIONS, Finding, Measures, findings, measure
 from verify.kernels.judging.emulation import limit_of_float16_sums
 from verify.kernels.judging.families import FAMILIES
-from verify.kernels.judging.figures import LARGEST_RELATIVE_ERROR, element_ratios, shared_fault
+from verify.kernels.judging.figures import (
+    LARGEST_RELATIVE_ERROR,
+    element_ratios,
+    shared_fault,
+    shared_overflow,
+)
 from verify.kernels.judging.gates import compared, nmse, plain_attention, verdicts
 from verify.kernels.kernel import Kernel
 from verify.kernels.trace import LaunchTrace
@@ -354,6 +359,9 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
     if both_have and (equal or candidate.probes_failed == baseline.probes_failed != []):
         # What both have to the bit is not the candidate's doing.
         shared, faults = shared_fault(both_have), []
+    elif overflows_nowhere_else(candidate, baseline):
+        assert candidate.measures is not None and baseline.measures is not None
+        shared, faults = shared_overflow(candidate.measures.nonfinite, baseline.measures.nonfinite), []
     family = FAMILIES.get(inputs.family)
     comparable = not faults and not shared and (family is None or family.distinct)
     comparable = comparable and candidate.exact is not None
@@ -369,6 +377,20 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
         stratum=_stratum(inputs, baseline, candidate) if comparable else None,
         shared=shared,
     )
+
+
+def overflows_nowhere_else(candidate: KernelEvidence, baseline: KernelEvidence) -> bool:
+    """Whether all that is wrong with a candidate are elements that are NaN or Inf in its baseline too."""
+    a, b, measured = candidate.output, baseline.output, candidate.measures
+    if (
+        a is None
+        or b is None
+        or measured is None
+        or not measured.nonfinite
+        or len(faults_of(candidate, "")) > 1
+    ):
+        return False
+    return bool((torch.isfinite(a.out) | ~torch.isfinite(b.out)).all())
 
 
 def _stratum(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:

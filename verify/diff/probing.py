@@ -11,11 +11,10 @@ from verify.arms.attempt import Attempt, attempt
 from verify.diff.cells import CellInputs, KernelEvidence, by_cache
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput
-from verify.kernels.judging.contract import empty_row_sentence, of_empty_rows
+from verify.kernels.judging.contract import empty_row_sentence, may_ignore_empty_rows, of_empty_rows
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import Probe, ProbeFailure, judge, on_cache, probe_makers
 from verify.kernels.kernel import Kernel
-from verify.kernels.plans.spec import parse_spec
 from verify.machine.stages import StageClock
 
 PROBES = "probes"
@@ -67,7 +66,9 @@ def probe_kernels(
                 seen = on_cache(probe, kernels[which[0]].held(probe.call))
                 failures = _failures([kernels[i] for i in which], seen, [tried[i] for i in which])
                 for i, failed in zip(which, failures, strict=True):
-                    excused = [] if strict or parse_spec(kernels[i].spec).name != "py" else failed.empty_rows
+                    excused = (
+                        [] if strict or not may_ignore_empty_rows(kernels[i].spec) else failed.empty_rows
+                    )
                     if excused and not found[i].contract:
                         found[i].contract = empty_row_sentence(kernels[i].spec, f"{excused[0].got:.3g}")
                     wrong = failed.others if excused else [*failed.others, *failed.empty_rows]

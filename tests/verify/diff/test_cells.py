@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import math
 
-from verify.diff.cells import Cell, CellInputs, KernelEvidence, by_cache, decide_cells, faults_of, judge_cells
+from verify.diff.cells import (
+    Cell,
+    CellInputs,
+    KernelEvidence,
+    by_cache,
+    compare,
+    decide_cells,
+    faults_of,
+    judge_cells,
+)
 from verify.judge.verdict import Decision
-from verify.kernels.judging.detectors import Finding
+from verify.kernels.call import AttentionOutput
+from verify.kernels.judging.detectors import Finding, measure
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.registry import build_kernel
 
@@ -91,3 +101,33 @@ def test_kernels_are_held_against_what_their_cache_holds() -> None:
     assert by_cache(kernels) == [[0, 1]]
     kernels[1].cache = "q8_0"
     assert by_cache(kernels) == [[0], [1]]
+
+
+def overflowing(*elements: int) -> KernelEvidence:
+    """What is found in a kernel whose result for INPUTS is Inf in these elements, and right in the others."""
+    kernel = build_kernel("eager")
+    result = kernel.run(INPUTS.call)
+    out = result.out.clone()
+    out.view(-1)[list(elements)] = math.inf
+    found = KernelEvidence("k", output=AttentionOutput(out, result.lse))
+    if elements:
+        said = f"{len(elements)} elements are NaN or Inf"
+        found.findings = [Finding("budget", said)]
+        found.worst, found.worst_values = (0, 0, 0, elements[0]), (math.inf, 0.0)
+        measured = measure(INPUTS.call, found.output, kernel.arithmetic_of(INPUTS.call), distinct=True)
+        assert measured.nonfinite == len(elements)
+        found.measures = measured
+    return found
+
+
+def test_an_overflow_that_the_baseline_has_in_the_same_elements_is_not_this_change() -> None:
+    fewer, more = overflowing(3), overflowing(3, 5)
+    assert not compare(INPUTS, more, fewer).faults
+    assert (
+        "1 elements are NaN or Inf, all of them among the baseline's 2" in compare(INPUTS, more, fewer).shared
+    )
+    assert compare(INPUTS, fewer, more).faults, "a candidate that overflows in more places is broken"
+    assert compare(INPUTS, overflowing(), fewer).faults
+    worse = overflowing(3)
+    worse.findings.append(Finding("lse", "lse off"))
+    assert compare(INPUTS, more, worse).faults, "whatever else is wrong with it is its own"
