@@ -240,6 +240,9 @@ def _checked(shards: list[_Shard]) -> list[_Shard]:
                 f"{shard.path}: metadata key split.no is {number}, expected {index} as in the name"
             )
     first = shards[0]
+    expected = first.metadata.get("split.tensors.count")
+    if expected is not None:
+        expected = _whole(first, "split.tensors.count")
     for shard in shards[1:]:
         for key in sorted(first.metadata.keys() & shard.metadata.keys() - {"split.no"}):
             ours, theirs = shard.metadata[key], first.metadata[key]
@@ -248,9 +251,8 @@ def _checked(shards: list[_Shard]) -> list[_Shard]:
                     f"{shard.path}: metadata key {key} is {short(ours)}, but {short(theirs)} in"
                     f" {first.path.name}"
                 )
-    expected = shards[0].metadata.get("split.tensors.count")
     present = sum(len(shard.tensors) for shard in shards)
-    if expected is not None and _whole(shards[0], "split.tensors.count") != present:
+    if expected is not None and expected != present:
         raise ModelError(
             f"{shards[0].path}: metadata key split.tensors.count is {expected},"
             f" but the shards hold {present} tensors"

@@ -35,8 +35,10 @@ def held(path: Path, fd: int) -> Held:
     """Of an open file. Raises OSError."""
     of = os.fstat(fd)
     digest = hashlib.sha256(f"{path.name}:{of.st_size}".encode())
-    digest.update(os.pread(fd, SAMPLE_BYTES, 0))
-    digest.update(os.pread(fd, SAMPLE_BYTES, max(of.st_size - SAMPLE_BYTES, 0)))
+    # As much memory is taken as is asked for, however short the file.
+    some = min(SAMPLE_BYTES, of.st_size)
+    digest.update(os.pread(fd, some, 0))
+    digest.update(os.pread(fd, some, of.st_size - some))
     return Held((of.st_dev, of.st_ino), of.st_size, of.st_mtime_ns, of.st_ctime_ns, digest.digest())
 
 
