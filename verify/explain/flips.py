@@ -85,10 +85,8 @@ class Walked(NamedTuple):
 
     def too_many(self, without: int | None = None) -> float:
         """Probability of as many flips by rounding alone; `without`: the one whose place was chosen."""
-        count = sum(f.at != without for f in self.flips)
-        kept = np.arange(self.first, self.first + len(self.margins)) != (-1 if without is None else without)
-        mean = float(self.likely[kept].sum())
-        return float(stats.poisson.sf(count - 1, mean)) if count else 1.0
+        at = [f.at - self.first for f in self.flips if f.at != without]
+        return too_many(self.likely, at, None if without is None else without - self.first)
 
 
 class Window(NamedTuple):
@@ -102,17 +100,26 @@ class Window(NamedTuple):
     degrees: int
 
     @property
-    def expected(self) -> float:
+    def likely(self) -> np.ndarray:
+        """As Walked.likely."""
         margins = _margins(self.logits).cpu().numpy()
-        return float(np.minimum(stats.t.sf(margins / self.sigmas, self.degrees).sum(1), 1).sum())
+        return np.minimum(stats.t.sf(margins / self.sigmas, self.degrees).sum(1), 1.0)
+
+    @property
+    def expected(self) -> float:
+        return float(self.likely.sum())
 
     def moves_of(self, logits: torch.Tensor) -> np.ndarray:
         """[n]: how far another pass moves the margin of the two most likely tokens, in sigmas."""
         found = _margins(logits.gather(1, self.tokens).double()) - _margins(self.logits)
         return np.asarray(found[:, 0].cpu().numpy() / self.sigmas[:, 0])
 
+    def flips_of(self, logits: torch.Tensor) -> np.ndarray:
+        """Positions [flips], from 0, at which another pass prefers another token."""
+        return np.asarray((logits.argmax(-1) != self.tokens[:, 0]).nonzero()[:, 0].cpu().numpy())
+
     def p_of(self, logits: torch.Tensor) -> np.ndarray:
-        """p (see the module's text) of each position at which another pass prefers another token."""
+        """p (see the module's text) at each of `flips_of`."""
         chosen = logits.argmax(-1)
         flipped = (chosen != self.tokens[:, 0]).nonzero()[:, 0]
         margin = self.logits[flipped, 0] - self.whole[flipped, chosen[flipped]].double()
@@ -199,6 +206,29 @@ def _sigmas(
 def _margins(columns: torch.Tensor) -> torch.Tensor:
     """[n, RIVALS + 1]: the most likely token over the next ones, and over the text's own."""
     return columns[:, :1] - columns[:, 1:]
+
+
+def too_many(likely: np.ndarray, flips: Sequence[int], without: int | None) -> float:
+    """Probability that rounding alone makes as many flips.
+
+    likely: of a flip at each position [n]; flips: positions of those seen, without `without`, the one whose
+    place was chosen because it is a flip.
+    """
+    if not len(flips):
+        return 1.0
+    mean = float(likely.sum() - (0.0 if without is None else likely[without]))
+    return float(stats.poisson.sf(len(flips) - 1, mean))
+
+
+def answer_of(rarest: float, crowded: float, flips: int) -> Answer:
+    """What a text's flips come to.
+
+    rarest: the least p of its flips; crowded: see `too_many`; flips: how many p's `rarest` is the least of.
+    """
+    if rarest < TOO_RARE or crowded < TOO_RARE:
+        return "not explained"
+    # Of many flips one is rare by chance.
+    return "inconclusive" if rarest < COMMON / max(flips, 1) or crowded < COMMON else "tie"
 
 
 def worst(walked: Walked) -> Position | None:

@@ -25,6 +25,7 @@ from verify.explain.flips import (
     Answer,
     Position,
     Walked,
+    answer_of,
     detectable,
     walk,
     worst,
@@ -261,8 +262,9 @@ def _answer(found: Explained, walked: dict[str, Walked], at: int) -> None:
             f" fault{_where(bad['A'])}"
         )
         return
-    if rare["B"] < TOO_RARE or crowded["B"] < TOO_RARE:
-        found.answer = "not explained"
+    flips = sum(len(w.flips) for w in walked.values())
+    found.answer = answer_of(min(rare.values()), min(crowded.values()), flips)
+    if found.answer == "not explained":
         reason = (
             f"rounding moves so far once in {1 / max(rare['B'], 1e-99):.1g} times{_where(bad['B'])}"
             if rare["B"] < TOO_RARE
@@ -270,12 +272,9 @@ def _answer(found: Explained, walked: dict[str, Walked], at: int) -> None:
         )
         found.sentences.append(f"not explained by rounding: {reason}")
         return
-    # Of many flips one is rare by chance.
-    flips = max(sum(len(w.flips) for w in walked.values()), 1)
-    if min(rare.values()) < COMMON / flips or min(crowded.values()) < COMMON:
+    if found.answer == "inconclusive":
         found.sentences.append("too rare for rounding to be likely, too near for it to be excluded")
         return
-    found.answer = "tie"
     size = found.detectable
     seen = (
         f"a fault that moves such margins by {size:.2g} nats (rms; a mean KLD of about {size**2 / 4:.1g})"

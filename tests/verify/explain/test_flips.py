@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from verify.explain.flips import DRAWS, Walked, detectable, walk, worst
+from verify.explain.flips import DRAWS, Walked, answer_of, detectable, too_many, walk, worst
 from verify.explain.reference import Pass
 from verify.explain.texts import Tokens, explain_texts
 
@@ -150,3 +151,29 @@ def test_texts_that_end_elsewhere(more: int) -> None:
     found = explain_texts(reference, tokens, most=256)  # type: ignore[arg-type]
     assert found.answer == ("inconclusive" if more else "tie")
     assert "the texts are the same" in found.sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("rarest", "crowded", "flips", "answer"),
+    [
+        (1.0, 1.0, 0, "tie"),
+        (2e-3, 1.0, 1, "tie"),
+        # Of ten flips one is as rare as 1 in 10,000 now and then; of one it is not.
+        (2e-4, 1.0, 10, "tie"),
+        (2e-4, 1.0, 1, "inconclusive"),
+        (1.0, 1e-4, 9, "inconclusive"),
+        (9e-7, 1.0, 1, "not explained"),
+        # No flip is rare, but so many of them are.
+        (0.5, 9e-7, 9, "not explained"),
+    ],
+)
+def test_what_flips_come_to(rarest: float, crowded: float, flips: int, answer: str) -> None:
+    assert answer_of(rarest, crowded, flips) == answer
+
+
+def test_flips_are_counted_but_for_the_one_that_was_sought() -> None:
+    likely = np.full(100, 0.01)
+    assert too_many(likely, [], None) == 1.0
+    assert too_many(likely, [3], None) == pytest.approx(1 - math.exp(-1.0))
+    assert too_many(likely, [3], 0) == pytest.approx(1 - math.exp(-0.99))
+    assert too_many(likely, list(range(1, 13)), 0) < 1e-9
