@@ -1,7 +1,10 @@
 """Tokens cut into the windows that perplexity is measured on: the same ones that llama-perplexity cuts."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +12,36 @@ from verify.data.errors import CorpusError
 
 _SMALLEST_N_CTX = 4
 _LARGEST_ID = 2**31 - 1
+
+
+class ScoredRows(NamedTuple):
+    """The scored positions of windows of n_ctx tokens: first .. n_ctx - 2, each a row, window after window.
+
+    >>> rows = ScoredRows.second_half(512)
+    >>> rows.positions, rows.per_window, rows.place(300)
+    (range(256, 511), 255, (1, 45))
+    """
+
+    n_ctx: int
+    first: int
+
+    @classmethod
+    def second_half(cls, n_ctx: int) -> ScoredRows:
+        """What llama-perplexity scores."""
+        return cls(n_ctx, n_ctx // 2)
+
+    @property
+    def positions(self) -> range:
+        """In a window; each scores the token after it."""
+        return range(self.first, self.n_ctx - 1)
+
+    @property
+    def per_window(self) -> int:
+        return len(self.positions)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The window of a row, and its number among that window's rows."""
+        return divmod(row, self.per_window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +73,16 @@ class Windows:
     @property
     def scored_positions(self) -> range:
         """The positions in a window whose logits are scored."""
-        return range(self.first_scored, self.n_ctx - 1)
+        return self.rows.positions
 
     @property
     def scored_per_window(self) -> int:
         """Tokens scored in a window: n_ctx - 1 - first_scored (255 of 512)."""
-        return self.n_ctx - 1 - self.first_scored
+        return self.rows.per_window
+
+    @property
+    def rows(self) -> ScoredRows:
+        return ScoredRows(self.n_ctx, self.first_scored)
 
     @property
     def targets(self) -> np.ndarray:
@@ -100,7 +137,7 @@ def cut_windows(
     return Windows(
         tokens=tokens,
         n_ctx=n_ctx,
-        first_scored=n_ctx // 2,
+        first_scored=ScoredRows.second_half(n_ctx).first,
         n_tokens_total=len(text),
         overwritten=overwritten,
     )

@@ -42,6 +42,7 @@ class Capabilities:
 
     lse: returns it; sliding_window, softcap, sinks, alibi: takes them; plans: obeys `Call.plan` whole;
     head_groups: obeys the head groups of `Call.plan` (implied by `plans`); empty_rows: rows of kv_len 0;
+    zero_for_empty_rows: promises 0 for them, with an lse of -inf (a kernel of others never heard of it);
     ragged: rows of different kv_len in one call; deterministic: the same call gives the same bits;
     row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
     head size than keys; strided: sees keys and values where they lie, not copies; paths, devices, dtypes (by
@@ -61,6 +62,7 @@ class Capabilities:
     ragged: bool = True
     deterministic: bool = True
     row_alone: bool = True
+    zero_for_empty_rows: bool = True
     v_size: bool = True
     strided: bool = True
     paths: tuple[str, ...] = ("decode", "prefill")

@@ -46,7 +46,13 @@ GGML_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
 }
 GGML_CAPABILITIES = Capabilities(
-    lse=False, alibi=False, plans=False, strided=False, dtypes=("float16",), caches=GGML_CACHES
+    lse=False,
+    alibi=False,
+    plans=False,
+    strided=False,
+    zero_for_empty_rows=False,
+    dtypes=("float16",),
+    caches=GGML_CACHES,
 )
 _HALF = ("float16", "bfloat16")
 _PLAIN = Capabilities(

@@ -65,7 +65,7 @@ class Products:
     """
 
     tile: int
-    stopwatch: Stopwatch
+    stopwatch: Stopwatch[str]
     gpus: int = 1
     checked: dict[tuple[int, ...], bool] = field(default_factory=dict)
 

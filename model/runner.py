@@ -106,7 +106,7 @@ class Runner:
         self.architecture = architecture
         self.device = device
         self.attention_type = FLOAT_TYPES[attention_type].dtype
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch: Stopwatch[str] = Stopwatch(device)
         self.products = Products(0, self.stopwatch, gpus)
         self.stream = TensorStream(
             architecture.file, device, self.stopwatch, share=share, dtype=COMPUTE_TYPES[compute]

@@ -47,7 +47,7 @@ class Stepper:
         self.architecture, self.arms, self.device = architecture, list(arms), device
         self.attention_type = attention_type
         self.keep_weights = keep_weights
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch: Stopwatch[str] = Stopwatch(device)
         self.products = Products(0, self.stopwatch, gpus)
         self.stream = TensorStream(architecture.file, device, self.stopwatch)
         self.length = 0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 
 # Measurements that are kept before the device is asked for them.
 _MOST_PENDING = 8192
 
+Kind = TypeVar("Kind", bound=Hashable)
 
-class Stopwatch:
+
+class Stopwatch(Generic[Kind]):
     """Seconds by kind (`products`, `weights`, ...), and operations of the products.
 
     Kinds nest: what an inner one takes is not counted in the outer.
@@ -21,15 +24,15 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.flop = 0.0
-        self._seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._pending: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[Kind, float] = {}
+        self._open: list[Kind] = []
+        self._pending: list[tuple[Kind, Kind | None, torch.cuda.Event, torch.cuda.Event]] = []
         # Looking the stream up, and making an event, each take the host as long as a launch.
         self._stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self._events: list[torch.cuda.Event] = []
 
     @property
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> dict[Kind, float]:
         """Seconds so far; waits for the device."""
         self._settle()
         return dict(self._seconds)
@@ -39,14 +42,14 @@ class Stopwatch:
         self._seconds.clear()
         self.flop = 0.0
 
-    def restore(self, seconds: dict[str, float], flop: float) -> None:
+    def restore(self, seconds: dict[Kind, float], flop: float) -> None:
         """Go on from what was measured before."""
         self.reset()
         self._seconds |= seconds
         self.flop = flop
 
     @contextmanager
-    def time(self, kind: str) -> Iterator[None]:
+    def time(self, kind: Kind) -> Iterator[None]:
         outer = self._open[-1] if self._open else None
         self._open.append(kind)
         if self._stream is not None:
@@ -77,7 +80,7 @@ class Stopwatch:
                 self._events += begin, end
             self._pending.clear()
 
-    def _add(self, kind: str, outer: str | None, seconds: float) -> None:
+    def _add(self, kind: Kind, outer: Kind | None, seconds: float) -> None:
         self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
         if outer is not None:
             self._seconds[outer] = self._seconds.get(outer, 0.0) - seconds

@@ -66,7 +66,7 @@ class TensorStream:
         self,
         file: GGUFFile,
         device: torch.device,
-        stopwatch: Stopwatch,
+        stopwatch: Stopwatch[str],
         *,
         ahead_bytes: int | None = None,
         share: Share | None = None,

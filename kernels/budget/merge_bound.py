@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from verify.kernels.budget.sums import gamma
 from verify.kernels.merge import Part
 from verify.kernels.numbers import EXP_UNDERFLOW, U_F32
 
@@ -73,10 +74,10 @@ def merge_bound(parts: Sequence[BoundedPart], u: float = U_F32) -> BoundedPart:
     up, low = w * torch.exp(eta), torch.where(empty, 1.0, (w * torch.exp(-eta)).sum(0))
     error = (spread[..., None] * (out - merged).abs() + up[..., None] * known).sum(0) / low[..., None]
     weighed = (up[..., None] * (out.abs() + known)).sum(0) / low[..., None]
-    error = error + _gamma(2 * count + 4, u) * weighed
+    error = error + gamma(2 * count + 4, u) * weighed
     error = error + count * (EXP_UNDERFLOW * out.abs().amax(0) + 2.0**-149)
     lse_error = torch.maximum(torch.log1p(spread.sum(0) / safe), -torch.log(low / safe))
-    lse_error = lse_error + _gamma(count + 2, u) + 4 * u * math.log(count)
+    lse_error = lse_error + gamma(count + 2, u) + 4 * u * math.log(count)
     lse_error = lse_error + 2 * u * torch.where(empty, 0.0, log).abs()
     return BoundedPart(
         merged,
@@ -84,7 +85,3 @@ def merge_bound(parts: Sequence[BoundedPart], u: float = U_F32) -> BoundedPart:
         torch.where(empty[..., None], 0.0, error),
         torch.where(empty, 0.0, lse_error),
     )
-
-
-def _gamma(depth: int, u: float) -> float:
-    return depth * u / (1 - depth * u)

@@ -29,9 +29,9 @@ _LEAST_EXPONENT, _MOST_EXPONENT = -14, 16
 SMALLEST_NUMBERS = 64.0
 
 
-def gamma(depth: torch.Tensor, u: float) -> torch.Tensor:
-    """d u / (1 - d u), infinite from d u = 1."""
-    du = depth * u
+def gamma(depth: torch.Tensor | int, u: float) -> torch.Tensor:
+    """d u / (1 - d u), infinite from d u = 1; of a number, float64 without dimensions."""
+    du = depth * u if isinstance(depth, torch.Tensor) else torch.tensor(depth * u, dtype=torch.float64)
     return torch.where(du < 1, du / (1 - du).clamp(min=1e-300), torch.inf)
 
 

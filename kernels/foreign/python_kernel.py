@@ -101,6 +101,7 @@ class PythonKernel(Kernel):
             deterministic=bool(self.deterministic),
             row_alone=False,
             strided=False,
+            zero_for_empty_rows=False,
         )
 
     def run(self, call: Call) -> Result:

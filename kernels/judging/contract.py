@@ -1,8 +1,8 @@
 """What the contract asks for and serving engines never do: a row that sees no key.
 
-Such a row is 0, with an lse of -inf. A kernel of others that gives NaN there, a user's or an engine's, is
-right wherever anybody calls it: a named finding, which makes it `broken` only where that is asked for
-(`--strict`).
+Such a row is 0, with an lse of -inf. A kernel that does not promise it (a user's, an engine's, by
+`Capabilities.zero_for_empty_rows`) and gives NaN there is right wherever anybody calls it: a named finding,
+which makes it `broken` only where that is asked for (`--strict`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,6 @@ from verify.kernels.errors import KernelFailure
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import ProbeFailure
 from verify.kernels.kernel import Kernel
-from verify.kernels.plans.spec import parse_spec
-
-# Kernels of others, which never heard of the contract.
-OF_OTHERS = ("py", "ggml")
-
-
-def may_ignore_empty_rows(spec: str) -> bool:
-    """Whether a row that sees no key is none of this kernel's business."""
-    return parse_spec(spec).name in OF_OTHERS
 
 
 def empty_row_sentence(spec: str, got: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from verify.judge.verdict import Verdict
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +52,42 @@ class TensorParallelRecord:
 
     gpus: int
     kv_heads_by_gpu: list[int]  # in the first layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What every run with a model says first."""
+
+    schema: int  # `SCHEMA` when it was written
+    command: str  # `ppl` or `gen`
+    verdict: str  # or `void`, where nothing was measured
+    exit_code: int  # of the verdict
+    reasons: list[str]  # for the verdict, sentences
+    notes: list[str]  # what a reader of it must know
+    settings: dict[str, Any]  # `PplSettings` or `GenSettings`, by field
+    environment: dict[str, Any]  # what it ran on
+    model: ModelRecord  # what it was about
+    tensor_parallel: TensorParallelRecord | None = None  # None: one GPU is reproduced
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmOfRun:
+    """What every arm says first."""
+
+    name: str  # unique in the run
+    role: str  # see `verify.arms.arm`
+    spec: str  # of its kernel, or the file of an engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOfRun:
+    """What every candidate beside its baseline says first."""
+
+    reference: str  # name of the baseline's arm
+    candidate: str  # name of the candidate's
+    path: str  # decode or prefill
+    verdict: Verdict  # on this candidate
+    reasons: list[str]  # for it, sentences
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,7 @@ def _ladder_on(model: str, windows: Any, n_vocab: int, device: str | None) -> La
     """A ladder on windows [W, n_ctx] of the files themselves, BOS put where the engine puts it."""
     import numpy as np
 
-    from verify.data.windows import Windows
+    from verify.data.windows import ScoredRows, Windows
     from verify.explain.climb import measure
     from verify.explain.reference import ReferencePasses
     from verify.machine.environment import prepare_torch
@@ -241,7 +241,7 @@ def _ladder_on(model: str, windows: Any, n_vocab: int, device: str | None) -> La
         cut = Windows(
             tokens=tokens,
             n_ctx=n_ctx,
-            first_scored=n_ctx // 2,
+            first_scored=ScoredRows.second_half(n_ctx).first,
             n_tokens_total=tokens.size,
             overwritten=first if tokenizer.add_bos else None,
         )

@@ -11,7 +11,7 @@ from verify.arms.attempt import Attempt, attempt
 from verify.diff.cells import CellInputs, KernelEvidence, by_cache
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput
-from verify.kernels.judging.contract import empty_row_sentence, may_ignore_empty_rows, of_empty_rows
+from verify.kernels.judging.contract import empty_row_sentence, of_empty_rows
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import Probe, ProbeFailure, judge, on_cache, probe_makers
 from verify.kernels.kernel import Kernel
@@ -66,9 +66,8 @@ def probe_kernels(
                 seen = on_cache(probe, kernels[which[0]].held(probe.call))
                 failures = _failures([kernels[i] for i in which], seen, [tried[i] for i in which])
                 for i, failed in zip(which, failures, strict=True):
-                    excused = (
-                        [] if strict or not may_ignore_empty_rows(kernels[i].spec) else failed.empty_rows
-                    )
+                    promised = strict or kernels[i].capabilities().zero_for_empty_rows
+                    excused = [] if promised else failed.empty_rows
                     if excused and not found[i].contract:
                         found[i].contract = empty_row_sentence(kernels[i].spec, f"{excused[0].got:.3g}")
                     wrong = failed.others if excused else [*failed.others, *failed.empty_rows]

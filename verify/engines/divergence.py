@@ -15,7 +15,6 @@ above: the largest logarithm lies on the grid.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,14 +22,13 @@ import numpy as np
 
 from verify.engines.logits_file import CLIP_WIDTHS, LARGEST_CODE, LogitsFile, Records
 from verify.machine.errors import UsageError
+from verify.machine.terminal import Progress
 
 # llama-perplexity leaves out what is less likely than exp(-16).
 SMALLEST_LOG_PROB = -16.0
 # A clipped record spans its width up to float32's rounding of numbers of 20 or so.
 CLIP_TOLERANCE = 1e-4
 MOST_THREADS = 4
-
-Progress = Callable[[int, int], None]
 
 
 class FileScores(NamedTuple):

@@ -28,6 +28,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from verify.data.windows import ScoredRows
 from verify.machine.errors import UsageError
 
 MAGIC = b"_logits_"
@@ -50,13 +51,17 @@ class Layout(NamedTuple):
     n_chunk: int
 
     @property
+    def rows(self) -> ScoredRows:
+        return ScoredRows.second_half(self.n_ctx)
+
+    @property
     def first_scored(self) -> int:
-        return self.n_ctx // 2
+        return self.rows.first
 
     @property
     def scored(self) -> int:
         """Records of one window."""
-        return self.n_ctx - 1 - self.first_scored
+        return self.rows.per_window
 
     @property
     def record_bytes(self) -> int:

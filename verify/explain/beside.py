@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from verify.arms.likelihood import losses
 from verify.engines.logprob_files import LogprobFile
-from verify.explain.reference import EXACT, ReferencePasses, losses
+from verify.explain.reference import EXACT, ReferencePasses
 from verify.machine.errors import UsageError
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from verify.arms.likelihood import losses
 from verify.data.windows import Windows
 from verify.engines.ladder import Ladder, LadderStep, StepKind
 from verify.explain.reference import (
@@ -16,14 +16,12 @@ from verify.explain.reference import (
     Pass,
     ReferencePasses,
     divergences,
-    losses,
     unseen_key,
     wrong_head,
 )
 from verify.judge.statistics import paired_difference, window_interval
 from verify.kernels.errors import KernelFailure
-
-Progress = Callable[[int, int], None]
+from verify.machine.terminal import Progress
 
 
 class Rung(NamedTuple):

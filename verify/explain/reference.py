@@ -7,13 +7,14 @@ is what two engines differ by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from verify.arms.arm import Arm, ArmRunner
+from verify.arms.likelihood import divergence, log_probabilities
 from verify.kernels.errors import KernelFailure
 from verify.kernels.faults.altered import AlteredKernel, newest_key_unseen, next_heads_keys
 from verify.kernels.kernel import Kernel
@@ -102,19 +103,6 @@ class ReferencePasses:
 
 def divergences(of: torch.Tensor, to: torch.Tensor) -> np.ndarray:
     """KL(to, of) of every row of logits [n, vocabulary], in float64."""
-    found = []
-    for p, q in _pieces(to, of):
-        found.append((p.exp() * (p - q)).sum(-1))
+    pieces = zip(to.split(_ROWS), of.split(_ROWS), strict=True)
+    found = [divergence(log_probabilities(p), log_probabilities(q)) for p, q in pieces]
     return torch.cat(found).cpu().numpy()
-
-
-def losses(logits: torch.Tensor, targets: Sequence[int]) -> np.ndarray:
-    """-ln p of the tokens that came, of every row [n, vocabulary]."""
-    at = torch.tensor(list(targets), device=logits.device)
-    picked = logits.gather(1, at[:, None])[:, 0].double()
-    return (torch.logsumexp(logits.double(), -1) - picked).cpu().numpy()
-
-
-def _pieces(*logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    for first in range(0, len(logits[0]), _ROWS):
-        yield tuple(torch.log_softmax(x[first : first + _ROWS].double(), -1) for x in logits)

@@ -6,10 +6,8 @@ Fields are the keys of the file, in its order; `docs/generation.md` has the same
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from verify.arms.records import CoverageRecord, ModelRecord, TensorParallelRecord
-from verify.judge.verdict import Verdict
+from verify.arms.records import ArmOfRun, CoverageRecord, PairOfRun, RunRecord
 
 DISTANCE_KIND = "attention output, on the exact arm's q, k, v"
 
@@ -24,12 +22,9 @@ class PromptRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenArmRecord:
+class GenArmRecord(ArmOfRun):
     """One arm over all steps."""
 
-    name: str  # unique in the run
-    role: str  # see `verify.arms.arm`
-    spec: str  # of its kernel
     tokens: int  # steps that it ran
     text: str | None  # what it wrote; None for arms that write nothing
     kld_to_exact_mean: float  # nats a token
@@ -85,14 +80,9 @@ class ClosestStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenPairRecord:
+class GenPairRecord(PairOfRun):
     """One candidate against the baseline: the verdict, and what it rests on."""
 
-    reference: str  # name of the baseline's arm
-    candidate: str  # name of the candidate's
-    path: str  # decode
-    verdict: Verdict  # on this candidate
-    reasons: list[str]  # for it, sentences
     distance_ratio: float | None  # of the kernels' own errors; None where too little is known
     distance_ratio_ci: tuple[float, float] | None  # 99.9 %
     distance_kind: str = DISTANCE_KIND  # what the ratio is of
@@ -119,19 +109,9 @@ class GenSpeed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenRun:
+class GenRun(RunRecord):
     """One whole run."""
 
-    schema: int  # see `verify.arms.records.SCHEMA`
-    command: str  # `gen`
-    verdict: str  # or `void`, where nothing was measured
-    exit_code: int  # of the verdict
-    reasons: list[str]  # for the verdict, sentences
-    notes: list[str]  # what a reader of it must know
-    settings: dict[str, Any]  # `GenSettings`, by field
-    environment: dict[str, Any]  # what it ran on
-    model: ModelRecord  # what wrote
-    tensor_parallel: TensorParallelRecord | None = None  # None: one GPU is reproduced
     prompt: PromptRecord  # what was gone on with
     arms: list[GenArmRecord]  # every one
     pairs: list[GenPairRecord]  # one a candidate

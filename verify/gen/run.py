@@ -16,6 +16,7 @@ import torch
 
 from verify.arms.arm import Arm, ArmRunner, Findings
 from verify.arms.building import build_arms, close_kernels, kernel_notes
+from verify.arms.likelihood import divergence, log_probabilities
 from verify.arms.model_facts import match_baselines, try_kernels
 from verify.arms.split_mode import check_model
 from verify.gen.checks import CheckedExact
@@ -276,13 +277,13 @@ class Generation:
 
 def _step(n_kv: int, token: int, logits: dict[str, torch.Tensor], reference_of: dict[str, str]) -> Step:
     """The scores of every arm; logits [vocabulary] each, float32. Divergences in float64."""
-    logs = {name: torch.log_softmax(x.double(), -1) for name, x in logits.items()}
+    logs = {name: log_probabilities(x) for name, x in logits.items()}
     first, second = logits["baseline"].topk(2).indices.tolist()
 
     def kld(of: str, to: str | None) -> float:
         if to not in logs:
             return float("nan")
-        return float((logs[to].exp() * (logs[to] - logs[of])).sum())
+        return float(divergence(logs[to], logs[of]))
 
     arms = {}
     for name, x in logits.items():

@@ -16,7 +16,7 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from verify.kernels.capabilities import Capabilities, Promise
-from verify.kernels.judging.contract import empty_row_finding, may_ignore_empty_rows
+from verify.kernels.judging.contract import empty_row_finding
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
 from verify.kernels.numbers import FLOAT_TYPES
@@ -130,7 +130,7 @@ def subject_of(spec: str, device: torch.device | str = "cpu", *, strict: bool = 
     with suppress(Exception):
         kernel.run(subject.simplest.call(subject.device))
     subject.capabilities = kernel.capabilities()
-    if not strict and may_ignore_empty_rows(spec):
+    if not strict and not subject.capabilities.zero_for_empty_rows:
         with suppress(Exception):
             if (sentence := empty_row_finding(kernel, device=device)) is not None:
                 subject.capabilities = replace(subject.capabilities, empty_rows=False)

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from verify.model.stopwatch import Stopwatch
+
 
 class StageClock:
-    """Seconds of each stage, by n_kv. A GPU's queue is emptied at both ends of a stage, so that work counts
-    where it was asked for."""
+    """Seconds of each stage, by n_kv: a stopwatch whose kinds are both. Stages do not overlap."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, dict[int, float]] = {}
+        self._stopwatch: Stopwatch[tuple[str, int]] = Stopwatch(device)
+
+    @property
+    def seconds(self) -> dict[str, dict[int, float]]:
+        """Seconds so far, by stage and n_kv; waits for the device."""
+        found: dict[str, dict[int, float]] = {}
+        for (name, n_kv), seconds in self._stopwatch.seconds.items():
+            found.setdefault(name, {})[n_kv] = seconds
+        return found
 
     @contextmanager
     def stage(self, name: str, n_kv: int) -> Iterator[None]:
-        """Counts what runs inside as this stage. Stages do not overlap."""
-        began = self._now()
-        try:
+        """Counts what runs inside as this stage."""
+        with self._stopwatch.time((name, n_kv)):
             yield
-        finally:
-            of_stage = self.seconds.setdefault(name, {})
-            of_stage[n_kv] = of_stage.get(n_kv, 0.0) + self._now() - began
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.monotonic()
 
     def to_json(self) -> dict[str, dict[str, float]]:
         """Seconds by stage and n_kv, and by stage in all."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+# Takes what is done, and all there is to do.
+Progress = Callable[[int, int], None]
 # Wide enough for our tables in a pipe, where there is no terminal to ask.
 PIPE_WIDTH = 132
 # Words of a table are folded to this many letters a line where a terminal is narrow.

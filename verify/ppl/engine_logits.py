@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from verify.arms.likelihood import log_probabilities
 from verify.data import Windows
 from verify.engines.divergence import check_tokens
 from verify.engines.logits_file import LogitsFile, LogitsWriter
@@ -85,19 +86,19 @@ class LogitsFiles:
 
     def pass_through(self, piece: LogitSlice, first_window: int) -> LogitSlice:
         """Save exact's logits, and add the engines' own. The slice must hold the whole vocabulary."""
-        scored = self.windows.scored_per_window
-        first = first_window * scored + piece.rows.start
+        window, row = self.windows.rows.place(piece.rows.start)
+        window += first_window
         if self._writer is not None and EXACT in piece.logits:
             mine = piece.logits[EXACT][: len(piece.rows)]
-            self._writer.write(first // scored, first % scored, mine.float().cpu().numpy())
+            self._writer.write(window, row, mine.float().cpu().numpy())
         tile, device = next((len(x), x.device) for x in piece.logits.values())
         found = dict(piece.logits)
         if self.against:
-            exact = torch.log_softmax(piece.logits[EXACT][: len(piece.rows)].double(), -1).float()
+            exact = log_probabilities(piece.logits[EXACT][: len(piece.rows)]).float()
         for name, file in self.against.items():
             # Rows beyond the last only fill the tile.
             rows = torch.zeros((tile, self.vocabulary), device=device)
-            records = file.read(first // scored, first % scored, len(piece.rows))
+            records = file.read(window, row, len(piece.rows))
             clipped = torch.from_numpy(records.codes == 0).to(device)
             decoded = torch.from_numpy(records.log_probs()).to(device)
             rows[: len(piece.rows)] = torch.where(clipped, exact, decoded)

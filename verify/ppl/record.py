@@ -11,12 +11,12 @@ from typing import Any
 
 from verify.arms.records import (
     NOT_KNOWN,
+    ArmOfRun,
     CoverageRecord,
     InPlaceRecord,
-    ModelRecord,
-    TensorParallelRecord,
+    PairOfRun,
+    RunRecord,
 )
-from verify.judge.verdict import Verdict
 from verify.machine.records import record_from_json
 from verify.ppl.perplexity import Perplexity
 
@@ -55,12 +55,9 @@ class FrozenMeans:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmRecord:
+class ArmRecord(ArmOfRun):
     """One arm: what it is, and its free-running pass."""
 
-    name: str  # unique in the run
-    role: str  # see `verify.arms.arm`
-    spec: str  # of its kernel, or the file of an engine
     path: str  # decode or prefill
     ppl: float  # perplexity
     ppl_se: float  # its error bar
@@ -90,14 +87,9 @@ class FreeRatio:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairRecord:
+class PairRecord(PairOfRun):
     """One candidate against its baseline: what was measured, and the verdict on it."""
 
-    reference: str  # name of the baseline's arm
-    candidate: str  # name of the candidate's
-    path: str  # decode or prefill
-    verdict: Verdict  # on this candidate
-    reasons: list[str]  # for it, sentences
     theta: float | None = None  # mean over tokens of ln(KLD / KLD of the reference), frozen casts
     theta_se: float | None = None  # its standard error
     distance_ratio: float | None = None  # exp(theta / 2); None without finite divergences of both
@@ -295,20 +287,10 @@ class SpeedRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PplRun:
+class PplRun(RunRecord):
     """One whole run."""
 
-    schema: int  # see `verify.arms.records.SCHEMA`
-    command: str  # `ppl`
-    verdict: str  # or `void`, where nothing was measured
-    exit_code: int  # of the verdict
-    reasons: list[str]  # for the verdict, sentences
-    notes: list[str]  # what a reader of it must know
     engines: list[EngineRecord] = field(default_factory=list)  # with --against
-    settings: dict[str, Any]  # `PplSettings`, by field
-    environment: dict[str, Any]  # what it ran on
-    model: ModelRecord  # what it was about
-    tensor_parallel: TensorParallelRecord | None = None  # None: one GPU is reproduced
     corpus: CorpusRecord  # its text
     arms: list[ArmRecord]  # every one
     pairs: list[PairRecord]  # one a candidate and path

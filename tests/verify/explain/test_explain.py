@@ -9,9 +9,10 @@ import torch
 
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny
+from verify.arms.likelihood import losses
 from verify.explain.climb import UNCHANGED
 from verify.explain.flips import walk_window
-from verify.explain.reference import EXACT, Pass, ReferencePasses, losses, unseen_key
+from verify.explain.reference import EXACT, Pass, ReferencePasses, unseen_key
 
 PROMPT = "The river"
 
