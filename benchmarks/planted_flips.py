@@ -34,7 +34,7 @@ from verify.explain.flips import (
     Answer,
     Window,
     answer_of,
-    too_many,
+    together,
     walk_window,
 )
 from verify.explain.reference import BASELINE, EXACT, Pass, ReferencePasses, divergences
@@ -89,8 +89,9 @@ class Seen:
             return
         self.p += p.tolist()
         # The place of the first is where the texts part: it was chosen because it is a flip.
-        crowded = too_many(window.likely, at[1:].tolist(), int(at[0]))
-        self.answers.append(answer_of(float(p.min()), crowded, len(p)))
+        flips = dict(zip(at.tolist(), p.tolist(), strict=True))
+        joined = together(window.ratios, window.degrees, flips, int(at[0]))
+        self.answers.append(answer_of(float(p.min()), joined, len(p)))
 
     def line(self) -> str:
         counts = ", ".join(f"{n} {answer}" for answer, n in Counter(self.answers).items())

@@ -12,14 +12,16 @@ of Student's distribution with K + nu degrees of freedom:
     p      = 2 P(t > m / sigma)                     how rare a move as large as this is
     p_flip = 2 F (1 - F), F = P(t < m / sigma)      probability that two right arithmetics disagree here
 
-Over a whole text the flips that rounding makes are rare and independent: their number is Poisson's, with the
-mean sum P(t > m / sigma) over positions and over the most likely tokens after the first.
+Over a whole text the flips that rounding makes are rare and independent: the number of those with a p of at
+most L is Poisson's, with the mean sum P(t > max(m / sigma, t_L)) over positions and over the most likely
+tokens after the first, t_L the quantile of p = L. Two flips of p = 1e-4 in one text are no chance, though each
+may be.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,10 +44,13 @@ DRAWS = (
 PRIOR = 4
 # A move this rare, or rarer, is not rounding's; one up to the other is. Between them nothing is said.
 TOO_RARE, COMMON = 1e-6, 1e-3
+# Flips are counted by how rare they are: all, and those with p up to each of these.
+LEVELS = (1.0, 1e-2, 1e-3, 1e-4)
 SEEN_WITH = 0.95
 # Tokens after the most likely one that may overtake it.
 RIVALS = 3
 _LARGEST_FAULT = 20.0
+_LEAST = 1e-300
 
 
 class Position(NamedTuple):
@@ -74,19 +79,18 @@ class Walked(NamedTuple):
     flips: list[Position]
 
     @property
-    def likely(self) -> np.ndarray:
-        """Probability of a flip by rounding at each position [n], from above where rivals are close."""
-        return np.minimum(stats.t.sf(self.margins / self.sigmas, self.degrees).sum(1), 1.0)
-
-    @property
     def expected(self) -> float:
         """Flips that rounding makes in the whole text."""
-        return float(self.likely.sum())
+        return float(likely(self.margins / self.sigmas, self.degrees).sum())
 
-    def too_many(self, without: int | None = None) -> float:
-        """Probability of as many flips by rounding alone; `without`: the one whose place was chosen."""
-        at = [f.at - self.first for f in self.flips if f.at != without]
-        return too_many(self.likely, at, None if without is None else without - self.first)
+    def together(self, sought: int | None = None) -> float:
+        """See `together`; sought: where the texts part."""
+        return together(
+            self.margins / self.sigmas,
+            self.degrees,
+            {f.at - self.first: f.p for f in self.flips},
+            None if sought is None else sought - self.first,
+        )
 
 
 class Window(NamedTuple):
@@ -100,14 +104,14 @@ class Window(NamedTuple):
     degrees: int
 
     @property
-    def likely(self) -> np.ndarray:
-        """As Walked.likely."""
-        margins = _margins(self.logits).cpu().numpy()
-        return np.minimum(stats.t.sf(margins / self.sigmas, self.degrees).sum(1), 1.0)
+    def ratios(self) -> np.ndarray:
+        """Margins over what rounding moves them by [n, RIVALS]."""
+        return np.asarray(_margins(self.logits).cpu().numpy() / self.sigmas)
 
     @property
     def expected(self) -> float:
-        return float(self.likely.sum())
+        """As Walked.expected."""
+        return float(likely(self.ratios, self.degrees).sum())
 
     def moves_of(self, logits: torch.Tensor) -> np.ndarray:
         """[n]: how far another pass moves the margin of the two most likely tokens, in sigmas."""
@@ -208,27 +212,46 @@ def _margins(columns: torch.Tensor) -> torch.Tensor:
     return columns[:, :1] - columns[:, 1:]
 
 
-def too_many(likely: np.ndarray, flips: Sequence[int], without: int | None) -> float:
-    """Probability that rounding alone makes as many flips.
+def likely(ratios: np.ndarray, degrees: int, level: float = 1.0) -> np.ndarray:
+    """Probability of a flip by rounding at each position [n], of those alone whose p is at most `level`.
 
-    likely: of a flip at each position [n]; flips: positions of those seen, without `without`, the one whose
-    place was chosen because it is a flip.
+    ratios: margins over what rounding moves them by [n, rivals]. From above where rivals are close.
     """
-    if not len(flips):
-        return 1.0
-    mean = float(likely.sum() - (0.0 if without is None else likely[without]))
-    return float(stats.poisson.sf(len(flips) - 1, mean))
+    beyond = np.maximum(ratios, stats.t.isf(level / 2, degrees))
+    return np.asarray(np.minimum(stats.t.sf(beyond, degrees).sum(1), 1.0))
 
 
-def answer_of(rarest: float, crowded: float, flips: int) -> Answer:
+def together(ratios: np.ndarray, degrees: int, flips: Mapping[int, float], sought: int | None) -> float:
+    """Probability that rounding alone makes flips so many and so rare.
+
+    ratios [n, rivals]: see `likely`; flips: p of each by its position; sought: the position that was chosen
+    because it is a flip. That one counts by how rare it is *among flips*, all others by how many there are as
+    rare as LEVELS (Poisson; the least of these tails, times their number). Fisher's method joins the two.
+    """
+    p_sought = 1.0
+    if sought in flips:
+        among = likely(ratios, degrees, flips[sought]).sum() / likely(ratios, degrees).sum()
+        p_sought = min(float(among), 1.0)
+    p_others = 1.0
+    for level in LEVELS:
+        count = sum(p <= level for at, p in flips.items() if at != sought)
+        if count:
+            at_each = likely(ratios, degrees, level)
+            mean = float(at_each.sum() - (0.0 if sought is None else at_each[sought]))
+            p_others = min(p_others, len(LEVELS) * float(stats.poisson.sf(count - 1, mean)))
+    joined = max(p_sought * p_others, _LEAST)
+    return joined if sought not in flips else joined * (1 - math.log(joined))
+
+
+def answer_of(rarest: float, joined: float, flips: int) -> Answer:
     """What a text's flips come to.
 
-    rarest: the least p of its flips; crowded: see `too_many`; flips: how many p's `rarest` is the least of.
+    rarest: the least p of its flips; joined: see `together`; flips: how many p's `rarest` is the least of.
     """
-    if rarest < TOO_RARE or crowded < TOO_RARE:
+    if rarest < TOO_RARE or joined < TOO_RARE:
         return "not explained"
     # Of many flips one is rare by chance.
-    return "inconclusive" if rarest < COMMON / max(flips, 1) or crowded < COMMON else "tie"
+    return "inconclusive" if rarest < COMMON / max(flips, 1) or joined < COMMON else "tie"
 
 
 def worst(walked: Walked) -> Position | None:

@@ -247,7 +247,7 @@ def _answer(found: Explained, walked: dict[str, Walked], at: int) -> None:
     """The verdict and its sentences."""
     bad = {side: worst(w) for side, w in walked.items()}
     rare = {side: 1.0 if f is None else f.p for side, f in bad.items()}
-    crowded = {side: w.too_many(at) for side, w in walked.items()}
+    joined = {side: w.together(at) for side, w in walked.items()}
     looked = {side: len(w.margins) for side, w in walked.items()}
     for side, w in walked.items():
         others = [f for f in w.flips if f.at != at]
@@ -256,19 +256,19 @@ def _answer(found: Explained, walked: dict[str, Walked], at: int) -> None:
             f"{side}'s other {looked[side] - 1} tokens: {len(others)} are not exact attention's first choice"
             f" (rounding makes {w.expected:.1g}), of which rounding explains {len(others) - unexplained}"
         )
-    if rare["A"] < TOO_RARE or crowded["A"] < TOO_RARE:
+    if rare["A"] < TOO_RARE or joined["A"] < TOO_RARE:
         found.sentences.append(
             "A itself is not this model's greedy text: sampled, other weights, another prompt, or A has the"
             f" fault{_where(bad['A'])}"
         )
         return
     flips = sum(len(w.flips) for w in walked.values())
-    found.answer = answer_of(min(rare.values()), min(crowded.values()), flips)
+    found.answer = answer_of(min(rare.values()), min(joined.values()), flips)
     if found.answer == "not explained":
         reason = (
             f"rounding moves so far once in {1 / max(rare['B'], 1e-99):.1g} times{_where(bad['B'])}"
             if rare["B"] < TOO_RARE
-            else f"rounding alone makes so many flips with probability {crowded['B']:.1g}"
+            else f"rounding alone makes flips so many and so rare with probability {joined['B']:.1g}"
         )
         found.sentences.append(f"not explained by rounding: {reason}")
         return

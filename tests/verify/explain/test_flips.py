@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from verify.explain.flips import DRAWS, Walked, answer_of, detectable, too_many, walk, worst
+from verify.explain.flips import DRAWS, LEVELS, Walked, answer_of, detectable, together, walk, worst
 from verify.explain.reference import Pass
 from verify.explain.texts import Tokens, explain_texts
 
@@ -154,7 +155,7 @@ def test_texts_that_end_elsewhere(more: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rarest", "crowded", "flips", "answer"),
+    ("rarest", "joined", "flips", "answer"),
     [
         (1.0, 1.0, 0, "tie"),
         (2e-3, 1.0, 1, "tie"),
@@ -167,13 +168,31 @@ def test_texts_that_end_elsewhere(more: int) -> None:
         (0.5, 9e-7, 9, "not explained"),
     ],
 )
-def test_what_flips_come_to(rarest: float, crowded: float, flips: int, answer: str) -> None:
-    assert answer_of(rarest, crowded, flips) == answer
+def test_what_flips_come_to(rarest: float, joined: float, flips: int, answer: str) -> None:
+    assert answer_of(rarest, joined, flips) == answer
 
 
-def test_flips_are_counted_but_for_the_one_that_was_sought() -> None:
-    likely = np.full(100, 0.01)
-    assert too_many(likely, [], None) == 1.0
-    assert too_many(likely, [3], None) == pytest.approx(1 - math.exp(-1.0))
-    assert too_many(likely, [3], 0) == pytest.approx(1 - math.exp(-0.99))
-    assert too_many(likely, list(range(1, 13)), 0) < 1e-9
+def test_flips_count_by_their_number_and_by_their_rareness() -> None:
+    # 1,000 positions with one rival each, 3 sigmas away: rounding makes 5.5 flips with 12 degrees of freedom.
+    ratios, degrees = np.full((1000, 1), 3.0), 12
+    mean = 1000 * stats.t.sf(3.0, degrees)
+    p = 2 * stats.t.sf(3.0, degrees)
+    assert together(ratios, degrees, {}, None) == 1.0
+    three = together(ratios, degrees, dict.fromkeys(range(3), p), None)
+    assert three == pytest.approx(min(1.0, len(LEVELS) * stats.poisson.sf(2, mean)))
+    assert together(ratios, degrees, dict.fromkeys(range(30), p), None) < 1e-9
+    # Rare ones count more than common ones do.
+    rare = together(ratios, degrees, {1: 1e-5, 2: 1e-5}, None)
+    few = 1000 * stats.t.sf(stats.t.isf(1e-4 / 2, degrees), degrees)
+    assert rare == pytest.approx(len(LEVELS) * stats.poisson.sf(1, few))
+
+
+def test_the_flip_that_was_sought_counts_among_flips_alone() -> None:
+    ratios, degrees = np.full((100, 1), 3.0), 12
+    p = 2 * stats.t.sf(3.0, degrees)
+    assert together(ratios, degrees, {7: p}, 7) == pytest.approx(1.0)
+    among = 1e-5 / p
+    assert together(ratios, degrees, {7: 1e-5}, 7) == pytest.approx(among * (1 - math.log(among)))
+    # With a second flip as rare it is less likely than by itself.
+    both = together(ratios, degrees, {7: 1e-5, 8: 1e-5}, 7)
+    assert both < 0.1 * together(ratios, degrees, {7: 1e-5}, 7)
