@@ -14,8 +14,8 @@ of Student's distribution with K + nu degrees of freedom:
 
 Over a whole text the flips that rounding makes are rare and independent: the number of those with a p of at
 most L is Poisson's, with the mean sum P(t > max(m / sigma, t_L)) over positions and over the most likely
-tokens after the first, t_L the quantile of p = L. Two flips of p = 1e-4 in one text are no chance, though each
-may be.
+tokens after the first, t_L the quantile of p = L. Two flips of p = 1e-4 in one text are no chance, though
+each may be.
 """
 
 from __future__ import annotations
