@@ -47,6 +47,7 @@ class Capabilities:
     row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
     head size than keys; strided: sees keys and values where they lie, not copies; paths, devices, dtypes (by
     torch's names): which of them; k_sizes, ratios: the head sizes and ratios it has, None for all;
+    softcap_sizes: the head sizes at which it takes a softcap, None for all that it has;
     size_multiple: what head sizes of keys and values are multiples of (a quantised cache holds them in
     blocks); caches: quantised cache types that the option `cache=` of its specification takes.
     """
@@ -70,6 +71,7 @@ class Capabilities:
     devices: tuple[str, ...] = ("cpu", "cuda")
     k_sizes: tuple[int, ...] | None = None
     ratios: tuple[int, ...] | None = None
+    softcap_sizes: tuple[int, ...] | None = None
     size_multiple: int = 1
     caches: tuple[str, ...] = ()
 
@@ -86,7 +88,11 @@ class Capabilities:
             has = getattr(self, what)
             if set(has) < set(getattr(all_of, what)):
                 found.append(f"has only {what} {', '.join(has)}")
-        for what, some in (("head sizes", self.k_sizes), ("ratios", self.ratios)):
+        for what, some in (
+            ("head sizes", self.k_sizes),
+            ("ratios", self.ratios),
+            ("a softcap at head sizes", self.softcap_sizes),
+        ):
             if some is not None:
                 found.append(f"has only {what} {', '.join(map(str, some))}")
         if self.size_multiple > 1:
@@ -118,6 +124,7 @@ class Capabilities:
             ("device", call.q.device.type, self.devices),
             ("head size", shape.k_size, self.k_sizes),
             ("ratio", shape.ratio, self.ratios),
+            ("softcap at head size", shape.k_size, self.softcap_sizes if call.softcap is not None else None),
         ):
             if allowed is not None and value not in allowed:
                 missing.append(f"has no {what} {value} (has {', '.join(map(str, allowed))})")

@@ -26,6 +26,10 @@ from verify.kernels.plans.plan import Plan, parse_heads
 from verify.kernels.plans.spec import Spec, choice, number
 from verify.kernels.trace import Launched, Signature
 
+# Its CUDA kernels are compiled with a softcap at these head sizes alone. At others the library says that it
+# supports the call, and aborts (seen with mainline's 0.12.0 at 64).
+CUDA_SOFTCAP_SIZES = (128, 256)
+
 
 class GgmlKernel(Kernel):
     """The operator of one library on one of its backends."""
@@ -54,7 +58,12 @@ class GgmlKernel(Kernel):
         self.binary: str = said["binary"]
         blocks = 1 if cache == "f16" else BLOCK
         # What any call may ask for, whatever head groups it brings.
-        self._takes = replace(GGML_CAPABILITIES, sinks=bool(said["sinks"]), size_multiple=blocks)
+        self._takes = replace(
+            GGML_CAPABILITIES,
+            sinks=bool(said["sinks"]),
+            size_multiple=blocks,
+            softcap_sizes=CUDA_SOFTCAP_SIZES if backend == "cuda" else None,
+        )
 
     @classmethod
     def from_spec(cls, spec: Spec) -> GgmlKernel:

@@ -50,3 +50,12 @@ def test_our_kernels_state_theirs() -> None:
     mine = build_kernel("py:tests/support/user_kernels.py::good").capabilities()
     assert mine.lacks("sinks", "plans") is not None
     assert mine.lacks("ragged", "empty_rows") is None
+
+
+def test_a_softcap_may_be_had_at_some_head_sizes_alone() -> None:
+    some = Capabilities(softcap_sizes=(128, 256))
+    assert some.refuses(problem()) is None
+    asked = replace(problem(), softcap=30.0)
+    assert some.refuses(asked) == "has no softcap at head size 32 (has 128, 256)"
+    assert replace(some, softcap_sizes=(32,)).refuses(asked) is None
+    assert some.limits() == ["has only a softcap at head sizes 128, 256"]
