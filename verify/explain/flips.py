@@ -229,7 +229,7 @@ def together(ratios: np.ndarray, degrees: int, flips: Mapping[int, float], sough
     rare as LEVELS (Poisson; the least of these tails, times their number). Fisher's method joins the two.
     """
     p_sought = 1.0
-    if sought in flips:
+    if sought is not None and sought in flips:
         among = likely(ratios, degrees, flips[sought]).sum() / likely(ratios, degrees).sum()
         p_sought = min(float(among), 1.0)
     p_others = 1.0
