@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.capabilities import Capabilities
-from verify.kernels.here import LIBRARIES, why_not_flash, why_not_library
+from verify.kernels.here import LIBRARIES, why_not_flash, why_not_installed, why_not_library
 from verify.kernels.plans.spec import PLAN_OPTIONS
 
 TILE_OPTIONS: dict[str, str] = {
@@ -32,7 +32,11 @@ PYTHON_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
     "acc": "f32: the kernel is known to accumulate in float32, so that a tighter error budget applies",
     "deterministic": "yes: it promises the same bits for the same call; no: it does not; default: it is seen",
+    "layout": "order of its dimensions: bshd, bhsd, thd; default bshd, or as it is found",
+    "mask": "what a function without kv_len sees: none (all keys that it is given), causal; default: asked",
+    "dtype": "the one type that it takes: f16, bf16, f32",
 }
+HUB_OPTIONS = {name: PYTHON_OPTIONS[name] for name in ("acc", "layout", "mask", "dtype")}
 # With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
 # keeps sums of q in float16, and no budget has been derived for that.
 GGML_CACHES = ("q8_0", "q4_0", "q5_0", "iq4_nl")
@@ -131,7 +135,24 @@ CATALOGUE: dict[str, KernelEntry] = {
             FLASH_OPTIONS,
             why_not_flash,
         ),
-        KernelEntry("py", "your own: py:FILE.py::FUNCTION, run in a process of its own", PYTHON_OPTIONS),
+        KernelEntry(
+            "py",
+            "your own: py:FILE.py::FUNCTION or py:package.module::Class(size=64), in a process of its own;"
+            " options that are not listed are handed to it",
+            PYTHON_OPTIONS,
+        ),
+        KernelEntry(
+            "hub",
+            "a kernel of Hugging Face's hub, through its library `kernels`: hub:ORG/NAME::FUNCTION",
+            HUB_OPTIONS,
+            partial(why_not_installed, "kernels"),
+        ),
+        KernelEntry(
+            "hf",
+            "an attention function of transformers: hf:sdpa, hf:eager and what else is registered there",
+            {},
+            partial(why_not_installed, "transformers"),
+        ),
         KernelEntry(
             "ggml",
             "ggml_flash_attn_ext of a built llama.cpp or ik_llama.cpp, run in a process of its own",

@@ -35,6 +35,11 @@ def why_not_library(name: str) -> str | None:
     return None if has_cuda() else NO_CUDA
 
 
+def why_not_installed(name: str) -> str | None:
+    """Why a library that needs no GPU by itself cannot be used here, or None if it can."""
+    return None if util.find_spec(name) is not None else f"{name} is not installed"
+
+
 def _ask_torch() -> bool:
     import torch
 

@@ -14,9 +14,10 @@ from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.foreign.python_kernel import PythonKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.peers.flex import FlexKernel
+from verify.kernels.peers.hubs import hub_kernel, transformers_kernel
 from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.sdpa import SdpaKernel
-from verify.kernels.plans.spec import Spec, check_options, choice, parse_spec
+from verify.kernels.plans.spec import NAMES_CODE, Spec, check_options, choice, parse_spec
 from verify.kernels.plans.tile_options import parse_tile_options
 
 
@@ -35,12 +36,16 @@ BUILDERS: dict[str, Callable[[Spec], Kernel]] = {
     "flash": _flash,
     "py": PythonKernel.from_spec,
     "ggml": GgmlKernel.from_spec,
+    "hub": hub_kernel,
+    "hf": transformers_kernel,
     "sdpa": SdpaKernel.from_spec,
     "flex": lambda s: FlexKernel(s.text),
     **dict.fromkeys(LIBRARY_CAPABILITIES, LibraryKernel.from_spec),
 }
-# Kernels that run in a process of their own: starting one costs seconds, and how it cuts a call is not known.
-IN_OWN_PROCESS = frozenset({"py", "ggml"})
+# Kernels of others that do not say how they cut a call nor what type they return: running them shows it.
+UNTOLD = frozenset({"py", "ggml", "hub", "hf"})
+# Options that are not ours are the callable's, which says whether it has them.
+HANDS_ON = frozenset({"py", "hub"})
 
 
 def build_kernel(text: str) -> Kernel:
@@ -55,10 +60,11 @@ def build_kernel(text: str) -> Kernel:
             f"kernel {text!r}: unknown kernel {spec.name!r}{nearest(spec.name, CATALOGUE)}"
             f" (known: {', '.join(CATALOGUE)})"
         )
-    if spec.target and not entry.variants and spec.name != "py":
+    if spec.target and not entry.variants and spec.name not in NAMES_CODE:
         raise SpecError(f"kernel {text!r}: {spec.target!r} is not of the form option=value")
     if entry.variants and spec.target not in entry.variants:
         wanted = ", ".join(f"{entry.name}:{variant}" for variant in entry.variants)
         raise SpecError(f"kernel {text!r}: expected one of {wanted}")
-    check_options(spec, entry.options)
+    if spec.name not in HANDS_ON:
+        check_options(spec, entry.options)
     return BUILDERS[spec.name](spec)

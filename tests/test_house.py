@@ -55,7 +55,7 @@ def test_no_module_goes_by_a_name_that_others_have(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & {"kernels", "model", "data"}
 
 
-@pytest.mark.parametrize("name", ["worker", "python_servant", "ggml_servant"])
+@pytest.mark.parametrize("name", ["worker", "python_servant", "forms", "ggml_servant"])
 def test_the_worker_of_foreign_kernels_imports_nothing_of_ours(name: str) -> None:
     names = imported(ROOT / f"kernels/foreign/{name}.py")
     assert names and not [other for other in names if floor_of(other)]

@@ -1,113 +1,110 @@
 """A user's own kernel, `py:FILE.py::FUNCTION`, run in a process of its own.
 
+    py:WHERE::NAME[(ARGUMENTS)][.METHOD][,option=value,...]
+
+WHERE is a file, alone or in a package, or a module by name; NAME a function, a module's attribute, a static
+method (`Class.method`), an object that can be called, or a class, which is constructed with ARGUMENTS.
 FUNCTION(q, k, v, *, kv_len, scale[, path, sliding_window, softcap, sinks, alibi_slopes])
     -> out or (out, lse), shapes as in `contract`, any float dtype
+What it lacks of that is found, or said by the options layout, mask and dtype (`forms`); options that are not
+ours are handed to it.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
-from dataclasses import replace
+import importlib.util
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
-from verify.kernels.call import AttentionPath, Call, Result, Shape
-from verify.kernels.capabilities import Capabilities
-from verify.kernels.catalogue import CALL_LIMIT_S
-from verify.kernels.errors import KernelFailure, SpecError
+from verify.kernels.call import Call
+from verify.kernels.catalogue import CALL_LIMIT_S, PYTHON_OPTIONS
+from verify.kernels.errors import SpecError
 from verify.kernels.foreign.process import WorkerProcess
-from verify.kernels.kernel import Kernel
+from verify.kernels.foreign.user_kernel import UserKernel
 from verify.kernels.plans.spec import Spec, choice, number
-from verify.kernels.trace import Launched, Signature
 
-# What a function is given only if it asks for it; without it, a call that needs it is refused.
-_OPTIONAL = ("sliding_window", "softcap", "sinks", "alibi_slopes")
-
-
-# What torch calls them; of any other type a result is judged as float32.
-RESULT_TYPES = {"float16": "f16", "bfloat16": "bf16"}
-# From so many keys on gamma_2n of float16 sums is 1/8: the budget of a kernel with unknown sums says nothing.
-VACUOUS_KEYS = 128
+_NAME = r"[A-Za-z_]\w*"
+_TARGET = re.compile(
+    rf"(?P<where>[^()]+?)::(?P<names>{_NAME}(?:\.{_NAME})*)(?P<given>\((?P<arguments>.*)\)(?:\.(?P<method>{_NAME}))?)?"
+)
+# Options that say how it is called.
+FORM_OPTIONS = ("layout", "mask", "dtype")
 
 
-class PythonKernel(Kernel):
-    """A function of a Python file, in its own process."""
+class Target(NamedTuple):
+    """What stands behind `py:`. arguments: of a class that is constructed, None where nothing is."""
+
+    where: str
+    names: str
+    arguments: dict[str, Any] | None
+    method: str
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.names.rpartition(".")[2] if self.arguments is None else self.names
+
+
+class PythonKernel(UserKernel):
+    """A callable of a Python file or module, in its own process."""
 
     def __init__(
         self,
         spec: str,
-        file: Path,
-        function: str,
+        target: Target,
         *,
         limit_s: int,
         acc: str | None,
         deterministic: bool | None = None,
+        wanted: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(spec)
-        self.deterministic = deterministic
-        self.file, self.function, self.limit_s, self.acc = file, function, limit_s, acc
-        self.binary = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        self.file, self.limit_s = file_of(target.where), limit_s
+        binary = hashlib.sha256(self.file.read_bytes()).hexdigest()[:12] if self.file.is_file() else ""
+        where = str(self.file.resolve()) if _is_file(target.where) else target.where
         self._worker = WorkerProcess(
-            spec, function, "python_servant.py", {"file": str(file.resolve()), "function": function}
+            spec,
+            target.name,
+            "python_servant.py",
+            {**target._asdict(), "where": where, "name": target.name, "wanted": dict(wanted or {})},
         )
-        self._takes: list[str] = self._worker.greeting["takes"]
-        left_out: dict[str, str] = self._worker.greeting["left_out"]
-        if left_out:
-            why = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
-            self.notes.append(f"{spec}: does not say what it takes; asked, it does not take {why}: left out")
+        super().__init__(
+            spec,
+            target.name,
+            binary=binary,
+            greeting=self._worker.greeting,
+            acc=acc,
+            deterministic=deterministic,
+        )
 
     @classmethod
     def from_spec(cls, spec: Spec) -> PythonKernel:
         """Raises SpecError, one line, if the file or the function cannot be used."""
-        path, separator, function = spec.target.rpartition("::")
-        if not separator or not function.isidentifier():
-            raise SpecError(f"kernel {spec.text!r}: expected py:FILE.py::FUNCTION")
-        file = Path(path)
-        if not file.is_file():
-            raise SpecError(f"kernel {spec.text!r}: {path}: no such file")
+        target = parse_target(spec)
         acc = choice(spec, "acc", "f32", ("f32", "f16")) if "acc" in spec.options else None
         stated = None
         if "deterministic" in spec.options:
             stated = choice(spec, "deterministic", "no", ("yes", "no")) == "yes"
         limit_s = number(spec, "timeout", CALL_LIMIT_S)
-        return cls(spec.text, file, function, limit_s=limit_s, acc=acc, deterministic=stated)
+        wanted: dict[str, Any] = {name: spec.options.get(name, "") for name in FORM_OPTIONS}
+        own = {name: x for name, x in spec.options.items() if name not in PYTHON_OPTIONS}
+        wanted["options"] = {name: literal(x) for name, x in own.items()}
+        return cls(spec.text, target, limit_s=limit_s, acc=acc, deterministic=stated, wanted=wanted)
 
-    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
-        return self._returning(loosest("f16", acc=self.acc))
+    @property
+    def shown(self) -> Mapping[str, Any]:
+        return self._worker.said
 
-    def arithmetic_of(self, call: Call) -> Arithmetic:
-        return self._returning(loosest_of(call.q.dtype, acc=self.acc))
+    @property
+    def called(self) -> str:
+        return f"py:{self.file.name}::{self.function}"
 
-    def _returning(self, assumed: Arithmetic) -> Arithmetic:
-        """The type that came back is known; a float32 that came back may hold numbers of a narrower one."""
-        came_back = RESULT_TYPES.get(self._worker.said.get("dtype", ""))
-        return assumed if came_back is None else replace(assumed, out=came_back)
-
-    def result_type(self, call: Call) -> str:
-        return RESULT_TYPES.get(self._worker.said.get("dtype", ""), "f32")
-
-    def capabilities(self) -> Capabilities:
-        # Whether it returns the lse, it shows when it runs: until then it is taken to.
-        return Capabilities(
-            lse=self._worker.said.get("lse", True),
-            sliding_window="sliding_window" in self._takes,
-            softcap="softcap" in self._takes,
-            sinks="sinks" in self._takes,
-            alibi="alibi_slopes" in self._takes,
-            plans=False,
-            head_groups=False,
-            deterministic=bool(self.deterministic),
-            row_alone=False,
-            strided=False,
-            zero_for_empty_rows=False,
-        )
-
-    def run(self, call: Call) -> Result:
-        for name in _OPTIONAL:
-            if getattr(call, name) is not None and name not in self._takes:
-                raise KernelFailure("unsupported", f"{self.function}: does not take {name}, which is needed")
+    def answer(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = {"q": call.q, "k": call.k, "v": call.v, "kv_len": call.kv_len.to(torch.int32)}
         for name in ("sinks", "alibi_slopes"):
             if (given := getattr(call, name)) is not None:
@@ -125,22 +122,7 @@ class PythonKernel(Kernel):
             {"out": (batch, rows, heads, call.shape.v_size), "lse": (batch, rows, heads)},
             self.limit_s,
         )
-        self._say_what_is_vacuous(call)
-        # A foreign kernel does not say how it cut the call: its signature is its code.
-        signature = Signature(f"py:{self.file.name}::{self.function}", self.binary, (), (), "one")
-        launched = Launched.every_row(call.path, call.kv_len, signature)
-        return Result(found["out"].to(call.q.device), found["lse"].to(call.q.device), launched)
-
-    def _say_what_is_vacuous(self, call: Call) -> None:
-        """Once, that no budget applies, and what to state."""
-        vacuous = self.acc is None and call.q.dtype != torch.bfloat16
-        if vacuous and call.kv_len.numel() and int(call.kv_len.max()) >= VACUOUS_KEYS:
-            note = (
-                f"{self.spec}: nothing is stated of its sums, so from {VACUOUS_KEYS} keys on no rounding"
-                " budget applies; add acc=f32 to the specification if it accumulates in float32"
-            )
-            if note not in self.notes:
-                self.notes.append(note)
+        return found["out"].to(call.q.device), found["lse"].to(call.q.device)
 
     def forgive(self) -> None:
         self._worker.forgive()
@@ -151,3 +133,72 @@ class PythonKernel(Kernel):
     def __del__(self) -> None:
         if hasattr(self, "_worker"):
             self.close()
+
+
+def parse_target(spec: Spec) -> Target:
+    """What a specification names. Raises SpecError where it cannot be read, or nothing is there."""
+    found = _TARGET.fullmatch(spec.target)
+    if found is None:
+        raise SpecError(
+            f"kernel {spec.text!r}: expected py:FILE.py::FUNCTION, or py:package.module::Class(size=64)"
+        )
+    where = found["where"]
+    if not file_of(where).is_file() and (_is_file(where) or not _is_module(where)):
+        raise SpecError(f"kernel {spec.text!r}: {where}: no such file")
+    arguments = None if found["given"] is None else _arguments(spec, found["arguments"])
+    return Target(where, found["names"], arguments, found["method"] or "")
+
+
+def _is_file(where: str) -> bool:
+    return where.endswith(".py") or "/" in where
+
+
+def _is_module(where: str) -> bool:
+    """Whether a dotted name may be one: the worker imports it, and says what is wrong with it."""
+    return all(part.isidentifier() for part in where.split("."))
+
+
+def file_of(where: str) -> Path:
+    """The file of a module by name, as it would be found from the current folder; itself for a file."""
+    if _is_file(where):
+        return Path(where)
+    parts = where.split(".")
+    for candidate in (Path(*parts).with_suffix(".py"), Path(*parts, "__init__.py")):
+        if candidate.is_file():
+            return candidate
+    # Only the first name is looked up: finding a later one would import what is before it.
+    try:
+        top = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):
+        top = None
+    folders = list(top.submodule_search_locations or ()) if top is not None else []
+    for folder in folders:
+        inside = Path(folder, *parts[1:])
+        for candidate in (inside.with_suffix(".py"), inside / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return Path(top.origin) if top is not None and top.origin and len(parts) == 1 else Path(where)
+
+
+def _arguments(spec: Spec, text: str) -> dict[str, Any]:
+    """The keywords of a class that is constructed. Raises SpecError."""
+    try:
+        called = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(called, ast.Call) and not called.args
+        return {str(k.arg): ast.literal_eval(k.value) for k in called.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise SpecError(
+            f"kernel {spec.text!r}: ({text}): expected name=value: numbers, words in quotes, True or None"
+        ) from None
+
+
+def literal(text: str) -> Any:
+    """A value of an option that is handed on: a number, True, None, a list where it reads as one, else text.
+
+    >>> literal("64"), literal("tanh"), literal("True")
+    (64, 'tanh', True)
+    """
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text

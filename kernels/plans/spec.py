@@ -1,7 +1,7 @@
 """Kernel specifications: `NAME[:option=value,...]`, the same text in the API, the commands and the reports.
 
-A name may carry a variant before its options (`sdpa:flash`); a user's own kernel is `py:FILE.py::FUNCTION`,
-options after a comma.
+A name may carry a variant before its options (`sdpa:flash`); a user's own kernel is `py:FILE.py::FUNCTION` or
+`py:package.module::Class(size=64)`, options after a comma.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from verify.kernels.errors import SpecError, nearest
 from verify.kernels.plans.asked import SplitMode
 from verify.kernels.plans.plan import KVCuts, Plan, parse_heads
 from verify.kernels.plans.policy import POLICIES, Launch, policy_named
+
+# Kernels whose target names code: what stands before the first comma, whatever is in it.
+NAMES_CODE = ("py", "hub", "hf")
 
 
 class Spec(NamedTuple):
@@ -31,11 +34,11 @@ def parse_spec(text: str) -> Spec:
     """Take a specification apart. Raises SpecError on options that are not `name=value` or are doubled."""
     name, _, rest = text.strip().partition(":")
     target = ""
-    first, _, others = rest.partition(",")
-    if name == "py" or (first and "=" not in first):
-        target, rest = first, others
+    pieces = at_commas(rest)
+    if name in NAMES_CODE or (pieces and pieces[0] and "=" not in pieces[0]):
+        target, *pieces = pieces or [""]
     options: dict[str, str] = {}
-    for piece in filter(None, rest.split(",")):
+    for piece in filter(None, pieces):
         key, equals, value = piece.partition("=")
         if not equals or not key or not value:
             raise SpecError(f"kernel {text!r}: {piece!r} is not of the form option=value")
@@ -43,6 +46,22 @@ def parse_spec(text: str) -> Spec:
             raise SpecError(f"kernel {text!r}: option {key} is given twice")
         options[key] = value
     return Spec(text, name, target, options)
+
+
+def at_commas(text: str) -> list[str]:
+    """Text in pieces at its commas, those inside brackets left alone.
+
+    >>> at_commas("f.py::Attn(heads=8,size=[64,32]),acc=f32")
+    ['f.py::Attn(heads=8,size=[64,32])', 'acc=f32']
+    """
+    pieces, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return pieces if text else []
 
 
 def with_options(text: str, options: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from verify.kernels.catalogue import CATALOGUE
 from verify.kernels.plans.spec import parse_spec, with_options
-from verify.kernels.registry import IN_OWN_PROCESS
+from verify.kernels.registry import UNTOLD
 
 IN_WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -24,8 +24,8 @@ class Match(NamedTuple):
 
 
 def shows_its_type(spec: str) -> bool:
-    """Whether only a call tells what type a kernel returns: one that runs in a process of its own."""
-    return parse_spec(spec).name in IN_OWN_PROCESS
+    """Whether only a call tells what type a kernel returns: one of others."""
+    return parse_spec(spec).name in UNTOLD
 
 
 def is_matched(baseline: str) -> bool:

@@ -16,7 +16,7 @@ from verify.kernels.call import AttentionPath, Shape
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.plans.shapes import ModelShape, shape_named
 from verify.kernels.plans.spec import parse_spec
-from verify.kernels.registry import IN_OWN_PROCESS, build_kernel
+from verify.kernels.registry import UNTOLD, build_kernel
 from verify.machine.errors import UsageError
 from verify.machine.stages import StageClock
 
@@ -171,7 +171,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
 def _edges(specs: Sequence[str], shape: ModelShape, n_kv: int, path: AttentionPath) -> tuple[int, ...]:
     found: set[int] = set()
     for spec in specs:
-        if parse_spec(spec).name in IN_OWN_PROCESS:
+        if parse_spec(spec).name in UNTOLD:
             continue
         kernel = build_kernel(spec)
         cuts_at = kernel.arithmetic(_shape_of(shape, n_kv), path).cuts_at
