@@ -135,9 +135,9 @@ class Form:
             if self.way == "square":
                 asked = torch.cat((q.new_zeros((len(q), n - asked.shape[1], *q.shape[2:])), asked), 1)
             some, its = self._once(asked, k[:, :n], v[:, :n], kv_len=None, scale=scale, **given)
-            some, its = (x if x is None else x[:, -q[:, rows].shape[1] :] for x in (some, its))
+            own = slice(asked.shape[1] - q[:, rows].shape[1], None)
+            some, its = some[:, own], None if its is None else its[:, own]
             if out is None:
-                assert some is not None
                 out = some.new_zeros((len(q), len(lengths), *some.shape[2:]))
                 lse = None if its is None else its.new_full(out.shape[:3], -math.inf)
             out[:, rows] = some
@@ -295,7 +295,7 @@ def load_callable(
         found = getattr(found, method, None)
     if not callable(found):
         raise FormError(f"{where} has no function {'.'.join(filter(None, (names, method)))}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _written(arguments: Mapping[str, Any]) -> str:

@@ -82,6 +82,6 @@ def _in_the_contract(function: Callable[..., Any]) -> Callable[..., torch.Tensor
         out, _ = function(
             layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scaling=scale, dropout=0.0
         )
-        return out  # type: ignore[no-any-return]
+        return out
 
     return attend
