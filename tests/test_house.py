@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {"data": 1, "kernels": 1, "model": 2, "verify": 3}
 # Rooms of the top floor: each imports only from those after it, and none from beside it.
 ROOMS = (
-    ("commands",), ("reports",), ("selftest", "bench", "rejudge"), ("gen", "explain"), ("ppl",),
-    ("reference", "diff", "engines", "laws"), ("arms",), ("judge",), ("machine",),
+    ("commands",), ("at_hand",), ("check",), ("reports",), ("selftest", "bench", "rejudge"),
+    ("gen", "explain"), ("ppl",), ("families",), ("reference", "diff", "engines", "laws"),
+    ("stated",), ("arms",), ("judge",), ("machine",),
 )  # fmt: skip
 ENTRANCES = {"__init__", "__main__", "checkout"}
 MODULES = sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))

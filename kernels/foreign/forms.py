@@ -62,6 +62,7 @@ class Wanted:
 class Form:
     """A callable and how it is called; `run` computes a call of the contract."""
 
+    # What is called.
     function: Callable[..., Any]
     # What messages call it.
     name: str
@@ -375,8 +376,8 @@ def form_of(function: Callable[..., Any], name: str, wanted: Wanted) -> Form:
         raise FormError(f"{its}: expected (q, k, v, *, kv_len, scale) and any of {', '.join(OPTIONAL)}{ways}")
     dtypes = (DTYPES[wanted.dtype],) if wanted.dtype else ()
     form = Form(
-        function,
-        name,
+        function=function,
+        name=name,
         names=names,
         layout=wanted.layout or ("thd" if "packed" in names else "bshd"),
         takes=tuple(n for n in OPTIONAL if n in parameters and n not in wanted.options),

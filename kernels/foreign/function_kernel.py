@@ -15,6 +15,7 @@ from verify.kernels.call import Call
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.foreign.forms import Form, FormError, FormFailure, Wanted, form_of
 from verify.kernels.foreign.user_kernel import UserKernel
+from verify.kernels.torch_settings import TorchSettings
 
 
 class FunctionKernel(UserKernel):
@@ -45,6 +46,8 @@ class FunctionKernel(UserKernel):
         except FormError as error:
             raise SpecError(f"kernel {spec!r}: {error}") from None
         self._shown: dict[str, Any] = {}
+        # As whoever passes it has set torch: what we set for our own sums is none of its business.
+        self._settings = TorchSettings.now()
         form = self.form
         super().__init__(
             spec,
@@ -75,9 +78,15 @@ class FunctionKernel(UserKernel):
             options[name] = None if x is None else x.detach().float().clone()
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in given.items()}
         try:
-            out, lse = self.form.run(
-                copies["q"], copies["k"], copies["v"], kv_len=copies["kv_len"], scale=call.scale, **options
-            )
+            with self._settings.applied():
+                out, lse = self.form.run(
+                    copies["q"],
+                    copies["k"],
+                    copies["v"],
+                    kv_len=copies["kv_len"],
+                    scale=call.scale,
+                    **options,
+                )
         except FormFailure as failure:
             raise KernelFailure(failure.kind, f"{self.function}: {failure}") from None
         except NotImplementedError as error:

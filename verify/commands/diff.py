@@ -46,6 +46,7 @@ def command(
     seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
     first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
     rows: Annotated[int, typer.Option("--rows", help="query tokens a cell: samples of its stratum")] = 64,
+    dtype: Annotated[str, typer.Option("--dtype", help="of q, k and v: f16, bf16, f32")] = "f16",
     margin: options.Margin = DEFAULT_MARGIN,
     allow_same: options.AllowSame = False,
     device: options.Device = None,
@@ -90,6 +91,7 @@ def command(
         margin=margin,
         captured_from=captured_from,
         rows=rows,
+        dtype=dtype,
         allow_same=allow_same,
         strict=strict,
     )

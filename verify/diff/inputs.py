@@ -14,6 +14,7 @@ from verify.diff.probing import PROBES, Probing
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Shape
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.shapes import ModelShape, shape_named
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import UNTOLD, build_kernel
@@ -49,6 +50,8 @@ class DiffSettings:
     strict: bool = False
     rows: int = DEFAULT_ROWS
     allow_same: bool = False
+    # Of q, k and v: f16, bf16, f32.
+    dtype: str = "f16"
 
     def __post_init__(self) -> None:
         known = (PROBES, *FAMILIES)
@@ -60,6 +63,8 @@ class DiffSettings:
             raise UsageError(f"--seeds {self.seeds}: expected at least 1")
         if self.rows < 2:
             raise UsageError(f"--rows {self.rows}: expected at least 2")
+        if self.dtype not in FLOAT_TYPES:
+            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(FLOAT_TYPES)}")
         # The same inputs twice are no more evidence than once, under whatever name.
         shapes = {shape_named(name)._replace(name=""): name for name in reversed(self.shapes)}
         object.__setattr__(self, "shapes", tuple(reversed(shapes.values())))
@@ -127,13 +132,13 @@ def _by_edges(settings: DiffSettings, shape: ModelShape, n_kv: int) -> dict[tupl
     return {edges: tuple(candidates) for edges, candidates in found.items()}
 
 
-def check_settings(settings: DiffSettings) -> None:
+def check_settings(settings: DiffSettings, specs: Sequence[str] | None = None) -> None:
     """Refuse now what would be refused later: shapes, specifications, plans that do not fit a shape.
 
-    Raises SpecError, UsageError.
+    specs: those to look at, all by default. Raises SpecError, UsageError.
     """
     shapes = [shape_named(name) for name in settings.shapes]
-    check_shapes((settings.baseline, *settings.candidates), shapes, settings.path)
+    check_shapes((settings.baseline, *settings.candidates) if specs is None else specs, shapes, settings.path)
     check_lengths(settings.n_kvs, shapes, torch.device(settings.device))
 
 
@@ -145,6 +150,16 @@ def first_call(settings: DiffSettings, device: torch.device) -> CellInputs:
     sizes = _sizes(replace(settings, rows=2), shape, n_kv, ())
     call = draw("gaussian", sizes, settings.first_seed, device=device)
     return CellInputs(shape.name, n_kv, "gaussian", settings.first_seed, call)
+
+
+def sizes_of_cell(settings: DiffSettings, shape: str, n_kv: int, family: str) -> InputSizes:
+    """The sizes that a family of inputs, or `probes`, is drawn at for the first candidate."""
+    named = shape_named(shape)
+    by_edges = _by_edges(settings, named, n_kv)
+    edges = next(edges for edges, which in by_edges.items() if 0 in which) if _edged(family) else ()
+    if family == PROBES:
+        settings = replace(settings, rows=2)
+    return _sizes(settings, named, n_kv, edges)
 
 
 def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[int, ...]) -> InputSizes:
@@ -163,6 +178,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
         k_size=shape.k_size,
         v_size=shape.v_size,
         edges=edges,
+        dtype=FLOAT_TYPES[settings.dtype].dtype,
         path=settings.path,
         v_in_k=shape.v_in_k,
     )

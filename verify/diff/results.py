@@ -86,6 +86,7 @@ def command_of(settings: DiffSettings, cell: Cell) -> str:
         i = cell.inputs
         inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
         inputs |= {"rows": settings.rows} if settings.rows != DEFAULT_ROWS else {}
+        inputs |= {"dtype": settings.dtype} if settings.dtype != "f16" else {}
     asked = {"device": settings.device, "path": settings.path, "baseline": cell.baseline.spec}
     return command_line(["diff"], {**inputs, **asked, "candidates": [cell.candidate.spec]})
 
@@ -117,6 +118,7 @@ def run_json(
             "margin": settings.margin,
             "captured_from": settings.captured_from,
             "rows": settings.rows,
+            "dtype": settings.dtype,
             "allow_same": settings.allow_same,
         },
         "environment": environment.describe(device),

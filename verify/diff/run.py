@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,20 +37,27 @@ _MOST_ROWS = 1_000_000
 
 
 def run_diff(
-    settings: DiffSettings, device: torch.device, inputs: Iterator[CellInputs | Probing], clock: StageClock
+    settings: DiffSettings,
+    device: torch.device,
+    inputs: Iterator[CellInputs | Probing],
+    clock: StageClock,
+    *,
+    build: Callable[[str], Kernel] = build_kernel,
 ) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate.
+
+    build: the kernel of a specification; the library's caller has functions that none can name.
 
     An interruption, or too little memory, ends it: what was examined by then is judged, and the outcome says
     what stopped it. Raises UsageError for too little memory where nothing was.
     """
-    candidates = [build_kernel(spec) for spec in settings.candidates]
+    candidates = [build(spec) for spec in settings.candidates]
     first, shown = _first_calls(settings, candidates, device, clock)
     matches = [
         matched(settings.baseline, kernel.spec, type_)
         for kernel, type_ in zip(candidates, shown, strict=True)
     ]
-    baselines = {match.baseline: build_kernel(match.baseline) for match in matches}
+    baselines = {match.baseline: build(match.baseline) for match in matches}
     cells: list[list[Cell]] = [[] for _ in candidates]
     traces = [LaunchTrace() for _ in candidates]
     base_traces = {spec: LaunchTrace() for spec in baselines}

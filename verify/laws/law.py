@@ -16,6 +16,7 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from verify.kernels.capabilities import Capabilities, Promise
+from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.judging.contract import empty_row_finding
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
@@ -100,16 +101,34 @@ class Subject:
         self.kernel.close()
 
 
-def subject_of(spec: str, device: torch.device | str = "cpu", *, strict: bool = True) -> Subject:
-    """The subject of a specification. Raises SpecError.
+def subject_of(
+    kernel_or_spec: str | Kernel | Callable[..., Any],
+    device: torch.device | str = "cpu",
+    *,
+    strict: bool = True,
+) -> Subject:
+    """The subject of a specification, or of a callable, which is called in this process. Raises SpecError.
 
     strict: a user's kernel is asked for rows that see no key, whatever it makes of them; else it is where it
     is right for them.
+
+    >>> import verify
+    >>> subject = verify.laws.subject_of("exact")
+    >>> verify.laws.LAWS["values-scaled"].check(subject, verify.laws.Problem(n_kv=(17,))) <= 1
+    True
     """
-    kernel = build_kernel(spec)
+    if isinstance(kernel_or_spec, str):
+        kernel = build_kernel(kernel_or_spec)
+    elif isinstance(kernel_or_spec, Kernel):
+        kernel = kernel_or_spec
+    else:
+        kernel = FunctionKernel(kernel_or_spec)
+    spec = kernel.spec
     built: dict[str, Kernel] = {}
 
     def variant(options: Options) -> Kernel:
+        if not isinstance(kernel_or_spec, str):
+            return kernel
         text = with_options(spec, options)
         if text not in built:
             built[text] = build_kernel(text)

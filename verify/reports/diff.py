@@ -108,7 +108,7 @@ def diff_markdown(outcome: DiffOutcome) -> str:
 
 def diff_html(outcome: DiffOutcome) -> str:
     """One self-contained file: the tables, and a picture of each candidate's errors."""
-    pictures = [_picture(result) for result in outcome.candidates]
+    pictures = [picture(result) for result in outcome.candidates]
     return TEMPLATES.get_template("diff.html.j2").render(**_content(outcome), pictures=pictures)
 
 
@@ -122,7 +122,7 @@ def _content(outcome: DiffOutcome) -> dict[str, Any]:
     }
 
 
-def _picture(result: CandidateResult) -> str:
+def picture(result: CandidateResult) -> str:
     """err/budget by head and inputs, error against n_kv, elements by err/budget: a PNG in base64."""
     import matplotlib
 

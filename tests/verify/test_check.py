@@ -1,0 +1,214 @@
+"""`verify.check_attention`: verdicts, the worst case made again, forms, and one process or two."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import verify
+from support.mypkg import ops
+from verify.kernels.exact import exact_attention
+from verify.kernels.judging.families import POISON
+
+SMALL: dict[str, Any] = {"n_kv": 65, "paths": "decode", "families": ["probes", "gaussian", "needles"]}
+
+
+def sdpa(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+    seen = torch.arange(k.shape[1]) < kv_len[:, None, :, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(
+        1, 2
+    )
+
+
+def newest_key_lost(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+    return sdpa(q, k, v, kv_len=kv_len - (kv_len > 64).int(), scale=scale)
+
+
+def test_a_right_kernel_with_the_defaults() -> None:
+    report = verify.check_attention(sdpa)
+    assert report.verdict == "round-off" and report.exit_code == 0 and report.ok
+    report.raise_for_verdict()
+    assert {line["path"] for line in report.table} == {"decode", "prefill"}
+    assert "flash:out=f16" in report.baseline  # float16 came back, so the baseline answers in it
+    assert report.detectable is not None and 1 < report.detectable < 3
+
+
+def test_a_wrong_kernel_names_where_and_makes_it_again() -> None:
+    report = verify.check_attention(newest_key_lost, n_kv=(64, 65), paths="decode")
+    assert report.verdict == "broken" and not report.ok
+    assert "only at n_kv 65" in " ".join(report.reasons)
+    worst = report.worst
+    assert worst is not None and "key 64" in worst.said
+    names: dict[str, Any] = {}
+    exec(worst.snippet, names)
+    again = names["call"]
+    for name in ("q", "k", "v", "kv_len"):
+        assert torch.equal(getattr(again, name), getattr(worst.call, name))
+    with pytest.raises(verify.AttentionMismatch, match="key 64") as caught:
+        report.raise_for_verdict()
+    assert caught.value.report is report
+    # And the inputs show the fault to whoever looks.
+    out = newest_key_lost(worst.q, worst.k, worst.v, kv_len=worst.call.kv_len, scale=worst.call.scale)
+    assert (out - exact_attention(worst.call).out).abs().max() > 1
+
+
+def test_a_draw_that_shows_it_is_made_again_too() -> None:
+    report = verify.check_attention(
+        newest_key_lost, n_kv=65, paths="prefill", families=["needles"], seeds=2, rows=16, dtype="bf16"
+    )
+    worst = report.worst
+    assert worst is not None and report.verdict == "broken" and worst.family == "needles"
+    names: dict[str, Any] = {}
+    exec(worst.snippet, names)
+    assert torch.equal(names["call"].k, worst.k) and worst.k.dtype == torch.bfloat16
+
+
+def test_coarser_is_degraded_beside_a_finer_baseline() -> None:
+    def coarse(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        mantissa, exponent = torch.frexp(v.float())
+        v = torch.ldexp(torch.round(mantissa * 512) / 512, exponent).to(v)
+        return ops.attend(q, k, v, kv_len=kv_len, scale=scale)
+
+    report = verify.check_attention(coarse, **{**SMALL, "families": ["gaussian"]}, baseline=ops.attend)
+    assert report.verdict == "degraded" and report.baseline.endswith("::attend")
+
+
+def test_stated_sums_give_a_budget_at_any_length() -> None:
+    asked = {**SMALL, "n_kv": 300, "families": ["gaussian"]}
+    loose = verify.check_attention(ops.attend, **asked)
+    tight = verify.check_attention(ops.attend, **asked, arithmetic="f32")
+    assert math.isnan(loose.table[0]["budget"]) and 0 < tight.table[0]["budget"] < 1
+    assert any("no rounding budget applies" in note for note in loose.notes)
+
+
+@pytest.mark.parametrize(
+    ("fn", "more"),
+    [
+        (ops.layer, {}),
+        (ops.Attn(64).decode, {}),
+        (lambda q, k, v, *, kv_len, scale: ops.attend(q, k, v, kv_len=kv_len, scale=scale), {}),
+        (torch.compile(ops.attend, backend="eager"), {}),
+        (F.scaled_dot_product_attention, {"layout": "bhsd"}),
+        (ops.heads_first, {"layout": "bhsd"}),
+        (ops.packed, {"layout": "thd", "causal": True}),
+        (ops.causal, {"causal": True}),
+        (ops.needs_block, {"options": {"block": 64}}),
+        (ops.bf16_only, {"dtype": torch.bfloat16}),
+        (f"py:{ops.__file__}::attend", {}),
+        ("eager:block=32", {}),
+    ],
+    ids=str,
+)
+def test_whatever_can_be_called_is_checked(fn: Any, more: dict[str, Any]) -> None:
+    report = verify.check_attention(fn, **SMALL, **more)
+    assert report.verdict in ("improved", "round-off", "identical"), report.text()
+
+
+def test_in_a_process_of_its_own_a_crash_is_a_finding() -> None:
+    from support import user_kernels
+
+    report = verify.check_attention(user_kernels.dies, **SMALL, isolate=True)
+    assert report.verdict == "broken" and "killed by SIGABRT" in report.reasons[0]
+    with pytest.raises(verify.UsageError, match="cannot be imported by another process"):
+        verify.check_attention(lambda q, k, v: q, isolate=True)
+
+
+def test_what_it_raises_is_a_finding() -> None:
+    def raises(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        raise RuntimeError("no such luck")
+
+    report = verify.check_attention(raises, **SMALL)
+    assert report.verdict == "broken" and "no such luck" in report.text()
+
+
+def test_it_changes_nothing_of_torch_and_the_callable_sees_its_own_settings() -> None:
+    seen = []
+
+    def looks(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return ops.attend(q, k, v, kv_len=kv_len, scale=scale)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.enable_grad():
+            verify.check_attention(looks, **SMALL)
+            assert torch.is_grad_enabled() and torch.get_float32_matmul_precision() == "medium"
+        assert set(seen) == {"medium"}
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_report_is_json_and_a_page() -> None:
+    report = verify.check_attention(newest_key_lost, **SMALL)
+    stored = json.loads(report.to_json())
+    assert (stored["verdict"], stored["command"], stored["exit_code"]) == ("broken", "check", 1)
+    assert stored["worst"]["snippet"] == report.worst.snippet  # type: ignore[union-attr]
+    page = report._repr_html_()
+    assert "broken" in page and "<table>" in page and "data:image/png;base64,iVBOR" in page
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"arithmetic": "identify"}, "identify"),
+        ({"arithmetic": "f64"}, "arithmetic='f64'"),
+        ({"paths": "sideways"}, "expected decode or prefill"),
+        ({"paths": ()}, "at least one"),
+        ({"dtype": "f8"}, "dtype=f8"),
+        ({"families": ["needle"]}, "needle"),
+        ({"shapes": ["3x64"]}, "3x64"),
+        ({"n_kv": 0}, "0"),
+        ({"rows": 1}, "1"),
+        ({"layout": "sbhd"}, "layout=sbhd"),
+        ({"options": {"blok": 64}}, "blok"),
+        ({"baseline": "flush"}, "flush"),
+        ({"margin": 0.9}, "0.9"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(more: dict[str, Any], said: str) -> None:
+    with pytest.raises((verify.UsageError, verify.SpecError)) as caught:
+        verify.check_attention(ops.attend, **more)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_laws_take_a_callable() -> None:
+    subject = verify.laws.subject_of(newest_key_lost)
+    law, problem = verify.laws.LAWS["within-budget"], verify.laws.Problem(n_kv=(65,), family="needles")
+    with pytest.raises(verify.laws.LawBroken):
+        law.check(subject, problem)
+    assert law.check(verify.laws.subject_of(sdpa), problem) <= 1
+
+
+def test_families_are_tensors_and_strategies() -> None:
+    from hypothesis import given, settings
+
+    inputs = verify.families.draw("needles", "4/2x32", n_kv=70, rows=4)
+    assert inputs.q.shape == (1, 4, 4, 32) and inputs.kv_len.tolist() == [[70, 33, 70, 70]]
+    assert float(inputs.k[0, 70:].float().min()) == torch.tensor(POISON).half().float()
+    drawn = []
+
+    @settings(max_examples=20, database=None, deadline=None)
+    @given(verify.families.strategy(lengths=(1, 17), paths=("decode", "prefill")))
+    def every(x: verify.DrawnInputs) -> None:
+        drawn.append(x)
+        out, _ = verify.exact_attention(x.q, x.k, x.v, kv_len=x.kv_len, scale=x.scale)
+        assert torch.isfinite(out).all()
+
+    every()
+    assert len({tuple(x.q.shape) for x in drawn}) > 2
+    for call, said in (
+        (lambda: verify.families.draw("needle"), "did you mean 'needles'"),
+        (lambda: verify.families.probe("lost key"), "known: one-hot"),
+        (lambda: verify.families.summary("x"), "not known"),
+    ):
+        with pytest.raises(verify.UsageError, match=said):
+            call()

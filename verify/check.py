@@ -1,0 +1,432 @@
+"""`verify.check_attention`: a callable against exact attention and a baseline, in this process.
+
+What `verify diff` does with a specification, for whoever has the function at hand: the same inputs, budgets,
+strata and verdicts (`verify.diff`), with the worst case's tensors to look at.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from verify.diff.cells import Cell, CellInputs
+from verify.diff.inputs import DiffSettings, all_inputs, check_settings
+from verify.diff.probing import PROBES, Probing
+from verify.diff.results import DiffOutcome
+from verify.diff.run import run_diff
+from verify.judge.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.call import PATHS, AttentionPath, Call
+from verify.kernels.foreign.forms import Wanted
+from verify.kernels.foreign.function_kernel import FunctionKernel, name_of_callable
+from verify.kernels.judging.families import FAMILIES
+from verify.kernels.judging.probes import probe_makers
+from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES, type_of
+from verify.kernels.registry import build_kernel
+from verify.kernels.torch_settings import MEASURING
+from verify.machine.devices import chosen_device, default_device
+from verify.machine.errors import UsageError
+from verify.machine.jsontext import to_json_text
+from verify.machine.stages import StageClock
+from verify.reports.diff import picture, summary_lines
+from verify.reports.templating import TEMPLATES, figure
+from verify.stated import stated_arithmetic
+
+# A head shape with shared heads; a length inside a tile, one beside its edge, and some tiles.
+DEFAULT_SHAPES, DEFAULT_N_KV, DEFAULT_ROWS = ("4/2x64",), (33, 65, 300), 32
+DEFAULT_BASELINE = "flash"
+SCHEMA = 1
+Layout = Literal["bshd", "bhsd", "thd"]
+
+
+class AttentionMismatch(AssertionError):
+    """Attention that is not what it should be. report: the `Report` that says so, None of tensors at hand."""
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """The inputs on which a kernel did worst, and where: `call` holds q, k, v, kv_len and options."""
+
+    shape: str  # query heads / KV heads x head size
+    n_kv: int  # keys of the longest row
+    family: str  # kind of inputs: a family, or a probe's name
+    seed: int  # of the draw
+    path: AttentionPath  # decode or prefill
+    # Sequence, row, head and element of the largest error beside its budget; empty where there is none.
+    place: tuple[int, ...]
+    got: float  # what the kernel gave there
+    exact: float  # and what is due
+    # |error| over its budget there; NaN where no budget says anything.
+    ratio: float
+    # What is wrong, in words; empty where nothing is.
+    said: str
+    # q, k, v, kv_len, scale and options, as the kernel was given them.
+    call: Call
+
+    @property
+    def q(self) -> torch.Tensor:
+        """[B, T, Hq, Dk]."""
+        return self.call.q
+
+    @property
+    def k(self) -> torch.Tensor:
+        """[B, S, Hkv, Dk]."""
+        return self.call.k
+
+    @property
+    def v(self) -> torch.Tensor:
+        """[B, S, Hkv, Dv]."""
+        return self.call.v
+
+    @property
+    def snippet(self) -> str:
+        """Python that makes these inputs again."""
+        if self.family in FAMILIES:
+            made = (
+                f"call = families.draw({self.family!r}, {self.shape!r}, n_kv={self.n_kv}, seed={self.seed},"
+                f" path={self.path!r}, rows={self.call.shape.rows},"
+                f" dtype={_dtype_name(self.call)!r})"
+            )
+        else:
+            made = (
+                f"call = families.probe({self.family!r}, {self.shape!r}, n_kv={self.n_kv},"
+                f" path={self.path!r}, dtype={_dtype_name(self.call)!r})"
+            )
+        return f"from verify import families\n\n{made}\n# call.q, call.k, call.v, call.kv_len, call.scale"
+
+
+def _dtype_name(call: Call) -> str:
+    kind = type_of(call.q.dtype)
+    return kind.name if kind is not None else "f32"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_attention` found. `verdict` is one of identical, improved, round-off, degraded, broken,
+    inconclusive; shown as a table with a picture in a notebook."""
+
+    name: str  # what was checked
+    baseline: str  # what it was compared with
+    verdict: Verdict  # over all paths, shapes and lengths
+    reasons: list[str]  # why, each a sentence
+    notes: list[str]  # what a reader must know besides
+    # A row a path, shape and length: the largest err/budget, rms, gain, NMSE, ratio to the baseline.
+    table: list[dict[str, Any]]
+    # The inputs on which it did worst; None where nothing was compared.
+    worst: WorstCase | None
+    # What it would have seen: a ratio of errors from here on is `degraded` in any kind of input.
+    detectable: float | None
+    # As `verify diff` has them, a path each.
+    outcomes: dict[str, DiffOutcome] = field(repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the verdict, as a command's: 0, 1, or 3 for inconclusive."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the verdict is identical, improved or round-off."""
+        return self.exit_code == 0
+
+    def raise_for_verdict(self) -> None:
+        """Raises AttentionMismatch unless the verdict is one of identical, improved, round-off."""
+        if not self.ok:
+            raise AttentionMismatch(self.text(), self)
+
+    def text(self) -> str:
+        """The verdict, why, and where, as lines."""
+        lines = [f"{self.name}: {self.verdict}: {'; '.join(self.reasons)}"]
+        if self.worst is not None and self.verdict != "inconclusive":
+            w = self.worst
+            lines.append(
+                f"worst inputs: {w.family}, {w.shape} at {w.n_kv} keys, path {w.path}, seed {w.seed}"
+            )
+            if w.said:
+                lines.append(f"  {w.said}")
+            lines += ["again:", *(f"  {line}" for line in w.snippet.splitlines())]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def to_json(self) -> str:
+        """The report as JSON text; its schema is `verify/schemas/check.json`."""
+        worst = None
+        if (w := self.worst) is not None:
+            worst = {
+                "shape": w.shape, "n_kv": w.n_kv, "family": w.family, "seed": w.seed, "path": w.path,
+                "place": list(w.place), "got": w.got, "exact": w.exact, "budget_ratio": w.ratio,
+                "said": w.said, "snippet": w.snippet,
+            }  # fmt: skip
+        return to_json_text(
+            {
+                "schema": SCHEMA,
+                "command": "check",
+                "name": self.name,
+                "baseline": self.baseline,
+                "verdict": self.verdict,
+                "exit_code": self.exit_code,
+                "reasons": self.reasons,
+                "notes": self.notes,
+                "table": self.table,
+                "worst": worst,
+                "detectable": self.detectable,
+                "runs": {path: outcome.run for path, outcome in self.outcomes.items()},
+            }
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, why, a table, and a picture of the errors."""
+        pictures = {path: picture(outcome.candidates[0]) for path, outcome in self.outcomes.items()}
+        return TEMPLATES.get_template("check.html.j2").render(report=self, pictures=pictures, figure=figure)
+
+
+def check_attention(
+    fn: Callable[..., Any] | str,
+    *,
+    shapes: Sequence[str] = DEFAULT_SHAPES,
+    n_kv: Sequence[int] | int = DEFAULT_N_KV,
+    dtype: str | torch.dtype | None = None,
+    layout: Layout | None = None,
+    causal: bool | None = None,
+    paths: Sequence[AttentionPath] | AttentionPath | None = None,
+    baseline: Callable[..., Any] | str | None = None,
+    arithmetic: str | Arithmetic | None = None,
+    options: Mapping[str, Any] | None = None,
+    families: Sequence[str] | None = None,
+    seeds: int = 1,
+    first_seed: int = 0,
+    rows: int = DEFAULT_ROWS,
+    margin: float = DEFAULT_MARGIN,
+    device: str | torch.device | None = None,
+    isolate: bool = False,
+) -> Report:
+    """Hold a callable's results against exact attention, its rounding budget, and a baseline.
+
+    fn: (q, k, v, *, kv_len, scale) -> out or (out, lse); a function, lambda, bound method, nn.Module,
+        operator, compiled function or wrapper, or a specification of `verify list`. Without kv_len it is
+        asked how it sees keys; what its form lacks is in `Report.notes`.
+    shapes: "Hq/HkvxD" (query heads, KV heads, head size) or names such as "llama-3-8b".
+    n_kv: keys that a row sees, one or several lengths.
+    dtype: of q, k, v: "f16" (default), "bf16", "f32", or torch's.
+    layout: order of its dimensions, "bshd" [B, T, H, D] (default), "bhsd" [B, H, T, D], "thd" [tokens, H, D].
+    causal: what a callable without kv_len sees: True a triangle, False every key; None: it is asked.
+    paths: "decode" (rows as if each were alone), "prefill" (rows one after another); default what it has.
+    baseline: what errors are compared with, a callable or specification; default `flash`, which answers in
+        the type that fn returns.
+    arithmetic: what fn is known to do: "f32" or "f16" sums, an `Arithmetic`, or options as specifications
+        write them ("p=f16,acc=f32"); None: nothing is known, and budgets are as loose as any.
+    options: keywords that fn is given with every call.
+    families: kinds of inputs, names of `verify.families.names()` and "probes"; default all.
+    seeds, first_seed: draws of every family, and the first. rows: query tokens a draw, at least 2.
+    margin: an error so many times the baseline's is `round-off`; significantly beyond it `degraded`.
+    device: "cpu", "cuda"; default cuda where there is one.
+    isolate: run fn in a process of its own: a crash or a hang is then a finding. fn must be importable.
+
+    Raises UsageError or SpecError on bad input; what fn raises is a finding in the report.
+
+    >>> import torch
+    >>> def attend(q, k, v, *, kv_len, scale):
+    ...     k, v = (x.float().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    ...     s = torch.einsum("bthd,bshd->bths", q.float(), k) * scale
+    ...     hidden = torch.arange(k.shape[1]) >= kv_len[:, :, None, None]
+    ...     return torch.einsum("bths,bshd->bthd", s.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    >>> report = check_attention(attend, n_kv=65, paths="decode", families=["gaussian", "needles"])
+    >>> report.verdict in ("round-off", "improved")
+    True
+    >>> wrong = check_attention(lambda q, k, v, *, kv_len, scale: attend(
+    ...     q, k, v, kv_len=(kv_len - 1).clamp(min=1), scale=scale), n_kv=65, paths="decode")
+    >>> wrong.verdict, wrong.ok
+    ('broken', False)
+    """
+    on = chosen_device(str(device) if device is not None else default_device())
+    stated = stated_arithmetic(arithmetic)
+    mask = "" if causal is None else "causal" if causal else "none"
+    wanted = Wanted(layout=layout or "", mask=mask, options=dict(options or {}))
+    kernel = _kernel_of(fn, wanted, stated, isolate=isolate)
+    reference = _kernel_of(baseline, Wanted(), None) if callable(baseline) else None
+    names = _families(families)
+    with MEASURING.applied():
+        settings = partial(
+            DiffSettings,
+            shapes=tuple([shapes] if isinstance(shapes, str) else shapes),
+            n_kvs=_lengths(n_kv),
+            families=names,
+            baseline=reference.spec if reference is not None else str(baseline or DEFAULT_BASELINE),
+            candidates=(kernel.spec,),
+            device=str(on),
+            seeds=seeds,
+            first_seed=first_seed,
+            margin=margin,
+            rows=rows,
+            dtype=_dtype(dtype, kernel),
+            allow_same=kernel.spec == baseline,
+        )
+        built = {each.spec: each for each in (kernel, reference) if each is not None}
+        outcomes: dict[str, DiffOutcome] = {}
+        probings: dict[_Place, Probing] = {}
+        try:
+            for path in _paths(paths, kernel):
+                own = settings(path=path)
+                check_settings(own, [] if own.baseline in built else [own.baseline])
+                inputs = _remembered(all_inputs(own, on, clock := StageClock(on)), probings)
+                outcomes[path] = run_diff(
+                    own, on, inputs, clock, build=lambda spec: built.get(spec) or build_kernel(spec)
+                )
+        finally:
+            for each in built.values():
+                each.close()
+    return _report(_said_name(fn), outcomes, probings)
+
+
+def _kernel_of(
+    fn: Callable[..., Any] | str, wanted: Wanted, stated: Arithmetic | str | None, *, isolate: bool = False
+) -> Kernel:
+    if isolate and not isinstance(fn, str):
+        fn = _specification(fn, wanted, stated)
+    if isinstance(fn, str):
+        return build_kernel(fn)
+    acc = stated if isinstance(stated, str) else None
+    return FunctionKernel(fn, wanted=wanted, acc=acc, stated=None if isinstance(stated, str) else stated)
+
+
+def _specification(fn: Callable[..., Any], wanted: Wanted, stated: Arithmetic | str | None) -> str:
+    """The specification of a function that another process can import. Raises UsageError."""
+    name, module = name_of_callable(fn), inspect.getmodule(fn)
+    file = getattr(module, "__file__", None)
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if file is None or found is not fn:
+        raise UsageError(
+            f"isolate=True: {name} cannot be imported by another process: expected a function, class method"
+            " or object at the top level of a module that is a file"
+        )
+    if isinstance(stated, Arithmetic):
+        raise UsageError("isolate=True: arithmetic: expected f32, f16 or nothing")
+    parts = {"layout": wanted.layout, "mask": wanted.mask, "acc": stated or ""}
+    given = {**{key: x for key, x in parts.items() if x}, **wanted.options}
+    return ",".join([f"py:{Path(file)}::{name}", *(f"{key}={x}" for key, x in given.items())])
+
+
+def _families(names: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(names, str):
+        names = [names]
+    return (PROBES, *FAMILIES) if names is None else tuple(names)
+
+
+def _lengths(n_kv: Sequence[int] | int) -> tuple[int, ...]:
+    """Raises UsageError."""
+    lengths = (n_kv,) if isinstance(n_kv, int) else tuple(n_kv)
+    if not lengths or min(lengths) < 1:
+        raise UsageError(f"n_kv={n_kv}: expected lengths from 1")
+    return lengths
+
+
+def _dtype(dtype: str | torch.dtype | None, kernel: Kernel) -> str:
+    """Raises UsageError."""
+    if dtype is None:
+        has = kernel.capabilities().dtypes
+        return next(name for name, kind in FLOAT_TYPES.items() if kind.torch_name in has)
+    kind = type_of(dtype) if isinstance(dtype, torch.dtype) else FLOAT_TYPES.get(dtype)
+    if kind is None:
+        raise UsageError(f"dtype={dtype}: expected one of {', '.join(FLOAT_TYPES)}")
+    return kind.name
+
+
+def _paths(paths: Sequence[AttentionPath] | AttentionPath | None, kernel: Kernel) -> list[AttentionPath]:
+    """Raises UsageError."""
+    has = kernel.capabilities().paths
+    if paths is None:
+        return [path for path in PATHS if path in has]
+    asked = [paths] if isinstance(paths, str) else list(paths)
+    for path in asked:
+        if path not in PATHS:
+            raise UsageError(f"paths: {path!r}: expected decode or prefill")
+    if not asked:
+        raise UsageError("paths: expected at least one of decode, prefill")
+    return asked
+
+
+_Place = tuple[AttentionPath, str, int]
+
+
+def _remembered(
+    inputs: Iterable[CellInputs | Probing], probings: dict[_Place, Probing]
+) -> Iterator[CellInputs | Probing]:
+    """The same, with what was probed kept: a probe that fails is made again."""
+    for each in inputs:
+        if isinstance(each, Probing):
+            probings[each.sizes.path, each.shape, each.n_kv] = each
+        yield each
+
+
+def _said_name(fn: Callable[..., Any] | str) -> str:
+    return fn if isinstance(fn, str) else name_of_callable(fn)
+
+
+def _report(name: str, outcomes: dict[str, DiffOutcome], probings: dict[_Place, Probing]) -> Report:
+    results = {path: outcome.candidates[0] for path, outcome in outcomes.items()}
+    verdict = overall([Decision(r.verdict, r.reasons) for r in results.values()])
+    several = len(results) > 1
+    reasons = [
+        f"{path}: {reason}" if several else reason for path, r in results.items() for reason in r.reasons
+    ]
+    gravest = [(path, r) for path, r in results.items() if r.verdict == verdict]
+    worst = None
+    for path, result in gravest or list(results.items()):
+        cell = result.worst
+        if cell is not None and worst is None:
+            worst = _worst(path, cell, probings)
+    least = [x for o in outcomes.values() for x in o.run["detectable"].values() if x is not None]
+    return Report(
+        name=name,
+        baseline=next(iter(results.values())).baseline,
+        verdict=verdict,
+        reasons=reasons,
+        notes=list(dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes)),
+        table=[{"path": path, **line} for path, r in results.items() for line in summary_lines(r)],
+        worst=worst,
+        detectable=max(least, default=None),
+        outcomes=outcomes,
+    )
+
+
+def _worst(path: str, cell: Cell, probings: Mapping[_Place, Probing]) -> WorstCase:
+    inputs, found = cell.inputs, cell.candidate
+    family, call = inputs.family, inputs.call
+    on: AttentionPath = "prefill" if path == "prefill" else "decode"
+    if family == PROBES and found.probes_failed:
+        probing = probings.get((on, inputs.shape, inputs.n_kv))
+        for make in probe_makers(probing.sizes, device=call.q.device) if probing is not None else []:
+            probe = make()
+            if found.probes_failed[0].startswith(f"probe {probe.name} ("):
+                family, call = probe.name, probe.call
+                break
+    said = cell.faults[0] if cell.faults else ""
+    return WorstCase(
+        shape=inputs.shape,
+        n_kv=inputs.n_kv,
+        family=family,
+        seed=inputs.seed,
+        path=on,
+        place=tuple(found.worst),
+        got=found.worst_values[0],
+        exact=found.worst_values[1],
+        ratio=found.figure("budget"),
+        said=said.removeprefix("candidate: ").removeprefix("candidate "),
+        call=call,
+    )
