@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Promise = Literal[
     "lse", "sliding_window", "softcap", "sinks", "alibi", "plans", "head_groups", "empty_rows", "ragged",
-    "deterministic", "row_alone", "v_size", "strided",
+    "deterministic", "row_alone", "v_size", "strided", "paged", "packed", "mask", "key_list",
 ]  # fmt: skip
 # What a kernel without one of them is said to lack.
 WORDS: dict[Promise, str] = {
@@ -33,7 +33,13 @@ WORDS: dict[Promise, str] = {
     "row_alone": "does not promise that a row alone has the bits of the row in a batch",
     "v_size": "needs values of the size of keys",
     "strided": "is given copies without gaps, whatever the strides were",
+    "paged": "takes no pages",
+    "packed": "takes no packed sequences",
+    "mask": "takes no mask",
+    "key_list": "takes no list of keys",
 }
+# What few kernels have: a kernel that has one of them says so, none is said to lack it.
+FORMS: tuple[Promise, ...] = ("paged", "packed", "mask", "key_list")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,9 @@ class Capabilities:
     torch's names): which of them; k_sizes, ratios: the head sizes and ratios it has, None for all;
     softcap_sizes: the head sizes at which it takes a softcap, None for all that it has;
     size_multiple: what head sizes of keys and values are multiples of (a quantised cache holds them in
-    blocks); caches: quantised cache types that the option `cache=` of its specification takes.
+    blocks); caches: quantised cache types that the option `cache=` of its specification takes. Forms of a
+    call that a kernel has only if it says so: paged, packed, mask, key_list, and the path `several`;
+    page_sizes: keys a page that it has, None for all.
     """
 
     lse: bool = True
@@ -74,6 +82,11 @@ class Capabilities:
     softcap_sizes: tuple[int, ...] | None = None
     size_multiple: int = 1
     caches: tuple[str, ...] = ()
+    paged: bool = False
+    packed: bool = False
+    mask: bool = False
+    key_list: bool = False
+    page_sizes: tuple[int, ...] | None = None
 
     def lacks(self, *promises: Promise) -> str | None:
         """Why a kernel cannot be asked for all of these, or None if it can."""
@@ -82,7 +95,7 @@ class Capabilities:
 
     def limits(self) -> list[str]:
         """All that a kernel lacks beside one that has everything, in words."""
-        found = [words for name, words in WORDS.items() if not getattr(self, name)]
+        found = [words for name, words in WORDS.items() if not getattr(self, name) and name not in FORMS]
         all_of = Capabilities()
         for what in ("paths", "devices", "dtypes"):
             has = getattr(self, what)
@@ -99,10 +112,26 @@ class Capabilities:
             found.append(f"has only head sizes that are multiples of {self.size_multiple}")
         return found
 
+    def refuses_form(self, call: Call) -> str | None:
+        """Why the form of a call is beyond this kernel, or None: what a kernel must not overlook, since it
+        would compute another call. Looks at no number on the device."""
+        given = {
+            "paged": call.block_table, "packed": call.cu_seqlens, "mask": call.mask, "key_list": call.keys
+        }  # fmt: skip
+        missing = [WORDS[name] for name in FORMS if given[name] is not None and not getattr(self, name)]
+        if call.path not in self.paths:
+            missing.append(f"has no path {call.path} (has {', '.join(self.paths)})")
+        page = call.k.shape[1]
+        if call.block_table is not None and self.page_sizes is not None and page not in self.page_sizes:
+            sizes = ", ".join(map(str, self.page_sizes))
+            missing.append(f"has no pages of {page} keys (has {sizes})")
+        return "; ".join(missing) or None
+
     def refuses(self, call: Call) -> str | None:
         """Why a call is beyond this kernel, or None if it is not."""
         shape, lengths = call.shape, call.kv_len
         wanted: list[Promise] = []
+        form = self.refuses_form(call)
         if call.sliding_window is not None:
             wanted.append("sliding_window")
         if call.softcap is not None:
@@ -117,9 +146,8 @@ class Capabilities:
             wanted.append("empty_rows")
         if lengths.numel() and int(lengths.min()) != int(lengths.max()):
             wanted.append("ragged")
-        missing = [WORDS[name] for name in wanted if not getattr(self, name)]
+        missing = [*filter(None, [form]), *(WORDS[name] for name in wanted if not getattr(self, name))]
         for what, value, allowed in (
-            ("path", call.path, self.paths),
             ("dtype", name_of(call.q.dtype), self.dtypes),
             ("device", call.q.device.type, self.devices),
             ("head size", shape.k_size, self.k_sizes),

@@ -10,8 +10,10 @@ product, a running maximum m, denominator l and accumulator a for each row,
 over tiles of `block` keys; where a KV part ends, (a / l, m + ln l) is its partial result, and the parts are
 merged by `merge_sequential`. Decode computes one query row at a time, its head group in matrix tiles of
 `TILE_ROWS` heads, the last padded; prefill packs `QUERY_TILE` rows of all heads of a group into one tile.
-Every product of the decode path has the same shape whatever the batch, the number of rows or the head groups,
-so none of them changes a bit.
+Several query tokens of a sequence are computed together where the parts of their rows begin at the same keys,
+so that each row still follows the plan of its own n_kv. A row that lists its keys goes through those alone,
+in the list's order. Every product of the paths decode and several has the same shape whatever the batch, the
+number of rows or the head groups, so none of them changes a bit.
 """
 
 from __future__ import annotations
@@ -23,34 +25,41 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import AttentionPath, Call, Result, Shape
+from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32
 from verify.kernels.plans.asked import RowAsked
-from verify.kernels.plans.plan import RowPlan
+from verify.kernels.plans.plan import RowPlan, rows_of_like_cuts
 from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.sequences import CallSequence, listed_rows
 from verify.kernels.trace import Launched, RowKind, Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
 QUERY_TILE = 64
+# Forms of a call that it takes.
+EAGER_FORMS: dict[str, Any] = {
+    "paths": PATHS, "paged": True, "packed": True, "mask": True, "key_list": True
+}  # fmt: skip
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
 _PARTIALS_AT_ONCE = 1 << 24
 
 
 @cache
 def source_hash() -> str:
-    """Hash of the code that runs, masks of `exact` included: the `binary` of a kernel that is interpreted."""
-    sources = [Path(__file__).with_name(name) for name in ("eager.py", "merge.py", "exact.py")]
+    """Hash of the code that runs, masks of `exact` and gathered pages included: the `binary` of a kernel that
+    is interpreted."""
+    names = ("eager.py", "merge.py", "exact.py", "sequences.py")
+    sources = [Path(__file__).with_name(name) for name in names]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
@@ -68,8 +77,8 @@ class EagerKernel(Kernel):
         out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
         lse = call.q.new_full(call.q.shape[:3], -math.inf, dtype=torch.float32)
         ran: Counter[RowKind] = Counter()
-        for b in range(shape.batch if shape.keys else 0):
-            ran.update(self._sequence(call, options, b, out[b], lse[b]))
+        for sequence in listed_rows(call):
+            ran.update(self._sequence(call, options, sequence, out[sequence.at], lse[sequence.at]))
         if options.out != "f32":
             out = out.to(FLOAT_TYPES[options.out].dtype).float()
         return Result(out, lse, Launched(ran))
@@ -89,46 +98,50 @@ class EagerKernel(Kernel):
             block=options.plan.block,
             cuts_at=options.plan.cuts_of(row),
             # A prefill tile is cut for its longest row, which may be any row of the call.
-            shared_up_to=0 if row.decode else shape.keys,
+            shared_up_to=shape.keys if row.prefill else 0,
         )
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(ratios=self.options.plan.ratios)
+        return Capabilities(ratios=self.options.plan.ratios, **EAGER_FORMS)
 
     def merger(self) -> Merge:
         return merge_sequential
 
     def _sequence(
-        self, call: Call, options: TileOptions, b: int, out: torch.Tensor, lse: torch.Tensor
+        self,
+        call: Call,
+        options: TileOptions,
+        sequence: CallSequence,
+        out: torch.Tensor,
+        lse: torch.Tensor,
     ) -> Counter[RowKind]:
-        """One sequence of the batch; out [T, Hq, Dv] and lse [T, Hq] are written in place. Returns the number
-        of rows of each kind."""
+        """One sequence; out [T, Hq, Dv] and lse [T, Hq] are written in place. Returns the number of rows of
+        each kind."""
         ran: Counter[RowKind] = Counter()
         shape, block = call.shape, options.plan.block
-        decode = call.path == "decode"
-        n_kv = call.kv_len[b].to(torch.int64)
-        n_kv_list: list[int] = n_kv.tolist()
-        keys = _tiles(call.k[b], block).transpose(2, 3).contiguous()  # [Hkv, tiles, Dk, block]
-        values = _tiles(call.v[b], block)  # [Hkv, tiles, block, Dv]
+        n_kv = sequence.n_kv
+        keys = _tiles(sequence.k, block).transpose(2, 3).contiguous()  # [Hkv, tiles, Dk, block]
+        values = _tiles(sequence.v, block)  # [Hkv, tiles, block, Dv]
         # Rows that follow the same head groups are launched together, in ascending n_kv.
         by_groups: dict[tuple[int, ...], list[int]] = {}
         cache = "" if self.cache == "f16" else f",cache={self.cache},expand=f16"
         kernel = f"eager[{options.label}{cache}]"
         plans: dict[int, RowPlan] = {}
         asked = call.asked(self.cache)
-        if decode:
-            tiles = [[row] for row in sorted(range(shape.rows), key=n_kv_list.__getitem__)]
+        count = len(n_kv)
+        if call.path == "decode":
+            tiles = [[row] for row in range(count)]
+        elif call.path == "several":
+            tiles = rows_of_like_cuts(options.plan, asked, n_kv)
         else:
-            tiles = [
-                list(range(t, min(t + QUERY_TILE, shape.rows))) for t in range(0, shape.rows, QUERY_TILE)
-            ]
-            tiles.sort(key=lambda rows: max(n_kv_list[row] for row in rows))
-        tile_n_kv = [max(n_kv_list[row] for row in rows) for rows in tiles]
+            tiles = [list(range(t, min(t + QUERY_TILE, count))) for t in range(0, count, QUERY_TILE)]
+        tiles.sort(key=lambda rows: max(n_kv[row] for row in rows))
+        tile_n_kv = [max(n_kv[row] for row in rows) for rows in tiles]
         for i, n in enumerate(tile_n_kv):
             if n not in plans:
                 plans[n] = options.plan.at(asked.of_keys(n))
             by_groups.setdefault(plans[n].head_groups, []).append(i)
-        tile_rows = 1 if decode else QUERY_TILE
+        tile_rows = QUERY_TILE if call.path == "prefill" else max(map(len, tiles), default=1)
         for head_groups, members in by_groups.items():
             most_parts = max(max(len(plans[tile_n_kv[i]].cuts) - 1, 1) for i in members)
             floats_a_tile = most_parts * tile_rows * shape.q_heads * shape.v_size
@@ -144,7 +157,7 @@ class EagerKernel(Kernel):
                 launches = []
                 for group in head_groups:
                     heads = _heads(shape, first_head, group, call.q.device)
-                    done = _launch(call, options, b, rows, n_kv, cuts, heads, keys, values)
+                    done = _launch(call, options, sequence, rows, cuts, heads, keys, values)
                     live = rows.flatten() >= 0
                     at = rows.flatten()[live][:, None], heads.flatten()
                     out[at] = done.result.out[live]
@@ -153,10 +166,14 @@ class EagerKernel(Kernel):
                     first_head += group
                 for i, tile in enumerate(chosen):
                     for closed, groups in _groups_by_bounds(launches, i).items():
-                        # However a plan would launch them: here head groups are computed in turn.
-                        signature = Signature(kernel, source_hash(), tuple(groups), closed, "one")
                         for row in tiles[tile]:
-                            ran[call.path, n_kv_list[row], signature] += 1
+                            bounds = closed
+                            if call.path == "several":
+                                # The last part ends with the row's own keys.
+                                bounds = (*closed[:-1], n_kv[row])
+                            # However a plan would launch them: here head groups are computed in turn.
+                            signature = Signature(kernel, source_hash(), tuple(groups), bounds, "one")
+                            ran[call.path, n_kv[row], signature] += 1
         return ran
 
 
@@ -199,9 +216,8 @@ def _heads(shape: Shape, first: int, group: int, device: torch.device) -> torch.
 def _launch(
     call: Call,
     options: TileOptions,
-    b: int,
+    sequence: CallSequence,
     rows: torch.Tensor,
-    n_kv: torch.Tensor,
     cuts: list[tuple[int, ...]],
     heads: torch.Tensor,
     keys: torch.Tensor,
@@ -219,10 +235,11 @@ def _launch(
     p_type = FLOAT_TYPES[options.p].dtype
     used = t * g
     height = -(-used // TILE_ROWS) * TILE_ROWS
-    tile = TILE_ROWS if call.path == "decode" else height
-    visible = torch.where(rows >= 0, n_kv[rows.clamp(min=0)], 0)  # [N, t]
+    tile = height if call.path == "prefill" else TILE_ROWS
+    its_rows = rows.clamp(min=0)
+    visible = torch.where(rows >= 0, sequence.kv_len.long()[its_rows], 0)  # [N, t]
     q = call.q.new_zeros((kv_heads, n, height, call.shape.k_size), dtype=torch.float32)
-    gathered = call.q[b][rows.clamp(min=0)][:, :, heads]  # [N, t, Hkv, g, Dk]
+    gathered = sequence.q[its_rows][:, :, heads]  # [N, t, Hkv, g, Dk]
     q[:, :, :used] = gathered.permute(2, 0, 1, 3, 4).reshape(kv_heads, n, used, -1)
 
     m = q.new_full((kv_heads, n, used), -math.inf)
@@ -239,7 +256,7 @@ def _launch(
             begins.setdefault(bound // block, []).append((i, part))
     # What is done, counted as it is done: keys that the running results of each matrix tile have gone
     # through, and the bounds at which they were stored.
-    longest = visible.amax(1).tolist()
+    longest = [c[-1] for c in cuts]
     passed = np.zeros(n, dtype=np.int64)
     closed: list[list[int]] = [[0] for _ in range(n)]
 
@@ -257,7 +274,7 @@ def _launch(
             if longest[matrix_tile]:
                 closed[matrix_tile].append(min(int(passed[matrix_tile]), longest[matrix_tile]))
 
-    width = torch.arange(block, device=device)
+    positions = _padded_positions(sequence, block)
     for j in range(max(last_tile)):
         if j in begins:
             close(begins[j])
@@ -270,7 +287,13 @@ def _launch(
         s = s[:, :, :used] * call.scale
         s = s.view(kv_heads, count * t, g, block)
         group_call = _of_heads(call, heads)
-        s = finish_logits(s, visible[active].reshape(-1), width + j * block, group_call)
+        own = slice(j * block, min((j + 1) * block, len(sequence.k)))
+        mask = sequence.mask_of(its_rows[active].reshape(-1), own, heads, kv_heads=kv_heads)
+        if mask is not None:
+            # The rest of the last tile is hidden as what lies beyond a row's keys is.
+            mask = torch.nn.functional.pad(mask, (0, block - mask.shape[-1]))
+        at = positions[j * block : (j + 1) * block]
+        s = finish_logits(s, visible[active].reshape(-1), at, group_call, mask)
         s = s.view(kv_heads, count, used, block)
         m_old = m[:, active]
         m_new = torch.maximum(m_old, s.amax(-1))
@@ -294,6 +317,14 @@ def _launch(
     merged_lse = result.lse.view(kv_heads, n * t, g).transpose(0, 1)
     merged = Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))
     return _Launch(merged, g, [tuple(bounds) for bounds in closed])
+
+
+def _padded_positions(sequence: CallSequence, block: int) -> torch.Tensor:
+    """The places of a sequence's keys, in whole tiles: beyond its last key none that a row sees."""
+    keys, device = len(sequence.k), sequence.k.device
+    if sequence.positions is None:
+        return torch.arange(-(-keys // block) * block, device=device)
+    return torch.nn.functional.pad(sequence.positions, (0, -keys % block), value=2**31 - 1)
 
 
 def _of_heads(call: Call, heads: torch.Tensor) -> Call:

@@ -5,7 +5,9 @@
 s_j = scale * <q, k_j>                                 logits, in float64
 s_j = softcap * tanh(s_j / softcap)                    if a softcap is given
 s_j = s_j + alibi_slope[h] * (j - (n_kv - 1))          if ALiBi slopes are given: 0 at the newest key
-visible: n_kv - sliding_window <= j < n_kv             the newest `sliding_window` keys
+s_j = s_j + mask[h, t, j]                              if a mask of numbers is given
+visible: n_kv - sliding_window <= j < n_kv             the newest `sliding_window` keys; of these, what a mask
+                                                       of truth values and a list of keys leave
 L = ln(sum_j exp(s_j) + exp(sink[h]))                  the sink is one more key whose value is 0
 o = sum_j exp(s_j - L) v_j
 """
@@ -19,10 +21,11 @@ from dataclasses import replace
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape
+from verify.kernels.call import PATHS, AttentionOutput, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
-from verify.kernels.lengths import lengths_of
+from verify.kernels.lengths import first_sequence, lengths_of
+from verify.kernels.sequences import sequences
 from verify.kernels.sliced_products import sliced_bmm
 from verify.kernels.trace import Launched, Signature
 
@@ -37,21 +40,35 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def reference_attention(call: Call) -> AttentionOutput:
-    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64, all logits at once: slow, but to be read."""
-    k, v = (x.double().repeat_interleave(call.shape.ratio, dim=2) for x in (call.k, call.v))
-    s = call.scale * torch.einsum("bthd,bshd->bths", call.q.double(), k)
-    if call.softcap is not None:
-        s = call.softcap * torch.tanh(s / call.softcap)
-    j, n_kv = torch.arange(call.shape.keys, device=s.device), call.kv_len[:, :, None, None]
-    if call.alibi_slopes is not None:
-        s = s + call.alibi_slopes.double()[:, None] * (j - (n_kv - 1))
-    hidden = (j >= n_kv) | (j < n_kv - (call.sliding_window or call.shape.keys))
-    s = s.masked_fill(hidden, -math.inf)
-    sink = s.new_tensor(-math.inf) if call.sinks is None else call.sinks.double()
-    lse = torch.logaddexp(torch.logsumexp(s, -1), sink)
-    # A row that sees no key: exp(-inf) = 0, and not exp(-inf + inf).
-    p = torch.exp(s - lse.clamp(min=-1e300)[..., None])
-    return AttentionOutput(torch.einsum("bths,bshd->bthd", p, v), lse)
+    """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64, all logits of a sequence at once: slow, but to be
+    read."""
+    out, lse = _nothing_seen(call)
+    for sequence in sequences(call):
+        k, v = (x.double().repeat_interleave(call.shape.ratio, dim=1) for x in (sequence.k, sequence.v))
+        s = call.scale * torch.einsum("thd,shd->ths", sequence.q.double(), k)
+        if call.softcap is not None:
+            s = call.softcap * torch.tanh(s / call.softcap)
+        j, n_kv = torch.arange(len(k), device=s.device), sequence.kv_len[:, None, None]
+        if call.alibi_slopes is not None:
+            s = s + call.alibi_slopes.double()[:, None] * (j - (n_kv - 1))
+        hidden = (j >= n_kv) | (j < n_kv - (call.sliding_window or len(k)))
+        if (mask := sequence.mask) is not None:
+            seen = mask if mask.dtype == torch.bool else ~torch.isneginf(mask)
+            s = s if mask.dtype == torch.bool else s + mask.double().transpose(0, 1)
+            hidden = hidden | ~seen.transpose(0, 1)
+        s = s.masked_fill(hidden, -math.inf)
+        sink = s.new_tensor(-math.inf) if call.sinks is None else call.sinks.double()
+        its_lse = torch.logaddexp(torch.logsumexp(s, -1), sink)
+        # A row that sees no key: exp(-inf) = 0, and not exp(-inf + inf).
+        p = torch.exp(s - its_lse.clamp(min=-1e300)[..., None])
+        out[sequence.at], lse[sequence.at] = torch.einsum("ths,shd->thd", p, v), its_lse
+    return AttentionOutput(out, lse)
+
+
+def _nothing_seen(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of rows that see nothing, to be filled."""
+    out = call.q.new_zeros((*call.q.shape[:3], call.shape.v_size), dtype=torch.float64)
+    return out, call.q.new_full(call.q.shape[:3], -math.inf, dtype=torch.float64)
 
 
 def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = True) -> AttentionOutput:
@@ -61,70 +78,70 @@ def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = Tr
     """
     shape = call.shape
     logits = shape.q_heads * shape.keys * -(-shape.rows // _ROW_STEPS_CUDA)
-    lengths = lengths_of(call.kv_len)
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
-        return _attention(call, lengths.of_rows, bmm, with_lse)
-    if lengths.of_first is None:
-        return _attention(call, lengths.of_rows, bmm, with_lse)
+        return _attention(call, bmm, with_lse)
+    lengths = lengths_of(call.kv_len)
+    forms = (call.block_table, call.cu_seqlens, call.mask, call.keys)
+    if lengths.of_first is None or any(form is not None for form in forms):
+        return _attention(call, bmm, with_lse)
     count = 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1
-    return _sequences_together(call, lengths.of_first, count, bmm, with_lse)
+    return _sequences_together(call, count, bmm, with_lse)
 
 
 def _sequences_together(
-    call: Call, lengths: tuple[int, ...], count: int, bmm: Product = torch.bmm, with_lse: bool = True
+    call: Call, count: int, bmm: Product = torch.bmm, with_lse: bool = True
 ) -> AttentionOutput:
-    """Sequences of equal lengths [T], `count` at a time, as further KV heads of one.
+    """Sequences of equal lengths, `count` at a time, as further KV heads of one.
 
     There are always `count`, the last ones repeated if need be: a product of fewer could have other bits.
     """
-    outs, lses, kv_len = [], [], call.kv_len[:1]
+    outs, lses, kv_len = [], [], first_sequence(call.kv_len)
     for first in range(0, call.shape.batch, count):
         which = torch.arange(first, first + count, device=call.q.device).clamp(max=call.shape.batch - 1)
         q, k, v = (x[which].transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
-        shape = call.shape._replace(batch=1, heads=call.shape.heads.with_kv(count * call.shape.kv_heads))
         sinks, slopes = (
             None if given is None else given.repeat(count) for given in (call.sinks, call.alibi_slopes)
         )
-        together = replace(call, q=q, k=k, v=v, kv_len=kv_len, shape=shape, sinks=sinks, alibi_slopes=slopes)
-        found = _attention(together, lengths, bmm, with_lse)
+        together = replace(call, q=q, k=k, v=v, kv_len=kv_len, sinks=sinks, alibi_slopes=slopes)
+        found = _attention(together, bmm, with_lse)
         wanted = slice(0, min(count, call.shape.batch - first))
         outs.append(found.out[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
         lses.append(found.lse[0].unflatten(1, (count, -1)).transpose(0, 1)[wanted])
     return AttentionOutput(torch.cat(outs), torch.cat(lses))
 
 
-def _attention(call: Call, lengths: tuple[int, ...], bmm: Product, with_lse: bool) -> AttentionOutput:
-    """lengths: the numbers of call.kv_len [B, T], flattened."""
-    q, k, v, kv_len, scale, shape = call.q, call.k, call.v, call.kv_len, call.scale, call.shape
+def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
+    q, scale, shape = call.q, call.scale, call.shape
     sinks = None if call.sinks is None else call.sinks.to(torch.float64)
     r, heads = shape.ratio, shape.kv_heads
-    out = q.new_zeros((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float64)
-    lse = q.new_full((shape.batch, shape.rows, shape.q_heads), -math.inf, dtype=torch.float64)
+    out, lse = _nothing_seen(call)
     at_once = _LOGITS_AT_ONCE_CUDA if q.is_cuda else _LOGITS_AT_ONCE
     chunk = max(at_once // max(shape.q_heads * shape.keys, 1), 1)
     if shape.rows >= _ROWS_OF_MANY:
         chunk = min(chunk, -(-shape.rows // (_ROW_STEPS_CUDA if q.is_cuda else _ROW_STEPS)))
-    if shape.keys == 0:
-        raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
-    for b in range(shape.batch):
-        keys = k[b].to(torch.float64).permute(1, 2, 0)  # [Hkv, Dk, S]
-        values = v[b].to(torch.float64).permute(1, 0, 2)  # [Hkv, S, Dv]
-        for first in range(0, shape.rows, chunk):
-            rows = slice(first, min(first + chunk, shape.rows))
-            n_kv = kv_len[b, rows]
-            visible = lengths[b * shape.rows + rows.start : b * shape.rows + rows.stop]
+    query_heads = torch.arange(shape.q_heads, device=q.device).view(heads, r)
+    for sequence in sequences(call):
+        keys = sequence.k.to(torch.float64).permute(1, 2, 0)  # [Hkv, Dk, S]
+        values = sequence.v.to(torch.float64).permute(1, 0, 2)  # [Hkv, S, Dv]
+        b, own = sequence.at
+        for first in range(own.start, own.stop, chunk):
+            rows = slice(first, min(first + chunk, own.stop))
+            within = slice(rows.start - own.start, rows.stop - own.start)
+            n_kv, visible = sequence.kv_len[within], sequence.lengths[within]
             least, last = min(visible), max(*visible, 1)
-            queries = q[b, rows].to(torch.float64)  # [t, Hq, Dk]
+            queries = sequence.q[within].to(torch.float64)  # [t, Hq, Dk]
             t = queries.shape[0]
             grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)
             s = bmm(grouped, keys[:, :, :last]).mul_(scale).view(heads, t, r, last)
             positions = torch.arange(last, device=q.device)
-            if call.softcap is None and call.alibi_slopes is None and call.sliding_window is None:
+            mask = sequence.mask_of(within, slice(0, last), query_heads, kv_heads=heads)
+            options = (call.softcap, call.alibi_slopes, call.sliding_window, mask)
+            if all(option is None for option in options):
                 # All rows see the first `least` keys.
                 s[..., least:].masked_fill_(positions[least:] >= n_kv.view(-1, 1, 1), -math.inf)
             else:
-                s = finish_logits(s, n_kv, positions, call)
-            if q.is_cuda and not with_lse and sinks is None and least > 0:
+                s = finish_logits(s, n_kv, positions, call, mask)
+            if q.is_cuda and not with_lse and sinks is None and mask is None and least > 0:
                 # The same, in one pass over the logits.
                 o = bmm(s.softmax(-1).view(heads, t * r, last), values[:, :last])
                 out[b, rows] = o.view(heads, t, r, -1).permute(1, 0, 2, 3).reshape(t, heads * r, -1)
@@ -147,11 +164,18 @@ def _attention(call: Call, lengths: tuple[int, ...], bmm: Product, with_lse: boo
     return AttentionOutput(out, lse)
 
 
-def finish_logits(s: torch.Tensor, n_kv: torch.Tensor, positions: torch.Tensor, call: Call) -> torch.Tensor:
+def finish_logits(
+    s: torch.Tensor,
+    n_kv: torch.Tensor,
+    positions: torch.Tensor,
+    call: Call,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Scaled products [Hkv, t, r, n] of t rows with keys `positions` [n], made into masked logits.
 
-    n_kv [t]: visible keys of each row; softcap, ALiBi slopes and sliding window are the call's. Works in the
-    dtype of `s`; keys that a row does not see become -inf.
+    n_kv [t]: keys up to each row's last; softcap, ALiBi slopes and sliding window are the call's; mask: of
+    these rows and keys, in a shape that broadcasts to s. Works in the dtype of `s`; keys that a row does not
+    see become -inf.
     """
     heads, _, r, _ = s.shape
     if call.softcap is not None:
@@ -162,6 +186,11 @@ def finish_logits(s: torch.Tensor, n_kv: torch.Tensor, positions: torch.Tensor, 
     hidden = positions >= n_kv
     if call.sliding_window is not None:
         hidden = hidden | (positions < n_kv - call.sliding_window)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            hidden = hidden | ~mask
+        else:
+            s = s + mask.to(s.dtype)
     return s.masked_fill(hidden, -math.inf)
 
 
@@ -179,7 +208,7 @@ class ExactKernel(Kernel):
         sliced = self.acc == "double-float32"
         result = exact_attention(call, sliced_bmm if sliced else torch.bmm)
         signature = Signature("exact", self.acc, (), (), "one")
-        launched = Launched.every_row(call.path, call.kv_len, signature)
+        launched = Launched.every_row(call.path, call.n_kv, signature)
         return Result(result.out.float(), result.lse.float(), launched)
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
@@ -188,4 +217,7 @@ class ExactKernel(Kernel):
 
     def capabilities(self) -> Capabilities:
         # Products of many rows at once: other shapes, other bits.
-        return Capabilities(plans=False, head_groups=False, row_alone=False)
+        return Capabilities(
+            plans=False, head_groups=False, row_alone=False, paths=PATHS, paged=True, packed=True,
+            mask=True, key_list=True,
+        )  # fmt: skip

@@ -28,3 +28,31 @@ class Heads(NamedTuple):
     def with_kv(self, kv: int) -> Heads:
         """So many KV heads, each with as many query heads."""
         return self._replace(q=kv * self.ratio, kv=kv)
+
+
+class OfHeads:
+    """What a record that has `heads` says of them by itself."""
+
+    __slots__ = ()
+    heads: Heads
+
+    @property
+    def ratio(self) -> int:
+        """r, query heads a KV head."""
+        return self.heads.ratio
+
+    @property
+    def q_heads(self) -> int:
+        return self.heads.q
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads.kv
+
+    @property
+    def k_size(self) -> int:
+        return self.heads.k_size
+
+    @property
+    def v_size(self) -> int:
+        return self.heads.v_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,8 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.cache import through_cache
 from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape, checked_call
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.errors import KernelFailure
 from verify.kernels.merge import Merge
-from verify.kernels.plans.plan import Plan
 from verify.kernels.trace import Launched
 
 
@@ -43,36 +43,21 @@ class Kernel(ABC):
         self,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        kv_len: torch.Tensor,
-        scale: float,
-        path: AttentionPath = "decode",
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        alibi_slopes: torch.Tensor | None = None,
-        plan: Plan | None = None,
+        v: torch.Tensor | None = None,
+        **options: Any,
     ) -> Result:
-        """Attention of the contract above; `plan` overrides the one of the specification.
+        """Attention of these arguments (`verify.kernels.call`); `plan` overrides the specification's.
 
-        Raises ValueError on inputs that do not fit together, KernelFailure if the kernel fails on good ones.
+        Packed tokens [sum T, Hq, Dk] give out [1, sum T, Hq, Dv]. Raises ValueError on inputs that do not fit
+        together, KernelFailure if the kernel fails on good ones or does not take them.
         """
-        return self.run(
-            checked_call(
-                q,
-                k,
-                v,
-                kv_len=kv_len,
-                scale=scale,
-                path=path,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
-                alibi_slopes=alibi_slopes,
-                plan=plan,
-            )
-        )
+        return self.run(checked_call(q, k, v, **options))
+
+    def refuse_forms(self, call: Call) -> None:
+        """Raises KernelFailure, one line, where the call has a form that this kernel does not take."""
+        reason = self.capabilities().refuses_form(call)
+        if reason is not None:
+            raise KernelFailure("unsupported", f"{self.spec}: {reason}")
 
     @abstractmethod
     def run(self, call: Call) -> Result:
@@ -108,7 +93,9 @@ class Kernel(ABC):
         """
         if self.cache == "f16":
             return call
-        return replace(call, k=through_cache(call.k, self.cache), v=through_cache(call.v, self.cache))
+        k, columns = through_cache(call.k, self.cache), call.v_in_k
+        v = through_cache(call.v, self.cache) if columns is None else k[..., slice(*columns)]
+        return replace(call, k=k, v=v)
 
     def merger(self) -> Merge | None:
         """The merge that this kernel combines its parts by, where it can be called by itself."""

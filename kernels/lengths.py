@@ -41,15 +41,25 @@ _kept: dict[int, tuple[weakref.ref[torch.Tensor], Lengths]] = {}
 
 def keep_lengths(kv_len: torch.Tensor) -> torch.Tensor:
     """kv_len, whose lengths are read now and never again: nobody may write to it from here on."""
-    key = id(kv_len)
-    _kept[key] = weakref.ref(kv_len, lambda _: _kept.pop(key, None)), _read(kv_len)
-    return kv_len
+    return _keep(kv_len, _read(kv_len))
+
+
+def first_sequence(kv_len: torch.Tensor) -> torch.Tensor:
+    """kv_len [1, T] of the first sequence, known already where all have the same lengths."""
+    lengths, first = lengths_of(kv_len), kv_len[:1]
+    return first if lengths.of_first is None else _keep(first, lengths._replace(of_rows=lengths.of_first))
 
 
 def lengths_of(kv_len: torch.Tensor) -> Lengths:
     """The lengths of kv_len [B, T]."""
     kept = _kept.get(id(kv_len))
     return kept[1] if kept is not None and kept[0]() is kv_len else _read(kv_len)
+
+
+def _keep(kv_len: torch.Tensor, lengths: Lengths) -> torch.Tensor:
+    key = id(kv_len)
+    _kept[key] = weakref.ref(kv_len, lambda _: _kept.pop(key, None)), lengths
+    return kv_len
 
 
 def _read(kv_len: torch.Tensor) -> Lengths:

@@ -82,7 +82,6 @@ class TensorParallelKernel(Kernel):
                 v=call.v[:, :, : len(heads)],
                 sinks=None if call.sinks is None else call.sinks[asking],
                 alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[asking],
-                shape=_of_heads(call.shape, len(heads)),
             )
             found[len(heads)] = self.inner.arithmetic_of(own)
         return _of_any_gpu([found[count] for count in sorted(found)])
@@ -128,7 +127,6 @@ def _calls(call: Call, gpus: int) -> list[Call]:
                 v=call.v[:, :, own].contiguous(),
                 sinks=None if call.sinks is None else call.sinks[asking],
                 alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[asking],
-                shape=_of_heads(call.shape, len(heads)),
             )
         )
     return found

@@ -18,7 +18,6 @@ WITHOUT_COMMENTS = {
     "Arithmetic",
     "Block",
     "Budget",
-    "Call",
     "CandidateResult",
     "Capabilities",
     "Cell",

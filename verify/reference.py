@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from verify.arms.arm import kernel_call
-from verify.kernels.call import PATHS, AttentionPath
+from verify.kernels.call import RUN_PATHS, AttentionPath
 from verify.kernels.errors import KernelFailure
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
@@ -72,8 +72,8 @@ def reference(
     prepare_torch()
     if cache_type not in FLOAT_TYPES:
         raise UsageError(f"cache type {cache_type!r}: expected one of {', '.join(FLOAT_TYPES)}")
-    if path not in PATHS:
-        raise UsageError(f"path {path!r}: expected one of {', '.join(PATHS)}")
+    if path not in RUN_PATHS:
+        raise UsageError(f"path {path!r}: expected one of {', '.join(RUN_PATHS)}")
     ids = np.asarray(token_ids)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
         raise UsageError(f"token ids: expected whole numbers [tokens], got {ids.dtype} {list(ids.shape)}")

@@ -36,6 +36,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.rows import BudgetRows
 from verify.kernels.budget.sums import Sums
 from verify.kernels.call import Call
+from verify.kernels.sequences import sequences
 
 # Where the bound is more than this share of sum_j p_j |v_j|, it says nothing: it is called vacuous.
 VACUOUS = 1.0 / 8.0
@@ -85,12 +86,8 @@ def error_budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]
 
     What follows from the inputs alone is computed once, and kernels that round alike share one budget.
     Memory is a few blocks of logits beside the results, whatever n_kv is. Runs where the call's tensors lie.
-    Raises ValueError for a call that holds no keys.
     """
-    shape = call.shape
-    if shape.keys == 0:
-        raise ValueError("k: expected at least one key in S, got 0 (an empty row is kv_len = 0)")
-    lengths = call.kv_len.unique().tolist()
+    lengths = call.n_kv.unique().tolist()
     keys = [rounding_key(a, lengths) for a in arithmetics]
     different = dict(zip(keys, arithmetics, strict=True))
     made = dict(zip(different, _budgets(call, list(different.values())), strict=True))
@@ -118,13 +115,15 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
         for _ in arithmetics
     ]  # fmt: skip
     logits_at_once = _LOGITS_AT_ONCE_CUDA if like.is_cuda else _LOGITS_AT_ONCE
-    at_once = max(logits_at_once // (shape.q_heads * min(shape.keys, _KEYS_AT_ONCE)), 1)
-    for b in range(shape.batch):
+    at_once = max(logits_at_once // (shape.q_heads * max(min(shape.keys, _KEYS_AT_ONCE), 1)), 1)
+    for sequence in sequences(call):
         # Rows of like n_kv together, so that a block of rows reads no more keys than it needs.
-        order = call.kv_len[b].argsort()
-        for first in range(0, shape.rows, at_once):
-            chosen = order[first : first + at_once]
-            rows = BudgetRows(call, b, chosen)
+        order = sequence.kv_len.argsort()
+        b, own = sequence.at
+        for first in range(0, len(order), at_once):
+            its = order[first : first + at_once]
+            chosen = its + own.start
+            rows = BudgetRows(call, sequence, its)
             sums = [Sums(rows, a) for a in arithmetics]
             for block in rows.blocks(_KEYS_AT_ONCE):
                 for each in sums:

@@ -13,6 +13,7 @@ import torch
 
 from verify.kernels.call import Call
 from verify.kernels.exact import finish_logits
+from verify.kernels.sequences import CallSequence
 
 
 def finite_size(sink: torch.Tensor) -> torch.Tensor:
@@ -23,7 +24,8 @@ def finite_size(sink: torch.Tensor) -> torch.Tensor:
 class Block(NamedTuple):
     """Some keys, float64. raw and s: logits before and after softcap, bias and mask, big_s: S_j, p: weights,
     seen: whether the row sees the key, abs_s: |s|, 0 where it does not: all [Hkv, t, r, n]. k [Hkv, Dk, n];
-    v and |v|, v^2 [Hkv, n, Dv]; positions [n]."""
+    v and |v|, v^2 [Hkv, n, Dv]; positions [n]. bias: |b| of numbers b that a mask adds, 0 where it hides, in
+    a shape that broadcasts to s; None without them."""
 
     positions: torch.Tensor
     k: torch.Tensor
@@ -36,23 +38,30 @@ class Block(NamedTuple):
     v: torch.Tensor
     abs_v: torch.Tensor
     square_v: torch.Tensor
+    bias: torch.Tensor | None
 
 
 class BudgetRows:
     """Some rows [t] of one sequence: the exact result, and the blocks of keys that it is summed over.
+
+    n_kv [t]: keys up to each row's last; lengths: keys that it goes through, fewer where it lists them.
 
     top, l, lse: of the whole row, sink included; largest: m; empty: the row sees nothing; all [Hkv, t, r, 1].
     out, size (sum_j p_j |v_j|), p_square_vv (sum_j p_j^2 v_j^2) and cap (max_j |v_j|) [Hkv, t, r, Dv]
     are complete when `blocks` has ended.
     """
 
-    def __init__(self, call: Call, b: int, rows: torch.Tensor) -> None:
-        self.call, self.b = call, b
+    def __init__(self, call: Call, sequence: CallSequence, rows: torch.Tensor) -> None:
+        self.call, self.sequence, self.rows = call, sequence, rows
         shape = call.shape
         self.heads, self.r = shape.kv_heads, shape.ratio
-        self.q = call.q[b, rows].double().view(len(rows), self.heads, self.r, -1).permute(1, 0, 2, 3)
-        self.n_kv = call.kv_len[b, rows].long()
-        self.lengths: list[int] = self.n_kv.tolist()
+        q = sequence.q[rows].double()
+        self.q = q.view(len(rows), self.heads, self.r, -1).permute(1, 0, 2, 3)
+        self.n_kv = sequence.kv_len[rows].long()
+        which: list[int] = rows.tolist()
+        self.lengths = [sequence.n_kv[t] for t in which]
+        self.last = [sequence.lengths[t] for t in which]
+        self.query_heads = torch.arange(shape.q_heads, device=q.device).view(self.heads, self.r)
         n = self.n_kv.view(1, -1, 1, 1).double()
         self.sink: torch.Tensor | None = None
         if call.sinks is not None:
@@ -63,15 +72,15 @@ class BudgetRows:
 
     def blocks(self, keys_at_once: int) -> Iterator[Block]:
         """Every block of keys that some row sees, in order, after two passes over K: one finds l."""
-        last, first = max(self.lengths), 0
+        last, first = max(self.last), 0
         if self.call.sliding_window is not None:
-            first = max(min(self.lengths) - self.call.sliding_window, 0)
+            first = max(min(self.last) - self.call.sliding_window, 0)
         pieces = [slice(at, min(at + keys_at_once, last)) for at in range(first, last, keys_at_once)]
         self._normaliser(pieces)
         for keys in pieces:
             s, raw, k = self._logits(keys)
             big_s = products(self.q.abs(), k.abs()).mul_(abs(self.call.scale))
-            v = self.call.v[self.b, keys].double().permute(1, 0, 2)  # [Hkv, n, Dv]
+            v = self.sequence.v[keys].double().permute(1, 0, 2)  # [Hkv, n, Dv]
             seen = torch.isfinite(s)
             abs_s = torch.where(seen, s.abs(), 0.0)
             p = torch.where(seen, torch.exp(s - torch.where(self.empty, 0.0, self.lse)), 0.0)
@@ -88,6 +97,7 @@ class BudgetRows:
                 v=v,
                 abs_v=v.abs(),
                 square_v=v.square(),
+                bias=self._bias(keys),
             )
             self.out += products(p, v)
             self.size += products(p, block.abs_v)
@@ -97,14 +107,24 @@ class BudgetRows:
 
     def _logits(self, keys: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """s and the raw products [Hkv, t, r, n] of a block of keys, and the keys themselves [Hkv, Dk, n]."""
-        k = self.call.k[self.b, keys].double().permute(1, 2, 0)
+        k = self.sequence.k[keys].double().permute(1, 2, 0)
         raw = products(self.q, k).mul_(self.call.scale)
         positions = torch.arange(keys.start, keys.stop, device=self.q.device)
-        return finish_logits(raw, self.n_kv, positions, self.call), raw, k
+        return finish_logits(raw, self.n_kv, positions, self.call, self.mask_of(keys)), raw, k
+
+    def _bias(self, keys: slice) -> torch.Tensor | None:
+        mask = self.mask_of(keys)
+        if mask is None or mask.dtype == torch.bool:
+            return None
+        return torch.where(torch.isneginf(mask), 0.0, mask.double().abs())
+
+    def mask_of(self, keys: slice) -> torch.Tensor | None:
+        """The mask of these rows and some keys, as it broadcasts to [Hkv, t, r, n]."""
+        return self.sequence.mask_of(self.rows, keys, self.query_heads, kv_heads=self.heads)
 
     def _normaliser(self, pieces: list[slice]) -> None:
         """top, l, lse, largest, empty."""
-        shape = (self.heads, len(self.lengths), self.r, 1)
+        shape = (self.heads, len(self.last), self.r, 1)
         m = self.q.new_full(shape, -math.inf)
         total = self.q.new_zeros(shape)
         for keys in pieces:
@@ -128,7 +148,7 @@ class BudgetRows:
 
     def _largest_seen(self, abs_v: torch.Tensor, keys: slice) -> torch.Tensor:
         """max_j |v_ji| over the keys of a block up to each row's last: [Hkv, t, 1, Dv]."""
-        if min(self.lengths) >= keys.stop:
+        if min(self.last) >= keys.stop:
             # The usual case. Running maxima along a dimension that is not the last are slow on a GPU.
             return abs_v.amax(1)[:, None, None]
         prefix = abs_v.cummax(1).values

@@ -65,11 +65,16 @@ class Sums:
         underflow = self._underflow(block.k)
         # eta is beside the point, and may be infinite or NaN, where a row does not see.
         eta = torch.where(seen, self._eta(block, underflow), 0.0)
-        spread = p * torch.expm1(eta)
+        spread, grown = p * torch.expm1(eta), torch.exp(eta)
         shared = torch.where(seen, a.u_q * block.big_s + underflow, 0.0)
         big_s = torch.where(seen, block.big_s, 0.0)
         lost = torch.minimum(p, torch.maximum(FLOAT_TYPES[a.p].u * p, a.tau_p / self.rows.l))
-        rounded = lost * torch.exp(eta)
+        rounded = lost * grown
+        if block.bias is not None:
+            # A bias far below anything hides a key as -inf does: p is 0 and e^eta infinite, not so p e^eta.
+            lse = torch.where(self.rows.empty, 0.0, self.rows.lse)
+            at_most = torch.exp(block.s - lse + eta)
+            spread, rounded = (torch.where(p > 0, x, at_most) for x in (spread, rounded))
         variances = self._variances(block, big_s)
         _add_products(self.by_abs, (spread, rounded, p * shared), block.abs_v)
         squares = spread.square() + rounded.square()
@@ -214,7 +219,7 @@ class Sums:
         if a.acc != "f16":
             return torch.zeros_like(rows.out)
         keys = MMA_KEYS if a.block is not None and a.cuts_at is not None else 1
-        n = rows.n_kv.view(1, -1, 1, 1).double().clamp(min=1)
+        n = self._per_row([float(max(n, 1)) for n in rows.lengths])
         weight = rows.l * math.exp(-a.p_shift)
         mean = rows.out.abs() * weight / n
         spread = (rows.p_square_vv * weight.square() / n - mean.square()).clamp(min=0)
@@ -284,6 +289,8 @@ class Sums:
             distance = (self.rows.n_kv.view(1, -1, 1, 1) - 1 - block.positions).clamp(min=0)
             # The unbiased logit and the bias may each be larger than their sum.
             product = product + 4 * u * slopes * distance
+        if block.bias is not None:
+            product = product + 4 * u * block.bias
         return product + self._exponent_error(block.abs_s)
 
     def _variances(self, block: Block, big_s: torch.Tensor) -> _Variances:

@@ -84,6 +84,7 @@ class TileKernel(Kernel):
         return lambda parts: self.merge(list(parts))
 
     def run(self, call: Call) -> Result:
+        self.refuse_forms(call)
         shape = call.shape
         ran: Counter[RowKind] = Counter()
         out = call.q.new_zeros((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)

@@ -18,7 +18,7 @@ from verify.kernels.cache import dequantise, quantise
 from verify.kernels.cache_types import BLOCK, CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
-from verify.kernels.eager import EagerKernel
+from verify.kernels.eager import EAGER_FORMS, EagerKernel
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
@@ -143,6 +143,7 @@ class FlashKernel(Kernel):
 
     def run(self, call: Call) -> Result:
         check_supported(call)
+        self.refuse_forms(call)
         if not call.q.is_cuda and not device_code().INTERPRETED:
             return self._fall_back(call, f"{FALLBACK_NOTE} (tensors on {call.q.device})")
         from triton.runtime.errors import OutOfResources
@@ -240,7 +241,7 @@ class FlashKernel(Kernel):
             passes=1 if values == options.p else _PIECES[options.p] * _PIECES[values],
             cuts_at=options.plan.cuts_of(row),
             # A prefill tile is cut for its longest row, which may be any row of the call.
-            shared_up_to=0 if row.decode else shape.keys,
+            shared_up_to=shape.keys if row.prefill else 0,
             u_tanh=U_TANH,
             # Numbers of a quantised cache are rounded to float16 where they are expanded.
             u_k=2.0**-11 if self.cache != "f16" else 0.0,
@@ -313,7 +314,7 @@ class EagerOverCache(EagerKernel):
         return super().run(self.held(call))
 
     def capabilities(self) -> Capabilities:
-        return over_cache(self.options, self.cache)
+        return replace(over_cache(self.options, self.cache), **EAGER_FORMS)
 
 
 def flash_kernel(spec: str, options: TileOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:

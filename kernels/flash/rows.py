@@ -45,7 +45,7 @@ def plans_of_rows(
     """
     at = {n: plan.at(asked.of_keys(n)) for n in set(lengths)}
     planned = list(lengths)
-    if not asked.decode:
+    if asked.prefill:
         for first in range(0, len(planned), rows or 1):
             end = first + rows
             for t in range(first, end, tokens_a_tile):
@@ -56,7 +56,7 @@ def plans_of_rows(
     if not chosen and plan.policy is None:
         plan.groups(asked.ratio)
     # Rows of a prefill tile cannot be told apart: no policy chooses head groups by the length there.
-    assert asked.decode or len(chosen) <= 1, chosen
+    assert not asked.prefill or len(chosen) <= 1, chosen
     number = {kind: i for i, kind in enumerate(chosen)}
     kind_of_row = tuple(number[p.head_groups, p.launch] for p in plans)
     slots = [1] * len(chosen)

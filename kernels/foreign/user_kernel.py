@@ -102,6 +102,7 @@ class UserKernel(Kernel):
         )
 
     def run(self, call: Call) -> Result:
+        self.refuse_forms(call)
         for name in _OPTIONS_OF_CALLS:
             if getattr(call, name) is not None and name not in self._takes:
                 raise KernelFailure("unsupported", f"{self.function}: does not take {name}, which is needed")

@@ -25,6 +25,7 @@ import torch
 
 from verify.kernels.call import Call
 from verify.kernels.exact import finish_logits
+from verify.kernels.sequences import sequences
 
 NMSE_LIMIT = 5e-4
 FUDGE_FACTOR = 5.0
@@ -68,17 +69,20 @@ def plain_attention(call: Call) -> torch.Tensor:
     """
     shape, dtype = call.shape, call.q.dtype
     out = torch.zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float64, device=call.q.device)
-    positions = torch.arange(shape.keys, device=call.q.device)
-    for b in range(shape.batch):
-        q = call.q[b].float().view(shape.rows, shape.kv_heads, shape.ratio, -1).permute(1, 0, 2, 3)
-        s = torch.einsum("htrd,shd->htrs", q, call.k[b].float()).to(dtype) * call.scale
-        s = finish_logits(s.float(), call.kv_len[b].long(), positions, call).to(dtype).float()
+    heads = torch.arange(shape.q_heads, device=call.q.device).view(shape.kv_heads, shape.ratio)
+    for sequence in sequences(call):
+        rows, keys = len(sequence.q), len(sequence.k)
+        positions = torch.arange(keys, device=call.q.device)
+        q = sequence.q.float().view(rows, shape.kv_heads, shape.ratio, -1).permute(1, 0, 2, 3)
+        s = torch.einsum("htrd,shd->htrs", q, sequence.k.float()).to(dtype) * call.scale
+        mask = sequence.mask_of(slice(None), slice(0, keys), heads, kv_heads=shape.kv_heads)
+        s = finish_logits(s.float(), sequence.kv_len.long(), positions, call, mask).to(dtype).float()
         if call.sinks is not None:
             sink = call.sinks.float().view(shape.kv_heads, 1, shape.ratio, 1)
-            s = torch.cat((s, sink.expand(-1, shape.rows, -1, 1)), -1)
-        p = torch.softmax(s, -1).nan_to_num().to(dtype).float()[..., : shape.keys]
-        o = torch.einsum("htrs,shd->thrd", p, call.v[b].float()).to(dtype)
-        out[b] = o.flatten(1, 2).double()
+            s = torch.cat((s, sink.expand(-1, rows, -1, 1)), -1)
+        p = torch.softmax(s, -1).nan_to_num().to(dtype).float()[..., :keys]
+        o = torch.einsum("htrs,shd->thrd", p, sequence.v.float()).to(dtype)
+        out[sequence.at] = o.flatten(1, 2).double()
     return out
 
 

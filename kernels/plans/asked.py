@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from verify.kernels.heads import Heads
+from verify.kernels.heads import Heads, OfHeads
 
 SplitMode = Literal["layer", "graph"]
 SPLIT_MODES: tuple[SplitMode, ...] = ("layer", "graph")
@@ -16,14 +16,11 @@ GENERATIONS: tuple[Generation, ...] = ("pascal", "turing", "ampere", "ada", "hop
 N_KV_PADDING = 256
 # Query tokens of a call on the prefill path, as far as a policy is told: more than any that it treats apart.
 PREFILL_TOKENS = 512
+# Query tokens that a sequence has at most in a call of the path `several`.
+MOST_SEVERAL = 16
 
 
-class RowAsked(NamedTuple):
-    """One row, as plans and policies see it: a plan says nothing that does not follow from this record.
-
-    `Call.asked` and `Shape.asked` make it; `Plan.at` answers.
-    """
-
+class _RowFields(NamedTuple):
     heads: Heads  # the layer's; `kv_heads_a_gpu` is what a rule compares
     n_kv: int = 0  # keys that the row sees
     n_q: int = 1  # query tokens in the call
@@ -37,29 +34,23 @@ class RowAsked(NamedTuple):
     split_mode: SplitMode = "layer"
     generation: Generation = "ada"  # of the GPUs
 
+
+class RowAsked(_RowFields, OfHeads):
+    """One row, as plans and policies see it: a plan says nothing that does not follow from this record.
+
+    `Call.asked` and `Shape.asked` make it; `Plan.at` answers.
+    """
+
+    __slots__ = ()
+
     def of_keys(self, n_kv: int) -> RowAsked:
         """The same of a row that sees n_kv keys."""
         return self._replace(n_kv=n_kv)
 
     @property
-    def decode(self) -> bool:
-        return self.n_q == 1
-
-    @property
-    def ratio(self) -> int:
-        return self.heads.ratio
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads.kv
-
-    @property
-    def k_size(self) -> int:
-        return self.heads.k_size
-
-    @property
-    def v_size(self) -> int:
-        return self.heads.v_size
+    def prefill(self) -> bool:
+        """Whether rows share tiles that are cut for the longest of them."""
+        return self.n_q > MOST_SEVERAL
 
     @property
     def kv_heads_a_gpu(self) -> int:

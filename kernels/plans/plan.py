@@ -18,7 +18,7 @@ Options as they are written in a specification:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -140,6 +140,19 @@ class Plan:
     def with_sms(self, sms: int) -> Plan:
         """The same plan on a device with this many multiprocessors."""
         return replace(self, sms=sms)
+
+
+def rows_of_like_cuts(plan: Plan, asked: RowAsked, n_kv: Sequence[int]) -> list[list[int]]:
+    """Rows of one sequence that may share a tile: those whose parts begin at the same keys.
+
+    n_kv: keys of each row. In such a tile every row has its own plan's parts, the last of which ends with its
+    own keys.
+    """
+    tiles: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for row, n in enumerate(n_kv):
+        planned = plan.at(asked.of_keys(n))
+        tiles.setdefault((planned.head_groups, planned.cuts[:-1]), []).append(row)
+    return list(tiles.values())
 
 
 @lru_cache(maxsize=1 << 18)

@@ -10,42 +10,26 @@ import re
 from typing import NamedTuple
 
 from verify.kernels.errors import SpecError, nearest
-from verify.kernels.heads import Heads
+from verify.kernels.heads import Heads, OfHeads
 
 _NUMBERS = re.compile(r"(\d+)/(\d+)x(\d+)(?:/(\d+))?")
 
 
-class ModelShape(NamedTuple):
-    """Heads of a model's layers; sliding_window and sinks where these have them.
-
-    v_in_k: V is a view of the first v_size numbers of K (MLA).
-    """
-
+class _ModelFields(NamedTuple):
     name: str
     heads: Heads
     sliding_window: int | None = None
     sinks: bool = False
     v_in_k: bool = False
 
-    @property
-    def ratio(self) -> int:
-        return self.heads.ratio
 
-    @property
-    def q_heads(self) -> int:
-        return self.heads.q
+class ModelShape(_ModelFields, OfHeads):
+    """Heads of a model's layers; sliding_window and sinks where these have them.
 
-    @property
-    def kv_heads(self) -> int:
-        return self.heads.kv
+    v_in_k: V is a view of the first v_size numbers of K (MLA).
+    """
 
-    @property
-    def k_size(self) -> int:
-        return self.heads.k_size
-
-    @property
-    def v_size(self) -> int:
-        return self.heads.v_size
+    __slots__ = ()
 
     def to_json(self) -> dict[str, object]:
         """As `verify plan --json` lists it."""

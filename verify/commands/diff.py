@@ -56,7 +56,7 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs
     from verify.diff.run import run_diff
-    from verify.kernels.call import PATHS
+    from verify.kernels.call import RUN_PATHS
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.environment import prepare_torch
     from verify.machine.errors import UsageError
@@ -68,7 +68,7 @@ def command(
     prepare_torch()
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
-    found_path = next((p for p in PATHS if p == path), None)
+    found_path = next((p for p in RUN_PATHS if p == path), None)
     if found_path is None:
         raise UsageError(f"--path {path}: expected decode or prefill")
     if captured_from is not None and (shape or n_kv or inputs):

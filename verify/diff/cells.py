@@ -258,9 +258,7 @@ def _rows_of(call: Call, rows: Sequence[int]) -> Call:
     """Some query rows of a call."""
     if len(rows) == call.shape.rows:
         return call
-    chosen = torch.tensor(list(rows), device=call.q.device)
-    q, kv_len = call.q[:, chosen].contiguous(), call.kv_len[:, chosen].contiguous()
-    return replace(call, q=q, kv_len=kv_len, shape=call.shape._replace(rows=len(rows)))
+    return call.of_rows(torch.tensor(list(rows), device=call.q.device))
 
 
 def _worst_row(out: torch.Tensor, exact: torch.Tensor, checked: int) -> int | None:
@@ -319,7 +317,7 @@ def _hold(
     if family is not None and any(finding.detector == "budget" for finding in found.findings):
         # Of inputs that were drawn; what overflows on a real model's is wrong there.
         asked = inputs.call
-        held = replace(due.held, q=asked.q, kv_len=asked.kv_len, shape=asked.shape)
+        held = replace(due.held, q=asked.q, kv_len=asked.kv_len, mask=asked.mask, keys=asked.keys)
         limit = limit_of_float16_sums(held, output.out, due.exact_held, due.arithmetic)
         if limit is not None:
             kept = [f for f in found.findings if f.detector in SUSPICIONS or f.detector == "lse"]

@@ -219,7 +219,7 @@ def masked_keys(subject: Subject, problem: Problem) -> float:
         torch.cat((x, x.new_full((x.shape[0], problem.twist, *x.shape[2:]), POISON)), 1)
         for x in (call.k, call.v)
     ]
-    longer = replace(call, k=more[0], v=more[1], shape=call.shape._replace(keys=more[0].shape[1]))
+    longer = replace(call, k=more[0], v=more[1])
     if has.row_alone and call.path == "decode":
         no_bit_moves("more masked keys", subject.kernel.run(call), subject.kernel.run(longer), lse=has.lse)
     else:
@@ -267,7 +267,6 @@ def _row_of(call: Call, b: int, t: int) -> Call:
         k=call.k[b : b + 1],
         v=call.v[b : b + 1],
         kv_len=call.kv_len[b : b + 1, t : t + 1],
-        shape=call.shape._replace(batch=1, rows=1),
     )
 
 

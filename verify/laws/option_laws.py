@@ -47,7 +47,6 @@ def sliding_window(subject: Subject, problem: Problem) -> float:
         k=call.k[:, n - w : n].contiguous(),
         v=call.v[:, n - w : n].contiguous(),
         kv_len=torch.full_like(call.kv_len, w),
-        shape=call.shape._replace(keys=w),
     )
     windowed = seen(subject.kernel, replace(call, sliding_window=w))
     margin = agree(f"window {w}", windowed, seen(subject.kernel, newest), lse=has.lse)
@@ -100,7 +99,6 @@ def sinks(subject: Subject, problem: Problem) -> float:
         k=torch.cat((key, call.k), 1),
         v=torch.cat((value, call.v), 1),
         kv_len=call.kv_len + 1,
-        shape=call.shape._replace(keys=call.shape.keys + 1),
     )
     with_sinks = seen(subject.kernel, replace(call, q=q, sinks=level.float()))
     margin = agree("sinks", with_sinks, seen(subject.kernel, one_more), lse=has.lse)

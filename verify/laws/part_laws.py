@@ -32,9 +32,8 @@ def pieces(call: Call, cuts: Sequence[int]) -> list[Call]:
         keys = slice(min(first, call.shape.keys - 1), max(end, min(first, call.shape.keys - 1) + 1))
         k, v = call.k[:, keys].contiguous(), call.v[:, keys].contiguous()
         kv_len = (call.kv_len - first).clamp(0, end - first)
-        shape = call.shape._replace(keys=k.shape[1])
         sinks = None if first or found else call.sinks
-        found.append(replace(call, k=k, v=v, kv_len=kv_len, shape=shape, sinks=sinks))
+        found.append(replace(call, k=k, v=v, kv_len=kv_len, sinks=sinks))
     return found
 
 

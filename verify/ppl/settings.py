@@ -55,11 +55,11 @@ class PplSettings:
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
-        from verify.kernels.call import PATHS
+        from verify.kernels.call import RUN_PATHS
         from verify.kernels.numbers import FLOAT_TYPES
         from verify.model.runner import COMPUTE_TYPES
 
-        if self.path not in (*PATHS, "both"):
+        if self.path not in (*RUN_PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, prefill or both")
         if self.cache_type not in FLOAT_TYPES:
             known = ", ".join(FLOAT_TYPES)
@@ -95,9 +95,9 @@ class PplSettings:
 
     @property
     def paths(self) -> tuple[AttentionPath, ...]:
-        from verify.kernels.call import PATHS
+        from verify.kernels.call import RUN_PATHS
 
-        return PATHS if self.path == "both" else tuple(p for p in PATHS if p == self.path)
+        return RUN_PATHS if self.path == "both" else tuple(p for p in RUN_PATHS if p == self.path)
 
     @property
     def measured(self) -> int:

@@ -66,7 +66,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
     |err| <= |o| (x + g (1 + x)), x = max(u_p, n tau_p) (0 if l sums rounded P),
     g = gamma_dn + gamma_dl + 2 gamma_dm + 3u + u_v + u_part, then the rounding of the result.
     """
-    depths = [[a.depths(n) for n in row] for row in call.kv_len.tolist()]
+    depths = [[a.depths(n) for n in row] for row in call.n_kv.tolist()]
 
     def per_row(name: str) -> torch.Tensor:
         values = [[float(getattr(d, name)) for d in row] for row in depths]

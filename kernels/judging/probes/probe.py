@@ -163,7 +163,7 @@ def one_key_tolerance(a: Arithmetic, call: Call) -> float:
     Accumulator, partial results, what a cache holds and the result may be rounded too. l passes gamma_dl, but
     all other keys add exact zeros: that is capped where it would hide another key's value, whole units away.
     """
-    most = int(call.kv_len.max()) if call.kv_len.numel() else 0
+    most = int(call.n_kv.max()) if call.kv_len.numel() else 0
     passed = a.depths(most).d_l * a.u
     rounded = FLOAT_TYPES[a.p].u + FLOAT_TYPES[a.out].u + a.u_acc + a.u_part + a.u_v
     return rounded + min(passed / (1 - passed) if passed < 1 else math.inf, ONE_KEY_SUMS)
@@ -178,7 +178,7 @@ def _failure(
     got: torch.Tensor,
 ) -> ProbeFailure:
     b, t, h = at
-    n = int(probe.call.kv_len[b, t])
+    n = int(probe.call.n_kv[b, t])
     key = -1 if probe.keys is None else int(probe.keys[b, t, h])
     part = -1
     if key >= 0 and a.cuts_at is not None:

@@ -51,7 +51,6 @@ def test_the_middle_key_dropped_is_attention_without_it() -> None:
         k=call.k[:, kept],
         v=call.v[:, kept],
         kv_len=torch.tensor([[8]], dtype=torch.int32),
-        shape=call.shape._replace(rows=1, keys=8),
     )
     expected = exact_attention(alone).out[:, 0] - oracle.out[:, 8]
     assert (found[:, 8] - expected).abs().max() < 1e-12
@@ -62,13 +61,9 @@ def test_the_merge_that_is_off_is_a_merge_with_another_lse() -> None:
     oracle = exact_attention(call)
     found = merge_weight_off(call, oracle, oracle.out)
     # Row 15 sees 16 keys: parts of 8.
-    row = replace(call, q=call.q[:, 15:], kv_len=call.kv_len[:, 15:], shape=call.shape._replace(rows=1))
+    row = replace(call, q=call.q[:, 15:], kv_len=call.kv_len[:, 15:])
     first = exact_attention(replace(row, kv_len=row.kv_len // 2))
-    second = exact_attention(
-        replace(
-            row, k=call.k[:, 8:], v=call.v[:, 8:], kv_len=row.kv_len // 2, shape=row.shape._replace(keys=8)
-        )
-    )
+    second = exact_attention(replace(row, k=call.k[:, 8:], v=call.v[:, 8:], kv_len=row.kv_len // 2))
     ulp = torch.nextafter(second.lse.abs().half(), torch.tensor(torch.inf).half()) - second.lse.abs().half()
     # The step of the float16 above |lse|: lse itself may round up into the next binade.
     expected = merge_sequential([Part(first.out, first.lse), Part(second.out, second.lse + ulp.double())]).out
