@@ -98,7 +98,7 @@ class Call:
     v: torch.Tensor  # [B, S, Hkv, Dv]; paged [P, page, Hkv, Dv]
     kv_len: torch.Tensor  # [B, T] int32
     scale: float  # of the product of q and k
-    path: AttentionPath = "decode"
+    path: AttentionPath = "decode"  # how rows are computed together
     sliding_window: int | None = None  # a row sees so many of its newest keys
     softcap: float | None = None  # c: logits become c tanh(logit / c)
     sinks: torch.Tensor | None = None  # [Hq], the logit of one more key, whose value is 0

@@ -44,7 +44,7 @@ FORMS: tuple[Promise, ...] = ("paged", "packed", "mask", "key_list")
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a kernel has. The defaults are those of a kernel of our own.
+    """What a kernel has. The defaults are those of a kernel of our own, forms left aside.
 
     lse: returns it; sliding_window, softcap, sinks, alibi: takes them; plans: obeys `Call.plan` whole;
     head_groups: obeys the head groups of `Call.plan` (implied by `plans`); empty_rows: rows of kv_len 0;
@@ -146,7 +146,7 @@ class Capabilities:
             wanted.append("empty_rows")
         if lengths.numel() and int(lengths.min()) != int(lengths.max()):
             wanted.append("ragged")
-        missing = [*filter(None, [form]), *(WORDS[name] for name in wanted if not getattr(self, name))]
+        missing = [WORDS[name] for name in wanted if not getattr(self, name)] + ([form] if form else [])
         for what, value, allowed in (
             ("dtype", name_of(call.q.dtype), self.dtypes),
             ("device", call.q.device.type, self.devices),

@@ -71,7 +71,6 @@ WITHOUT_COMMENTS = {
     "Ratios",
     "Resolution",
     "Rope",
-    "RowAsked",
     "RowFigures",
     "Rule",
     "SelftestSubject",

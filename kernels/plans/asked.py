@@ -25,13 +25,13 @@ class _RowFields(NamedTuple):
     n_kv: int = 0  # keys that the row sees
     n_q: int = 1  # query tokens in the call
     cache_type: str = "f16"  # of the kernel's own cache
-    sinks: bool = False
+    sinks: bool = False  # whether heads have them
     sliding_window: bool = False  # of this layer
-    alibi: bool = False
+    alibi: bool = False  # whether heads have slopes
     key_list: bool = False  # each row has a list of the keys it sees (sparse MLA)
     sequences: int = 1  # in the call
-    gpus: int = 1
-    split_mode: SplitMode = "layer"
+    gpus: int = 1  # that share the layers, or each layer
+    split_mode: SplitMode = "layer"  # which of these
     generation: Generation = "ada"  # of the GPUs
 
 
