@@ -119,7 +119,7 @@ class Capabilities:
             "paged": call.block_table, "packed": call.cu_seqlens, "mask": call.mask, "key_list": call.keys
         }  # fmt: skip
         missing = [WORDS[name] for name in FORMS if given[name] is not None and not getattr(self, name)]
-        if call.path not in self.paths:
+        if call.path == "several" and call.path not in self.paths:
             missing.append(f"has no path {call.path} (has {', '.join(self.paths)})")
         page = call.k.shape[1]
         if call.block_table is not None and self.page_sizes is not None and page not in self.page_sizes:
@@ -148,6 +148,8 @@ class Capabilities:
             wanted.append("ragged")
         missing = [WORDS[name] for name in wanted if not getattr(self, name)] + ([form] if form else [])
         for what, value, allowed in (
+            # Of the path `several` its form says so.
+            ("path", call.path, self.paths if call.path != "several" else None),
             ("dtype", name_of(call.q.dtype), self.dtypes),
             ("device", call.q.device.type, self.devices),
             ("head size", shape.k_size, self.k_sizes),
