@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from verify.diff.inputs import DiffSettings, all_inputs, check_settings
 from verify.diff.probing import PROBES, Probing
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
+from verify.diff.shrinking import Shrinker
 from verify.judge.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import PATHS, AttentionPath, Call
@@ -125,6 +126,8 @@ class Report:
     table: list[dict[str, Any]]
     # The inputs on which it did worst; None where nothing was compared.
     worst: WorstCase | None
+    # The smallest of that kind on which it still fails; None where nothing failed, or none is smaller.
+    smallest: WorstCase | None
     # What it would have seen: a ratio of errors from here on is `degraded` in any kind of input.
     detectable: float | None
     # As `verify diff` has them, a path each.
@@ -155,6 +158,10 @@ class Report:
             )
             if w.said:
                 lines.append(f"  {w.said}")
+            if (s := self.smallest) is not None:
+                lines.append(f"fewest keys and heads that still fail: {s.shape} at {s.n_kv} keys")
+                lines.append(f"  {s.said}")
+                w = s
             lines += ["again:", *(f"  {line}" for line in w.snippet.splitlines())]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -164,13 +171,6 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text; its schema is `verify/schemas/check.json`."""
-        worst = None
-        if (w := self.worst) is not None:
-            worst = {
-                "shape": w.shape, "n_kv": w.n_kv, "family": w.family, "seed": w.seed, "path": w.path,
-                "place": list(w.place), "got": w.got, "exact": w.exact, "budget_ratio": w.ratio,
-                "said": w.said, "snippet": w.snippet,
-            }  # fmt: skip
         return to_json_text(
             {
                 "schema": SCHEMA,
@@ -182,7 +182,8 @@ class Report:
                 "reasons": self.reasons,
                 "notes": self.notes,
                 "table": self.table,
-                "worst": worst,
+                "worst": _case_json(self.worst),
+                "smallest": _case_json(self.smallest),
                 "detectable": self.detectable,
                 "runs": {path: outcome.run for path, outcome in self.outcomes.items()},
             }
@@ -192,6 +193,16 @@ class Report:
         """What a notebook shows: the verdict, why, a table, and a picture of the errors."""
         pictures = {path: picture(outcome.candidates[0]) for path, outcome in self.outcomes.items()}
         return TEMPLATES.get_template("check.html.j2").render(report=self, pictures=pictures, figure=figure)
+
+
+def _case_json(w: WorstCase | None) -> dict[str, Any] | None:
+    if w is None:
+        return None
+    return {
+        "shape": w.shape, "n_kv": w.n_kv, "family": w.family, "seed": w.seed, "path": w.path,
+        "place": list(w.place), "got": w.got, "exact": w.exact, "budget_ratio": w.ratio,
+        "said": w.said, "snippet": w.snippet,
+    }  # fmt: skip
 
 
 def check_attention(
@@ -286,10 +297,34 @@ def check_attention(
                 outcomes[path] = run_diff(
                     own, on, inputs, clock, build=lambda spec: built.get(spec) or build_kernel(spec)
                 )
+            report = _report(_said_name(fn), outcomes, probings)
+            if report.verdict == "broken" and report.worst is not None:
+                report = replace(report, smallest=_smallest(kernel, report.worst, settings))
         finally:
             for each in built.values():
                 each.close()
-    return _report(_said_name(fn), outcomes, probings)
+    return report
+
+
+def _smallest(kernel: Kernel, worst: WorstCase, settings: Callable[..., DiffSettings]) -> WorstCase | None:
+    """The same kind of inputs with fewer keys and heads, where it still fails."""
+    shrinker = Shrinker(kernel, settings(path=worst.path), worst.family, worst.seed)
+    found = shrinker.smallest(worst.shape, worst.n_kv)
+    if found is None or (found.shape, found.n_kv) == (worst.shape, worst.n_kv):
+        return None
+    return WorstCase(
+        shape=found.shape,
+        n_kv=found.n_kv,
+        family=found.family,
+        seed=worst.seed,
+        path=worst.path,
+        place=tuple(found.evidence.worst),
+        got=found.evidence.worst_values[0],
+        exact=found.evidence.worst_values[1],
+        ratio=found.evidence.figure("budget"),
+        said=found.said,
+        call=found.call,
+    )
 
 
 def _kernel_of(
@@ -400,6 +435,7 @@ def _report(name: str, outcomes: dict[str, DiffOutcome], probings: dict[_Place, 
         notes=list(dict.fromkeys(note for outcome in outcomes.values() for note in outcome.notes)),
         table=[{"path": path, **line} for path, r in results.items() for line in summary_lines(r)],
         worst=worst,
+        smallest=None,
         detectable=max(least, default=None),
         outcomes=outcomes,
     )
