@@ -16,6 +16,7 @@ import torch
 from commit import commit
 
 from verify.kernels.budget.bound import error_budgets
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.gates import plain_attention
 from verify.kernels.judging.probes import judge, one_hot
@@ -37,13 +38,15 @@ def main() -> None:
     prepare_torch()
     device, n_kv = chosen_device(arguments.device), arguments.n_kv
     heads = 8 if device.type == "cuda" else 1
-    sizes = InputSizes(n_kv=(n_kv, n_kv - 37), kv_heads=heads, ratio=12, k_size=128, v_size=128)
+    sizes = InputSizes(
+        n_kv=(n_kv, n_kv - 37), heads=Heads.grouped(kv=heads, ratio=12, k_size=128, v_size=128)
+    )
     kernels = [build_kernel(spec) for spec in SPECS]
     # Compiling a kernel, and the first use of a library, are not what is measured.
     _measure(
         StageClock(device),
         kernels,
-        InputSizes(n_kv=(256, 219), kv_heads=heads, ratio=12, k_size=128, v_size=128),
+        InputSizes(n_kv=(256, 219), heads=Heads.grouped(kv=heads, ratio=12, k_size=128, v_size=128)),
     )
     clock = StageClock(device)
     failures = _measure(clock, kernels, sizes)

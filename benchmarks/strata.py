@@ -22,6 +22,7 @@ from commit import commit
 from verify.diff.cells import smallest_squares
 from verify.judge import strata
 from verify.kernels.exact import exact_attention
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.registry import build_kernel
 
@@ -43,7 +44,11 @@ def record() -> None:
     """Mean square errors of rows and heads, as log2 in float16: a part in 50, no more."""
     specs = sorted({spec for pair in PAIRS for spec in pair})
     families = [name for name, family in FAMILIES.items() if family.distinct]
-    sizes = InputSizes(n_kv=(KEYS,) * ROWS, kv_heads=2, ratio=2, edges=(64, 128, 256, 384))
+    sizes = InputSizes(
+        n_kv=(KEYS,) * ROWS,
+        heads=Heads.grouped(kv=2, ratio=2, k_size=64, v_size=64),
+        edges=(64, 128, 256, 384),
+    )
     energy = np.zeros((len(specs), len(families), ROWS, 4))
     floor = np.zeros_like(energy)
     for j, family in enumerate(families):

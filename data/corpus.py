@@ -9,19 +9,14 @@ from verify.data.errors import CorpusError
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text to evaluate on.
+    """A text to evaluate on."""
 
-    `n_bytes` and `sha256` (hexadecimal) are of the raw UTF-8 bytes, as a file would hold them; `text` is
-    those bytes decoded, less one trailing newline. `notice` is one line that must be shown to whoever reads
-    figures made from this text, or None.
-    """
-
-    name: str
+    name: str  # as it was asked for
     source: str  # "hub" | "file" | "embedded"
-    text: str
-    n_bytes: int
-    sha256: str
-    notice: str | None = None
+    text: str  # the bytes, decoded, less one trailing newline
+    n_bytes: int  # of the raw bytes
+    sha256: str  # of the raw bytes, hexadecimal
+    notice: str | None = None  # one line that readers of figures must be shown, or None
 
     def pieces(self, letters: int) -> Iterator[str]:
         """`text` in slices of this length."""

@@ -15,13 +15,13 @@ _READ_BYTES = 1 << 22
 class LongText:
     """As `Corpus`, but without `text`: a file that was read for its hash, and is read again by `pieces`."""
 
-    path: Path
-    name: str
-    n_bytes: int
-    sha256: str
+    path: Path  # of the file
+    name: str  # as it was asked for
+    n_bytes: int  # of the file
+    sha256: str  # of its bytes, hexadecimal
     identity: tuple[int, ...]  # device, inode, size, time of writing
-    source: str = "file"
-    notice: str | None = None
+    source: str = "file"  # always `file`
+    notice: str | None = None  # as in `Corpus`
 
     def pieces(self, letters: int) -> Iterator[str]:
         """The text in pieces of at least this many letters, but the last; one trailing newline left out.

@@ -44,49 +44,37 @@ FORMS: tuple[Promise, ...] = ("paged", "packed", "mask", "key_list")
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a kernel has. The defaults are those of a kernel of our own, forms left aside.
+    """What a kernel has. The defaults are those of a kernel of our own, forms left aside."""
 
-    lse: returns it; sliding_window, softcap, sinks, alibi: takes them; plans: obeys `Call.plan` whole;
-    head_groups: obeys the head groups of `Call.plan` (implied by `plans`); empty_rows: rows of kv_len 0;
-    zero_for_empty_rows: promises 0 for them, with an lse of -inf (a kernel of others never heard of it);
-    ragged: rows of different kv_len in one call; deterministic: the same call gives the same bits;
-    row_alone: a row's bits depend neither on other rows nor on the batch (decode); v_size: values of another
-    head size than keys; strided: sees keys and values where they lie, not copies; paths, devices, dtypes (by
-    torch's names): which of them; k_sizes, ratios: the head sizes and ratios it has, None for all;
-    softcap_sizes: the head sizes at which it takes a softcap, None for all that it has;
-    size_multiple: what head sizes of keys and values are multiples of (a quantised cache holds them in
-    blocks); caches: quantised cache types that the option `cache=` of its specification takes. Forms of a
-    call that a kernel has only if it says so: paged, packed, mask, key_list, and the path `several`;
-    page_sizes: keys a page that it has, None for all.
-    """
-
-    lse: bool = True
-    sliding_window: bool = True
-    softcap: bool = True
-    sinks: bool = True
-    alibi: bool = True
-    plans: bool = True
-    head_groups: bool = True
-    empty_rows: bool = True
-    ragged: bool = True
-    deterministic: bool = True
-    row_alone: bool = True
-    zero_for_empty_rows: bool = True
-    v_size: bool = True
-    strided: bool = True
-    paths: tuple[str, ...] = ("decode", "prefill")
-    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    k_sizes: tuple[int, ...] | None = None
-    ratios: tuple[int, ...] | None = None
+    lse: bool = True  # returns it
+    sliding_window: bool = True  # takes one
+    softcap: bool = True  # takes one
+    sinks: bool = True  # takes them
+    alibi: bool = True  # takes slopes
+    plans: bool = True  # obeys `Call.plan` whole
+    head_groups: bool = True  # obeys the head groups of `Call.plan`; implied by `plans`
+    empty_rows: bool = True  # takes rows of kv_len 0
+    ragged: bool = True  # takes rows of different kv_len in one call
+    deterministic: bool = True  # the same call gives the same bits
+    row_alone: bool = True  # decode: a row's bits depend neither on other rows nor on the batch
+    zero_for_empty_rows: bool = True  # promises 0 and an lse of -inf for rows of kv_len 0
+    v_size: bool = True  # takes values of another head size than keys
+    strided: bool = True  # sees keys and values where they lie, not copies
+    paths: tuple[str, ...] = ("decode", "prefill")  # which of them
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")  # which of them, by torch's names
+    devices: tuple[str, ...] = ("cpu", "cuda")  # which of them
+    k_sizes: tuple[int, ...] | None = None  # head sizes of keys; None: all
+    ratios: tuple[int, ...] | None = None  # query heads a KV head; None: all
+    # Head sizes at which it takes a softcap; None: all that it has.
     softcap_sizes: tuple[int, ...] | None = None
-    size_multiple: int = 1
-    caches: tuple[str, ...] = ()
-    paged: bool = False
-    packed: bool = False
-    mask: bool = False
-    key_list: bool = False
-    page_sizes: tuple[int, ...] | None = None
+    size_multiple: int = 1  # head sizes are multiples of it: a quantised cache holds them in blocks
+    caches: tuple[str, ...] = ()  # quantised types that `cache=` of its specification takes
+    # Forms of a call, and the path `several`, a kernel has only if it says so.
+    paged: bool = False  # keys and values in pages
+    packed: bool = False  # sequences one behind the other
+    mask: bool = False  # a mask of its own, in the place of lengths or beside them
+    key_list: bool = False  # a list of the keys that each row sees
+    page_sizes: tuple[int, ...] | None = None  # keys a page that it has; None: all
 
     def lacks(self, *promises: Promise) -> str | None:
         """Why a kernel cannot be asked for all of these, or None if it can."""

@@ -106,17 +106,14 @@ def _here() -> None:
 
 
 class KernelEntry(NamedTuple):
-    """A kernel: its name, its options, and why it cannot run here (None: it can).
+    """A kernel: its name, its options, and why it cannot run here."""
 
-    variants: names after a colon, one of which must be given; limits: what is known before it is built, by
-    the kernel's name or its variants' names.
-    """
-
-    name: str
-    summary: str
-    options: Mapping[str, str]
-    why_not: Callable[[], str | None] = _here
-    variants: tuple[str, ...] = ()
+    name: str  # as a specification has it
+    summary: str  # one line
+    options: Mapping[str, str]  # of its specification, and what each does
+    why_not: Callable[[], str | None] = _here  # why it cannot run here; None: it can
+    variants: tuple[str, ...] = ()  # names after a colon, one of which must be given
+    # What is known before it is built, by its name or its variants'.
     limits: Mapping[str, Capabilities] = MappingProxyType({})
 
 

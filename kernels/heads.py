@@ -20,6 +20,11 @@ class Heads(NamedTuple):
         size = str(self.k_size) if self.k_size == self.v_size else f"{self.k_size}/{self.v_size}"
         return f"{self.q}/{self.kv} x {size}"
 
+    @classmethod
+    def grouped(cls, *, kv: int, ratio: int, k_size: int, v_size: int) -> Heads:
+        """ratio query heads for each of kv KV heads."""
+        return cls(kv * ratio, kv, k_size, v_size)
+
     @property
     def ratio(self) -> int:
         """r, query heads a KV head."""

@@ -22,35 +22,31 @@ _CALLS_HELD = 256
 class Signature(NamedTuple):
     """What computed one row: two rows with equal signatures and inputs ran the same arithmetic.
 
-    kernel: name with its numerical options; binary: hash of the code that ran; head_groups: query heads that
-    each program handled; cuts: bounds 0 < ... < n_kv of the KV parts, -1 for a bound that is not known where
-    the parts are; launch: `one`, or `each` head group; as_planned: False where the device did other than the
-    plan says, whatever else it ran for that.
     An implementation that cannot say leaves head_groups and cuts empty.
     """
 
-    kernel: str
-    binary: str
-    head_groups: tuple[int, ...]
-    cuts: tuple[int, ...]
-    launch: str
-    as_planned: bool = True
+    kernel: str  # name with its numerical options
+    binary: str  # hash of the code that ran
+    head_groups: tuple[int, ...]  # query heads that each program handled
+    cuts: tuple[int, ...]  # 0 < ... < n_kv: bounds of the KV parts; -1: not known where one is
+    launch: str  # `one`, or `each` head group
+    as_planned: bool = True  # False: the device did other than the plan says, whatever else it ran for that
 
 
 @dataclass
 class Coverage:
     """Rows of one kind that ran: the line of a report's coverage table."""
 
-    path: str
-    kernel: str
-    binary: str
-    head_groups: tuple[int, ...]
-    parts: int
-    launch: str
-    rows: int
-    n_kv_min: int
-    n_kv_max: int
-    cuts_at_max: tuple[int, ...]
+    path: str  # decode or prefill
+    kernel: str  # name with its numerical options
+    binary: str  # hash of the code that ran
+    head_groups: tuple[int, ...]  # query heads that each program handled
+    parts: int  # of the KV range; 0: not known
+    launch: str  # `one`, or `each` head group
+    rows: int  # attention rows
+    n_kv_min: int  # fewest keys of a row
+    n_kv_max: int  # most keys of a row
+    cuts_at_max: tuple[int, ...]  # bounds of the parts of the longest row
 
     def to_json(self) -> dict[str, Any]:
         """As reports list it; `kv_cuts` are those of the longest row."""

@@ -21,21 +21,17 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotation of the first `size` dimensions of a head.
+    """Rotation of the first dimensions of a head."""
 
-    factor: of linear scaling or, where original_context is given, of YaRN. divisors [size/2]: what the
-    `rope_freqs` tensor of a file divides the frequencies by. magnitude: multiplies the rotated dimensions.
-    """
-
-    kind: RopeKind
-    size: int
-    base: float = 10000.0
-    factor: float = 1.0
-    original_context: int | None = None
-    magnitude: float = 1.0
-    divisors: torch.Tensor | None = None
-    beta_fast: float = BETA_FAST
-    beta_slow: float = BETA_SLOW
+    kind: RopeKind  # which dimensions are pairs
+    size: int  # dimensions that are rotated
+    base: float = 10000.0  # of the frequencies
+    factor: float = 1.0  # of linear scaling, or of YaRN where original_context is given
+    original_context: int | None = None  # tokens, of YaRN
+    magnitude: float = 1.0  # multiplies the rotated dimensions
+    divisors: torch.Tensor | None = None  # of the frequencies, [size/2]: the `rope_freqs` tensor of a file
+    beta_fast: float = BETA_FAST  # of YaRN
+    beta_slow: float = BETA_SLOW  # of YaRN
     # The last positions and their tables: all windows, arms and layers of a group ask for the same.
     _last: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
         default_factory=list, init=False, repr=False, compare=False

@@ -35,22 +35,17 @@ OWN_TILE = 512
 
 
 class LayerCall(NamedTuple):
-    """One attention call of B consecutive windows, `window` the number of the first in the run.
+    """One attention call of B consecutive windows. S = T, and more where a prompt comes before the rows."""
 
-    q [B, T, H, Dk], k and v [B, S, Hkv, D] already rounded, kv_len [B, T]; S = T, and more where a prompt
-    comes before the rows. unrounded: q, k and v, of the same shapes, before they were; x [B, T, width]: the
-    residual stream that enters the layer. None in drivers that keep neither.
-    """
-
-    layer: int
-    window: int
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    kv_len: torch.Tensor
-    settings: AttentionSettings
-    unrounded: AttentionInputs | None = None
-    x: torch.Tensor | None = None
+    layer: int  # counted from 0
+    window: int  # number of the first one in the run
+    q: torch.Tensor  # [B, T, H, Dk], rounded
+    k: torch.Tensor  # [B, S, Hkv, Dk], rounded
+    v: torch.Tensor  # [B, S, Hkv, Dv], rounded
+    kv_len: torch.Tensor  # visible keys, [B, T]
+    settings: AttentionSettings  # of the layer
+    unrounded: AttentionInputs | None = None  # q, k and v before they were; None: the driver keeps none
+    x: torch.Tensor | None = None  # [B, T, width], the residual stream that enters the layer; likewise
 
 
 class AttentionPass(Protocol):
@@ -68,20 +63,16 @@ class Progress(Protocol):
 
 
 class _Group(NamedTuple):
-    """What does not change while a group runs.
+    """What does not change while a group runs."""
 
-    spans: what each arm computes of a window; products: on the tiles of its slabs; positions [B * T] and
-    kv_lens [B, T]: by B, the windows of a slab, and span.
-    """
-
-    slabs: list[range]
-    arms: list[AttentionPass]
-    prompt: AttentionPass | None
-    spans: dict[str, range]
-    first_window: int
-    products: Products
-    positions: dict[tuple[int, range], torch.Tensor]
-    kv_lens: dict[tuple[int, range], torch.Tensor]
+    slabs: list[range]  # windows that are computed together
+    arms: list[AttentionPass]  # of the run
+    prompt: AttentionPass | None  # what is before the scored rows; None: nothing
+    spans: dict[str, range]  # what each arm computes of a window
+    first_window: int  # number in the run
+    products: Products  # on the tiles of its slabs
+    positions: dict[tuple[int, range], torch.Tensor]  # [B * T], by B, the windows of a slab, and span
+    kv_lens: dict[tuple[int, range], torch.Tensor]  # [B, T], likewise
     # Inputs of layers whose keys and values later layers read, by layer, slab and arm.
     kept: dict[tuple[int, int, str], AttentionInputs]
 

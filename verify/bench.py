@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,7 @@ from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
 from verify.kernels.timing import input_sets, read_bandwidth, time_calls
 from verify.kernels.trace import Launched, LaunchTrace
+from verify.machine.environment import describe
 
 CPU_CALLS = 5
 CPU_READ_BYTES = 1 << 28
@@ -31,18 +32,18 @@ PAYS = 0.01
 
 @dataclass(frozen=True)
 class Measurement:
-    """One kernel at one n_kv. gb_s counts K and V once; share is of the read bandwidth of the same run."""
+    """One kernel at one n_kv. Where it failed, figures are None."""
 
-    shape: str
-    n_kv: int
-    spec: str
-    us: float | None
-    gb_s: float | None
-    share: float | None
-    graph: bool
-    launched: str
-    notes: list[str]
-    failed: str | None = None
+    shape: str  # of the layer
+    n_kv: int  # visible keys
+    spec: str  # of the kernel
+    us: float | None  # microseconds a call, the median
+    gb_s: float | None  # GB/s of K and V, each counted once
+    share: float | None  # of the read bandwidth of the same run
+    graph: bool  # calls were replayed from a CUDA graph
+    launched: str  # in words
+    notes: list[str]  # of the kernel
+    failed: str | None = None  # why, if it did
 
 
 def measure(
@@ -86,8 +87,45 @@ def crossovers(found: Sequence[Measurement]) -> list[dict[str, Any]]:
     return lines
 
 
-def to_json(found: Sequence[Measurement]) -> list[dict[str, Any]]:
-    return [asdict(m) for m in found]
+class BenchListener(Protocol):
+    """Who is told how the measurements go on."""
+
+    def begins(self, machine: str, read_gb_s: float) -> None:
+        """The name of the device, and its read bandwidth in GB/s."""
+
+    def measured(self, one: Measurement) -> None:
+        """One of them is done."""
+
+
+class BenchResult(NamedTuple):
+    """All measurements, beside the machine's bandwidth in GB/s."""
+
+    environment: dict[str, Any]
+    bandwidth_gb_s: dict[str, float]
+    measurements: list[Measurement]
+    crossovers: list[dict[str, Any]]  # see `crossovers`
+
+    def to_json(self) -> dict[str, Any]:
+        measured = [asdict(m) for m in self.measurements]
+        return {"schema": 1, "command": "bench", **self._asdict(), "measurements": measured}
+
+
+def measure_all(
+    shapes: Sequence[ModelShape],
+    n_kvs: Sequence[int],
+    specs: Sequence[str],
+    device: torch.device,
+    listener: BenchListener,
+) -> BenchResult:
+    """Every kernel at every shape and length. Raises SpecError, UsageError."""
+    bandwidth, each = measure(shapes, n_kvs, specs, device)
+    cpu = describe("cpu")["cpu"]
+    listener.begins(torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, bandwidth["read"])
+    found = []
+    for one in each:
+        found.append(one)
+        listener.measured(one)
+    return BenchResult(describe(str(device)), bandwidth, found, crossovers(found))
 
 
 def _measure_one(

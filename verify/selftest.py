@@ -26,6 +26,7 @@ from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import KernelFailure
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import (
     DETECTORS,
     SUSPICIONS,
@@ -50,9 +51,13 @@ DEFAULT_SEEDS = 2
 # Two sequences; rows that end inside a tile, on its edge, one key after it, and one that sees nothing.
 SIZES = InputSizes(n_kv=(257, 200, 64, 1, 0), batch=2)
 # Another head size, and values of another size than keys.
-OTHER_SIZES = InputSizes(n_kv=(97, 33), kv_heads=1, k_size=128, v_size=32, edges=(32, 64))
+OTHER_SIZES = InputSizes(
+    n_kv=(97, 33), heads=Heads.grouped(kv=1, ratio=6, k_size=128, v_size=32), edges=(32, 64)
+)
 # Enough keys for accumulators to lose what they lose.
-LONG_SIZES = InputSizes(n_kv=(2048,), kv_heads=1, edges=(64, 1024))
+LONG_SIZES = InputSizes(
+    n_kv=(2048,), heads=Heads.grouped(kv=1, ratio=6, k_size=64, v_size=64), edges=(64, 1024)
+)
 # Rows that share tiles.
 PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
@@ -62,27 +67,22 @@ PLAN_CASES = 200
 
 @dataclass
 class SelftestSubject:
-    """A fault or a clean variant, and what was found. Counts are of seeds.
+    """A fault or a clean variant, and what was found. Counts are of seeds."""
 
-    detectors: seeds with which each objected; caught: seeds with which a sure one did; gates: seeds with
-    which each gate refused it on Gaussian inputs; gates_any: on any family; said: each detector's first
-    objection and the input it was about; unstated: seeds with which a sure detector objected though nothing
-    was stated of the arithmetic, unstated_said: the first objection of each; skipped: why it did not run.
-    """
-
-    name: str
-    kind: str
-    what: str
-    references: tuple[str, ...] = ()
-    plan: str = ""
-    detectors: dict[Detector, int] = field(default_factory=dict)
-    caught: int = 0
-    gates: dict[str, int] = field(default_factory=dict)
-    gates_any: dict[str, int] = field(default_factory=dict)
+    name: str  # unique
+    kind: str  # fault or clean
+    what: str  # one sentence
+    references: tuple[str, ...] = ()  # issues where it was seen
+    plan: str = ""  # that it lives in
+    detectors: dict[Detector, int] = field(default_factory=dict)  # with which each objected
+    caught: int = 0  # with which a sure detector did
+    gates: dict[str, int] = field(default_factory=dict)  # with which each gate refused it on Gaussian inputs
+    gates_any: dict[str, int] = field(default_factory=dict)  # on any family
+    # Each detector's first objection, and the input it was about.
     said: dict[Detector, str] = field(default_factory=dict)
-    unstated: int = 0
-    unstated_said: dict[Detector, str] = field(default_factory=dict)
-    skipped: str = ""
+    unstated: int = 0  # with which a sure detector objected though no arithmetic was stated
+    unstated_said: dict[Detector, str] = field(default_factory=dict)  # the first objection of each then
+    skipped: str = ""  # why it did not run
 
 
 @dataclass
@@ -166,7 +166,7 @@ class _Input:
     def __init__(self, family: str, sizes: InputSizes, seed: int, device: torch.device | str) -> None:
         self.family, self.name = (
             family,
-            f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.k_size}, {sizes.path}",
+            f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.heads.k_size}, {sizes.path}",
         )
         self.call: Call = draw(family, sizes, seed, device=device)
         self.distinct = FAMILIES[family].distinct
@@ -228,10 +228,10 @@ def _run(
 class _Trial(NamedTuple):
     """A subject, how its kernel is built, and what it is shown to."""
 
-    subject: SelftestSubject
-    build: Callable[[], Kernel]
-    needs: str = ""
-    probes: str = "standard"
+    subject: SelftestSubject  # what is found goes into it
+    build: Callable[[], Kernel]  # makes the kernel
+    needs: str = ""  # what it cannot run without
+    probes: str = "standard"  # which of them show it
     # Families of inputs that it is not made for.
     without: tuple[str, ...] = ()
     # What the laws of plans are asked of, where plans are what is wrong.

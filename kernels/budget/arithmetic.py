@@ -29,57 +29,47 @@ LARGEST_OFFSET = 3.0
 
 
 class Depths(NamedTuple):
-    """Roundings that one term can pass: in the denominator (d_l), the numerator (d_n), the merge (d_m).
+    """Roundings that one term can pass."""
 
-    parts, tiles: KV parts of the row, and tiles of its longest part; longest: keys of its longest part.
-    """
-
-    parts: int
-    tiles: int
-    d_l: int
-    d_n: int
-    d_m: int
-    longest: int
+    parts: int  # KV parts of the row
+    tiles: int  # of its longest part
+    d_l: int  # in the denominator
+    d_n: int  # in the numerator
+    d_m: int  # in the merge
+    longest: int  # keys of its longest part
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Roundings of one kernel and plan.
+    """Roundings of one kernel and plan. Unit roundoffs where nothing else is said."""
 
-    u: float32 accumulators of both products; p: type of P as it enters the second product; out: type of the
-    result; acc: type of the output accumulators; u_q, u_k, u_v: roundings of the inputs inside the kernel;
-    u_part: rounding of stored partial results; cuts_at: part bounds of a row with n_kv keys, None where they
-    are not known; block: keys a tile, None where it is not known; l_from_rounded_p: the denominator sums P
-    after it was rounded; p_shift: P is exp(s - m - p_shift), so that much sooner it underflows; u_tanh:
-    relative error of the softcap's tanh; stale_maximum: the running maximum may lag behind, so that the
-    largest P is not 1; q_blocks: q is quantised to blocks of q8_0 before the product; chained: roundings that
-    a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs on from tile to
-    tile (0: each tile is a product of its own, added to it); passes: matrix products that a tile of P and V
-    takes, each of which rounds that accumulator (more than one where an operand is split); shared_up_to: a
-    row may have the cuts of another row, of up to so many keys, that shares its tile (0: it has its own);
-    stated: the kernel, or whoever wrote its specification, says all of this. Otherwise it is assumed, as the
-    loosest that there is: a bound holds all the same, but nothing may be demanded of it to the bit, nor may
-    any of it excuse what is far off.
-    """
-
-    p: str = "f16"
-    out: str = "f32"
-    acc: str = "f32"
-    u: float = U_F32
-    u_q: float = 0.0
-    u_k: float = 0.0
-    u_v: float = 0.0
-    u_part: float = 0.0
-    block: int | None = 64
+    p: str = "f16"  # type of P as it enters the second product
+    out: str = "f32"  # type of the result
+    acc: str = "f32"  # type of the output accumulators
+    u: float = U_F32  # of float32 accumulators of both products
+    u_q: float = 0.0  # rounding of q inside the kernel
+    u_k: float = 0.0  # of k, likewise
+    u_v: float = 0.0  # of v, likewise
+    u_part: float = 0.0  # of stored partial results
+    block: int | None = 64  # keys a tile; None: not known
+    # Part bounds of a row with n_kv keys; None: not known.
     cuts_at: Callable[[int], tuple[int, ...]] | None = None
-    l_from_rounded_p: bool = False
-    p_shift: float = 0.0
-    u_tanh: float = 2 * U_F32
-    stale_maximum: bool = False
-    q_blocks: bool = False
+    l_from_rounded_p: bool = False  # the denominator sums P after it was rounded
+    p_shift: float = 0.0  # P is exp(s - m - p_shift), so that much sooner it underflows
+    u_tanh: float = 2 * U_F32  # relative error of the softcap's tanh
+    stale_maximum: bool = False  # the running maximum may lag behind, so that the largest P is not 1
+    q_blocks: bool = False  # q is quantised to blocks of q8_0 before the product
+    # Roundings that a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs
+    # on from tile to tile; 0: each tile is a product of its own, added to it.
     chained: int = 0
+    # Matrix products that a tile of P and V takes, each of which rounds that accumulator; more than one where
+    # an operand is split.
     passes: int = 1
+    # A row may have the cuts of another row, of up to so many keys, that shares its tile; 0: it has its own.
     shared_up_to: int = 0
+    # The kernel, or whoever wrote its specification, says all of this. Otherwise it is assumed, as the
+    # loosest that there is: a bound holds all the same, but nothing may be demanded of it to the bit, nor may
+    # any of it excuse what is far off.
     stated: bool = True
 
     @property

@@ -56,10 +56,10 @@ class Budget(NamedTuple):
 
     # The exact result, and its log-sum-exp a row.
     out: torch.Tensor
-    lse: torch.Tensor
+    lse: torch.Tensor  # log-sum-exp, a row
     # What no correct kernel of this arithmetic exceeds; the same for the lse a row.
     bound: torch.Tensor
-    lse_bound: torch.Tensor
+    lse_bound: torch.Tensor  # of the lse, a row
     # sum_j p_j |v_j|: what errors are relative to.
     size: torch.Tensor
     # Whether the bound says nothing, a row.
@@ -73,7 +73,7 @@ class Budget(NamedTuple):
     bias: torch.Tensor
     # The same, downwards and upwards, with what an arithmetic may do that is only assumed.
     falls: torch.Tensor
-    rises: torch.Tensor
+    rises: torch.Tensor  # upwards
 
 
 def error_budget(call: Call, arithmetic: Arithmetic) -> Budget:

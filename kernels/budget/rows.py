@@ -22,22 +22,20 @@ def finite_size(sink: torch.Tensor) -> torch.Tensor:
 
 
 class Block(NamedTuple):
-    """Some keys, float64. raw and s: logits before and after softcap, bias and mask, big_s: S_j, p: weights,
-    seen: whether the row sees the key, abs_s: |s|, 0 where it does not: all [Hkv, t, r, n]. k [Hkv, Dk, n];
-    v and |v|, v^2 [Hkv, n, Dv]; positions [n]. bias: |b| of numbers b that a mask adds, 0 where it hides, in
-    a shape that broadcasts to s; None without them."""
+    """Some keys of some rows, in float64. Logits before and after softcap, bias and mask."""
 
-    positions: torch.Tensor
-    k: torch.Tensor
-    raw: torch.Tensor
-    s: torch.Tensor
-    big_s: torch.Tensor
-    seen: torch.Tensor
-    abs_s: torch.Tensor
-    p: torch.Tensor
-    v: torch.Tensor
-    abs_v: torch.Tensor
-    square_v: torch.Tensor
+    positions: torch.Tensor  # [n]
+    k: torch.Tensor  # [Hkv, Dk, n]
+    raw: torch.Tensor  # logits before, [Hkv, t, r, n]
+    s: torch.Tensor  # logits after, [Hkv, t, r, n]
+    big_s: torch.Tensor  # S_j, sums of the products' sizes, [Hkv, t, r, n]
+    seen: torch.Tensor  # whether the row sees the key, [Hkv, t, r, n]
+    abs_s: torch.Tensor  # |s|, 0 where it does not see, [Hkv, t, r, n]
+    p: torch.Tensor  # weights, [Hkv, t, r, n]
+    v: torch.Tensor  # [Hkv, n, Dv]
+    abs_v: torch.Tensor  # |v|, likewise
+    square_v: torch.Tensor  # v^2, likewise
+    # |b| of numbers b that a mask adds, 0 where it hides, in a shape that broadcasts to s; None: it adds none.
     bias: torch.Tensor | None
 
 

@@ -17,14 +17,14 @@ Build = Callable[[], Kernel]
 class Fault(NamedTuple):
     """A known bug of a kernel."""
 
-    name: str
+    name: str  # unique
     # One sentence.
     what: str
     # Issues or pull requests where it was seen, or `emulated`.
     references: tuple[str, ...]
     # The plan that it lives in, as in a specification.
     plan: str
-    build: Build
+    build: Build  # makes the kernel
     # What it cannot be there without.
     needs: Literal["", "cuda"] = ""
     # The probes that show it: the standard ones, or the one beyond 2^31 elements alone.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -26,14 +26,23 @@ from verify.kernels.trace import Launched, RowKind, Signature
 
 @dataclass(frozen=True)
 class TileRow:
-    """Query rows t of sequence b that see keys 0 .. n-1; q [t, Hq, Dk]; kv_head [Hq]."""
+    """Query rows of one sequence that see the same keys."""
 
-    call: Call
-    b: int
-    t: torch.Tensor
-    n: int
-    q: torch.Tensor
-    kv_head: torch.Tensor
+    call: Call  # that they are rows of
+    b: int  # number of the sequence
+    t: torch.Tensor  # numbers of the rows, [t]
+    n: int  # they see keys 0 .. n-1
+    q: torch.Tensor  # [t, Hq, Dk] float32
+    kv_head: torch.Tensor  # of every query head, [Hq]
+    # First key and end of each part, counted where it is closed.
+    closed: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Bounds of the parts that were closed; -1 where one does not begin at the end of the one before."""
+        parts = sorted(self.closed)
+        inner = [end if first == end else -1 for (_, end), (first, _) in pairwise(parts)]
+        return (parts[0][0], *inner, parts[-1][1]) if parts else (0,)
 
 
 @dataclass
@@ -104,8 +113,8 @@ class TileKernel(Kernel):
                 )
                 result = self.row(row, plan)
                 out[b, t], lse[b, t] = self.store(result)
-                plan = self.plan_of(shape, n_kv)
-                signature = Signature(f"tile[{self.spec}]", "torch", plan.head_groups, plan.cuts, plan.launch)
+                # All heads are computed together: their groups are those that `kv_heads` was given.
+                signature = Signature(f"tile[{self.spec}]", "torch", plan.head_groups, row.cuts, "one")
                 ran[call.path, n_kv, signature] += len(t)
         return Result(out, lse, Launched(ran))
 
@@ -137,11 +146,12 @@ class TileKernel(Kernel):
         return list(pairwise(cuts))
 
     def part(self, row: TileRow, start: int, stop: int) -> Part:
-        state = self.begin(row)
-        for first, last in self.tiles(start, stop):
+        state, tiles = self.begin(row), self.tiles(start, stop)
+        for first, last in tiles:
             s = self.logits(row, self.keys(row, first, last))
             s = self.mask(row, self.bias(row, self.cap(row, s), first), first)
             self.update(state, s, self.values(row, first, last))
+        row.closed.append((min(first for first, _ in tiles), max(last for _, last in tiles)))
         return self.closed(state)
 
     def begin(self, row: TileRow) -> State:

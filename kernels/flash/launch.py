@@ -104,32 +104,32 @@ def expanded(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
 class Launches:
     """One bucket of rows that follow the same head groups: what is launched for it."""
 
-    head_groups: tuple[int, ...]
-    launch: str
-    parts: int
-    tiles_a_part: int
-    slots: int
-    kv_len: torch.Tensor
-    same_length: int
-    binaries: list[str] = field(default_factory=list)
+    head_groups: tuple[int, ...]  # query heads of each
+    launch: str  # `one` launch for all groups, or `each`
+    parts: int  # of the KV range, where their number is given; else 0
+    tiles_a_part: int  # where their size is given; else 0
+    slots: int  # places for partial results a row and head: the most parts of a row
+    kv_len: torch.Tensor  # [B, T] int32, -1 at rows of other buckets
+    same_length: int  # visible keys of every row of the call; -1: they differ
+    binaries: list[str] = field(default_factory=list)  # hashes of what was launched, when it was
 
 
 @dataclass
 class Prepared:
     """A call ready to launch: `launch()` writes `out` [B, T, Hq, Dv] and `lse` [B, T, Hq]."""
 
-    call: Call
-    options: TileOptions
-    tiles: Tiles
-    overlap: bool
-    out: torch.Tensor
-    lse: torch.Tensor
-    launches: list[Launches]
-    lengths: tuple[int, ...]
-    rows: RowPlans
-    notes: list[str]
-    planes: Planes | None = None
-    expand: bool = False
+    call: Call  # as the device code takes it
+    options: TileOptions  # of the specification, with the call's own plan
+    tiles: Tiles  # sizes of the matrix tiles
+    overlap: bool  # the combining launch may begin early
+    out: torch.Tensor  # float32
+    lse: torch.Tensor  # float32
+    launches: list[Launches]  # one a kind of rows
+    lengths: tuple[int, ...]  # visible keys, [B * T]
+    rows: RowPlans  # the plan of each row
+    notes: list[str]  # what a reader must know of the call
+    planes: Planes | None = None  # k and v of a quantised cache; None: they are numbers
+    expand: bool = False  # planes are made float16 before every launch
 
     def launch(self, written: list[torch.Tensor] | None = None) -> AttentionOutput:
         """Launch everything on the current stream; nothing here waits for the device.
@@ -148,24 +148,62 @@ class Prepared:
             self.call = replace(call, k=k, v=v)
         if written is not None:
             slots.fill(self.lse)
-        for item in self.launches:
-            state = None
+        for kind, item in enumerate(self.launches):
+            state, sampled = None, None
             if written is not None:
                 batch, rows, heads = self.lse.shape
                 counted = min(max(COUNTED_AT_ONCE // (rows * item.slots * heads), 1), batch)
                 state = self.lse.new_empty((counted, rows, item.slots, heads), dtype=torch.int8)
                 written.append(state)
+                sampled = self._longest_row(kind, counted)
             for b, t in _chunks(call, item, self.tiles):
-                self._attend(item, b, t, None if state is None else state[b, t])
+                part_lse = self._attend(item, b, t, counted=state is not None)
+                if state is not None:
+                    self._note_written(state, part_lse, b, t, sampled)
         out = self.out
         if self.options.out != "f32":
             out = out.to(FLOAT_TYPES[self.options.out].dtype).float()
         return AttentionOutput(out, self.lse)
 
-    def _attend(self, item: Launches, b: slice, t: slice, state: torch.Tensor | None) -> None:
+    def _longest_row(self, kind: int, sequences: int) -> int | None:
+        """Of the rows of a kind, numbered through the first sequences, the one with the most keys; None
+        where it has none."""
+        mine = range(sequences * self.call.shape.rows)
+        mine_of_kind = [row for row in mine if self.rows.kind_of_row[row] == kind]
+        longest = max(mine_of_kind, key=self.lengths.__getitem__, default=None)
+        return longest if longest is not None and self.lengths[longest] > 0 else None
+
+    def _note_written(
+        self, state: torch.Tensor, part_lse: torch.Tensor, b: slice, t: slice, sampled: int | None
+    ) -> None:
+        """Into `state` of the first sequences what rows t of sequences b wrote, [sequences, rows, slots, Hq];
+        of the sampled row, where it is one of them, also whether it is what its keys come to."""
+        mine = state[b, t]
+        mine.copy_(slots.states(part_lse[: len(mine)]))
+        if sampled is None:
+            return
+        row, token = divmod(sampled, self.call.shape.rows)
+        batch, rows = (
+            range(*x.indices(n)) for x, n in ((b, self.call.shape.batch), (t, self.call.shape.rows))
+        )
+        if row not in batch or token not in rows:
+            return
+        n_kv, cuts, ratio = self.lengths[sampled], self.rows.plans[sampled].cuts, self.call.shape.ratio
+        kv_head = n_kv % self.call.shape.kv_heads
+        at = (
+            batch.index(row),
+            rows.index(token),
+            slice(len(cuts) - 1),
+            slice(kv_head * ratio, (kv_head + 1) * ratio),
+        )
+        slots.mark_other_keys(
+            mine[at], part_lse[at], *slots.lse_of_parts(self.call, row, token, n_kv, kv_head, cuts)
+        )
+
+    def _attend(self, item: Launches, b: slice, t: slice, *, counted: bool) -> torch.Tensor:
         """Rows t of sequences b; one of the two ranges is everything, so `out` of them is contiguous.
 
-        state [sequences, rows, slots, Hq]: gets what the slots hold, where it is asked for.
+        counted: slots are filled beforehand. Returns what they hold, [sequences, rows, slots, Hq].
         """
         call, shape = self.call, self.call.shape
         q = call.q[b, t]
@@ -178,7 +216,7 @@ class Prepared:
         if combine:
             part_out = out.new_empty((sequences, tokens, item.slots, shape.q_heads, shape.v_size))
             part_lse = lse.new_empty((sequences, tokens, item.slots, shape.q_heads))
-            if state is not None:
+            if counted:
                 slots.fill(part_lse)
         groups = _groups_on(q.device, item.head_groups)
         sets = [(0, len(item.head_groups))]
@@ -226,8 +264,6 @@ class Prepared:
             grid = sequences * tiles, shape.kv_heads * n_groups, item.slots
             attend = self._over_numbers if self.planes is None or self.expand else self._over_planes
             names.append(_binary_hash(attend(grid, b, shared)))
-        if state is not None and len(state):
-            state.copy_(slots.states(part_lse.view(-1, *state.shape[1:])[: len(state)]))
         if combine:
             width = next_power_of_two(shape.v_size)
             compiled = device_code().combine_parts[(sequences * tokens, shape.q_heads)](
@@ -249,6 +285,7 @@ class Prepared:
             )
             names.append(_binary_hash(compiled))
         item.binaries = sorted(set(names), key=names.index)
+        return part_lse.view(sequences, tokens, item.slots, shape.q_heads)
 
     def _over_numbers(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
         """One launch over keys and values of sequences b as they are; returns what was compiled for it."""

@@ -3,6 +3,11 @@
 A program writes one lse a head and slot: -inf into a slot for which its row has no keys, a number into one of
 a part that it went through. Filled beforehand with a NaN that no device computes, a slot also shows that
 nothing wrote it. So parts are counted where they ran, and a plan is held to the count.
+
+That a slot was written does not say which keys it holds. So the numbers of one row, the longest of each kind,
+are held against the log-sum-exp of the keys of its planned parts, in float64: a part that begins or ends
+elsewhere has another one. Not seen: bounds that only other rows, or heads of other KV heads, have elsewhere;
+keys that carry less of their part than `_ROOM` leaves; and of a merge, anything.
 """
 
 from __future__ import annotations
@@ -10,17 +15,25 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
+from verify.kernels.call import Call
+from verify.kernels.exact import finish_logits
 from verify.kernels.flash.rows import Kind, RowPlans
 from verify.kernels.trace import Launched, RowKind, Signature
 
 # The bits of a quiet NaN; arithmetic gives others (0x7FFFFFFF, 0x7FC00000).
 _UNTOUCHED = 0x7FC0_5107
 # What a slot holds, for a head.
-NOT_WRITTEN, NO_KEYS, KEYS = 0, 1, 2
+NOT_WRITTEN, NO_KEYS, KEYS, OTHER_KEYS = 0, 1, 2, 3
+# By how much a written lse may differ from that of the planned keys: a share of the largest sum of a logit's
+# products, for their rounding and that of what is made of them; a share of the lse; and for the sum of keys.
+_ROOM = 2.0**-13, 2.0**-21, 2.0**-11
+# Keys in float64 at once.
+_KEYS_AT_ONCE = 1 << 16
 
 
 def fill(lse: torch.Tensor) -> None:
@@ -32,6 +45,45 @@ def states(lse: torch.Tensor) -> torch.Tensor:
     """What slots hold that were filled beforehand: int8 of the same shape. Does not wait for the device."""
     written = lse.view(torch.int32) != _UNTOUCHED
     return written.to(torch.int8) + (written & (lse != -math.inf)).to(torch.int8)
+
+
+def lse_of_parts(
+    call: Call, b: int, t: int, n_kv: int, kv_head: int, cuts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse [parts, r] of the parts between `cuts` of row t of sequence b; how much a kernel may differ by.
+
+    Of the query heads of one KV head, in float64, without a sink.
+    """
+    heads = slice(kv_head * call.shape.ratio, (kv_head + 1) * call.shape.ratio)
+    slopes = None if call.alibi_slopes is None else call.alibi_slopes[heads]
+    one, q = replace(call, alibi_slopes=slopes), call.q[b, t, heads].double()
+    end = min(cuts[-1], n_kv)
+    length = torch.tensor([n_kv], device=q.device)
+    s, largest = [q.new_empty((len(q), 0))], q.new_zeros(())
+    for first in range(0, end, _KEYS_AT_ONCE):
+        keys = call.k[b, first : min(first + _KEYS_AT_ONCE, end), kv_head].double()
+        positions = torch.arange(first, first + len(keys), device=q.device)
+        products = call.scale * (q @ keys.T)
+        s.append(finish_logits(products[None, None], length, positions, one)[0, 0])
+        largest = torch.maximum(largest, call.scale * (q.abs() @ keys.abs().T).amax())
+    logits = torch.cat(s, 1)  # [r, n]
+    inner = torch.tensor(cuts[1:-1], device=q.device, dtype=torch.int64)
+    part = torch.bucketize(torch.arange(end, device=q.device), inner, right=True).expand(len(q), -1)
+    empty = q.new_full((len(q), len(cuts) - 1), -math.inf)
+    top = empty.scatter_reduce(1, part, logits, "amax")
+    shift = torch.where(torch.isneginf(top), 0.0, top)
+    total = torch.zeros_like(empty).scatter_add(1, part, torch.exp(logits - shift.gather(1, part)))
+    lse = (shift + torch.log(total)).T
+    return lse, _ROOM[0] * largest + _ROOM[1] * lse.abs() + _ROOM[2]
+
+
+def mark_other_keys(state: torch.Tensor, lse: torch.Tensor, due: torch.Tensor, room: torch.Tensor) -> None:
+    """Mark the slots of a row that hold the lse of other keys than the planned ones. Does not wait.
+
+    state, lse [parts, r]: what `states` says, and what was written; due, room: as of `lse_of_parts`.
+    """
+    other = (lse.double() - due).abs() > room
+    state.masked_fill_(other & (state == KEYS) & torch.isfinite(due), OTHER_KEYS)
 
 
 def parts_with_keys(cuts: Sequence[int], n_kv: int, sliding_window: int | None) -> tuple[int, ...]:
@@ -91,7 +143,8 @@ def rows_as_written(
 ) -> Launched:
     """What a call launched by the slots that were written, where its plan says other; as in `as_planned`.
 
-    A head group that wrote no slot did not run. Where a row wrote other parts than the planned ones, of all
+    A head group that wrote no slot did not run. Where a row wrote other parts than the planned ones, or other
+    keys, of all
     rows of that plan it is known how many parts they have, and not where these begin. A row of a sequence
     whose slots are not held is taken for the last one that is like it.
     """
@@ -103,6 +156,8 @@ def rows_as_written(
         planned = parts_with_keys(plan.cuts, n_kv, sliding_window)
         if row < len(of_rows[kind]):
             like[key] = _groups_by_parts(of_rows[kind][row], rows.kinds[kind], ratio)
+            if bool((of_rows[kind][row] == OTHER_KEYS).any()):
+                other.add(plan)
         found.append(like.get(key, {planned: list(plan.head_groups)}))
         if found[-1].keys() - {planned}:
             other.add(plan)
@@ -134,7 +189,7 @@ def _groups_by_parts(state: torch.Tensor, kind: Kind, ratio: int) -> dict[tuple[
         mine = state.unflatten(1, (-1, ratio))[:, :, first : first + size].flatten(1)
         first += size
         if bool((mine != NOT_WRITTEN).any(0).all()):
-            parts = tuple((mine == KEYS).all(1).nonzero()[:, 0].tolist())
+            parts = tuple((mine >= KEYS).all(1).nonzero()[:, 0].tolist())
             found.setdefault(parts, []).append(size)
     return found
 

@@ -182,19 +182,19 @@ def mapped_files() -> set[str]:
 
 
 class Inputs(NamedTuple):
-    """One sequence. q [T, Hq, Dk] float32; k, v [S, Hkv, bytes] of `kind`; kv_len [T]; sinks [Hq] or None."""
+    """One sequence, as it lies in ggml's memory."""
 
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    kind: str
-    sizes: tuple[int, int]
-    kv_len: np.ndarray
-    sinks: np.ndarray | None
-    scale: float
-    softcap: float
-    window: int | None
-    groups: tuple[int, ...]
+    q: np.ndarray  # [T, Hq, Dk] float32
+    k: np.ndarray  # [S, Hkv, bytes] of `kind`
+    v: np.ndarray  # [S, Hkv, bytes] of `kind`
+    kind: str  # ggml's name of the cache's type
+    sizes: tuple[int, int]  # head sizes of k and of v
+    kv_len: np.ndarray  # visible keys, [T]
+    sinks: np.ndarray | None  # [Hq]
+    scale: float  # of logits
+    softcap: float  # of logits; 0: none
+    window: int | None  # newest keys that a row sees; None: all
+    groups: tuple[int, ...]  # query heads of each call
 
 
 class Launch(NamedTuple):

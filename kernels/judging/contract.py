@@ -12,6 +12,7 @@ import math
 import torch
 
 from verify.kernels.errors import KernelFailure
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import ProbeFailure
 from verify.kernels.kernel import Kernel
@@ -34,7 +35,7 @@ def of_empty_rows(failures: list[ProbeFailure]) -> tuple[list[ProbeFailure], lis
 def empty_row_finding(kernel: Kernel, *, device: torch.device | str = "cpu") -> str | None:
     """Asks a kernel for a row that sees no key beside one that sees some: the sentence if it is not right."""
     size = (kernel.capabilities().k_sizes or (64,))[0]
-    sizes = InputSizes(n_kv=(3, 0), kv_heads=1, ratio=1, k_size=size, v_size=size, edges=())
+    sizes = InputSizes(n_kv=(3, 0), heads=Heads.grouped(kv=1, ratio=1, k_size=size, v_size=size), edges=())
     try:
         result = kernel.run(draw("gaussian", sizes, 0, device=device))
     except KernelFailure as failure:

@@ -66,30 +66,23 @@ ALPHA = 1e-6
 
 
 class Measures(NamedTuple):
-    """The figures of one call. `nan` where there is nothing to measure.
+    """The figures of one call. `nan` where there is nothing to measure."""
 
-    budget: largest |err| / bound, vacuous rows left aside; relative: largest error of a row relative to
-    sum_j p_j |v_j| where the budget is vacuous; rms and rms_limit; quadrature and its limit; gain and its
-    limit, and gain_stated, what chance and the stated arithmetic explain of it; lse: largest |lse error| /
-    bound; nonfinite: elements that are NaN or Inf where none is due; vacuous: share of rows; worst: index
-    (b, t, h, column) of the largest |err| / bound; u_out: unit roundoff of the result's type; another_origin:
-    the lse is off as ALiBi slopes that count from another key make it, and no more.
-    """
-
-    budget: float
-    relative: float
-    rms: float
-    rms_limit: float
-    quadrature: float
-    quadrature_limit: float
-    gain: float
-    gain_limit: float
-    gain_stated: float
-    lse: float
-    nonfinite: int
-    vacuous: float
-    worst: tuple[int, int, int, int]
-    u_out: float
+    budget: float  # largest |err| / bound, vacuous rows left aside
+    relative: float  # largest error of a row over sum_j p_j |v_j|, where the budget is vacuous
+    rms: float  # error over its expected size
+    rms_limit: float  # what rounding alone does not exceed
+    quadrature: float  # error over the root of the sum of squared bounds
+    quadrature_limit: float  # likewise
+    gain: float  # a common factor is 1 + gain
+    gain_limit: float  # what rounding alone does not exceed
+    gain_stated: float  # what chance and the stated arithmetic explain of it
+    lse: float  # largest |lse error| / bound
+    nonfinite: int  # elements that are NaN or Inf where none is due
+    vacuous: float  # share of rows whose bound says nothing
+    worst: tuple[int, int, int, int]  # (b, t, h, column) of the largest |err| / bound
+    u_out: float  # unit roundoff of the result's type
+    # The lse is off as ALiBi slopes that count from another key make it, and no more.
     another_origin: bool = False
 
 

@@ -16,31 +16,26 @@ from typing import Any, NamedTuple
 import torch
 
 from verify.kernels.call import AttentionPath, Call, checked_call
+from verify.kernels.heads import Heads
 from verify.kernels.judging.counter_random import CounterRandom
 
 # Finite in float16, so that a zero weight hides it; NaN would show in kernels that are right (0 * NaN).
 POISON = 6e4
+SIX_A_KV_HEAD = Heads(12, 2, 64, 64)
 
 
 @dataclass(frozen=True)
 class InputSizes:
-    """Sizes of the inputs to draw.
+    """Sizes of the inputs to draw."""
 
-    n_kv: visible keys of each row, so T = len(n_kv); edges: keys where something is cut (KV parts, tiles);
-    spare: keys held beyond the longest row; v_in_k: V is a view of the first v_size numbers of K (MLA).
-    """
-
-    n_kv: tuple[int, ...] = (257, 200)
-    batch: int = 1
-    kv_heads: int = 2
-    ratio: int = 6
-    k_size: int = 64
-    v_size: int = 64
-    spare: int = 5
-    edges: tuple[int, ...] = (64, 128, 192)
-    dtype: torch.dtype = torch.float16
-    path: AttentionPath = "decode"
-    v_in_k: bool = False
+    n_kv: tuple[int, ...] = (257, 200)  # visible keys of each row, so T = len(n_kv)
+    batch: int = 1  # sequences
+    heads: Heads = SIX_A_KV_HEAD  # of the layer
+    spare: int = 5  # keys held beyond the longest row
+    edges: tuple[int, ...] = (64, 128, 192)  # keys where something is cut: KV parts, tiles
+    dtype: torch.dtype = torch.float16  # of q, k and v
+    path: AttentionPath = "decode"  # of the call
+    v_in_k: bool = False  # V is a view of the first v_size numbers of K (MLA)
 
     @property
     def keys(self) -> int:
@@ -48,7 +43,7 @@ class InputSizes:
 
     @property
     def scale(self) -> float:
-        return self.k_size**-0.5
+        return self.heads.k_size**-0.5
 
 
 @dataclass
@@ -81,16 +76,18 @@ class Family(NamedTuple):
 
 def gaussian(g: CounterRandom, sizes: InputSizes) -> Draft:
     """q, k, v standard normal: what the tests of others draw."""
-    b, t, s, h = sizes.batch, len(sizes.n_kv), sizes.keys, sizes.kv_heads
-    q = g.normal(b, t, h, sizes.ratio, sizes.k_size, device="cpu")
-    k = g.normal(b, s, h, sizes.k_size)
+    b, t, s, h = sizes.batch, len(sizes.n_kv), sizes.keys, sizes.heads.kv
+    q = g.normal(b, t, h, sizes.heads.ratio, sizes.heads.k_size, device="cpu")
+    k = g.normal(b, s, h, sizes.heads.k_size)
     # What a family makes of K it makes of V, where V lies in K.
-    return Draft(q, k, k[..., : sizes.v_size] if sizes.v_in_k else g.normal(b, s, h, sizes.v_size))
+    return Draft(
+        q, k, k[..., : sizes.heads.v_size] if sizes.v_in_k else g.normal(b, s, h, sizes.heads.v_size)
+    )
 
 
 def _add_logits(draft: Draft, sizes: InputSizes, logits: torch.Tensor) -> Draft:
     """Adds `logits` [S] to the logits of every row, through a column of q and k of their own."""
-    amplitude = sizes.k_size**0.5
+    amplitude = sizes.heads.k_size**0.5
     draft.q[..., 0] = amplitude
     # scale * amplitude * k = k
     draft.k[..., 0] = logits.to(draft.k.device).view(1, -1, 1)
@@ -104,7 +101,7 @@ def needles(g: CounterRandom, sizes: InputSizes) -> Draft:
     turn = g.integer(1 << 20)
     for t, n in enumerate(sizes.n_kv):
         places = [n - 1, *(e for e in edges if 0 <= e < n), 0]
-        for h in range(sizes.kv_heads):
+        for h in range(sizes.heads.kv):
             if n == 0:
                 continue
             place = places[0] if (t + h) % 2 == 0 else places[(turn + t + h) % len(places)]
@@ -164,7 +161,7 @@ def near_overflow(g: CounterRandom, sizes: InputSizes) -> Draft:
     draft = gaussian(g, sizes)
     draft.k = (draft.k * 1.2e4).clamp(-6e4, 6e4)
     draft.q *= 2.0**-12
-    even = torch.arange(sizes.v_size, device=draft.v.device) % 2 == 0
+    even = torch.arange(sizes.heads.v_size, device=draft.v.device) % 2 == 0
     signs = torch.where(even, 1.0, draft.v.sign())
     draft.v = signs * (3e4 + 3e4 * g.uniform(*draft.v.shape))
     return draft
@@ -190,7 +187,7 @@ def tiny(g: CounterRandom, sizes: InputSizes) -> Draft:
 def sinks(g: CounterRandom, sizes: InputSizes) -> Draft:
     """A sink of its own for every head, from nothing to most of the weight."""
     draft = gaussian(g, sizes)
-    heads = sizes.kv_heads * sizes.ratio
+    heads = sizes.heads.q
     level = math.log(max(*sizes.n_kv, 2))
     draft.options["sinks"] = level + torch.linspace(-6, 3, heads)[g.permutation(heads)]
     return draft
@@ -214,7 +211,7 @@ def softcap(g: CounterRandom, sizes: InputSizes) -> Draft:
 def alibi(g: CounterRandom, sizes: InputSizes) -> Draft:
     """ALiBi slopes from steep to flat, a power of two apart."""
     draft = gaussian(g, sizes)
-    heads = sizes.kv_heads * sizes.ratio
+    heads = sizes.heads.q
     draft.options["alibi_slopes"] = 2.0 ** -(1 + 7 * torch.arange(heads) / heads)
     return draft
 
@@ -258,7 +255,7 @@ def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu
         x[:, longest:] = POISON
     if sizes.v_in_k:
         # Families that draw another V leave their mark in K.
-        draft.k[..., : sizes.v_size] = draft.v
+        draft.k[..., : sizes.heads.v_size] = draft.v
     kv_len = torch.tensor(sizes.n_kv, dtype=torch.int32).expand(sizes.batch, -1).contiguous()
     options: dict[str, Any] = {
         name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in draft.options.items()
@@ -267,7 +264,7 @@ def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu
     return checked_call(
         draft.q.flatten(2, 3).to(sizes.dtype).to(device),
         k,
-        k[..., : sizes.v_size] if sizes.v_in_k else draft.v.to(sizes.dtype).to(device),
+        k[..., : sizes.heads.v_size] if sizes.v_in_k else draft.v.to(sizes.dtype).to(device),
         kv_len=kv_len.to(device),
         scale=sizes.scale,
         path=sizes.path,

@@ -56,8 +56,8 @@ class RowFigures(NamedTuple):
     gain: torch.Tensor
     # What roundings of one direction make of it, by the arithmetic; and down and up, where it is assumed.
     bias: torch.Tensor
-    falls: torch.Tensor
-    rises: torch.Tensor
+    falls: torch.Tensor  # downwards
+    rises: torch.Tensor  # upwards
     # <o, o>: by it gains of rows are weighed together.
     power: torch.Tensor
     # Columns that are NaN or Inf, int64.

@@ -100,16 +100,17 @@ class KVCuts:
 
 @dataclass(frozen=True)
 class Plan:
-    """A rule from a row to its cuts. `heads` is None for one padded group of all r heads."""
+    """A rule from a row to its cuts."""
 
+    # Head groups; None: one padded group of all r heads.
     heads: tuple[int, ...] | Literal["split"] | None = None
-    kv: KVCuts = KVCuts()
-    block: int = 64
-    launch: Launch = "one"
-    policy: Policy | None = None
-    gpus: int = 1
-    split_mode: SplitMode = "layer"
-    sms: int = NOMINAL_SMS
+    kv: KVCuts = KVCuts()  # how the KV range is cut
+    block: int = 64  # keys a tile: cuts are multiples of it
+    launch: Launch = "one"  # of the head groups
+    policy: Policy | None = None  # an engine's choice by the row, in the place of `heads` and `launch`
+    gpus: int = 1  # of the engine that the policy reproduces
+    split_mode: SplitMode = "layer"  # of that engine
+    sms: int = NOMINAL_SMS  # streaming multiprocessors, by which `kv=auto` cuts
 
     def at(self, row: RowAsked) -> RowPlan:
         """The plan of a row. Raises ValueError if head groups do not sum to r."""

@@ -64,13 +64,13 @@ def single_heads(ratio: int) -> tuple[int, ...]:
 class PolicyRule(NamedTuple):
     """If `applies(call, threshold)`, these head groups are launched in this way."""
 
-    applies: Callable[[RowAsked, int], bool]
+    applies: Callable[[RowAsked, int], bool]  # whether it is this rule's row
     # Themselves, or how they follow from r.
     head_groups: tuple[int, ...] | Callable[[int], tuple[int, ...]]
-    launch: Launch
+    launch: Launch  # of the head groups
     # Compared with the padded n_kv, or with padded n_kv * KV heads a GPU, as `applies` does.
     threshold: int = 0
-    kernel: EngineKernel = "mma"
+    kernel: EngineKernel = "mma"  # of the engine, that runs it
     # Query heads that a tile holds, to which a group is padded; None: the next power of two.
     columns: int | None = None
 

@@ -31,15 +31,14 @@ class RecurrentState(NamedTuple):
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """Heads of k and of v (each k serves several v, by `interleaved` neighbours or else in turns), their one
-    size, the convolution's length; eps of the norms of q and k."""
+    """Sizes of a gated delta net's heads; each head of k serves several of v."""
 
-    k_heads: int
-    v_heads: int
-    size: int
-    kernel: int
-    eps: float
-    interleaved: bool
+    k_heads: int  # heads of q and k
+    v_heads: int  # heads of v
+    size: int  # of every head
+    kernel: int  # tokens that the convolution sees
+    eps: float  # of the norms of q and k
+    interleaved: bool  # neighbouring heads of v share one of k; else they take them in turns
 
     @property
     def channels(self) -> int:

@@ -91,17 +91,14 @@ class _State(NamedTuple):
 
 
 class _Pack(NamedTuple):
-    """States that lie in one tensor, one behind the other.
+    """States that lie in one tensor, one behind the other."""
 
-    lengths: rows of each; h, total [rows, E]; by expert: the rows that chose it, and its shares in them.
-    """
-
-    keys: list[Any]
-    lengths: list[int]
-    h: torch.Tensor
-    total: torch.Tensor
-    rows: Sequence[torch.Tensor]
-    shares: Sequence[torch.Tensor]
+    keys: list[Any]  # which states
+    lengths: list[int]  # rows of each
+    h: torch.Tensor  # normed rows, [rows, E]
+    total: torch.Tensor  # what experts add up to, [rows, E]
+    rows: Sequence[torch.Tensor]  # by expert: the rows that chose it
+    shares: Sequence[torch.Tensor]  # by expert: its shares in them
 
 
 def _batches(packs: Sequence[_Pack], expert: int, rows: int) -> Iterator[list[_Pack]]:
@@ -132,26 +129,26 @@ def _add_rows(total: torch.Tensor, rows: torch.Tensor, addend: torch.Tensor) -> 
 
 @dataclass(frozen=True)
 class Experts:
-    """`used` of `count` experts of inner dimension `size`, and a shared one of `shared` (0: none)."""
+    """Experts of a layer, of which each row takes some, and perhaps a shared one."""
 
     # Numbers of a hidden state; experts; those that a row takes; their inner dimension, the shared one's.
     width: int
-    count: int
-    used: int
-    size: int
-    shared: int
-    gating: Gating
-    normalised: bool
-    scale: float
+    count: int  # experts
+    used: int  # of them, by a row
+    size: int  # inner dimension of one
+    shared: int  # inner dimension of the shared one; 0: none
+    gating: Gating  # how the router's logits become shares
+    normalised: bool  # shares of a row are made to sum to 1
+    scale: float  # of the shares
     # A bias that only chooses.
     has_bias: bool
     # Gate and up are one tensor `ffn_gate_up_exps`, the gate first.
     fused: bool = False
     # Groups of experts, and how many of them a row takes.
     groups: int = 1
-    groups_used: int = 1
-    gate: Gate = swiglu
-    shared_gate: Gate = swiglu
+    groups_used: int = 1  # by a row
+    gate: Gate = swiglu  # of the experts
+    shared_gate: Gate = swiglu  # of the shared one
     # The router, and each matrix of each expert, have a bias.
     biases: bool = False
     # The shared expert is multiplied by the sigmoid of a product of its own.

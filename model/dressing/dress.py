@@ -44,28 +44,21 @@ _SIGMOID = 2
 
 @dataclass(frozen=True)
 class Dress:
-    """What the model is rewritten into. kv_heads, head_size, layers: None leaves them as they are.
+    """What the model is rewritten into."""
 
-    live: places of the original KV heads among `kv_heads`; None for the first ones. layers: only the first
-    so many are kept (another function, of course: that of the source cut in the same way).
-    dense_first: layers that keep a dense feed-forward before the ones with experts. idle: query heads a KV
-    head beside the copies, whose answer nothing reads. For gpt-oss sink and window: the logit of every sink
-    and the keys that every second layer sees; by default neither changes the function.
-    """
-
-    to: str = SOURCE
-    copies: int = 1
-    kv_heads: int | None = None
-    live: tuple[int, ...] | None = None
-    head_size: int | None = None
-    experts: Experts = "dense"
-    dense_first: int = 1
-    layers: int | None = None
-    dtype: str = "f32"
-    seed: int = 0
-    idle: int = 0
-    sink: float = NO_SINK
-    window: int | None = None
+    to: str = SOURCE  # architecture
+    copies: int = 1  # of each query head
+    kv_heads: int | None = None  # None: as they are
+    live: tuple[int, ...] | None = None  # places of the original KV heads among them; None: the first
+    head_size: int | None = None  # None: as it is
+    experts: Experts = "dense"  # layout of the feed-forward
+    dense_first: int = 1  # layers that keep a dense feed-forward before the ones with experts
+    layers: int | None = None  # only the first so many are kept, another function of course; None: all
+    dtype: str = "f32"  # type of the weights
+    seed: int = 0  # of what is drawn
+    idle: int = 0  # query heads a KV head beside the copies, whose answer nothing reads
+    sink: float = NO_SINK  # gpt-oss: logit of every sink; by default it changes nothing
+    window: int | None = None  # gpt-oss: keys that every second layer sees; None: more than there are
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:

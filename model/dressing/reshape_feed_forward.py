@@ -32,17 +32,14 @@ HALVES_BIAS = (0.0, 1.0, 0.0, 2.0)
 
 @dataclass
 class ExpertLayer:
-    """Tensors of a layer (short name with its suffix -> values), and what the metadata must say.
+    """Tensors of a layer, and what the metadata must say."""
 
-    shared: number of shared experts, which are stored as one of `shared` times `size`.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    experts: int
-    used: int
-    size: int
-    scale: float = 1.0
-    shared: int = 0
+    tensors: dict[str, torch.Tensor]  # short name with its suffix -> values
+    experts: int  # number of them
+    used: int  # by a token
+    size: int  # inner dimension of one
+    scale: float = 1.0  # of their shares
+    shared: int = 0  # shared experts, stored as one of `shared` times `size`
 
 
 def expert_layer(

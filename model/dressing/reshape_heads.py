@@ -28,22 +28,18 @@ def unequal_shares(copies: int) -> list[float]:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """From `heads` over `kv_heads` of `size` to copies of them over `all_kv_heads` of `new_size`.
+    """From the heads of a layer to copies of them, over more KV heads, of another size."""
 
-    live: the places of the original KV heads among all of them. neox: rows are permuted from NORM rotation
-    of the first `size` dimensions to NEOX. seed: of the weights of the dead heads. idle: query heads a KV
-    head that ask for noise, and whose answer nothing reads: for ratios that are no multiple.
-    """
-
-    heads: int
-    kv_heads: int
-    size: int
-    copies: int
-    all_kv_heads: int
-    live: tuple[int, ...]
-    new_size: int
-    neox: bool
-    seed: int = 0
+    heads: int  # query heads, before
+    kv_heads: int  # before
+    size: int  # of a head, before
+    copies: int  # of each query head
+    all_kv_heads: int  # after
+    live: tuple[int, ...]  # places of the original KV heads among them
+    new_size: int  # of a head, after
+    neox: bool  # rows are permuted from NORM rotation of the first `size` dimensions to NEOX
+    seed: int = 0  # of the weights of the dead heads
+    # Query heads a KV head that ask for noise and that nothing reads, for ratios that are no multiple.
     idle: int = 0
 
     def __post_init__(self) -> None:

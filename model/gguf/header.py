@@ -42,19 +42,15 @@ _STRING, _LIST = 8, 9
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies, and how.
+    """Where a tensor lies, and how."""
 
-    shape: outermost dimension first, as torch has it (the reverse of GGUF's). n_bytes, offset: of its data,
-    from the start of the file `path`, which may be any shard of a split file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    type_name: str
-    n_bytes: int
-    path: Path
-    offset: int
+    name: str  # in the file
+    shape: tuple[int, ...]  # outermost dimension first, as torch has it: the reverse of GGUF's
+    type_id: int  # number of its type in GGUF
+    type_name: str  # name of its type
+    n_bytes: int  # of its data
+    path: Path  # of the shard that holds it
+    offset: int  # of its data from the start of that file
 
     @property
     def n_elements(self) -> int:

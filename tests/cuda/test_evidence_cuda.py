@@ -7,6 +7,7 @@ import torch
 
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.faults import FAULTS
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import measure
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.probes import check, far_offsets, one_hot, standard_probes
@@ -16,8 +17,8 @@ from verify.selftest import run_selftest
 pytestmark = pytest.mark.cuda
 
 # GLM-4.5-Air on one GPU.
-GLM = {"kv_heads": 8, "ratio": 12, "k_size": 128, "v_size": 128}
-SMALL = InputSizes(n_kv=(700, 663), edges=(64, 256, 640), **GLM)  # type: ignore[arg-type]
+GLM = Heads(96, 8, 128, 128)
+SMALL = InputSizes(n_kv=(700, 663), edges=(64, 256, 640), heads=GLM)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,7 +48,7 @@ def test_budgets_are_what_they_are_on_the_cpu(family: str) -> None:
 @pytest.mark.parametrize("path", ["decode", "prefill"])
 def test_every_probe_of_the_large_shape(spec: str, path: str) -> None:
     kernel = build_kernel(spec)
-    sizes = InputSizes(n_kv=(2500, 2463), edges=(64, 640, 1280), path=path, **GLM)  # type: ignore[arg-type]
+    sizes = InputSizes(n_kv=(2500, 2463), edges=(64, 640, 1280), path=path, heads=GLM)
     for probe in standard_probes(sizes, device="cuda"):
         assert [str(failure) for failure in check(probe, kernel)] == []
 
@@ -55,7 +56,7 @@ def test_every_probe_of_the_large_shape(spec: str, path: str) -> None:
 @pytest.mark.parametrize("path", ["decode", "prefill"])
 def test_every_key_of_65536(path: str) -> None:
     """`benchmarks/evidence.py` says how long it takes."""
-    sizes = InputSizes(n_kv=(65_536,), path=path, **GLM)  # type: ignore[arg-type]
+    sizes = InputSizes(n_kv=(65_536,), path=path, heads=GLM)
     probe = one_hot(sizes, device="cuda")
     assert probe.keys is not None
     assert len(probe.keys[..., 24:36].unique()) == 65_536
@@ -69,7 +70,7 @@ def test_every_key_of_65536(path: str) -> None:
 @pytest.mark.parametrize("family", ["gaussian", "one-sign", "needles", "near-overflow"])
 @pytest.mark.parametrize("spec", ["flash", "flash:kv=auto"])
 def test_a_long_row_errs_as_is_expected_of_truncating_accumulators(spec: str, family: str) -> None:
-    call = draw(family, InputSizes(n_kv=(65_536, 65_500), **GLM), 0, device="cuda")  # type: ignore[arg-type]
+    call = draw(family, InputSizes(n_kv=(65_536, 65_500), heads=GLM), 0, device="cuda")
     kernel = build_kernel(spec)
     found = measure(call, kernel.run(call), kernel.arithmetic(call.shape, "decode"), distinct=True)
     assert found.rms <= found.rms_limit, found
@@ -82,13 +83,16 @@ def test_offsets_beyond_32_bits_are_followed(spec: str) -> None:
     need = 14 << 30
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need >> 30} GiB of device memory")
-    assert check(far_offsets(InputSizes(**GLM), device="cuda"), build_kernel(spec)) == []  # type: ignore[arg-type]
+    assert check(far_offsets(InputSizes(heads=GLM), device="cuda"), build_kernel(spec)) == []
 
 
 @pytest.mark.slow
 def test_offsets_that_wrap_at_32_bits_are_seen() -> None:
     fault = next(f for f in FAULTS if f.name == "offset wraps at 2^31")
-    assert check(far_offsets(InputSizes(kv_heads=8, ratio=2), device="cuda"), fault.build())
+    assert check(
+        far_offsets(InputSizes(heads=Heads.grouped(kv=8, ratio=2, k_size=64, v_size=64)), device="cuda"),
+        fault.build(),
+    )
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.eager import EagerKernel
 from verify.kernels.faults import FAULTS
 from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import determinism_finding, findings, measure, trace_finding
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.registry import build_kernel
 
-LONG = InputSizes(n_kv=(2048,), kv_heads=1)
+LONG = InputSizes(n_kv=(2048,), heads=Heads.grouped(kv=1, ratio=6, k_size=64, v_size=64))
 
 
 def eager(spec: str) -> EagerKernel:
@@ -80,7 +81,11 @@ def test_float16_accumulators_stand_out_at_2048_keys() -> None:
 @pytest.mark.parametrize("fault", ["wrong by 2 %", "last key dropped"])
 def test_long_rows_are_seen_by_rms_though_the_budget_has_lost_its_power(fault: str) -> None:
     """131,072 Gaussian keys, one KV head, a float32 result."""
-    call = draw("gaussian", InputSizes(n_kv=(131_072,), kv_heads=1, ratio=2, spare=0), 3)
+    call = draw(
+        "gaussian",
+        InputSizes(n_kv=(131_072,), heads=Heads.grouped(kv=1, ratio=2, k_size=64, v_size=64), spare=0),
+        3,
+    )
     kernel = eager("eager:block=512,kv=16")
     options = call
     if fault == "last key dropped":

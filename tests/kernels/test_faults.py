@@ -104,3 +104,19 @@ def test_what_ran_is_in_the_trace() -> None:
     assert signature.head_groups == (4, 2)
     assert signature.cuts == (0, 64, 128, 161)
     assert trace.total_rows == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("last key dropped", (0, 160)),
+        ("cut key twice", (0, -1, -1, 161)),
+        ("cut key lost", (0, -1, -1, 161)),
+        ("never ran", (0, 161)),
+    ],
+)
+def test_parts_are_counted_where_they_are_closed(name: str, cuts: tuple[int, ...]) -> None:
+    """A bound at which one part ends and another does not begin is not known."""
+    kernel = next(fault for fault in FAULTS if fault.name == name).build()
+    ran = kernel.run(draw("gaussian", SIZES, seed=0)).launched.rows
+    assert {s.cuts for _, n_kv, s in ran if n_kv == 161} == {cuts}

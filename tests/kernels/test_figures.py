@@ -12,6 +12,7 @@ from verify.arms.own_error import _all_rows, _some_rows
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.figures import (
@@ -91,7 +92,9 @@ def test_what_is_not_finite_counts_once(bad: float) -> None:
 
 def test_everyone_has_the_same_gain_and_rms() -> None:
     """The detectors of one call, and the evidence in place: one head, the same rows, the same figures."""
-    call = draw("rising", InputSizes(n_kv=(200, 130, 77), kv_heads=1, ratio=1), 3)
+    call = draw(
+        "rising", InputSizes(n_kv=(200, 130, 77), heads=Heads.grouped(kv=1, ratio=1, k_size=64, v_size=64)), 3
+    )
     kernel = build_kernel("eager:kv=2")
     result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
     budget = error_budget(call, arithmetic)

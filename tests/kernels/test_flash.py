@@ -175,6 +175,10 @@ def test_a_plan_that_did_not_run_is_not_what_it_says(
     counting.a_plan_that_did_not_run_is_not_what_it_says(spoil, CPU, monkeypatch, tmp_path)
 
 
+def test_parts_that_begin_elsewhere_are_not_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counting.parts_that_begin_elsewhere_are_not_the_plan(CPU, monkeypatch, tmp_path)
+
+
 def test_the_first_of_like_calls_is_counted_and_a_sample_after(monkeypatch: pytest.MonkeyPatch) -> None:
     counting.the_first_of_like_calls_is_counted_and_a_sample_after(CPU, monkeypatch)
 

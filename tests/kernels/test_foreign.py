@@ -9,6 +9,7 @@ from support.problems import problem
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.exact import exact_attention
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
@@ -171,7 +172,12 @@ def test_the_budget_is_that_of_the_type_that_came_back(function: str, out: str) 
 
 def test_that_no_budget_applies_is_said_once_with_what_to_add() -> None:
     short, long = (
-        draw("gaussian", InputSizes(n_kv=(n,), kv_heads=1, ratio=1, edges=()), 0) for n in (127, 128)
+        draw(
+            "gaussian",
+            InputSizes(n_kv=(n,), heads=Heads.grouped(kv=1, ratio=1, k_size=64, v_size=64), edges=()),
+            0,
+        )
+        for n in (127, 128)
     )
     kernel = build_kernel(f"py:{WORLD}::plain")
     kernel.run(short)

@@ -18,6 +18,7 @@ from verify.kernels.exact import exact_attention
 from verify.kernels.foreign.forms import Wanted
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.foreign.python_kernel import parse_target
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import parse_spec
@@ -25,16 +26,19 @@ from verify.kernels.registry import build_kernel
 
 SUPPORT = Path(__file__).parents[1] / "support"
 OPS = SUPPORT / "mypkg/ops.py"
-SIZES = {"k_size": 32, "v_size": 32, "edges": ()}
+
+
+def heads_of(ratio: int) -> Heads:
+    return Heads.grouped(kv=2, ratio=ratio, k_size=32, v_size=32)
 
 
 def decode(ratio: int = 2, dtype: torch.dtype = torch.float16, batch: int = 2) -> Call:
-    sizes = InputSizes(n_kv=(40, 40, 33), batch=batch, ratio=ratio, dtype=dtype, **SIZES)  # type: ignore[arg-type]
+    sizes = InputSizes(n_kv=(40, 40, 33), batch=batch, heads=heads_of(ratio), dtype=dtype, edges=())
     return draw("gaussian", sizes, 0)
 
 
 def prefill(dtype: torch.dtype = torch.float16) -> Call:
-    sizes = InputSizes(n_kv=(38, 39, 40), batch=2, ratio=2, path="prefill", dtype=dtype, **SIZES)  # type: ignore[arg-type]
+    sizes = InputSizes(n_kv=(38, 39, 40), batch=2, heads=heads_of(2), path="prefill", dtype=dtype, edges=())
     return draw("gaussian", sizes, 0)
 
 

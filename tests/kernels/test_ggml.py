@@ -26,13 +26,14 @@ from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.foreign import process, worker
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import measure
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.plans.plan import Plan
 from verify.kernels.registry import build_kernel
 
 # The shape of GLM on one GPU of eight: 12 query heads over one KV head.
-GLM = InputSizes(n_kv=(300, 256, 1), ratio=12, kv_heads=1, k_size=128, v_size=128)
+GLM = InputSizes(n_kv=(300, 256, 1), heads=Heads.grouped(kv=1, ratio=12, k_size=128, v_size=128))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def relative_error(kernel: GgmlKernel, call: Call) -> float:
 def test_it_is_attention_within_its_budget(kernels: dict[str, GgmlKernel], build: str, family: str) -> None:
     kernel = kernel_of(kernels, build)
     for path in ("decode", "prefill"):
-        call = draw(family, replace(GLM, kv_heads=2, path=path), 0)
+        call = draw(family, replace(GLM, heads=GLM.heads.with_kv(2), path=path), 0)
         budget = error_budget(call, kernel.arithmetic(call.shape, call.path))
         result = kernel.run(call)
         assert bool(result.lse.isnan().all())
@@ -165,7 +166,11 @@ def test_large_values_overflow_in_its_float16_sums(kernels: dict[str, GgmlKernel
     """Infinite where the loop in float16 is, and nowhere else; the same loop in float32 is attention."""
     kernel, infinite = kernel_of(kernels, build), 0
     for n in (1, 2, 64, 300):
-        call = draw("near-overflow", InputSizes(n_kv=(n,), kv_heads=1, ratio=2), seed=n)
+        call = draw(
+            "near-overflow",
+            InputSizes(n_kv=(n,), heads=Heads.grouped(kv=1, ratio=2, k_size=64, v_size=64)),
+            seed=n,
+        )
         found, due = (x.out[0, 0].numpy() for x in (kernel.run(call), exact_attention(call)))
         for head in range(2):
             with np.errstate(over="ignore", invalid="ignore"):

@@ -11,6 +11,7 @@ from verify.kernels.budget.arithmetic import loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.faults import FAULTS
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.emulation import limit_of_float16_sums
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
@@ -18,8 +19,10 @@ from verify.kernels.judging.figures import another_origin
 from verify.kernels.judging.probes import check, judge, last_key_edge, one_hot, standard_probes
 from verify.kernels.registry import build_kernel
 
-ONE = InputSizes(n_kv=(8192,), kv_heads=1, ratio=2, k_size=32, v_size=32)
-LATENT = InputSizes(n_kv=(150, 65), kv_heads=1, ratio=3, k_size=96, v_size=64, edges=(64, 128), v_in_k=True)
+ONE = InputSizes(n_kv=(8192,), heads=Heads.grouped(kv=1, ratio=2, k_size=32, v_size=32))
+LATENT = InputSizes(
+    n_kv=(150, 65), heads=Heads.grouped(kv=1, ratio=3, k_size=96, v_size=64), edges=(64, 128), v_in_k=True
+)
 
 
 def stagnating(keys: int) -> Call:
@@ -57,7 +60,9 @@ def test_a_sum_that_stagnates_is_a_limit_where_it_is_stated() -> None:
 
 
 def test_an_overflow_is_a_limit_in_the_same_elements_alone() -> None:
-    call = draw("near-overflow", InputSizes(n_kv=(257,), kv_heads=1, ratio=2), 0)
+    call = draw(
+        "near-overflow", InputSizes(n_kv=(257,), heads=Heads.grouped(kv=1, ratio=2, k_size=64, v_size=64)), 0
+    )
     kernel = build_kernel("eager:acc=f16")
     result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
     budget = error_budget(call, arithmetic)

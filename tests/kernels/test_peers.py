@@ -19,6 +19,7 @@ from verify.kernels.capabilities import Capabilities
 from verify.kernels.catalogue import CATALOGUE, LIBRARY_CAPABILITIES, SDPA_CAPABILITIES
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.peer import PeerKernel, aligned
@@ -63,7 +64,13 @@ def test_what_torch_has_no_kernel_for_is_unsupported_in_its_own_words() -> None:
     with pytest.raises(
         KernelFailure, match=r"sdpa:flash: torch has no kernel for this call: .*last dim"
     ) as got:
-        kernel.run(draw("gaussian", InputSizes(n_kv=(5,), v_size=32), seed=0))
+        kernel.run(
+            draw(
+                "gaussian",
+                InputSizes(n_kv=(5,), heads=Heads.grouped(kv=2, ratio=6, k_size=64, v_size=32)),
+                seed=0,
+            )
+        )
     assert got.value.kind == "unsupported"
     assert "disabled" not in str(got.value)
 

@@ -16,6 +16,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call
 from verify.kernels.exact import exact_attention
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
@@ -43,10 +44,12 @@ def sizes(draw: st.DrawFn) -> InputSizes:
     rows = draw(st.lists(st.integers(0, longest), max_size=2))
     return InputSizes(
         n_kv=(longest, *rows),
-        kv_heads=draw(st.integers(1, 2)),
-        ratio=draw(st.integers(1, 3)),
-        k_size=draw(st.sampled_from([16, 32, 64])),
-        v_size=draw(st.sampled_from([16, 32])),
+        heads=Heads.grouped(
+            kv=draw(st.integers(1, 2)),
+            ratio=draw(st.integers(1, 3)),
+            k_size=draw(st.sampled_from([16, 32, 64])),
+            v_size=draw(st.sampled_from([16, 32])),
+        ),
         spare=draw(st.integers(0, 3)),
         edges=(16, 64, 128),
         dtype=draw(st.sampled_from([torch.float16, torch.float16, torch.bfloat16])),
@@ -94,7 +97,9 @@ def test_the_budget_is_not_slack() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_oracle_errs_by_less_than_a_thousandth_of_the_budget(family: str) -> None:
     call = draw(
-        family, InputSizes(n_kv=(40,), kv_heads=1, ratio=2, k_size=16, v_size=4, edges=(16, 32)), seed=3
+        family,
+        InputSizes(n_kv=(40,), heads=Heads.grouped(kv=1, ratio=2, k_size=16, v_size=4), edges=(16, 32)),
+        seed=3,
     )
     tight = error_budget(call, Arithmetic(p="f32", cuts_at=lambda n: (0, n)))
     truth, lse = in_mpmath(call)

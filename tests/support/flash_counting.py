@@ -62,18 +62,22 @@ def the_first_of_like_calls_is_counted_and_a_sample_after(device: torch.device, 
 def _ignores_its_plan(spoil: str, monkeypatch: Any, tmp_path: Path) -> None:
     """Device code or host code that does less than was planned."""
     if spoil == "device":
-        source = Path(flash_launch.__file__).with_name("device.py").read_text()
         line = "    tiles = (n_kv + BLOCK - 1) // BLOCK\n"
-        assert source.count(line) == 1
-        spoilt = tmp_path / "spoilt_device.py"
-        spoilt.write_text(source.replace(line, f"    parts, tiles_a_part = 1, 0\n{line}"))
-        spec = importlib.util.spec_from_file_location("spoilt_device", spoilt)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(flash_launch, "device_code", lambda: module)
+        _spoil_device(line, f"    parts, tiles_a_part = 1, 0\n{line}", monkeypatch, tmp_path)
         return
     _ignore_plans(monkeypatch)
+
+
+def _spoil_device(line: str, spoilt_line: str, monkeypatch: Any, tmp_path: Path) -> None:
+    source = Path(flash_launch.__file__).with_name("device.py").read_text()
+    assert source.count(line) == 1
+    spoilt = tmp_path / "spoilt_device.py"
+    spoilt.write_text(source.replace(line, spoilt_line))
+    spec = importlib.util.spec_from_file_location("spoilt_device", spoilt)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(flash_launch, "device_code", lambda: module)
 
 
 def _ignore_plans(monkeypatch: Any) -> None:
@@ -125,6 +129,29 @@ def a_plan_that_did_not_run_is_not_what_it_says(
     reasons = outcome.candidates[0].reasons
     assert (outcome.verdict, outcome.exit_code) == ("inconclusive", 3), (outcome.verdict, reasons)
     assert "the path under test did not run" in reasons[0]
+
+
+def parts_that_begin_elsewhere_are_not_the_plan(
+    device: torch.device, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """As many parts as were planned, the first of them a tile longer."""
+    case = Case("elsewhere", plan=Plan(kv=KVCuts("parts", 3)), lengths=[[0, 200, 130]])
+    x = inputs(case, device)
+    right = kernel(case)
+    result = right.attend(x.q, x.k, x.v, **x.more)
+    assert {(n, s.cuts) for _, n, s in result.launched.rows} >= {(200, (0, 64, 128, 200)), (0, (0,))}
+    assert right.notes == []
+    _spoil_device(
+        "first, end = part * tiles // count, (part + 1) * tiles // count",
+        "first, end = (part * tiles + count - 1) // count, ((part + 1) * tiles + count - 1) // count",
+        monkeypatch,
+        tmp_path,
+    )
+    wrong = kernel(case)
+    moved = wrong.attend(x.q, x.k, x.v, **x.more)
+    assert float((moved.out - result.out).abs().max()) < 1e-3, "what is computed is as good"
+    assert {s.cuts for _, n, s in moved.launched.rows if n == 200} == {(0, -1, -1, 200)}
+    assert wrong.notes == [flash_kernel.NOT_THE_PLAN]
 
 
 def of_the_largest_calls_the_first_sequences_are_counted(device: torch.device, monkeypatch: Any) -> None:

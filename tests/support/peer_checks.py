@@ -8,6 +8,7 @@ import torch
 
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import AttentionOutput
+from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.kernel import Kernel
@@ -25,7 +26,7 @@ def agrees_with_exact(spec: str, device: torch.device, *, n_kv: tuple[int, ...] 
     """
     kernel = build_kernel(spec)
     has = kernel.capabilities()
-    sizes = InputSizes(n_kv=n_kv, ratio=12, k_size=128, v_size=128)
+    sizes = InputSizes(n_kv=n_kv, heads=Heads.grouped(kv=2, ratio=12, k_size=128, v_size=128))
     families = ["gaussian", "needles", *(name for name, needed in NEEDS.items() if getattr(has, needed))]
     for path in has.paths:
         for family in families if path == "decode" else families[:1]:

@@ -12,6 +12,7 @@ from support.cli import assert_refused, verify
 from verify import selftest
 from verify.commands import selftest as command
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
+from verify.reports.selftest import summary
 from verify.selftest import run_selftest
 
 SOME = {
@@ -67,7 +68,7 @@ def test_a_missed_fault_and_a_false_alarm_exit_1(monkeypatch: pytest.MonkeyPatch
     assert [s.name for s in found.missed] == ["harmless"]
     assert [s.name for s in found.false_alarms] == ["broken"]
     assert found.exit_code == 1
-    lines = "\n".join(command._summary(found))
+    lines = "\n".join(summary(found))
     assert "missed: harmless" in lines and "false alarm: broken" in lines
 
 

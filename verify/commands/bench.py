@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from verify.commands import options
+from verify.kernels.plans.shapes import shape_named
+from verify.machine.command_line import parse_lengths
+from verify.machine.environment import prepare_torch
+from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import make_folder
 
 DEFAULT_SPECS = ("flash:kv=auto", "flash:heads=split,kv=auto", "flash:heads=split,kv=auto,launch=each")
 CPU_N_KV, CUDA_N_KV = "512,2048", "8192,16384,32768,65536,131072"
+CPU_SHAPE, CUDA_SHAPE = "smollm2", "glm-4.5-air"
 
 
 def command(
@@ -26,7 +32,7 @@ def command(
         str,
         typer.Option(
             "--shape",
-            help="names (glm-4.5-air, glm-4.5-air@4) or 96/8x128; default glm-4.5-air (CPU: smollm2)",
+            help=f"names (glm-4.5-air, glm-4.5-air@4) or 96/8x128; default {CUDA_SHAPE} (CPU: {CPU_SHAPE})",
         ),
     ] = "",
     n_kv: Annotated[
@@ -37,52 +43,22 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Measure and print; exit 0."""
-    import torch
-
-    from verify.bench import crossovers, measure, to_json
-    from verify.kernels.plans.shapes import shape_named
+    from verify.bench import measure_all
     from verify.machine.devices import chosen_device, default_device
-    from verify.machine.environment import describe, prepare_torch
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
-    from verify.reports.bench import crossover_lines, plot, table
+    from verify.reports.bench import BenchScreen, write_result
 
     prepare_torch()
     chosen = chosen_device(device or default_device())
-    on_cuda = chosen.type == "cuda"
-    shapes = [shape_named(s) for s in (shape or ("glm-4.5-air" if on_cuda else "smollm2")).split(",")]
-    lengths = options.parse_lengths(n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV))
+    cuda = chosen.type == "cuda"
+    shapes = [shape_named(s) for s in (shape or (CUDA_SHAPE if cuda else CPU_SHAPE)).split(",")]
+    lengths = parse_lengths(n_kv or (CUDA_N_KV if cuda else CPU_N_KV))
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    screen = sys.stderr if json_ else sys.stdout
-    bandwidth, measurements = measure(shapes, lengths, specs or DEFAULT_SPECS, chosen)
-    name = torch.cuda.get_device_name(chosen) if on_cuda else describe("cpu")["cpu"]
-    print(f"{name}: reads {bandwidth['read']:.0f} GB/s", file=screen, flush=True)
-    found = []
-    for m in measurements:
-        found.append(m)
-        said = m.failed or f"{m.us:.1f} us"
-        print(f"  {m.shape} n_kv {m.n_kv} {m.spec}: {said}", file=sys.stderr, flush=True)
-    result: dict[str, Any] = {
-        "schema": 1,
-        "command": "bench",
-        "environment": describe(str(chosen)),
-        "bandwidth_gb_s": bandwidth,
-        "measurements": to_json(found),
-        "crossovers": crossovers(found),
-    }
-    table(found, screen)
-    for line in crossover_lines(result["crossovers"]):
-        print(line, file=screen)
-    for note in sorted({note for m in found for note in m.notes}):
-        print(f"note: {note}", file=screen)
+        make_folder("--out", out)
+    screen = BenchScreen(sys.stderr if json_ else sys.stdout)
+    result = measure_all(shapes, lengths, specs or DEFAULT_SPECS, chosen, screen)
+    screen.outcome(result)
     if out is not None:
-        (out / "bench.json").write_text(to_json_text(result))
-        plot(found, bandwidth["read"], out / "bench.svg")
-        print(f"written: {out / 'bench.json'}, {out / 'bench.svg'}", file=screen)
+        screen.written(write_result(result, out))
     if json_:
-        print(to_json_text(result), end="")
+        print(to_json_text(result.to_json()), end="")
     return 0

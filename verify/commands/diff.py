@@ -12,7 +12,11 @@ import typer
 from verify.commands import options
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.plans.shapes import SHAPES
+from verify.machine.command_line import parse_lengths
+from verify.machine.environment import prepare_torch
+from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
+from verify.machine.jsontext import to_json_text
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
@@ -58,9 +62,6 @@ def command(
     from verify.diff.run import run_diff
     from verify.kernels.call import RUN_PATHS
     from verify.machine.devices import chosen_device, default_device
-    from verify.machine.environment import prepare_torch
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
     from verify.machine.stages import StageClock
     from verify.ppl.runfolder import RunFolder
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
@@ -80,7 +81,7 @@ def command(
     lengths = n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV)
     settings = DiffSettings(
         shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")) if drawn else (),
-        n_kvs=tuple(options.parse_lengths(lengths)) if drawn else (),
+        n_kvs=tuple(parse_lengths(lengths)) if drawn else (),
         families=_families(inputs or "all") if drawn else (),
         baseline=baseline,
         candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
@@ -125,13 +126,12 @@ def _families(inputs: str) -> tuple[str, ...]:
 
 def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:
     """The same, with a progress bar on a terminal, and a line a shape and length elsewhere."""
-    from rich.console import Console
-    from rich.progress import track
+    from verify.reports.progress import progress_bar
 
-    from verify.machine.terminal import on_terminal
-
-    if on_terminal(sys.stderr):
-        yield from track(each, description="cells", total=total, console=Console(stderr=True), transient=True)
+    bar = progress_bar()
+    if not bar.disable:
+        with bar:
+            yield from bar.track(each, description="cells", total=total)
         return
     last = None
     for one in each:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 
+from verify.kernels.catalogue import CATALOGUE
+from verify.machine.environment import describe
+
 # The one name that an installation puts at the top; `kernels`, `model` and `data` are inside it.
 OUR_PACKAGES = ("verify",)
 
@@ -13,8 +16,6 @@ def command() -> int:
     """Print what was found; exit 0."""
     import torch
 
-    from verify.kernels.catalogue import CATALOGUE
-    from verify.machine.environment import describe
     from verify.model.errors import ModelError
     from verify.model.locate import locate_model
 

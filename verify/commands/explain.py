@@ -10,11 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from verify.commands import options
+from verify.commands.ladder import measured_ladder
+from verify.data import read_text_file
+from verify.data.windows import ScoredRows, Windows
+from verify.engines.conclusion import compare, comparison_json
+from verify.engines.divergence import check_same_text, score_pair
 from verify.engines.ladder import MEASURES, Ladder, Measure, Placed, read_ladder
+from verify.engines.logits_file import LogitsFile
+from verify.engines.logprob_files import check_same_tokens, columns_of, open_logprobs
+from verify.engines.logprobs import compare_logprobs
+from verify.engines.logprobs import comparison_json as logprobs_json
+from verify.engines.token_records import read_records
+from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.exits import EXPLAIN_CODES
 from verify.machine.jsontext import to_json_text
 from verify.reports.explain import print_answer, print_ladder
+from verify.reports.logprobs import print_logprobs
 
 if TYPE_CHECKING:
     from verify.explain.flips import Answer
@@ -78,8 +90,6 @@ def command(
     if prompt is not None and file is not None:
         raise UsageError("-p, -f: expected a prompt in one of these two ways")
     if file is not None:
-        from verify.data import read_text_file
-
         prompt = read_text_file(str(file)).text
     steps = read_ladder(ladder) if ladder is not None else None
     screen = sys.stderr if json_ else sys.stdout
@@ -101,7 +111,6 @@ def command(
 def _texts(
     paths: tuple[str, str], model: str | None, prompt: str | None, tokens: int, device: str | None, to: TextIO
 ) -> tuple[Answer, dict[str, Any]]:
-    from verify.engines.token_records import read_records
 
     a, b = (read_records(path) for path in paths)
     if len(a) != len(b):
@@ -113,7 +122,6 @@ def _texts(
     else:
         from verify.explain.reference import ReferencePasses
         from verify.explain.texts import explain_texts, tokens_of
-        from verify.machine.environment import prepare_torch
 
         prepare_torch()
         reference = ReferencePasses(None if model == "default" else model, device)
@@ -140,9 +148,6 @@ def _logits(
     device: str | None,
     to: TextIO,
 ) -> tuple[Answer, dict[str, Any]]:
-    from verify.engines.conclusion import compare, comparison_json
-    from verify.engines.divergence import check_same_text, score_pair
-    from verify.engines.logits_file import LogitsFile
 
     with LogitsFile(paths[0]) as base, LogitsFile(paths[1]) as other:
         check_same_text(base, other)
@@ -186,8 +191,6 @@ def _figures(
     if steps is None and model is None:
         raise UsageError("--kld, --dlnppl, --flips: expected -m MODEL.gguf or --ladder FILE beside them")
     if steps is None:
-        from verify.commands.ladder import measured_ladder
-
         steps = measured_ladder(None if model == "default" else model, None, 512, chunks, device)
         print_ladder(steps, to)
     placed = [steps.place(measure, value) for measure, value in figures.items()]
@@ -197,16 +200,13 @@ def _figures(
 
 
 def _logprobs(paths: tuple[str, str], steps: Ladder | None, to: TextIO) -> tuple[Answer, dict[str, Any]]:
-    from verify.engines.logprob_files import check_same_tokens, columns_of, open_logprobs
-    from verify.engines.logprobs import compare_logprobs, comparison_json
-    from verify.reports.logprobs import print_logprobs
 
     a, b = (open_logprobs(path) for path in paths)
     check_same_tokens(a, b)
     c = compare_logprobs(a, columns_of(a, b))
     placed = steps.place("kld", c.divergence.mean) if steps is not None else None
     print_logprobs(*paths, c, placed, to)
-    found: dict[str, Any] = {"pairs": [comparison_json(c)]}
+    found: dict[str, Any] = {"pairs": [logprobs_json(c)]}
     if c.decision.verdict == "identical":
         print_answer("tie", ["the logprobs are the same"], to)
         return "tie", found
@@ -222,10 +222,8 @@ def _ladder_on(model: str, windows: Any, n_vocab: int, device: str | None) -> La
     """A ladder on windows [W, n_ctx] of the files themselves, BOS put where the engine puts it."""
     import numpy as np
 
-    from verify.data.windows import ScoredRows, Windows
     from verify.explain.climb import measure
     from verify.explain.reference import ReferencePasses
-    from verify.machine.environment import prepare_torch
 
     prepare_torch()
     reference = ReferencePasses(None if model == "default" else model, device)

@@ -11,9 +11,16 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
+from verify.data import read_text_file
 from verify.judge.verdict import DEFAULT_MARGIN
+from verify.kernels.said import visible
+from verify.machine.environment import prepare_torch
+from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
+from verify.machine.jsontext import to_json_text
+from verify.machine.records import as_json
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
+from verify.reports.split_mode import split_mode_sentence
 
 
 def command(
@@ -41,18 +48,11 @@ def command(
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
     from verify.arms.split_mode import tensor_parallel_record
-    from verify.data import read_text_file
     from verify.gen.evidence import conclude, token_table
     from verify.gen.run import Generation, GenSettings
-    from verify.kernels.said import visible
     from verify.machine.devices import default_device
-    from verify.machine.environment import prepare_torch
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
-    from verify.machine.records import as_json
     from verify.ppl.runfolder import PAGE, RESULT, RunFolder
     from verify.reports.gen import print_outcome
-    from verify.reports.split_mode import split_mode_sentence
     from verify.reports.writing import write_reports
 
     prepare_torch()

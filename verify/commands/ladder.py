@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from verify.commands import options
+from verify.data import cut_windows, load_corpus, read_text_file
+from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_writable
@@ -58,11 +60,9 @@ def measured_ladder(
     model: str | None, file: Path | None, n_ctx: int, chunks: int, device: str | None
 ) -> Ladder:
     """The ladder of a model on a text (None: the corpus of ppl)."""
-    from verify.data import cut_windows, load_corpus, read_text_file
     from verify.explain.climb import measure
     from verify.explain.reference import ReferencePasses
-    from verify.machine.environment import prepare_torch
-    from verify.reports.tables import progress_of
+    from verify.reports.progress import progress_of
 
     prepare_torch()
     reference = ReferencePasses(model, device)

@@ -9,6 +9,10 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
+from verify.data import read_text_file
+from verify.machine.errors import UsageError
+from verify.model.gguf.file import GGUFFile
+from verify.model.locate import locate_model
 
 
 def command(
@@ -27,7 +31,6 @@ def command(
     device: options.Device = None,
 ) -> int:
     """Write tokens [T], logits [T, vocabulary] and hidden_N [T, width]; exit 0."""
-    from verify.machine.errors import UsageError
 
     if out.suffix != ".npz":
         raise UsageError(f"--out {out}: expected a file that ends in .npz")
@@ -40,9 +43,6 @@ def command(
 
     import numpy as np
 
-    from verify.data import read_text_file
-    from verify.model.gguf.file import GGUFFile
-    from verify.model.locate import locate_model
     from verify.model.tokenizer import Tokenizer
     from verify.reference import reference
 

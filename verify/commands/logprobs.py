@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
+from verify.engines.ladder import read_ladder
 from verify.engines.logprob_files import LogprobFile, check_same_tokens, columns_of, open_logprobs
 from verify.engines.logprobs import (
     FloorRatio,
@@ -17,6 +18,7 @@ from verify.engines.logprobs import (
     decide_beside_exact,
 )
 from verify.judge.verdict import EXIT_CODES, Decision
+from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.reports.logprobs import print_logprobs
@@ -48,8 +50,6 @@ def command(
         raise UsageError(f"--max-kld {max_kld:g}: expected a number from 0")
     steps = None
     if ladder is not None:
-        from verify.engines.ladder import read_ladder
-
         steps = read_ladder(ladder)
     first, second = open_logprobs(a), open_logprobs(b)
     check_same_tokens(first, second)
@@ -90,7 +90,6 @@ def _beside_exact(
     """How far both files lie from exact attention of a model."""
     from verify.explain.beside import exact_logprobs
     from verify.explain.reference import ReferencePasses
-    from verify.machine.environment import prepare_torch
 
     prepare_torch()
     reference = ReferencePasses(None if model == "default" else model, device)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from verify.machine.errors import UsageError
 from verify.ppl.settings import DEFAULT_CANDIDATE
 
 Model = Annotated[
@@ -48,14 +47,3 @@ Strict = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")]
-
-
-def parse_lengths(text: str) -> list[int]:
-    """`512,8192` ascending, each once. Raises UsageError."""
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = [0]
-    if lengths[0] < 1:
-        raise UsageError(f"--n-kv {text}: expected lengths from 1, comma between")
-    return lengths

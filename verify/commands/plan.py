@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.engines.plans import Setting, chosen_policies, find_shape, plans_json
-from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS
+from verify.engines.plans import chosen_policies, plans_json, setting_of
 from verify.kernels.plans.asked import GENERATIONS
-from verify.machine.errors import UsageError
+from verify.machine.command_line import parse_lengths
 from verify.machine.jsontext import to_json_text
 from verify.reports.plan import print_plans, print_setting, print_versions
 
@@ -39,13 +38,8 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Print; exit 0."""
-    setting = setting_of(arch, cache_type, gpus, split_mode)
-    if n_q < 1:
-        raise UsageError(f"--n-q {n_q}: expected query tokens from 1")
-    if gpu not in GENERATIONS:
-        raise UsageError(f"--gpu {gpu}: expected one of {', '.join(GENERATIONS)}")
-    setting = setting._replace(n_q=n_q, generation=gpu)
-    policies, lengths = chosen_policies(policy), options.parse_lengths(n_kv or DEFAULT_N_KV)
+    setting = setting_of(arch, cache_type, gpus, split_mode, n_q=n_q, gpu=gpu)
+    policies, lengths = chosen_policies(policy), parse_lengths(n_kv or DEFAULT_N_KV)
     screen = sys.stderr if json_ else sys.stdout
     print_setting(setting, screen)
     if policy is None:
@@ -55,20 +49,3 @@ def command(
     if json_:
         print(to_json_text(plans_json(setting, policies, lengths)), end="")
     return 0
-
-
-def setting_of(arch: str, cache_type: str, gpus: int, split_mode: str) -> Setting:
-    """The setting that options name. Raises UsageError, SpecError or ModelError."""
-    if cache_type not in (known := (*PLAIN_BITS, *CACHE_TYPES)):
-        raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(known)}")
-    if gpus < 1:
-        raise UsageError(f"--gpus {gpus}: expected at least 1")
-    if split_mode not in ("layer", "graph"):
-        raise UsageError(f"--split-mode {split_mode}: expected layer or graph")
-    shape = find_shape(arch)
-    if split_mode == "graph" and shape.kv_heads % gpus and shape.kv_heads > 1:
-        raise UsageError(
-            f"--gpus {gpus}: {shape.kv_heads} KV heads are not equal shares for {gpus} GPUs, and a plan is"
-            " that of one GPU (verify ppl runs unequal shares)"
-        )
-    return Setting(shape, cache_type, gpus, "graph" if split_mode == "graph" else "layer")

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from dataclasses import replace
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from verify.commands import options
 from verify.data.corpora import DEFAULT_CORPUS
 from verify.judge.verdict import DEFAULT_MARGIN
-from verify.machine.exits import EXIT_INTERRUPTED
+from verify.machine.environment import prepare_torch
+from verify.machine.jsontext import to_json_text
+from verify.machine.records import as_json
 from verify.ppl.settings import (
     DEFAULT_BASELINE,
     DEFAULT_CANDIDATE,
     DEFAULT_CHECKPOINT_MINUTES,
     PplSettings,
+    one_cache_type,
     parse_size,
 )
-
-# What --resume may stand beside: all else is the run's.
-_WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
-# What a run's folder cannot ask for by itself is named again.
-_NAMED_AGAIN = {"baseline", "candidate", "save_logits"}
 
 
 def command(
@@ -111,57 +105,30 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.arms.records import SCHEMA
-    from verify.kernels.errors import MachineFailure
-    from verify.kernels.said import visible
     from verify.machine.devices import default_device
-    from verify.machine.environment import prepare_torch
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
-    from verify.machine.outfile import check_writable
     from verify.machine.ranks import ranks_of_environment
-    from verify.machine.records import as_json
-    from verify.model.gguf.held import ModelChanged
-    from verify.ppl.experiment import Experiment
-    from verify.ppl.resuming import Named, check_named_again, words_to_resume
-    from verify.ppl.runfolder import RunFolder
+    from verify.ppl.resuming import Named, check_alone, go_on
+    from verify.ppl.whole_run import run_whole
     from verify.reports.ppl_screen import PplConsole
 
     prepare_torch()
     ranks = ranks_of_environment()
     console = PplConsole(json=json_, silent=not ranks.leads)
-    folder, stored = None, {}
+    begun = None
     if resume is not None:
         sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        if set(given) - _WITH_RESUME - _NAMED_AGAIN:
-            other = sorted(set(given) - _WITH_RESUME)
-            called = {p.name: max(p.opts, key=len) for p in context.command.params}
-            raise UsageError(
-                f"--resume {resume}: the run goes on with its own settings, expected no"
-                f" {' or '.join(called[name] for name in other)} beside it"
-            )
-        if ranks.leads:
-            folder = RunFolder.reopen(resume)
-            stored = folder.read_settings("ppl")
-            folder = folder.absolute()
-        stored = ranks.of_leader(stored)
-        try:
-            settings = PplSettings.from_json(stored["settings"])
-        except UsageError as error:
-            raise UsageError(f"--resume {resume}: settings.json: {error}") from None
-        check_named_again(
-            settings,
-            Named(baseline if "baseline" in given else None, candidate or (), save_logits),
-            resume=resume,
-            begun_in=_begun_in(stored, resume),
-            kernels=stored["identity"].get("kernels"),
+        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        check_alone(
+            resume, {p.name or "": max(p.opts, key=len) for p in context.command.params if p.name in given}
         )
-        _go_to(_begun_in(stored, resume), resume)
-        if memory:
-            settings = replace(settings, memory=parse_size(memory))
-        if "checkpoint_minutes" in given:
-            settings = replace(settings, checkpoint_minutes=checkpoint_minutes)
+        begun = go_on(
+            resume,
+            Named(baseline if "baseline" in given else None, candidate or (), save_logits),
+            ranks,
+            memory=parse_size(memory) if memory else None,
+            checkpoint_minutes=checkpoint_minutes if "checkpoint_minutes" in given else None,
+        )
+        settings = begun.settings
     else:
         settings = PplSettings(
             model=model,
@@ -172,7 +139,7 @@ def command(
             path=path,
             baseline=baseline,
             candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
-            cache_type=_one_cache_type(cache_type, cache_type_k, cache_type_v),
+            cache_type=one_cache_type(cache_type, cache_type_k, cache_type_v),
             device=device or default_device(),
             memory=parse_size(memory) if memory else None,
             min_coverage=min_coverage,
@@ -191,105 +158,13 @@ def command(
             split_mode=split_mode,
             gpus=gpus,
         )
-    if settings.save_logits is not None:
-        check_writable("--save-logits", settings.save_logits)
-    experiment = Experiment(settings, console, ranks)
-    outcome = None
-    try:
-        if resume is None and ranks.leads:
-            folder = RunFolder.begin(out, "ppl")
-        identity = experiment.identity()
-        ranks.agree(identity)
-        for what, value in identity.items() if stored else ():
-            if stored["identity"].get(what) != value:
-                raise UsageError(f"--resume {resume}: {what} changed since the run began")
-        if folder is not None and not stored:
-            folder.write_settings(
-                {
-                    "schema": SCHEMA,
-                    "command": "ppl",
-                    "settings": experiment.settings.to_json(),
-                    "identity": identity,
-                    "folder": str(Path.cwd()),
-                }
-            )
-        if folder is not None:
-            # What draws the report takes a second to load: it is there when the last group is.
-            Thread(target=import_module, args=("verify.reports.writing",), daemon=True).start()
-        outcome = experiment.run(folder)
-    except KeyboardInterrupt:
-        console.stop()
-        if folder is None:
-            return EXIT_INTERRUPTED
-        print(
-            f"verify: interrupted; finished windows are kept in {visible(str(folder.path))},"
-            f" go on with: {visible(words_to_resume(folder.path, settings))}",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
-    except ModelChanged as changed:
-        if folder is None:
-            raise
-        raise ModelChanged(
-            f"{changed}; finished windows are kept, and go on with the model that they are of:"
-            f" {words_to_resume(folder.path, settings)}"
-        ) from None
-    except MachineFailure as failed:
-        if folder is None:
-            raise
-        raise MachineFailure(
-            f"{failed}; finished windows are kept, go on with: {words_to_resume(folder.path, settings)}"
-        ) from None
-    finally:
-        console.stop()
-        experiment.close()
-        ranks.close()
-        if folder is not None and outcome is None:
-            folder.release()
-    if folder is None or outcome is None:
-        return 0
+    ended = run_whole(settings, console, ranks, begun=begun, out=out, load_writer=_load_writer)
+    if json_ and ended.run is not None:
+        print(to_json_text(as_json(ended.run)), end="")
+    return ended.exit_code
+
+
+def _load_writer() -> Callable[[Path], object]:
     from verify.reports.writing import write_reports
 
-    run = as_json(outcome.run)
-    folder.write_results(outcome.joined, run)
-    write_reports(folder.path)
-    folder.finish()
-    folder.release()
-    console.outcome(outcome.run, folder.path)
-    if json_:
-        print(to_json_text(run), end="")
-    return outcome.run.exit_code
-
-
-def _begun_in(stored: dict[str, Any], resume: Path) -> Path:
-    """The folder from which a run's settings name files. Raises UsageError."""
-    from verify.machine.errors import UsageError
-
-    folder = stored.get("folder", ".")
-    if not isinstance(folder, str) or "\0" in folder:
-        raise UsageError(f"--resume {resume}: settings.json: folder: expected a text, got {folder!r:.80}")
-    return Path(folder)
-
-
-def _go_to(folder: Path, resume: Path) -> None:
-    """To where the run was begun: names of files in its settings are seen from there."""
-    from verify.machine.errors import UsageError
-
-    if folder == Path.cwd():
-        return
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise UsageError(
-            f"--resume {resume}: the run was begun in {folder}, where its files are named from:"
-            f" {error.strerror}"
-        ) from None
-
-
-def _one_cache_type(both: str, k: str | None, v: str | None) -> str:
-    from verify.machine.errors import UsageError
-
-    chosen = {k or both, v or both}
-    if len(chosen) > 1:
-        raise UsageError(f"-ctk {k or both} -ctv {v or both}: expected the same type for K and V")
-    return chosen.pop()
+    return write_reports

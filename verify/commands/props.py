@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from verify.commands import options
+from verify.kernels.errors import nearest
+from verify.machine.environment import describe, prepare_torch
+from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
+from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import check_writable
 
 if TYPE_CHECKING:
     from verify.laws import Law, Subject
@@ -48,10 +53,6 @@ def command(
 
     from verify.laws import subject_of
     from verify.machine.devices import chosen_device, default_device
-    from verify.machine.environment import describe, prepare_torch
-    from verify.machine.errors import UsageError
-    from verify.machine.jsontext import to_json_text
-    from verify.machine.outfile import check_writable
     from verify.reports.props import exit_code, print_results, to_json, write_junit
 
     prepare_torch()
@@ -103,12 +104,9 @@ def _engine_profile(spec: str, junit: Path | None, device: str | None, json_: bo
     from verify.laws import subject_of
     from verify.laws.engine_grid import run_grid
     from verify.machine.devices import chosen_device, default_device
-    from verify.machine.environment import describe
-    from verify.machine.jsontext import to_json_text
-    from verify.machine.outfile import check_writable
     from verify.reports.engine_grid import grid_json, print_grid, write_grid_junit
+    from verify.reports.progress import progress_of
     from verify.reports.props import exit_code
-    from verify.reports.tables import progress_of
 
     if junit is not None:
         check_writable("--junit", junit)
@@ -132,9 +130,7 @@ def _engine_profile(spec: str, junit: Path | None, device: str | None, json_: bo
 
 def chosen_laws(names: Sequence[str]) -> list[Law]:
     """Laws by their names and those of groups; all if none is given. Raises UsageError."""
-    from verify.kernels.errors import nearest
     from verify.laws import GROUPS, LAWS
-    from verify.machine.errors import UsageError
 
     for name in names:
         if name not in LAWS and name not in GROUPS:
@@ -148,22 +144,11 @@ def chosen_laws(names: Sequence[str]) -> list[Law]:
 
 def _run(laws: Sequence[Law], subject: Subject, examples: int, seed: int | None) -> list[LawResult]:
     """Every law, with progress; those that were tried before an interruption."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from verify.laws.run import kept_examples, run_law
-    from verify.machine.terminal import on_terminal
+    from verify.reports.progress import progress_bar
 
     results = []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not on_terminal(sys.stderr),
-    )
+    bar = progress_bar()
     with bar, suppress(KeyboardInterrupt):
         all_laws = bar.add_task("laws", total=len(laws))
         cases = bar.add_task("", total=examples)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from verify.judge.run_verdict import VOID
+from verify.judge.verdict import EXIT_CODES
 from verify.kernels.said import visible
 from verify.machine.errors import UsageError
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
@@ -58,7 +59,6 @@ def command(
 
 def _rejudge(runs: list[Path], out: Path | None) -> int:
     """The folder stays as it is: what it would say today is printed."""
-    from verify.judge.verdict import EXIT_CODES
     from verify.rejudge import rejudge_gen, rejudge_ppl, rules_in_words, verdict_of
 
     if len(runs) != 1 or out is not None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.commands.plan import setting_of
+from verify.engines.plans import setting_of
 from verify.engines.sweep import (
     COLUMNS,
     compare,

@@ -48,51 +48,46 @@ _STEPS = {"f16": (10, -24), "bf16": (7, -133), "f32": (23, -149)}
 
 @dataclass(frozen=True)
 class CellInputs:
-    """Where a cell's inputs came from; `call` is what the kernels get. candidates: numbers of those that they
-    are for, None for all: inputs that lie where plans cut depend on the candidate's."""
+    """Where a cell's inputs came from, and what kernels get."""
 
-    shape: str
-    n_kv: int
-    family: str
-    seed: int
-    call: Call
+    shape: str  # of the layer, by name
+    n_kv: int  # keys of the longest row
+    family: str  # of inputs
+    seed: int  # that they are drawn with
+    call: Call  # what the kernels get
+    # Numbers of those that they are for: where plans cut depends on the candidate; None: all.
     candidates: tuple[int, ...] | None = None
 
 
 @dataclass
 class KernelEvidence:
-    """One kernel's errors in one cell.
+    """One kernel's errors in one cell."""
 
-    failure: what it failed with instead of a result; measures and findings: of
-    `verify.kernels.judging.detectors`; gates: what the gates of others say; refused: it took none of the
-    probes; nmse: square error over the square of exact; worst: [b, row, head, element] of the largest
-    |error| / budget, worst_values: got and exact there; cache: type of the kernel's own cache; result_type:
-    that its results are numbers of; energy [B * T, Hq]: mean square error of every row and head, on keys and
-    values as that cache holds them, and given_energy the same to exact on the inputs as they were given;
-    exact: that of the inputs as given; heat [rows, Hq] and ratios: |error| / budget of checked rows, the
-    largest of each row and head, and all."""
-
-    spec: str
-    failure: str | None = None
-    measures: Measures | None = None
-    findings: list[Finding] = field(default_factory=list)
-    gates: dict[str, bool] = field(default_factory=dict)
-    probes_failed: list[str] = field(default_factory=list)
-    refused: bool = False
+    spec: str  # of the kernel
+    failure: str | None = None  # what it failed with instead of a result
+    measures: Measures | None = None  # see `verify.kernels.judging.detectors`
+    findings: list[Finding] = field(default_factory=list)  # see there
+    gates: dict[str, bool] = field(default_factory=dict)  # what the gates of others say
+    probes_failed: list[str] = field(default_factory=list)  # sentences
+    refused: bool = False  # it took none of the probes
     # What it does not keep of the contract, where that is no fault.
     contract: str = ""
-    nmse: float = math.nan
-    worst: tuple[int, ...] = ()
-    worst_values: tuple[float, float] = (math.nan, math.nan)
-    cache: str = "f16"
-    result_type: str = "f32"
+    nmse: float = math.nan  # square error over the square of exact
+    worst: tuple[int, ...] = ()  # (b, row, head, element) of the largest |error| / budget
+    worst_values: tuple[float, float] = (math.nan, math.nan)  # got and exact there
+    cache: str = "f16"  # type of the kernel's own
+    result_type: str = "f32"  # that its results are numbers of
+    # [B * T, Hq]: mean square error of a row and head, on k and v as its cache holds them.
     energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    # The same to exact on the inputs as they were given.
     given_energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
-    exact: torch.Tensor | None = None
+    exact: torch.Tensor | None = None  # on the inputs as they were given
+    # [rows, Hq]: largest |error| / budget of checked rows.
     heat: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    # |error| / budget of all checked elements.
     ratios: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    output: AttentionOutput | None = None
-    trace: LaunchTrace = field(default_factory=LaunchTrace)
+    output: AttentionOutput | None = None  # None where it failed
+    trace: LaunchTrace = field(default_factory=LaunchTrace)  # what it launched
 
     @property
     def severity(self) -> float:
@@ -139,22 +134,18 @@ class KernelEvidence:
 
 @dataclass
 class Cell:
-    """One candidate in one cell.
+    """One candidate in one cell."""
 
-    faults: what makes it broken; compared: both kernels gave an output (of a probe only what failed is
-    known); covered: its launch trace differs from the baseline's; stratum: errors of both kernels by row and
-    head, where neither has a fault and logits are distinct (equal logits are rounded alike, and their errors
-    add up).
-    """
-
-    inputs: CellInputs
-    baseline: KernelEvidence
-    candidate: KernelEvidence
-    faults: list[str]
-    compared: bool
-    covered: bool
-    bitwise_equal: bool
-    same_spec: bool
+    inputs: CellInputs  # that both kernels got
+    baseline: KernelEvidence  # its errors
+    candidate: KernelEvidence  # its errors
+    faults: list[str]  # what makes it broken, sentences
+    compared: bool  # both gave an output; of a probe only what failed is known
+    covered: bool  # its launch trace differs from the baseline's
+    bitwise_equal: bool  # both outputs
+    same_spec: bool  # both are of one specification
+    # Errors of both by row and head, where neither has a fault and logits are distinct: equal logits are
+    # rounded alike, and their errors add up.
     stratum: Stratum | None
     # A fault that both have, bit for bit the same.
     shared: str = ""
@@ -197,20 +188,15 @@ def examine(kernels: Sequence[Kernel], inputs: CellInputs, clock: StageClock) ->
 
 
 class _Due(NamedTuple):
-    """What a kernel is held against.
+    """What a kernel is held against."""
 
-    held: the checked rows of the call as its cache holds them, budget: theirs; worst: the row, beyond the
-    checked ones, that errs most, and worst_budget its own; exact: of all rows on the inputs as they were
-    given, exact_held: as its cache holds them.
-    """
-
-    held: Call
-    arithmetic: Arithmetic
-    budget: Budget
-    exact: torch.Tensor
-    exact_held: torch.Tensor
-    worst: int | None
-    worst_budget: Budget | None
+    held: Call  # checked rows of the call, as its cache holds them
+    arithmetic: Arithmetic  # of the kernel
+    budget: Budget  # of those rows
+    exact: torch.Tensor  # of all rows, on the inputs as they were given
+    exact_held: torch.Tensor  # of all rows, as its cache holds them
+    worst: int | None  # the row, beyond the checked ones, that errs most; None: none
+    worst_budget: Budget | None  # of that row
 
 
 def by_cache(kernels: Sequence[Kernel]) -> list[list[int]]:

@@ -29,29 +29,25 @@ DEFAULT_ROWS = 64
 
 @dataclass(frozen=True)
 class DiffSettings:
-    """What a kernel diff runs over, each shape, length and family once.
+    """What a kernel diff runs over, each shape, length and family once."""
 
-    rows: query tokens of a cell; captured_from: folder of a `verify ppl --capture` run, whose inputs stand in
-    the place of all these; allow_same: a candidate may be its baseline's specification.
-    """
-
-    shapes: tuple[str, ...]
-    n_kvs: tuple[int, ...]
-    families: tuple[str, ...]
-    baseline: str
-    candidates: tuple[str, ...]
-    device: str
-    path: AttentionPath = "decode"
-    seeds: int = 1
-    first_seed: int = 0
-    margin: float = DEFAULT_MARGIN
+    shapes: tuple[str, ...]  # names or sizes of layers
+    n_kvs: tuple[int, ...]  # visible keys
+    families: tuple[str, ...]  # of inputs
+    baseline: str  # specification
+    candidates: tuple[str, ...]  # specifications
+    device: str  # by torch's name
+    path: AttentionPath = "decode"  # of the calls
+    seeds: int = 1  # draws of every family
+    first_seed: int = 0  # of them
+    margin: float = DEFAULT_MARGIN  # distance ratio that still is round-off
+    # Folder of a `verify ppl --capture` run, whose inputs stand in the place of these.
     captured_from: str | None = None
     # A user's kernel must be right for a row that sees no key.
     strict: bool = False
-    rows: int = DEFAULT_ROWS
-    allow_same: bool = False
-    # Of q, k and v: f16, bf16, f32.
-    dtype: str = "f16"
+    rows: int = DEFAULT_ROWS  # query tokens of a cell
+    allow_same: bool = False  # a candidate may be its baseline's specification
+    dtype: str = "f16"  # of q, k and v: f16, bf16, f32
 
     def __post_init__(self) -> None:
         known = (PROBES, *FAMILIES)
@@ -173,10 +169,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
         rows = [max(n_kv - t, 1) for t in reversed(range(settings.rows))]
     return InputSizes(
         n_kv=tuple(rows),
-        kv_heads=shape.kv_heads,
-        ratio=shape.ratio,
-        k_size=shape.k_size,
-        v_size=shape.v_size,
+        heads=shape.heads,
         edges=edges,
         dtype=FLOAT_TYPES[settings.dtype].dtype,
         path=settings.path,

@@ -28,16 +28,16 @@ class LengthLine(NamedTuple):
 
 @dataclass
 class CandidateResult:
-    """One candidate over all cells. baseline: the specification that it was compared with."""
+    """One candidate over all cells."""
 
-    spec: str
-    baseline: str
-    verdict: Verdict
-    reasons: list[str]
-    cells: list[Cell]
-    lines: list[LengthLine]
-    strata: Judgement
-    trace: LaunchTrace
+    spec: str  # of the candidate
+    baseline: str  # specification that it was compared with
+    verdict: Verdict  # on this candidate
+    reasons: list[str]  # for it, sentences
+    cells: list[Cell]  # in the order they ran
+    lines: list[LengthLine]  # by shape and length
+    strata: Judgement  # what the kinds of input say
+    trace: LaunchTrace  # what it launched
 
     @property
     def worst(self) -> Cell | None:
@@ -58,20 +58,17 @@ class CandidateResult:
 
 @dataclass
 class DiffOutcome:
-    """The results, `run.json`, and one line that says where the time went.
+    """All that a kernel diff found."""
 
-    stopped: why the cells end before their time, or nothing; interrupted: by the user.
-    """
-
-    settings: DiffSettings
-    candidates: list[CandidateResult]
-    verdict: Verdict
-    exit_code: int
-    notes: list[str]
-    run: dict[str, Any]
-    seconds: str
-    stopped: str = ""
-    interrupted: bool = False
+    settings: DiffSettings  # of the diff
+    candidates: list[CandidateResult]  # one a candidate
+    verdict: Verdict  # the gravest
+    exit_code: int  # of the verdict
+    notes: list[str]  # what a reader must know
+    run: dict[str, Any]  # content of run.json
+    seconds: str  # where the time went, one line
+    stopped: str = ""  # why the cells end before their time, or nothing
+    interrupted: bool = False  # by the user
 
 
 def _is_of(cell: Cell, stratum: StratumResult) -> bool:

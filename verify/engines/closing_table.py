@@ -38,13 +38,13 @@ class ClosingRow(NamedTuple):
     name: str
     # Bytes of its model, where that was given.
     size: int | None
-    ppl: Estimate | None
-    ln_ratio: Estimate | None = None
-    kld: Estimate | None = None
-    kld_tail: Estimate | None = None
+    ppl: Estimate | None  # of the file
+    ln_ratio: Estimate | None = None  # ln PPL / PPL(base)
+    kld: Estimate | None = None  # mean, nats a token
+    kld_tail: Estimate | None = None  # its quantile TAIL
     # Shares of 1.
     same_top: Estimate | None = None
-    dp_rms: Estimate | None = None
+    dp_rms: Estimate | None = None  # of the change of p of the token that came
 
 
 def base_row(name: str, size: int | None, nll: np.ndarray) -> ClosingRow:

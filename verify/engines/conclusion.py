@@ -26,18 +26,14 @@ WORST_TOKENS = 3
 
 
 class Resolution(NamedTuple):
-    """What the records' 16 bits leave unseen, at CONFIDENCE; in nats.
+    """What the records' 16 bits leave unseen, at CONFIDENCE; in nats."""
 
-    step: the median of the codes' steps; token_nll, token_kld: of one token (the median); mean_nll, mean_kld:
-    of the mean over all tokens; negative: tokens whose divergence is below zero, which no true one is.
-    """
-
-    step: float
-    token_nll: float
-    token_kld: float
-    mean_nll: float
-    mean_kld: float
-    negative: int
+    step: float  # of the codes, the median
+    token_nll: float  # of one token, the median
+    token_kld: float  # of one token, the median
+    mean_nll: float  # of the mean over all tokens
+    mean_kld: float  # of the mean over all tokens
+    negative: int  # tokens whose divergence is below zero, which no true one is
 
 
 class Class(NamedTuple):
@@ -63,24 +59,24 @@ class Token(NamedTuple):
 class Comparison(NamedTuple):
     """Two files: everything that is said about them. None and empty where a record is not a number."""
 
-    decision: Decision
+    decision: Decision  # verdict and reasons
     # What llama-perplexity prints.
     table: Table | None = None
     # What 16 bits leave unseen.
     resolution: Resolution | None = None
     # Intervals of ln PPL(Q)/PPL(base) and of the mean divergence.
     dnll: Interval | None = None
-    kld: Interval | None = None
+    kld: Interval | None = None  # of the mean divergence
     # ln PPL(Q)/PPL(base) and mean divergence, a window.
     windows: Sequence[tuple[float, float]] = ()
     # Tokens by the base's margin, and by their visible keys.
     by_margin: Sequence[Class] = ()
-    by_position: Sequence[Class] = ()
+    by_position: Sequence[Class] = ()  # by visible keys
     # The largest divergences.
     worst: Sequence[Token] = ()
     # The narrower clip where the files' are unlike, and tokens that came and lie at it in either file.
     clip: float | None = None
-    at_clip: int = 0
+    at_clip: int = 0  # tokens that came and lie there
 
 
 def compare(pair: PairScores, *, first_scored: int, max_kld: float | None = None) -> Comparison:

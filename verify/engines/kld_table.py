@@ -29,22 +29,22 @@ class Estimate(NamedTuple):
 class Table(NamedTuple):
     """Every figure of the program's table. Differences of probability are shares of 1, not per cent."""
 
-    ppl: Estimate
-    ppl_base: Estimate
-    correlation: float
-    ln_ratio: Estimate
-    ratio: Estimate
-    difference: Estimate
-    kld: Estimate
-    kld_least: float
-    kld_most: float
-    kld_percentiles: dict[float, float]
-    dp: Estimate
-    dp_least: float
-    dp_most: float
-    dp_percentiles: dict[float, float]
-    dp_rms: Estimate
-    same_top: Estimate
+    ppl: Estimate  # of the file, PPL(Q)
+    ppl_base: Estimate  # PPL(base)
+    correlation: float  # of ln PPL(Q) and ln PPL(base) over tokens
+    ln_ratio: Estimate  # ln PPL(Q) / PPL(base)
+    ratio: Estimate  # PPL(Q) / PPL(base)
+    difference: Estimate  # PPL(Q) - PPL(base)
+    kld: Estimate  # mean, nats a token
+    kld_least: float  # of a token
+    kld_most: float  # of a token
+    kld_percentiles: dict[float, float]  # share -> KLD
+    dp: Estimate  # mean change of p of the token that came
+    dp_least: float  # of a token
+    dp_most: float  # of a token
+    dp_percentiles: dict[float, float]  # share -> change
+    dp_rms: Estimate  # root mean square of the changes
+    same_top: Estimate  # share of tokens with the same most likely token
 
 
 def table_of(pair: PairScores) -> Table:

@@ -30,33 +30,33 @@ SCHEMA = 1
 class LadderStep(NamedTuple):
     """One known change, measured."""
 
-    name: str
+    name: str  # unique on the ladder
     # In words, as it stands in a sentence.
     what: str
-    kind: StepKind
-    spec: str
+    kind: StepKind  # rounding, cache or fault
+    spec: str  # of the kernel that ran
     # Mean KL(unchanged, changed) in nats a token, with its interval at 99.9 %.
     kld: float
-    kld_low: float
-    kld_high: float
+    kld_low: float  # 99.9 %
+    kld_high: float  # 99.9 %
     # |ln PPL(changed) / PPL(unchanged)| and its standard error.
     dlnppl: float
-    dlnppl_se: float
+    dlnppl_se: float  # standard error
     # Share of tokens whose most likely token changed.
     flips: float
 
 
 class Placed(NamedTuple):
-    """A figure on a ladder. below, above: its neighbours, None at either end."""
+    """A figure on a ladder."""
 
-    measure: Measure
-    value: float
-    below: LadderStep | None
-    above: LadderStep | None
+    measure: Measure  # kld, dlnppl or flips
+    value: float  # of the figure
+    below: LadderStep | None  # its neighbour; None: there is none
+    above: LadderStep | None  # likewise
     # Of the largest rounding and, where there is one, of the smallest fault.
     rounding: float
-    fault: float | None
-    sentence: str
+    fault: float | None  # None: the ladder has none
+    sentence: str  # all this in words
 
     @property
     def answer(self) -> Literal["tie", "not explained", "inconclusive"]:
@@ -67,16 +67,16 @@ class Placed(NamedTuple):
 
 
 class Ladder(NamedTuple):
-    """Steps of one model and text. tokens: scored ones; text: sha256 of the windows' ids."""
+    """Steps of one model and text."""
 
-    model: str
-    n_ctx: int
-    windows: int
-    tokens: int
-    text: str
-    cache_type: str
-    device: str
-    steps: tuple[LadderStep, ...]
+    model: str  # file name
+    n_ctx: int  # tokens a window
+    windows: int  # that were measured
+    tokens: int  # scored ones
+    text: str  # sha256 of the windows' ids
+    cache_type: str  # that q, k and v were rounded to
+    device: str  # that it ran on
+    steps: tuple[LadderStep, ...]  # as they were measured
     # Steps that could not be run, and why.
     left_out: tuple[str, ...] = ()
 

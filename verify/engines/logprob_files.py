@@ -39,18 +39,18 @@ class Whole(Protocol):
 
 @dataclass
 class LogprobFile:
-    """One file. names, chosen: by sequence, the tokens and the logarithms of their probabilities [n]."""
+    """One file of logprobs, by sequence."""
 
-    path: str
-    kind: Kind
-    names: list[list[Name]]
-    chosen: list[np.ndarray]
+    path: str  # as it was named
+    kind: Kind  # what it holds of each position
+    names: list[list[Name]]  # tokens
+    chosen: list[np.ndarray]  # ln p of these tokens, [n]
     # By sequence: the most likely tokens of each position; the whole vocabulary; tokens before the first.
     top: list[list[dict[Name, float]]] | None = None
-    whole: Whole | None = None
-    before: list[int] | None = None
-    records: list[TokenRecord] | None = None
-    logits: LogitsFile | None = None
+    whole: Whole | None = None  # the whole vocabulary, where it has it
+    before: list[int] | None = None  # number of tokens before the first
+    records: list[TokenRecord] | None = None  # as they were read, where they were
+    logits: LogitsFile | None = None  # the logits file, where it is one
 
     @property
     def tokens(self) -> int:

@@ -40,16 +40,16 @@ class Ratios(NamedTuple):
 
     # Of w over the tokens; 1 in the mean where the tokens were sampled from a.
     mean: float
-    sd: float
-    least: float
-    most: float
+    sd: float  # standard deviation
+    least: float  # of a token
+    most: float  # of a token
     # (sum w)^2 / (n sum w^2): the share of the tokens that are as good as unweighted ones.
     effective: float
     # Share of tokens with |w - 1| beyond CLIP.
     clipped: float
     # Of ln w summed over a sequence.
     sequence_mean: float
-    sequence_sd: float
+    sequence_sd: float  # standard deviation
 
 
 class Departure(NamedTuple):
@@ -80,21 +80,21 @@ class FloorRatio(NamedTuple):
 class LogprobComparison(NamedTuple):
     """Two files: everything that is said of them."""
 
-    decision: Decision
-    columns: Columns
-    tokens: int
-    divergence: Interval
+    decision: Decision  # verdict and reasons
+    columns: Columns  # by token
+    tokens: int  # compared
+    divergence: Interval  # mean KL(a, b) in nats a token, or its estimate
     # Of the bound that truncation leaves, and the probability that it hides; None for sampled tokens.
     bound: Interval | None
-    hidden: float | None
-    ratios: Ratios
+    hidden: float | None  # None for sampled tokens
+    ratios: Ratios  # importance ratios
     # Root mean square and largest of |ln b - ln a|.
     rms: float
-    largest: Departure
+    largest: Departure  # and where
     # The first token that moved beyond the floor's largest move (at all, where there is no floor).
     first: Departure | None
-    floor: FloorRatio | None
-    by_position: Sequence[Quarter]
+    floor: FloorRatio | None  # against a third file; None: there is none
+    by_position: Sequence[Quarter]  # in quarters
 
 
 def compare_logprobs(

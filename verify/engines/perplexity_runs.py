@@ -44,15 +44,15 @@ class EngineRun(NamedTuple):
 
     # A or B.
     name: str
-    command: list[str]
-    logits: Path
-    log: Path
-    seconds: float
+    command: list[str]  # that was run
+    logits: Path  # file that it should have written
+    log: Path  # file of what it said
+    seconds: float  # of the wall
     # Why there is no whole logits file, or None.
     failure: str | None
     # Its own last lines then, and the one among them that says most.
     last: list[str]
-    told: str
+    told: str  # the line of it that says most
     # Whether the failure came before the first window, or is one of memory: no evidence about attention.
     before_windows: bool
 

@@ -13,12 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from verify.kernels.cache_types import bits_per_number
+from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS, bits_per_number
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.heads import Heads
-from verify.kernels.plans.asked import N_KV_PADDING, Generation, RowAsked, SplitMode
+from verify.kernels.plans.asked import GENERATIONS, N_KV_PADDING, Generation, RowAsked, SplitMode
 from verify.kernels.plans.policy import KERNEL_SUMS, POLICIES, EngineKernel, Launch, Policy, policy_named
 from verify.kernels.plans.shapes import SHAPES, ModelShape, shape_named
+from verify.machine.errors import UsageError
+from verify.model.errors import ModelError
+from verify.model.gguf.file import GGUFFile
+from verify.model.locate import locate_model
 
 # What engines' names of architectures stand for here; other sizes of a family have shapes of their own.
 ARCHITECTURE_SHAPES = {
@@ -51,13 +55,13 @@ WINDOWED_ARCHITECTURES = {
 class Setting(NamedTuple):
     """What does not change with the length."""
 
-    shape: ModelShape
-    cache_type: str = "f16"
-    gpus: int = 1
-    split_mode: SplitMode = "layer"
+    shape: ModelShape  # of the layer
+    cache_type: str = "f16"  # f16, q8_0 ...
+    gpus: int = 1  # of the engine
+    split_mode: SplitMode = "layer"  # how layers are shared out
     # Query tokens a call.
     n_q: int = 1
-    generation: Generation = "ada"
+    generation: Generation = "ada"  # of the GPUs
 
     @property
     def kv_heads_a_gpu(self) -> int:
@@ -88,17 +92,17 @@ class Setting(NamedTuple):
 class PlanAt(NamedTuple):
     """A policy's plan at one length."""
 
-    policy: str
-    n_kv: int
-    head_groups: tuple[int, ...]
-    launch: Launch
-    kernel: EngineKernel
+    policy: str  # its name
+    n_kv: int  # visible keys
+    head_groups: tuple[int, ...]  # query heads of each
+    launch: Launch  # of the head groups
+    kernel: EngineKernel  # of the engine
     # What each group is padded to.
     columns: tuple[int, ...]
     # Share of the columns that no head fills.
     waste: float
-    bytes_read: int
-    bytes_written: int
+    bytes_read: int  # of one GPU, layer and call
+    bytes_written: int  # likewise
 
     @property
     def name(self) -> str:
@@ -111,14 +115,14 @@ class PlanAt(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """A plan and the keys that it starts at; `padded` is the length that the policy compares."""
+    """A plan and the keys that it starts at."""
 
-    from_n_kv: int
-    padded: int
-    head_groups: tuple[int, ...]
-    launch: Launch
-    kernel: EngineKernel
-    columns: tuple[int, ...]
+    from_n_kv: int  # visible keys
+    padded: int  # length that the policy compares
+    head_groups: tuple[int, ...]  # query heads of each
+    launch: Launch  # of the head groups
+    kernel: EngineKernel  # of the engine
+    columns: tuple[int, ...]  # what each group is padded to
 
     @property
     def runs(self) -> tuple[object, ...]:
@@ -189,9 +193,6 @@ def find_shape(text: str) -> ModelShape:
 
 def _shape_of_file(text: str) -> ModelShape:
     """Heads and sizes from a file's metadata alone: an architecture that cannot be run has a plan too."""
-    from verify.model.errors import ModelError
-    from verify.model.gguf.file import GGUFFile
-    from verify.model.locate import locate_model
 
     file = GGUFFile.open(locate_model(text))
     name = file.architecture
@@ -324,6 +325,30 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
             for policy in policies
         ],
     }  # fmt: skip
+
+
+def setting_of(
+    arch: str, cache_type: str, gpus: int, split_mode: str, *, n_q: int = 1, gpu: str = "ada"
+) -> Setting:
+    """The setting that options name. Raises UsageError, SpecError or ModelError."""
+    if cache_type not in (known := (*PLAIN_BITS, *CACHE_TYPES)):
+        raise UsageError(f"--cache-type {cache_type}: expected one of {', '.join(known)}")
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus}: expected at least 1")
+    if split_mode not in ("layer", "graph"):
+        raise UsageError(f"--split-mode {split_mode}: expected layer or graph")
+    shape = find_shape(arch)
+    if split_mode == "graph" and shape.kv_heads % gpus and shape.kv_heads > 1:
+        raise UsageError(
+            f"--gpus {gpus}: {shape.kv_heads} KV heads are not equal shares for {gpus} GPUs, and a plan is"
+            " that of one GPU (verify ppl runs unequal shares)"
+        )
+    if n_q < 1:
+        raise UsageError(f"--n-q {n_q}: expected query tokens from 1")
+    if gpu not in GENERATIONS:
+        raise UsageError(f"--gpu {gpu}: expected one of {', '.join(GENERATIONS)}")
+    mode: SplitMode = "graph" if split_mode == "graph" else "layer"
+    return Setting(shape=shape, cache_type=cache_type, gpus=gpus, split_mode=mode, n_q=n_q, generation=gpu)
 
 
 def chosen_policies(names: Sequence[str] | None) -> list[Policy]:

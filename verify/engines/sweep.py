@@ -40,30 +40,26 @@ SLOWDOWN_CONFIDENCE = 0.99
 
 
 class FittedLine(NamedTuple):
-    """T = a + b N_KV: seconds, and seconds a cached token, each with its interval."""
+    """T = a + b N_KV, with intervals."""
 
-    a: float
-    a_low: float
-    a_high: float
-    b: float
-    b_low: float
-    b_high: float
+    a: float  # seconds
+    a_low: float  # of its interval
+    a_high: float  # of its interval
+    b: float  # seconds a cached token
+    b_low: float  # of its interval
+    b_high: float  # of its interval
 
 
 class ChangePoint(NamedTuple):
-    """The best candidate for a change of the ratio, and whether it is believed; reasons: why not.
+    """The best candidate for a change of the ratio, and whether it is believed."""
 
-    before: mean ratio before it; first, last: ratios at it and at the end; by_chance: share of series of
-    noise with as large a statistic; bic: how much better it is than one straight line.
-    """
-
-    n_kv: int
-    before: float
-    first: float
-    last: float
-    by_chance: float
-    bic: float
-    stays: bool
+    n_kv: int  # depth from which it holds
+    before: float  # mean ratio before it
+    first: float  # ratio at it
+    last: float  # ratio at the end
+    by_chance: float  # share of series of noise with as large a statistic
+    bic: float  # how much better it is than one straight line
+    stays: bool  # every ratio from it on lies on one side of every ratio before
 
     @property
     def reasons(self) -> list[str]:
@@ -84,18 +80,18 @@ class ChangePoint(NamedTuple):
 class ColumnComparison(NamedTuple):
     """One column of one log against that of another of the same work."""
 
-    label: str
+    label: str  # of the log
     # The log that it is compared with.
     against: str
-    column: Column
-    depths: list[int]
+    column: Column  # of both logs
+    depths: list[int]  # cached tokens
     # Times over the other's, at each depth.
     ratios: list[float]
-    change: ChangePoint | None
+    change: ChangePoint | None  # None: no candidate for one
     # Of the ratio over the depths, with its interval at SLOWDOWN_CONFIDENCE.
     mean: float
-    mean_low: float
-    mean_high: float
+    mean_low: float  # of its interval
+    mean_high: float  # of its interval
 
     @property
     def slower(self) -> bool:

@@ -72,15 +72,15 @@ class _Section(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """A table that is being read: its columns, where they lie in a line's cells, and what its lines are."""
+    """A table that is being read."""
 
-    separator: str
+    separator: str  # of cells
     # Cells before the first column: an outer bar, a prefix.
     lead: int
-    columns: list[str]
-    bench: bool
-    section: _Section
-    tests: list[DepthTest]
+    columns: list[str]  # in their order
+    bench: bool  # whether it is one of llama-bench
+    section: _Section  # that it stands in
+    tests: list[DepthTest]  # what its lines are, where a line is a test
 
 
 def read_logs(path: str | Path) -> list[SweepLog]:

@@ -46,14 +46,14 @@ class TokenRecord:
 
     # Where it stands: the file and the record's number.
     where: str
-    prompt: str | None = None
-    prompt_ids: list[int] | None = None
-    text: str | None = None
+    prompt: str | None = None  # as text
+    prompt_ids: list[int] | None = None  # as tokens
+    text: str | None = None  # after the prompt
     # Tokens after the prompt; None where the record has text alone.
     names: list[Name] | None = None
     # Natural logarithms of probability of those tokens, and of the most likely ones beside each.
     logprobs: list[float] | None = None
-    top: list[dict[Name, float]] | None = None
+    top: list[dict[Name, float]] | None = None  # by position: token -> ln p
 
     @property
     def ids(self) -> list[int] | None:

@@ -58,14 +58,14 @@ class Position(NamedTuple):
 
     # Of the token in its text, from 0.
     at: int
-    n_kv: int
-    chosen: int
-    preferred: int
-    margin: float
-    sigma: float
+    n_kv: int  # keys that it sees
+    chosen: int  # id of the token that stands there
+    preferred: int  # id of exact attention's first choice
+    margin: float  # of exact's logits between these two
+    sigma: float  # what rounding moves it by, one standard deviation
     # See the module's text.
     p: float
-    p_flip: float
+    p_flip: float  # probability that two right arithmetics disagree here
 
 
 class Walked(NamedTuple):

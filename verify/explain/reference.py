@@ -32,12 +32,12 @@ _ROWS = 32
 
 
 class Pass(NamedTuple):
-    """One way to compute attention. role floor: exact attention and one rounding of noise."""
+    """One way to compute attention."""
 
-    name: str
-    role: Literal["exact", "floor", "kernel"] = "kernel"
-    spec: str = "exact"
-    seed: int = 0
+    name: str  # unique
+    role: Literal["exact", "floor", "kernel"] = "kernel"  # floor: exact attention and one rounding of noise
+    spec: str = "exact"  # of its kernel
+    seed: int = 0  # of the noise
     # What q, k and v are rounded to.
     attention_type: str = "f16"
     # Made where `spec` has no kernel of the registry.

@@ -62,18 +62,20 @@ class Tokens(NamedTuple):
 class Explained:
     """One pair of texts."""
 
-    answer: Answer
-    sentences: list[str]
+    answer: Answer  # tie, not explained, inconclusive
+    sentences: list[str]  # that say why
     # Index of the first difference after the prompt; None where there is none.
     first: int | None = None
-    n_kv: int | None = None
+    n_kv: int | None = None  # keys seen there
     # Exact attention's margin of A's token over B's there, and what moves it.
     margin: float | None = None
-    sigma: float | None = None
-    p_flip: float | None = None
+    sigma: float | None = None  # what rounding moves it by, one standard deviation
+    p_flip: float | None = None  # probability that two right arithmetics disagree there
+    # By what was changed: how far it moves margins, nats.
     moves: dict[str, float] = field(default_factory=dict)
+    # By side, A or B: tokens that are not exact's first choice.
     flips: dict[str, list[Position]] = field(default_factory=dict)
-    expected_flips: dict[str, float] = field(default_factory=dict)
+    expected_flips: dict[str, float] = field(default_factory=dict)  # by side: how many rounding makes
     # Root mean square move of margins that would have been seen.
     detectable: float | None = None
 

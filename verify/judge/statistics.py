@@ -41,33 +41,31 @@ WIDEST = 4 * math.log(100)
 
 
 class Interval(NamedTuple):
-    """A mean with its interval; scope: what the interval speaks about."""
+    """A mean with its interval."""
 
-    mean: float
-    low: float
-    high: float
-    se: float
-    degrees: int
-    scope: str
+    mean: float  # of the samples
+    low: float  # of the interval
+    high: float  # of the interval
+    se: float  # standard error
+    degrees: int  # of freedom
+    scope: str  # what the interval speaks about
 
 
 class DistanceRatio(NamedTuple):
     """Distance of the candidate to exact over that of the reference, with its interval at CONFIDENCE.
 
-    detectable: the smallest ratio that this run would have told from 1, with probability POWER; infinite, as
-    high is, where there are too few samples for an interval. theta and its standard error: 2 ln ratio;
-    degrees: of freedom; energy_ratio: of the root mean divergences, which few tokens may hold.
+    Where there are too few samples for an interval, `high` and `detectable` are infinite.
     """
 
-    ratio: float
-    low: float
-    high: float
-    detectable: float
-    scope: str
-    theta: float = math.nan
-    theta_se: float = math.nan
-    degrees: int = 0
-    energy_ratio: float = math.nan
+    ratio: float  # exp(theta / 2)
+    low: float  # of its interval
+    high: float  # of its interval
+    detectable: float  # smallest ratio that would have been told from 1 with probability POWER
+    scope: str  # what the interval speaks about
+    theta: float = math.nan  # 2 ln ratio
+    theta_se: float = math.nan  # its standard error
+    degrees: int = 0  # of freedom
+    energy_ratio: float = math.nan  # of the root mean divergences, which few tokens may hold
 
     @property
     def few_tokens_hold_it(self) -> bool:

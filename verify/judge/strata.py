@@ -114,22 +114,17 @@ def improvement_of(margin: float) -> float:
 
 @dataclass(frozen=True)
 class Stratum:
-    """One kind of input: mean square errors an element of both kernels, [samples, heads].
+    """One kind of input: mean square errors an element of both kernels, [samples, heads]."""
 
-    shape, n_kv, family: which kind; candidate, reference: the errors' energies; floor: f, what the result
-    type cannot show; power: mean square of the exact result; heads: numbers of the heads, as they are
-    printed; a_kv_head: query heads of a KV head.
-    """
-
-    shape: str
-    n_kv: int
-    family: str
-    candidate: np.ndarray
-    reference: np.ndarray
-    floor: np.ndarray
-    power: np.ndarray
-    heads: tuple[int, ...]
-    a_kv_head: int = 1
+    shape: str  # of the layer
+    n_kv: int  # visible keys
+    family: str  # of inputs
+    candidate: np.ndarray  # its errors' energies
+    reference: np.ndarray  # its errors' energies
+    floor: np.ndarray  # f, what the result type cannot show
+    power: np.ndarray  # mean square of the exact result
+    heads: tuple[int, ...]  # their numbers, as they are printed
+    a_kv_head: int = 1  # query heads of a KV head
 
     @property
     def equal(self) -> bool:
@@ -153,28 +148,22 @@ class Stratum:
 
 @dataclass(frozen=True)
 class StratumResult:
-    """What one stratum says.
+    """What one stratum says."""
 
-    shape, n_kv, family: which; heads: in words, empty for all; samples: rows; ratio: R; low, high: its own
-    one-sided limits at 1 - ALPHA; word: what it amounts to among all strata; times: how many times the
-    samples would decide an inconclusive one (infinite: its ratio lies on the margin); detectable: a ratio
-    from here on would have been called degraded, nine times of ten; candidate_error, reference_error: each
-    kernel's root mean square error over the exact result's.
-    """
-
-    shape: str
-    n_kv: int
-    family: str
-    heads: str
-    samples: int
-    ratio: float
-    low: float
-    high: float
-    word: Word
+    shape: str  # of the layer
+    n_kv: int  # visible keys
+    family: str  # of inputs
+    heads: str  # in words, empty for all
+    samples: int  # rows
+    ratio: float  # R
+    low: float  # its own one-sided limit at 1 - ALPHA
+    high: float  # likewise
+    word: Word  # what it amounts to among all strata
+    # How many times the samples would decide an inconclusive one; infinite: its ratio lies on the margin.
     times: float
-    detectable: float
-    candidate_error: float
-    reference_error: float
+    detectable: float  # a ratio from here on would have been called degraded, nine times of ten
+    candidate_error: float  # root mean square, over that of the exact result
+    reference_error: float  # likewise
 
     def __str__(self) -> str:
         where = f"{self.family} at {self.n_kv:,} keys" + (f", {self.heads}" if self.heads else "")

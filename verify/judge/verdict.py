@@ -53,33 +53,24 @@ def check_margin(margin: float) -> None:
 
 @dataclass(frozen=True)
 class PairEvidence:
-    """Everything that decides about one candidate.
+    """Everything that decides about one candidate."""
 
-    faults: failures, budget breaches and non-finite values, each a sentence; coverage: share of scored tokens
-    (or of a `unit`) whose plan or kernel differed from the reference's; bitwise_equal: attention outputs of
-    every layer and logits; distance: None where there are no finite divergences; frozen_kld: mean divergences
-    to exact in nats a token, of the candidate and of the reference, where they are known; not_compared: why
-    there is nothing to compare the two by, if there is not; reference: whose distance the ratio is to;
-    narrowed_by: what makes an interval narrower; allow_same: two equal specifications were asked for; strata:
-    what the kinds of input say, in the place of one distance; unsteady: that what it does running freely is
-    not explained, a sentence.
-    """
-
-    faults: Sequence[str]
-    same_spec: bool
-    coverage: float
-    bitwise_equal: bool
-    distance: DistanceRatio | None
-    min_coverage: float = 0.0
-    margin: float = DEFAULT_MARGIN
-    not_compared: str = ""
-    unit: str = "scored tokens"
-    reference: str = "reference"
-    narrowed_by: str = "more windows (--chunks) narrow it"
+    faults: Sequence[str]  # failures, budget breaches and non-finite values, sentences
+    same_spec: bool  # both are of one specification
+    coverage: float  # share of `unit` whose plan or kernel differed from the reference's
+    bitwise_equal: bool  # attention outputs of every layer, and logits
+    distance: DistanceRatio | None  # None where there are no finite divergences
+    min_coverage: float = 0.0  # that is asked for
+    margin: float = DEFAULT_MARGIN  # distance ratio that still is round-off
+    not_compared: str = ""  # why there is nothing to compare the two by, if there is not
+    unit: str = "scored tokens"  # what coverage is a share of
+    reference: str = "reference"  # whose distance the ratio is to
+    narrowed_by: str = "more windows (--chunks) narrow it"  # what makes an interval narrower
+    # Mean divergences to exact in nats a token, of candidate and reference, where known.
     frozen_kld: tuple[float, float] | None = None
-    allow_same: bool = False
-    strata: Judgement | None = None
-    unsteady: str = ""
+    allow_same: bool = False  # two equal specifications were asked for
+    strata: Judgement | None = None  # what the kinds of input say, in the place of one distance
+    unsteady: str = ""  # that what it does running freely is not explained, a sentence
 
 
 class Decision(NamedTuple):

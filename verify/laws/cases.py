@@ -15,6 +15,7 @@ import torch
 
 from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.call import AttentionPath, Call
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.machine.errors import UsageError
@@ -84,33 +85,31 @@ def _read(name: str, value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Problem(Case):
-    """One attention call, drawn from a family of inputs.
-
-    family: of `verify.kernels.judging.families`; n_kv: visible keys of each row; spare: keys held beyond the
-    longest row; k_size, v_size: head sizes; dtype: f16, bf16, f32. What a law does with it: cuts: keys at
-    which the KV range is cut; groups: head groups; parts, block: of a plan; cache: a quantised type; twist:
-    what else a law varies, such as a shift, a power of two, or the seed of a permutation.
-    """
+    """One attention call, drawn from a family of inputs, and what a law does with it."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = ("n_kv",)
 
-    family: str = "gaussian"
-    n_kv: tuple[int, ...] = (1,)
-    batch: int = 1
-    kv_heads: int = 1
-    ratio: int = 1
-    k_size: int = 16
-    v_size: int = 16
-    spare: int = 0
-    dtype: str = "f16"
-    path: str = "decode"
-    seed: int = 0
-    cuts: tuple[int, ...] = ()
-    groups: tuple[int, ...] = ()
-    parts: int = 1
-    block: int = 64
-    cache: str = ""
-    twist: int = 0
+    family: str = "gaussian"  # of `verify.kernels.judging.families`
+    n_kv: tuple[int, ...] = (1,)  # visible keys of each row
+    batch: int = 1  # sequences
+    kv_heads: int = 1  # KV heads
+    ratio: int = 1  # query heads a KV head
+    k_size: int = 16  # head size of q and k
+    v_size: int = 16  # head size of v
+    spare: int = 0  # keys held beyond the longest row
+    dtype: str = "f16"  # f16, bf16, f32
+    path: str = "decode"  # decode or prefill
+    seed: int = 0  # of what is drawn
+    cuts: tuple[int, ...] = ()  # keys at which the KV range is cut
+    groups: tuple[int, ...] = ()  # head groups
+    parts: int = 1  # of a plan
+    block: int = 64  # keys a tile, of a plan
+    cache: str = ""  # a quantised type
+    twist: int = 0  # what else a law varies: a shift, a power of two, the seed of a permutation
+
+    @property
+    def heads(self) -> Heads:
+        return Heads.grouped(kv=self.kv_heads, ratio=self.ratio, k_size=self.k_size, v_size=self.v_size)
 
     @property
     def sizes(self) -> InputSizes:
@@ -118,10 +117,7 @@ class Problem(Case):
         return InputSizes(
             n_kv=self.n_kv,
             batch=self.batch,
-            kv_heads=self.kv_heads,
-            ratio=self.ratio,
-            k_size=self.k_size,
-            v_size=self.v_size,
+            heads=self.heads,
             spare=self.spare if max(self.n_kv) + self.spare else 1,
             edges=(16, 64, 128),
             dtype=FLOAT_TYPES[self.dtype].dtype,
@@ -187,16 +183,16 @@ class Rule(Case):
 
     ALWAYS: ClassVar[tuple[str, ...]] = ("ratio", "n_kv")
 
-    ratio: int = 1
-    kv_heads: int = 1
-    n_kv: int = 0
-    heads: str = ""
-    kv: str = "1"
-    block: int = 64
-    policy: str = ""
-    threshold: int = 0
-    gpus: int = 1
-    split_mode: str = "layer"
+    ratio: int = 1  # query heads a KV head
+    kv_heads: int = 1  # of the layer
+    n_kv: int = 0  # visible keys
+    heads: str = ""  # as in a specification
+    kv: str = "1"  # as in a specification
+    block: int = 64  # keys a tile
+    policy: str = ""  # its name, in the place of `heads`
+    threshold: int = 0  # of the policy; 0: its own
+    gpus: int = 1  # of the engine
+    split_mode: str = "layer"  # of the engine
 
     @property
     def options(self) -> dict[str, str]:

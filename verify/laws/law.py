@@ -45,22 +45,16 @@ class LawBroken(AssertionError):
 
 @dataclass
 class Subject:
-    """What laws are asked of.
+    """What laws are asked of."""
 
-    capabilities: what the kernel states, less what it turned out to lack; variant: the same kernel with
-    other options in its specification; merge: its merge, where it can be called by itself; plan: the plan
-    that options of a specification stand for, where it takes any; small: it is so slow (interpreted, say)
-    that only small problems are worth the while.
-    """
-
-    spec: str
-    kernel: Kernel
-    variant: Callable[[Options], Kernel]
-    capabilities: Capabilities
-    merge: Merge | None
-    plan: Callable[[Options], Plan] | None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    small: bool = False
+    spec: str  # of the kernel
+    kernel: Kernel  # as it was asked for
+    variant: Callable[[Options], Kernel]  # the same with other options in its specification
+    capabilities: Capabilities  # what it states, less what it turned out to lack
+    merge: Merge | None  # its merge, where it can be called by itself
+    plan: Callable[[Options], Plan] | None  # the plan that options stand for, where it takes any
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that calls lie on
+    small: bool = False  # so slow (interpreted, say) that only small problems are worth the while
     # By law: cases in which bits were compared that nobody promised, and in how many they differed.
     compared: dict[str, list[int]] = field(default_factory=dict)
     # Findings that are no faults.
@@ -205,19 +199,19 @@ def quantises_keys(subject: Subject) -> str | None:
 class Law:
     """A named law. It is asked of a subject that has what it needs."""
 
-    name: str
-    group: Group
+    name: str  # unique
+    group: Group  # that it is listed in
     # One sentence.
     statement: str
     # Where the allowance comes from.
     tolerance: str
     # What a kernel must have for it, and why else it cannot be asked.
     needs: tuple[Promise, ...]
-    unless: Unless
+    unless: Unless  # why it cannot be asked of a subject, or None
     # Draws cases for a subject; the law itself, which returns its margin; what it takes beside the subject.
     cases: Cases
-    check: Callable[[Subject, Any], float]
-    case_type: type[Case]
+    check: Callable[[Subject, Any], float]  # returns its margin, in units of the tolerance
+    case_type: type[Case]  # what it takes beside the subject
 
     def not_applicable(self, subject: Subject) -> str | None:
         """Why this subject cannot be asked, or None if it can."""

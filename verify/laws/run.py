@@ -29,17 +29,15 @@ SHRINK_SECONDS = 30
 
 @dataclass
 class LawResult:
-    """examples: cases tried until it held or failed; margin: the tightest, in units of the tolerance; reason:
-    why it is not applicable, what broke it, or a reservation with which it holds; case: the shrunk one that
-    breaks it."""
+    """What came of one law."""
 
-    law: Law
-    state: State
-    examples: int = 0
-    margin: float = 0.0
-    reason: str = ""
-    case: Case | None = None
-    seconds: float = 0.0
+    law: Law  # that was asked
+    state: State  # holds, broken, not applicable
+    examples: int = 0  # cases tried until it held or failed
+    margin: float = 0.0  # the tightest, in units of the tolerance
+    reason: str = ""  # why it is not applicable, what broke it, or a reservation with which it holds
+    case: Case | None = None  # the shrunk one that breaks it
+    seconds: float = 0.0  # of the wall
 
 
 def try_case(law: Law, subject: Subject, case: Case) -> LawResult:

@@ -1,10 +1,12 @@
-"""The command that makes a result again, as one line that a shell takes."""
+"""Command lines: lengths as they are written, and the command that makes a result again, for a shell."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from verify.machine.errors import UsageError
 
 # Options that are written with a letter, or not as their setting is called.
 _OPTIONS = {
@@ -16,6 +18,17 @@ _OPTIONS = {
     "n_predict": "-n",
     "candidates": "--candidate",
 }
+
+
+def parse_lengths(text: str) -> list[int]:
+    """`512,8192` ascending, each once. Raises UsageError."""
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        lengths = [0]
+    if lengths[0] < 1:
+        raise UsageError(f"--n-kv {text}: expected lengths from 1, comma between")
+    return lengths
 
 
 def command_line(

@@ -1,4 +1,4 @@
-"""A file that a command will write at its end: whether it can be is asked at the beginning."""
+"""Files that a command will write at its end: whether they can be is asked at the beginning."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ def check_writable(option: str, path: str | Path) -> None:
         raise UsageError(f"{option} {path}: no such folder: {folder}")
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise UsageError(f"{option} {path}: cannot be written")
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Raises UsageError that names the option, where there is no such folder and none can be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from None

@@ -8,18 +8,37 @@ be, byte for byte, the one that the run began with: that is looked at before any
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from verify.kernels.errors import SpecError
 from verify.kernels.plans.spec import parse_spec
 from verify.machine.errors import UsageError
+from verify.machine.ranks import Ranks
+from verify.ppl.runfolder import RunFolder
 from verify.ppl.settings import PplSettings
 
 # Kernels of ours, and of libraries that are installed here: no file of the user's is run for them.
 _NO_FILE = {"exact", "eager", "flash", "sdpa", "flex", "flashinfer", "flash_attn", "xformers"}
+
+
+# What --resume may stand beside: all else is the run's.
+_WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
+# What a run's folder cannot ask for by itself is named again.
+_NAMED_AGAIN = {"baseline", "candidate", "save_logits"}
+
+
+class BegunRun(NamedTuple):
+    """A run that is gone on with."""
+
+    named: Path  # its folder, as the command line has it
+    folder: RunFolder | None  # None in ranks that do not lead
+    settings: PplSettings
+    identity: dict[str, Any]  # of model, text and kernels, as the run stored it
 
 
 class Named(NamedTuple):
@@ -28,6 +47,68 @@ class Named(NamedTuple):
     baseline: str | None = None
     candidates: Sequence[str] = ()
     save_logits: str | None = None
+
+
+def check_alone(resume: Path, given: Mapping[str, str]) -> None:
+    """Raises UsageError where an option stands beside --resume that the run's own settings answer.
+
+    given: parameters on the command line, and the options that they are written as.
+    """
+    if given.keys() - _WITH_RESUME - _NAMED_AGAIN:
+        other = [given[name] for name in sorted(given.keys() - _WITH_RESUME)]
+        raise UsageError(
+            f"--resume {resume}: the run goes on with its own settings, expected no"
+            f" {' or '.join(other)} beside it"
+        )
+
+
+def go_on(
+    resume: Path, named: Named, ranks: Ranks, *, memory: int | None, checkpoint_minutes: float | None
+) -> BegunRun:
+    """The run of a folder, which only the leader reads. Goes to the folder from which the run was begun.
+
+    memory, checkpoint_minutes: instead of the run's own, where they are given. Raises UsageError.
+    """
+    folder, stored = None, {}
+    if ranks.leads:
+        folder = RunFolder.reopen(resume)
+        stored = folder.read_settings("ppl")
+        folder = folder.absolute()
+    stored = ranks.of_leader(stored)
+    try:
+        settings = PplSettings.from_json(stored["settings"])
+    except UsageError as error:
+        raise UsageError(f"--resume {resume}: settings.json: {error}") from None
+    begun_in = _begun_in(stored, resume)
+    identity = stored["identity"]
+    check_named_again(settings, named, resume=resume, begun_in=begun_in, kernels=identity.get("kernels"))
+    _go_to(begun_in, resume)
+    if memory is not None:
+        settings = replace(settings, memory=memory)
+    if checkpoint_minutes is not None:
+        settings = replace(settings, checkpoint_minutes=checkpoint_minutes)
+    return BegunRun(resume, folder, settings, identity)
+
+
+def _begun_in(stored: dict[str, Any], resume: Path) -> Path:
+    """The folder from which a run's settings name files. Raises UsageError."""
+    folder = stored.get("folder", ".")
+    if not isinstance(folder, str) or "\0" in folder:
+        raise UsageError(f"--resume {resume}: settings.json: folder: expected a text, got {folder!r:.80}")
+    return Path(folder)
+
+
+def _go_to(folder: Path, resume: Path) -> None:
+    """To where the run was begun: names of files in its settings are seen from there."""
+    if folder == Path.cwd():
+        return
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UsageError(
+            f"--resume {resume}: the run was begun in {folder}, where its files are named from:"
+            f" {error.strerror}"
+        ) from None
 
 
 def runs_code(spec: str) -> bool:

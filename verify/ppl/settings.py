@@ -6,8 +6,10 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from verify.arms.sample import default_measured
 from verify.data.corpora import DEFAULT_CORPUS
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
+from verify.kernels.numbers import FLOAT_TYPES
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +58,6 @@ class PplSettings:
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
         from verify.kernels.call import RUN_PATHS
-        from verify.kernels.numbers import FLOAT_TYPES
         from verify.model.runner import COMPUTE_TYPES
 
         if self.path not in (*RUN_PATHS, "both"):
@@ -102,7 +103,6 @@ class PplSettings:
     @property
     def measured(self) -> int:
         """Windows on which kernels are measured, 0 for all."""
-        from verify.arms.sample import default_measured
 
         return default_measured(self.n_ctx) if self.measured_windows is None else self.measured_windows
 
@@ -129,6 +129,14 @@ class PplSettings:
         if "candidates" not in given:
             raise UsageError("candidates: expected a list of texts, got none")
         return cls(**given)
+
+
+def one_cache_type(both: str, k: str | None, v: str | None) -> str:
+    """The type of K and V. Raises UsageError where they are not the same."""
+    chosen = {k or both, v or both}
+    if len(chosen) > 1:
+        raise UsageError(f"-ctk {k or both} -ctv {v or both}: expected the same type for K and V")
+    return chosen.pop()
 
 
 def parse_size(text: str) -> int:

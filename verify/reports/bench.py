@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.table import Table
-
-from verify.bench import Measurement
+from verify.bench import BenchResult, Measurement
+from verify.machine.jsontext import to_json_text
 from verify.machine.terminal import console_on, print_table_on
+from verify.reports.tables import Column, table_of
+
+
+class BenchScreen:
+    """Results go to `to`, and what has been measured to stderr as it is."""
+
+    def __init__(self, to: TextIO) -> None:
+        self.to = to
+
+    def begins(self, machine: str, read_gb_s: float) -> None:
+        print(f"{machine}: reads {read_gb_s:.0f} GB/s", file=self.to, flush=True)
+
+    def measured(self, one: Measurement) -> None:
+        said = one.failed or f"{one.us:.1f} us"
+        print(f"  {one.shape} n_kv {one.n_kv} {one.spec}: {said}", file=sys.stderr, flush=True)
+
+    def outcome(self, result: BenchResult) -> None:
+        """The table, where each kernel pays, and what must be known of them."""
+        table(result.measurements, self.to)
+        for line in crossover_lines(result.crossovers):
+            print(line, file=self.to)
+        for note in sorted({note for m in result.measurements for note in m.notes}):
+            print(f"note: {note}", file=self.to)
+
+    def written(self, files: Sequence[Path]) -> None:
+        print(f"written: {', '.join(map(str, files))}", file=self.to)
+
+
+def write_result(result: BenchResult, folder: Path) -> list[Path]:
+    """`bench.json` and a plot, `bench.svg`; returns their paths."""
+    files = [folder / "bench.json", folder / "bench.svg"]
+    files[0].write_text(to_json_text(result.to_json()))
+    plot(result.measurements, result.bandwidth_gb_s["read"], files[1])
+    return files
 
 
 def table(found: Sequence[Measurement], to: TextIO) -> None:
     """A row a shape, length and kernel."""
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    rows.add_column("shape", overflow="fold")
-    rows.add_column("n_kv", justify="right", no_wrap=True)
-    rows.add_column("kernel", overflow="fold")
-    for name in ("us", "GB/s", "of read bandwidth"):
-        rows.add_column(name, justify="right", no_wrap=True)
-    rows.add_column("launched", overflow="fold")
+    columns: list[Column | str] = [
+        Column("shape", "words"),
+        "n_kv",
+        Column("kernel", "words"),
+        *("us", "GB/s", "of read bandwidth"),
+        Column("launched", "words"),
+    ]
+    rows = []
     for m in found:
-        if m.failed is not None or m.us is None or m.gb_s is None or m.share is None:
-            rows.add_row(m.shape, str(m.n_kv), m.spec, "failed", "", "", m.failed or "")
-            continue
-        rows.add_row(
-            m.shape, str(m.n_kv), m.spec, f"{m.us:.1f}", f"{m.gb_s:.1f}", f"{m.share:.1%}", m.launched
-        )
-    print_table_on(console_on(to), rows)
+        figures = ["failed", "", "", m.failed or ""]
+        if m.failed is None and m.us is not None and m.gb_s is not None and m.share is not None:
+            figures = [f"{m.us:.1f}", f"{m.gb_s:.1f}", f"{m.share:.1%}", m.launched]
+        rows.append([m.shape, str(m.n_kv), m.spec, *figures])
+    print_table_on(console_on(to), table_of(columns, rows))
 
 
 def crossover_lines(crossovers: Sequence[dict[str, Any]]) -> list[str]:

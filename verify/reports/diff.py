@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import numpy as np
-from rich.table import Table
 
 from verify.diff.cells import Cell
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, command_of, detectable
 from verify.machine.terminal import console_on, print_table_on
+from verify.reports.tables import Column, table_of
 from verify.reports.templating import TEMPLATES, flat
 
 
@@ -59,18 +59,21 @@ def _largest(values: Sequence[float]) -> float:
     return max(known) if known else math.nan
 
 
+_COLUMNS: list[Column | str] = [
+    Column("shape", "words"),
+    *("n_kv", "err/budget"),
+    Column("worst inputs", "word"),
+    *("lse/budget", "rms/expected", "gain", "NMSE", "rms ratio"),
+    Column("verdict", "word"),
+]
+
+
 def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
     """A table a candidate, its verdict and why."""
     console = console_on(to)
     for result in outcome.candidates:
-        table = Table(box=None, pad_edge=False, header_style="bold", title=None)
-        table.add_column("shape", overflow="fold")
-        for name in ("n_kv", "err/budget", "worst inputs", "lse/budget", "rms/expected", "gain", "NMSE"):
-            table.add_column(name, justify="left" if name == "worst inputs" else "right", no_wrap=True)
-        table.add_column("rms ratio", justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
-        for line in summary_lines(result):
-            table.add_row(
+        rows = [
+            (
                 line["shape"],
                 str(line["n_kv"]),
                 _figure(line["budget"]),
@@ -82,8 +85,10 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
                 line["ratio"],
                 line["verdict"],
             )
+            for line in summary_lines(result)
+        ]
         console.print(f"{result.spec} against {result.baseline}")
-        print_table_on(console, table)
+        print_table_on(console, table_of(_COLUMNS, rows))
         console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
         if (worst := result.worst) is not None:
             again = command_of(outcome.settings, worst)

@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TextIO
 
-from verify.engines.closing_table import HEADER, ClosingRow, cells
+from verify.engines.closing_table import HEADER, ClosingRow, cells, comma_separated, markdown
 from verify.engines.conclusion import Class, Comparison, bounds_text
 from verify.engines.divergence import FileScores, clip_width
 from verify.engines.kld_table import table_lines
 from verify.engines.logits_file import CLIP_WIDTHS, Layout
+from verify.machine.errors import UsageError
+from verify.machine.terminal import Progress
 from verify.ppl.perplexity import final_line, perplexity
+from verify.reports.progress import progress_of
 from verify.reports.tables import print_table
 
 # More windows than this are not listed one by one.
 MOST_WINDOWS = 16
+
+
+class KldScreen:
+    """Each file and pair as it is known, on `to`; a bar on stderr while a file is read."""
+
+    def __init__(self, to: TextIO) -> None:
+        self.to = to
+
+    def reading(self, path: str) -> AbstractContextManager[Progress | None]:
+        return progress_of(path)
+
+    def file(self, path: str, layout: Layout, scores: FileScores) -> None:
+        print_file(path, layout, scores, self.to)
+
+    def comparison(self, found: Comparison) -> None:
+        print_comparison(found, self.to)
+
+    def closing_table(self, rows: Sequence[ClosingRow]) -> None:
+        """A row a file, as they are published; one comparison alone has all of it above."""
+        if len(rows) > 2:
+            print(file=self.to)
+            print_table(HEADER, [cells(row) for row in rows], self.to)
+
+    def write_tables(self, rows: Sequence[ClosingRow], **files: Path | None) -> None:
+        """The closing table as `markdown` and as `csv`. Raises UsageError."""
+        for form, path in files.items():
+            if path is None:
+                continue
+            write = {"markdown": markdown, "csv": comma_separated}[form]
+            try:
+                path.write_text(write(rows), encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"--{form} {path}: cannot be written: {error.strerror or error}") from None
+            print(f"table: {path}", file=self.to)
 
 
 def print_file(path: str, layout: Layout, scores: FileScores, to: TextIO) -> None:
@@ -78,12 +117,6 @@ def print_comparison(c: Comparison, to: TextIO) -> None:
                 file=to,
             )
     print(f"verdict: {c.decision.verdict}: {'; '.join(c.decision.reasons)}", file=to)
-
-
-def print_closing_table(rows: Sequence[ClosingRow], to: TextIO) -> None:
-    """A row a file, as they are published."""
-    print(file=to)
-    print_table(HEADER, [cells(row) for row in rows], to)
 
 
 def _print_classes(what: str, found: Sequence[Class], to: TextIO) -> None:

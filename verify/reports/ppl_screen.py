@@ -8,29 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table
 
 from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
 from verify.kernels.said import visible
-from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
+from verify.machine.terminal import console_on, counted, print_table_on
 from verify.model.runner import Progress as Step
 from verify.ppl.evidence.foresight import foresight
 from verify.ppl.evidence.judged_calls import steady_sentence
 from verify.ppl.perplexity import final_line, running_line
 from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
+from verify.reports.progress import progress_bar
 from verify.reports.split_mode import split_mode_sentence
+from verify.reports.tables import Column, table_of
 from verify.reports.templating import is_known
 
 
@@ -78,18 +71,10 @@ class PplConsole:
         )
         for note in notes:
             self.notice(note)
-        if on_terminal(sys.stderr):
-            self._progress = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._progress.start()
+        bar = progress_bar()
+        if not bar.disable:
+            self._progress = bar
+            bar.start()
 
     def progress(self, first: int, last: int, windows: int) -> Step:
         if self._progress is None:
@@ -145,12 +130,11 @@ def _silent(done: int, total: int) -> None:
 
 
 def _table(run: PplRun) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("arm", no_wrap=True)
-    table.add_column("kernel", overflow="fold", min_width=12)
-    numbers = ("PPL", "ln PPL - baseline", "KLD to exact", "casts frozen", "KLD to baseline", "top-1 changes")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
+    columns: list[Column | str] = [
+        *(Column("arm", "word"), Column("kernel", "words", min_width=12)),
+        *("PPL", "ln PPL - baseline", "KLD to exact", "casts frozen", "KLD to baseline", "top-1 changes"),
+    ]
+    rows = []
     pairs = {pair.candidate: pair for pair in run.pairs}
     most = max(arm.tokens for arm in run.arms)
     for arm in run.arms:
@@ -159,7 +143,7 @@ def _table(run: PplRun) -> Table:
         ppl = f"{arm.ppl:.4f} +/- {arm.ppl_se:.5f}" if arm.tokens == most else ""
         to_exact = "" if arm.role == "exact" else _kld(arm.kld_to_exact_mean)
         to_baseline = "0, bits equal" if arm.holds else ""
-        table.add_row(
+        row = (
             arm.name,
             arm.spec,
             "failed" if arm.failure is not None else ppl,
@@ -169,7 +153,8 @@ def _table(run: PplRun) -> Table:
             f"{pair.kld_mean:.2e}" if pair and finite else to_baseline,
             f"{pair.top1_changes} of {pair.tokens}" if pair and pair.tokens else "",
         )
-    return table
+        rows.append(row)
+    return table_of(columns, rows)
 
 
 def _kld(nats: float) -> str:

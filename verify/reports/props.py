@@ -13,6 +13,7 @@ from verify.laws.draws import LENGTHS
 from verify.laws.run import LawResult
 from verify.machine.command_line import command_line
 from verify.machine.terminal import console_on, counted, print_table_on
+from verify.reports.tables import Column, table_of
 
 
 def print_results(results: Sequence[LawResult], spec: str, device: str, to: TextIO) -> None:
@@ -27,22 +28,19 @@ def print_results(results: Sequence[LawResult], spec: str, device: str, to: Text
 
 
 def table(results: Sequence[LawResult]) -> Table:
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    rows.add_column("law", no_wrap=True)
-    rows.add_column("", no_wrap=True)
-    rows.add_column("examples", justify="right", no_wrap=True)
-    rows.add_column("tightest margin", justify="right", no_wrap=True)
-    rows.add_column("what it says", overflow="fold")
+    columns: list[Column | str] = [
+        *(Column("law", "word"), Column("", "word")),
+        *("examples", "tightest margin"),
+        Column("what it says", "words"),
+    ]
+    rows = []
     for result in results:
-        applies = result.state != "not applicable"
-        rows.add_row(
-            result.law.name,
-            {"holds": "holds", "broken": "BROKEN", "not applicable": "n/a"}[result.state],
-            str(result.examples) if applies else "",
-            margin(result) if applies else "",
-            _said(result) if applies else f"not applicable: {result.reason}",
-        )
-    return rows
+        name, state = result.law.name, {"holds": "holds", "broken": "BROKEN"}.get(result.state, "n/a")
+        if result.state == "not applicable":
+            rows.append([name, state, "", "", f"not applicable: {result.reason}"])
+        else:
+            rows.append([name, state, str(result.examples), margin(result), _said(result)])
+    return table_of(columns, rows)
 
 
 def _said(result: LawResult) -> str:

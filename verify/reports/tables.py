@@ -1,43 +1,47 @@
-"""Tables and progress of commands that print plain text."""
+"""Tables of plain text, on a terminal or in a pipe."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from verify.machine.terminal import console_on, on_terminal, print_table_on
+from verify.machine.terminal import console_on, print_table_on
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], to: TextIO, *, words: int = 1) -> None:
-    """Columns of text; the first `words` are to the left, the others are figures."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < words else "right", no_wrap=i >= words, overflow="fold")
+class Column(NamedTuple):
+    """One column of a table, and how what is in it stands."""
+
+    name: str
+    # To the left, folded where there is little room; to the left, whole; to the right, whole; in the middle.
+    kind: Literal["words", "word", "figure", "mark"] = "figure"
+    min_width: int | None = None  # letters that words are not folded below
+
+
+_SIDES: dict[str, Literal["left", "right", "center"]] = {"figure": "right", "mark": "center"}
+
+
+def table_of(
+    columns: Sequence[Column | str], rows: Iterable[Sequence[str]], *, title: str | None = None
+) -> Table:
+    """A row a line, without frames; a column that is only named holds figures."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for column in columns:
+        name, kind, min_width = Column(column) if isinstance(column, str) else column
+        table.add_column(
+            name,
+            justify=_SIDES.get(kind, "left"),
+            no_wrap=kind in ("word", "figure"),
+            overflow="fold" if kind == "words" else "ellipsis",
+            min_width=min_width,
+        )
     for row in rows:
         table.add_row(*row)
-    print_table_on(console_on(to), table)
+    return table
 
 
-@contextmanager
-def progress_of(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr that takes (done, total); None where stderr is no terminal."""
-    if not on_terminal(sys.stderr):
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], to: TextIO, *, words: int = 1) -> None:
+    """The first `words` columns are words, the others figures."""
+    kinds = [Column(name, "words" if i < words else "figure") for i, name in enumerate(columns)]
+    print_table_on(console_on(to), table_of(kinds, rows))

@@ -44,11 +44,11 @@ def counted(
 def constant_v(sizes: InputSizes, *, seed: int = 0, device: torch.device | str = "cpu") -> Probe:
     """One value in every key, over Gaussian logits: only the denominator and rounding can spoil it."""
     random = CounterRandom(seed, device)
-    shape = (sizes.batch, len(sizes.n_kv), sizes.kv_heads * sizes.ratio, sizes.k_size)
+    shape = (sizes.batch, len(sizes.n_kv), sizes.heads.q, sizes.heads.k_size)
     q = random.normal(*shape)
-    k = random.normal(sizes.batch, sizes.keys, sizes.kv_heads, sizes.k_size)
-    column = (torch.arange(sizes.v_size, device=device) % 16 - 7.5) / 4
-    v = column.expand(sizes.batch, sizes.keys, sizes.kv_heads, -1).clone()
+    k = random.normal(sizes.batch, sizes.keys, sizes.heads.kv, sizes.heads.k_size)
+    column = (torch.arange(sizes.heads.v_size, device=device) % 16 - 7.5) / 4
+    v = column.expand(sizes.batch, sizes.keys, sizes.heads.kv, -1).clone()
     longest = max(sizes.n_kv)
     k[:, longest:], v[:, longest:] = POISON, POISON
     lengths = torch.tensor(sizes.n_kv).expand(sizes.batch, -1)
@@ -94,15 +94,15 @@ def empty_rows(sizes: InputSizes, *, device: torch.device | str = "cpu", sinks: 
     seeing = [0, *([0, 0] if sinks else [1, 0]) * len(sizes.n_kv)]
     held = replace(sizes, n_kv=tuple(n for n in sizes.n_kv if n))
     call = one_hot_edges(held, sizes.edges, device=device).call
-    batch, rows, heads = sizes.batch, len(seeing), sizes.kv_heads * sizes.ratio
+    batch, rows, heads = sizes.batch, len(seeing), sizes.heads.q
     lengths = torch.tensor(seeing, dtype=torch.int32, device=device).expand(batch, -1)
     # A row that sees one key asks nothing of it: its logit is 0, and so is the lse.
-    q = (lengths == 0).to(sizes.dtype)[..., None, None].expand(-1, -1, heads, sizes.k_size).contiguous()
+    q = (lengths == 0).to(sizes.dtype)[..., None, None].expand(-1, -1, heads, sizes.heads.k_size).contiguous()
     level = torch.linspace(-3, 3, heads, device=device) if sinks else None
     call = checked_call(
         q, call.k, call.v, kv_len=lengths, scale=sizes.scale, path=sizes.path, sinks=level
     )  # fmt: skip
-    first = call.v[:, :1].double().repeat_interleave(sizes.ratio, 2)
+    first = call.v[:, :1].double().repeat_interleave(sizes.heads.ratio, 2)
     out = torch.where((lengths > 0)[..., None, None], first, 0.0)
     lse = torch.where((lengths > 0)[..., None], 0.0, -math.inf).double().expand(-1, -1, heads)
     if level is not None:
@@ -136,7 +136,7 @@ def last_key_edge(sizes: InputSizes, *, device: torch.device | str = "cpu") -> P
 
 def sink_weights(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """Three keys of logit 0, and for head h a sink of ln(1 + h): out is 3 / (4 + h) of V; a budget."""
-    n, heads = max(sizes.n_kv), sizes.kv_heads * sizes.ratio
+    n, heads = max(sizes.n_kv), sizes.heads.q
     levels = torch.full((sizes.keys,), LOW)
     levels[[0, n // 2, n - 1]] = 0
     sinks = torch.log(1 + torch.arange(heads, dtype=torch.float32)).to(device)
@@ -156,7 +156,7 @@ def softcap_edge(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Pr
 
 def alibi_edge(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
     """Equal logits under slopes that differ by head: geometric weights, the newest key first; a budget."""
-    n, heads = max(sizes.n_kv), sizes.kv_heads * sizes.ratio
+    n, heads = max(sizes.n_kv), sizes.heads.q
     slopes = (2.0 ** -(torch.arange(heads, dtype=torch.float32) % 8)).to(device)
     v = torch.arange(sizes.keys) % 2 * 2.0 - 1
     return _levels(
@@ -174,16 +174,16 @@ def _levels(
     **options: Any,
 ) -> Probe:
     """Keys with given logits [S] for every query; v [S] in every column, or tags."""
-    batch, heads = sizes.batch, sizes.kv_heads
-    q = torch.zeros(batch, len(sizes.n_kv), heads * sizes.ratio, sizes.k_size, device=device)
+    batch, heads = sizes.batch, sizes.heads.kv
+    q = torch.zeros(batch, len(sizes.n_kv), heads * sizes.heads.ratio, sizes.heads.k_size, device=device)
     q[..., -1] = AMPLITUDE
-    k = torch.zeros(batch, sizes.keys, heads, sizes.k_size, dtype=sizes.dtype, device=device)
+    k = torch.zeros(batch, sizes.keys, heads, sizes.heads.k_size, dtype=sizes.dtype, device=device)
     k[..., -1] = (levels / (AMPLITUDE * sizes.scale)).to(k).view(1, -1, 1)
     if v is None:
-        values = tags(sizes.keys, heads, sizes.v_size, device=device).to(sizes.dtype)
+        values = tags(sizes.keys, heads, sizes.heads.v_size, device=device).to(sizes.dtype)
         values = values.expand(batch, -1, -1, -1).clone()
     else:
-        values = v.to(k).view(1, -1, 1, 1).expand(batch, -1, heads, sizes.v_size).clone()
+        values = v.to(k).view(1, -1, 1, 1).expand(batch, -1, heads, sizes.heads.v_size).clone()
     values[:, max(sizes.n_kv) :] = POISON
     lengths = torch.tensor(sizes.n_kv).expand(batch, -1)
     return Probe(name, demand, call_of(q, k, values, lengths, sizes, device, **options))

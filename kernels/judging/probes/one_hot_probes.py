@@ -33,7 +33,7 @@ def words_of(size: int) -> int:
 
 def asking_size(sizes: InputSizes) -> int:
     """Columns of K by which a key is asked for: all, or those beyond the values where V lies in K."""
-    return sizes.k_size - sizes.v_size if sizes.v_in_k else sizes.k_size
+    return sizes.heads.k_size - sizes.heads.v_size if sizes.v_in_k else sizes.heads.k_size
 
 
 def why_not_one_hot(sizes: InputSizes) -> str | None:
@@ -96,7 +96,7 @@ def one_hot(
     group asking for another key. Rows all see n_kv keys. most_rows: of more rows, about so many are taken,
     the first and the last among them, the others evenly between.
     """
-    n, r, heads = max(sizes.n_kv), sizes.ratio, sizes.kv_heads
+    n, r, heads = max(sizes.n_kv), sizes.heads.ratio, sizes.heads.kv
     rows = torch.arange(-(-n // r), device=device)
     if most_rows is not None and len(rows) > most_rows:
         rows = torch.cat((rows[:: -(-len(rows) // most_rows)], rows[-1:])).unique()
@@ -118,7 +118,7 @@ def one_hot_edges(
     for n in sizes.n_kv:
         keys = sorted({k for e in (0, *edges, n) for k in (e - 1, e) if 0 <= k < n})
         for turn in range(len(keys)):
-            asked.append([keys[(turn + h) % len(keys)] for h in range(sizes.kv_heads * sizes.ratio)])
+            asked.append([keys[(turn + h) % len(keys)] for h in range(sizes.heads.q)])
             lengths.append(n)
     wanted = torch.tensor(asked, device=device)[None].expand(sizes.batch, -1, -1)
     return _one_hot(name, replace(sizes, n_kv=tuple(lengths)), None, wanted, device)
@@ -134,11 +134,11 @@ def _one_hot(
     strided: bool = False,
 ) -> Probe:
     """wanted [B or 1, T, Hq]: the key that each query asks for."""
-    keys, heads, r = sizes.keys, sizes.kv_heads, sizes.ratio
+    keys, heads, r = sizes.keys, sizes.heads.kv, sizes.heads.ratio
     batch, rows = sizes.batch, wanted.shape[1]
     asking = asking_size(sizes)
-    words = torch.zeros(keys, sizes.k_size, dtype=sizes.dtype, device=device)
-    words[:, sizes.k_size - asking :] = code_words(keys, asking, device=device)
+    words = torch.zeros(keys, sizes.heads.k_size, dtype=sizes.dtype, device=device)
+    words[:, sizes.heads.k_size - asking :] = code_words(keys, asking, device=device)
     m = 1 << (asking.bit_length() - 1)
     # The gap is amplitude * m / 2 * scale: beside many columns that do not ask, a larger amplitude.
     amplitude = AMPLITUDE
@@ -148,7 +148,7 @@ def _one_hot(
         raise ValueError(f"head size {asking}: expected at least {SMALLEST_SIZE} for a one-hot probe")
     # Sequences differ in their tags only, so that a key of another sequence shows.
     k = words[None, :, None].expand(batch, -1, heads, -1).contiguous()
-    values = tags(keys, heads, sizes.v_size, device=device).to(sizes.dtype)
+    values = tags(keys, heads, sizes.heads.v_size, device=device).to(sizes.dtype)
     v = torch.stack([values.roll(b, 0) for b in range(batch)])
     longest = max(sizes.n_kv)
     # Beyond the longest row lie keys that would win against any other, with poison as values.
@@ -173,18 +173,20 @@ def strided_one_hot(sizes: InputSizes, *, device: torch.device | str = "cpu") ->
 
 def far_offsets(sizes: InputSizes, *, device: torch.device | str) -> Probe:
     """One-hot at the end of a K and a V of more than 2^31 elements, and beside it. Needs about 10 GB."""
-    keys = (1 << 31) // (sizes.kv_heads * min(sizes.k_size, sizes.v_size)) + 64
+    keys = (1 << 31) // (sizes.heads.kv * min(sizes.heads.k_size, sizes.heads.v_size)) + 64
     kinds = torch.full((1, keys, 1, 1), LOW, device=device, dtype=sizes.dtype)
     n = keys - 3
-    k = kinds.expand(1, keys, sizes.kv_heads, sizes.k_size).contiguous()
-    v = torch.zeros(1, keys, sizes.kv_heads, sizes.v_size, device=device, dtype=sizes.dtype)
+    k = kinds.expand(1, keys, sizes.heads.kv, sizes.heads.k_size).contiguous()
+    v = torch.zeros(1, keys, sizes.heads.kv, sizes.heads.v_size, device=device, dtype=sizes.dtype)
     k[:, n - 1] = 0
     k[:, n:] = -LOW
     v[:, n - 1], v[:, n:] = 17, POISON
-    heads = sizes.kv_heads * sizes.ratio
-    q = torch.full((1, 1, heads, sizes.k_size), 8.0 / sizes.k_size**0.5, device=device, dtype=sizes.dtype)
+    heads = sizes.heads.q
+    q = torch.full(
+        (1, 1, heads, sizes.heads.k_size), 8.0 / sizes.heads.k_size**0.5, device=device, dtype=sizes.dtype
+    )
     lengths = torch.full((1, 1), n, dtype=torch.int32, device=device)
     call = checked_call(q, k, v, kv_len=lengths, scale=sizes.scale, path=sizes.path)
-    out = torch.full((1, 1, heads, sizes.v_size), 17.0, device=device, dtype=torch.float64)
+    out = torch.full((1, 1, heads, sizes.heads.v_size), 17.0, device=device, dtype=torch.float64)
     wanted = torch.full((1, 1, heads), n - 1, device=device)
     return Probe(name="offsets beyond 2^31", demand="bits", call=call, out=out, lse=None, keys=wanted)

@@ -35,20 +35,19 @@ LOW = -128.0
 
 
 class ProbeFailure(NamedTuple):
-    """One wrong element. key: the key whose value was due, -1 where there is no single one; part: of the KV
-    parts that hold it, -1 where not known; expected, got: of the first wrong column."""
+    """One wrong element."""
 
-    probe: str
-    demand: Demand
-    sequence: int
-    row: int
-    head: int
-    key: int
-    part: int
-    n_kv: int
-    what: str
-    expected: float
-    got: float
+    probe: str  # its name
+    demand: Demand  # what was due
+    sequence: int  # of the call
+    row: int  # of the sequence; -1: none alone
+    head: int  # query head
+    key: int  # whose value was due; -1: no single one
+    part: int  # of the KV parts, that holds the key; -1: not known
+    n_kv: int  # keys that the row sees
+    what: str  # in words
+    expected: float  # of the first wrong column
+    got: float  # of the first wrong column
 
     def __str__(self) -> str:
         key = f", key {self.key}" if self.key >= 0 else ""
@@ -62,18 +61,15 @@ class ProbeFailure(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """A call and what is due.
+    """A call and what is due."""
 
-    out [B, T, Hq, Dv] and lse [B, T, Hq] in float64, None where the oracle says it; keys [B, T, Hq]: the key
-    whose value is due, -1 for none; bound: the allowed error of out, by arithmetic, None for the budget.
-    """
-
-    name: str
-    demand: Demand
-    call: Call
-    out: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
+    name: str  # unique
+    demand: Demand  # how the result is held against it
+    call: Call  # that the kernel gets
+    out: torch.Tensor | None = None  # [B, T, Hq, Dv] float64; None: the oracle says it
+    lse: torch.Tensor | None = None  # [B, T, Hq] float64; None: the oracle says it
+    keys: torch.Tensor | None = None  # [B, T, Hq]: the key whose value is due, -1 for none
+    # Allowed error of out, by arithmetic; None: the budget.
     bound: Callable[[Call, Arithmetic], torch.Tensor] | None = None
 
 
@@ -216,11 +212,11 @@ def call_of(
     q, k, v = (x.to(sizes.dtype).to(device) for x in (q, k, v))
     if sizes.v_in_k:
         q, k = q.clone(), k.clone()
-        q[..., : sizes.v_size], k[..., : sizes.v_size] = 0, v
+        q[..., : sizes.heads.v_size], k[..., : sizes.heads.v_size] = 0, v
     if strided:
         k, v = _head_by_head(k), _head_by_head(v)
     if sizes.v_in_k:
-        v = k[..., : sizes.v_size]
+        v = k[..., : sizes.heads.v_size]
     kv_len = lengths.to(torch.int32).contiguous().to(device)
     return checked_call(q, k, v, kv_len=kv_len, scale=sizes.scale, path=sizes.path, **options)
 
