@@ -35,7 +35,7 @@ class Block(NamedTuple):
     v: torch.Tensor  # [Hkv, n, Dv]
     abs_v: torch.Tensor  # |v|, likewise
     square_v: torch.Tensor  # v^2, likewise
-    # |b| of numbers b that a mask adds, 0 where it hides, in a shape that broadcasts to s; None: it adds none.
+    # |b| of numbers b that a mask adds, 0 where it hides, in a shape that broadcasts to s; None: none.
     bias: torch.Tensor | None
 
 

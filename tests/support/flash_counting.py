@@ -115,7 +115,6 @@ def a_plan_that_did_not_run_is_not_what_it_says(
     def build(spec: str) -> FlashKernel:
         return FlashKernel(spec, parse_tile_options(parse_spec(spec)))
 
-    monkeypatch.setattr(diff, "build_kernel", build)
     settings = DiffSettings(
         shapes=("2/1x16",),
         n_kvs=(130,),
@@ -125,7 +124,7 @@ def a_plan_that_did_not_run_is_not_what_it_says(
         device=str(device),
     )
     clock = StageClock(device)
-    outcome = diff.run_diff(settings, device, all_inputs(settings, device, clock), clock)
+    outcome = diff.run_diff(settings, device, all_inputs(settings, device, clock), clock, build=build)
     reasons = outcome.candidates[0].reasons
     assert (outcome.verdict, outcome.exit_code) == ("inconclusive", 3), (outcome.verdict, reasons)
     assert "the path under test did not run" in reasons[0]
