@@ -28,14 +28,14 @@ _LENGTHS = (1, 2, 3, 4, 8, 16, 17, 32, 33, 64, 65, 96, 128, 129, 200, 256, 300, 
 
 
 class Failing(NamedTuple):
-    """Inputs on which a kernel fails. family: or the name of a probe."""
+    """Inputs on which a kernel fails."""
 
-    shape: str
-    n_kv: int
-    family: str
-    call: Call
-    said: str
-    evidence: KernelEvidence
+    shape: str  # of the layer
+    n_kv: int  # visible keys
+    family: str  # or the name of a probe
+    call: Call  # that it fails on
+    said: str  # what is wrong
+    evidence: KernelEvidence  # its errors; of a probe nothing but its name
 
 
 class Shrinker:
@@ -83,13 +83,25 @@ class Shrinker:
                 faults = faults_of(evidence, "") if evidence is not None else []
                 if evidence is None or not faults:
                     return None
-                return Failing(shape, n_kv, self.family, call, faults[0].strip(": "), evidence)
+                return Failing(
+                    shape=shape,
+                    n_kv=n_kv,
+                    family=self.family,
+                    call=call,
+                    said=faults[0].strip(": "),
+                    evidence=evidence,
+                )
             sizes = sizes_of_cell(settings, shape, n_kv, PROBES)
             for make in probe_makers(sizes, device=self.device):
                 probe = make()
                 if probe.name == self.family and (said := self._probed(probe)):
                     return Failing(
-                        shape, n_kv, probe.name, probe.call, said, KernelEvidence(self.kernel.spec)
+                        shape=shape,
+                        n_kv=n_kv,
+                        family=probe.name,
+                        call=probe.call,
+                        said=said,
+                        evidence=KernelEvidence(self.kernel.spec),
                     )
         except (ValueError, IndexError):
             # Sizes that this kind of input, or a law of its making, does not have.
