@@ -112,6 +112,8 @@ class Sums:
         lse_bound = lse_bound + 2 * u * (abs_lse + rows.log_n + 1) + u * rows.largest + U_F32 * abs_lse
         # The offset is added to the maximum, and back to the logarithm of a sum that it has made smaller.
         lse_bound = lse_bound + 4 * u * abs(a.p_shift)
+        # Where e^eta overflows nothing is known: logits so large that float32 has no digits below 1.
+        lse_bound = lse_bound.nan_to_num(nan=math.inf, posinf=math.inf)
         return bound, lse_bound.squeeze(-1)
 
     def expected(self) -> torch.Tensor:
@@ -141,7 +143,7 @@ class Sums:
             + self._depth("d_n") * (a.tau_acc / rows.l) ** 2
             + (out_type.tau + _TAU * ((a.u_v > 0) + (a.u_part > 0))) ** 2
         ).sqrt()
-        return torch.minimum(quadrature, bound)
+        return torch.minimum(quadrature.nan_to_num(nan=math.inf, posinf=math.inf), bound)
 
     def bias(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What roundings that go one way may make of <err, o> / <o, o>, [Hkv, t, r]: as the arithmetic says;

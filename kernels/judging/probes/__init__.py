@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 
 from verify.kernels.judging.families import InputSizes
+from verify.kernels.judging.other_forms import in_chunks, several
 from verify.kernels.judging.probes.level_probes import (
     alibi_edge,
     constant_bound,
@@ -34,6 +36,7 @@ from verify.kernels.judging.probes.one_hot_probes import (
     why_not_one_hot,
 )
 from verify.kernels.judging.probes.probe import Probe, ProbeFailure, check, judge, on_cache
+from verify.kernels.plans.asked import MOST_SEVERAL
 
 __all__ = [
     "Probe",
@@ -70,8 +73,12 @@ def standard_probes(sizes: InputSizes, *, device: torch.device | str = "cpu") ->
 def probe_makers(sizes: InputSizes, *, device: torch.device | str = "cpu") -> list[Callable[[], Probe]]:
     """What makes each of the standard probes, for where they are too large to be held together.
 
-    Without those that need a code word a key where there are too few (`why_not_one_hot`).
+    Without those that need a code word a key where there are too few (`why_not_one_hot`). On the path
+    `several` the rows of each go `MOST_SEVERAL` at a time.
     """
+    if sizes.path == "several":
+        makers_of_rows = probe_makers(replace(sizes, path="decode"), device=device)
+        return [partial(_several, make) for make in makers_of_rows]
     n = max(sizes.n_kv)
     edges = [e for e in sizes.edges if 0 < e < n]
     long = replace(sizes, batch=1, n_kv=(n,))
@@ -99,3 +106,21 @@ def probe_makers(sizes: InputSizes, *, device: torch.device | str = "cpu") -> li
         makers.append(partial(counted, long, cut, min(a, cut), min(b, n - cut), device=device))
     makers.append(partial(counted, long, n, min(3, n), 0, device=device))
     return makers
+
+
+def _several(make: Callable[[], Probe]) -> Probe:
+    """A probe whose rows go together, as many as the path `several` has."""
+    probe = make()
+    call = several(probe.call, MOST_SEVERAL)
+    lse = probe.lse
+    if lse is not None:
+        # Rows that fill the last chunk see nothing but the sink.
+        empty = -math.inf if call.sinks is None else call.sinks.double()
+        lse = torch.where((call.kv_len > 0)[..., None], in_chunks(lse, MOST_SEVERAL), empty)
+    return replace(
+        probe,
+        call=call,
+        out=None if probe.out is None else in_chunks(probe.out, MOST_SEVERAL),
+        lse=lse,
+        keys=None if probe.keys is None else in_chunks(probe.keys, MOST_SEVERAL, -1),
+    )

@@ -20,6 +20,7 @@ from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.probes.one_hot_probes import one_hot_edges, tags
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Demand, Probe, call_of
 from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.sequences import sequences
 
 
 def counted(
@@ -72,14 +73,17 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
         values = [[float(getattr(d, name)) for d in row] for row in depths]
         return torch.tensor(values, dtype=torch.float64, device=call.q.device)[..., None, None]
 
-    n = call.kv_len[..., None, None].double()
+    n = call.n_kv[..., None, None].double()
     lost = torch.clamp(n * a.tau_p, min=FLOAT_TYPES[a.p].u)
     if a.l_from_rounded_p:
         lost = torch.zeros_like(lost)
     deep = gamma(per_row("d_n"), a.u_acc) + gamma(per_row("d_l"), a.u) + 2 * gamma(per_row("d_m"), a.u)
     relative = lost + (deep + 3 * a.u + a.u_v + a.u_part) * (1 + lost)
     out_type, tau = FLOAT_TYPES[a.out], FLOAT_TYPES["f16"].tau
-    size = call.v[:, :1].double().abs().repeat_interleave(call.shape.ratio, 2)
+    size = call.q.new_zeros((*call.q.shape[:3], call.shape.v_size), dtype=torch.float64)
+    for sequence in sequences(call):
+        held = sequence.v[: max(*sequence.lengths, 1)].double().abs().amax(0)
+        size[sequence.at] = held.repeat_interleave(call.shape.ratio, 0)
     bound = size * (relative + (out_type.u + 2.0**-24) * (1 + relative)) + out_type.tau + n * 2.0**-149
     if a.acc == "f16":
         bound = bound + per_row("d_n") * a.tau_acc
