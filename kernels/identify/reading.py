@@ -1,0 +1,303 @@
+"""One kernel, one regime: everything that is read off it, and the arithmetic that its budget follows from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from verify.kernels.bits import same_bits
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
+from verify.kernels.identify.asking import LARGE, SCALE, Asking, BareKernel, NotIdentifiable, Regime
+from verify.kernels.identify.logits import Logits, logits_seen
+from verify.kernels.identify.parts import cuts_seen
+from verify.kernels.identify.sums import Sums, sums_seen
+from verify.kernels.identify.weights import Weights, rounded, weights_seen
+from verify.kernels.numbers import FLOAT_TYPES, U_F32, U_F32_TENSOR_CORE
+
+# Fewer keys than these show next to nothing of how they are summed.
+LEAST_KEYS = 16
+# Results whose bits tell their type.
+_RESULTS = 1000
+# The error of a kernel, relative to sum p|v|, from which on it is wrong, whatever its arithmetic.
+_WRONG = 1.0 / 8.0
+# More than a result of 8 bits, and P of 11, round a value.
+_CAST = 2.0**-8 + 2.0**-10
+_UNITS = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-11, "e4m3": 2.0**-4, "e5m2": 2.0**-3, "f32": 0.0}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was seen of a kernel in one regime. None is what cannot be told; every field's probe is in `how`.
+
+    Types are f32, tf32, f16, bf16, e4m3 or e5m2. Head groups are not observable: heads share nothing.
+    """
+
+    n_kv: int
+    n_q: int
+    p: str | None  # type of P in the second product
+    p_truncated: bool  # rounded toward zero
+    p_normalised: bool  # divided by l before it was rounded
+    offset: float | None  # added to the maximum, nats
+    l_of_rounded_p: bool | None
+    accumulator: str | None
+    accumulator_bits: int | None  # leading one included; None: more than can be told
+    rounding: str | None  # of the accumulators: nearest or truncated
+    flushed_every: int | None  # keys after which a narrow accumulator goes into a wider one
+    mma_block: int | None  # keys of one product, where that is less than a tile
+    first_product: str | None  # type of q and k as they are multiplied
+    q_scaled_in: str | None
+    logits: str | None
+    rescale: float | None  # largest growth of the maximum by which sums are not rescaled; 0: always
+    tile: int | None  # keys over which the maximum is taken
+    cuts: tuple[int, ...]
+    merge: str  # none: one part; normalised: parts are divided by their l before they are merged
+    result: str | None
+    exponential: float  # largest relative error of exp(-g) seen beside roundings of P
+    deterministic: bool
+    row_alone: bool | None  # a row alone has the bits of that row in a batch
+    how: dict[str, str] = field(default_factory=dict, compare=False)
+    calls: int = field(default=0, compare=False)
+
+    @property
+    def parts(self) -> int:
+        return len(self.cuts) - 1
+
+    @property
+    def same_as(self) -> tuple[object, ...]:
+        """Equal for two lengths of one regime: all but the cuts, and what few keys do not show."""
+        return (self.p, self.p_truncated, self.p_normalised, self.accumulator, self.result)
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["parts"], found["cuts"] = self.parts, list(self.cuts)
+        found["confidence"] = found.pop("how")
+        for name in ("exponential",):
+            if not math.isfinite(found[name]):
+                found[name] = None
+        return found
+
+
+def read(asked: BareKernel, regime: Regime, *, seed: int = 0) -> Reading:
+    """Raises NotIdentifiable with the reason: a kernel that fails, is not deterministic, clamps, or is wrong."""
+    if regime.n_kv < LEAST_KEYS:
+        raise ValueError(f"n_kv: expected at least {LEAST_KEYS}, got {regime.n_kv}")
+    ask = Asking(asked, regime)
+    generator = torch.Generator().manual_seed(seed)
+    result = _sound(ask, generator)
+    cuts = cuts_seen(ask, generator)
+    bounds = list(zip(cuts, cuts[1:], strict=False))
+    part = max(bounds, key=lambda each: each[1] - each[0])
+    if part[1] - part[0] < 3:
+        raise NotIdentifiable(f"its parts are of {part[1] - part[0]} keys: no two keys share a sum")
+    weights = weights_seen(ask, part, generator)
+    sums = sums_seen(ask, part, weights)
+    logits = logits_seen(ask, part, weights, sums.tile, generator)
+    return _put_together(ask, cuts, weights, sums, logits, result)
+
+
+def _put_together(
+    ask: Asking, cuts: tuple[int, ...], weights: Weights, sums: Sums, logits: Logits, result: str | None
+) -> Reading:
+    accumulator = _accumulator(sums)
+    # Narrow sums within a tile, wide ones across: what is added up there is flushed.
+    flushed = None
+    if sums.tile_bits is not None and (sums.bits is None or sums.tile_bits < sums.bits):
+        flushed = sums.tile
+    block = sums.product if sums.product and (sums.tile is None or sums.product < sums.tile) else None
+    how = {
+        "p": f"cancelling pairs of keys; largest error of P {weights.error:.2g}",
+        "offset": "phase of P's steps and where it underflows"
+        if weights.offset_sure and weights.p != "f32"
+        else "a key alone, to the bit" if weights.p == "f32" else "phase of P's steps: up to multiples of ln 2",
+        "accumulator": "a small number beside a large one that is taken away later",
+        "tile": sums.how or "nothing shows it",
+        "cuts": "residues of pairs of keys",
+        "result": f"bits of {_RESULTS} results",
+        "heads": "head groups are not observable",
+    }
+    return Reading(
+        n_kv=ask.regime.n_kv,
+        n_q=ask.regime.n_q,
+        p=weights.p,
+        p_truncated=weights.truncated,
+        p_normalised=weights.normalised,
+        offset=weights.offset,
+        l_of_rounded_p=weights.l_of_rounded,
+        accumulator=accumulator,
+        accumulator_bits=sums.bits,
+        rounding=None if sums.truncated is None else "truncated" if sums.truncated else "nearest",
+        flushed_every=flushed,
+        mma_block=block,
+        first_product=logits.first_product,
+        q_scaled_in=logits.q_scaled_in,
+        logits=logits.logits,
+        rescale=logits.rescale,
+        tile=sums.tile,
+        cuts=cuts,
+        merge="none" if len(cuts) == 2 else "normalised",
+        result=result,
+        exponential=weights.exponential,
+        deterministic=True,
+        row_alone=_row_alone(ask),
+        how=how,
+        calls=ask.calls,
+    )
+
+
+def _accumulator(sums: Sums) -> str | None:
+    bits = min((b for b in (sums.bits, sums.tile_bits) if b is not None), default=None)
+    if bits is None or bits >= 22:
+        return "f32"
+    if bits == 11:
+        return "f16" if sums.overflows else "tf32"
+    return {8: "bf16", 4: "e4m3", 3: "e5m2"}.get(bits)
+
+
+def _sound(ask: Asking, generator: torch.Generator) -> str | None:
+    """The type of results; raises NotIdentifiable for a kernel that nothing can be read off."""
+    r = ask.regime
+    kind = torch.finfo(r.dtype)
+    digits = 8 if r.dtype == torch.bfloat16 else 11
+    exponents: set[int] = set()
+    bits = 0
+    seen = 0
+    while seen < _RESULTS:
+        q, k, v = (
+            rounded(torch.randn(r.batch, n, h, r.size, generator=generator, dtype=torch.float64), digits)
+            .clamp(min=kind.min)
+            .to(r.dtype)
+            .double()
+            for n, h in ((r.n_q, r.kv_heads * r.ratio), (r.n_kv, r.kv_heads), (r.n_kv, r.kv_heads))
+        )
+        out = ask.call(q, k, v)
+        if not seen:
+            if list(out.shape) != list(q.shape):
+                raise NotIdentifiable(f"its result has shape {list(out.shape)}, expected {list(q.shape)}")
+            for again in (ask.call(q, k, v), ask.call(q, k, v)):
+                if not same_bits(out, again):
+                    raise NotIdentifiable("it is not deterministic: the same call gives other bits")
+            _check_right(ask, q, k, v, out)
+        mantissa, exponent = torch.frexp(out[out != 0])
+        bits = max(bits, int(_bits_used(mantissa).max()))
+        exponents |= set(exponent.unique().tolist())
+        seen += out.numel()
+    _check_range(ask)
+    by_bits = ((3, "e5m2"), (4, "e4m3"), (8, "bf16"), (11, "f16"))
+    name = next((name for most, name in by_bits if bits <= most), "f32" if bits > 16 else None)
+    if name == "f16" and not _has_steps_of_float16(ask):
+        return "tf32"
+    return name
+
+
+def _bits_used(mantissa: torch.Tensor) -> torch.Tensor:
+    """Bits of each mantissa, at most 24, from the leading one to the last that is set."""
+    whole = (mantissa.abs() * 2.0**24).round().to(torch.int64)
+    lowest = torch.log2((whole & -whole).double()).to(torch.int64)
+    return 24 - lowest
+
+
+def _has_steps_of_float16(ask: Asking) -> bool:
+    """Whether results below 2^-14 have fewer bits: a key alone of value 3 * 2^-17 + 2^-24 keeps both."""
+    if ask.regime.dtype == torch.bfloat16:
+        values = [2.0**-20 * x for x in (1.0, 1.03125, 1.0625)]
+    else:
+        values = [2.0**-24 * x for x in (3.0, 5.0, 7.0)]
+    # Two keys, one of value 0: half of an odd number of the smallest steps.
+    found = ask.weigh(ask.level([0, 1]), ask.columns([{0: v} for v in values]))[0]
+    return bool((found != torch.tensor(values, dtype=torch.float64) / 2).any())
+
+
+def _check_right(ask: Asking, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    """Whether drawn inputs come out as attention, as far as every arithmetic agrees: their last rows."""
+    k_all, v_all = (x.repeat_interleave(ask.regime.ratio, 2) for x in (k, v))
+    p = torch.softmax(SCALE * torch.einsum("bhd,bshd->bhs", q[:, -1], k_all), -1)
+    exact = torch.einsum("bhs,bshd->bhd", p, v_all)
+    size = torch.einsum("bhs,bshd->bhd", p, v_all.abs())
+    off = (out[:, -1] - exact).norm(dim=-1) / size.norm(dim=-1)
+    if not bool((off < _WRONG).all()):
+        raise NotIdentifiable(
+            f"it is not attention: drawn inputs come out {float(off.nan_to_num(math.inf).max()):.0%} off,"
+            " and no arithmetic explains more than an eighth"
+        )
+
+
+def _check_range(ask: Asking) -> None:
+    """Whether values and differences of logits pass as they are: a kernel that clamps them shows nothing."""
+    n = ask.regime.n_kv
+    found = ask.weigh(ask.level([n - 1]), ask.columns([{n - 1: LARGE}, {0: LARGE}]))[0]
+    g = torch.Generator().manual_seed(2)
+    fine = torch.randint(129, 256, (ask.regime.columns,), generator=g).double()
+    values = torch.zeros(n, len(fine), dtype=torch.float64)
+    values[n - 1] = fine
+    off = (ask.weigh(ask.level([n - 1]), values)[0] / fine - 1).abs().max()
+    if not abs(float(found[1])) < 1.0:
+        raise NotIdentifiable(
+            f"logits are clamped: a key 64 below the largest has a weight of {float(found[1]) / LARGE:.2g}"
+        )
+    if not abs(float(found[0]) / LARGE - 1) < _WRONG:
+        raise NotIdentifiable(f"values are clamped: a key alone of value {LARGE:g} gives {float(found[0]):g}")
+    if not float(off) < _CAST:
+        raise NotIdentifiable(
+            f"values are cast: a key alone gives its values of 8 bits {float(off):.2%} off, and sums of such"
+            " values show nothing"
+        )
+
+
+def _row_alone(ask: Asking) -> bool | None:
+    """Whether a sequence alone has the bits that it has among three."""
+    r = ask.regime
+    g = torch.Generator().manual_seed(1)
+    digits = 8 if r.dtype == torch.bfloat16 else 11
+    q, k, v = (
+        rounded(torch.randn(3, n, h, r.size, generator=g, dtype=torch.float64), digits).to(r.dtype).double()
+        for n, h in ((r.n_q, r.kv_heads * r.ratio), (r.n_kv, r.kv_heads), (r.n_kv, r.kv_heads))
+    )
+    try:
+        together = ask.call(q, k, v)
+        alone = torch.cat([ask.call(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(3)])
+    except NotIdentifiable:
+        return None
+    return same_bits(together, alone)
+
+
+def arithmetic_of(reading: Reading, input_type: str = "f16") -> Arithmetic:
+    """The arithmetic that a budget follows from. What could not be told is the loosest that there is."""
+    loose = loosest(input_type)
+    p = reading.p if reading.p in FLOAT_TYPES else None
+    known = p is not None and reading.accumulator in ("f32", "f16") and reading.result in FLOAT_TYPES
+    if not known or p is None or reading.result is None or reading.accumulator is None:
+        return loose
+    # Types that budgets know; P of ten bits and a wide range is float16's with no underflow.
+    u = U_F32_TENSOR_CORE if reading.rounding == "truncated" or (reading.accumulator_bits or 24) < 24 else U_F32
+    u_q = 0.0
+    if reading.q_scaled_in != "f32" or reading.logits != "f32" or reading.first_product is None:
+        u_q = max(_UNITS.get(x or input_type, loose.u_q) for x in (reading.q_scaled_in, reading.logits))
+    offset = loose.p_shift if reading.offset is None else reading.offset
+    if reading.p_normalised:
+        offset = math.log(reading.n_kv)
+    tile_known = reading.tile is not None
+    cuts = reading.cuts
+    return replace(
+        loose,
+        p=p,
+        out=reading.result,
+        acc=reading.accumulator,
+        u=u,
+        u_q=u_q,
+        u_part=loose.u_part if reading.parts > 1 else 0.0,
+        block=reading.tile,
+        cuts_at=(lambda n: cuts_of_length(cuts, n)) if tile_known else None,
+        l_from_rounded_p=reading.l_of_rounded_p is not False,
+        p_shift=max(offset, 0.0),
+        stale_maximum=bool(reading.rescale),
+        stated=False,
+    )
+
+
+def cuts_of_length(cuts: tuple[int, ...], n_kv: int) -> tuple[int, ...]:
+    """Bounds of a row with n_kv keys, as those of a longer or shorter row: cut at n_kv, its last part made
+    longer."""
+    return (*[c for c in cuts[:-1] if c < n_kv], n_kv) if n_kv else (0,)

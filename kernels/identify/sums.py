@@ -1,0 +1,265 @@
+"""How the second product is summed: bits of its accumulators, their rounding, and the tiles of keys.
+
+All keys that are asked have the logit 0 and all others no weight, so that every P is the same number. M at key
+i, -M at key j and a small u at key t between them: the sum is u if the accumulator that holds M can take u,
+and 0 if not. M is not a power of two and its last place is even, so that half of it is lost where sums round
+to nearest, and three quarters become a whole one; where they truncate both are lost.
+
+Where M and -M stand next to each other (i, i + 1) and u comes before them, u is kept if both lie in one
+product that is summed before it is added, and lost where a product ends between them: the products' edges.
+The tile over which the maximum is taken shows as well. P of a key is rounded relative to the largest logit of
+its tile; one of an earlier tile was 1 there, and is scaled afterwards, not rounded. And float16 sums overflow
+in an earlier tile, where two keys of 60,000 are summed before a larger logit makes them small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from verify.kernels.identify.asking import LARGE, Asking
+from verify.kernels.identify.weights import Part, Weights, cancelling, ratios
+
+# Exponent of the last place of LARGE at b bits is 16 - b.
+_TOP = 15
+_LEAST_BITS, _MOST_BITS = 3, 39
+# More keys than any tile, from the place where one is looked for.
+_FAR = 1100
+# How far below the largest a logit may lie, in nats, for P to be a normal number; 9.7 where not said.
+_NORMAL = {"e4m3": 4.1}
+
+
+Earlier = Callable[[int, list[int]], list[bool]]
+
+
+class Sums(NamedTuple):
+    """What was seen of the second product.
+
+    bits: of the accumulators, leading one included; None where more than can be told (40); truncated: they
+    round toward zero; overflows: sums beyond 65,504 are infinite; tile_bits: the same within one tile;
+    product: keys of a product that is summed before it is added, None where none was seen to end; tile:
+    keys over which the maximum is taken; how: the probe that showed the tile.
+    """
+
+    bits: int | None
+    truncated: bool | None
+    overflows: bool
+    tile_bits: int | None
+    product: int | None
+    tile: int | None
+    how: str
+
+
+def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> Sums:
+    """part: bounds of the longest part."""
+    first, end = part
+    keys = end - first
+    far = [(first, first + keys // 2, end - 1), (first, first + keys // 3, end - 1), (first, end - 2, end - 1)]
+    strided = [
+        (first, first + step, first + 2 * step) for step in (1, 2, 16, 64, 256) if 2 * step < keys
+    ]
+    bits, truncated = _bits(ask, [*far, *strided])
+    overflows = _overflows(ask, part, weights)
+    product = _product(ask, part, bits)
+    tile, how = None, ""
+    if overflows:
+        tile, how = _tile(ask, part, lambda x, ys: _overflowed(ask, x, ys, weights), _burst(weights)), "overflow"
+    elif weights.p not in ("f32", None) and not weights.normalised:
+        pair = _telling_pair(ask, part, weights)
+        tile, how = _tile(ask, part, lambda x, ys: _unrounded(ask, x, ys, pair)), "rounding of P"
+    if tile is None and product is not None and not overflows:
+        tile, how = product, "order of sums"
+    tile_bits = bits
+    if tile is not None and 2 < tile < keys:
+        inside = [(first, first + tile // 2, first + tile - 1), (first, first + 1, first + 2)]
+        inside += [(first, first + s, first + 2 * s) for s in (16, 32) if 2 * s < tile]
+        tile_bits, _ = _bits(ask, inside)
+    return Sums(
+        bits=bits,
+        truncated=truncated,
+        overflows=overflows,
+        tile_bits=tile_bits,
+        product=product,
+        tile=tile,
+        how=how if tile is not None else "",
+    )
+
+
+def _bits(ask: Asking, places: list[tuple[int, int, int]]) -> tuple[int | None, bool | None]:
+    """The fewest bits of a sum that runs from i over t to j, and whether it truncates."""
+    bits: int | None = None
+    truncated: bool | None = None
+    for i, t, j in dict.fromkeys(places):
+        if not i < t < j:
+            continue
+        # From the largest that float16 holds beside LARGE.
+        wholes = [2.0 ** (_TOP + 1 - b) for b in range(_LEAST_BITS, _MOST_BITS + 1)]
+        units = [*wholes, *(0.75 * u for u in wholes)]
+        keys = _power_of_two([i, t, j], ask.regime.n_kv)
+        values = ask.columns([{i: LARGE, t: u, j: -LARGE} for u in units])
+        found = ask.weigh(ask.level(keys), values)[0] * len(keys)
+        kept = (found.abs() > 0.25 * torch.tensor(units, dtype=torch.float64)) & torch.isfinite(found)
+        n = len(wholes)
+        lost = (~kept[:n]).nonzero().flatten().tolist()
+        if not lost or lost[0] == 0 or (bits is not None and lost[0] + _LEAST_BITS - 1 >= bits):
+            continue
+        bits = lost[0] + _LEAST_BITS - 1
+        # Three quarters of the last place that is kept.
+        truncated = not bool(kept[n + lost[0] - 1])
+    return bits, truncated
+
+
+def _power_of_two(keys: list[int], n_kv: int) -> list[int]:
+    """These keys and others, to a power of two, if there are so many: P is exact then, though it be divided
+    by l."""
+    wanted = 1 << (len(keys) - 1).bit_length()
+    others = (key for key in range(n_kv - 1, -1, -1) if key not in set(keys))
+    return [*keys, *itertools.islice(others, wanted - len(keys))]
+
+
+def _overflows(ask: Asking, part: tuple[int, int], weights: Weights) -> bool:
+    """Whether a sum beyond 65,504 becomes infinite where the result itself would not be."""
+    first, end = part
+    count = min(_burst(weights) + 1, end - first)
+    if ask.regime.dtype == torch.bfloat16:
+        count = min(count, end - first)
+    keys = list(range(first, first + count))
+    # Half of the weight lies on keys whose values are 0; P of all is the same.
+    still = list(range(first + count, min(first + 2 * count + 2, end)))
+    v = {key: 61440.0 for key in keys}
+    found = ask.weigh(ask.level([*keys, *still]), ask.columns([v, {k: x / 64 for k, x in v.items()}]))[0]
+    return not bool(torch.isfinite(found[0])) and bool(torch.isfinite(found[1]))
+
+
+def _burst(weights: Weights) -> int:
+    """How many keys of 61,440 overflow float16, at the offset that P has."""
+    return int(65504 / (61440 * math.exp(-(weights.offset or 0.0)))) + 1
+
+
+def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None:
+    """Keys of a product that is summed by itself: the distance of two edges."""
+    if bits is None:
+        return None
+    first, end = part
+    last = min(end - 1, first + _FAR)
+    u = 2.0 ** (_TOP - bits - 1)
+    lost = []
+    at = list(range(first + 1, last))
+    for start in range(0, len(at), ask.regime.columns):
+        some = at[start : start + ask.regime.columns]
+        keys = _power_of_two(sorted({first, *some, *(i + 1 for i in some)}), ask.regime.n_kv)
+        values = ask.columns([{first: u, i: LARGE, i + 1: -LARGE} for i in some])
+        found = ask.weigh(ask.level(keys), values)[0] * len(keys)
+        lost += [i for i, x in zip(some, (found.abs() < u / 2).tolist(), strict=True) if x]
+        edges = _edges(lost, first)
+        if len(edges) > 2 and edges[-1] < some[-1]:
+            break
+    edges = [edge for edge in _edges(lost, first) if edge < at[-1]]
+    # In the first product lies u itself; where there are others, they tell.
+    if len(edges) < 3:
+        edges = [first - 1, *edges]
+    steps = {b - a for a, b in zip(edges, edges[1:], strict=False)}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def _edges(lost: list[int], first: int) -> list[int]:
+    """Last keys of products after the first one, in which u itself lies."""
+    edges, previous = [], None
+    for i in lost:
+        if previous is None or i > previous + 1:
+            edges.append(i)
+        else:
+            edges[-1] = i
+        previous = i
+    return edges
+
+
+def _tile(ask: Asking, part: tuple[int, int], test: Earlier, spare: int = 1) -> int | None:
+    """Keys of a tile: the distance of two of its edges below one another, each found by halving.
+
+    test(x, ys): whether keys ys lie in tiles before that of key x; of `spare` first keys it cannot tell.
+    """
+    first, end = part
+    low = first + spare
+    x = min(end - 1, first + _FAR)
+    starts: list[int] = []
+    while len(starts) < 3 and x > low:
+        start = _start_of(ask, low, x, test)
+        if start is None:
+            # It is the part's first tile.
+            starts += [first] if starts else []
+            break
+        starts.append(start)
+        x = start - 1
+    if len(starts) < 2:
+        return None
+    # The first of them may have been looked for from within a tile.
+    sizes = {a - b for a, b in zip(starts, starts[1:], strict=False)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _start_of(ask: Asking, low0: int, x: int, test: Earlier) -> int | None:
+    """The first key of the tile that key x lies in, unless key low0 does too."""
+    high = x
+    if low0 >= x or not test(x, [low0])[0]:
+        return None
+    low = low0
+    while high - low > 1:
+        count = min(high - low - 1, ask.regime.columns)
+        ys = [low + (high - low) * (i + 1) // (count + 1) for i in range(count)]
+        is_earlier = test(x, ys)
+        low = max([low, *(y for y, e in zip(ys, is_earlier, strict=True) if e)])
+        high = min([high, *(y for y, e in zip(ys, is_earlier, strict=True) if not e and y > low)])
+    return high
+
+
+def _overflowed(ask: Asking, x: int, ys: list[int], weights: Weights) -> list[bool]:
+    """Whether keys up to y are summed before key x, of a larger logit, is seen. False below the first few."""
+    burst = _burst(weights)
+    logits = ask.level([x], at=4.0)
+    logits[0, :x] = 0.0
+    values = ask.columns([{y - i: 61440.0 for i in range(burst) if y >= i} for y in ys])
+    return (~torch.isfinite(ask.weigh(logits, values)[0])).tolist()
+
+
+class _Pair(NamedTuple):
+    """Two keys g apart: the values that cancel, and what their P is off by, relative, where the smaller one
+    is rounded and where it is not."""
+
+    g: float
+    v_a: float
+    v_b: float
+    if_rounded: float
+    if_not: float
+
+
+def _telling_pair(ask: Asking, part: tuple[int, int], weights: Weights) -> _Pair:
+    """Of many g, one whose P is rounded far: seen on keys that come after the larger one. Not as far as can be,
+    where an exponential that is 1e-4 off, as that of another loop may be, would turn it."""
+    # Farther apart than a maximum that lags behind may lie, as far as P is not subnormal.
+    most = min(_NORMAL.get(weights.p or "", 9.7) - (weights.offset or 0.0), 9.7)
+    gaps = torch.round((most - 0.1 - torch.arange(48, dtype=torch.float64) / 16) * 16) / 16
+    gaps = gaps[gaps >= 0.25]
+    seen = ratios(ask, Part(*part), gaps) * torch.exp(gaps) - 1
+    smooth = torch.expm1(-gaps * weights.slope)
+    p = torch.exp(-gaps - (weights.offset or 0.0))
+    bits = {"bf16": 8, "e4m3": 4, "e5m2": 3}.get(weights.p or "", 11)
+    # In steps of P: a half is a tie.
+    steps = (seen - smooth).abs() * p * torch.exp2(bits - torch.frexp(p).exponent.double())
+    best = torch.where((0.2 < steps % 1) & (steps % 1 < 0.4), (seen - smooth).abs(), 0.0).argmax()
+    v_a, v_b = cancelling(torch.exp(-gaps[best : best + 1]), 11 if ask.regime.dtype != torch.bfloat16 else 8)
+    return _Pair(float(gaps[best]), float(v_a), float(v_b), float(seen[best]), float(smooth[best]))
+
+
+def _unrounded(ask: Asking, x: int, ys: list[int], pair: _Pair) -> list[bool]:
+    """Whether P of keys ys is not rounded relative to key x, which has a larger logit."""
+    logits = ask.level([x])
+    logits[0, ys] = -pair.g
+    found = ask.weigh(logits, ask.columns([{y: pair.v_a, x: pair.v_b} for y in ys]))[0]
+    a = pair.v_a * math.exp(-pair.g)
+    off = (found * (1 + len(ys) * math.exp(-pair.g)) - (a + pair.v_b)) / a
+    return ((off - pair.if_not).abs() < abs(pair.if_rounded - pair.if_not) / 2).tolist()

@@ -1,0 +1,233 @@
+"""An arithmetic is read off a kernel that nobody describes: a bare callable, asked by q, k and v alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from verify.kernels.eager import EagerKernel
+from verify.kernels.faults.clean import LazyRescale, MaximumOffset, RoundedDenominator, ScaledQuery, TreeMerge
+from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.heads import Heads
+from verify.kernels.identify.asking import BareKernel, NotIdentifiable, Regime
+from verify.kernels.identify.reading import Reading, read
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.asked import RowAsked
+from verify.kernels.plans.plan import KVCuts, Plan, parse_heads
+from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.registry import build_kernel
+
+HEADS = Heads(8, 2, 64, 64)
+
+
+def bare(kernel: Kernel) -> BareKernel:
+    """The kernel as a callable that says nothing of itself."""
+
+    def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> torch.Tensor:
+        return kernel.attend(q, k, v, kv_len=kv_len, scale=scale).out
+
+    return attend
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a kernel of ours computes, as it was asked to."""
+
+    p: str
+    acc: str
+    out: str
+    block: int
+    kv: str
+    heads: str | None = None
+    kind: str = "eager"
+    n_kv: int = 700
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(
+            heads=None if self.heads is None else parse_heads(self.heads),
+            kv=KVCuts.parse(self.kv),
+            block=self.block,
+        )
+
+    def build(self) -> Kernel:
+        if self.kind in ("eager", "flash"):
+            options = TileOptions(plan=self.plan, p=self.p, acc=self.acc, out=self.out)
+            return EagerKernel(self.kind, options)
+        kinds = {
+            "lazy": LazyRescale, "scaled": ScaledQuery, "rounded l": RoundedDenominator, "offset": MaximumOffset,
+            "tree": TreeMerge,
+        }  # fmt: skip
+        assert self.acc == "f32"
+        kv = int(self.kv)
+        kind: type[TileKernel] = kinds[self.kind]
+        return kind(self.kind, block=self.block, kv=kv, p=self.p, out=self.out)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        return self.plan.at(RowAsked(HEADS, self.n_kv)).cuts
+
+    @property
+    def tile(self) -> int | None:
+        """A tile that holds a whole part has no edge that could be seen."""
+        longest = max(b - a for a, b in itertools.pairwise(self.cuts))
+        return self.block if longest > self.block else None
+
+
+def wrong(truth: Truth, found: Reading) -> list[str]:
+    """What was read otherwise than it is."""
+    due = {
+        "p": truth.p, "accumulator": truth.acc, "result": truth.out, "tile": truth.tile, "cuts": truth.cuts,
+        "rounding": "nearest", "p_truncated": False, "p_normalised": False, "deterministic": True,
+    }  # fmt: skip
+    said = [f"{name} is {value}, read {getattr(found, name)}" for name, value in due.items()
+            if getattr(found, name) != value]  # fmt: skip
+    offset = MaximumOffset.offset if truth.kind == "offset" else 0.0
+    if found.offset is None or abs(found.offset - offset) > 1e-4:
+        said.append(f"offset is {offset}, read {found.offset}")
+    if truth.p != "f32" and found.l_of_rounded_p not in (truth.kind == "rounded l", None):
+        said.append(f"l of rounded P is {truth.kind == 'rounded l'}")
+    if truth.p != "f32" and truth.acc == "f32" and found.rescale not in ((3.0, 5.0) if truth.kind == "lazy" else (0.0,)):
+        said.append(f"rescale of {truth.kind} read as {found.rescale}")
+    if found.q_scaled_in not in ("f16" if truth.kind == "scaled" else "f32", None):
+        said.append(f"q scaled in {found.q_scaled_in}")
+    return said
+
+
+TYPES = ("f16", "bf16", "f32")
+# Every combination of types, and of each of the other options with some of them.
+COMBINATIONS = [
+    *(Truth(p, acc, out, 64, "2") for p, acc, out in itertools.product(TYPES, ("f32", "f16"), TYPES)),
+    *(Truth(p, acc, "f32", block, "1") for p, acc, block in itertools.product(TYPES, ("f32", "f16"), (16, 32, 128))),
+    *(Truth(p, "f32", "f16", 32, kv) for p, kv in itertools.product(TYPES, ("3", "size:128", "auto"))),
+    *(Truth("f16", acc, "bf16", 16, kv) for acc, kv in itertools.product(("f32", "f16"), ("5", "size:96"))),
+    *(Truth("f16", "f32", "f32", 64, "3", heads, "flash") for heads in ("3+1", "split", "2+2")),
+    *(Truth(p, "f32", out, 64, "2", kind="lazy") for p, out in (("f16", "f32"), ("f16", "f16"), ("bf16", "f32"))),
+    *(Truth("f16", "f32", out, 64, "1", kind="scaled") for out in ("f32", "f16")),
+    *(Truth("f16", "f32", out, 32, "2", kind="rounded l") for out in ("f32", "f16")),
+    *(Truth("f16", "f32", out, 64, "2", kind="offset") for out in TYPES),
+    *(Truth(p, "f32", "f32", 32, "5", kind="tree") for p in TYPES),
+]  # fmt: skip
+
+
+def read_blind(truths: list[Truth], seed: int) -> list[str]:
+    """Read kernels in another order, by numbers alone, and say what was read wrong."""
+    order = list(range(len(truths)))
+    random.Random(seed).shuffle(order)
+    nameless: list[Callable[..., torch.Tensor]] = [bare(truths[i].build()) for i in order]
+    regimes = [Regime(truths[i].n_kv) for i in order]
+    found = [read(each, regime, seed=seed) for each, regime in zip(nameless, regimes, strict=True)]
+    return [f"{truths[i]}: {'; '.join(said)}" for i, one in zip(order, found, strict=True)
+            if (said := wrong(truths[i], one))]  # fmt: skip
+
+
+def test_a_dozen_of_our_own_kernels_are_read() -> None:
+    assert len(COMBINATIONS) >= 60
+    seed = int(os.environ.get("IDENTIFY_SEED", "0"))
+    chosen = random.Random(seed).sample(COMBINATIONS, 12)
+    assert read_blind(chosen, seed) == []
+
+
+@pytest.mark.slow
+def test_every_combination_of_our_own_kernels_is_read() -> None:
+    assert read_blind(COMBINATIONS, 1) == []
+
+
+def drawn(rng: random.Random) -> Truth:
+    """Options that nobody chose, of a row so long that every part has more than a tile."""
+    block = rng.choice((16, 32, 48, 64, 80))
+    n_kv = rng.randint(500, 1300)
+    kv = rng.choice(("1", str(rng.randint(2, 4)), f"size:{rng.randint(3, 6) * block - rng.randint(0, 8)}"))
+    return Truth(rng.choice(TYPES), rng.choice(("f32", "f16")), rng.choice(TYPES), block, kv, n_kv=n_kv)
+
+
+@pytest.mark.slow
+def test_twenty_that_were_drawn_and_a_dozen_other_cuts_are_read() -> None:
+    seed = int(os.environ.get("IDENTIFY_SEED", 0)) or random.SystemRandom().randrange(1 << 30)
+    print(f"IDENTIFY_SEED={seed}")
+    rng = random.Random(seed)
+    chosen = [drawn(rng) for _ in range(20)]
+    for i in range(12):
+        block, n_kv = rng.choice((16, 32, 64)), rng.randint(600, 2000)
+        kv = str(rng.randint(2, n_kv // (3 * block))) if i % 2 else f"size:{rng.randint(3 * block, n_kv - 1)}"
+        chosen.append(Truth(rng.choice(TYPES), "f32", rng.choice(TYPES), block, kv, n_kv=n_kv))
+    assert read_blind(chosen, seed) == []
+
+
+def test_bfloat16_inputs_and_several_query_tokens() -> None:
+    kernel = build_kernel("eager:p=bf16,out=bf16,kv=3,block=32")
+    found = read(bare(kernel), Regime(500, n_q=4, dtype=torch.bfloat16, ratio=3, kv_heads=1))
+    assert (found.p, found.accumulator, found.result, found.tile, found.parts) == ("bf16", "f32", "bf16", 32, 3)
+    assert found.first_product == "bf16" and found.n_q == 4
+
+
+# Kernels that are not what they seem. All are otherwise the textbook's.
+
+
+def textbook(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float, p: Any = None) -> torch.Tensor:
+    ratio = q.shape[2] // k.shape[2]
+    s = scale * torch.einsum("bthd,bshd->bhts", q.float(), k.float().repeat_interleave(ratio, 2))
+    s = s.masked_fill(torch.arange(k.shape[1]) >= kv_len[:, None, :, None], -torch.inf)
+    w = torch.softmax(s, -1)
+    w = w if p is None else w.to(p).float()
+    return torch.einsum("bhts,bshd->bthd", w, v.float().repeat_interleave(ratio, 2))
+
+
+def unsteady(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+    return textbook(q, k, v, **more) * (1 + 1e-6 * torch.rand(()))
+
+
+def clamps_values(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+    return textbook(q, k, v.clamp(-1000, 1000), **more)
+
+
+def clamps_logits(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+    return textbook(q, k.clamp(-6, 6), v, **more)
+
+
+def casts_values(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+    return textbook(q, k, v.float().clamp(-448, 448).to(torch.float8_e4m3fn).float() * (1 + 0 * v.abs().amax()),
+                    **more)  # fmt: skip
+
+
+def wants_multiples_of_32(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+    if k.shape[1] % 32:
+        raise NotImplementedError("keys: a multiple of 32")
+    return textbook(q, k, v, **more)
+
+
+def is_no_attention(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+    return textbook(q, k, v.roll(1, 1), **more)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (unsteady, "not deterministic"),
+        (clamps_values, "values are clamped"),
+        (clamps_logits, "logits are clamped"),
+        (casts_values, "values are c"),
+        (wants_multiples_of_32, "a multiple of 32"),
+        (is_no_attention, "not attention"),
+    ],
+)
+def test_what_cannot_be_identified_is_said_and_not_guessed(kernel: BareKernel, words: str) -> None:
+    with pytest.raises(NotIdentifiable, match=words):
+        read(kernel, Regime(100))
+
+
+def test_weights_that_are_divided_before_they_are_rounded() -> None:
+    def attend(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+        return textbook(q, k, v, p=torch.float16, **more)
+
+    found = read(attend, Regime(300))
+    assert (found.p, found.p_normalised, found.offset, found.parts) == ("f16", True, None, 1)
+    plain = read(textbook, Regime(300))
+    assert (plain.p, plain.p_normalised, plain.tile) == ("f32", False, None)
