@@ -58,7 +58,7 @@ class Asking:
         self.asked, self.regime, self.calls = asked, regime, 0
 
     def call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = SCALE) -> torch.Tensor:
-        """out of one call, as float64 on the CPU; its last rows see every key, those before one key less each.
+        """out of one call, as float64 on the CPU. The last row sees every key, each before it one key less.
 
         q [B, T, Hq, D], k and v [B, S, Hkv, D], in float64; they must be numbers of the regime's type.
         Raises NotIdentifiable where the kernel fails.
@@ -69,7 +69,9 @@ class Asking:
         given = [x.to(r.dtype).to(r.device).contiguous() for x in (q, k, v)]
         self.calls += 1
         try:
-            out = self.asked(*given, kv_len=kv_len.expand(q.shape[0], rows).contiguous().to(r.device), scale=scale)
+            out = self.asked(
+                *given, kv_len=kv_len.expand(q.shape[0], rows).contiguous().to(r.device), scale=scale
+            )
         except (KernelFailure, NotImplementedError) as failure:
             raise NotIdentifiable(f"it fails at {keys} keys: {failure}") from None
         return out.double().cpu()

@@ -1,9 +1,9 @@
-"""The first product and the exponential: the types of q and k, of the scaled q, of the logits, and the rescale.
+"""The first product and the exponential: types of q and k, of the scaled q, of the logits, and the rescale.
 
-All of it is read off P of pairs of keys (`weights.ratios`), whose logits differ by g. Far from 0, at 256, logits
-of 16 bits move by up to an eighth or a whole one, and P with them. A scale just above a power of two is
-rounded to it where q is multiplied by it in 16 bits; and log2 e is rounded with it where a kernel takes powers
-of two. A maximum that may lag behind leaves P above 1, and rounded.
+All of it is read off P of pairs of keys (`weights.ratios`), whose logits differ by g. Far from 0, at 256,
+logits of 16 bits move by up to an eighth or a whole one, and P with them. A scale just above a power of two
+is rounded to it where q is multiplied by it in 16 bits; and log2 e is rounded with it where a kernel takes
+powers of two. A maximum that may lag behind leaves P above 1, and rounded.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ def _q_scaled_in(
         for unit, what in ((1.0, name), (1 / math.log(2), name + " in powers of two")):
             factor = torch.tensor([8 * scale * unit for scale in _SCALES], dtype=torch.float64)
             found[what] = (rounded(factor, bits) / factor - 1).tolist()
-    off = {
-        name: max(abs(a - b) for a, b in zip(told, slopes, strict=True)) for name, told in found.items()
-    }
+    off = {name: max(abs(a - b) for a, b in zip(told, slopes, strict=True)) for name, told in found.items()}
     name = min(off, key=lambda each: off[each])
     # A mean of 64 roundings of P, and float32 logits.
     return name.split()[0] if off[name] < u_p / 20 + 2e-5 else None

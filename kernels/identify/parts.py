@@ -12,6 +12,8 @@ that are not normalised leave none; `weights` looks for those by the rounding of
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from verify.kernels.identify.asking import LARGE, Asking
@@ -26,12 +28,14 @@ def cuts_seen(ask: Asking, generator: torch.Generator) -> tuple[int, ...]:
     n, width = ask.regime.n_kv, ask.regime.columns
     cuts = []
     edges = [round(i * (n - 1) / width) for i in range(width + 1)] if n > width else list(range(n))
-    pending = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    pending = [(a, b) for a, b in itertools.pairwise(edges) if a < b]
     while pending:
         apart: list[tuple[int, int]] = []
         for first in range(0, len(pending), width):
             some = pending[first : first + width]
-            apart += [pair for pair, is_apart in zip(some, _apart(ask, some, generator), strict=True) if is_apart]
+            apart += [
+                pair for pair, is_apart in zip(some, _apart(ask, some, generator), strict=True) if is_apart
+            ]
         cuts += [b for a, b in apart if b == a + 1]
         wide = [(a, b) for a, b in apart if b > a + 1]
         pieces = max(width // max(len(wide), 1), 2)
@@ -39,7 +43,7 @@ def cuts_seen(ask: Asking, generator: torch.Generator) -> tuple[int, ...]:
         for a, b in wide:
             count = min(pieces, b - a)
             inner = [a + (b - a) * i // count for i in range(count + 1)]
-            pending += list(zip(inner, inner[1:], strict=False))
+            pending += list(itertools.pairwise(inner))
     return (0, *sorted(cuts), n)
 
 

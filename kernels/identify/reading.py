@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -81,14 +82,14 @@ class Reading:
 
 
 def read(asked: BareKernel, regime: Regime, *, seed: int = 0) -> Reading:
-    """Raises NotIdentifiable with the reason: a kernel that fails, is not deterministic, clamps, or is wrong."""
+    """Raises NotIdentifiable with the reason: it fails, is not deterministic, clamps, casts, or is wrong."""
     if regime.n_kv < LEAST_KEYS:
         raise ValueError(f"n_kv: expected at least {LEAST_KEYS}, got {regime.n_kv}")
     ask = Asking(asked, regime)
     generator = torch.Generator().manual_seed(seed)
     result = _sound(ask, generator)
     cuts = cuts_seen(ask, generator)
-    bounds = list(zip(cuts, cuts[1:], strict=False))
+    bounds = list(itertools.pairwise(cuts))
     part = max(bounds, key=lambda each: each[1] - each[0])
     if part[1] - part[0] < 3:
         raise NotIdentifiable(f"its parts are of {part[1] - part[0]} keys: no two keys share a sum")
@@ -111,7 +112,9 @@ def _put_together(
         "p": f"cancelling pairs of keys; largest error of P {weights.error:.2g}",
         "offset": "phase of P's steps and where it underflows"
         if weights.offset_sure and weights.p != "f32"
-        else "a key alone, to the bit" if weights.p == "f32" else "phase of P's steps: up to multiples of ln 2",
+        else "a key alone, to the bit"
+        if weights.p == "f32"
+        else "phase of P's steps: up to multiples of ln 2",
         "accumulator": "a small number beside a large one that is taken away later",
         "tile": sums.how or "nothing shows it",
         "cuts": "residues of pairs of keys",
@@ -271,7 +274,11 @@ def arithmetic_of(reading: Reading, input_type: str = "f16") -> Arithmetic:
     if not known or p is None or reading.result is None or reading.accumulator is None:
         return loose
     # Types that budgets know; P of ten bits and a wide range is float16's with no underflow.
-    u = U_F32_TENSOR_CORE if reading.rounding == "truncated" or (reading.accumulator_bits or 24) < 24 else U_F32
+    u = (
+        U_F32_TENSOR_CORE
+        if reading.rounding == "truncated" or (reading.accumulator_bits or 24) < 24
+        else U_F32
+    )
     u_q = 0.0
     if reading.q_scaled_in != "f32" or reading.logits != "f32" or reading.first_product is None:
         u_q = max(_UNITS.get(x or input_type, loose.u_q) for x in (reading.q_scaled_in, reading.logits))

@@ -1,9 +1,9 @@
 """How the second product is summed: bits of its accumulators, their rounding, and the tiles of keys.
 
-All keys that are asked have the logit 0 and all others no weight, so that every P is the same number. M at key
-i, -M at key j and a small u at key t between them: the sum is u if the accumulator that holds M can take u,
-and 0 if not. M is not a power of two and its last place is even, so that half of it is lost where sums round
-to nearest, and three quarters become a whole one; where they truncate both are lost.
+All keys that are asked have the logit 0 and all others no weight, so that every P is the same number. M at
+key i, -M at key j and a small u at key t between them: the sum is u if the accumulator that holds M can take
+u, and 0 if not. M is not a power of two and its last place is even, so that half of it is lost where sums
+round to nearest, and three quarters become a whole one; where they truncate both are lost.
 
 Where M and -M stand next to each other (i, i + 1) and u comes before them, u is kept if both lie in one
 product that is summed before it is added, and lost where a product ends between them: the products' edges.
@@ -58,16 +58,21 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> Sums:
     """part: bounds of the longest part."""
     first, end = part
     keys = end - first
-    far = [(first, first + keys // 2, end - 1), (first, first + keys // 3, end - 1), (first, end - 2, end - 1)]
-    strided = [
-        (first, first + step, first + 2 * step) for step in (1, 2, 16, 64, 256) if 2 * step < keys
+    far = [
+        (first, first + keys // 2, end - 1),
+        (first, first + keys // 3, end - 1),
+        (first, end - 2, end - 1),
     ]
+    strided = [(first, first + step, first + 2 * step) for step in (1, 2, 16, 64, 256) if 2 * step < keys]
     bits, truncated = _bits(ask, [*far, *strided])
     overflows = _overflows(ask, part, weights)
     product = _product(ask, part, bits)
     tile, how = None, ""
     if overflows:
-        tile, how = _tile(ask, part, lambda x, ys: _overflowed(ask, x, ys, weights), _burst(weights)), "overflow"
+        tile, how = (
+            _tile(ask, part, lambda x, ys: _overflowed(ask, x, ys, weights), _burst(weights)),
+            "overflow",
+        )
     elif weights.p not in ("f32", None) and not weights.normalised:
         pair = _telling_pair(ask, part, weights)
         tile, how = _tile(ask, part, lambda x, ys: _unrounded(ask, x, ys, pair)), "rounding of P"
@@ -130,7 +135,7 @@ def _overflows(ask: Asking, part: tuple[int, int], weights: Weights) -> bool:
     keys = list(range(first, first + count))
     # Half of the weight lies on keys whose values are 0; P of all is the same.
     still = list(range(first + count, min(first + 2 * count + 2, end)))
-    v = {key: 61440.0 for key in keys}
+    v = dict.fromkeys(keys, 61440.0)
     found = ask.weigh(ask.level([*keys, *still]), ask.columns([v, {k: x / 64 for k, x in v.items()}]))[0]
     return not bool(torch.isfinite(found[0])) and bool(torch.isfinite(found[1]))
 
@@ -162,7 +167,7 @@ def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None
     # In the first product lies u itself; where there are others, they tell.
     if len(edges) < 3:
         edges = [first - 1, *edges]
-    steps = {b - a for a, b in zip(edges, edges[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(edges)}
     return steps.pop() if len(steps) == 1 else None
 
 
@@ -198,7 +203,7 @@ def _tile(ask: Asking, part: tuple[int, int], test: Earlier, spare: int = 1) -> 
     if len(starts) < 2:
         return None
     # The first of them may have been looked for from within a tile.
-    sizes = {a - b for a, b in zip(starts, starts[1:], strict=False)}
+    sizes = {a - b for a, b in itertools.pairwise(starts)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -238,8 +243,8 @@ class _Pair(NamedTuple):
 
 
 def _telling_pair(ask: Asking, part: tuple[int, int], weights: Weights) -> _Pair:
-    """Of many g, one whose P is rounded far: seen on keys that come after the larger one. Not as far as can be,
-    where an exponential that is 1e-4 off, as that of another loop may be, would turn it."""
+    """Of many g, one whose P is rounded far, as keys show that come after the larger one. Not as far as can
+    be: there an exponential that is 1e-4 off, as that of another loop may be, would turn it."""
     # Farther apart than a maximum that lags behind may lie, as far as P is not subnormal.
     most = min(_NORMAL.get(weights.p or "", 9.7) - (weights.offset or 0.0), 9.7)
     gaps = torch.round((most - 0.1 - torch.arange(48, dtype=torch.float64) / 16) * 16) / 16
@@ -250,7 +255,7 @@ def _telling_pair(ask: Asking, part: tuple[int, int], weights: Weights) -> _Pair
     bits = {"bf16": 8, "e4m3": 4, "e5m2": 3}.get(weights.p or "", 11)
     # In steps of P: a half is a tie.
     steps = (seen - smooth).abs() * p * torch.exp2(bits - torch.frexp(p).exponent.double())
-    best = torch.where((0.2 < steps % 1) & (steps % 1 < 0.4), (seen - smooth).abs(), 0.0).argmax()
+    best = torch.where((steps % 1 > 0.2) & (steps % 1 < 0.4), (seen - smooth).abs(), 0.0).argmax()
     v_a, v_b = cancelling(torch.exp(-gaps[best : best + 1]), 11 if ask.regime.dtype != torch.bfloat16 else 8)
     return _Pair(float(gaps[best]), float(v_a), float(v_b), float(seen[best]), float(smooth[best]))
 

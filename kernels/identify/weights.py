@@ -1,15 +1,16 @@
 """The type of P as it enters the second product, its rounding, an offset on the maximum, and what l sums.
 
 Key b has the largest logit, 0, and comes first; key a has the logit -g. A column that holds v_b at b and v_a
-at a gives (P_b v_b + P_a v_a) / l. v_a and v_b are chosen so that v_b + v_a exp(-g) = 0 to 2^-20: what is left
-is what rounding made of P_a and P_b, and even a 16-bit result shows it. With R(g) = P_a / P_b and P of t bits,
+at a gives (P_b v_b + P_a v_a) / l. v_a and v_b are chosen so that v_b + v_a exp(-g) = 0 to 2^-20: what is
+left is what rounding made of P_a and P_b, and even a 16-bit result shows it. With R(g) = P_a / P_b and P of
+t bits,
 
     R(g) = A(g) / A(0) * 2^k,     A(g), A(0) whole numbers from 2^(t-1) to 2^t
 
 so t is the smallest for which some A(0) makes all of them whole. P was X exp(-g) 2^k before it was rounded,
-X = 2^(t-1) exp(-c) (times a power of two): every g bounds X from both sides, by half a unit either way where P
-is rounded to nearest and by one unit above where it is truncated. Whichever leaves an X is how P is rounded;
-X gives c up to multiples of ln 2, and where P underflows gives the multiple.
+X = 2^(t-1) exp(-c) (times a power of two): every g bounds X from both sides, by half a unit either way where
+P is rounded to nearest and by one unit above where it is truncated. Whichever leaves an X is how P is
+rounded; X gives c up to multiples of ln 2, and where P underflows gives the multiple.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _of_grid(
     generator: torch.Generator,
 ) -> Weights:
     """What ratios that lie on a grid say."""
-    bits, truncated, x = grid.bits, grid.truncated, grid.x
+    bits, x = grid.bits, grid.x
     # c up to multiples of ln 2, nearest to 0.
     phase = (bits - 1) * math.log(2) - math.log(x)
     phase -= round(phase / math.log(2)) * math.log(2)
@@ -210,9 +211,7 @@ def cancelling(e: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return steps[best], -near[at, best]
 
 
-def rounded(
-    x: torch.Tensor, bits: int, *, truncated: bool = False, least: float = -1000
-) -> torch.Tensor:
+def rounded(x: torch.Tensor, bits: int, *, truncated: bool = False, least: float = -1000) -> torch.Tensor:
     """x at so many bits, in steps of 2^least at the least: to nearest, ties to even, or toward zero."""
     step = torch.exp2((torch.frexp(x).exponent.double() - bits).clamp(min=least))
     return (torch.floor(x / step) if truncated else torch.round(x / step)) * step
@@ -220,9 +219,7 @@ def rounded(
 
 def _gaps(low: float, high: float, count: int, generator: torch.Generator) -> torch.Tensor:
     """Numbers of 8 bits between low and high, at most `count`, drawn."""
-    every = [
-        torch.arange(128, 256, dtype=torch.float64) * 2.0**e for e in range(-12, 1)
-    ]
+    every = [torch.arange(128, 256, dtype=torch.float64) * 2.0**e for e in range(-12, 1)]
     g = torch.cat(every)
     g = g[(g >= low) & (g <= high)]
     return g[torch.randperm(len(g), generator=generator)[:count]]
@@ -313,14 +310,16 @@ def _range(
             q = rounded(p, bits, truncated=truncated, least=kind.least)
             if flushed:
                 q = torch.where(p < 2.0**kind.normal, 0.0, q)
-            one = float(rounded(torch.tensor(math.exp(-c), dtype=torch.float64), bits, truncated=truncated))
-            told = q / one * torch.exp(gaps) - 1
+            largest = torch.tensor(math.exp(-c), dtype=torch.float64)
+            told = q / rounded(largest, bits, truncated=truncated) * torch.exp(gaps) - 1
             fits.append((float((told - seen).abs().mean()), multiple, flushed))
     misfit, multiple, _ = min(fits)
     # The same bits, and a range so wide that nothing underflows here.
     wide = next((t for t in TYPES if t.bits == bits and t.normal < -100), None)
     p, one = torch.exp(-gaps * (1 + grid.slope) - phase), torch.tensor(math.exp(-phase), dtype=torch.float64)
-    told = rounded(p, bits, truncated=truncated) / rounded(one, bits, truncated=truncated) * torch.exp(gaps) - 1
+    told = (
+        rounded(p, bits, truncated=truncated) / rounded(one, bits, truncated=truncated) * torch.exp(gaps) - 1
+    )
     if wide is not None and float((told - seen).abs().mean()) < misfit:
         return wide, None
     return (kind, multiple) if misfit < 2.0**-bits else (None, None)
