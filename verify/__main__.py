@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
-from verify.machine.exits import EXIT_INTERRUPTED, EXIT_USAGE, EXIT_VOID
-from verify.machine.standing import Ended, open_standard_streams
+# Nothing else is imported out here: an interrupt is caught from the first line of `main` on.
 
 
 def main() -> None:
     """Entry point of the console script."""
+    try:
+        code = _guarded()
+    except KeyboardInterrupt:
+        # Before there was anything to end.
+        print("verify: interrupted", file=sys.stderr)
+        code = 130
+    if code is not None and code > 128:
+        # An interrupt that came through an `exec` (of a dataclass, say) leaves Python a mark by which it dies
+        # of SIGINT, whatever the exit code is. The next exec takes the mark away.
+        exec("")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _guarded() -> int | None:
+    """The command's exit code; interrupts and errors that nobody expected are one line and a code, too."""
+    from verify.machine.exits import EXIT_INTERRUPTED, EXIT_VOID
+    from verify.machine.standing import Ended, open_standard_streams
+
     # An option of every command, for whoever follows up an internal error.
     debug = "--debug" in sys.argv
     open_standard_streams()
@@ -23,13 +39,20 @@ def main() -> None:
         except Exception as error:
             # A broken installation ends here too: whatever is wrong, it is no verdict on a kernel.
             if debug:
+                import traceback
+
                 traceback.print_exc()
-            broken = "broken installation" if isinstance(error, ImportError) else "internal error"
-            said = f"{broken}, nothing was measured: {type(error).__name__}: {error}"
-            code = _refuse(f"{said} (--debug shows where)", EXIT_VOID)
+            if ended.came:
+                # What is interrupted while it is imported may say that it cannot be.
+                print("verify: interrupted", file=sys.stderr)
+                code = EXIT_INTERRUPTED
+            else:
+                broken = "broken installation" if isinstance(error, ImportError) else "internal error"
+                said = f"{broken}, nothing was measured: {type(error).__name__}: {error}"
+                code = _refuse(f"{said} (--debug shows where)", EXIT_VOID)
         if code == EXIT_INTERRUPTED:
             code = ended.code(code)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code
 
 
 def _answer(arguments: list[str]) -> int | None:
@@ -43,6 +66,7 @@ def _answer(arguments: list[str]) -> int | None:
     from verify.commands import app
     from verify.kernels.errors import MachineFailure
     from verify.machine.errors import INPUT_ERRORS
+    from verify.machine.exits import EXIT_VOID
     from verify.machine.terminal import outlast_readers, unwritten
 
     outlast_readers()
@@ -79,7 +103,8 @@ def _memory_ran_out(error: Exception) -> bool:
     return is_out_of_memory(error)
 
 
-def _refuse(message: str, code: int = EXIT_USAGE) -> int:
+def _refuse(message: str, code: int = 2) -> int:
+    """Say why in a line; the exit code, which is that of bad input (`EXIT_USAGE`) unless another is given."""
     from verify.kernels.said import one_line
 
     print(f"verify: {one_line(message)}", file=sys.stderr)

@@ -266,7 +266,7 @@ class WorkerProcess:
         if failure == "machine" and isinstance(message, str):
             self._end()
             raise MachineFailure(f"{self.name}: {message}", memory=True)
-        if failure not in _KINDS or not isinstance(message, str):
+        if not isinstance(failure, str) or failure not in _KINDS or not isinstance(message, str):
             self._end()
             raise KernelFailure("died", f"{self.name}: what it answered is no answer: {line[:80]!r}")
         return {"failure": failure, "message": message}

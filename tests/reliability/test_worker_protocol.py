@@ -34,6 +34,7 @@ ODD_ANSWERS = (
     "[]",
     "null",
     '{"failure": 3}',
+    '{"failure": [[]], "message": "x"}',
     "{",
     "[" * 100_000,
     '{"failure": "hung", "message": ""}',

@@ -100,6 +100,20 @@ class OnDemand(TyperGroup):
         name, listed, rest = super().resolve_command(ctx, args)
         return name, load(name) if name in COMMANDS else listed, rest
 
+    # typer makes a silent exit code of an interrupt; one that no command has said anything of is to be said.
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().make_context(*args, **options)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
 
 def load(name: str) -> Any:
     """The command of that name, its options and all."""

@@ -187,6 +187,7 @@ def _empty(shape: tuple[int, int]) -> FileScores:
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _top_columns(
     found: FileScores, block: Records, place: tuple[int, int], row: int, top1: int, second: int
 ) -> None:
@@ -195,11 +196,11 @@ def _top_columns(
     found.margin[place] = second * found.step[place]
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _own_columns(found: FileScores, block: Records, targets: np.ndarray, at: tuple[int, slice]) -> None:
     codes = block.codes[np.arange(len(targets)), targets]
-    with np.errstate(invalid="ignore"):
-        # In float32, as the programs decode; then exact.
-        found.nll[at] = -(block.scale * codes + block.low)
+    # In float32, as the programs decode; then exact. Records that are not finite are told apart below.
+    found.nll[at] = -(block.scale * codes + block.low)
     found.step[at] = block.scale
     span = block.scale.astype(np.float64) * LARGEST_CODE
     at_width = [np.abs(span - w) <= CLIP_TOLERANCE * w for w in CLIP_WIDTHS.values()]
@@ -207,6 +208,7 @@ def _own_columns(found: FileScores, block: Records, targets: np.ndarray, at: tup
     found.finite[at] = np.isfinite(block.scale) & np.isfinite(block.low) & (block.scale >= 0)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _rows(
     block: Records, theirs: Records | None, rows: np.ndarray, clip: float | None
 ) -> list[tuple[int, int, int, float, int, int, float, bool]]:

@@ -210,9 +210,9 @@ class LogitsFile:
 
         NaN and Inf pass: an engine whose logits are not finite writes them.
         """
-        scale, least = head[:, 0].astype(np.float64), head[:, 1].astype(np.float64)
-        finite = np.isfinite(scale) & np.isfinite(least)
         with np.errstate(invalid="ignore"):
+            scale, least = head[:, 0].astype(np.float64), head[:, 1].astype(np.float64)
+            finite = np.isfinite(scale) & np.isfinite(least)
             span = scale * 65535
             absurd = finite & ((scale < 0) | (span > _WIDEST) | (least < -_WIDEST) | (least > _ROUNDING))
         if absurd.any():

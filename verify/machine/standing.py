@@ -28,7 +28,8 @@ def open_standard_streams() -> None:
 
 
 class Ended:
-    """Inside it SIGTERM and SIGHUP raise KeyboardInterrupt, the first of them; an ignored one (`nohup`) not.
+    """Inside it SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, the first of them; an ignored one
+    (`nohup`) not.
 
     came: the number of the signal that came, 0 for none.
     """
@@ -39,6 +40,8 @@ class Ended:
 
     def __enter__(self) -> Ended:
         if threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._keyboard)
             for number in _ENDING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._interrupt)
@@ -52,8 +55,13 @@ class Ended:
             signal.signal(number, handler)
 
     def code(self, interrupted: int) -> int:
-        """The exit code of a run that was ended: `interrupted` for Ctrl-C, else 128 + the signal's number."""
+        """The exit code of a run that was ended: 128 + the signal's number; `interrupted` where none came."""
         return 128 + self.came if self.came else interrupted
+
+    def _keyboard(self, number: int, _frame: Any) -> None:
+        # Every one of them: who types it again wants it sooner.
+        self.came = self.came or number
+        raise KeyboardInterrupt
 
     def _interrupt(self, number: int, _frame: Any) -> None:
         # Once: what ends the run in good order is not itself interrupted.

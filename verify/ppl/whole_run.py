@@ -61,17 +61,22 @@ def run_whole(
         check_writable("--save-logits", settings.save_logits)
     folder = begun.folder if begun is not None else None
     outcome: Outcome | None = None
+    named = begun is not None
     experiment = Experiment(settings, screen, ranks)
     try:
         if begun is None and ranks.leads:
             folder = RunFolder.begin(out, "ppl")
         _agree_on_identity(experiment, ranks, folder, begun)
+        named = True
         if folder is not None:
             # What draws the report takes a second to load: it is there when the last group is.
             Thread(target=load_writer, daemon=True).start()
         outcome = experiment.run(folder)
     except KeyboardInterrupt:
         screen.stop()
+        if ranks.leads and not named:
+            # The folder does not say yet what it is of: there is nothing to go on with.
+            raise
         if folder is not None:
             print(
                 f"verify: interrupted; finished windows are kept in {visible(str(folder.path))},"

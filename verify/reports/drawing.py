@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -88,7 +89,9 @@ def finish(name: str, figure: Figure, caption: str) -> Picture:
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     # Text stays text; ids are made from the salt, so that no two pictures of a page share one.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    # Figures of a run folder may be anything.
+    with matplotlib.rc_context(look), np.errstate(all="ignore"):
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

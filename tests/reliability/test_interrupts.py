@@ -1,0 +1,54 @@
+"""An interrupt while the program is still loading is one line and 128 + the signal's number."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# Sends this process the signal when the module is about to be imported.
+SENDS = """
+import os, sys, time
+where, number, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def send():
+    os.kill(os.getpid(), number)
+    time.sleep(5)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != where:
+            return
+        sys.meta_path.remove(self)
+        if how == "exec":
+            exec("send()", {"send": send})
+        elif how == "swallowed":
+            try:
+                send()
+            except KeyboardInterrupt:
+                raise ImportError("a part of it cannot be had")
+        else:
+            send()
+sys.meta_path.insert(0, Finder())
+from verify.__main__ import main
+sys.argv = ["verify", "ppl", "-m", "/no such model", "-f", "/no such text"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "how"),
+    [
+        ("verify.machine.standing", signal.SIGINT, "plain"),
+        ("verify.commands", signal.SIGTERM, "plain"),
+        ("pydantic", signal.SIGINT, "plain"),
+        ("verify.commands.ppl", signal.SIGHUP, "plain"),
+        ("verify.commands.ppl", signal.SIGINT, "exec"),
+        ("verify.commands.ppl", signal.SIGINT, "swallowed"),
+        ("verify.ppl.experiment", signal.SIGTERM, "swallowed"),
+    ],
+)
+def test_an_interrupted_import_is_one_line(where: str, number: int, how: str) -> None:
+    words = [sys.executable, "-c", SENDS, where, str(int(number)), how]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (128 + number, "verify: interrupted\n", "")
