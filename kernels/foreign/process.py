@@ -48,6 +48,13 @@ _OWN_LIMIT_AFTER_S = 30
 _ALIGNMENT = 64
 _PIECE = 1 << 16
 _KINDS = {"raised", "shape", "dtype", "device", "unsupported", "import"}
+# What a servant says, and of what type: when it has loaded; and beside results, where it says it at all. A
+# kernel is in the same process and may have written into the pipe itself.
+_GREETINGS: dict[str, dict[str, type]] = {
+    "python_servant.py": {"takes": list, "left_out": dict},
+    "ggml_servant.py": {"version": str, "binary": str, "sinks": bool, "backend": str},
+}
+_BESIDE_RESULTS = {"lse": bool, "dtype": str}
 
 
 class WorkerProcess:
@@ -89,6 +96,13 @@ class WorkerProcess:
             self.close()
             # What a library says while it fails to load may be many lines.
             raise SpecError(f"kernel {self.spec!r}: {KernelFailure('import', self.greeting['message'])}")
+        wanted = _GREETINGS[self.servant]
+        if not all(isinstance(self.greeting.get(name), kind) for name, kind in wanted.items()):
+            self.close()
+            raise SpecError(
+                f"kernel {self.spec!r}: {self.name}: what it answered while it was loaded is no answer:"
+                f" {str(self.greeting)[:80]!r}"
+            )
 
     def _start(self) -> None:
         """Raises OSError; nothing is left open or running then."""
@@ -179,6 +193,9 @@ class WorkerProcess:
         answer = self._exchange({**question, "tensors": layout, "results": outputs, "bytes": size}, limit_s)
         if "failure" in answer:
             raise KernelFailure(answer["failure"], f"{self.name}: {answer['message']}")
+        if not all(isinstance(answer.get(name, kind()), kind) for name, kind in _BESIDE_RESULTS.items()):
+            self._end()
+            raise KernelFailure("died", f"{self.name}: what it answered is no answer: {str(answer)[:80]!r}")
         if os.fstat(self._shared).st_size < size:
             self._end()
             raise KernelFailure("wrote-inputs", f"{self.name}: cut the file of its inputs and results short")
@@ -258,11 +275,12 @@ class WorkerProcess:
         """An answer, if it is one: a kernel may have written into the pipe itself."""
         try:
             answer = json.loads(line)
-            failure, message = answer.get("failure"), answer.get("message")
-        except (ValueError, AttributeError, RecursionError):
-            failure, message = "", None
-        if failure is None:
-            return dict(answer)
+        except (ValueError, RecursionError):
+            answer = None
+        if isinstance(answer, dict) and "failure" not in answer:
+            return answer
+        known = answer if isinstance(answer, dict) else {}
+        failure, message = known.get("failure"), known.get("message")
         if failure == "machine" and isinstance(message, str):
             self._end()
             raise MachineFailure(f"{self.name}: {message}", memory=True)

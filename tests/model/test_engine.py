@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,24 @@ STORED = Path(__file__).parent / "oracles" / "engine_logits.npz"
 # Positions whose logits are stored.
 LAST = slice(-3, None)
 AGREES = 1e-4
-# Here a value lies so near a step of the engine's table of GELU that rounding takes it to the other side.
-ON_A_STEP = {"gemma2-largest": 1e-3, "gemma4-shared-keys": 1e-3}
+# Here values lie so near steps of the engine's table of GELU that float32's rounding, which no two programs
+# share, takes some to the other side. How far that moves the logits is measured (`moved_by_rounding`).
+ON_A_STEP = ("gemma2-largest", "gemma4-shared-keys")
+# Units of the last place of a float32 that a sum of 48 products ends up off by.
+ROUNDINGS = 4
 
 
-def gelu_by_table(x: torch.Tensor, approximate: str) -> torch.Tensor:
-    """As the engine has it: from a table of float16, outside of -10 ... 10 by its limits."""
+def gelu_by_table(x: torch.Tensor, approximate: str, draw: torch.Generator | None = None) -> torch.Tensor:
+    """As the engine has it: from a table of float16, outside of -10 ... 10 by its limits.
+
+    draw: moves each number that is looked up by up to ROUNDINGS of its last place.
+    """
     assert approximate == "tanh"
-    found = GELU(x.half().float(), approximate=approximate).half().float()
+    near = x
+    if draw is not None:
+        unit = torch.nextafter(x, torch.tensor(torch.inf)) - x
+        near = x + unit * torch.randint(-ROUNDINGS, ROUNDINGS + 1, x.shape, generator=draw)
+    found = GELU(near.half().float(), approximate=approximate).half().float()
     return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found))
 
 
@@ -94,18 +104,50 @@ def stored() -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def moved_by_rounding(path: Path, plain: np.ndarray) -> float:
+    """How far the engine's table takes our own logits when what is looked up in it is rounded otherwise."""
+    found = []
+    for seed in range(6):
+        draw = torch.Generator().manual_seed(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "gelu", partial(gelu_by_table, draw=draw))
+            found.append(relative(logits(path), plain))
+    return max(found)
+
+
+@pytest.fixture(scope="module")
+def allowed(file_named: Callable[[str], Path], ours: Callable[[str], np.ndarray]) -> Callable[[str], float]:
+    """The distance between two right programs."""
+
+    def get(name: str) -> float:
+        if name not in ON_A_STEP:
+            return AGREES
+        moved = moved_by_rounding(file_named(name), ours(name))
+        assert AGREES < moved < 1e-3
+        return AGREES + moved
+
+    return cache(get)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_the_engine_gave(
-    ours: Callable[[str], np.ndarray], stored: dict[str, np.ndarray], name: str
+    ours: Callable[[str], np.ndarray],
+    stored: dict[str, np.ndarray],
+    allowed: Callable[[str], float],
+    name: str,
 ) -> None:
-    assert relative(ours(name)[LAST], stored[name]) < ON_A_STEP.get(name, AGREES)
+    assert relative(ours(name)[LAST], stored[name]) < allowed(name)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_are_those_of_the_engine(
-    file_named: Callable[[str], Path], ours: Callable[[str], np.ndarray], engine: ModelEngine, name: str
+    file_named: Callable[[str], Path],
+    ours: Callable[[str], np.ndarray],
+    engine: ModelEngine,
+    allowed: Callable[[str], float],
+    name: str,
 ) -> None:
-    assert relative(ours(name), engine.logits(file_named(name), TOKENS)) < ON_A_STEP.get(name, AGREES)
+    assert relative(ours(name), engine.logits(file_named(name), TOKENS)) < allowed(name)
 
 
 def no_sinks(a: Any) -> None:

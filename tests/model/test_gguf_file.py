@@ -418,6 +418,34 @@ def test_shards_that_do_not_fit_their_names(tmp_path: Path) -> None:
     check_refusal(paths[0], "metadata key split.count", "got nothing")
 
 
+def floats(name: str, *values: float) -> bytes:
+    return key(name, LIST, struct.pack(f"<IQ{len(values)}f", 6, len(values), *values))
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ([], [u32("llama.block_count", 8)]),
+        ([u32("llama.rope.dimension_count", 64)], [u32("llama.rope.dimension_count", 32)]),
+        ([], [key("general.architecture", STRING, text("qwen3"))]),
+        ([], [key("llama.block_count", STRING, text("7"))]),
+        ([floats("llama.scale", 1.0, 2.0)], [floats("llama.scale", 1.0, 3.0)]),
+        ([floats("llama.scale", 1.0, 2.0)], [floats("llama.scale", 1.0)]),
+    ],
+    ids=["number", "key of its own", "text", "type", "array", "length"],
+)
+def test_a_shard_that_contradicts_the_first_is_refused_by_key(
+    tmp_path: Path, first: list[bytes], later: list[bytes]
+) -> None:
+    paths = write_shards(tmp_path, first=first, later=later)
+    name = later[0][8 : 8 + int.from_bytes(later[0][:8], "little")].decode()
+    with pytest.raises(ModelError, match=f"{paths[1].name}: metadata key {name} is .* in {paths[0].name}$"):
+        GGUFFile.open(paths[2])
+    # The same in every shard is no contradiction.
+    same = later if first else [u32("llama.block_count", 7)]
+    GGUFFile.open(write_shards(tmp_path, first=same if first else [], later=same)[1]).close()
+
+
 def test_a_tensor_in_two_shards_names_both(tmp_path: Path) -> None:
     paths = write_shards(tmp_path, 2)
     keys = [u32("split.no", 1), u32("split.count", 2)]

@@ -326,6 +326,7 @@ def a_behaviour(draw: random.Random) -> str:
             f"os.write(answers, b'x' * {n}); os.write(answers, b'\\n'); time.sleep(0.2)",
             f"os.write(answers, json.dumps({draw.choice(ODD_VALUES)!r}).encode() + b'\\n'); time.sleep(0.2)",
             f"os.write(answers, json.dumps({{'failure': {draw.choice(ODD_VALUES)!r}}}).encode() + b'\\n')",
+            f"os.write(answers, json.dumps({{'dtype': {draw.choice(ODD_VALUES)!r}}}).encode() + b'\\n')",
             f"os.ftruncate(shared, {n}); os.write(answers, b'{{}}\\n'); time.sleep(0.2)",
             "os.closerange(3, 64)",
             f"print('line\\x1b[2J' * 9 + '\\n' * {n % 2000}); sys.stdout.flush(); os.abort()",

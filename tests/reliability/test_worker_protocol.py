@@ -10,7 +10,7 @@ import pytest
 
 from support.cli import verify
 from support.problems import problem
-from verify.kernels.errors import KernelFailure
+from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 
@@ -35,6 +35,9 @@ ODD_ANSWERS = (
     "null",
     '{"failure": 3}',
     '{"failure": [[]], "message": "x"}',
+    '{"failure": null}',
+    '{"dtype": []}',
+    '{"lse": "no"}',
     "{",
     "[" * 100_000,
     '{"failure": "hung", "message": ""}',
@@ -88,6 +91,18 @@ def test_a_text_of_20_megabytes_costs_neither_time_nor_memory(kernel: Kernel) ->
 def test_what_is_no_answer_is_said_to_be_none(kernel: Kernel, written: str) -> None:
     found = ask(kernel, f"os.write(answers, {written!r}.encode() + b'\\n'); time.sleep(60)")
     assert found.kind == "died" and "is no answer" in str(found)
+
+
+@pytest.mark.parametrize(
+    "written", ["{}", *map(slow, ('{"takes": 3, "left_out": {}}', "[]", '{"failure": [[]]}'))]
+)
+def test_a_greeting_that_is_none_is_no_kernel(tmp_path: Path, written: str) -> None:
+    line = (
+        f"import os, sys, time\nos.write(int(sys.argv[2]), {written!r}.encode() + b'\\n')\ntime.sleep(60)\n"
+    )
+    (tmp_path / "any.py").write_text(line)
+    with pytest.raises(SpecError, match="is no answer"):
+        build_kernel(f"py:{tmp_path / 'any.py'}::attend")
 
 
 def test_a_shared_file_cut_short_is_the_kernels_fault_and_not_our_end(kernel: Kernel) -> None:

@@ -73,14 +73,24 @@ def check_refusal(path: Path, *said: str) -> str:
 
 
 def write_shards(
-    folder: Path, count: int = 3, *, total: int | None = None, numbers: Sequence[int] | None = None
+    folder: Path,
+    count: int = 3,
+    *,
+    total: int | None = None,
+    numbers: Sequence[int] | None = None,
+    first: Sequence[bytes] = (),
+    later: Sequence[bytes] = (),
 ) -> list[Path]:
-    """A split file: shard i holds tensor `t{i}` of i + 1 float32, the first shard also the metadata."""
+    """A split file: shard i holds tensor `t{i}` of i + 1 float32, the first shard also the metadata.
+
+    first, later: keys that the first shard, and all the others, have beside those.
+    """
     paths = [folder / name for name in shard_names(f"big-00001-of-{count:05}.gguf")]
     for i, path in enumerate(paths):
         keys = [ARCHITECTURE, u32("llama.block_count", 7)] if i == 0 else []
         keys += [u32("split.no", numbers[i] if numbers else i), u32("split.count", count)]
         keys.append(u32("split.tensors.count", count if total is None else total))
+        keys += later if i else first
         data = np.full(i + 1, i, dtype="<f4").tobytes()
         path.write_bytes(file_bytes(keys, [entry(f"t{i}", [i + 1], 0, 0)], data))
     return paths
