@@ -89,9 +89,11 @@ def finish(name: str, figure: Figure, caption: str) -> Picture:
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     # Text stays text; ids are made from the salt, so that no two pictures of a page share one.
-    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
     # Figures of a run folder may be anything.
-    with matplotlib.rc_context(look), np.errstate(all="ignore"):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}),
+        np.errstate(all="ignore"),
+    ):
         figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
