@@ -102,6 +102,7 @@ def _content(run: GenRun) -> dict[str, Any]:
     }
 
 
+@np.errstate(all="ignore")
 def _margins(stored: StoredGen, pair: GenPairRecord) -> Picture | None:
     """How close the top two tokens were at each step, and where the candidate disagreed."""
     margin = stored.column("baseline", "top1_margin")

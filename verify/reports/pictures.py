@@ -35,6 +35,8 @@ BLOCK_TOKENS = 32
 RANGES = 8
 
 
+# A stranger's folder may hold any figures; what numpy warns of while they are drawn is nothing to a reader.
+@np.errstate(all="ignore")
 def pictures(stored: StoredPpl, *, prefix: str = "") -> dict[str, Picture]:
     """Every picture that this run has the data for, by name.
 
