@@ -12,12 +12,13 @@ from verify.kernels.bits import same_bits
 from verify.kernels.call import Call, Result, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.faults.altered import AlteredKernel, next_heads_keys
+from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
 from verify.kernels.judging.probes import check, standard_probes
 from verify.kernels.registry import build_kernel
 
-SIZES = InputSizes(n_kv=(130, 64, 0, 65), batch=2, k_size=32, v_size=32, ratio=3)
+SIZES = InputSizes(n_kv=(130, 64, 0, 65), batch=2, heads=Heads.grouped(kv=2, ratio=3, k_size=32, v_size=32))
 ROWS = 4
 
 
@@ -112,7 +113,7 @@ def test_a_sequence_alone_is_the_sequence_in_its_batch() -> None:
 
 
 def test_v_in_k_stays_in_pages() -> None:
-    sizes = InputSizes(n_kv=(70, 3), kv_heads=1, ratio=4, k_size=96, v_size=64, v_in_k=True)
+    sizes = InputSizes(n_kv=(70, 3), heads=Heads(4, 1, 96, 64), v_in_k=True)
     call = draw("gaussian", sizes, 0)
     assert call.v_in_k == (0, 64)
     paged = in_pages(call, 16)
@@ -123,7 +124,7 @@ def test_v_in_k_stays_in_pages() -> None:
 @pytest.mark.parametrize("form", ["pages of 16", "listed in order"])
 def test_probes_are_asked_in_a_form(form: str) -> None:
     kernel = build_kernel("eager:kv=2")
-    sizes = InputSizes(n_kv=(130, 64, 0), kv_heads=2, ratio=2, path="several")
+    sizes = InputSizes(n_kv=(130, 64, 0), heads=Heads(4, 2, 64, 64), path="several")
     wrong = AlteredKernel("next heads", kernel, next_heads_keys)
     probes = [replace(probe, call=FORMS[form](probe.call)) for probe in standard_probes(sizes)]
     assert {probe.call.path for probe in probes} == {"several"}
