@@ -108,6 +108,7 @@ class Call:
     block_table: torch.Tensor | None = None  # [B, pages] int32
     cu_seqlens: torch.Tensor | None = None  # [B + 1] int32, where packed sequences begin in q
     plan: Plan | None = None  # in the place of the kernel's own
+    layer: int | None = None  # of the model that makes the call: caches may differ by layer
 
     @property
     def shape(self) -> Shape:

@@ -10,20 +10,21 @@ from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-from verify.kernels.cache_types import CACHE_TYPES
+from verify.kernels.cache_types import GRAMMAR, KEPT_TYPES
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.here import LIBRARIES, why_not_flash, why_not_installed, why_not_library
 from verify.kernels.plans.spec import PLAN_OPTIONS
 
 TILE_OPTIONS: dict[str, str] = {
     **PLAN_OPTIONS,
-    "p": "type of P as it enters the second product: f16, bf16, f32; default f16",
+    "p": "type of P as it enters the second product: f16, bf16, f32, e4m3, e5m2; default f16",
+    "q": "e4m3 or e5m2: q is rounded to it, with one scale a row and head; default as-given",
     "acc": "type of the output accumulators: f32, f16; default f32",
     "out": "type of the result: f32, f16, bf16; default f32",
+    "cache": f"the KV cache, {GRAMMAR}: f16 (as given), {', '.join(KEPT_TYPES[1:])}; default f16",
 }
 FLASH_OPTIONS: dict[str, str] = {
     **TILE_OPTIONS,
-    "cache": f"type of the KV cache: f16 (as given), {', '.join(CACHE_TYPES)}; default f16",
     "expand": "a quantised cache: fused (in the kernel, where it can) or f16 (before it); default fused",
 }
 # Of a kernel in a process of its own.
@@ -39,12 +40,12 @@ PYTHON_OPTIONS: dict[str, str] = {
 HUB_OPTIONS = {name: PYTHON_OPTIONS[name] for name in ("acc", "layout", "mask", "dtype")}
 # With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
 # keeps sums of q in float16, and no budget has been derived for that.
-GGML_CACHES = ("q8_0", "q4_0", "q5_0", "iq4_nl")
+GGML_CACHES = ("q8_0", "q6_0", "q4_0", "q5_0", "iq4_nl")
 GGML_OPTIONS: dict[str, str] = {
     "lib": "the shared library: libggml.so, libllama.so",
     "backend": "cpu or cuda; default cpu",
     "heads": "head groups, each a call of its own: 12, 8+4, 4+4+4, split; default one call",
-    "cache": f"type of the KV cache: f16 (as given), {', '.join(GGML_CACHES)}; default f16",
+    "cache": f"the KV cache, K[/V][+rotate=...]: f16 (as given), {', '.join(GGML_CACHES)}; default f16",
     "prec": "the operator's precision flag: f32 (as llama.cpp sets it) or default; default f32",
     "threads": "threads of the cpu backend, which cuts the KV range by them; default 1",
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",

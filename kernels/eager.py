@@ -31,16 +31,19 @@ import numpy as np
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.cache import round_to, through_cache
+from verify.kernels.cache_types import AS_GIVEN, LAW_CACHES, CacheSpec
 from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
-from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32
+from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_KEYS, P_SCALES, U_F32, type_of
 from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.plan import RowPlan, rows_of_like_cuts
 from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.sequences import CallSequence, listed_rows
+from verify.kernels.stored import store
 from verify.kernels.trace import Launched, RowKind, Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
@@ -66,31 +69,46 @@ def source_hash() -> str:
 class EagerKernel(Kernel):
     """`eager`, and `flash` where its CUDA kernel cannot run."""
 
-    def __init__(self, spec: str, options: TileOptions) -> None:
+    def __init__(self, spec: str, options: TileOptions, cache: CacheSpec = AS_GIVEN) -> None:
         super().__init__(spec)
         self.options = options
+        self.cache = cache
 
     def run(self, call: Call) -> Result:
+        cache = self.cache.at(call.layer)
+        stored = None if cache.as_given else store(call, cache)
+        result = self._run(call if stored is None else stored.call, cache)
+        out = result.out if stored is None else stored.undone(result.out)
+        if self.options.out != "f32":
+            out = out.to(FLOAT_TYPES[self.options.out].dtype).float()
+        return Result(out, result.lse, result.launched)
+
+    def _run(self, call: Call, cache: CacheSpec) -> Result:
+        """Attention in float32 over what a cache holds; cache: what it is called in the trace."""
         options, shape = self.options.with_plan(call.plan), call.shape
+        if options.q in FP8_TYPES:
+            call = replace(call, q=rounded_queries(call.q, options.q))
         if options.plan.policy is None:
             options.plan.groups(shape.ratio)  # raises before anything is computed
         out = call.q.new_zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float32)
         lse = call.q.new_full(call.q.shape[:3], -math.inf, dtype=torch.float32)
         ran: Counter[RowKind] = Counter()
         for sequence in listed_rows(call):
-            ran.update(self._sequence(call, options, sequence, out[sequence.at], lse[sequence.at]))
-        if options.out != "f32":
-            out = out.to(FLOAT_TYPES[options.out].dtype).float()
+            ran.update(self._sequence(call, options, sequence, out[sequence.at], lse[sequence.at], cache))
         return Result(out, lse, Launched(ran))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
-        return self._arithmetic(self.options, shape, shape.asked(path, self.cache))
+        cache = self.cache.at(None)
+        return self._arithmetic(self.options, shape, shape.asked(path, cache.k), cache, torch.float16)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        return self._arithmetic(self.options.with_plan(call.plan), call.shape, call.asked(self.cache))
+        options, cache = self.options.with_plan(call.plan), self.cache.at(call.layer)
+        return self._arithmetic(options, call.shape, call.asked(cache.k), cache, call.q.dtype)
 
-    def _arithmetic(self, options: TileOptions, shape: Shape, row: RowAsked) -> Arithmetic:
-        return Arithmetic(
+    def _arithmetic(
+        self, options: TileOptions, shape: Shape, row: RowAsked, cache: CacheSpec, dtype: torch.dtype
+    ) -> Arithmetic:
+        plain = Arithmetic(
             p=options.p,
             out=options.out,
             acc=options.acc,
@@ -100,9 +118,10 @@ class EagerKernel(Kernel):
             # A prefill tile is cut for its longest row, which may be any row of the call.
             shared_up_to=shape.keys if row.prefill else 0,
         )
+        return with_fp8(over_rotation(plain, cache, shape, dtype), options)
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(ratios=self.options.plan.ratios, **EAGER_FORMS)
+        return replace(over_cache(self.options, self.cache), **EAGER_FORMS)
 
     def merger(self) -> Merge:
         return merge_sequential
@@ -114,9 +133,10 @@ class EagerKernel(Kernel):
         sequence: CallSequence,
         out: torch.Tensor,
         lse: torch.Tensor,
+        kept: CacheSpec,
     ) -> Counter[RowKind]:
         """One sequence; out [T, Hq, Dv] and lse [T, Hq] are written in place. Returns the number of rows of
-        each kind."""
+        each kind; kept: the cache that they name."""
         ran: Counter[RowKind] = Counter()
         shape, block = call.shape, options.plan.block
         n_kv = sequence.n_kv
@@ -124,10 +144,10 @@ class EagerKernel(Kernel):
         values = _tiles(sequence.v, block)  # [Hkv, tiles, block, Dv]
         # Rows that follow the same head groups are launched together, in ascending n_kv.
         by_groups: dict[tuple[int, ...], list[int]] = {}
-        cache = "" if self.cache == "f16" else f",cache={self.cache},expand=f16"
+        cache = "" if kept.as_given else f",cache={kept},expand=f16"
         kernel = f"eager[{options.label}{cache}]"
         plans: dict[int, RowPlan] = {}
-        asked = call.asked(self.cache)
+        asked = call.asked(kept.k)
         count = len(n_kv)
         if call.path == "decode":
             tiles = [[row] for row in range(count)]
@@ -175,6 +195,40 @@ class EagerKernel(Kernel):
                             signature = Signature(kernel, source_hash(), tuple(groups), bounds, "one")
                             ran[call.path, n_kv[row], signature] += 1
         return ran
+
+
+def over_cache(options: TileOptions, cache: CacheSpec) -> Capabilities:
+    """What `eager` and `flash` have with such a cache, on whichever device."""
+    return Capabilities(
+        caches=LAW_CACHES,
+        ratios=options.plan.ratios,
+        size_multiple=cache.size_multiple,
+        # A scale of all keys makes of a row alone another cache than of the row in a batch.
+        row_alone=not cache.looks_ahead,
+    )
+
+
+def over_rotation(plain: Arithmetic, cache: CacheSpec, shape: Shape, dtype: torch.dtype) -> Arithmetic:
+    """An arithmetic on rotated keys and values: q is rounded to its own type once more."""
+    blocks = cache.blocks(shape.k_size, shape.v_size)
+    if not blocks.k and not blocks.v:
+        return plain
+    kind = type_of(dtype)
+    u_q = (U_F32 if kind is None or kind.name == "f32" else kind.u) if blocks.k else 0.0
+    return replace(plain, u_q=plain.u_q + u_q, k_rotation=blocks.k, v_rotation=blocks.v)
+
+
+def with_fp8(plain: Arithmetic, options: TileOptions) -> Arithmetic:
+    """An arithmetic with P, or q, of 8 bits, where options ask for it."""
+    if options.q in FP8_TYPES:
+        # Its code, and the product of code and scale in float16 or better.
+        plain = replace(plain, u_q=plain.u_q + FP8_TYPES[options.q].u + 2.0**-11, q_scaled=options.q)
+    return replace(plain, p_scale=P_SCALES.get(options.p, 1.0))
+
+
+def rounded_queries(q: torch.Tensor, kind: str) -> torch.Tensor:
+    """q [B, T, Hq, D] as codes of a type of 8 bits and one scale a row and head stand for it."""
+    return through_cache(q, kind, scale="token")
 
 
 class _Launch(NamedTuple):
@@ -232,7 +286,7 @@ def _launch(
     kv_heads, g = heads.shape
     block, size = options.plan.block, call.shape.v_size
     device = call.q.device
-    p_type = FLOAT_TYPES[options.p].dtype
+    p_scale = P_SCALES.get(options.p, 1.0)
     used = t * g
     height = -(-used // TILE_ROWS) * TILE_ROWS
     tile = height if call.path == "prefill" else TILE_ROWS
@@ -266,7 +320,7 @@ def _launch(
         i, part = which[:, 0], which[:, 1]
         li, mi = l[:, i], m[:, i]
         empty = li == 0
-        o = a[:, i] / torch.where(empty, 1.0, li)[..., None]
+        o = a[:, i] / (torch.where(empty, 1.0, li) * p_scale)[..., None]
         outs[part, :, i] = o.transpose(0, 1)
         lses[part, :, i] = torch.where(empty, -math.inf, mi + torch.log(li)).transpose(0, 1)
         m[:, i], l[:, i], a[:, i] = -math.inf, 0.0, 0.0
@@ -303,7 +357,8 @@ def _launch(
         l[:, active] = l[:, active] * rescale + p.sum(-1)
         m[:, active] = m_new
         padded = p.new_zeros((kv_heads, count, height, block))
-        padded[:, :, :used] = p.to(p_type)
+        # P of 8 bits fills its type: a power of two that the accumulator carries, and the part's end undoes.
+        padded[:, :, :used] = round_to(p * p_scale, options.p) if p_scale != 1.0 else round_to(p, options.p)
         _accumulate(a[:, active], rescale, padded, values[:, j], options.acc, tile)
         passed[active] = (j + 1) * block
     close([(i, max(len(c) - 2, 0)) for i, c in enumerate(cuts)])

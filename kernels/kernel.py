@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.cache import through_cache
+from verify.kernels.cache_types import AS_GIVEN, CacheSpec
 from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape, checked_call
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.errors import KernelFailure
 from verify.kernels.merge import Merge
+from verify.kernels.stored import held
 from verify.kernels.trace import Launched
 
 
@@ -29,11 +29,10 @@ class Kernel(ABC):
     """A kernel that was built from a specification.
 
     `spec` is the text it was built from, `notes` what a reader of the verdict must know (a fallback that ran
-    in its place, say), `cache` the type of its own KV cache, f16 where keys and values stay as they are
-    given.
+    in its place, say), `cache` its own KV cache, `AS_GIVEN` where keys and values stay what they are.
     """
 
-    cache = "f16"
+    cache: CacheSpec = AS_GIVEN
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -87,15 +86,12 @@ class Kernel(ABC):
     def held(self, call: Call) -> Call:
         """The call with keys and values as this kernel's own cache holds them: what its budget is for.
 
-        A kernel whose specification has a quantised `cache=` answers for its arithmetic on these numbers,
-        expanded to the call's own type: a kernel that does not round them so counts it in u_k and u_v.
-        What quantising them costs is measured as distance to `call`, and judged as such.
+        A kernel whose specification has a `cache=` answers for its arithmetic on these numbers, expanded to
+        the call's own type: a kernel that does not round them so counts it in u_k and u_v. What storing them
+        costs is measured as distance to `call`, and judged as such.
         """
-        if self.cache == "f16":
-            return call
-        k, columns = through_cache(call.k, self.cache), call.v_in_k
-        v = through_cache(call.v, self.cache) if columns is None else k[..., slice(*columns)]
-        return replace(call, k=k, v=v)
+        cache = self.cache.at(call.layer)
+        return call if cache.as_given else held(call, cache)
 
     def merger(self) -> Merge | None:
         """The merge that this kernel combines its parts by, where it can be called by itself."""

@@ -6,6 +6,7 @@ of a binary32. What tensor cores do is as measured on an H100 (`docs/numerics.md
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class FloatType(NamedTuple):
     least: int  # exponent of the smallest subnormal number
     u: float  # unit roundoff, relative
     tau: float  # half the smallest subnormal number: what underflow may lose
+    largest: float = math.inf  # the largest finite number, of types that saturate there
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,6 +45,25 @@ FLOAT_TYPES: dict[str, FloatType] = {
         FloatType(name="f32", torch_name="float32", bits=32, digits=23, least=-149, u=0.0, tau=0.0),
     )
 }
+# Types of 8 bits (OCP 8-bit floating point, 2023). Casts saturate. Numbers of them have a scale beside them.
+FP8_TYPES: dict[str, FloatType] = {
+    kind.name: kind
+    for kind in (
+        FloatType(
+            name="e4m3", torch_name="float8_e4m3fn", bits=8, digits=3, least=-9, u=2.0**-4, tau=2.0**-10,
+            largest=448.0,
+        ),
+        FloatType(
+            name="e5m2", torch_name="float8_e5m2", bits=8, digits=2, least=-16, u=2.0**-3, tau=2.0**-17,
+            largest=57344.0,
+        ),
+    )
+}  # fmt: skip
+# What P may be rounded to.
+NUMBER_TYPES = {**FLOAT_TYPES, **FP8_TYPES}
+# Powers of two that P, which is at most 1, is multiplied by before it becomes fp8, so that it fills the type:
+# 2^8 of 448 is what FlashAttention 3 does for e4m3.
+P_SCALES = {"e4m3": 2.0**8, "e5m2": 2.0**15}
 # Unit roundoff of float32 sums: of units that round to nearest, and of tensor cores, which truncate.
 U_F32 = 2.0**-24
 U_F32_TENSOR_CORE = 2.0**-23

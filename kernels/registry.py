@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from verify.kernels.cache_types import CACHE_TYPES
 from verify.kernels.catalogue import CATALOGUE, LIBRARY_CAPABILITIES
 from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import SpecError, nearest
@@ -17,7 +16,7 @@ from verify.kernels.peers.flex import FlexKernel
 from verify.kernels.peers.hubs import hub_kernel, transformers_kernel
 from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.sdpa import SdpaKernel
-from verify.kernels.plans.spec import NAMES_CODE, Spec, check_options, choice, parse_spec
+from verify.kernels.plans.spec import NAMES_CODE, Spec, cache_option, check_options, choice, parse_spec
 from verify.kernels.plans.tile_options import parse_tile_options
 
 
@@ -25,14 +24,14 @@ def _flash(spec: Spec) -> Kernel:
     return flash_kernel(
         spec.text,
         parse_tile_options(spec),
-        cache=choice(spec, "cache", "f16", ("f16", *CACHE_TYPES)),
+        cache=cache_option(spec),
         expand=choice(spec, "expand", "fused", ("fused", "f16")),
     )
 
 
 BUILDERS: dict[str, Callable[[Spec], Kernel]] = {
     "exact": lambda s: ExactKernel(s.text, choice(s, "acc", "float64", ("float64", "double-float32"))),
-    "eager": lambda s: EagerKernel(s.text, parse_tile_options(s)),
+    "eager": lambda s: EagerKernel(s.text, parse_tile_options(s), cache_option(s)),
     "flash": _flash,
     "py": PythonKernel.from_spec,
     "ggml": GgmlKernel.from_spec,

@@ -90,7 +90,11 @@ class TensorParallelKernel(Kernel):
         return self.inner.capabilities()
 
     def held(self, call: Call) -> Call:
-        return self.inner.held(call)
+        if not self.cache.looks_ahead:
+            return self.inner.held(call)
+        # A scale of all keys is of those that a GPU has.
+        parts = [self.inner.held(part) for part in _calls(call, self.gpus)]
+        return replace(call, k=torch.cat([x.k for x in parts], 2), v=torch.cat([x.v for x in parts], 2))
 
     def merger(self) -> Merge | None:
         return self.inner.merger()

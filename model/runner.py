@@ -18,8 +18,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from verify.kernels.bits import same_bits
+from verify.kernels.cache_types import RunCache, run_cache
 from verify.kernels.lengths import keep_lengths
 from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.stored import kept
 from verify.model.architectures.architecture import Architecture, AttentionInputs, AttentionSettings, Weights
 from verify.model.logits import VOCABULARY_ROWS, LogitSlice, State, logit_slices
 from verify.model.products import Products, Tiling, tile_rows, tiling_of
@@ -80,8 +82,9 @@ class _Group(NamedTuple):
 class Runner:
     """One model on one device.
 
-    attention_type: what q, k and v are rounded to; share: see `TensorStream`; compute: the type of everything
-    but attention; gpus: how many of an engine's share each layer (`Products.summed`), for every arm alike.
+    attention_type: what q, k and v are rounded to, and the cache that keys and values pass (`run_cache`);
+    share: see `TensorStream`; compute: the type of everything but attention; gpus: how many of an engine's
+    share each layer (`Products.summed`), for every arm alike.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Runner:
     ) -> None:
         self.architecture = architecture
         self.device = device
-        self.attention_type = FLOAT_TYPES[attention_type].dtype
+        self.attention_type = run_cache(attention_type)
         self.stopwatch: Stopwatch[str] = Stopwatch(device)
         self.products = Products(0, self.stopwatch, gpus)
         self.stream = TensorStream(
@@ -206,8 +209,8 @@ class Runner:
                 )
             weights = {}
             wanted = self.architecture.wanted_later(layer)
-            for kept in [key for key in group.kept if key[0] not in wanted]:
-                del group.kept[kept]
+            for unwanted in [key for key in group.kept if key[0] not in wanted]:
+                del group.kept[unwanted]
             if watch is not None:
                 watch(layer + 1, hidden)
             # To go on after this layer, its states must be enough.
@@ -337,12 +340,12 @@ class Runner:
         if earlier is not None:
             q = self.architecture.attention_queries(layer, x, positions, weights, products)
             inputs = earlier._replace(q=q.unflatten(0, (at[0], len(at[1]))))
-            return inputs, round_inputs(inputs, self.attention_type)
+            return inputs, round_inputs(inputs, self.attention_type, self.architecture.kv_source(layer))
         flat = self.architecture.attention_inputs(layer, x, positions, weights, products)
         inputs = AttentionInputs(*(t.unflatten(0, (at[0], len(at[1]))) for t in flat))
         if before is not None:
             inputs = after(before, inputs)
-        return inputs, round_inputs(inputs, self.attention_type)
+        return inputs, round_inputs(inputs, self.attention_type, layer)
 
     def _after(
         self, layer: int, x: torch.Tensor, o: torch.Tensor, weights: Weights, products: Products
@@ -529,6 +532,15 @@ def after(before: AttentionInputs, inputs: AttentionInputs) -> AttentionInputs:
     return AttentionInputs(inputs.q, k, v)
 
 
-def round_inputs(inputs: AttentionInputs, to: torch.dtype) -> AttentionInputs:
-    """The one rounding of q, k and v to the run's attention type, the same for every arm."""
-    return AttentionInputs(*(x.to(to) for x in inputs))
+def round_inputs(inputs: AttentionInputs, to: RunCache, layer: int) -> AttentionInputs:
+    """The one rounding of q, k and v to the run's attention type and cache, the same for every arm.
+
+    layer: the one that the keys and values are of.
+    """
+    kind, cache = FLOAT_TYPES[to.attention].dtype, to.cache.at(layer)
+    q, k, v = (x.to(kind) for x in inputs)
+    if cache.as_given:
+        return AttentionInputs(q, k, v)
+    blocks = cache.blocks(k.shape[-1], v.shape[-1])
+    k, v = kept(k, cache.k, blocks.k, cache.scale), kept(v, cache.v, blocks.v, cache.scale)
+    return AttentionInputs(q, k, v)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from verify.kernels.cache_types import run_cache
 from verify.kernels.lengths import keep_lengths
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.model.architectures.architecture import Architecture
@@ -103,7 +104,7 @@ class Stepper:
         start = rows.of_tokens(architecture.embedding_tensor) * architecture.embedding_scale
         own = architecture.own_inputs(start, rows, products)
         states = {arm.name: start for arm in self.arms}
-        kind = FLOAT_TYPES[self.attention_type].dtype
+        kind = run_cache(self.attention_type)
 
         def own_of(layer: int) -> Callable[[str], torch.Tensor] | None:
             return None if own is None else lambda name: own[:, layer]
@@ -123,10 +124,11 @@ class Stepper:
                 x = states[arm.name]
                 if source == layer:
                     inputs = architecture.attention_inputs(layer, x, positions, weights, products)
-                    q, k, v = round_inputs(inputs, kind)
+                    q, k, v = round_inputs(inputs, kind, layer)
                     k, v = self._caches.setdefault((arm.name, layer), _Cache()).append(k, v)
                 else:
-                    q = architecture.attention_queries(layer, x, positions, weights, products).to(kind)
+                    q = architecture.attention_queries(layer, x, positions, weights, products)
+                    q = q.to(FLOAT_TYPES[kind.attention].dtype)
                     k, v = self._caches[arm.name, source].held()
                 with self.stopwatch.time("attention"):
                     o = arm.attend(

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from verify.arms.arm import kernel_call
+from verify.kernels.cache_types import run_cache
 from verify.kernels.call import RUN_PATHS, AttentionPath
-from verify.kernels.errors import KernelFailure
+from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.kernel import Kernel
-from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.registry import build_kernel
 from verify.machine.devices import chosen_device, default_device
 from verify.machine.environment import prepare_torch
@@ -70,8 +70,10 @@ def reference(
 ) -> Reference:
     """As `reference_logits`, and the hidden states after so many layers (0: the embeddings)."""
     prepare_torch()
-    if cache_type not in FLOAT_TYPES:
-        raise UsageError(f"cache type {cache_type!r}: expected one of {', '.join(FLOAT_TYPES)}")
+    try:
+        run_cache(cache_type)
+    except SpecError as error:
+        raise UsageError(f"cache type: {error}") from None
     if path not in RUN_PATHS:
         raise UsageError(f"path {path!r}: expected one of {', '.join(RUN_PATHS)}")
     ids = np.asarray(token_ids)

@@ -19,6 +19,7 @@ from verify.kernels.numbers import (
     FLOAT_TYPES,
     MMA_GUARD_BITS,
     MMA_KEYS,
+    NUMBER_TYPES,
     U_F32,
     U_F32_TENSOR_CORE,
     type_of,
@@ -67,6 +68,10 @@ class Arithmetic:
     passes: int = 1
     # A row may have the cuts of another row, of up to so many keys, that shares its tile; 0: it has its own.
     shared_up_to: int = 0
+    p_scale: float = 1.0  # a power of two that P is multiplied by before it is rounded to its type
+    q_scaled: str = ""  # type of 8 bits that q is rounded to, with one scale a row and head
+    k_rotation: int = 0  # numbers a block in which q and k are rotated; 0: they are not
+    v_rotation: int = 0  # numbers a block in which v and the result are rotated; 0: they are not
     # The kernel, or whoever wrote its specification, says all of this. Otherwise it is assumed, as the
     # loosest that there is: a bound holds all the same, but nothing may be demanded of it to the bit, nor may
     # any of it excuse what is far off.
@@ -82,7 +87,7 @@ class Arithmetic:
     @property
     def promises_bits(self) -> bool:
         """Whether a row whose weight lies on one key alone must be that key's value, to the bit."""
-        return self.stated and self.exact_maximum
+        return self.stated and self.exact_maximum and not (self.k_rotation or self.v_rotation)
 
     @property
     def truncates(self) -> bool:
@@ -109,7 +114,7 @@ class Arithmetic:
     @property
     def tau_p(self) -> float:
         """What a P that underflows may lose, in units of exp(s - m)."""
-        return max(FLOAT_TYPES[self.p].tau, EXP_UNDERFLOW) * math.exp(self.p_shift)
+        return max(NUMBER_TYPES[self.p].tau / self.p_scale, EXP_UNDERFLOW) * math.exp(self.p_shift)
 
     @property
     def tau_acc(self) -> float:

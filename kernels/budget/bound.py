@@ -36,6 +36,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.rows import BudgetRows
 from verify.kernels.budget.sums import Sums
 from verify.kernels.call import Call
+from verify.kernels.rotation import block_mean_square, rotate, roundings, spread_bound
 from verify.kernels.sequences import sequences
 
 # Where the bound is more than this share of sum_j p_j |v_j|, it says nothing: it is called vacuous.
@@ -89,14 +90,47 @@ def error_budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]
     """
     lengths = call.n_kv.unique().tolist()
     keys = [rounding_key(a, lengths) for a in arithmetics]
-    different = dict(zip(keys, arithmetics, strict=True))
-    made = dict(zip(different, _budgets(call, list(different.values())), strict=True))
+    made: dict[Any, Budget] = {}
+    by_rotation: dict[tuple[int, int], dict[Any, Arithmetic]] = {}
+    for key, a in zip(keys, arithmetics, strict=True):
+        by_rotation.setdefault((a.k_rotation, a.v_rotation), {})[key] = a
+    for (k, v), different in by_rotation.items():
+        found = _budgets(_rotated_call(call, k, v), list(different.values()))
+        made |= zip(different, (_rotated_back(budget, v) for budget in found), strict=True)
     return [made[key] for key in keys]
 
 
 def rounding_key(arithmetic: Arithmetic, lengths: Sequence[int]) -> Any:
     """Equal for two arithmetics whose budgets are equal at these n_kv."""
     return replace(arithmetic, cuts_at=None, block=None), tuple(arithmetic.depths(n) for n in lengths)
+
+
+def _rotated_call(call: Call, k: int, v: int) -> Call:
+    """The call in the coordinates in which a kernel over a rotated cache computes, in float64."""
+    if not k and not v:
+        return call
+    turned = [rotate(x.double(), block) for x, block in ((call.q, k), (call.k, k), (call.v, v))]
+    return replace(call, q=turned[0], k=turned[1], v=turned[2])
+
+
+def _rotated_back(budget: Budget, block: int) -> Budget:
+    """A budget in the coordinates of rotated values, in the caller's.
+
+    An error e of the rotated result becomes H e, at most |H| |e|, and of its own size where the elements of e
+    are independent; the rotations of v and of the result in float32 are charged to the norms of their blocks.
+    Products along a head keep their values: gains are what they were.
+    """
+    if not block:
+        return budget
+    turned = 3 * roundings(block) * 2.0**-24
+    rounded = turned * math.sqrt(block) * block_mean_square(budget.size + budget.bound, block)
+    return budget._replace(
+        out=rotate(budget.out, block),
+        bound=spread_bound(budget.bound, block) + rounded,
+        size=block_mean_square(budget.size, block),
+        expected=(block_mean_square(budget.expected, block).square() + (rounded / 4).square()).sqrt(),
+        quadrature=block_mean_square(budget.quadrature, block) + rounded,
+    )
 
 
 def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:

@@ -14,7 +14,8 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic, Depths
 from verify.kernels.budget.rows import Block, BudgetRows, finite_size, products
 from verify.kernels.cache import q8_0_error
-from verify.kernels.numbers import FLOAT_TYPES, MMA_GUARD_BITS, MMA_KEYS, U_F32
+from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_GUARD_BITS, MMA_KEYS, NUMBER_TYPES, U_F32
+from verify.kernels.rotation import block_mean_square, roundings
 
 # Mean square of the relative rounding error, in units of u^2, of numbers whose mantissas are distributed
 # logarithmically: (1/3) E[1/x^2] over [1, 2) with density 1/(x ln 2).
@@ -68,7 +69,7 @@ class Sums:
         spread, grown = p * torch.expm1(eta), torch.exp(eta)
         shared = torch.where(seen, a.u_q * block.big_s + underflow, 0.0)
         big_s = torch.where(seen, block.big_s, 0.0)
-        lost = torch.minimum(p, torch.maximum(FLOAT_TYPES[a.p].u * p, a.tau_p / self.rows.l))
+        lost = torch.minimum(p, torch.maximum(NUMBER_TYPES[a.p].u * p, a.tau_p / self.rows.l))
         rounded = lost * grown
         if block.bias is not None:
             # A bias far below anything hides a key as -inf does: p is 0 and e^eta infinite, not so p e^eta.
@@ -166,7 +167,7 @@ class Sums:
         def along(x: torch.Tensor) -> torch.Tensor:
             return (x * out.abs()).sum(-1) / power.clamp(min=1e-300)
 
-        u_p, truncated = FLOAT_TYPES[a.p].u, along(self.rows.size)
+        u_p, truncated = NUMBER_TYPES[a.p].u, along(self.rows.size)
         stagnating = along(self._stagnation())
         largest = u_p * along(self.rows.p_square_vv.sqrt())
         bias = self._per_row([a.shrinking(n) for n in self.rows.lengths]).squeeze(-1) * truncated + stagnating
@@ -275,6 +276,15 @@ class Sums:
             error = error + tau * scale * self.q.abs().sum(-1, keepdim=True)
         if a.q_blocks:
             error = error + scale * products(q8_0_error(self.q), k.abs())
+        if a.q_scaled:
+            kind = FP8_TYPES[a.q_scaled]
+            lost = self.q.abs().amax(-1, keepdim=True) * (kind.tau / kind.largest)
+            error = error + scale * lost * k.abs().sum(1)[:, None, None]
+        if a.k_rotation:
+            # |H| |q| of a block is at most its norm; k was rotated too, and back where it is told here.
+            norms = block_mean_square(self.q, a.k_rotation) * math.sqrt(a.k_rotation)
+            turned = 3 * roundings(a.k_rotation) * U_F32
+            error = error + scale * turned * products(norms, k.abs())
         return error
 
     def _eta(self, block: Block, underflow: torch.Tensor) -> torch.Tensor:
@@ -308,7 +318,7 @@ class Sums:
         relative = relative + a.u_k**2 * big_s.square() / 2
         if self.call.softcap is not None:
             relative = relative + a.u_tanh**2 * abs_s.square()
-        u_p, tau = FLOAT_TYPES[a.p].u, a.tau_p / self.rows.l
+        u_p, tau = NUMBER_TYPES[a.p].u, a.tau_p / self.rows.l
         rounded = (u_p * p).square()
         # An error that is uniform within +-tau has the mean square tau^2 / 3; nobody loses more than p.
         below = torch.minimum(p.square(), (tau**2 / 3).expand_as(p)) / MEAN_SQUARE

@@ -9,6 +9,7 @@ from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import Plan
 
 if TYPE_CHECKING:
+    from verify.kernels.faults.caches import OverCache
     from verify.kernels.faults.tile_kernel import TileKernel
 
 Build = Callable[[], Kernel]
@@ -40,6 +41,17 @@ class PlanFault(NamedTuple):
     references: tuple[str, ...]
     plan: str
     breaks: Callable[[Plan], Plan]
+
+
+class CacheFault(NamedTuple):
+    """A known bug of a kernel over a cache. name; what: one sentence; references: see `Fault`; cache: one
+    under which it shows; kind: of `caches.OverCache`, built with a specification and `cache=`."""
+
+    name: str
+    what: str
+    references: tuple[str, ...]
+    cache: str
+    kind: type[OverCache]
 
 
 class Variant(NamedTuple):

@@ -14,20 +14,26 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.cache import dequantise, quantise
-from verify.kernels.cache_types import BLOCK, CACHE_TYPES
+from verify.kernels.cache_types import AS_GIVEN, CacheSpec
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
-from verify.kernels.eager import EAGER_FORMS, EagerKernel
+from verify.kernels.eager import (
+    EagerKernel,
+    over_cache,
+    over_rotation,
+    rounded_queries,
+    with_fp8,
+)
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
 from verify.kernels.here import why_not_flash
 from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
-from verify.kernels.numbers import MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, type_of
+from verify.kernels.numbers import FP8_TYPES, MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, type_of
 from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.stored import store
 from verify.kernels.trace import NOTHING, Launched
 
 FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same arithmetic in plain torch"
@@ -45,12 +51,6 @@ def reads_planes(call: Call, options: TileOptions) -> bool:
     shape = call.shape
     sizes = shape.k_size == shape.v_size and shape.k_size in (64, 128, 256)
     return plain and sizes and call.path == "decode" and (options.p, options.acc) == ("f16", "f32")
-
-
-def over_cache(options: TileOptions, cache: str) -> Capabilities:
-    """What `flash` has with a cache of this type, on whichever device it runs."""
-    blocks = 1 if cache == "f16" else BLOCK
-    return Capabilities(caches=tuple(CACHE_TYPES), ratios=options.plan.ratios, size_multiple=blocks)
 
 
 class Limits(NamedTuple):
@@ -103,7 +103,7 @@ class FlashKernel(Kernel):
         spec: str,
         options: TileOptions,
         *,
-        cache: str = "f16",
+        cache: CacheSpec = AS_GIVEN,
         expand: str = "fused",
         tiles: Tiles | None = None,
         overlap: bool = True,
@@ -124,26 +124,31 @@ class FlashKernel(Kernel):
         """
         options = self.options.with_plan(call.plan)
         overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
-        planes = None
-        if self.cache != "f16":
-            k, v = quantise(call.k, self.cache), quantise(call.v, self.cache)
+        planes, rotation = None, 0
+        cache = self.cache.at(call.layer)
+        if not cache.as_given:
+            stored = store(call, cache)
             sizes = call.shape.k_size % 64 or call.shape.v_size % 64
-            if self.cache in FUSED_TYPES and call.q.dtype == torch.float16 and not sizes:
-                planes = planes_of(k, v)
-            call = replace(call, k=dequantise(k).to(call.k.dtype), v=dequantise(v).to(call.v.dtype))
+            if cache.k == cache.v and cache.k in FUSED_TYPES and call.q.dtype == torch.float16 and not sizes:
+                planes = planes_of(stored.k, stored.v)
+            call, rotation = stored.call, stored.rotation.v
+        if options.q in FP8_TYPES:
+            call = replace(call, q=rounded_queries(call.q, options.q))
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
         if fused:
             tiles = self.tiles or tiles._replace(warps=4, stages=4)
-        prepared = prepare(call, options, tiles, overlap=overlap, cache_type=self.cache)
-        prepared.planes, prepared.expand = planes, not fused
+        prepared = prepare(call, options, tiles, overlap=overlap, cache_type=cache.k)
+        prepared.planes, prepared.expand, prepared.rotation = planes, not fused, rotation
         return prepared
 
     def run(self, call: Call) -> Result:
         check_supported(call)
         self.refuse_forms(call)
+        if self.options.p in FP8_TYPES:
+            return self._fall_back(call, f"{FALLBACK_NOTE} (it has no P of type {self.options.p})")
         if not call.q.is_cuda and not device_code().INTERPRETED:
             return self._fall_back(call, f"{FALLBACK_NOTE} (tensors on {call.q.device})")
         from triton.runtime.errors import OutOfResources
@@ -199,9 +204,10 @@ class FlashKernel(Kernel):
         options, tiles = prepared.options, prepared.tiles
         tile = "" if tiles.keys == options.plan.block else f",tile={tiles.keys}"
         cache = ""
-        if self.cache != "f16":
+        kept = self.cache.at(prepared.call.layer)
+        if not kept.as_given:
             fused = prepared.planes is not None and not prepared.expand
-            cache = f",cache={self.cache},expand={'fused' if fused else 'f16'}"
+            cache = f",cache={kept},expand={'fused' if fused else 'f16'}"
         return f"flash[{options.label}{tile}{cache}]"
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
@@ -210,12 +216,15 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles_of(
             self._limit(None), shape, decode, block, item_size=2, v_is_k=False
         )
-        return self._arithmetic(self.options, shape, shape.asked(path, self.cache), tiles, torch.float16)
+        cache = self.cache.at(None)
+        asked = shape.asked(path, cache.k)
+        return self._arithmetic(self.options, shape, asked, tiles, torch.float16, cache)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
         options = self.options.with_plan(call.plan)
         tiles = self.tiles or self._tiles(call.q.device, call, options)
-        return self._arithmetic(options, call.shape, call.asked(self.cache), tiles, call.q.dtype)
+        cache = self.cache.at(call.layer)
+        return self._arithmetic(options, call.shape, call.asked(cache.k), tiles, call.q.dtype, cache)
 
     def _arithmetic(
         self,
@@ -224,13 +233,14 @@ class FlashKernel(Kernel):
         row: RowAsked,
         tiles: Tiles | None,
         dtype: torch.dtype,
+        cache: CacheSpec,
     ) -> Arithmetic:
         # `weighted_values` has one product of a tile where P is narrow, six where both operands are split;
         # float32 values go through float32 units, a key at a time.
         chained = MMA_ROUNDINGS * (1 if options.p != "f32" else 6)
         kind = type_of(dtype)
         values = options.p if kind is None or kind.name == "f32" else kind.name
-        return Arithmetic(
+        plain = Arithmetic(
             p=options.p,
             out=options.out,
             acc=options.acc,
@@ -244,9 +254,10 @@ class FlashKernel(Kernel):
             shared_up_to=shape.keys if row.prefill else 0,
             u_tanh=U_TANH,
             # Numbers of a quantised cache are rounded to float16 where they are expanded.
-            u_k=2.0**-11 if self.cache != "f16" else 0.0,
-            u_v=2.0**-11 if self.cache != "f16" else 0.0,
+            u_k=0.0 if cache.as_given else 2.0**-11,
+            u_v=0.0 if cache.as_given else 2.0**-11,
         )
+        return with_fp8(over_rotation(plain, cache, shape, dtype), options)
 
     def capabilities(self) -> Capabilities:
         return over_cache(self.options, self.cache)
@@ -296,34 +307,22 @@ class FlashKernel(Kernel):
 
     def _fall_back(self, call: Call, note: str) -> Result:
         self._note(note)
-        return EagerOverCache(self.spec, self.options, self.cache).run(call)
+        return EagerKernel(self.spec, self.options, self.cache).run(call)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 
 
-class EagerOverCache(EagerKernel):
-    """`eager` on keys and values as they come back from a quantised cache."""
-
-    def __init__(self, spec: str, options: TileOptions, cache: str) -> None:
-        super().__init__(spec, options)
-        self.cache = cache
-
-    def run(self, call: Call) -> Result:
-        return super().run(self.held(call))
-
-    def capabilities(self) -> Capabilities:
-        return replace(over_cache(self.options, self.cache), **EAGER_FORMS)
-
-
-def flash_kernel(spec: str, options: TileOptions, *, cache: str = "f16", expand: str = "fused") -> Kernel:
+def flash_kernel(
+    spec: str, options: TileOptions, *, cache: CacheSpec = AS_GIVEN, expand: str = "fused"
+) -> Kernel:
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
     reason = why_not_flash()
     if reason is None:
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         on_device = replace(options, plan=options.plan.with_sms(sms))
         return FlashKernel(spec, on_device, cache=cache, expand=expand)
-    kernel = EagerOverCache(spec, options, cache)
+    kernel = EagerKernel(spec, options, cache)
     kernel.notes.append(f"{FALLBACK_NOTE} ({reason})")
     return kernel

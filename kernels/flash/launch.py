@@ -21,6 +21,7 @@ from verify.kernels.flash.rows import RowPlans
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.rotation import rotate
 from verify.kernels.trace import Launched
 
 # Floats of partial results held at once (1 GiB). A fixed rule of the shapes: no bit depends on free memory.
@@ -130,6 +131,7 @@ class Prepared:
     notes: list[str]  # what a reader must know of the call
     planes: Planes | None = None  # k and v of a quantised cache; None: they are numbers
     expand: bool = False  # planes are made float16 before every launch
+    rotation: int = 0  # blocks in which values were rotated before they were stored, 0: they were not
 
     def launch(self, written: list[torch.Tensor] | None = None) -> AttentionOutput:
         """Launch everything on the current stream; nothing here waits for the device.
@@ -160,7 +162,7 @@ class Prepared:
                 part_lse = self._attend(item, b, t, counted=state is not None)
                 if state is not None:
                     self._note_written(state, part_lse, b, t, sampled)
-        out = self.out
+        out = rotate(self.out, self.rotation)
         if self.options.out != "f32":
             out = out.to(FLOAT_TYPES[self.options.out].dtype).float()
         return AttentionOutput(out, self.lse)

@@ -42,6 +42,7 @@ def planes_of(k: Quantised, v: Quantised) -> Planes:
     bits = FUSED_TYPES[k.type]
     planes = []
     for x in (k, v):
+        assert x.scale is not None
         codes = x.codes.permute(0, 2, 1, 3)
         if bits == 4:
             half = codes.shape[-1] // 2

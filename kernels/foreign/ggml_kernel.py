@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
-from verify.kernels.cache import ggml_blocks, quantise
-from verify.kernels.cache_types import BLOCK
+from verify.kernels.cache import ggml_blocks
+from verify.kernels.cache_types import AS_GIVEN, CacheSpec
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.catalogue import CALL_LIMIT_S, GGML_CACHES, GGML_CAPABILITIES
@@ -23,7 +23,9 @@ from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.foreign.process import WorkerProcess
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import Plan, parse_heads
-from verify.kernels.plans.spec import Spec, choice, number
+from verify.kernels.plans.spec import Spec, cache_option, choice, number
+from verify.kernels.rotation import rotate
+from verify.kernels.stored import store
 from verify.kernels.trace import Launched, Signature
 
 # Its CUDA kernels are compiled with a softcap at these head sizes alone. At others the library says that it
@@ -41,7 +43,7 @@ class GgmlKernel(Kernel):
         *,
         backend: str = "cpu",
         plan: Plan | None = None,
-        cache: str = "f16",
+        cache: CacheSpec = AS_GIVEN,
         prec: str = "f32",
         threads: int = 1,
         limit_s: int = CALL_LIMIT_S,
@@ -56,7 +58,7 @@ class GgmlKernel(Kernel):
         threads_word = f",threads={threads}" if backend == "cpu" else ""
         self.label = f"{version}[{said['backend']},cache={cache},prec={prec}{threads_word}]"
         self.binary: str = said["binary"]
-        blocks = 1 if cache == "f16" else BLOCK
+        blocks = cache.size_multiple
         # What any call may ask for, whatever head groups it brings.
         self._takes = replace(
             GGML_CAPABILITIES,
@@ -82,7 +84,7 @@ class GgmlKernel(Kernel):
             lib,
             backend=choice(spec, "backend", "cpu", ("cpu", "cuda")),
             plan=plan,
-            cache=choice(spec, "cache", "f16", ("f16", *GGML_CACHES)),
+            cache=cache_option(spec, ("f16", *GGML_CACHES)),
             prec=choice(spec, "prec", "f32", ("f32", "default")),
             threads=number(spec, "threads", 1),
             limit_s=number(spec, "timeout", CALL_LIMIT_S),
@@ -90,12 +92,27 @@ class GgmlKernel(Kernel):
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         self.plan.groups(shape.ratio)  # refuses groups that do not sum to r
-        quantised = self.cache != "f16"
+        return self._arithmetic(shape, self.cache.at(None))
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        self.plan.groups(call.shape.ratio)
+        return self._arithmetic(call.shape, self.cache.at(call.layer))
+
+    def _arithmetic(self, shape: Shape, cache: CacheSpec) -> Arithmetic:
+        quantised_k, quantised_v = cache.k != "f16", cache.v != "f16"
         # The CPU adds up float16 values in float16, a key at a time, and quantised ones in float32.
-        acc = "f32" if quantised and self.backend == "cpu" else "f16"
-        # It may or may not round what it expands.
-        u_cache = 2.0**-11 if quantised else 0.0
-        return replace(loosest("f16", acc=acc), out="f32", q_blocks=quantised, u_k=u_cache, u_v=u_cache)
+        acc = "f32" if quantised_v and self.backend == "cpu" else "f16"
+        blocks = cache.blocks(shape.k_size, shape.v_size)
+        return replace(
+            loosest("f16", acc=acc),
+            out="f32",
+            q_blocks=quantised_k,
+            # It may or may not round what it expands.
+            u_k=2.0**-11 if quantised_k else 0.0,
+            u_v=2.0**-11 if quantised_v else 0.0,
+            k_rotation=blocks.k,
+            v_rotation=blocks.v,
+        )
 
     def capabilities(self) -> Capabilities:
         return replace(self._takes, ratios=self.plan.ratios)
@@ -105,10 +122,17 @@ class GgmlKernel(Kernel):
         if reason is not None:
             raise KernelFailure("unsupported", f"{self.spec}: {reason}")
         groups = (call.plan or self.plan).groups(call.shape.ratio)
-        k, v = call.k, call.v
-        if self.cache != "f16":
-            k, v = (ggml_blocks(quantise(x, self.cache)) for x in (k, v))
-        inputs = {"q": call.q, "k": k, "v": v, "kv_len": call.kv_len.to(torch.int32)}
+        q, k, v, cache = call.q, call.k, call.v, self.cache.at(call.layer)
+        stored = None
+        if not cache.as_given:
+            # As its caller, llama.cpp's graph, does it: the rotation is outside the operator, in float32.
+            stored = store(call, cache)
+            q = rotate(q.float(), stored.rotation.k) if stored.rotation.k else q
+            k, v = (
+                x.codes if kind == "f16" else ggml_blocks(x)
+                for x, kind in ((stored.k, cache.k), (stored.v, cache.v))
+            )
+        inputs = {"q": q, "k": k, "v": v, "kv_len": call.kv_len.to(torch.int32)}
         if call.sinks is not None:
             inputs["sinks"] = call.sinks.float()
         found = self._worker.ask(
@@ -117,7 +141,7 @@ class GgmlKernel(Kernel):
                 "path": call.path,
                 "sliding_window": call.sliding_window,
                 "softcap": call.softcap,
-                "cache": self.cache,
+                "caches": [cache.k, cache.v],
                 "groups": groups,
             },
             {name: x.detach().cpu().contiguous() for name, x in inputs.items()},
@@ -126,10 +150,14 @@ class GgmlKernel(Kernel):
         )
         launch = "each" if len(groups) > 1 else "one"
         # Where the KV range is cut is the library's secret.
-        signature = Signature(self.label, self.binary, groups, (), launch)
+        label = (
+            self.label if self.cache == cache else self.label.replace(f"cache={self.cache}", f"cache={cache}")
+        )
+        signature = Signature(label, self.binary, groups, (), launch)
         launched = Launched.every_row(call.path, call.kv_len, signature)
         lse = call.q.new_full(call.q.shape[:3], torch.nan, dtype=torch.float32)
-        return Result(found["out"].to(call.q.device), lse, launched)
+        out = found["out"].to(call.q.device)
+        return Result(out if stored is None else stored.undone(out), lse, launched)
 
     def forgive(self) -> None:
         self._worker.forgive()

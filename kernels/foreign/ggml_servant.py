@@ -185,9 +185,9 @@ class Inputs(NamedTuple):
     """One sequence, as it lies in ggml's memory."""
 
     q: np.ndarray  # [T, Hq, Dk] float32
-    k: np.ndarray  # [S, Hkv, bytes] of `kind`
-    v: np.ndarray  # [S, Hkv, bytes] of `kind`
-    kind: str  # ggml's name of the cache's type
+    k: np.ndarray  # [S, Hkv, bytes] of the first of `kinds`
+    v: np.ndarray  # [S, Hkv, bytes] of the second
+    kinds: tuple[str, str]  # ggml's names of the types of k and of v
     sizes: tuple[int, int]  # head sizes of k and of v
     kv_len: np.ndarray  # visible keys, [T]
     sinks: np.ndarray | None  # [Hq]
@@ -296,9 +296,9 @@ class Attention:
 
     def _cache(self, context: int, x: Inputs, which: int) -> int:
         """A tensor [D, Hkv, S] of k (0) or v (1)."""
-        content, kind = (x.k, x.v)[which], self.lib.types.get(x.kind)
+        content, kind = (x.k, x.v)[which], self.lib.types.get(x.kinds[which])
         if kind is None or self.lib.ggml_row_size(kind, x.sizes[which]) != content[0, 0].nbytes:
-            raise Refusal(f"this build has no cache type {x.kind} of the known layout", "unsupported")
+            raise Refusal(f"this build has no cache type {x.kinds[which]} of the known layout", "unsupported")
         return int(
             self.lib.ggml_new_tensor_3d(
                 context, kind, x.sizes[which], content.shape[1], self._padded(len(content))
@@ -358,7 +358,7 @@ def check_it_attends(attention: Attention) -> None:
         q=q,
         k=k,
         v=v,
-        kind="f16",
+        kinds=("f16", "f16"),
         sizes=(64, 64),
         kv_len=np.array([n]),
         sinks=None,
@@ -391,7 +391,7 @@ def answer_call(attention: Attention, question: dict[str, Any], memory: mmap.mma
             q=x["q"][b].astype(np.float32),
             k=x["k"][b],
             v=x["v"][b],
-            kind=question["cache"],
+            kinds=tuple(question["caches"]),
             sizes=(x["q"].shape[-1], shape[-1]),
             kv_len=x["kv_len"][b],
             sinks=x.get("sinks"),

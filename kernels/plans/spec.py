@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from verify.kernels.cache_types import KEPT_TYPES, CacheSpec, parse_cache
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.plans.asked import SplitMode
 from verify.kernels.plans.plan import KVCuts, Plan, parse_heads
@@ -111,6 +112,14 @@ def number(spec: Spec, key: str, default: int, *, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise SpecError(f"kernel {spec.text!r}: {key}={text}, expected a whole number from {least}")
     return int(text)
+
+
+def cache_option(spec: Spec, allowed: tuple[str, ...] = KEPT_TYPES) -> CacheSpec:
+    """The option `cache=`; allowed: types of K and V that the kernel has. Raises SpecError."""
+    try:
+        return parse_cache(spec.options.get("cache", "f16"), allowed)
+    except SpecError as error:
+        raise SpecError(f"kernel {spec.text!r}: {error}") from None
 
 
 # Keys of a tile: more is a cache, and memory that is not there.

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.errors import SpecError
+from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, NUMBER_TYPES
 from verify.kernels.plans.plan import Plan
 from verify.kernels.plans.spec import Spec, choice, parse_plan
+
+AS_GIVEN_Q = "as-given"
 
 
 @dataclass(frozen=True)
 class TileOptions:
-    """plan: how a call is cut; p: type of P in the second product; acc: output accumulators; out: result."""
+    """plan: how a call is cut; p: type of P in the second product; acc: output accumulators; out: result;
+    q: what q is rounded to before the first product, `as-given` or a type of 8 bits with a scale a row and
+    head.
+    """
 
     plan: Plan = field(default_factory=Plan)
     p: str = "f16"
     acc: str = "f32"
     out: str = "f32"
+    q: str = AS_GIVEN_Q
 
     @property
     def label(self) -> str:
-        return f"block={self.plan.block},p={self.p},acc={self.acc},out={self.out}"
+        q = "" if self.q == AS_GIVEN_Q else f",q={self.q}"
+        return f"block={self.plan.block},p={self.p},acc={self.acc},out={self.out}{q}"
+
+    @property
+    def fp8(self) -> bool:
+        """Whether P or q has 8 bits."""
+        return self.p in FP8_TYPES or self.q in FP8_TYPES
 
     def with_plan(self, plan: Plan | None) -> TileOptions:
         """These options, with the plan that a call brings itself where it brings one."""
@@ -29,9 +42,16 @@ class TileOptions:
 
 def parse_tile_options(spec: Spec) -> TileOptions:
     """Raises SpecError."""
-    return TileOptions(
+    options = TileOptions(
         plan=parse_plan(spec),
-        p=choice(spec, "p", "f16", tuple(FLOAT_TYPES)),
+        p=choice(spec, "p", "f16", tuple(NUMBER_TYPES)),
         acc=choice(spec, "acc", "f32", ("f32", "f16")),
         out=choice(spec, "out", "f32", tuple(FLOAT_TYPES)),
+        q=choice(spec, "q", AS_GIVEN_Q, (AS_GIVEN_Q, *FP8_TYPES)),
     )
+    if options.p in FP8_TYPES and options.acc != "f32":
+        raise SpecError(
+            f"kernel {spec.text!r}: p={options.p},acc={options.acc}: P of 8 bits is scaled up, and its sums"
+            " overflow float16: expected acc=f32"
+        )
+    return options

@@ -12,9 +12,10 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import _step
+from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import Call, Result, checked_call
 from verify.kernels.eager import EagerKernel
-from verify.kernels.flash.kernel import EagerOverCache, FlashKernel
+from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.flash.tiles import Tiles
 from verify.kernels.judging.detectors import measure
 from verify.kernels.judging.figures import relative_error
@@ -45,7 +46,7 @@ def test_a_policy_sees_the_type_of_the_cache() -> None:
     """ik-1183 splits 12 heads over a float16 cache only; else groups are what `before` has."""
     plan = Plan(policy=policy_named("ik-1183").with_threshold(0))
     for cache, groups in (("f16", (8, 4)), ("q8_0", (4, 4, 4))):
-        kernel = EagerOverCache("x", TileOptions(plan=plan), cache)
+        kernel = EagerKernel("x", TileOptions(plan=plan), parse_cache(cache))
         assert ran(kernel.run(call_of([64], size=32)), 64)[0] == groups
 
 

@@ -83,7 +83,11 @@ def test_it_is_attention_within_its_budget(kernels: dict[str, GgmlKernel], build
         assert found.rms < found.rms_limit
 
 
-@pytest.mark.parametrize("cache", GGML_CACHES)
+# A type of ik_llama.cpp is not in these builds of mainline.
+HERE = [cache for cache in GGML_CACHES if cache != "q6_0"]
+
+
+@pytest.mark.parametrize("cache", [*HERE, "q8_0/q4_0", "q4_0/f16", "q4_0+rotate=mainline", "f16+rotate=32"])
 def test_quantised_caches_are_attention_over_what_they_hold(
     kernels: dict[str, GgmlKernel], cache: str
 ) -> None:
@@ -95,9 +99,10 @@ def test_quantised_caches_are_attention_over_what_they_hold(
     assert float((error / budget.bound).max()) <= 1
     # q is quantised to q8_0 as well: that is most of this error, and far less than the cache's own.
     assert relative_error(kernel, call) < 0.02
-    assert relative_error(kernel, call) < float(
-        (budget.out - exact_attention(call).out).norm() / budget.out.norm()
-    )
+    if not cache.startswith("f16"):
+        assert relative_error(kernel, call) < float(
+            (budget.out - exact_attention(call).out).norm() / budget.out.norm()
+        )
 
 
 def test_two_builds_and_head_groups_agree_to_the_bit_and_say_what_ran(kernels: dict[str, GgmlKernel]) -> None:
@@ -253,7 +258,7 @@ def test_libraries_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -
         (f"ggml:lib={other.origin}", "lacks ggml_init and .* more: expected a shared library of llama.cpp"),
         (f"ggml:lib={ggml_library('A')},backend=cuda", "has no backend cuda, or finds no device for it"),
         (f"ggml:lib={ggml_library('A')},heads=8+x", "expected head groups such as 12, 8\\+4"),
-        (f"ggml:lib={ggml_library('A')},cache=q4_1", "cache=q4_1, expected one of f16, q8_0"),
+        (f"ggml:lib={ggml_library('A')},cache=q4_1", "cache 'q4_1': unknown type 'q4_1', did you mean"),
     ):
         with pytest.raises(SpecError, match=said) as caught:
             build_kernel(spec)

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.subjects import plan_subject, tile_subject
-from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
+from support.subjects import assert_keeps, cache_subject, plan_subject, tile_subject
+from verify.kernels.cache_types import LAW_CACHES
+from verify.kernels.faults import CACHE_FAULTS, FAULTS, PLAN_FAULTS, VARIANTS, CacheFault
+from verify.kernels.faults.caches import OverCache
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.judging.families import InputSizes
 from verify.kernels.judging.probes import check, standard_probes
@@ -17,6 +19,7 @@ from verify.laws import LAWS, Law, Subject
 from verify.laws.run import LawResult, run_law
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
+CACHES_BY_NAME = {fault.name: fault for fault in CACHE_FAULTS}
 PLANS_BY_NAME = {fault.name: fault for fault in PLAN_FAULTS}
 # A fault that each law sees.
 SEEN_BY = {
@@ -54,6 +57,10 @@ SEEN_BY = {
     "softcap": "softcap dropped",
     "sinks": "sink in every part",
     "alibi": "ALiBi dropped",
+    "rotation": "rotation not undone",
+    "cache-range": "fp8 wraps",
+    "cache-layers": "cache of the next layer",
+    "cache-read-back": "codec did not run",
     "groups-sum": "remainder lost",
     "cuts-partition": "tail lost",
     "policy-thresholds": "gate too narrow",
@@ -91,6 +98,10 @@ def one_thread() -> Iterator[None]:
 
 
 def subject_of_fault(name: str) -> Subject:
+    if name in CACHES_BY_NAME:
+        # The law of rotation asks for a cache that holds numbers as they are.
+        cache = CACHES_BY_NAME[name].cache
+        return cache_subject(CACHES_BY_NAME[name].kind, "f16+rotate=64" if "rotate" in cache else cache)
     if name in PLANS_BY_NAME:
         return plan_subject(PLANS_BY_NAME[name])
     return tile_subject(BY_NAME[name].build)
@@ -110,8 +121,8 @@ def broken(law: str, fault: str) -> LawResult:
 
 def test_every_law_and_every_fault_is_spoken_for() -> None:
     assert SEEN_BY.keys() == LAWS.keys()
-    known = {f.name for f in FAULTS if f.needs != "cuda"} | PLANS_BY_NAME.keys()
-    assert set(SEEN_BY.values()) | SEES.keys() | BY_PROBE == known
+    known = {f.name for f in FAULTS if f.needs != "cuda"} | PLANS_BY_NAME.keys() | CACHES_BY_NAME.keys()
+    assert set(SEEN_BY.values()) | SEES.keys() | BY_PROBE | CACHES_BY_NAME.keys() == known
 
 
 @pytest.mark.parametrize(("law", "fault"), SEEN_BY.items())
@@ -148,3 +159,25 @@ def test_clean_variants_keep_every_law(variant: object) -> None:
             continue
         result = run_law(law, tile_subject(variant.build), examples=40)  # type: ignore[attr-defined]
         assert result.state != "broken", f"{law.name}: {result.reason}: {result.case}"
+
+
+# What cannot be read back from one key alone.
+BY_RESULT = {"scale of the next key": "caches", "fp8 wraps": "cache-range"}
+
+
+@pytest.mark.parametrize("fault", CACHE_FAULTS, ids=lambda fault: fault.name)
+def test_every_fault_of_caches_is_read_back_or_out_of_its_budget(fault: CacheFault) -> None:
+    """By what is held, and by the error beside what should be."""
+    subject = cache_subject(fault.kind, fault.cache)
+    results = "cache-layers" if "@" in fault.cache else BY_RESULT.get(fault.name, "caches")
+    for name in (results, *(() if fault.name in BY_RESULT else ("cache-read-back",))):
+        result = run_law(LAWS[name], subject, examples=20, shrink=False)
+        assert result.state == "broken" and "raised" not in result.reason, name
+
+
+@pytest.mark.parametrize("cache", [*LAW_CACHES, "q8_0@1-1:q4_0"])
+def test_no_right_cache_is_called_broken(cache: str) -> None:
+    subject = cache_subject(OverCache, cache)
+    for law in LAWS.values():
+        if law.group == "caches":
+            assert_keeps(law, subject, examples=2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionOutput, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FlashKernel
@@ -252,7 +253,9 @@ def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None
             seen = [through_cache(y, cache) for y in (x.k, x.v)]
             exact = exact_attention(checked_call(x.q, *seen, **x.more)).out
             for expand in ("fused", "f16"):
-                flash = FlashKernel("flash", TileOptions(plan=case.plan), cache=cache, expand=expand)
+                flash = FlashKernel(
+                    "flash", TileOptions(plan=case.plan), cache=parse_cache(cache), expand=expand
+                )
                 found = flash.attend(x.q, x.k, x.v, **x.more)
                 error = float((found.out.double() - exact).norm() / exact.norm())
                 assert error <= 8e-4, f"{cache}, {expand}, {size}: {error:.3g}"
@@ -266,7 +269,7 @@ def a_quantised_row_alone_is_the_row_in_its_batch(device: torch.device) -> None:
     x = inputs(case, device)
     for heads in (None, (2, 1)):
         plan = Plan(kv=KVCuts("parts", 2), heads=heads)
-        flash = FlashKernel("flash", TileOptions(plan=plan), cache="q8_0")
+        flash = FlashKernel("flash", TileOptions(plan=plan), cache=parse_cache("q8_0"))
         together = flash.attend(x.q, x.k, x.v, **x.more)
         lengths = x.more["kv_len"]
         for t in range(3):

@@ -8,14 +8,16 @@ from dataclasses import replace
 
 import torch
 
-from verify.kernels.cache import through_cache
+from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import Call
 from verify.kernels.faults import PlanFault
+from verify.kernels.faults.caches import OverCache
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import Spec, parse_plan
 from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.stored import held
 from verify.laws import Law, Subject, subject_of
 from verify.laws.law import Options
 from verify.laws.run import kept_examples, run_law
@@ -66,7 +68,19 @@ def tile_subject(build: Callable[[], Kernel]) -> Subject:
 
 
 def _cached(call: Call, cache: str) -> Call:
-    return replace(call, k=through_cache(call.k, cache), v=through_cache(call.v, cache))
+    one = parse_cache(cache).at(call.layer)
+    return call if one.as_given else held(call, one)
+
+
+def cache_subject(kind: type[OverCache], cache: str) -> Subject:
+    """A kernel over a cache, right or with a fault, which is asked for this cache alone."""
+    plain = TileKernel("tile")
+
+    def variant(options: Options) -> Kernel:
+        return kind("tile", cache=parse_cache(options.get("cache", "f16"))) if "cache" in options else plain
+
+    has = replace(plain.capabilities(), caches=(cache,), plans=False, head_groups=False)
+    return Subject(spec="tile", kernel=plain, variant=variant, capabilities=has, merge=None, plan=None)
 
 
 def plan_subject(fault: PlanFault) -> Subject:
@@ -84,7 +98,9 @@ def flash_subject(device: torch.device | str = "cpu", **options: str) -> Subject
     def variant(given: Options) -> Kernel:
         key = tuple(sorted(given.items()))
         if key not in built:
-            built[key] = FlashKernel("flash", TileOptions(plan=plan(given)), cache=given.get("cache", "f16"))
+            built[key] = FlashKernel(
+                "flash", TileOptions(plan=plan(given)), cache=parse_cache(given.get("cache", "f16"))
+            )
         return built[key]
 
     kernel = variant({})

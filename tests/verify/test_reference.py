@@ -57,7 +57,7 @@ def test_hidden_states_on_request(tmp_path: Path) -> None:
         ({"token_ids": [[1, 2]]}, r"expected whole numbers \[tokens\]"),
         ({"token_ids": [0.5]}, "got float64"),
         ({"token_ids": [VOCABULARY]}, "the text's tokens go from 64 to 64"),
-        ({"cache_type": "q8_0"}, "cache type 'q8_0': expected one of f16"),
+        ({"cache_type": "q9_0"}, "cache type: cache 'q9_0': unknown type 'q9_0'"),
         ({"kernel": "exakt"}, "unknown kernel"),
         ({"kernel": "eager:heads=7"}, "does not fit this model"),
         ({"hidden": [3]}, "hidden states after 3 layers: expected 0 to 2"),

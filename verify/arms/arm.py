@@ -23,6 +23,7 @@ import torch
 
 from verify.arms.attempt import attempt
 from verify.kernels.bits import different, same_bits
+from verify.kernels.cache_types import AS_GIVEN
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.kernel import Kernel
@@ -125,9 +126,10 @@ class Arm:
 
 
 def common_cache(arms: Iterable[Arm]) -> str | None:
-    """The quantised type in which all kernels hold keys and values: no difference between them. Else None."""
+    """The cache in which all kernels hold keys and values: no difference between them. Else None."""
     caches = {arm.kernel.cache for arm in arms if arm.kernel is not None}
-    return caches.pop() if len(caches) == 1 and caches != {"f16"} else None
+    only = caches.pop() if len(caches) == 1 else AS_GIVEN
+    return None if only.as_given else str(only)
 
 
 class FirstResult(NamedTuple):
@@ -143,7 +145,7 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
     q, kv_len = call.q, call.kv_len
     if rows is not None:
         q, kv_len = q[:, rows].contiguous(), kv_len[:, rows].contiguous()
-    return checked_call(
+    made = checked_call(
         q,
         call.k,
         call.v,
@@ -151,6 +153,7 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
         path=path,
         **call.settings.options(q.device),
     )
+    return replace(made, layer=call.layer)
 
 
 # What kernels that do not take a call say first; and how far results of one call may lie apart, in units of

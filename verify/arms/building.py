@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from verify.arms.arm import Arm, Role, common_cache
 from verify.arms.split_mode import build_shared_kernel
+from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath
 
 
@@ -71,9 +72,14 @@ def close_kernels(arms: Iterable[Arm]) -> None:
             arm.kernel.close()
 
 
-def kernel_notes(arms: Sequence[Arm]) -> set[str]:
-    """What a reader of the verdict must know about the kernels: a fallback that ran, a common cache."""
+def kernel_notes(arms: Sequence[Arm], cache_type: str) -> set[str]:
+    """What a reader of the verdict must know about the kernels: a fallback that ran, a common cache.
+
+    cache_type: of the run.
+    """
     notes = {note for arm in arms if arm.kernel for note in arm.kernel.notes}
     if (cache := common_cache(arms)) is not None:
         notes.add(f"all kernels hold {cache}: what that loses is in no distance")
+    if not run_cache(cache_type).cache.as_given:
+        notes.add(f"all arms, exact too, have the cache {cache_type}: what that loses is in no distance")
     return notes

@@ -13,6 +13,7 @@ from verify.arms.arm import Arm
 from verify.arms.attempt import attempt
 from verify.arms.records import ModelRecord
 from verify.arms.result_type import Match, is_matched, matched, shows_its_type
+from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath, Call, Shape, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.heads import Heads
@@ -85,6 +86,7 @@ def try_kernels(
     A function in a file is only asked what it takes: to run it is to judge it. So is a kernel that fails
     otherwise. Raises UsageError.
     """
+    _check_cache(architecture, cache_type)
     for arm, layer in itertools.product(arms, _unlike_layers(architecture)):
         if arm.kernel is None:
             continue
@@ -103,6 +105,18 @@ def try_kernels(
             raise UsageError(f"kernel {arm.spec!r} does not fit this model: {why}")
 
 
+def _check_cache(architecture: Architecture, cache_type: str) -> None:
+    """Raises UsageError where heads of some layer do not fit the cache that all arms have."""
+    cache = run_cache(cache_type).cache
+    for layer in filter(architecture.attends, range(architecture.sizes.layers)):
+        for size in architecture.head_sizes_of(layer):
+            if size % cache.size_multiple:
+                raise UsageError(
+                    f"--cache-type {cache_type}: expected head sizes in multiples of {cache.size_multiple},"
+                    f" layer {layer} has {size}"
+                )
+
+
 def one_row(
     architecture: Architecture, layer: int, cache_type: str, device: torch.device, path: AttentionPath
 ) -> Call:
@@ -110,7 +124,7 @@ def one_row(
     heads, kv_heads = architecture.heads_of(layer), architecture.kv_heads_of(layer)
     k_size, v_size = architecture.head_sizes_of(layer)
     q, k, v = (
-        torch.zeros(1, 1, n, size, dtype=FLOAT_TYPES[cache_type].dtype, device=device)
+        torch.zeros(1, 1, n, size, dtype=FLOAT_TYPES[run_cache(cache_type).attention].dtype, device=device)
         for n, size in ((heads, k_size), (kv_heads, k_size), (kv_heads, v_size))
     )
     options = architecture.attention_settings(layer).options(device)

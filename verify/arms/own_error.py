@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from verify.arms.arm import Arm, Place
 from verify.arms.sample import Sample
 from verify.kernels.budget.bound import Budget, error_budgets
-from verify.kernels.call import Call, checked_call
+from verify.kernels.call import Call
 from verify.kernels.judging.figures import (
     budget_fault,
     gain_of,
@@ -175,15 +176,12 @@ def _budgets(measured: Sequence[Measured], rows: torch.Tensor) -> dict[str, Budg
 def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
     """Some rows of sequences of equal lengths, which become KV heads of one: q [1, rows, B * H, D]."""
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q[:, rows], call.k, call.v))
-    return checked_call(
-        q,
-        k,
-        v,
+    return replace(
+        call,
+        q=q,
+        k=k,
+        v=v,
         kv_len=call.kv_len[:1, rows],
-        scale=call.scale,
-        path=call.path,
-        sliding_window=call.sliding_window,
-        softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks.repeat(len(call.q)),
         alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.repeat(len(call.q)),
     )

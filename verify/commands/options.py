@@ -18,7 +18,12 @@ Candidates = Annotated[
     typer.Option("--candidate", help=f"kernel specification, may be repeated; default {DEFAULT_CANDIDATE}"),
 ]
 CacheType = Annotated[
-    str, typer.Option("--cache-type", help="type that q, k and v are rounded to: f16, bf16, f32")
+    str,
+    typer.Option(
+        "--cache-type",
+        help="of all arms: type that q, k and v are rounded to (f16, bf16, f32), or a cache: q8_0, q8_0/q4_0,"
+        " q4_0+rotate=mainline",
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; default: cuda if there is one")]
 Margin = Annotated[

@@ -40,10 +40,10 @@ def command(
     candidate: options.Candidates = None,
     cache_type: options.CacheType = "f16",
     cache_type_k: Annotated[
-        str | None, typer.Option("-ctk", help="of K; default --cache-type; must equal -ctv")
+        str | None, typer.Option("-ctk", help="type of K in all arms; default --cache-type")
     ] = None,
     cache_type_v: Annotated[
-        str | None, typer.Option("-ctv", help="of V; default --cache-type; must equal -ctk")
+        str | None, typer.Option("-ctv", help="type of V in all arms; default --cache-type")
     ] = None,
     device: options.Device = None,
     memory: Annotated[

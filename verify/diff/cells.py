@@ -22,6 +22,7 @@ from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.bits import same_bits
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budgets
+from verify.kernels.cache_types import CacheSpec
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.detectors import SUSPICIONS, Finding, Measures, findings, measure
@@ -176,7 +177,7 @@ def examine(kernels: Sequence[Kernel], inputs: CellInputs, clock: StageClock) ->
         if each.unsupported:
             found.append(None)
             continue
-        evidence = KernelEvidence(kernel.spec, cache=kernel.cache, trace=LaunchTrace([each.launched]))
+        evidence = KernelEvidence(kernel.spec, cache=str(kernel.cache), trace=LaunchTrace([each.launched]))
         evidence.result_type = kernel.result_type(call)
         if each.output is None:
             evidence.failure = each.failure
@@ -201,7 +202,7 @@ class _Due(NamedTuple):
 
 def by_cache(kernels: Sequence[Kernel]) -> list[list[int]]:
     """Indices of kernels that hold the same keys and values, together."""
-    found: dict[str, list[int]] = {}
+    found: dict[CacheSpec, list[int]] = {}
     for i, kernel in enumerate(kernels):
         found.setdefault(kernel.cache, []).append(i)
     return list(found.values())

@@ -161,7 +161,10 @@ class Generation:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        return sorted(kernel_notes(self.arms) | {match.said for match in self.matches if match.said})
+        return sorted(
+            kernel_notes(self.arms, self.settings.cache_type)
+            | {match.said for match in self.matches if match.said}
+        )
 
     def launched(self, arm: str) -> LaunchTrace:
         """What an arm's kernel ran for it: the prompt, and every step of the text that all arms share."""

@@ -13,12 +13,11 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from verify.kernels.cache_types import BLOCK
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.judging.families import POISON
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
-from verify.laws.law import Cases, LawBroken, Subject, has_one_path, laws, quantises_keys, reads_no_cache
+from verify.laws.law import Cases, LawBroken, Subject, has_one_path, laws, quantises_keys
 from verify.laws.tolerance import Seen, against_exact, agree, no_bit_moves, seen
 
 OWN = "the kernel's own error budget (kernels/budget/bound.py)"
@@ -330,25 +329,3 @@ def empty_rows(subject: Subject, problem: Problem) -> float:
     margin = agree("beside empty rows", with_empty, due, lse=has.lse)
     only = [AttentionOutput(x.out[row[..., 0]], x.lse[row[..., 0]]) for x in (with_empty, due)]
     return max(margin, no_bit_moves("empty rows", *only, lse=has.lse))
-
-
-@law(
-    "caches",
-    lambda subject: st.builds(
-        lambda problem, cache: replace(
-            problem, cache=cache, k_size=max(problem.k_size, BLOCK), v_size=max(problem.v_size, BLOCK)
-        ),
-        problems(subject, without=("near-overflow",)),
-        st.sampled_from(subject.capabilities.caches),
-    ),
-    tolerance=OWN + ", the numbers of the cache's blocks taken as exact",
-    unless=reads_no_cache,
-)
-def caches(subject: Subject, problem: Problem) -> float:
-    """Attention over a quantised cache is attention over the numbers that its blocks stand for."""
-    call, n = problem.call(subject.device), max(problem.n_kv)
-    k, v = call.k.clone(), call.v.clone()
-    # What lies beyond is not quantised: 6e4 has no float16 scale of its own.
-    k[:, n:], v[:, n:] = 3.0, 3.0
-    call, kernel = replace(call, k=k, v=v), subject.variant({"cache": problem.cache})
-    return against_exact(kernel, call, lse=subject.capabilities.lse)

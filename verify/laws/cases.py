@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
-from verify.kernels.cache_types import CACHE_TYPES
+from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionPath, Call
+from verify.kernels.errors import SpecError
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.numbers import FLOAT_TYPES
@@ -155,8 +156,10 @@ class Problem(Case):
             )
         if any(not 0 <= cut <= max(self.n_kv) for cut in self.cuts):
             raise UsageError(f"--case: cuts: expected 0 to {max(self.n_kv)}, got {list(self.cuts)}")
-        if self.cache and self.cache not in CACHE_TYPES:
-            raise UsageError(f"--case: cache: expected one of {', '.join(CACHE_TYPES)}, got {self.cache!r}")
+        try:
+            parse_cache(self.cache or "f16")
+        except SpecError as error:
+            raise UsageError(f"--case: {error}") from None
 
 
 @dataclass(frozen=True)

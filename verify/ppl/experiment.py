@@ -140,7 +140,9 @@ class Experiment:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict must know about the kernels: a fallback that ran, say."""
-        notes = kernel_notes(self.arms) | {match.said for match in self.matches if match.said}
+        notes = kernel_notes(self.arms, self.settings.cache_type) | {
+            match.said for match in self.matches if match.said
+        }
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
         if len(self.sample) < self.windows.n_windows:

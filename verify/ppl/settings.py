@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from verify.arms.sample import default_measured
 from verify.data.corpora import DEFAULT_CORPUS
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
-from verify.kernels.numbers import FLOAT_TYPES
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class PplSettings:
     candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)  # specifications
     # That of each candidate, once it is known what each returns (`out=match`).
     baselines: tuple[str, ...] = ()
-    cache_type: str = "f16"  # type that q, k and v are rounded to
+    cache_type: str = "f16"  # type that q, k and v are rounded to, or the cache that all arms have
     device: str = "cpu"  # of torch
     # Bytes that hidden states of one group may take, None for a share of what is free.
     memory: int | None = None
@@ -57,14 +56,17 @@ class PplSettings:
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
+        from verify.kernels.cache_types import run_cache
         from verify.kernels.call import RUN_PATHS
+        from verify.kernels.errors import SpecError
         from verify.model.runner import COMPUTE_TYPES
 
         if self.path not in (*RUN_PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, prefill or both")
-        if self.cache_type not in FLOAT_TYPES:
-            known = ", ".join(FLOAT_TYPES)
-            raise UsageError(f"--cache-type {self.cache_type}: expected one of {known}")
+        try:
+            run_cache(self.cache_type)
+        except SpecError as error:
+            raise UsageError(f"--cache-type: {error}") from None
         if not 0 <= self.min_coverage <= 1:
             raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
         check_margin(self.margin)
@@ -132,11 +134,15 @@ class PplSettings:
 
 
 def one_cache_type(both: str, k: str | None, v: str | None) -> str:
-    """The type of K and V. Raises UsageError where they are not the same."""
-    chosen = {k or both, v or both}
-    if len(chosen) > 1:
-        raise UsageError(f"-ctk {k or both} -ctv {v or both}: expected the same type for K and V")
-    return chosen.pop()
+    """The cache of all arms, K/V where `-ctk` and `-ctv` differ. Raises UsageError."""
+    chosen = k or both, v or both
+    if k or v:
+        for name, kind in zip(("-ctk", "-ctv"), chosen, strict=True):
+            if not kind.replace("_", "").isalnum():
+                raise UsageError(
+                    f"{name} {kind}: expected one type; rotation and layers go into --cache-type"
+                )
+    return chosen[0] if chosen[0] == chosen[1] else "/".join(chosen)
 
 
 def parse_size(text: str) -> int:

@@ -19,7 +19,7 @@ from verify.kernels.judging.counter_random import CounterRandom
 from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.probes.one_hot_probes import one_hot_edges, tags
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Demand, Probe, call_of
-from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.numbers import FLOAT_TYPES, NUMBER_TYPES
 from verify.kernels.sequences import sequences
 
 
@@ -74,7 +74,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=call.q.device)[..., None, None]
 
     n = call.n_kv[..., None, None].double()
-    lost = torch.clamp(n * a.tau_p, min=FLOAT_TYPES[a.p].u)
+    lost = torch.clamp(n * a.tau_p, min=NUMBER_TYPES[a.p].u)
     if a.l_from_rounded_p:
         lost = torch.zeros_like(lost)
     deep = gamma(per_row("d_n"), a.u_acc) + gamma(per_row("d_l"), a.u) + 2 * gamma(per_row("d_m"), a.u)

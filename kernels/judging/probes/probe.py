@@ -22,7 +22,7 @@ from verify.kernels.errors import KernelFailure
 from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.figures import another_origin, budget_ratio
 from verify.kernels.kernel import Kernel
-from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.numbers import FLOAT_TYPES, NUMBER_TYPES
 from verify.kernels.plans.plan import Plan
 
 Demand = Literal["bits", "budget"]
@@ -129,7 +129,7 @@ def judge(
             # -inf to the bit; a finite one may have passed through another base and back.
             near = 2.0**-20 * (1 + lse.abs())
             if not arithmetic.promises_bits:
-                near = near + FLOAT_TYPES[arithmetic.p].u
+                near = near + NUMBER_TYPES[arithmetic.p].u
             near = (result.lse.double() - lse).abs() <= near
             lse_wrong = ~((result.lse.double() == lse) | (torch.isfinite(lse) & near))
     else:
@@ -161,7 +161,7 @@ def one_key_tolerance(a: Arithmetic, call: Call) -> float:
     """
     most = int(call.n_kv.max()) if call.kv_len.numel() else 0
     passed = a.depths(most).d_l * a.u
-    rounded = FLOAT_TYPES[a.p].u + FLOAT_TYPES[a.out].u + a.u_acc + a.u_part + a.u_v
+    rounded = NUMBER_TYPES[a.p].u + FLOAT_TYPES[a.out].u + a.u_acc + a.u_part + a.u_v
     return rounded + min(passed / (1 - passed) if passed < 1 else math.inf, ONE_KEY_SUMS)
 
 

@@ -15,6 +15,7 @@ from verify.diff.cells import (
     judge_cells,
 )
 from verify.judge.verdict import Decision
+from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.detectors import Finding, measure
 from verify.kernels.judging.families import InputSizes, draw
@@ -99,7 +100,7 @@ def test_probes_alone_compare_nothing() -> None:
 def test_kernels_are_held_against_what_their_cache_holds() -> None:
     kernels = [build_kernel("eager"), build_kernel("eager:kv=2")]
     assert by_cache(kernels) == [[0, 1]]
-    kernels[1].cache = "q8_0"
+    kernels[1].cache = parse_cache("q8_0")
     assert by_cache(kernels) == [[0], [1]]
 
 

@@ -167,14 +167,24 @@ def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: 
             try_kernels([arm], architecture, "f16", torch.device("cpu"))
 
 
-def test_keys_and_values_have_one_type(tiny: Tiny, tmp_path: Path) -> None:
+def test_types_of_keys_and_values_may_differ(tiny: Tiny, tmp_path: Path) -> None:
     _, report = run(tiny, tmp_path / "both", "-ctk", "bf16", "-ctv", "bf16")
     assert report["settings"]["cache_type"] == "bf16"
-    for i, more in enumerate(
-        (("-ctk", "bf16"), ("-ctk", "f16", "-ctv", "bf16"), ("--cache-type", "f32", "-ctk", "f16"))
+    _, report = run(tiny, tmp_path / "apart", "-ctk", "e4m3", "-ctv", "f16")
+    assert report["settings"]["cache_type"] == "e4m3/f16"
+    assert (
+        "all arms, exact too, have the cache e4m3/f16: what that loses is in no distance" in report["notes"]
+    )
+    for i, (more, said) in enumerate(
+        (
+            (("-ctk", "q8_0"), "expected head sizes in multiples of 32"),
+            (("-ctk", "q8_0/q4_0"), "-ctk q8_0/q4_0: expected one type"),
+            (("--cache-type", "e4m3+scale=head"), "expected scale=token or a number"),
+            (("--cache-type", "q9_0"), "unknown type 'q9_0'"),
+        )
     ):
         done, _ = run(tiny, tmp_path / str(i), *more)
-        assert_refused(done, "expected the same type for K and V")
+        assert_refused(done, said)
 
 
 @pytest.mark.parametrize("settings", [{}, [], {"candidates": 5}, {"n_ctx": "x"}, {"candidates": [1]}])
