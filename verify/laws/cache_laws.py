@@ -26,10 +26,10 @@ law = laws("caches", OVER, unless=reads_no_cache)
 
 
 def over_caches(*, only: str = "", without: tuple[str, ...] = ()) -> Cases:
-    """Problems with a cache; only: those whose text has this in it; without: families."""
+    """Problems with a cache; only: those whose text begins so; without: families."""
 
     def drawn(subject: Subject) -> SearchStrategy[Problem]:
-        caches = [cache for cache in subject.capabilities.caches if only in cache]
+        caches = [cache for cache in subject.capabilities.caches if cache.startswith(only)]
 
         def with_cache(problem: Problem, cache: str) -> Problem:
             least = MAINLINE_BLOCK if "rotate" in cache else parse_cache(cache).size_multiple
