@@ -179,5 +179,5 @@ def test_every_fault_of_caches_is_read_back_or_out_of_its_budget(fault: CacheFau
 def test_no_right_cache_is_called_broken(cache: str) -> None:
     subject = cache_subject(OverCache, cache)
     for law in LAWS.values():
-        if law.group == "caches":
+        if law.group == "cache":
             assert_keeps(law, subject, examples=2)

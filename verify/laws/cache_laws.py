@@ -22,7 +22,7 @@ from verify.laws.law import Cases, LawBroken, Subject, laws, reads_no_cache
 from verify.laws.tolerance import Seen, against_exact, agree, seen
 
 OVER = "the kernel's own error budget (kernels/budget/bound.py), the cache's numbers taken as exact"
-law = laws("caches", OVER, unless=reads_no_cache)
+law = laws("cache", OVER, unless=reads_no_cache)
 
 
 def over_caches(*, only: str = "", without: tuple[str, ...] = ()) -> Cases:

@@ -26,8 +26,8 @@ from verify.kernels.plans.spec import PLAN_OPTIONS, parse_plan, parse_spec, repl
 from verify.kernels.registry import build_kernel
 from verify.laws.cases import Case, Problem
 
-Group = Literal["merge", "parts", "attention", "options", "caches", "plans"]
-GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "caches", "plans")
+Group = Literal["merge", "parts", "attention", "options", "cache", "plans"]
+GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "cache", "plans")
 Options = Mapping[str, str]
 # Head sizes that problems are drawn with, smallest first.
 HEAD_SIZES = (16, 32, 64, 128)

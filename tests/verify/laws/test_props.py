@@ -135,7 +135,10 @@ def test_a_kernel_that_raises_breaks_a_law_and_not_the_command() -> None:
         (("eager", "--law", "kv-parts", "--case", '{"n_kv": [5], "k_size": 100000000000}'), ("k_size",)),
         (("eager", "--law", "kv-parts", "--case", '{"n_kv": [5], "spare": -5}'), ("spare",)),
         (("eager", "--law", "parts-merge", "--case", '{"n_kv": [5], "cuts": [50]}'), ("cuts: expected",)),
-        (("flash", "--law", "caches", "--case", '{"n_kv": [5], "cache": "nope"}'), ("cache: expected",)),
+        (
+            ("flash", "--law", "caches", "--case", '{"n_kv": [5], "cache": "nope"}'),
+            ("cache 'nope': unknown type",),
+        ),
         (("eager", "--law", "groups-sum", "--case", '{"policy": "nope"}'), ("unknown policy",)),
         (("eager", "--junit", "/no/such/folder/x.xml"), ("no such folder",)),
         (("eager", "--junit", "/"), ("--junit /: is a folder",)),
