@@ -10,7 +10,7 @@ import numpy as np
 
 from verify.data.errors import CorpusError
 
-_SMALLEST_N_CTX = 4
+SMALLEST_N_CTX = 4
 _LARGEST_ID = 2**31 - 1
 
 
@@ -114,8 +114,8 @@ def cut_windows(
     Raises CorpusError where n_ctx < 4, where chunks is 0 or < -1, where the text (with its BOS) has fewer
     than 2 * n_ctx tokens, and for ids that are not integers of 0 .. 2**31 - 1 in one dimension.
     """
-    if n_ctx < _SMALLEST_N_CTX:
-        raise CorpusError(f"windows: n_ctx: expected at least {_SMALLEST_N_CTX} tokens, got {n_ctx}")
+    if n_ctx < SMALLEST_N_CTX:
+        raise CorpusError(f"windows: n_ctx: expected at least {SMALLEST_N_CTX} tokens, got {n_ctx}")
     if chunks < -1 or chunks == 0:
         raise CorpusError(f"windows: chunks: expected -1 (all) or at least 1, got {chunks}")
     text = _as_ids(token_ids)

@@ -7,10 +7,13 @@ it where they run: `verify ppl --help`, and every option that is refused, answer
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
+
+from verify import __version__
+from verify.commands.help_pages import GroupedCommand
 
 
 class Listed(NamedTuple):
@@ -84,12 +87,16 @@ COMMANDS = {
     ),
     "list": Listed("kernel_list", "The kernels that can be named, their options, and the policies."),
     "doctor": Listed("doctor", "Versions, devices, which kernels can run here and why not."),
+    "help": Listed(
+        "help", "A command's help, or `verify help verdicts`: what each verdict and exit code means."
+    ),
 }
 # Everywhere the same: plain text, and errors that `verify.__main__` puts into words.
 _PLAIN: dict[str, Any] = {
     "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
 
@@ -118,7 +125,8 @@ class OnDemand(TyperGroup):
 def load(name: str) -> Any:
     """The command of that name, its options and all."""
     listed, alone = COMMANDS[name], typer.Typer(**_PLAIN)
-    alone.command(name, help=listed.help)(import_module(f"verify.commands.{listed.module}").command)
+    of_module = import_module(f"verify.commands.{listed.module}").command
+    alone.command(name, help=listed.help, cls=GroupedCommand)(of_module)
     return typer.main.get_command(alone)
 
 
@@ -131,8 +139,23 @@ app = typer.Typer(
     name="verify",
     help="Evidence that a changed attention kernel is still right. --debug, beside any command, shows where"
     " an internal error was.",
-    no_args_is_help=True,
-    **_PLAIN,
+    invoke_without_command=True,
+    **_PLAIN | {"add_completion": True},
 )
+
+
+@app.callback()
+def _front(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """`verify` alone prints what there is."""
+    if version:
+        print(f"verify {__version__}")
+        raise typer.Exit()
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
 for _name, _listed in COMMANDS.items():
     app.command(_name, help=_listed.help)(_unloaded)

@@ -56,6 +56,7 @@ class PplSettings:
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
+        from verify.data.windows import SMALLEST_N_CTX
         from verify.kernels.cache_types import run_cache
         from verify.kernels.call import RUN_PATHS
         from verify.kernels.errors import SpecError
@@ -70,6 +71,11 @@ class PplSettings:
         if not 0 <= self.min_coverage <= 1:
             raise UsageError(f"--min-coverage {self.min_coverage:g}: expected a share from 0 to 1")
         check_margin(self.margin)
+        # Before a model or a text is fetched; of what a text holds more is asked when it is there.
+        if self.n_ctx < SMALLEST_N_CTX:
+            raise UsageError(f"-c {self.n_ctx}: expected at least {SMALLEST_N_CTX} tokens a window")
+        if self.chunks == 0 or self.chunks < -1:
+            raise UsageError(f"--chunks {self.chunks}: expected windows from 1, or -1 for all")
         if self.noise == 1 or self.noise < 0:
             raise UsageError(f"--noise {self.noise}: expected 0 (none) or at least 2 arms")
         if self.score_last is not None and not 1 <= self.score_last < self.n_ctx:
@@ -145,6 +151,10 @@ def one_cache_type(both: str, k: str | None, v: str | None) -> str:
     return chosen[0] if chosen[0] == chosen[1] else "/".join(chosen)
 
 
+# A plain number below it is one whose unit was left out: 8 bytes hold no window.
+LEAST_BYTES = 1 << 20
+
+
 def parse_size(text: str) -> int:
     """`8G`, `512M`, `2048K` or plain bytes. Raises UsageError."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -155,4 +165,6 @@ def parse_size(text: str) -> int:
         size = 0
     if not 1 <= size < math.inf:
         raise UsageError(f"--memory {text}: expected a size such as 8G or 512M")
+    if not unit and size < LEAST_BYTES:
+        raise UsageError(f"--memory {text}: expected a unit, such as {text}G; these would be bytes")
     return int(size)

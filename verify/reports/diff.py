@@ -12,6 +12,7 @@ import numpy as np
 
 from verify.diff.cells import Cell
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, command_of, detectable
+from verify.judge.words import next_line
 from verify.machine.terminal import console_on, print_table_on
 from verify.reports.tables import Column, table_of
 from verify.reports.templating import TEMPLATES, flat
@@ -100,6 +101,7 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
     if len(outcome.candidates) > 1 or outcome.notes:
         said = "; ".join([f"verdict: {outcome.verdict}", *outcome.notes])
         console.print(said, soft_wrap=True)
+    console.print(next_line(outcome.verdict), soft_wrap=True)
 
 
 def _figure(x: float, digits: str = ".3g") -> str:

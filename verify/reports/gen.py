@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from verify.gen.record import GenPairRecord, GenRun
+from verify.judge.words import next_line
 from verify.kernels.said import visible
 from verify.machine.terminal import counted
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
@@ -27,6 +28,7 @@ def print_outcome(run: GenRun, page: Path, to: TextIO) -> None:
         for sentence in pair_sentences(pair):
             print(f"  {sentence}", file=to)
     print(f"verdict: {run.verdict}: {'; '.join([*run.reasons, *run.notes])}", file=to)
+    print(next_line(run.verdict), file=to)
     print(f"report: {visible(str(page))}", file=to, flush=True)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
+from verify.judge.words import next_line
 from verify.kernels.said import visible
 from verify.machine.terminal import console_on, counted, print_table_on
 from verify.model.runner import Progress as Step
@@ -195,7 +196,7 @@ def _verdict(run: PplRun) -> list[str]:
             lines.append(f"{pair.candidate}: {pair.verdict}: {'; '.join(pair.reasons)}")
         if pair.distance_ratio is not None:
             lines.append(_could_have_seen(pair))
-    return lines
+    return [*lines, next_line(run.verdict)]
 
 
 def _could_have_seen(pair: PairRecord) -> str:

@@ -1,0 +1,92 @@
+"""What each verdict means to a person, what it does not say, and what to do next."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+
+class VerdictWord(NamedTuple):
+    """A verdict for people: its exit code, what it means, what it does not say, and what to do next."""
+
+    code: int
+    means: str
+    not_said: str
+    next_step: str
+
+
+VERDICTS: dict[str, VerdictWord] = {
+    "identical": VerdictWord(
+        0,
+        "every bit is equal, though another plan or kernel ran",
+        "that other lengths, shapes or types are: it holds for what the run asked",
+        "nothing",
+    ),
+    "round-off": VerdictWord(
+        0,
+        "the output differs, every error is within its budget, and the candidate is no farther from exact"
+        " attention than the baseline by more than the margin",
+        "that texts stay the same: a greedy text changes where two tokens are nearly tied",
+        "merge it; quote the distance ratio with its interval",
+    ),
+    "improved": VerdictWord(
+        0,
+        "no fault, and significantly closer to exact attention than the baseline",
+        "that perplexity falls: rounding moves it both ways",
+        "merge it; say in the change that outputs move because they are more precise",
+    ),
+    "degraded": VerdictWord(
+        1,
+        "no fault, but significantly farther from exact attention than the baseline, by more than --margin",
+        "that it is wrong: it may be the price of speed, such as a result in float16",
+        "read at which lengths and inputs; --margin 2 accepts a price that you have decided to pay",
+    ),
+    "broken": VerdictWord(
+        1,
+        "NaN or Inf, an error beyond what rounding can make, a kernel that fails or is not steady: a bug",
+        "which line of the kernel: the report names row, head and key",
+        "run the command that the report gives for the worst element; verify props shrinks it to a few keys",
+    ),
+    "inconclusive": VerdictWord(
+        3,
+        "the path under test did not run, both specifications are the same, or there is too little data for"
+        " the margin",
+        "that the kernel is right",
+        "do what the verdict's sentence asks for: another length, or as many more windows as it says",
+    ),
+    "void": VerdictWord(
+        4,
+        "nothing was measured: the control is not its baseline to the bit, or exact attention is not finite",
+        "anything about the candidate",
+        "look at the model and at the machine; verify doctor",
+    ),
+}
+
+
+def verdict_page(width: int = 80) -> str:
+    """Every verdict with its exit code, its meaning and the next step, as text."""
+    lines = []
+    for name, word in VERDICTS.items():
+        lines.append(f"{name} (exit code {word.code})")
+        for label, text in (
+            ("means", word.means),
+            ("does not say", word.not_said),
+            ("next", word.next_step),
+        ):
+            lines += textwrap.wrap(
+                f"{label}: {text}",
+                width - 2,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            )
+    lines.append("")
+    lines.append("Exit code 2: bad input, one line says which.")
+    lines.append("Exit code 128 + n: ended by signal n (130: Ctrl-C); what was finished is kept.")
+    lines.append("Of several candidates the gravest verdict is the run's.")
+    return "\n".join(lines)
+
+
+def next_line(verdict: str) -> str:
+    """What to do now, one line for below a verdict."""
+    return f"next: {VERDICTS[verdict].next_step} (verify help verdicts)"
