@@ -22,8 +22,9 @@ def write_tiny(folder: Path, **change: Any) -> Tiny:
 
 def command(tiny: Tiny, out: Path, *more: str) -> list[str]:
     """Arguments of `verify ppl` with windows of 64 tokens, 6 of them."""
-    base = ["ppl", "-m", str(tiny.model), "-f", str(tiny.text), "-c", "64", "--chunks", "6"]
-    return [*base, "--device", "cpu", "--out", str(out), *more]
+    model = [] if "-m" in more else ["-m", str(tiny.model)]
+    text = [] if "-f" in more else ["-f", str(tiny.text)]
+    return ["ppl", *model, *text, "-c", "64", "--chunks", "6", "--device", "cpu", "--out", str(out), *more]
 
 
 def run(tiny: Tiny, out: Path, *more: str) -> tuple[Done, dict[str, Any]]:

@@ -79,7 +79,6 @@ def test_options_stand_under_what_they_are_for() -> None:
         (("gen", "-t", "8"), "OMP_NUM_THREADS"),
         (("ppl", "-m", "a.gguf", "-m", "b.gguf"), "--model: given more than once"),
         (("ppl", "-f", "a", "--file", "b"), "--file: given more than once"),
-        (("diff", "--n-kv", "8", "--n-kv", "9"), "--n-kv: given more than once"),
         (("ppl", "--memory", "8"), "--memory 8: expected a unit, such as 8G"),
         (("ppl", "--memory", "8Q"), "--memory 8Q"),
         (("pplx",), "Did you mean 'ppl'"),

@@ -6,7 +6,6 @@ Nothing here is loaded but typer: every `--help` answers at once.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from typing import Any
 
 from typer.core import TyperCommand
@@ -136,6 +135,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 }
 
 
+# What is measured: a second one is no correction of the first, as a second `-c` is.
+ONCE = ("--model", "--file")
 # Options of llama.cpp's programs that have another way here.
 ENGINE_OPTIONS: dict[str, str] = {
     "-ngl": "every layer runs on --device, as many at a time as its memory holds",
@@ -162,7 +163,7 @@ def group_of(option: Any) -> str:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help has its options by group and its examples, and that takes no option twice."""
+    """A command whose help has options by group and examples; it takes no model or text twice."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         by: dict[str, list[Any]] = {title: [] for title in GROUPS}
@@ -193,7 +194,7 @@ class GroupedCommand(TyperCommand):
 
 
 def _given_twice(command: TyperCommand, ctx: Any, args: list[str]) -> str | None:
-    """The name of an option that is there more than once and keeps one value, which would be lost."""
+    """The one of ONCE that is there more than once: the first value would be lost without a word."""
     parser = command.make_parser(ctx)
     # A wrong option is for the real parsing to refuse.
     parser.ignore_unknown_options = True
@@ -201,11 +202,9 @@ def _given_twice(command: TyperCommand, ctx: Any, args: list[str]) -> str | None
         order = parser.parse_args(args=list(args))[2]
     except Exception:
         return None
-    of_one = [p for p in order if p.param_type_name == "option" and p.nargs == 1 and not p.multiple]
-    for param, times in Counter(map(id, of_one)).items():
-        option = next(p for p in of_one if id(p) == param)
-        if times > 1 and not option.count and not option.is_flag:
-            return max(option.opts, key=len)
+    for option in ONCE:
+        if sum(option in param.opts for param in order) > 1:
+            return option
     return None
 
 
