@@ -23,6 +23,11 @@ import torch
 
 # What a callable is given only if it asks for it; without it, a call that needs it is refused.
 OPTIONAL = ("path", "sliding_window", "softcap", "sinks", "alibi_slopes")
+# Forms of a call (`docs/contract.md`) that a callable with lengths is given where it takes them. One that
+# cannot do without is given every call so.
+CALL_FORMS = ("block_table", "cu_seqlens", "mask", "keys")
+# Keys a page of a call that has none, for a callable that needs pages; what lies behind its keys there.
+PAGE, BEHIND = 16, 6e4
 LAYOUTS = ("bshd", "bhsd", "thd")
 # Which keys a callable without lengths sees: all that it is given, or those up to a row's own.
 MASKS = ("none", "causal")
@@ -85,6 +90,9 @@ class Form:
     dtypes: tuple[str, ...] = ()
     # It has no heads that share keys.
     one_head_each: bool = False
+    # Which of CALL_FORMS it takes, and which it cannot do without.
+    forms: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     # What a reader must know of all this.
     said: tuple[str, ...] = ()
 
@@ -100,16 +108,20 @@ class Form:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """out [B, T, Hq, Dv] in the callable's own type, and lse [B, T, Hq] or None.
 
-        options: those of OPTIONAL that it takes. Raises FormFailure for a result of another shape or kind,
-        NotImplementedError for a call that this form cannot be given.
+        options: those of OPTIONAL and CALL_FORMS that it takes; packed tokens are [1, sum T, ...] here.
+        Raises FormFailure for a result of another shape or kind, NotImplementedError for a call that this
+        form cannot be given.
         """
+        form = {name: options[name] for name in CALL_FORMS if options.get(name) is not None}
         given = {name: x for name, x in options.items() if name in self.takes}
         if not self.names.get("scale") and not self.by_position:
             own = q.shape[-1] ** -0.5
             if abs(scale - own) > 1e-6 * own:
                 raise NotImplementedError(f"{self.name}: takes no scale, and {scale:g} is not {own:g}")
-        if self.way in ("kv_len", "mask"):
-            return self._once(q, k, v, kv_len=kv_len, scale=scale, **given)
+        if self.way == "kv_len":
+            return self._formed(q, k, v, kv_len, form, scale=scale, **given)
+        if self.way == "mask":
+            return self._once(q, k, v, kv_len=kv_len, scale=scale, seen=form.get("mask"), **given)
         outs, lses = [], []
         together = bool((kv_len == kv_len[:1]).all()) and self.layout != "thd"
         for b in [slice(None)] if together else [slice(i, i + 1) for i in range(len(q))]:
@@ -117,6 +129,48 @@ class Form:
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs), None if lses[0] is None else torch.cat(lses)  # type: ignore[arg-type]
+
+    def _formed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_len: torch.Tensor,
+        form: dict[str, torch.Tensor],
+        **given: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A call in the form that it has, or in the one that the callable cannot do without."""
+        batch, rows, keys = q.shape[0], q.shape[1], k.shape[1]
+        if "block_table" in form:
+            keys *= form["block_table"].shape[1]
+        if "mask" in self.needs and "mask" not in form:
+            form["mask"] = torch.ones((1, 1, rows, keys), dtype=torch.bool, device=q.device)
+        if "keys" in self.needs and "keys" not in form:
+            places = torch.arange(max(keys, 1), dtype=torch.int32, device=q.device)
+            form["keys"] = torch.where(places < kv_len[..., None], places, -1)
+        if "block_table" in self.needs and "block_table" not in form:
+            form["block_table"] = table_of(len(k), keys, q.device)
+            k, v = in_pages(k), in_pages(v)
+            if "mask" in form:
+                room = form["block_table"].shape[1] * PAGE
+                form["mask"] = torch.nn.functional.pad(form["mask"], (0, room - keys))
+        packs = "cu_seqlens" in self.needs and "cu_seqlens" not in form
+        if packs:
+            form["cu_seqlens"] = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * rows
+            q, kv_len = q.flatten(0, 1)[None], kv_len.flatten()[None]
+            if "keys" in form:
+                form["keys"] = form["keys"].flatten(0, 1)[None]
+            if "mask" in form:
+                spread = form["mask"].expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)
+                form["mask"] = spread.transpose(0, 1)[None]
+        words = {self.names["mask"] if name == "mask" else name: x for name, x in form.items()}
+        if "cu_seqlens" in form:
+            words |= {"keys": form["keys"][0]} if "keys" in form else {}
+        found, lse = self._once(q, k, v, kv_len=kv_len, packed="cu_seqlens" in form, **given, **words)
+        if packs:
+            found, lse = (None if x is None else x[0].unflatten(0, (batch, rows)) for x in (found, lse))
+            assert found is not None
+        return found, lse
 
     def _sequences(
         self,
@@ -156,16 +210,20 @@ class Form:
         *,
         kv_len: torch.Tensor | None,
         scale: float,
+        seen: torch.Tensor | None = None,
+        packed: bool = False,
         **given: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One call of the callable, its result in our order of dimensions."""
+        """One call of the callable, its result in our order of dimensions.
+
+        seen: a mask that the call has; packed: q is [1, sum T, ...], of which the callable gets [sum T, ...].
+        """
         words: dict[str, Any] = {**self.options, **given}
         if name := self.names.get("scale"):
             words[name] = scale
         if self.way == "mask":
             assert kv_len is not None
-            seen = torch.arange(k.shape[1], device=q.device) < kv_len[:, None, :, None]
-            words[self.names["mask"]] = seen
+            words[self.names["mask"]] = self._seen(k, kv_len, seen)
         if self.way in ("causal", "square") and (name := self.names.get("causal")):
             # One row sees all keys: some, torch's among them, count a triangle from the first key on.
             words[name] = q.shape[1] > 1
@@ -175,7 +233,10 @@ class Form:
             # One sequence at a time where a callable takes no lengths.
             ends = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (rows, k.shape[1])]
             words |= dict(zip(PACKED_NAMES, (*ends, rows, k.shape[1]), strict=True))
-        q, k, v = (self._given(x) for x in (q, k, v))
+        q, k, v = q if packed else self._given(q), self._given(k), self._given(v)
+        if packed:
+            assert kv_len is not None
+            q, kv_len = q[0], kv_len[0]
         with torch.no_grad():
             if self.by_position:
                 found = self.function(q, k, v, kv_len, scale, **words)
@@ -183,7 +244,15 @@ class Form:
                 found = self.function(q, k, v, kv_len=kv_len, **words)
             else:
                 found = self.function(q, k, v, **words)
-        return self._result(found, expected, q.device)
+        return self._result(found, expected, q.device, packed=packed)
+
+    @staticmethod
+    def _seen(k: torch.Tensor, kv_len: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Lengths and the call's own mask as one."""
+        seen = torch.arange(k.shape[1], device=k.device) < kv_len[:, None, :, None]
+        if mask is None:
+            return seen
+        return seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)
 
     def _given(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, H, D] in the order of dimensions that the callable has."""
@@ -196,7 +265,7 @@ class Form:
         return x
 
     def _result(
-        self, found: Any, expected: list[int], device: torch.device
+        self, found: Any, expected: list[int], device: torch.device, *, packed: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, lse = found, None
         if isinstance(found, (tuple, list)):
@@ -205,6 +274,10 @@ class Form:
             elif found:
                 out = found[0]
         batch, rows, heads, size = expected
+        if packed:
+            # Packed tokens: [sum T, Hq, Dv] in any order of dimensions.
+            form = replace(self, layout="thd", names={k: n for k, n in self.names.items() if k != "packed"})
+            return form._result(found, expected, device)
         if not isinstance(out, torch.Tensor):
             raise FormFailure("shape", f"out is a {type(out).__name__}, expected a tensor")
         theirs = {"bshd": expected, "bhsd": [batch, heads, rows, size], "thd": expected[1:]}
@@ -368,12 +441,13 @@ def form_of(function: Callable[..., Any], name: str, wanted: Wanted) -> Form:
     }
     if all(n in parameters for n in PACKED_NAMES):
         names["packed"] = "yes"
-    known_names = {"kv_len", *OPTIONAL, *names.values(), *wanted.options}
+    known_names = {"kv_len", *OPTIONAL, *CALL_FORMS, *names.values(), *wanted.options}
     known_names |= set(PACKED_NAMES) if "packed" in names else set()
     unknown = [n for n in needed[3:] if n not in known_names]
     if len(needed) < 3 or unknown:
         ways = f"; {unknown[0]}=VALUE in the specification gives it {unknown[0]}" if unknown else ""
-        raise FormError(f"{its}: expected (q, k, v, *, kv_len, scale) and any of {', '.join(OPTIONAL)}{ways}")
+        any_of = ", ".join((*OPTIONAL, *CALL_FORMS))
+        raise FormError(f"{its}: expected (q, k, v, *, kv_len, scale) and any of {any_of}{ways}")
     dtypes = (DTYPES[wanted.dtype],) if wanted.dtype else ()
     form = Form(
         function=function,
@@ -385,9 +459,18 @@ def form_of(function: Callable[..., Any], name: str, wanted: Wanted) -> Form:
         dtypes=dtypes,
     )
     if "kv_len" in parameters and not wanted.mask:
-        return form
+        taken = {n: n for n in CALL_FORMS if n in parameters and n not in wanted.options}
+        if names["mask"]:
+            taken["mask"] = names["mask"]
+        needs = tuple(form for form, its_name in taken.items() if its_name in needed)
+        said = (f"takes {' and '.join(needs)} alone: every call is given so",) if needs else ()
+        return replace(form, forms=tuple(taken), needs=needs, said=said)
+    if lost := [n for n in needed if n in CALL_FORMS and n != names["mask"]]:
+        raise FormError(f"{its}: takes {lost[0]}, and no kv_len")
     if names["mask"] and not wanted.mask:
-        return replace(form, way="mask", said=(f"takes no kv_len: is given {names['mask']}",))
+        return replace(
+            form, way="mask", forms=("mask",), said=(f"takes no kv_len: is given {names['mask']}",)
+        )
     return _shown(form, wanted, ways=())
 
 
@@ -501,9 +584,18 @@ def _asked(function: Callable[..., Any], name: str, wanted: Wanted) -> Form:
                     takes.append(option)
                 else:
                     left_out[option] = "ignored"
-            return replace(form, takes=tuple(takes), left_out=left_out)
+            forms = () if form.by_position else tuple(n for n in CALL_FORMS if _takes_form(form, n, call))
+            names = {**form.names, "mask": "mask"} if "mask" in forms else form.names
+            return replace(form, takes=tuple(takes), left_out=left_out, forms=forms, names=names)
     masked = [
-        replace(first, way="mask", layout=order, names={"scale": scale, "mask": mask}, options=options)
+        replace(
+            first,
+            way="mask",
+            layout=order,
+            names={"scale": scale, "mask": mask},
+            options=options,
+            forms=("mask",),
+        )
         for order in ([wanted.layout] if wanted.layout else ["bshd", "bhsd"])
         for mask in MASK_NAMES
         for scale in SCALE_NAMES[:1]
@@ -516,6 +608,51 @@ def _asked(function: Callable[..., Any], name: str, wanted: Wanted) -> Form:
         return _shown(bare, wanted, ways=ways)
     except FormError:
         return replace(first, left_out=left_out)
+
+
+def _takes_form(form: Form, name: str, call: Mapping[str, Any]) -> bool:
+    """Whether a callable that does not say what it takes is right on a small call of that form."""
+    form = replace(form, forms=(name,), names={**form.names, "mask": "mask"})
+    q, k, v, kv_len = (call[x] for x in ("q", "k", "v", "kv_len"))
+    due_k, due_v, due_len, given = k, v, kv_len, {}
+    if name == "block_table":
+        # Pages in another order, with keys beyond the first row's in the last.
+        k, v = (torch.cat((x, x), 1).unflatten(1, (4, -1))[0].flip(0).contiguous() for x in (k, v))
+        given[name] = torch.tensor([[3, 2, 1, 0]], dtype=torch.int32, device=q.device)
+        due_k, due_v = (torch.cat((call[x], call[x]), 1) for x in ("k", "v"))
+    elif name == "cu_seqlens":
+        k, v = (torch.cat((x, x.flip(1))) for x in (k, v))
+        given[name] = torch.tensor([0, 1, 2], dtype=torch.int32, device=q.device)
+        due_k, due_v = k, v
+    elif name == "mask":
+        seen = torch.arange(k.shape[1], device=q.device) < 5
+        given[name] = seen.expand(1, 1, q.shape[1], -1)
+        due_len = torch.full_like(kv_len, 5)
+    else:
+        given[name] = torch.arange(5, dtype=torch.int32, device=q.device).flip(0).expand(1, 2, -1)
+        due_len = torch.full_like(kv_len, 5)
+    try:
+        out, _ = form.run(q, k, v, kv_len=kv_len, scale=q.shape[-1] ** -0.5, **given)
+    except Exception:
+        return False
+    if name == "cu_seqlens":
+        due = plain_softmax(q.transpose(0, 1), k, v, kv_len.T).transpose(0, 1)
+    else:
+        due = plain_softmax(q, due_k, due_v, due_len)
+    return bool(((out.double() - due).abs() < NEAR).all())
+
+
+def table_of(sequences: int, keys: int, device: torch.device) -> torch.Tensor:
+    """The table of `in_pages`: [B, pages] int32, pages of a sequence from the last to the first."""
+    pages = -(-keys // PAGE)
+    ids = torch.arange(sequences * pages, dtype=torch.int32, device=device).view(sequences, pages)
+    return ids.flip(1)
+
+
+def in_pages(x: torch.Tensor) -> torch.Tensor:
+    """[B, S, H, D] as pages [B * ceil(S / PAGE), PAGE, H, D] in the order of `table_of`."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % PAGE), value=BEHIND)
+    return padded.unflatten(1, (-1, PAGE)).flip(1).flatten(0, 1).contiguous()
 
 
 def _out_of(form: Form, call: Mapping[str, Any], **options: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import Call
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.foreign.forms import Form, FormError, FormFailure, Wanted, form_of
-from verify.kernels.foreign.user_kernel import UserKernel
+from verify.kernels.foreign.user_kernel import UserKernel, forms_given
 from verify.kernels.torch_settings import TorchSettings
 
 
@@ -59,6 +59,7 @@ class FunctionKernel(UserKernel):
                 "way": form.way,
                 "dtypes": form.dtypes,
                 "one_head_each": form.one_head_each,
+                "forms": form.forms,
                 "said": form.said,
             },
             acc=acc,
@@ -76,6 +77,8 @@ class FunctionKernel(UserKernel):
         for name in ("sinks", "alibi_slopes"):
             x = getattr(call, name)
             options[name] = None if x is None else x.detach().float().clone()
+        forms = forms_given(call)
+        given |= forms
         copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in given.items()}
         try:
             with self._settings.applied():
@@ -86,6 +89,7 @@ class FunctionKernel(UserKernel):
                     kv_len=copies["kv_len"],
                     scale=call.scale,
                     **options,
+                    **{name: copies[name] for name in forms},
                 )
         except FormFailure as failure:
             raise KernelFailure(failure.kind, f"{self.function}: {failure}") from None

@@ -4,7 +4,8 @@
 
 WHERE is a file, alone or in a package, or a module by name; NAME a function, a module's attribute, a static
 method (`Class.method`), an object that can be called, or a class, which is constructed with ARGUMENTS.
-FUNCTION(q, k, v, *, kv_len, scale[, path, sliding_window, softcap, sinks, alibi_slopes])
+FUNCTION(q, k, v, *, kv_len, scale[, path, sliding_window, softcap, sinks, alibi_slopes,
+         block_table, cu_seqlens, mask, keys])
     -> out or (out, lse), shapes as in `contract`, any float dtype
 What it lacks of that is found, or said by the options layout, mask and dtype (`forms`); options that are not
 ours are handed to it.
@@ -26,7 +27,7 @@ from verify.kernels.call import Call
 from verify.kernels.catalogue import CALL_LIMIT_S, PYTHON_OPTIONS
 from verify.kernels.errors import SpecError
 from verify.kernels.foreign.process import WorkerProcess
-from verify.kernels.foreign.user_kernel import UserKernel
+from verify.kernels.foreign.user_kernel import UserKernel, forms_given
 from verify.kernels.plans.spec import Spec, choice, number
 
 _NAME = r"[A-Za-z_]\w*"
@@ -109,6 +110,7 @@ class PythonKernel(UserKernel):
         for name in ("sinks", "alibi_slopes"):
             if (given := getattr(call, name)) is not None:
                 inputs[name] = given.float()
+        inputs |= forms_given(call)
         batch, rows, heads = call.q.shape[:3]
         found = self._worker.ask(
             {

@@ -48,6 +48,7 @@ def load(arguments: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         "way": form.way,
         "dtypes": form.dtypes,
         "one_head_each": form.one_head_each,
+        "forms": form.forms,
         "said": form.said,
     }
     return greeting, lambda question, memory: answer_call(form, question, memory)
@@ -64,7 +65,7 @@ def answer_call(form: Any, question: dict[str, Any], memory: mmap.mmap) -> dict[
         flat = torch.frombuffer(memory, dtype=getattr(torch, dtype), count=count, offset=offset)
         tensors[name] = flat.view(shape).to(device)
     options = {name: question[name] for name in ("path", "sliding_window", "softcap")}
-    options |= {name: tensors.get(name) for name in ("sinks", "alibi_slopes")}
+    options |= {name: tensors.get(name) for name in ("sinks", "alibi_slopes", *forms.CALL_FORMS)}
     try:
         out, lse = form.run(
             tensors["q"],

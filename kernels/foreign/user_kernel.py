@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
-from verify.kernels.call import AttentionPath, Call, Result, Shape
+from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.errors import KernelFailure
+from verify.kernels.foreign.forms import CALL_FORMS
 from verify.kernels.kernel import Kernel
 from verify.kernels.trace import Launched, Signature
 
@@ -25,6 +26,12 @@ RESULT_TYPES = {"float16": "f16", "bfloat16": "bf16"}
 VACUOUS_KEYS = 128
 # What a callable is given only if it asks for it; without it, a call that needs it is refused.
 _OPTIONS_OF_CALLS = ("sliding_window", "softcap", "sinks", "alibi_slopes")
+
+
+def forms_given(call: Call) -> dict[str, torch.Tensor]:
+    """What a call has of the forms that a callable may take."""
+    given = {name: getattr(call, name) for name in CALL_FORMS}
+    return {name: x if name == "mask" else x.to(torch.int32) for name, x in given.items() if x is not None}
 
 
 class UserKernel(Kernel):
@@ -51,6 +58,7 @@ class UserKernel(Kernel):
         self._takes: tuple[str, ...] = tuple(greeting["takes"])
         self._dtypes: tuple[str, ...] = tuple(greeting["dtypes"])
         self._way: str = greeting["way"]
+        self._forms: tuple[str, ...] = tuple(greeting["forms"])
         self._one_head_each: bool = greeting["one_head_each"]
         if left_out := greeting["left_out"]:
             why = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
@@ -96,7 +104,11 @@ class UserKernel(Kernel):
             strided=False,
             zero_for_empty_rows=False,
             ragged=self._way in ("kv_len", "mask", "none", "causal"),
-            paths=("prefill",) if self._way == "square" else ("decode", "prefill"),
+            paths=("prefill",) if self._way == "square" else PATHS,
+            paged="block_table" in self._forms,
+            packed="cu_seqlens" in self._forms,
+            mask="mask" in self._forms,
+            key_list="keys" in self._forms,
             dtypes=self._dtypes or Capabilities().dtypes,
             ratios=(1,) if self._one_head_each else None,
         )
@@ -115,7 +127,7 @@ class UserKernel(Kernel):
         self._say_what_is_vacuous(call)
         # A foreign kernel does not say how it cut the call: its signature is its code.
         signature = Signature(self.called, self.binary, (), (), "one")
-        return Result(out, lse, Launched.every_row(call.path, call.kv_len, signature))
+        return Result(out, lse, Launched.every_row(call.path, call.n_kv, signature))
 
     @property
     def called(self) -> str:

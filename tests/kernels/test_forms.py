@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.foreign.python_kernel import parse_target
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
+from verify.kernels.judging.probes import check, standard_probes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import build_kernel
@@ -230,3 +233,77 @@ def test_a_kernel_of_the_hub_comes_through_its_library(monkeypatch: pytest.Monke
     for text, said in (("hub:attention::attend", "expected hub:ORG/NAME"), ("hub:o/a::atend", "'attend'")):
         with pytest.raises(SpecError, match=said):
             build_kernel(text)
+
+
+def as_engines(form: str) -> Call:
+    """A call of three sequences in a form of `docs/contract.md`."""
+    sizes = InputSizes(n_kv=(40, 33, 7), batch=3, heads=heads_of(2), path="several", edges=())
+    call = draw("gaussian", sizes, 3)
+    if form == "numbers":
+        return replace(call, mask=torch.randn(1, 4, 3, call.shape.keys))
+    return {
+        "plain": lambda: call,
+        "block_table": lambda: in_pages(call, 8),
+        "cu_seqlens": lambda: packed(call, [2, 0, 3]),
+        "mask": lambda: masked(call),
+        "keys": lambda: listed(call, order=1, most=9),
+    }[form]()
+
+
+@pytest.mark.parametrize(
+    ("function", "takes"),
+    [
+        (ops.attend, ("plain",)),
+        (ops.paged, ("plain", "block_table")),
+        (ops.varlen, ("plain", "cu_seqlens")),
+        (ops.any_mask, ("plain", "mask", "numbers", "keys")),
+        (ops.says_nothing, ("plain", "block_table", "mask", "numbers")),
+        (ops.takes_a_mask, ("plain", "mask")),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else "",
+)
+def test_one_is_given_the_forms_of_a_call_that_it_takes(function: Any, takes: tuple[str, ...]) -> None:
+    kernel = FunctionKernel(function)
+    for form in ("plain", "block_table", "cu_seqlens", "mask", "numbers", "keys"):
+        call = as_engines(form)
+        if form in takes:
+            result, exact = kernel.run(call), exact_attention(call)
+            assert result.out.shape == exact.out.shape, form
+            assert (result.out - exact.out).abs().max() < 2e-3, form
+        elif not (form == "numbers" and "mask" in takes):
+            with pytest.raises(KernelFailure, match="takes no") as failed:
+                kernel.run(call)
+            assert failed.value.kind == "unsupported"
+
+
+def test_one_that_cannot_do_without_a_form_is_given_every_call_so() -> None:
+    kernel = FunctionKernel(ops.paged)
+    assert "takes block_table alone: every call is given so" in " ".join(kernel.notes)
+    assert is_right(kernel, decode()) and is_right(kernel, prefill())
+    assert not failed_probes(kernel) and not failed_probes(FunctionKernel(ops.varlen))
+    wrong = FunctionKernel(lambda q, k, v, block_table, *, kv_len, scale: ops.paged(
+        q, k, v, block_table.flip(1), kv_len=kv_len, scale=scale))  # fmt: skip
+    assert failed_probes(wrong)
+
+
+def failed_probes(kernel: Kernel) -> list[str]:
+    """Names of the probes that a kernel without an lse fails, rows without keys left aside."""
+    sizes = InputSizes(n_kv=(70, 40), heads=heads_of(2), edges=(64,))
+    has = kernel.capabilities()
+    probes = [p for p in standard_probes(sizes) if not has.refuses(p.call) and "empty" not in p.name]
+    assert len(probes) > 4
+    return [p.name for p in probes if any(failure.what != "lse" for failure in check(p, kernel))]
+
+
+def test_forms_cross_into_another_process() -> None:
+    for name, forms in (("paged", ("block_table",)), ("any_mask", ("mask", "numbers", "keys"))):
+        kernel = build_kernel(f"py:{OPS}::{name}")
+        for form in forms:
+            call = as_engines(form)
+            assert (kernel.run(call).out - exact_attention(call).out).abs().max() < 2e-3, form
+        kernel.close()
+
+
+def test_pages_without_lengths_are_no_kernel_of_ours() -> None:
+    with pytest.raises(SpecError, match="takes block_table, and no kv_len"):
+        FunctionKernel(lambda q, k, v, block_table, scale: q)

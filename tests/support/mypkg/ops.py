@@ -95,3 +95,50 @@ def packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, soft
 def no_shared_heads(q, k, v, *, scale):
     assert q.shape[2] == k.shape[2]
     return dense(q, k, v) if scale else None
+
+
+def paged(q, k_pages, v_pages, block_table, *, kv_len, scale):
+    """Keys in pages, as servers have them, and in no other way."""
+    page = k_pages.shape[1]
+    outs = []
+    for b, table in enumerate(block_table):
+        used = table[: max(-(-int(kv_len[b].max()) // page), 1)].long().clamp(0, len(k_pages) - 1)
+        k, v = (x[used].flatten(0, 1)[None].nan_to_num() for x in (k_pages, v_pages))
+        outs.append(attend(q[b : b + 1], k, v, kv_len=kv_len[b : b + 1], scale=scale))
+    return torch.cat(outs)
+
+
+def varlen(q, k, v, cu_seqlens, *, kv_len, scale):
+    """Tokens of all sequences after one another: q [sum T, Hq, D], kv_len [sum T]."""
+    outs = []
+    for b in range(len(cu_seqlens) - 1):
+        own = slice(int(cu_seqlens[b]), int(cu_seqlens[b + 1]))
+        outs.append(attend(q[None, own], k[b : b + 1], v[b : b + 1], kv_len=kv_len[None, own], scale=scale))
+    return torch.cat(outs, 1)[0]
+
+
+def any_mask(q, k, v, *, kv_len, scale, attn_mask=None, keys=None):
+    """A mask beside lengths, of truth values or numbers, and lists of keys."""
+    s = torch.einsum("bthd,bshd->bths", q.float(), shared(k, q.shape[2])) * scale
+    s = masked(s, (torch.arange(k.shape[1], device=q.device) < kv_len[..., None])[:, :, None])
+    if attn_mask is not None:
+        mask = attn_mask.transpose(1, 2)
+        s = masked(s, mask) if mask.dtype == torch.bool else s + mask
+    if keys is not None:
+        listed = torch.zeros((*keys.shape[:2], k.shape[1] + 1), dtype=torch.bool)
+        # What is -1 goes into one place more than there are keys.
+        listed.scatter_(2, torch.where(keys >= 0, keys, k.shape[1]).long(), True)
+        s = masked(s, listed[:, :, None, :-1])
+    return torch.nan_to_num(softmax_v(s, shared(v, q.shape[2])))
+
+
+def says_nothing(q, k, v, **given):
+    """Takes pages and masks behind keywords that nobody sees."""
+    if "block_table" in given:
+        return paged(q, k, v, **given)
+    if "mask" in given:
+        given["attn_mask"] = given.pop("mask")
+    unknown = set(given) - {"kv_len", "scale", "attn_mask"}
+    if unknown:
+        raise TypeError(f"unknown {unknown}")
+    return any_mask(q, k, v, **given)
