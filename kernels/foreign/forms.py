@@ -163,14 +163,14 @@ class Form:
             if "mask" in form:
                 spread = form["mask"].expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1)
                 form["mask"] = spread.transpose(0, 1)[None]
-        words = {self.names["mask"] if name == "mask" else name: x for name, x in form.items()}
-        if "cu_seqlens" in form:
-            words |= {"keys": form["keys"][0]} if "keys" in form else {}
-        found, lse = self._once(q, k, v, kv_len=kv_len, packed="cu_seqlens" in form, **given, **words)
+        packed = "cu_seqlens" in form
+        for name, x in form.items():
+            given[self.names["mask"] if name == "mask" else name] = x[0] if name == "keys" and packed else x
+        out, lse = self._once(q, k, v, kv_len=kv_len, packed=packed, **given)
         if packs:
-            found, lse = (None if x is None else x[0].unflatten(0, (batch, rows)) for x in (found, lse))
-            assert found is not None
-        return found, lse
+            out = out[0].unflatten(0, (batch, rows))
+            lse = None if lse is None else lse[0].unflatten(0, (batch, rows))
+        return out, lse
 
     def _sequences(
         self,
