@@ -2,7 +2,7 @@
 
     x of the new tokens --layer--> k, v appended to the arm's cache; attention of the new tokens over it
 
-Layers are those of `verify.model.runner`, and so is the one rounding of q, k and v. All arms are given the
+Layers are those of `verify.model.group`, and so is the one rounding of q, k and v. All arms are given the
 same tokens; each has a cache of its own, one sequence long, of keys and values in the run's attention type.
 """
 
@@ -20,8 +20,8 @@ from verify.kernels.lengths import keep_lengths
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.model.architectures.architecture import Architecture
 from verify.model.errors import ModelError
+from verify.model.layer_call import AttentionPass, LayerCall, round_inputs
 from verify.model.products import Products, tile_rows
-from verify.model.runner import AttentionPass, LayerCall, round_inputs
 from verify.model.stopwatch import Stopwatch
 from verify.model.stream import TensorStream
 

@@ -27,9 +27,10 @@ from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
+from verify.model.layer_call import LayerCall
 from verify.model.locate import locate_model
 from verify.model.logits import State
-from verify.model.runner import LayerCall, Runner
+from verify.model.runner import Runner
 
 
 class Reference(NamedTuple):

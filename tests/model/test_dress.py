@@ -22,7 +22,8 @@ from verify.model.dressing.dress import Dress, _Dressmaker, dress, main
 from verify.model.dressing.reshape_heads import HeadShape, unequal_shares
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
-from verify.model.runner import AttentionPass, Runner
+from verify.model.layer_call import AttentionPass
+from verify.model.runner import Runner
 from verify.model.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")

@@ -19,8 +19,10 @@ from verify.kernels.exact import exact_attention
 from verify.model.architectures import architecture_of
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
+from verify.model.group import slabs_of
+from verify.model.layer_call import LayerCall
 from verify.model.products import Products, Tiling, tile_rows, tiling_of
-from verify.model.runner import COMPUTE_TYPES, LayerCall, Runner, _slabs
+from verify.model.runner import COMPUTE_TYPES, Runner
 from verify.model.stopwatch import Stopwatch
 
 
@@ -149,10 +151,10 @@ def test_windows_side_by_side_give_the_bits_of_windows_alone(name: str, twin: Ca
 
 def test_groups_cut_where_the_run_does() -> None:
     """Windows 5 to 11 by fours: 5 to 7, 8 to 11."""
-    assert _slabs(5, 7, 4) == [range(3), range(3, 7)]
-    assert _slabs(0, 9, 4) == [range(4), range(4, 8), range(8, 9)]
-    assert _slabs(6, 1, 4) == [range(1)]
-    assert _slabs(3, 0, 4) == []
+    assert slabs_of(5, 7, 4) == [range(3), range(3, 7)]
+    assert slabs_of(0, 9, 4) == [range(4), range(4, 8), range(8, 9)]
+    assert slabs_of(6, 1, 4) == [range(1)]
+    assert slabs_of(3, 0, 4) == []
 
 
 class Counted(ExactArm):

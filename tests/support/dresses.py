@@ -13,7 +13,8 @@ from support.plain_arms import logits_of
 from verify.model.architectures import architecture_of
 from verify.model.dressing.dress import Dress
 from verify.model.gguf.file import GGUFFile
-from verify.model.runner import AttentionPass, Runner
+from verify.model.layer_call import AttentionPass
+from verify.model.runner import Runner
 
 # 9 heads over 3 KV heads of 64 become 96 over 8 of 128, as GLM-4.5 has them: 12 query heads a KV head.
 WIDE = Dress(copies=4, kv_heads=8, live=(0, 4, 7), head_size=128)

@@ -11,7 +11,8 @@ import torch
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.registry import build_kernel
-from verify.model.runner import AttentionPass, LayerCall, Runner
+from verify.model.layer_call import AttentionPass, LayerCall
+from verify.model.runner import Runner
 
 
 class ExactArm:

@@ -28,7 +28,7 @@ from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.kernel import Kernel
 from verify.kernels.trace import LaunchTrace
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 
 Role = Literal["exact", "floor", "baseline", "control", "candidate", "engine", "noise", "prompt"]
 FLOOR_NOISE = 2.0**-24

@@ -30,7 +30,7 @@ from verify.kernels.judging.figures import (
     relative_rms,
     row_figures,
 )
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 
 SAMPLED_ROWS = 8
 # Of a long text, each layer's budgets are derived in this many windows at most, other ones in each layer.

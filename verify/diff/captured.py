@@ -20,7 +20,7 @@ from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.said import one_line
 from verify.machine.errors import UsageError
 from verify.machine.files import is_plain_folder, open_plain, written_whole
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 
 FOLDER = "captured"
 _FILE = re.compile(r"layer-(\d+)\.npz")

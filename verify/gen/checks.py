@@ -20,7 +20,7 @@ from verify.arms.own_error import worst_rows
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.figures import budget_fault, gain_of, pooled_gain, pooled_rms, row_figures
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 
 LAYERS_A_STEP = 4
 PROMPT_ROWS = 8

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 from verify.ppl.record import DriftArm, DriftLayer, DriftRecord
 
 MOST_RANGES = 8

@@ -20,7 +20,7 @@ import torch
 
 from verify.arms.arm import ArmRunner, kernel_call
 from verify.kernels.exact import exact_attention
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 from verify.ppl.measuring import KernelMeasurer
 
 

@@ -19,8 +19,9 @@ from verify.arms.sample import Sample
 from verify.data import Windows
 from verify.kernels.trace import LaunchTrace
 from verify.machine.environment import anonymous_memory
+from verify.model.layer_call import LayerCall
 from verify.model.logits import State
-from verify.model.runner import LayerCall, Progress, Runner
+from verify.model.runner import Progress, Runner
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
 from verify.ppl.drift import DriftSums, join_drift, position_edges
 from verify.ppl.engine_logits import LogitsFiles

@@ -17,7 +17,7 @@ from verify.arms.own_error import InPlace, Measured
 from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 from verify.ppl.record import frozen_name
 
 # Of so many calls, at random layers and windows, one is asked twice.

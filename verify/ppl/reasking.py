@@ -10,7 +10,8 @@ from verify.arms.arm import STEADY_TIMES, Arm, ArmRunner, kernel_call
 from verify.arms.attempt import attempt
 from verify.data import Windows
 from verify.kernels.exact import exact_attention
-from verify.model.runner import LayerCall, Runner
+from verify.model.layer_call import LayerCall
+from verify.model.runner import Runner
 
 # How often each layer's call is asked.
 TIMES = 8

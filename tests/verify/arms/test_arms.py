@@ -11,7 +11,7 @@ from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.kernel import Kernel
 from verify.kernels.trace import Launched, Signature
 from verify.model.architectures.architecture import AttentionSettings
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 
 ROWS, HEADS = 3, 4
 SIGNATURE = Signature("given", "", (), (), "one")

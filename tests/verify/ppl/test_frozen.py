@@ -17,7 +17,7 @@ from verify.arms.sample import Sample
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.model.architectures.architecture import AttentionInputs, AttentionSettings
-from verify.model.runner import LayerCall
+from verify.model.layer_call import LayerCall
 from verify.ppl.frozen import FrozenRunner
 from verify.ppl.measuring import KernelMeasurer
 

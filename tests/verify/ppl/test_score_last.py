@@ -14,7 +14,8 @@ from support.plain_arms import ExactArm, logits_of, relative
 from support.ppl_runs import Tiny, run
 from verify.model.architectures import architecture_of
 from verify.model.gguf.file import GGUFFile
-from verify.model.runner import LayerCall, Runner
+from verify.model.layer_call import LayerCall
+from verify.model.runner import Runner
 
 SCORED = range(20, 31)
 
