@@ -16,6 +16,7 @@ from support.tiny_model import HEADS, KV_HEADS, LAYERS, SIZE, write_tiny_model
 from support.twins import VOCABULARY
 from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
+from verify.model import runner as runner_module
 from verify.model.architectures import architecture_of
 from verify.model.errors import ModelError
 from verify.model.gguf.file import GGUFFile
@@ -229,7 +230,7 @@ def test_a_group_goes_on_from_any_layer(tiny: Path, monkeypatch: pytest.MonkeyPa
         layer_done=lambda layers, hidden: kept.update({layers: dict(hidden)}),
     )
     assert sorted(kept) == list(range(1, LAYERS + 1))
-    monkeypatch.setattr(Runner, "_embed", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(runner_module, "first_rows", lambda *_: pytest.fail("embedded again"))
     for begin in kept.items():
         again = logits_of(Runner(architecture, device=CPU), TOKENS, arms, scored, begin=begin)
         assert all(torch.equal(again[name], whole[name]) for name in whole)
