@@ -36,14 +36,14 @@ class NotIdentifiable(Exception):
 class Regime(NamedTuple):
     """Sizes of the calls that are made: everything that a kernel's choice of path may depend on."""
 
-    n_kv: int
-    n_q: int = 1
-    batch: int = 1
-    ratio: int = 4
-    kv_heads: int = 2
-    size: int = 64
-    dtype: torch.dtype = torch.float16
-    device: str = "cpu"
+    n_kv: int  # visible keys
+    n_q: int = 1  # query tokens a call
+    batch: int = 1  # sequences
+    ratio: int = 4  # query heads a KV head
+    kv_heads: int = 2  # of the call
+    size: int = 64  # of every head
+    dtype: torch.dtype = torch.float16  # of q, k and v
+    device: str = "cpu"  # that calls lie on
 
     @property
     def columns(self) -> int:

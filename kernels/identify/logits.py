@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.identify.asking import SCALE, Asking
-from verify.kernels.identify.weights import Part, Weights, cancelling, ratios, rounded
+from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios, rounded
 
 _FAR = 256.0
 # Scales that 11 bits, and that 8 bits, round to 1/8.
@@ -41,7 +41,7 @@ def logits_seen(
     ask: Asking, part: tuple[int, int], weights: Weights, tile: int | None, generator: torch.Generator
 ) -> Logits:
     """part: bounds of the longest part."""
-    where = Part(*part, weights.newest_first)
+    where = AskedPart(*part, weights.newest_first)
     u_p = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-11, "f32": 0.0}.get(weights.p or "")
     if u_p is None:
         return Logits(None, None, None, None)
@@ -55,7 +55,7 @@ def logits_seen(
 
 
 def _first_product(
-    ask: Asking, part: Part, u_p: float, slope: float, generator: torch.Generator
+    ask: Asking, part: AskedPart, u_p: float, slope: float, generator: torch.Generator
 ) -> str | None:
     """The narrowest type whose rounding of k explains weights of keys of 11 bits (8 of bfloat16 inputs)."""
     given = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(ask.regime.dtype, "f32")
@@ -72,7 +72,7 @@ def _first_product(
 
 
 def _q_scaled_in(
-    ask: Asking, part: Part, u_p: float, weights: Weights, generator: torch.Generator
+    ask: Asking, part: AskedPart, u_p: float, weights: Weights, generator: torch.Generator
 ) -> str | None:
     """By how much logits are too large, at a scale of 1/8 and at two that 16 bits cannot hold."""
     # As far from 0 as P of 16 bits is normal.
@@ -98,7 +98,7 @@ def _q_scaled_in(
     return name.split()[0] if off[name] < u_p / 20 + 2e-5 else None
 
 
-def _logit_type(ask: Asking, part: Part, u_p: float, generator: torch.Generator) -> str | None:
+def _logit_type(ask: Asking, part: AskedPart, u_p: float, generator: torch.Generator) -> str | None:
     gaps = (torch.randperm(52, generator=generator).double()[:48] + 4) / 16
     moved = -torch.log(ratios(ask, part, gaps, base=_FAR)) - gaps
     largest = float(moved.abs().max())

@@ -14,7 +14,7 @@ from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.identify.asking import LARGE, SCALE, Asking, BareKernel, NotIdentifiable, Regime
 from verify.kernels.identify.logits import Logits, logits_seen
 from verify.kernels.identify.parts import cuts_seen
-from verify.kernels.identify.sums import Sums, sums_seen
+from verify.kernels.identify.sums import SumsSeen, sums_seen
 from verify.kernels.identify.weights import Weights, rounded, weights_seen
 from verify.kernels.numbers import FLOAT_TYPES, U_F32, U_F32_TENSOR_CORE
 
@@ -36,31 +36,31 @@ class Reading:
     Types are f32, tf32, f16, bf16, e4m3 or e5m2. Head groups are not observable: heads share nothing.
     """
 
-    n_kv: int
-    n_q: int
+    n_kv: int  # visible keys
+    n_q: int  # query tokens a call
     p: str | None  # type of P in the second product
     p_truncated: bool  # rounded toward zero
     p_normalised: bool  # divided by l before it was rounded
     offset: float | None  # added to the maximum, nats
-    l_of_rounded_p: bool | None
-    accumulator: str | None
+    l_of_rounded_p: bool | None  # l sums P after it was rounded
+    accumulator: str | None  # type of the second product's
     accumulator_bits: int | None  # leading one included; None: more than can be told
     rounding: str | None  # of the accumulators: nearest or truncated
     flushed_every: int | None  # keys after which a narrow accumulator goes into a wider one
     mma_block: int | None  # keys of one product, where that is less than a tile
     first_product: str | None  # type of q and k as they are multiplied
-    q_scaled_in: str | None
-    logits: str | None
+    q_scaled_in: str | None  # type of q where it was multiplied by the scale first
+    logits: str | None  # type of the logits
     rescale: float | None  # largest growth of the maximum by which sums are not rescaled; 0: always
     tile: int | None  # keys over which the maximum is taken
-    cuts: tuple[int, ...]
+    cuts: tuple[int, ...]  # bounds of the KV parts
     merge: str  # none: one part; normalised: parts are divided by their l before they are merged
-    result: str | None
+    result: str | None  # type of the result
     exponential: float  # largest relative error of exp(-g) seen beside roundings of P
-    deterministic: bool
+    deterministic: bool  # the same call gave the same bits
     row_alone: bool | None  # a row alone has the bits of that row in a batch
-    how: dict[str, str] = field(default_factory=dict, compare=False)
-    calls: int = field(default=0, compare=False)
+    how: dict[str, str] = field(default_factory=dict, compare=False)  # field -> the probe that showed it
+    calls: int = field(default=0, compare=False)  # that were made
 
     @property
     def parts(self) -> int:
@@ -100,7 +100,7 @@ def read(asked: BareKernel, regime: Regime, *, seed: int = 0) -> Reading:
 
 
 def _put_together(
-    ask: Asking, cuts: tuple[int, ...], weights: Weights, sums: Sums, logits: Logits, result: str | None
+    ask: Asking, cuts: tuple[int, ...], weights: Weights, sums: SumsSeen, logits: Logits, result: str | None
 ) -> Reading:
     accumulator = _accumulator(sums)
     # Narrow sums within a tile, wide ones across: what is added up there is flushed.
@@ -150,7 +150,7 @@ def _put_together(
     )
 
 
-def _accumulator(sums: Sums) -> str | None:
+def _accumulator(sums: SumsSeen) -> str | None:
     bits = min((b for b in (sums.bits, sums.tile_bits) if b is not None), default=None)
     if bits is None or bits >= 22:
         return "f32"

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.identify.asking import LARGE, Asking
-from verify.kernels.identify.weights import Part, Weights, cancelling, ratios
+from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios
 
 # Exponent of the last place of LARGE at b bits is 16 - b.
 _TOP = 15
@@ -36,25 +36,19 @@ _NORMAL = {"e4m3": 4.1}
 Earlier = Callable[[int, list[int]], list[bool]]
 
 
-class Sums(NamedTuple):
-    """What was seen of the second product.
+class SumsSeen(NamedTuple):
+    """What was seen of the second product."""
 
-    bits: of the accumulators, leading one included; None where more than can be told (40); truncated: they
-    round toward zero; overflows: sums beyond 65,504 are infinite; tile_bits: the same within one tile;
-    product: keys of a product that is summed before it is added, None where none was seen to end; tile:
-    keys over which the maximum is taken; how: the probe that showed the tile.
-    """
-
-    bits: int | None
-    truncated: bool | None
-    overflows: bool
-    tile_bits: int | None
-    product: int | None
-    tile: int | None
-    how: str
+    bits: int | None  # of the accumulators, leading one included; None: more than can be told (40)
+    truncated: bool | None  # they round toward zero
+    overflows: bool  # sums beyond 65,504 are infinite
+    tile_bits: int | None  # `bits` within one tile
+    product: int | None  # keys of a product that is summed before it is added; None: none was seen to end
+    tile: int | None  # keys over which the maximum is taken
+    how: str  # the probe that showed the tile
 
 
-def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> Sums:
+def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
     """part: bounds of the longest part."""
     first, end = part
     keys = end - first
@@ -83,7 +77,7 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> Sums:
         inside = [(first, first + tile // 2, first + tile - 1), (first, first + 1, first + 2)]
         inside += [(first, first + s, first + 2 * s) for s in (16, 32) if 2 * s < tile]
         tile_bits, _ = _bits(ask, inside)
-    return Sums(
+    return SumsSeen(
         bits=bits,
         truncated=truncated,
         overflows=overflows,
@@ -249,7 +243,7 @@ def _telling_pair(ask: Asking, part: tuple[int, int], weights: Weights) -> _Pair
     most = min(_NORMAL.get(weights.p or "", 9.7) - (weights.offset or 0.0), 9.7)
     gaps = torch.round((most - 0.1 - torch.arange(48, dtype=torch.float64) / 16) * 16) / 16
     gaps = gaps[gaps >= 0.25]
-    seen = ratios(ask, Part(*part), gaps) * torch.exp(gaps) - 1
+    seen = ratios(ask, AskedPart(*part), gaps) * torch.exp(gaps) - 1
     smooth = torch.expm1(-gaps * weights.slope)
     p = torch.exp(-gaps - (weights.offset or 0.0))
     bits = {"bf16": 8, "e4m3": 4, "e5m2": 3}.get(weights.p or "", 11)

@@ -50,7 +50,7 @@ TYPES = (
 )
 
 
-class Part(NamedTuple):
+class AskedPart(NamedTuple):
     """Bounds of a part whose keys are asked. newest_first: its last tile is summed first."""
 
     first: int
@@ -59,33 +59,25 @@ class Part(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What was seen of P.
+    """What was seen of P."""
 
-    p: a type's name, f32 for none narrower, None where it cannot be told; truncated: rounded toward zero;
-    offset: added to the maximum, nats, None where it cannot be told; offset_sure: whether its multiple of
-    ln 2 was seen; normalised: P was divided by l before it was rounded; l_of_rounded: whether l sums rounded
-    P; exponential: largest relative error of exp(-g) seen beside the rounding of P; slope: logits are so much
-    larger than they should be, relative, as a rounded scale makes them; error: the largest relative error of
-    P seen; newest_first: as of `Part`.
-    """
-
-    p: str | None
-    truncated: bool
-    offset: float | None
-    offset_sure: bool
-    normalised: bool
-    l_of_rounded: bool | None
-    exponential: float
-    slope: float
-    error: float
-    newest_first: bool
+    p: str | None  # name of its type, f32 for none narrower; None: it cannot be told
+    truncated: bool  # rounded toward zero
+    offset: float | None  # added to the maximum, nats; None: it cannot be told
+    offset_sure: bool  # its multiple of ln 2 was seen
+    normalised: bool  # P was divided by l before it was rounded
+    l_of_rounded: bool | None  # l sums rounded P
+    exponential: float  # largest relative error of exp(-g) seen beside the rounding of P
+    slope: float  # logits are so much larger than they should be, relative, as a rounded scale makes them
+    error: float  # largest relative error of P seen
+    newest_first: bool  # as of `AskedPart`
 
 
 def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator) -> Weights:
     """part: bounds of a part of at least three keys."""
     gaps = _gaps(_LEAST_GAP, _LARGEST_GAP, _GAPS, generator)
     for newest_first in (False, True):
-        where = Part(*part, newest_first)
+        where = AskedPart(*part, newest_first)
         ratio = ratios(ask, where, gaps)
         error = (ratio / torch.exp(-gaps) - 1).abs()
         if not bool(torch.isfinite(error).all()) or float(error.max()) > 0.5:
@@ -94,10 +86,10 @@ def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator)
         if (grid := _grid(gaps, ratio)) is not None:
             return _of_grid(ask, where, gaps, ratio, grid, generator)
         if float(error.max()) <= 2 * _LOOSE and not newest_first:
-            seen_late = ratios(ask, Part(*part, True), gaps)
+            seen_late = ratios(ask, AskedPart(*part, True), gaps)
             if _grid(gaps, seen_late) is None:
                 break
-    where = Part(*part)
+    where = AskedPart(*part)
     ratio = ratios(ask, where, gaps)
     error = (ratio / torch.exp(-gaps) - 1).abs()
     worst = float(error.max())
@@ -123,7 +115,7 @@ def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator)
 
 def _of_grid(
     ask: Asking,
-    part: Part,
+    part: AskedPart,
     gaps: torch.Tensor,
     ratio: torch.Tensor,
     grid: _Grid,
@@ -150,7 +142,7 @@ def _of_grid(
     )
 
 
-def _seen(grid: _Grid, worst: float, part: Part) -> Weights:
+def _seen(grid: _Grid, worst: float, part: AskedPart) -> Weights:
     """What a grid alone says, of P that was divided by l."""
     return Weights(
         p={8: "bf16", 11: "f16", 4: "e4m3", 3: "e5m2"}[grid.bits],
@@ -168,7 +160,7 @@ def _seen(grid: _Grid, worst: float, part: Part) -> Weights:
 
 def ratios(
     ask: Asking,
-    part: Part,
+    part: AskedPart,
     gaps: torch.Tensor,
     *,
     extra: float | None = None,
@@ -289,7 +281,7 @@ def _bounds(gaps: torch.Tensor, ratio: torch.Tensor, bits: int, first: float) ->
 
 
 def _range(
-    ask: Asking, part: Part, grid: _Grid, phase: float, generator: torch.Generator
+    ask: Asking, part: AskedPart, grid: _Grid, phase: float, generator: torch.Generator
 ) -> tuple[WeightType | None, int | None]:
     """Which type of so many bits P has, and the multiple of ln 2 in its offset: by where it underflows."""
     bits, truncated = grid.bits, grid.truncated
@@ -325,7 +317,7 @@ def _range(
     return (kind, multiple) if misfit < 2.0**-bits else (None, None)
 
 
-def _summed(ask: Asking, part: Part, grid: _Grid, generator: torch.Generator) -> bool | None:
+def _summed(ask: Asking, part: AskedPart, grid: _Grid, generator: torch.Generator) -> bool | None:
     """Whether l sums rounded P: many keys of one g, whose P is rounded far, and values of many mantissas."""
     bits, truncated, x = grid.bits, grid.truncated, grid.x
     first, keys = part.first, list(range(part.first + 1, min(part.end, part.first + 65)))
@@ -359,7 +351,7 @@ def _summed(ask: Asking, part: Part, grid: _Grid, generator: torch.Generator) ->
     return slope > 0.5
 
 
-def _one_hot_is_exact(ask: Asking, part: Part, generator: torch.Generator) -> bool:
+def _one_hot_is_exact(ask: Asking, part: AskedPart, generator: torch.Generator) -> bool:
     """Whether a key alone gives its value to the bit: P of the largest key is then a power of two."""
     v = torch.randint(128, 256, (ask.regime.columns,), generator=generator).double()
     values = torch.zeros(ask.regime.n_kv, len(v), dtype=torch.float64)
