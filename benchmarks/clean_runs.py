@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from commit import commit
 
-from verify.diff.cells import compare, examine, joined
+from verify.diff.cells import compare, joined
+from verify.diff.examining import examine
 from verify.diff.inputs import DiffSettings, all_inputs
 from verify.diff.run import run_diff
 from verify.judge.strata import Stratum, judge_strata

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from commit import commit
 
-from verify.diff.cells import smallest_squares
+from verify.diff.examining import smallest_squares
 from verify.judge import strata
 from verify.kernels.exact import exact_attention
 from verify.kernels.heads import Heads

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from verify.diff.cells import Cell, CellInputs
+from verify.diff.cells import Cell
+from verify.diff.examining import CellInputs
 from verify.diff.inputs import DiffSettings, all_inputs, check_settings
 from verify.diff.probing import PROBES, Probing
 from verify.diff.results import DiffOutcome

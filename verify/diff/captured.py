@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verify.diff.cells import CellInputs
+from verify.diff.examining import CellInputs
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.said import one_line
 from verify.machine.errors import UsageError

@@ -9,7 +9,7 @@ import torch
 
 from verify.arms.model_facts import check_lengths, check_shapes
 from verify.diff.captured import captured_inputs
-from verify.diff.cells import CellInputs
+from verify.diff.examining import CellInputs
 from verify.diff.probing import PROBES, Probing
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Shape

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from verify.arms.attempt import Attempt, attempt
-from verify.diff.cells import CellInputs, KernelEvidence, by_cache
+from verify.diff.examining import CellInputs, KernelEvidence, by_cache
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.contract import empty_row_sentence, of_empty_rows

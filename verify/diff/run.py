@@ -9,16 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from verify.arms.result_type import matched, shows_its_type
-from verify.diff.cells import (
-    Cell,
-    CellInputs,
-    KernelEvidence,
-    compare,
-    decide_cells,
-    examine,
-    faults_of,
-    judge_cells,
-)
+from verify.diff.cells import Cell, compare, decide_cells, faults_of, judge_cells
+from verify.diff.examining import CellInputs, KernelEvidence, examine
 from verify.diff.inputs import DiffSettings, first_call
 from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, run_json

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from verify.diff.cells import CellInputs, KernelEvidence, examine, faults_of
+from verify.diff.cells import faults_of
+from verify.diff.examining import CellInputs, KernelEvidence, examine
 from verify.diff.inputs import DiffSettings, sizes_of_cell
 from verify.diff.probing import PROBES
 from verify.kernels.budget.bound import error_budget

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from verify.diff.cells import CellInputs, examine, faults_of
+from verify.diff.cells import faults_of
+from verify.diff.examining import CellInputs, examine
 from verify.kernels.cache_types import LAW_CACHES, parse_cache
 from verify.kernels.faults import CACHE_FAULTS, CacheFault
 from verify.kernels.faults.caches import OverCache

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import math
 
-from verify.diff.cells import (
-    Cell,
-    CellInputs,
-    KernelEvidence,
-    by_cache,
-    compare,
-    decide_cells,
-    faults_of,
-    judge_cells,
-)
+from verify.diff.cells import Cell, compare, decide_cells, faults_of, judge_cells
+from verify.diff.examining import CellInputs, KernelEvidence, by_cache
 from verify.judge.verdict import Decision
 from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionOutput
