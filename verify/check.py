@@ -43,6 +43,7 @@ from verify.stated import stated_arithmetic
 
 # A head shape with shared heads; a length inside a tile, one beside its edge, and some tiles.
 DEFAULT_SHAPES, DEFAULT_N_KV, DEFAULT_ROWS = ("4/2x64",), (33, 65, 300), 32
+ONE_HEAD_EACH = ("4/4x64",)
 DEFAULT_BASELINE = "flash"
 SCHEMA = 1
 Layout = Literal["bshd", "bhsd", "thd"]
@@ -209,7 +210,7 @@ def _case_json(w: WorstCase | None) -> dict[str, Any] | None:
 def check_attention(
     fn: Callable[..., Any] | str,
     *,
-    shapes: Sequence[str] = DEFAULT_SHAPES,
+    shapes: Sequence[str] | str | None = None,
     n_kv: Sequence[int] | int = DEFAULT_N_KV,
     dtype: str | torch.dtype | None = None,
     layout: Layout | None = None,
@@ -231,7 +232,8 @@ def check_attention(
     fn: (q, k, v, *, kv_len, scale) -> out or (out, lse); a function, lambda, bound method, nn.Module,
         operator, compiled function or wrapper, or a specification of `verify list`. Without kv_len it is
         asked how it sees keys; what its form lacks is in `Report.notes`.
-    shapes: "Hq/HkvxD" (query heads, KV heads, head size) or names such as "llama-3-8b".
+    shapes: "Hq/HkvxD" (query heads, KV heads, head size) or names such as "llama-3-8b"; default "4/2x64",
+        or "4/4x64" of a kernel whose heads share no keys.
     n_kv: keys that a row sees, one or several lengths.
     dtype: of q, k, v: "f16" (default), "bf16", "f32", or torch's.
     layout: order of its dimensions, "bshd" [B, T, H, D] (default), "bhsd" [B, H, T, D], "thd" [tokens, H, D].
@@ -274,7 +276,7 @@ def check_attention(
     with MEASURING.applied():
         settings = partial(
             DiffSettings,
-            shapes=tuple([shapes] if isinstance(shapes, str) else shapes),
+            shapes=_shapes(shapes, kernel),
             n_kvs=_lengths(n_kv),
             families=names,
             baseline=reference.spec if reference is not None else str(baseline or DEFAULT_BASELINE),
@@ -288,6 +290,12 @@ def check_attention(
             allow_same=kernel.spec == baseline,
         )
         built = {each.spec: each for each in (kernel, reference) if each is not None}
+
+        def kept(spec: str) -> Kernel:
+            if spec not in built:
+                built[spec] = build_kernel(spec)
+            return built[spec]
+
         outcomes: dict[str, DiffOutcome] = {}
         probings: dict[_Place, Probing] = {}
         try:
@@ -295,9 +303,7 @@ def check_attention(
                 own = settings(path=path)
                 check_settings(own, [] if own.baseline in built else [own.baseline])
                 inputs = _remembered(all_inputs(own, on, clock := StageClock(on)), probings)
-                outcomes[path] = run_diff(
-                    own, on, inputs, clock, build=lambda spec: built.get(spec) or build_kernel(spec)
-                )
+                outcomes[path] = run_diff(own, on, inputs, clock, build=kept)
             report = _report(_said_name(fn), outcomes, probings)
             if report.verdict == "broken" and report.worst is not None:
                 report = replace(report, smallest=_smallest(kernel, report.worst, settings))
@@ -362,6 +368,12 @@ def _families(names: Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(names, str):
         names = [names]
     return (PROBES, *FAMILIES) if names is None else tuple(names)
+
+
+def _shapes(shapes: Sequence[str] | str | None, kernel: Kernel) -> tuple[str, ...]:
+    if shapes is None:
+        return ONE_HEAD_EACH if kernel.capabilities().ratios == (1,) else DEFAULT_SHAPES
+    return (shapes,) if isinstance(shapes, str) else tuple(shapes)
 
 
 def _lengths(n_kv: Sequence[int] | int) -> tuple[int, ...]:

@@ -93,6 +93,8 @@ class Form:
     # Which of CALL_FORMS it takes, and which it cannot do without.
     forms: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    # It was asked, and was right in no form: it runs in this one.
+    never_right: bool = False
     # What a reader must know of all this.
     said: tuple[str, ...] = ()
 
@@ -218,7 +220,32 @@ class Form:
 
         seen: a mask that the call has; packed: q is [1, sum T, ...], of which the callable gets [sum T, ...].
         """
+        expected = [*q.shape[:3], v.shape[-1]]
+        native, words = self.native(q, k, v, kv_len=kv_len, scale=scale, seen=seen, packed=packed, **given)
+        with torch.no_grad():
+            if self.by_position:
+                lengths = kv_len[0] if packed and kv_len is not None else kv_len
+                found = self.function(*native, lengths, scale, **words)
+            else:
+                found = self.function(*native, **words)
+        return self.result(found, expected, q.device, packed=packed)
+
+    def native(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        kv_len: torch.Tensor | None,
+        scale: float,
+        seen: torch.Tensor | None = None,
+        packed: bool = False,
+        **given: Any,
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """What one call is given: q, k, v in the callable's order of dimensions, and keywords."""
         words: dict[str, Any] = {**self.options, **given}
+        if self.way == "kv_len" and not self.by_position:
+            words["kv_len"] = kv_len[0] if packed and kv_len is not None else kv_len
         if name := self.names.get("scale"):
             words[name] = scale
         if self.way == "mask":
@@ -227,24 +254,18 @@ class Form:
         if self.way in ("causal", "square") and (name := self.names.get("causal")):
             # One row sees all keys: some, torch's among them, count a triangle from the first key on.
             words[name] = q.shape[1] > 1
-        batch, rows = q.shape[:2]
-        expected = [batch, rows, q.shape[2], v.shape[-1]]
+        rows = q.shape[1]
         if "packed" in self.names:
             # One sequence at a time where a callable takes no lengths.
             ends = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (rows, k.shape[1])]
             words |= dict(zip(PACKED_NAMES, (*ends, rows, k.shape[1]), strict=True))
-        q, k, v = q if packed else self._given(q), self._given(k), self._given(v)
         if packed:
-            assert kv_len is not None
-            q, kv_len = q[0], kv_len[0]
-        with torch.no_grad():
-            if self.by_position:
-                found = self.function(q, k, v, kv_len, scale, **words)
-            elif self.way == "kv_len":
-                found = self.function(q, k, v, kv_len=kv_len, **words)
-            else:
-                found = self.function(q, k, v, **words)
-        return self._result(found, expected, q.device, packed=packed)
+            return [q[0], self._given(k), self._given(v)], words
+        return [self._given(x) for x in (q, k, v)], words
+
+    def canonical(self, x: torch.Tensor) -> torch.Tensor:
+        """q, k or v in the callable's order of dimensions, back in ours."""
+        return self._ours(x)
 
     @staticmethod
     def _seen(k: torch.Tensor, kv_len: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -264,7 +285,7 @@ class Form:
             return x[0]
         return x
 
-    def _result(
+    def result(
         self, found: Any, expected: list[int], device: torch.device, *, packed: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, lse = found, None
@@ -357,7 +378,12 @@ def load_callable(
             raise FormError(f"{where} has no function {names}{hint}") from None
     if isinstance(found, type):
         try:
-            found = found(**(arguments or {}))
+            # Files of benchmarks say what their classes are constructed with.
+            inits = getattr(module, "get_init_inputs", None)
+            if arguments is None and callable(inits):
+                found = found(*inits())
+            else:
+                found = found(**(arguments or {}))
         except Exception as error:
             raise FormError(
                 f"{names} must be constructed, and {names}({_written(arguments or {})}) fails:"
@@ -504,12 +530,12 @@ def _shown(form: Form, wanted: Wanted, ways: tuple[Form, ...]) -> Form:
                     runs = runs or some
     if runs is None:
         raise FormError(f"{form.name}: fails when it is asked how it sees keys: {failure}")
-    return _explained(runs)
+    return replace(_explained(runs), never_right=True)
 
 
 def _is_right(form: Form, device: str, dtype: torch.dtype) -> bool:
     """Whether it gives attention on a small call in which every way of seeing keys gives another result."""
-    call = small_call(device, dtype, heads=1 if form.one_head_each else 2)
+    call = small_call(device, dtype, ratio=1 if form.one_head_each else 2)
     n = call["k"].shape[1]
     q, kv_len = call["q"], call["kv_len"]
     if form.way in ("causal", "square"):
@@ -660,13 +686,14 @@ def _out_of(form: Form, call: Mapping[str, Any], **options: Any) -> torch.Tensor
     return out
 
 
-def small_call(device: str, dtype: torch.dtype = torch.float16, *, heads: int = 2) -> dict[str, Any]:
+def small_call(device: str, dtype: torch.dtype = torch.float16, *, ratio: int = 2) -> dict[str, Any]:
     """A call of two rows over 16 keys on which each of OPTIONAL, and every way to see keys, tells."""
     g = torch.Generator().manual_seed(0)
-    shapes = ((2, heads), (16, 1), (16, 1))
+    # Several KV heads: one alone is broadcast by kernels that share none.
+    shapes = ((2, 2 * ratio), (16, 2), (16, 2))
     q, k, v = (torch.randn(1, n, h, 64, generator=g).to(dtype).to(device) for n, h in shapes)
     kv_len = torch.tensor([[16, 11]], dtype=torch.int32, device=device)
-    per_head = torch.ones(heads, device=device)
+    per_head = torch.ones(2 * ratio, device=device)
     options = {"path": "decode", "sliding_window": 3, "softcap": 0.5, "sinks": 3 * per_head}
     return {"q": q, "k": k, "v": v, "kv_len": kv_len, "options": options | {"alibi_slopes": 0.5 * per_head}}
 

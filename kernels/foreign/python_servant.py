@@ -46,9 +46,11 @@ def load(arguments: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
         "takes": form.takes,
         "left_out": dict(form.left_out),
         "way": form.way,
+        "layout": form.layout,
         "dtypes": form.dtypes,
         "one_head_each": form.one_head_each,
         "forms": form.forms,
+        "never_right": form.never_right,
         "said": form.said,
     }
     return greeting, lambda question, memory: answer_call(form, question, memory)

@@ -54,7 +54,7 @@ class UserKernel(Kernel):
     ) -> None:
         super().__init__(spec)
         self.function, self.binary, self.acc = function, binary, acc
-        self.deterministic, self.stated = deterministic, stated
+        self.deterministic, self.stated, self.greeting = deterministic, stated, greeting
         self._takes: tuple[str, ...] = tuple(greeting["takes"])
         self._dtypes: tuple[str, ...] = tuple(greeting["dtypes"])
         self._way: str = greeting["way"]

@@ -100,13 +100,13 @@ def test_stated_sums_give_a_budget_at_any_length() -> None:
         (ops.causal, {"causal": True}),
         (ops.needs_block, {"options": {"block": 64}}),
         (ops.bf16_only, {"dtype": torch.bfloat16}),
-        (f"py:{ops.__file__}::attend", {}),
+        (f"py:{ops.__file__}::attend", {"paths": None}),
         ("eager:block=32", {}),
     ],
     ids=str,
 )
 def test_whatever_can_be_called_is_checked(fn: Any, more: dict[str, Any]) -> None:
-    report = verify.check_attention(fn, **SMALL, **more)
+    report = verify.check_attention(fn, **{**SMALL, **more})
     assert report.verdict in ("improved", "round-off", "identical"), report.text()
 
 

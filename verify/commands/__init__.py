@@ -42,6 +42,10 @@ COMMANDS = {
         "The laws of attention, merges and plans against a kernel; what breaks one is shrunk to a small"
         " case.",
     ),
+    "judge": Listed(
+        "judge",
+        "A kernel nobody trusts: families, probes and laws, then the ways to look right without being it.",
+    ),
     "selftest": Listed(
         "selftest", "Runs every known fault and every clean variant past every detector: the mutation score."
     ),

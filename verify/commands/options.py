@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,5 +51,9 @@ Strict = Annotated[
     typer.Option(
         "--strict", help="a kernel of yours must be right for n_kv = 0 too, which engines never ask"
     ),
+]
+JUnit = Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")]
+Format = Annotated[
+    str, typer.Option("--format", help="github: annotations to stderr, and the job's summary; default text")
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")]

@@ -38,7 +38,8 @@ def run_diff(
 ) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate.
 
-    build: the kernel of a specification; the library's caller has functions that none can name.
+    build: the kernel of a specification; the library's caller has functions that none can name, and closes
+    what it built.
 
     An interruption, or too little memory, ends it: what was examined by then is judged, and the outcome says
     what stopped it. Raises UsageError for too little memory where nothing was.
@@ -102,7 +103,7 @@ def run_diff(
         if not any(cells):
             raise UsageError(stopped) from None
     finally:
-        for kernel in (*baselines.values(), *candidates):
+        for kernel in (*baselines.values(), *candidates) if build is build_kernel else ():
             kernel.close()
     for i, (of_first, evidence) in first.items():
         if faults_of(evidence, "candidate") and not any(cell.faults for cell in cells[i]):

@@ -1,0 +1,1 @@
+"""`verify judge`: kernels nobody trusts, written by a model or downloaded."""
