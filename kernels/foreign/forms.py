@@ -298,7 +298,7 @@ class Form:
         if packed:
             # Packed tokens: [sum T, Hq, Dv] in any order of dimensions.
             form = replace(self, layout="thd", names={k: n for k, n in self.names.items() if k != "packed"})
-            return form._result(found, expected, device)
+            return form.result(found, expected, device)
         if not isinstance(out, torch.Tensor):
             raise FormFailure("shape", f"out is a {type(out).__name__}, expected a tensor")
         theirs = {"bshd": expected, "bhsd": [batch, heads, rows, size], "thd": expected[1:]}

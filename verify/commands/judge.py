@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
+from verify.machine.command_line import parse_lengths
 
 
 def command(
@@ -33,7 +34,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command. Exit 0 if it is right and no cheat was caught, 1 if not."""
-    from verify.commands.options import parse_lengths
     from verify.distrust.judging import judge
     from verify.distrust.told import cases_of, judged_json, print_judged
     from verify.machine.environment import describe, prepare_torch
