@@ -10,8 +10,10 @@ taken. Nothing that is decoded is kept: the caller drops it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -96,7 +98,9 @@ class TensorStream:
         with self._change:
             self._wanted.extendleft(reversed(list(pieces)))
             if self._thread is None and self._wanted:
-                self._thread = threading.Thread(target=self._read_ahead, daemon=True)
+                # Of a stream that nobody has any more, the thread is to end as well.
+                gone = weakref.ref(self, partial(_wake, self._change))
+                self._thread = threading.Thread(target=_read_ahead, args=(gone, self._change), daemon=True)
                 self._thread.start()
             self._change.notify_all()
 
@@ -193,23 +197,6 @@ class TensorStream:
         self.read_bytes[piece.name] += staged.stored.numel()
         return staged.stored
 
-    def _read_ahead(self) -> None:
-        while True:
-            with self._change:
-                while not self._closed and not (self._wanted and self._has_room()):
-                    self._change.wait()
-                if self._closed:
-                    return
-                piece = self._reading = self._wanted.popleft()
-            try:
-                staged: _Staged | Exception = self._read(piece)
-            except Exception as error:  # raised where the piece is taken
-                staged = error
-            with self._change:
-                self._staged[piece] = staged
-                self._reading = None
-                self._change.notify_all()
-
     def _has_room(self) -> bool:
         held = sum(s.stored.numel() for s in self._staged.values() if isinstance(s, _Staged))
         try:
@@ -245,3 +232,32 @@ class TensorStream:
             ready = torch.cuda.Event()
             ready.record(self._copies)
         return _Staged(stored, ready)
+
+
+def _wake(change: threading.Condition, gone: object) -> None:
+    with change:
+        change.notify_all()
+
+
+def _read_ahead(of: weakref.ref[TensorStream], change: threading.Condition) -> None:
+    """What a stream's thread does, until the stream is closed or gone: while it waits it holds none."""
+    while True:
+        with change:
+            while True:
+                stream = of()
+                if stream is None or stream._closed:
+                    return
+                if stream._wanted and stream._has_room():
+                    piece = stream._reading = stream._wanted.popleft()
+                    break
+                del stream
+                change.wait()
+        try:
+            staged: _Staged | Exception = stream._read(piece)
+        except Exception as error:  # raised where the piece is taken
+            staged = error
+        with change:
+            stream._staged[piece] = staged
+            stream._reading = None
+            change.notify_all()
+        del stream, staged

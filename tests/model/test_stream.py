@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,17 @@ def test_a_thread_ends_with_its_stream(file: GGUFFile) -> None:
     stream.ahead([Piece(NAMES[0])])
     stream.close()
     assert threading.active_count() == before
+
+
+def test_a_thread_ends_with_a_stream_that_nobody_has_any_more(tmp_path: Path) -> None:
+    """And with it the file is let go of: a process that opens many models has few files open."""
+    before = set(threading.enumerate())
+    stream = stream_of(GGUFFile.open(write_tiny_model(tmp_path / "tiny.gguf")))
+    stream.ahead([Piece(NAMES[0])])
+    (thread,) = set(threading.enumerate()) - before
+    stream.take(NAMES[0])
+    held = weakref.ref(stream.file)
+    del stream
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert held() is None
