@@ -32,9 +32,10 @@ from verify.kernels.stored import held
 
 # Keys that are read.
 KEYS = 8
-# What a number may be off, relative to the largest of its head: half an ulp of bfloat16, the coarsest type
-# that results come in, and some more. Numbers of two hypotheses that lie nearer are not told apart.
-TOLERANCE = 2.0**-8
+# What a number may be off, relative to the largest of its head, by the type of a kernel's results: an ulp of
+# it, and of the numbers of 16 bits that a cache is expanded to or queries are rotated in.
+TOLERANCES = {"bf16": 2.0**-7}
+TOLERANCE = 2.0**-9
 UNKNOWN = "none that is known"
 
 
@@ -59,12 +60,13 @@ class SeenNumbers(NamedTuple):
 
 
 class CacheSeen(NamedTuple):
-    """k: None where it cannot be seen."""
+    """What one layer's cache holds; k: None where it cannot be seen; tolerance: what numbers may be off."""
 
     layer: int | None
     cache: str
     k: SeenNumbers | None
     v: SeenNumbers
+    tolerance: float
 
     @property
     def fault(self) -> str | None:
@@ -73,10 +75,11 @@ class CacheSeen(NamedTuple):
             if seen is None:
                 continue
             where = "" if self.layer is None else f" of layer {self.layer}"
-            if not seen.asked <= TOLERANCE and seen.error * 2 < seen.asked:
+            if seen.asked <= self.tolerance:
+                continue
+            if seen.error * 2 < seen.asked:
                 return f"{name}{where} was to be kept as {self.cache}, and reads as {seen.kind}"
-            if not seen.asked <= TOLERANCE:
-                return f"{name}{where} is {seen.asked:.3g} off what a cache of {self.cache} makes of it"
+            return f"{name}{where} is {seen.asked:.3g} off what a cache of {self.cache} makes of it"
         return None
 
 
@@ -108,12 +111,15 @@ def look(kernel: Kernel, call: Call) -> CacheSeen:
     """
     asked = some_keys(call)
     found, cache = read_back(kernel, asked), kernel.cache.at(call.layer)
-    due = kernel.held(asked)
-    k = None if found.k is None else _recognised(found.k, asked, due, cache, "k")
-    return CacheSeen(call.layer, str(cache), k, _recognised(found.v, asked, due, cache, "v"))
+    due, tolerance = kernel.held(asked), TOLERANCES.get(kernel.result_type(asked), TOLERANCE)
+    k = None if found.k is None else _recognised(found.k, asked, due, cache, "k", tolerance)
+    v = _recognised(found.v, asked, due, cache, "v", tolerance)
+    return CacheSeen(call.layer, str(cache), k, v, tolerance)
 
 
-def _recognised(found: torch.Tensor, asked: Call, due: Call, cache: CacheSpec, which: str) -> SeenNumbers:
+def _recognised(
+    found: torch.Tensor, asked: Call, due: Call, cache: CacheSpec, which: str, tolerance: float
+) -> SeenNumbers:
     given = getattr(asked, which)[:, 0].double()
     size = given.abs().amax(-1, keepdim=True).clamp(min=1e-30)
 
@@ -122,7 +128,8 @@ def _recognised(found: torch.Tensor, asked: Call, due: Call, cache: CacheSpec, w
 
     own = off(getattr(due, which)[:, 0].double())
     best, kind = own, _words(cache, which)
-    for other in _hypotheses(cache):
+    # What is as it should be needs no other explanation.
+    for other in _hypotheses(cache) if own > tolerance else ():
         try:
             made = getattr(held(asked, other), which)[:, 0].double()
         except ValueError:
@@ -130,7 +137,7 @@ def _recognised(found: torch.Tensor, asked: Call, due: Call, cache: CacheSpec, w
         # As good is not better: what is said to be held is, unless something else explains it better.
         if (error := off(made)) < best / 2:
             best, kind = error, _words(other, which)
-    if best > TOLERANCE:
+    if best > tolerance:
         kind = UNKNOWN
     name = getattr(cache, which)
     block = cache.blocks(asked.shape.k_size, asked.shape.v_size)

@@ -64,6 +64,8 @@ class HeadErrors(NamedTuple):
     gain_rises: float
     nonfinite: int  # over all rows: those with NaN or Inf
     position: int  # of the worst row
+    # Over all rows: ||exact on what its cache holds - exact|| / ||exact||, what the cache alone loses.
+    cache_rms: float = 0.0
 
 
 _FIGURES = HeadErrors._fields[5:]
@@ -86,17 +88,14 @@ def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> torch.Tenso
 
 
 class Measured(NamedTuple):
-    """One kernel's errors at one layer.
+    """One kernel's errors at one layer; tensors [B, T, H, Dv]."""
 
-    own: its call, on what its own cache holds, apart from the others' if `alone`; exact: float64 attention of
-    that; errors: the kernel's, and the same with faults planted, by the name they go under. [B, T, H, Dv].
-    """
-
-    arm: Arm
-    own: Call
-    alone: bool
-    exact: torch.Tensor
-    errors: Mapping[str, torch.Tensor]
+    arm: Arm  # whose kernel it is
+    own: Call  # on what its own cache holds
+    alone: bool  # whether that is not what the others have
+    exact: torch.Tensor  # float64 attention of `own`
+    given: torch.Tensor  # the same of keys and values as they were given
+    errors: Mapping[str, torch.Tensor]  # the kernel's, and with faults planted, by the name they go under
 
 
 class InPlace:
@@ -128,6 +127,8 @@ class InPlace:
             for name, error in one.errors.items():
                 self._checks.append((call.window, call.layer, name, one.arm.path))
                 figures = _all_rows(error, one.exact, call.kv_len[0])
+                if one.alone:
+                    figures["cache_rms"] = relative_rms(one.exact - one.given, one.given, (1, 3))
                 if rows is not None and checked is not None:
                     side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)[None]
                     kv_len = call.kv_len[0, checked]
@@ -196,6 +197,7 @@ def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) ->
     figures["relative_rms"] = relative_rms(error, exact, (1, 3))
     figures["gain"] = gain
     figures["nonfinite"] = bad.sum(1).double()
+    figures["cache_rms"] = torch.zeros_like(gain)
     figures["position"] = (kv_len.long() - 1)[bad.to(torch.int8).argmax(1)].double()
     return figures
 

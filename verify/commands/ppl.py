@@ -21,6 +21,7 @@ from verify.ppl.settings import (
     PplSettings,
     one_cache_type,
     parse_size,
+    with_caches,
 )
 
 
@@ -38,6 +39,12 @@ def command(
     ] = "decode",
     baseline: options.Baseline = DEFAULT_BASELINE,
     candidate: options.Candidates = None,
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            "--caches", help="candidates: the baseline over each of these, f16,q8_0,q8_0/q4_0,e4m3 say"
+        ),
+    ] = None,
     cache_type: options.CacheType = "f16",
     cache_type_k: Annotated[
         str | None, typer.Option("-ctk", help="type of K in all arms; default --cache-type")
@@ -138,7 +145,7 @@ def command(
             chunks=chunks,
             path=path,
             baseline=baseline,
-            candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
+            candidates=_candidates(baseline, candidate, caches),
             cache_type=one_cache_type(cache_type, cache_type_k, cache_type_v),
             device=device or default_device(),
             memory=parse_size(memory) if memory else None,
@@ -162,6 +169,13 @@ def command(
     if json_ and ended.run is not None:
         print(to_json_text(as_json(ended.run)), end="")
     return ended.exit_code
+
+
+def _candidates(baseline: str, candidate: list[str] | None, caches: str | None) -> tuple[str, ...]:
+    given = tuple(candidate or ())
+    if caches is not None:
+        return given + with_caches(baseline, caches)
+    return given or (DEFAULT_CANDIDATE,)
 
 
 def _load_writer() -> Callable[[Path], object]:

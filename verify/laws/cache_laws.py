@@ -14,7 +14,7 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.cache_types import MAINLINE_BLOCK, parse_cache
 from verify.kernels.call import Call
 from verify.kernels.judging.figures import another_origin
-from verify.kernels.judging.readback import TOLERANCE, look
+from verify.kernels.judging.readback import look
 from verify.kernels.numbers import FP8_TYPES, U_F32, type_of
 from verify.laws.cases import Problem
 from verify.laws.draws import problems
@@ -131,7 +131,9 @@ def cache_layers(subject: Subject, problem: Problem) -> float:
 
 
 @law(
-    "cache-read-back", over_caches(), tolerance="half an ulp of bfloat16, relative to a head's largest number"
+    "cache-read-back",
+    over_caches(),
+    tolerance="2^-9 of a head's largest number; 2^-7 for results in bfloat16",
 )
 def cache_read_back(subject: Subject, problem: Problem) -> float:
     """Read key by key, a cache holds what its codec makes of each key."""
@@ -143,5 +145,5 @@ def cache_read_back(subject: Subject, problem: Problem) -> float:
         found = look(kernel, replace(call, layer=layer))
         if (fault := found.fault) is not None:
             raise LawBroken(fault)
-        margin = max(margin, *(x.asked for x in (found.k, found.v) if x is not None))
-    return margin / TOLERANCE
+        margin = max(margin, *(x.asked / found.tolerance for x in (found.k, found.v) if x is not None))
+    return margin

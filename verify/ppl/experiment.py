@@ -50,6 +50,7 @@ from verify.ppl.evidence import (
     pair_record,
     power_record,
 )
+from verify.ppl.evidence.caches import cache_proofs, cache_records
 from verify.ppl.evidence.foresight import deviation_so_far, foresight
 from verify.ppl.evidence.steadiness import unexplained
 from verify.ppl.grouping import Grouping, group_windows
@@ -313,6 +314,7 @@ class Experiment:
         floor = next((arm.name for arm in self.arms if arm.role == "floor"), None)
         positions = self.windows.scored_positions
         scored_n_kv = range(positions.start + 1, positions.stop + 1)
+        proofs = cache_proofs(self.arms, self.architecture, settings.cache_type, self.device)
         pairs, lengths = [], []
         for arm in self.arms:
             if arm.role != "candidate":
@@ -331,6 +333,11 @@ class Experiment:
                     margin=settings.margin,
                     allow_same=settings.allow_same,
                     unsteady=self._unsteady.get(arm.name, ""),
+                    cache_faults=[
+                        f"{called}: {fault}"
+                        for one, called in ((arm.name, "candidate"), (reference.name, "baseline"))
+                        for fault in (proofs[one].faults[:1] if one in proofs else [])
+                    ],
                 )
             )
             lengths += by_n_kv(
@@ -378,6 +385,7 @@ class Experiment:
             pairs=pairs,
             coverage=coverage_records(launching, joined.traces),
             in_place=[record for record in in_place if record is not None],
+            caches=cache_records(self.arms, self.architecture, proofs, joined.layers),
             by_n_kv=lengths,
             drift=drift_record(joined.drift),
             top1_changes=changed_token_records(joined.top1, self.windows, self.tokenizer),

@@ -105,7 +105,7 @@ class KernelMeasurer:
         for name, result in results.items():
             self.errors[frozen_name(name) if name == arm.name else name] = result - aim
         errors = {name: result - exact for name, result in results.items()}
-        return [Measured(arm, own, own is not whole, exact, errors)]
+        return [Measured(arm=arm, own=own, alone=own is not whole, exact=exact, given=oracle, errors=errors)]
 
     def _ask_again(
         self, call: LayerCall, one: ArmRunner, whole: Call, first: torch.Tensor, oracle: torch.Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from verify.arms.cache_proof import SeenLayers
 from verify.arms.records import (
     NOT_KNOWN,
     ArmOfRun,
@@ -287,6 +288,20 @@ class SpeedRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheRecord:
+    """One candidate with a cache of its own: what that costs, what it holds, and which loss is whose."""
+
+    candidate: str  # name of its arm
+    cache: str  # as its specification has it
+    bytes_a_token: float  # of K and V in all layers
+    bytes_a_token_given: float  # the same as float16
+    cache_rms: float = NOT_KNOWN  # ||exact on what the cache holds - exact|| / ||exact||, over all layers
+    kernel_rms: float = NOT_KNOWN  # ||kernel - exact on what the cache holds|| / ||exact||
+    layers: list[SeenLayers] = field(default_factory=list)  # what was read back of it
+    faults: list[str] = field(default_factory=list)  # what is not as it is said to be
+
+
+@dataclass(frozen=True, kw_only=True)
 class PplRun(RunRecord):
     """One whole run."""
 
@@ -296,6 +311,7 @@ class PplRun(RunRecord):
     pairs: list[PairRecord]  # one a candidate and path
     coverage: list[CoverageRecord]  # what every kernel launched
     in_place: list[InPlaceRecord]  # each kernel's own error
+    caches: list[CacheRecord] = field(default_factory=list)  # of candidates with a cache of their own
     by_n_kv: list[LengthRecord] = field(default_factory=list)  # divergences by context length
     drift: DriftRecord = DriftRecord()  # distance to exact, layer by layer
     top1_changes: list[Top1Record] = field(default_factory=list)  # the first of them

@@ -139,6 +139,24 @@ class PplSettings:
         return cls(**given)
 
 
+def with_caches(baseline: str, caches: str) -> tuple[str, ...]:
+    """The baseline's kernel over each of some caches, comma between; f16, as given, is the baseline itself.
+
+    Raises UsageError, SpecError.
+    """
+    from verify.kernels.cache_types import parse_cache
+    from verify.kernels.plans.spec import parse_spec, with_options
+
+    if "cache" in parse_spec(baseline).options:
+        raise UsageError(f"--caches: expected a baseline without a cache of its own, got {baseline}")
+    texts = [text.strip() for text in caches.split(",")]
+    parsed = [parse_cache(text) for text in texts]
+    chosen = [cache for cache in dict.fromkeys(parsed) if not cache.as_given]
+    if not chosen:
+        raise UsageError(f"--caches {caches}: expected at least one cache beside f16")
+    return tuple(with_options(baseline, {"cache": str(cache)}) for cache in chosen)
+
+
 def one_cache_type(both: str, k: str | None, v: str | None) -> str:
     """The cache of all arms, K/V where `-ctk` and `-ctv` differ. Raises UsageError."""
     chosen = k or both, v or both

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from verify.ppl.record import DetectableRecord, PplRun
+from verify.reports.caches import COLUMNS, cache_rows
 from verify.reports.pictures import pictures
 from verify.reports.record import StoredPpl, ppl_command
 from verify.reports.split_mode import shared_out
@@ -38,6 +39,8 @@ def _content(run: PplRun) -> dict[str, Any]:
         "repeats": [arm.name for arm in run.arms if arm.role in ("control", "noise")],
         "pair_of": {pair.candidate: pair for pair in run.pairs},
         "command": ppl_command(run),
+        "cache_columns": COLUMNS,
+        "caches": cache_rows(run),
         "facts": _facts(run),
     }
 

@@ -22,6 +22,7 @@ from verify.ppl.evidence.judged_calls import steady_sentence
 from verify.ppl.perplexity import final_line, running_line
 from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
+from verify.reports.caches import COLUMNS, cache_rows
 from verify.reports.progress import progress_bar
 from verify.reports.split_mode import split_mode_sentence
 from verify.reports.tables import Column, table_of
@@ -109,6 +110,11 @@ class PplConsole:
         print(closing, file=self.out)
         console = console_on(self.out)
         print_table_on(console, _table(run))
+        if of_caches := cache_rows(run):
+            kinds = [
+                Column(name, "words" if name in ("cache", "read back") else "figure") for name in COLUMNS
+            ]
+            print_table_on(console, table_of(kinds, of_caches))
         for line in _coverage(run):
             console.print(line, soft_wrap=True)
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,6 +119,7 @@ def pair_record(
     margin: float,
     allow_same: bool,
     unsteady: str = "",
+    cache_faults: Sequence[str] = (),
 ) -> PairRecord:
     """Everything about one candidate, and the verdict on it."""
     name, other = candidate.name, reference.name
@@ -130,6 +132,7 @@ def pair_record(
     faults = [
         *_faults(name, "candidate", result, nll),
         *_faults(other, f"baseline {reference.spec}", result, nll_reference),
+        *cache_faults,
     ]
     shared = ""
     if equal and (both_have := _faults(other, "both", result, nll_reference)):
