@@ -18,7 +18,7 @@ from verify.kernels.plans.spec import PLAN_OPTIONS
 TILE_OPTIONS: dict[str, str] = {
     **PLAN_OPTIONS,
     "p": "type of P as it enters the second product: f16, bf16, f32, e4m3, e5m2; default f16",
-    "q": "e4m3 or e5m2: q is rounded to it, with one scale a row and head; default as-given",
+    "q": "q is rounded: e4m3 or e5m2 with a scale a row and head, or q8_0 in blocks; default as-given",
     "acc": "type of the output accumulators: f32, f16; default f32",
     "out": "type of the result: f32, f16, bf16; default f32",
     "cache": f"the KV cache, {GRAMMAR}: f16 (as given), {', '.join(KEPT_TYPES[1:])}; default f16",

@@ -41,7 +41,7 @@ from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_KEYS, P_SCALES, U_F32, type_of
 from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.plan import RowPlan, rows_of_like_cuts
-from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.plans.tile_options import AS_GIVEN_Q, BLOCKS_Q, TileOptions
 from verify.kernels.sequences import CallSequence, listed_rows
 from verify.kernels.stored import store
 from verify.kernels.trace import Launched, RowKind, Signature
@@ -86,7 +86,7 @@ class EagerKernel(Kernel):
     def _run(self, call: Call, cache: CacheSpec) -> Result:
         """Attention in float32 over what a cache holds; cache: what it is called in the trace."""
         options, shape = self.options.with_plan(call.plan), call.shape
-        if options.q in FP8_TYPES:
+        if options.q != AS_GIVEN_Q:
             call = replace(call, q=rounded_queries(call.q, options.q))
         if options.plan.policy is None:
             options.plan.groups(shape.ratio)  # raises before anything is computed
@@ -220,15 +220,17 @@ def over_rotation(plain: Arithmetic, cache: CacheSpec, shape: Shape, dtype: torc
 
 def with_fp8(plain: Arithmetic, options: TileOptions) -> Arithmetic:
     """An arithmetic with P, or q, of 8 bits, where options ask for it."""
-    if options.q in FP8_TYPES:
+    if options.q == BLOCKS_Q:
+        plain = replace(plain, q_blocks=True)
+    elif options.q in FP8_TYPES:
         # Its code, and the product of code and scale in float16 or better.
         plain = replace(plain, u_q=plain.u_q + FP8_TYPES[options.q].u + 2.0**-11, q_scaled=options.q)
     return replace(plain, p_scale=P_SCALES.get(options.p, 1.0))
 
 
 def rounded_queries(q: torch.Tensor, kind: str) -> torch.Tensor:
-    """q [B, T, Hq, D] as codes of a type of 8 bits and one scale a row and head stand for it."""
-    return through_cache(q, kind, scale="token")
+    """q [B, T, Hq, D] as codes of 8 bits stand for it, with one scale a row and head or in blocks."""
+    return through_cache(q, kind, scale="" if kind == BLOCKS_Q else "token")
 
 
 class _Launch(NamedTuple):

@@ -32,7 +32,7 @@ from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
 from verify.kernels.numbers import FP8_TYPES, MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, type_of
 from verify.kernels.plans.asked import RowAsked
-from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.plans.tile_options import AS_GIVEN_Q, TileOptions
 from verify.kernels.stored import store
 from verify.kernels.trace import NOTHING, Launched
 
@@ -132,7 +132,7 @@ class FlashKernel(Kernel):
             if cache.k == cache.v and cache.k in FUSED_TYPES and call.q.dtype == torch.float16 and not sizes:
                 planes = planes_of(stored.k, stored.v)
             call, rotation = stored.call, stored.rotation.v
-        if options.q in FP8_TYPES:
+        if options.q != AS_GIVEN_Q:
             call = replace(call, q=rounded_queries(call.q, options.q))
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         tiles = self.tiles or self._tiles(call.q.device, call, options)

@@ -10,13 +10,15 @@ from verify.kernels.plans.plan import Plan
 from verify.kernels.plans.spec import Spec, choice, parse_plan
 
 AS_GIVEN_Q = "as-given"
+# As ggml's CPU kernels have queries beside a quantised cache: blocks of 32 with a scale.
+BLOCKS_Q = "q8_0"
 
 
 @dataclass(frozen=True)
 class TileOptions:
     """plan: how a call is cut; p: type of P in the second product; acc: output accumulators; out: result;
-    q: what q is rounded to before the first product, `as-given` or a type of 8 bits with a scale a row and
-    head.
+    q: what q is rounded to before the first product: `as-given`, a type of 8 bits with a scale a row and
+    head, or blocks of q8_0.
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -30,11 +32,6 @@ class TileOptions:
         q = "" if self.q == AS_GIVEN_Q else f",q={self.q}"
         return f"block={self.plan.block},p={self.p},acc={self.acc},out={self.out}{q}"
 
-    @property
-    def fp8(self) -> bool:
-        """Whether P or q has 8 bits."""
-        return self.p in FP8_TYPES or self.q in FP8_TYPES
-
     def with_plan(self, plan: Plan | None) -> TileOptions:
         """These options, with the plan that a call brings itself where it brings one."""
         return self if plan is None else replace(self, plan=plan)
@@ -47,7 +44,7 @@ def parse_tile_options(spec: Spec) -> TileOptions:
         p=choice(spec, "p", "f16", tuple(NUMBER_TYPES)),
         acc=choice(spec, "acc", "f32", ("f32", "f16")),
         out=choice(spec, "out", "f32", tuple(FLOAT_TYPES)),
-        q=choice(spec, "q", AS_GIVEN_Q, (AS_GIVEN_Q, *FP8_TYPES)),
+        q=choice(spec, "q", AS_GIVEN_Q, (AS_GIVEN_Q, *FP8_TYPES, BLOCKS_Q)),
     )
     if options.p in FP8_TYPES and options.acc != "f32":
         raise SpecError(

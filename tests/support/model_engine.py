@@ -22,7 +22,10 @@ import pytest
 
 # The build whose structs are laid out below.
 WHEEL, VERSION = "xllamacpp", "2026.10.11549"
-_F32 = 0
+# ggml's numbers of the types that caches may have here.
+CACHE_TYPE_IDS = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+# Turns the rotation of quantised caches off.
+NO_ROTATION = "LLAMA_ATTN_ROT_DISABLE"
 
 
 class ModelParams(ctypes.Structure):
@@ -118,9 +121,13 @@ class ModelEngine:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def logits(self, path: Path, tokens: np.ndarray) -> np.ndarray:
-        """Float32 [T, vocabulary] for token ids [T]. Raises EngineRefusal."""
-        found: np.ndarray = self._ask("logits", str(path), np.asarray(tokens, np.int32))
+    def logits(
+        self, path: Path, tokens: np.ndarray, *, cache: tuple[str, str] = ("f32", "f32"), rotated: bool = True
+    ) -> np.ndarray:
+        """Float32 [T, vocabulary] for token ids [T]; cache: types of K and V, with flash attention if they
+        are not f32; rotated: whether its rule of rotation is left on. Raises EngineRefusal."""
+        ids = np.asarray(tokens, np.int32)
+        found: np.ndarray = self._ask("logits", str(path), ids, cache, rotated)
         return found
 
     def token_ids(self, path: Path, texts: list[str]) -> list[list[int]]:
@@ -220,13 +227,15 @@ class _Library:
             raise EngineRefusal("".join(self.log[-8:]))
         return model
 
-    def logits(self, path: str, tokens: np.ndarray) -> np.ndarray:
+    def logits(self, path: str, tokens: np.ndarray, cache: tuple[str, str], rotated: bool) -> np.ndarray:
         lib, n = self.lib, len(tokens)
+        os.environ[NO_ROTATION] = "0" if rotated else "1"
         model = self.load(path, vocab_only=False)
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = max(-(-n // 256) * 256, 256)
         params.n_threads = params.n_threads_batch = 1
-        params.flash_attention, params.type_k, params.type_v = 0, _F32, _F32
+        params.flash_attention = int(cache != ("f32", "f32"))
+        params.type_k, params.type_v = (CACHE_TYPE_IDS[kind] for kind in cache)
         context = lib.llama_init_from_model(model, params)
         if not context:
             raise EngineRefusal("".join(self.log[-8:]))
