@@ -1,11 +1,11 @@
-"""What caches cost a model: `verify ppl --caches`, and the same caches in llama.cpp itself on the same windows.
+"""What caches cost a model: `verify ppl --caches`, and the same caches in llama.cpp on the same windows.
 
-    python benchmarks/caches.py -f wiki.test.raw --chunks 2 --run RUN [--engine] [--out benchmarks/results/caches.json]
+    python benchmarks/caches.py -f wiki.test.raw --chunks 2 --run RUN [--engine] [--out FILE.json]
 
-RUN: the folder of a finished `verify ppl --caches ...`, whose table is stored. --engine: asks the engine of the
-wheel xllamacpp too, a window at a time, for its logits over float16, q8_0, q8_0/q4_0 and q4_0, the quantised
-ones rotated by its own rule and not; its divergences are to its own float16 cache, so that its rounding of
-activations is in both.
+RUN: the folder of a finished `verify ppl --caches ...`, whose table is stored. --engine: asks the engine of
+the wheel xllamacpp too, a window at a time, for its logits over float16, q8_0, q8_0/q4_0 and q4_0, the
+quantised ones rotated by its own rule and not; its divergences are to its own float16 cache, so that its
+rounding of activations is in both.
 """
 
 from __future__ import annotations
@@ -92,7 +92,15 @@ def main() -> None:
     run = json.loads((arguments.run / "run.json").read_text())
     pairs = {pair["candidate"]: pair for pair in run["pairs"]}
     errors = kld_errors(arguments.run, list(pairs))
-    keys = ("distance_ratio", "distance_ratio_ci", "kld_mean", "dlnppl", "dlnppl_se", "top1_changes", "tokens")
+    keys = (
+        "distance_ratio",
+        "distance_ratio_ci",
+        "kld_mean",
+        "dlnppl",
+        "dlnppl_se",
+        "top1_changes",
+        "tokens",
+    )
     ours = [
         {
             **{k: v for k, v in record.items() if k != "candidate"},
