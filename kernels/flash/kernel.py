@@ -25,6 +25,7 @@ from verify.kernels.eager import (
     with_fp8,
 )
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory
+from verify.kernels.flash.merge import combine
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
 from verify.kernels.here import why_not_flash
@@ -263,8 +264,6 @@ class FlashKernel(Kernel):
         return over_cache(self.options, self.cache)
 
     def merger(self) -> Merge:
-        from verify.kernels.flash.merge import combine
-
         return combine
 
     def _tiles(self, device: torch.device, call: Call, options: TileOptions) -> Tiles | None:

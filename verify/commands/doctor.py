@@ -7,6 +7,8 @@ from importlib import metadata
 
 from verify.kernels.catalogue import CATALOGUE
 from verify.machine.environment import describe
+from verify.model.errors import ModelError
+from verify.model.locate import locate_model
 
 # The one name that an installation puts at the top; `kernels`, `model` and `data` are inside it.
 OUR_PACKAGES = ("verify",)
@@ -15,9 +17,6 @@ OUR_PACKAGES = ("verify",)
 def command() -> int:
     """Print what was found; exit 0."""
     import torch
-
-    from verify.model.errors import ModelError
-    from verify.model.locate import locate_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines: list[tuple[str, object]] = []

@@ -10,6 +10,9 @@ import typer
 
 from verify.commands import options
 from verify.machine.command_line import parse_lengths
+from verify.machine.environment import describe, prepare_torch
+from verify.machine.jsontext import to_json_text
+from verify.reports.ci import check_ci_options, hand_over
 
 
 def command(
@@ -36,9 +39,6 @@ def command(
     """Run the command. Exit 0 if it is right and no cheat was caught, 1 if not."""
     from verify.distrust.judging import judge
     from verify.distrust.told import cases_of, judged_json, print_judged
-    from verify.machine.environment import describe, prepare_torch
-    from verify.machine.jsontext import to_json_text
-    from verify.reports.ci import check_ci_options, hand_over
 
     check_ci_options(format_, junit)
     prepare_torch()

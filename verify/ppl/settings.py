@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from verify.arms.sample import default_measured
 from verify.data.corpora import DEFAULT_CORPUS
+from verify.data.windows import SMALLEST_N_CTX
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
+from verify.kernels.cache_types import run_cache
+from verify.kernels.errors import SpecError
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,10 +59,7 @@ class PplSettings:
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
-        from verify.data.windows import SMALLEST_N_CTX
-        from verify.kernels.cache_types import run_cache
         from verify.kernels.call import RUN_PATHS
-        from verify.kernels.errors import SpecError
         from verify.model.runner import COMPUTE_TYPES
 
         if self.path not in (*RUN_PATHS, "both"):
