@@ -90,8 +90,9 @@ class Form:
     dtypes: tuple[str, ...] = ()
     # It has no heads that share keys.
     one_head_each: bool = False
-    # Which of CALL_FORMS it takes, and which it cannot do without.
+    # Which of CALL_FORMS it takes.
     forms: tuple[str, ...] = ()
+    # Which of them it cannot do without.
     needs: tuple[str, ...] = ()
     # It was asked, and was right in no form: it runs in this one.
     never_right: bool = False
