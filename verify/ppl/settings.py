@@ -10,8 +10,9 @@ from verify.arms.sample import default_measured
 from verify.data.corpora import DEFAULT_CORPUS
 from verify.data.windows import SMALLEST_N_CTX
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
-from verify.kernels.cache_types import run_cache
+from verify.kernels.cache_types import parse_cache, run_cache
 from verify.kernels.errors import SpecError
+from verify.kernels.plans.spec import parse_spec, with_options
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -144,8 +145,6 @@ def with_caches(baseline: str, caches: str) -> tuple[str, ...]:
 
     Raises UsageError, SpecError.
     """
-    from verify.kernels.cache_types import parse_cache
-    from verify.kernels.plans.spec import parse_spec, with_options
 
     if "cache" in parse_spec(baseline).options:
         raise UsageError(f"--caches: expected a baseline without a cache of its own, got {baseline}")
