@@ -24,7 +24,7 @@ from verify.diff.run import run_diff
 from verify.diff.shrinking import Shrinker
 from verify.judge.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import PATHS, AttentionPath, Call
+from verify.kernels.call import RUN_PATHS, AttentionPath, Call
 from verify.kernels.foreign.forms import Wanted
 from verify.kernels.foreign.function_kernel import FunctionKernel, name_of_callable
 from verify.kernels.judging.families import FAMILIES
@@ -399,10 +399,10 @@ def _paths(paths: Sequence[AttentionPath] | AttentionPath | None, kernel: Kernel
     """Raises UsageError."""
     has = kernel.capabilities().paths
     if paths is None:
-        return [path for path in PATHS if path in has]
+        return [path for path in RUN_PATHS if path in has]
     asked = [paths] if isinstance(paths, str) else list(paths)
     for path in asked:
-        if path not in PATHS:
+        if path not in RUN_PATHS:
             raise UsageError(f"paths: {path!r}: expected decode or prefill")
     if not asked:
         raise UsageError("paths: expected at least one of decode, prefill")

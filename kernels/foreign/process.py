@@ -51,10 +51,20 @@ _KINDS = {"raised", "shape", "dtype", "device", "unsupported", "import"}
 # What a servant says, and of what type: when it has loaded; and beside results, where it says it at all. A
 # kernel is in the same process and may have written into the pipe itself.
 _GREETINGS: dict[str, dict[str, type]] = {
-    "python_servant.py": {"takes": list, "left_out": dict},
+    "python_servant.py": {
+        "takes": list,
+        "left_out": dict,
+        "way": str,
+        "layout": str,
+        "dtypes": list,
+        "one_head_each": bool,
+        "never_right": bool,
+        "said": list,
+    },
+    "cheat_servant.py": {"way": str, "layout": str},
     "ggml_servant.py": {"version": str, "binary": str, "sinks": bool, "backend": str},
 }
-_BESIDE_RESULTS = {"lse": bool, "dtype": str}
+_BESIDE_RESULTS = {"lse": bool, "dtype": str, "caught": str, "not_run": str, "seconds": list}
 
 
 class WorkerProcess:

@@ -279,5 +279,5 @@ def _asked(worker: WorkerProcess, name: str, what: str) -> CheckResult:
         return CheckResult(name, what, "caught", f"{ENDED}{failure}")
     if reason := worker.said.get("not_run"):
         return CheckResult(name, what, "not run", reason)
-    said = worker.said.get("said")
+    said = worker.said.get("caught")
     return CheckResult(name, what, "clear") if said is None else CheckResult(name, what, "caught", said)
