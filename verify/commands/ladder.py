@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from verify.commands import options
-from verify.data import cut_windows, load_corpus, read_text_file
 from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_writable
-
-if TYPE_CHECKING:
-    from verify.engines.ladder import Ladder
 
 
 def command(
@@ -33,7 +29,9 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Measure and print; exit 0."""
+    from verify.explain.climb import ladder_of_text
     from verify.reports.explain import print_ladder
+    from verify.reports.progress import progress_of
 
     if n_ctx < 4 or chunks == 0 or chunks < -1:
         raise UsageError(
@@ -41,7 +39,8 @@ def command(
         )
     if out is not None:
         check_writable("--out", out)
-    found = measured_ladder(model, file, n_ctx, chunks, device)
+    prepare_torch()
+    found = ladder_of_text(model, file, n_ctx, chunks, device, progress_of)
     screen = sys.stderr if json_ else sys.stdout
     print_ladder(found, screen)
     text = to_json_text(found.to_json())
@@ -54,24 +53,3 @@ def command(
     if json_:
         print(text, end="")
     return 0
-
-
-def measured_ladder(
-    model: str | None, file: Path | None, n_ctx: int, chunks: int, device: str | None
-) -> Ladder:
-    """The ladder of a model on a text (None: the corpus of ppl)."""
-    from verify.explain.climb import measure
-    from verify.explain.reference import ReferencePasses
-    from verify.reports.progress import progress_of
-
-    prepare_torch()
-    reference = ReferencePasses(model, device)
-    try:
-        corpus = read_text_file(str(file)) if file is not None else load_corpus()
-        tokenizer = reference.tokenizer
-        bos = tokenizer.bos_id if tokenizer.add_bos else None
-        windows = cut_windows(tokenizer.encode(corpus.text), n_ctx=n_ctx, chunks=chunks, bos_id=bos)
-        with progress_of(f"ladder of {reference.name}") as progress:
-            return measure(reference, windows, progress=progress)
-    finally:
-        reference.close()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from verify.arms.likelihood import losses
-from verify.data.windows import Windows
+from verify.data import cut_windows, load_corpus, read_text_file
+from verify.data.windows import ScoredRows, Windows
 from verify.engines.ladder import Ladder, LadderStep, StepKind
 from verify.explain.reference import (
     BASELINE,
@@ -21,6 +25,7 @@ from verify.explain.reference import (
 )
 from verify.judge.statistics import paired_difference, window_interval
 from verify.kernels.errors import KernelFailure
+from verify.machine.errors import UsageError
 from verify.machine.terminal import Progress
 
 
@@ -120,3 +125,52 @@ def measure(
         steps=tuple(steps),
         left_out=tuple(left_out.values()),
     )
+
+
+def ladder_of_text(
+    model: str | None,
+    file: Path | None,
+    n_ctx: int,
+    chunks: int,
+    device: str | None,
+    bar: Callable[[str], AbstractContextManager[Progress | None]],
+) -> Ladder:
+    """The ladder of a model on a text (None: the corpus of ppl). bar: shows progress of work of a name."""
+    reference = ReferencePasses(model, device)
+    try:
+        corpus = read_text_file(str(file)) if file is not None else load_corpus()
+        tokenizer = reference.tokenizer
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        windows = cut_windows(tokenizer.encode(corpus.text), n_ctx=n_ctx, chunks=chunks, bos_id=bos)
+        with bar(f"ladder of {reference.name}") as progress:
+            return measure(reference, windows, progress=progress)
+    finally:
+        reference.close()
+
+
+def ladder_of_windows(model: str | None, windows: np.ndarray, n_vocab: int, device: str | None) -> Ladder:
+    """A ladder on windows [W, n_ctx] of logits files themselves, BOS put where the engine puts it.
+
+    n_vocab: of the files. Raises UsageError where the model has another.
+    """
+    reference = ReferencePasses(model, device)
+    try:
+        own = reference.architecture.sizes.vocabulary
+        if own != n_vocab:
+            called = "default" if model is None else model
+            raise UsageError(f"-m {called}: a vocabulary of {own}, expected {n_vocab} as in the logits files")
+        tokens = np.array(windows)
+        tokenizer, first = reference.tokenizer, tokens[:, 0].copy()
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            tokens[:, 0] = tokenizer.bos_id
+        n_ctx = tokens.shape[1]
+        cut = Windows(
+            tokens=tokens,
+            n_ctx=n_ctx,
+            first_scored=ScoredRows.second_half(n_ctx).first,
+            n_tokens_total=tokens.size,
+            overwritten=first if tokenizer.add_bos else None,
+        )
+        return measure(reference, cut)
+    finally:
+        reference.close()

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from verify.engines.ladder import Ladder, rows_of
+from verify.explain.questions import Explanation
+from verify.reports.logprobs import print_logprobs
 from verify.reports.tables import print_table
 
 
@@ -37,3 +39,18 @@ def print_answer(answer: str, sentences: Sequence[str], to: TextIO) -> None:
     for sentence in sentences:
         print(sentence, file=to)
     print(f"verdict: {answer}", file=to)
+
+
+def print_explanation(found: Explanation, to: TextIO) -> None:
+    """What was measured for it, then each pair's answer, and the gravest where there are several."""
+    if found.measured is not None:
+        print_ladder(found.measured, to)
+    if found.logprobs is not None:
+        print_logprobs(*found.logprobs.paths, found.logprobs.comparison, found.logprobs.placed, to)
+    several = len(found.answers) > 1
+    for i, (answer, sentences) in enumerate(found.answers, 1):
+        if several:
+            print(f"pair {i}:", file=to)
+        print_answer(answer, sentences, to)
+    if several:
+        print(f"verdict: {found.answer} ({len(found.answers)} pairs)", file=to)
