@@ -26,7 +26,7 @@ from verify.kernels.cache_types import (
 )
 from verify.kernels.call import Call, checked_call
 from verify.kernels.kernel import Kernel
-from verify.kernels.numbers import FP8_TYPES
+from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES
 from verify.kernels.rotation import rotate
 from verify.kernels.stored import held
 
@@ -111,20 +111,30 @@ def look(kernel: Kernel, call: Call) -> CacheSeen:
     """
     asked = some_keys(call)
     found, cache = read_back(kernel, asked), kernel.cache.at(call.layer)
-    due, tolerance = kernel.held(asked), TOLERANCES.get(kernel.result_type(asked), TOLERANCE)
+    result = kernel.result_type(asked)
+    due, tolerance = kernel.held(asked), TOLERANCES.get(result, TOLERANCE)
+    # A float16 result has no number between 0 and 2^-24, and a cache of bfloat16 has many.
+    step = 2 * FLOAT_TYPES[result].tau if result in FLOAT_TYPES else 0.0
     k = None if found.k is None else _recognised(found.k, asked, due, cache, "k", tolerance)
-    v = _recognised(found.v, asked, due, cache, "v", tolerance)
+    v = _recognised(found.v, asked, due, cache, "v", tolerance, step)
     return CacheSeen(call.layer, str(cache), k, v, tolerance)
 
 
 def _recognised(
-    found: torch.Tensor, asked: Call, due: Call, cache: CacheSpec, which: str, tolerance: float
+    found: torch.Tensor,
+    asked: Call,
+    due: Call,
+    cache: CacheSpec,
+    which: str,
+    tolerance: float,
+    step: float = 0.0,
 ) -> SeenNumbers:
+    """step: the least number that a result can be, which is no difference."""
     given = getattr(asked, which)[:, 0].double()
     size = given.abs().amax(-1, keepdim=True).clamp(min=1e-30)
 
     def off(held_as: torch.Tensor) -> float:
-        return float(((found - held_as).abs() / size).nan_to_num(nan=torch.inf).max())
+        return float((((found - held_as).abs() - step).clamp(min=0) / size).nan_to_num(nan=torch.inf).max())
 
     own = off(getattr(due, which)[:, 0].double())
     best, kind = own, _words(cache, which)

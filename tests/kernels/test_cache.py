@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
 import torch
 
+from support.problems import problem
 from verify.kernels.cache import FP4_VALUES, IQ4_NL_VALUES, dequantise, ggml_blocks, quantise, through_cache
 from verify.kernels.cache_types import BLOCK, CACHE_TYPES, CacheSpec, bits_per_number, parse_cache
 from verify.kernels.errors import SpecError
+from verify.kernels.faults.altered import AlteredKernel
+from verify.kernels.judging.readback import look
+from verify.kernels.registry import build_kernel
 from verify.model.gguf.decoders.legacy import q6_0
 
 BY_GGUF = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
@@ -208,3 +214,16 @@ def test_what_is_no_cache_is_said_in_a_line(text: str, said: str) -> None:
     with pytest.raises(SpecError) as found:
         parse_cache(text)
     assert said in str(found.value) and repr(text) in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_result_in_float16_has_no_numbers_as_small_as_a_bf16_cache_holds() -> None:
+    """2^-24 is its least: what is lost below is the result's, and no other codec."""
+    call = problem(dtype=torch.bfloat16)
+    small = replace(call, k=call.k * 2.0**-20, v=call.v * 2.0**-20)
+    seen = look(build_kernel("eager:cache=bf16,out=f16"), small)
+    assert seen.fault is None and seen.v.kind == "bf16"
+    # A value that is another one by more than that still shows.
+    other = AlteredKernel(
+        "altered", build_kernel("eager:cache=bf16,out=f16"), lambda c: replace(c, v=c.v + 2.0**-22)
+    )
+    assert look(other, small).fault is not None
