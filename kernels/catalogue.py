@@ -37,6 +37,13 @@ PYTHON_OPTIONS: dict[str, str] = {
     "mask": "what a function without kv_len sees: none (all keys that it is given), causal; default: asked",
     "dtype": "the one type that it takes: f16, bf16, f32",
 }
+MERGE_OPTIONS: dict[str, str] = {
+    **TILE_OPTIONS,
+    "kv": "KV parts, which are merged: a number, size:KEYS, auto; default 2",
+    "base": "of the lse that it takes and gives: e or 2; default e",
+    "dtype": "type of the outputs that it takes and gives: f32, f16, bf16; default f32",
+    "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
+}
 HUB_OPTIONS = {name: PYTHON_OPTIONS[name] for name in ("acc", "layout", "mask", "dtype")}
 # With a quantised cache ggml quantises q too. Types with a minimum (q4_1, q5_1) are left out: there it also
 # keeps sums of q in float16, and no budget has been derived for that.
@@ -138,6 +145,12 @@ CATALOGUE: dict[str, KernelEntry] = {
             "your own: py:FILE.py::FUNCTION or py:package.module::Class(size=64), in a process of its own;"
             " options that are not listed are handed to it",
             PYTHON_OPTIONS,
+        ),
+        KernelEntry(
+            "merge",
+            "a merge of yours alone, merge:FILE.py::FUNCTION, given (o_a, lse_a, o_b, lse_b), over parts of"
+            " `eager`, in a process of its own",
+            MERGE_OPTIONS,
         ),
         KernelEntry(
             "hub",

@@ -123,6 +123,10 @@ class EagerKernel(Kernel):
     def capabilities(self) -> Capabilities:
         return replace(over_cache(self.options, self.cache), **EAGER_FORMS)
 
+    def called(self, label: str) -> str:
+        """What traces call it, with everything that its arithmetic depends on."""
+        return f"eager[{label}]"
+
     def merger(self) -> Merge:
         return merge_sequential
 
@@ -145,7 +149,7 @@ class EagerKernel(Kernel):
         # Rows that follow the same head groups are launched together, in ascending n_kv.
         by_groups: dict[tuple[int, ...], list[int]] = {}
         cache = "" if kept.as_given else f",cache={kept},expand=f16"
-        kernel = f"eager[{options.label}{cache}]"
+        kernel = self.called(f"{options.label}{cache}")
         plans: dict[int, RowPlan] = {}
         asked = call.asked(kept.k)
         count = len(n_kv)
@@ -177,7 +181,7 @@ class EagerKernel(Kernel):
                 launches = []
                 for group in head_groups:
                     heads = _heads(shape, first_head, group, call.q.device)
-                    done = _launch(call, options, sequence, rows, cuts, heads, keys, values)
+                    done = _launch(call, options, self.merger(), sequence, rows, cuts, heads, keys, values)
                     live = rows.flatten() >= 0
                     at = rows.flatten()[live][:, None], heads.flatten()
                     out[at] = done.result.out[live]
@@ -272,6 +276,7 @@ def _heads(shape: Shape, first: int, group: int, device: torch.device) -> torch.
 def _launch(
     call: Call,
     options: TileOptions,
+    merge: Merge,
     sequence: CallSequence,
     rows: torch.Tensor,
     cuts: list[tuple[int, ...]],
@@ -369,7 +374,7 @@ def _launch(
         # A sink is one more part: a key whose logit is the sink and whose value is 0.
         sink = call.sinks.float()[heads].view(kv_heads, 1, 1, g).expand(kv_heads, n, t, g)
         parts.append(Part(torch.zeros_like(outs[0]), sink.reshape(kv_heads, n, used)))
-    result = merge_sequential(parts) if len(parts) > 1 else parts[0]
+    result = merge(parts) if len(parts) > 1 else parts[0]
     merged_out = result.out.view(kv_heads, n * t, g, size).transpose(0, 1)
     merged_lse = result.lse.view(kv_heads, n * t, g).transpose(0, 1)
     merged = Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))

@@ -14,6 +14,7 @@ from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Sh
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.errors import KernelFailure
 from verify.kernels.merge import Merge
+from verify.kernels.numbers import U_F32
 from verify.kernels.stored import held
 from verify.kernels.trace import Launched
 
@@ -33,6 +34,9 @@ class Kernel(ABC):
     """
 
     cache: CacheSpec = AS_GIVEN
+
+    # Of its merge, where it is one of pairs: its unit roundoff, and the type that its results are rounded to.
+    merges_pairs, merge_u, merge_out = False, U_F32, "f32"
 
     def __init__(self, spec: str) -> None:
         self.spec = spec

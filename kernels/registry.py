@@ -10,6 +10,7 @@ from verify.kernels.errors import SpecError, nearest
 from verify.kernels.exact import ExactKernel
 from verify.kernels.flash.kernel import flash_kernel
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
+from verify.kernels.foreign.merge_kernel import MergeKernel
 from verify.kernels.foreign.python_kernel import PythonKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.peers.flex import FlexKernel
@@ -34,6 +35,7 @@ BUILDERS: dict[str, Callable[[Spec], Kernel]] = {
     "eager": lambda s: EagerKernel(s.text, parse_tile_options(s), cache_option(s)),
     "flash": _flash,
     "py": PythonKernel.from_spec,
+    "merge": MergeKernel.from_spec,
     "ggml": GgmlKernel.from_spec,
     "hub": hub_kernel,
     "hf": transformers_kernel,

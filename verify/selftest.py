@@ -1,8 +1,9 @@
 """The mutation score: which of our detectors sees which known fault, and whether any sees a clean kernel.
 
 Every fault of `verify.kernels.faults` and every clean variant runs over every input family and every probe,
-with as many seeds as asked for; of a fault of plans the laws of plans are asked too. A fault is caught if
-some detector that is sure by itself objects with every seed; a clean variant must make none of them object.
+with as many seeds as asked for; of a fault of plans the laws of plans are asked too, and of a kernel that has
+a merge of its own those of merges. A fault is caught if some detector that is sure by itself objects with
+every seed; a clean variant must make none of them object.
 The same results are judged once more as those of a kernel of which nothing is stated, as a `py:` kernel is by
 default. The gates of other projects are asked about the same results: on Gaussian inputs, which is what they
 are run on, and on all families.
@@ -63,6 +64,8 @@ PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
 # Plans to draw for each law of plans.
 PLAN_CASES = 200
+# Lists of parts to draw for each law of merges.
+MERGE_CASES = 40
 
 
 @dataclass
@@ -289,6 +292,14 @@ def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: in
     if trial.plans is not None:
         for law in (law for law in LAWS.values() if law.group == "plans"):
             done = run_law(law, trial.plans, examples=PLAN_CASES, seed=seed, shrink=False)
+            if done.state == "broken":
+                object_to(Finding("law", done.reason), law.name)
+    if isinstance(kernel, TileKernel) and type(kernel).merge is not TileKernel.merge:
+        # A merge of its own: it answers for itself. One more part, though empty, makes another tree: of bits
+        # that do not move then a merge of all parts at once promises nothing.
+        alone = subject_of(kernel)
+        for law in (x for x in LAWS.values() if x.group == "merge" and x.name != "merge-identity"):
+            done = run_law(law, alone, examples=MERGE_CASES, seed=seed, shrink=False)
             if done.state == "broken":
                 object_to(Finding("law", done.reason), law.name)
     refused: set[str] = set()

@@ -15,8 +15,8 @@ below tau = 2^-126. Because sum_i w_i (o_i - o) = 0,
     |err L| <= max(ln(1 + sum_i w_i expm1(eta_i) / W), -ln(sum_i w_i e^-eta_i / W)) + gamma_(P + 2)
                + 4u ln P + 2u |L|
 
-Both sums pass P additions, a product and a division; ln P bounds the logarithm. A merge that all parts leave
-empty is exact.
+A result that is rounded to 16 bits has u_out (|o| + err) + tau_out more. Both sums pass P additions, a
+product and a division; ln P bounds the logarithm. A merge that all parts leave empty is exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from verify.kernels.budget.sums import gamma
 from verify.kernels.merge import Part
-from verify.kernels.numbers import EXP_UNDERFLOW, U_F32
+from verify.kernels.numbers import EXP_UNDERFLOW, FLOAT_TYPES, U_F32
 
 
 class BoundedPart(NamedTuple):
@@ -47,10 +47,13 @@ def given(part: Part) -> BoundedPart:
     return BoundedPart(out, lse, torch.zeros_like(out), torch.zeros_like(lse))
 
 
-def merge_bound(parts: Sequence[BoundedPart], u: float = U_F32) -> BoundedPart:
+def merge_bound(
+    parts: Sequence[BoundedPart], u: float = U_F32, kind: str = "f32", *, of_lse: bool = False
+) -> BoundedPart:
     """The exact merge of the exact parts, and what one computed merge of computed parts errs by at most.
 
-    u: unit roundoff of the merge. Raises ValueError on no part.
+    u: unit roundoff of the merge; kind: type that its output is rounded to; of_lse: weights may be
+    exp(L_i - L), so that what L errs by is common to them and does not cancel. Raises ValueError on no part.
     """
     if not parts:
         raise ValueError("parts: expected at least one part")
@@ -79,6 +82,10 @@ def merge_bound(parts: Sequence[BoundedPart], u: float = U_F32) -> BoundedPart:
     lse_error = torch.maximum(torch.log1p(spread.sum(0) / safe), -torch.log(low / safe))
     lse_error = lse_error + gamma(count + 2, u) + 4 * u * math.log(count)
     lse_error = lse_error + 2 * u * torch.where(empty, 0.0, log).abs()
+    if of_lse:
+        error = error + torch.expm1(lse_error)[..., None] * (merged.abs() + error)
+    if kind != "f32":
+        error = error + FLOAT_TYPES[kind].u * (merged.abs() + error) + FLOAT_TYPES[kind].tau
     return BoundedPart(
         merged,
         log,

@@ -65,6 +65,30 @@ class NoCommonMaximum(TileKernel):
         return Part(torch.as_tensor(out), torch.log(total))
 
 
+@fault("weights in 16 bits", "merge weights are rounded to 16 bits", kv=3)
+class WeightsIn16Bits(TileKernel):
+    """Weights over the maximum as bfloat16: what they lose is below the rounding of P on most inputs."""
+
+    def merge(self, parts: list[Part]) -> Part:
+        merged = merge_sequential(parts)
+        top = torch.stack([part.lse for part in parts]).amax(0)
+        shift = torch.where(torch.isneginf(top), 0.0, top)
+        weights = [torch.exp(part.lse - shift).bfloat16().float() for part in parts]
+        total = torch.stack(weights).sum(0)
+        out = torch.stack([w[..., None] * part.out for w, part in zip(weights, parts, strict=True)]).sum(0)
+        return Part(out / torch.where(total == 0, 1.0, total)[..., None], merged.lse)
+
+
+@fault("lse in another order", "the merge reads the lse of the head beside", "vllm flash-attention #87",
+       "vLLM #22003", kv=3)  # fmt: skip
+class LseInAnotherOrder(TileKernel):
+    """The lse of partial results lies in another order than the merge takes it for."""
+
+    def merge(self, parts: list[Part]) -> Part:
+        turned = [Part(part.out, part.lse.roll(1, -1) if part.lse.dim() else part.lse) for part in parts]
+        return Part(merge_sequential(turned).out, merge_sequential(parts).lse)
+
+
 @fault("fix-up columns", "the stream-k fix-up writes the wrong columns", "llama.cpp #17089", kv=3)
 class FixUpColumns(TileKernel):
     """The fix-up of the last part writes its columns 16 further on."""

@@ -67,7 +67,7 @@ class PythonKernel(UserKernel):
     ) -> None:
         self.file, self.limit_s = file_of(target.where), limit_s
         binary = hashlib.sha256(self.file.read_bytes()).hexdigest()[:12] if self.file.is_file() else ""
-        where = str(self.file.resolve()) if _is_file(target.where) else target.where
+        where = str(self.file.resolve()) if is_file(target.where) else target.where
         self._worker = WorkerProcess(
             spec,
             target.name,
@@ -142,16 +142,17 @@ def parse_target(spec: Spec) -> Target:
     found = _TARGET.fullmatch(spec.target)
     if found is None:
         raise SpecError(
-            f"kernel {spec.text!r}: expected py:FILE.py::FUNCTION, or py:package.module::Class(size=64)"
+            f"kernel {spec.text!r}: expected {spec.name}:FILE.py::FUNCTION, or"
+            f" {spec.name}:package.module::Class(size=64)"
         )
     where = found["where"]
-    if not file_of(where).is_file() and (_is_file(where) or not _is_module(where)):
+    if not file_of(where).is_file() and (is_file(where) or not _is_module(where)):
         raise SpecError(f"kernel {spec.text!r}: {where}: no such file")
     arguments = None if found["given"] is None else _arguments(spec, found["arguments"])
     return Target(where, found["names"], arguments, found["method"] or "")
 
 
-def _is_file(where: str) -> bool:
+def is_file(where: str) -> bool:
     return where.endswith(".py") or "/" in where
 
 
@@ -162,7 +163,7 @@ def _is_module(where: str) -> bool:
 
 def file_of(where: str) -> Path:
     """The file of a module by name, as it would be found from the current folder; itself for a file."""
-    if _is_file(where):
+    if is_file(where):
         return Path(where)
     parts = where.split(".")
     for candidate in (Path(*parts).with_suffix(".py"), Path(*parts, "__init__.py")):

@@ -16,6 +16,7 @@ from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import ProbeFailure
 from verify.kernels.kernel import Kernel
+from verify.kernels.merge import Part, empty_part
 
 
 def empty_row_sentence(spec: str, got: str) -> str:
@@ -46,3 +47,16 @@ def empty_row_finding(kernel: Kernel, *, device: torch.device | str = "cpu") -> 
     if kernel.capabilities().lse and not bool((lse == -math.inf).all()):
         return empty_row_sentence(kernel.spec, f"an lse of {float(lse[lse != -math.inf][0]):.3g}")
     return None
+
+
+def empty_merge_finding(kernel: Kernel, *, device: torch.device | str = "cpu") -> str | None:
+    """Asks a merge of others for two parts that see no key: the sentence if it does not give one."""
+    merge = kernel.merger()
+    if merge is None or not kernel.merges_pairs:
+        return None
+    nothing = empty_part(Part(torch.zeros(1, 1, 2, device=device), torch.zeros(1, 1, device=device)))
+    merged = merge([nothing, nothing])
+    if not bool(merged.out.any()) and bool(torch.isneginf(merged.lse).all()):
+        return None
+    got = f"{float(merged.out[0, 0, 0]):.3g} with an lse of {float(merged.lse[0, 0]):.3g}"
+    return empty_row_sentence(kernel.spec, f"{got} where both its parts are empty")

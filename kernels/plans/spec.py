@@ -16,7 +16,7 @@ from verify.kernels.plans.plan import KVCuts, Plan, parse_heads
 from verify.kernels.plans.policy import POLICIES, Launch, policy_named
 
 # Kernels whose target names code: what stands before the first comma, whatever is in it.
-NAMES_CODE = ("py", "hub", "hf")
+NAMES_CODE = ("py", "hub", "hf", "merge")
 
 
 class Spec(NamedTuple):

@@ -68,6 +68,8 @@ SEEN_BY = {
 # Of the other faults, the law that sees each; the rest is seen by a probe.
 SEES = {
     "fix-up columns": "kv-parts",
+    "weights in 16 bits": "merge-exact",
+    "lse in another order": "parts-every-cut",
     "first row's length": "row-alone",
     "empty part NaN": "sliding-window",
     "empty part finite": "sliding-window",

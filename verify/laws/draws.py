@@ -164,11 +164,17 @@ def _signed(number: int) -> int:
 
 @st.composite
 def part_lists(
-    draw: st.DrawFn, *, least: int = 1, most: int = 9, order: bool = False, shift: int = 0
+    draw: st.DrawFn,
+    *,
+    least: int = 1,
+    most: int = 9,
+    order: bool = False,
+    shift: int = 0,
+    empties: bool = True,
 ) -> Parts:
-    """Lists of parts, some of them empty, with an order of merging, and a shift of every lse."""
+    """Lists of parts, some of them empty (`empties`), with an order of merging, and a shift of every lse."""
     drawn = draw(_PARTS[draw(st.integers(least, most))])
-    empty = draw(st.integers(0, (1 << len(drawn)) - 1)) if draw(st.booleans()) else 0
+    empty = draw(st.integers(0, (1 << len(drawn)) - 1)) if empties and draw(st.booleans()) else 0
     found = [_part(number) for number in drawn]
     parts = tuple((-math.inf if empty >> i & 1 else lse, value) for i, (lse, value) in enumerate(found))
     merges = []

@@ -17,7 +17,7 @@ from hypothesis.strategies import SearchStrategy
 
 from verify.kernels.capabilities import Capabilities, Promise
 from verify.kernels.foreign.function_kernel import FunctionKernel
-from verify.kernels.judging.contract import empty_row_finding
+from verify.kernels.judging.contract import empty_merge_finding, empty_row_finding
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
 from verify.kernels.numbers import FLOAT_TYPES
@@ -145,7 +145,8 @@ def subject_of(
     subject.capabilities = kernel.capabilities()
     if not strict and not subject.capabilities.zero_for_empty_rows:
         with suppress(Exception):
-            if (sentence := empty_row_finding(kernel, device=device)) is not None:
+            sentence = empty_merge_finding(kernel, device=device) or empty_row_finding(kernel, device=device)
+            if sentence is not None:
                 subject.capabilities = replace(subject.capabilities, empty_rows=False)
                 subject.said.append(sentence)
     return subject

@@ -174,7 +174,7 @@ def _file_of(option: str, value: str) -> str:
     if option == "--save-logits":
         return value
     spec = parse_spec(value)
-    return spec.target.rpartition("::")[0] if spec.name == "py" else spec.options.get("lib", "")
+    return spec.target.rpartition("::")[0] if spec.name in ("py", "merge") else spec.options.get("lib", "")
 
 
 def _check_place(option: str, value: str, *, resume: Path, begun_in: Path) -> None:
@@ -187,7 +187,7 @@ def _check_place(option: str, value: str, *, resume: Path, begun_in: Path) -> No
 
 
 def _check_content(spec: str, resume: Path, begun_in: Path, kernels: Any) -> None:
-    if parse_spec(spec).name != "py":
+    if parse_spec(spec).name not in ("py", "merge"):
         return
     file = begun_in / _file_of("--candidate", spec)
     try:
