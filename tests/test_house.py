@@ -57,7 +57,7 @@ def test_no_module_goes_by_a_name_that_others_have(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["worker", "python_servant", "forms", "cheats", "cheat_servant", "ggml_servant"]
+    "name", ["worker", "python_servant", "forms", "cheats", "cheat_servant", "merge_servant", "ggml_servant"]
 )
 def test_the_worker_of_foreign_kernels_imports_nothing_of_ours(name: str) -> None:
     names = imported(ROOT / f"kernels/foreign/{name}.py")

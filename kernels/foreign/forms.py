@@ -669,14 +669,6 @@ def _takes_form(form: Form, name: str, call: Mapping[str, Any]) -> bool:
     return bool(((out.double() - due).abs() < NEAR).all())
 
 
-def writes_merge(function: Any) -> bool:
-    """Whether a merge writes its result into what it is given, as vLLM's merge_attn_states does."""
-    try:
-        return {"output", "prefix_output", "suffix_output"} <= set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return False
-
-
 def table_of(sequences: int, keys: int, device: torch.device) -> torch.Tensor:
     """The table of `in_pages`: [B, pages] int32, pages of a sequence from the last to the first."""
     pages = -(-keys // PAGE)

@@ -47,8 +47,8 @@ class MergeKernel(EagerKernel):
         self.base, self.dtype, self.limit_s = base, dtype, limit_s
         self.binary = hashlib.sha256(self.file.read_bytes()).hexdigest()[:12] if self.file.is_file() else ""
         where = str(self.file.resolve()) if is_file(target.where) else target.where
-        arguments = {**target._asdict(), "where": where, "name": target.name, "merge": True}
-        self._worker = WorkerProcess(spec, target.name, "python_servant.py", arguments)
+        arguments = {**target._asdict(), "where": where}
+        self._worker = WorkerProcess(spec, target.name, "merge_servant.py", arguments)
         self.merge_u, self.merge_out = OF_BASE[base] * U_F32, dtype
 
     @classmethod

@@ -61,6 +61,7 @@ _GREETINGS: dict[str, dict[str, type]] = {
         "never_right": bool,
         "said": list,
     },
+    "merge_servant.py": {"writes": bool},
     "cheat_servant.py": {"way": str, "layout": str},
     "ggml_servant.py": {"version": str, "binary": str, "sinks": bool, "backend": str},
 }

@@ -39,10 +39,6 @@ def load(arguments: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
             arguments=arguments["arguments"],
             method=arguments["method"],
         )
-        if arguments.get("merge"):
-            return {"takes": [], "left_out": {}}, lambda question, memory: answer_merge(
-                function, question, memory
-            )
         form = forms.form_of(function, arguments["name"], forms.Wanted(**arguments["wanted"]))
     except forms.FormError as error:
         raise Refusal(str(error)) from error
@@ -80,33 +76,6 @@ def answer_call(form: Any, question: dict[str, Any], memory: mmap.mmap) -> dict[
     put(memory, out, out_offset)
     put(memory, torch.full(expected[:3], math.nan) if lse is None else lse, lse_offset)
     return {"lse": lse is not None, "dtype": str(out.dtype).removeprefix("torch.")}
-
-
-def answer_merge(function: Any, question: dict[str, Any], memory: mmap.mmap) -> dict[str, Any]:
-    """Merge two parts and write the result, as float32, behind them."""
-    given = tensors_of(question, memory)
-    o_a, lse_a, o_b, lse_b = (given[name] for name in ("o_a", "lse_a", "o_b", "lse_b"))
-    with torch.no_grad():
-        if forms.writes_merge(function):
-            out, lse = torch.empty_like(o_a), torch.empty_like(lse_a.T.contiguous())
-            function(
-                output=out, prefix_output=o_a, prefix_lse=lse_a.T.contiguous(), suffix_output=o_b,
-                suffix_lse=lse_b.T.contiguous(), output_lse=lse,
-            )  # fmt: skip
-            found: Any = (out, lse.T)
-        else:
-            found = function(o_a, lse_a, o_b, lse_b)
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
-        return {"failure": "shape", "message": f"returned a {type(found).__name__}, expected (o, lse)"}
-    for name, x, shape in (("o", found[0], o_a.shape), ("lse", found[1], lse_a.shape)):
-        if not isinstance(x, torch.Tensor) or x.shape != shape:
-            what = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            return {"failure": "shape", "message": f"{name} is {what}, expected {list(shape)}"}
-        if not x.dtype.is_floating_point:
-            return {"failure": "dtype", "message": f"{name} is {x.dtype}, expected a float dtype"}
-    for name, x in zip(("out", "lse"), found, strict=True):
-        put(memory, x, question["results"][name][1])
-    return {"lse": True, "dtype": str(found[0].dtype).removeprefix("torch.")}
 
 
 def tensors_of(question: dict[str, Any], memory: mmap.mmap) -> dict[str, torch.Tensor]:
