@@ -9,27 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from verify.arms.records import SeenLayers
 from verify.kernels.call import checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.judging.readback import KEYS, CacheSeen, SeenNumbers, look
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.model.architectures.architecture import Architecture
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeenLayers:
-    """What some layers were seen to hold."""
-
-    first: int  # layer, counted from 0
-    last: int  # layer
-    cache: str  # what they are said to hold
-    k: str | None  # what K reads as; None: the kernel returns no lse, so that keys cannot be read
-    v: str  # what V reads as
-    distinct_k: int | None  # most different numbers in a block of stored K
-    distinct_v: int  # the same of V
-    codes_k: int  # how many a block can have at most; 0: as many as it has numbers
-    codes_v: int  # the same of V
 
 
 @dataclass(frozen=True, kw_only=True)

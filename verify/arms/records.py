@@ -119,6 +119,21 @@ def coverage_records(arms: Iterable[Arm], traces: Mapping[str, LaunchTrace]) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
+class SeenLayers:
+    """What some layers were seen to hold."""
+
+    first: int  # layer, counted from 0
+    last: int  # layer
+    cache: str  # what they are said to hold
+    k: str | None  # what K reads as; None: the kernel returns no lse, so that keys cannot be read
+    v: str  # what V reads as
+    distinct_k: int | None  # most different numbers in a block of stored K
+    distinct_v: int  # the same of V
+    codes_k: int  # how many a block can have at most; 0: as many as it has numbers
+    codes_v: int  # the same of V
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerErrors:
     """A kernel's own error in one layer."""
 

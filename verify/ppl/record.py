@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verify.arms.cache_proof import SeenLayers
 from verify.arms.records import (
     NOT_KNOWN,
     ArmOfRun,
@@ -17,6 +16,7 @@ from verify.arms.records import (
     InPlaceRecord,
     PairOfRun,
     RunRecord,
+    SeenLayers,
 )
 from verify.machine.records import record_from_json
 from verify.ppl.perplexity import Perplexity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verify.arms.cache_proof import SeenLayers
+from verify.arms.records import SeenLayers
 from verify.ppl.record import CacheRecord, PairRecord, PplRun
 from verify.reports.templating import figure
 
