@@ -9,6 +9,7 @@ from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.exact import ExactKernel
 from verify.kernels.flash.kernel import flash_kernel
+from verify.kernels.flash.prepare import READERS
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.foreign.merge_kernel import MergeKernel
 from verify.kernels.foreign.python_kernel import PythonKernel
@@ -27,6 +28,7 @@ def _flash(spec: Spec) -> Kernel:
         parse_tile_options(spec),
         cache=cache_option(spec),
         expand=choice(spec, "expand", "fused", ("fused", "f16")),
+        reader=choice(spec, "reader", "chunks", READERS),
     )
 
 

@@ -120,10 +120,14 @@ def tanh(x):
 def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
     """First key, end and number of parts of a row with n_kv keys: `KVCuts.cuts`, in the same integers.
 
-    A part beyond the row's last is empty: its first key and its end are n_kv.
+    A part beyond the row's last is empty: its first key and its end are n_kv. tiles_a_part: of parts of a
+    given size; below 0 a part has at least so many tiles.
     """
     tiles = (n_kv + BLOCK - 1) // BLOCK
-    count = tl.maximum(tl.minimum(parts, tiles), 1)
+    most = tiles
+    if tiles_a_part < 0:
+        most = tiles // -tiles_a_part
+    count = tl.maximum(tl.minimum(parts, most), 1)
     first, end = part * tiles // count, (part + 1) * tiles // count
     if tiles_a_part > 0:
         count = tl.maximum((tiles + tiles_a_part - 1) // tiles_a_part, 1)

@@ -33,6 +33,7 @@ from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
 from verify.kernels.numbers import FP8_TYPES, MMA_KEYS, MMA_ROUNDINGS, U_F32_TENSOR_CORE, type_of
 from verify.kernels.plans.asked import RowAsked
+from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import AS_GIVEN_Q, TileOptions
 from verify.kernels.stored import store
 from verify.kernels.trace import NOTHING, Launched
@@ -44,6 +45,19 @@ U_TANH = 2.0**-19
 _TENSOR_CORES_FROM = (8, 0)
 # Compute capability from which a dependent launch may begin while the one before it drains.
 _OVERLAP_FROM = (9, 0)
+
+
+# Programs of a kernel over quantised caches that one multiprocessor runs at once, by its registers and shared
+# memory; and tiles that a part has at least, below which starting it costs more than it gains (H200: at 8,192
+# keys and 8 KV heads 32 parts are best, from 32,768 on 49, of 8 to 64 that were tried).
+BLOCKS_A_SM, FEWEST_TILES = 3, 4
+
+
+def filling(plan: Plan) -> Plan:
+    """The plan with `kv=auto` by the programs of the kernel over quantised caches that run at once."""
+    if plan.kv.mode != "auto":
+        return plan
+    return replace(plan, kv=KVCuts("auto", FEWEST_TILES), sms=plan.sms * BLOCKS_A_SM)
 
 
 def reads_planes(call: Call, options: TileOptions) -> bool:
@@ -106,6 +120,7 @@ class FlashKernel(Kernel):
         *,
         cache: CacheSpec = AS_GIVEN,
         expand: str = "fused",
+        reader: str = "chunks",
         tiles: Tiles | None = None,
         overlap: bool = True,
     ) -> None:
@@ -113,6 +128,7 @@ class FlashKernel(Kernel):
         self.options = options
         self.cache = cache
         self.expand = expand
+        self.reader = reader
         self.tiles = tiles
         self.overlap = overlap
         self._shared_limit: int | None = None
@@ -129,13 +145,14 @@ class FlashKernel(Kernel):
         cache = self.cache.at(call.layer)
         if not cache.as_given:
             stored = store(call, cache)
-            sizes = call.shape.k_size % 64 or call.shape.v_size % 64
-            if cache.k == cache.v and cache.k in FUSED_TYPES and call.q.dtype == torch.float16 and not sizes:
-                planes = planes_of(stored.k, stored.v)
+            if self._has_planes(call, cache):
+                planes = planes_of(stored.k, stored.v, self.reader)
             call, rotation = stored.call, stored.rotation.v
         if options.q != AS_GIVEN_Q:
             call = replace(call, q=rounded_queries(call.q, options.q))
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
+        if fused:
+            options = replace(options, plan=filling(options.plan))
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
@@ -144,6 +161,22 @@ class FlashKernel(Kernel):
         prepared = prepare(call, options, tiles, overlap=overlap, cache_type=cache.k)
         prepared.planes, prepared.expand, prepared.rotation = planes, not fused, rotation
         return prepared
+
+    def _has_planes(self, call: Call, cache: CacheSpec) -> bool:
+        """Whether there is a kernel that reads this cache itself."""
+        shape = call.shape
+        if cache.k != cache.v or call.q.dtype != torch.float16 or shape.k_size % 64 or shape.v_size % 64:
+            return False
+        if cache.k == "e4m3":
+            wide = self.reader != "chunks" and self.expand == "fused" and cache.scale != "token"
+            return wide and call.block_table is None and reads_planes(call, self.options)
+        # Expanding reads scales as the chunks' kernel does.
+        return cache.k in FUSED_TYPES and (self.reader == "chunks" or reads_planes(call, self.options))
+
+    def _fuses(self, call: Call, cache: CacheSpec, options: TileOptions) -> bool:
+        """Whether the launch reads the cache itself."""
+        has_it = self.expand == "fused" and not cache.as_given and self._has_planes(call, cache)
+        return has_it and reads_planes(call, options)
 
     def run(self, call: Call) -> Result:
         check_supported(call)
@@ -209,6 +242,7 @@ class FlashKernel(Kernel):
         if not kept.as_given:
             fused = prepared.planes is not None and not prepared.expand
             cache = f",cache={kept},expand={'fused' if fused else 'f16'}"
+            cache += f",reader={self.reader}" if fused and self.reader != "chunks" else ""
         return f"flash[{options.label}{tile}{cache}]"
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
@@ -225,6 +259,8 @@ class FlashKernel(Kernel):
         options = self.options.with_plan(call.plan)
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         cache = self.cache.at(call.layer)
+        if self._fuses(call, cache, options):
+            options = replace(options, plan=filling(options.plan))
         return self._arithmetic(options, call.shape, call.asked(cache.k), tiles, call.q.dtype, cache)
 
     def _arithmetic(
@@ -314,14 +350,19 @@ class FlashKernel(Kernel):
 
 
 def flash_kernel(
-    spec: str, options: TileOptions, *, cache: CacheSpec = AS_GIVEN, expand: str = "fused"
+    spec: str,
+    options: TileOptions,
+    *,
+    cache: CacheSpec = AS_GIVEN,
+    expand: str = "fused",
+    reader: str = "chunks",
 ) -> Kernel:
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
     reason = why_not_flash()
     if reason is None:
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         on_device = replace(options, plan=options.plan.with_sms(sms))
-        return FlashKernel(spec, on_device, cache=cache, expand=expand)
+        return FlashKernel(spec, on_device, cache=cache, expand=expand, reader=reader)
     kernel = EagerKernel(spec, options, cache)
     kernel.notes.append(f"{FALLBACK_NOTE} ({reason})")
     return kernel

@@ -42,7 +42,7 @@ def device_code() -> Any:
 @functools.cache
 def source_hash() -> str:
     """Hash of the device code: the `binary` in the trace where Triton interprets it."""
-    sources = [FilePath(__file__).with_name(name) for name in ("device.py", "quantised.py")]
+    sources = [FilePath(__file__).with_name(name) for name in ("device.py", "quantised.py", "wide.py")]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
@@ -72,13 +72,15 @@ def shares_memory(call: Call) -> bool:
 
 
 class Planes(NamedTuple):
-    """A quantised k and v as `quantised` reads them (its module's text has the layout)."""
+    """A quantised k and v as `quantised`, or `wide`, reads them (the modules' texts have the layouts)."""
 
-    bits: int
-    k_codes: torch.Tensor
-    k_scales: torch.Tensor
-    v_codes: torch.Tensor
-    v_scales: torch.Tensor
+    bits: int  # of a code
+    k_codes: torch.Tensor  # [B, Hkv, S, bytes]
+    k_scales: torch.Tensor  # by reader
+    v_codes: torch.Tensor  # [B, Hkv, S, bytes]
+    v_scales: torch.Tensor  # by reader
+    reader: str = "chunks"  # or wide, swapped: which kernel reads them
+    fp8: bool = False  # codes are e4m3
 
 
 @functools.cache
@@ -87,6 +89,14 @@ def quantised_code() -> Any:
     from verify.kernels.flash import quantised as flash_quantised
 
     return flash_quantised
+
+
+@functools.cache
+def wide_code() -> Any:
+    """The module of kernels that read them a whole row at a time."""
+    from verify.kernels.flash import wide as flash_wide
+
+    return flash_wide
 
 
 def expanded(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
@@ -145,8 +155,8 @@ class Prepared:
             return AttentionOutput(self.out, self.lse)
         if self.planes is not None and self.expand:
             # As engines do it: the whole cache becomes float16 at every call.
-            bits, *planes = self.planes
-            k, v = expanded(planes[0], planes[1], bits), expanded(planes[2], planes[3], bits)
+            of, bits = self.planes, self.planes.bits
+            k, v = expanded(of.k_codes, of.k_scales, bits), expanded(of.v_codes, of.v_scales, bits)
             self.call = replace(call, k=k, v=v)
         if written is not None:
             slots.fill(self.lse)
@@ -325,7 +335,11 @@ class Prepared:
         """The same over a quantised cache, on the decode path."""
         assert self.planes is not None
         shape, planes = self.call.shape, self.planes
-        return quantised_code().attend_quantised[grid](
+        if planes.reader == "chunks":
+            attend, more = quantised_code().attend_quantised, {}
+        else:
+            attend, more = wide_code().attend_wide, {"FP8": planes.fp8, "SWAPPED": planes.reader == "swapped"}
+        return attend[grid](
             k_codes=planes.k_codes[b],
             k_scales=planes.k_scales[b],
             v_codes=planes.v_codes[b],
@@ -334,6 +348,7 @@ class Prepared:
             kv_heads=shape.kv_heads,
             D=shape.k_size,
             BITS=planes.bits,
+            **more,
             **shared,
         )
 

@@ -37,18 +37,37 @@ def check_supported(call: Call) -> None:
             )
 
 
-def planes_of(k: Quantised, v: Quantised) -> Planes:
-    """Planes of codes [B, Hkv, S, D] (4 bits: half as wide) and of scales [B, Hkv, D / 32, S]."""
-    bits = FUSED_TYPES[k.type]
+# Those that are read a whole row at a time, too: fp8, with a scale a KV head or one alone.
+WIDE_TYPES = {**FUSED_TYPES, "e4m3": 8}
+READERS = ("chunks", "wide", "swapped")
+
+
+def planes_of(k: Quantised, v: Quantised, reader: str = "chunks") -> Planes:
+    """Planes of codes [B, Hkv, S, D] (4 bits: half as wide) and of scales [B, Hkv, D / 32, S]; for the other
+    readers [B, Hkv, S, D / 32], of e4m3 [B, Hkv]."""
+    bits = WIDE_TYPES[k.type]
     planes = []
     for x in (k, v):
         assert x.scale is not None
+        if x.type == "e4m3":
+            codes = x.codes.permute(0, 2, 1, 3).contiguous().view(torch.int8)
+            planes += [codes, x.scale.expand(len(codes), 1, codes.shape[1], 1).flatten(1).contiguous()]
+            continue
         codes = x.codes.permute(0, 2, 1, 3)
         if bits == 4:
             half = codes.shape[-1] // 2
             codes = codes[..., :half] | codes[..., half:] << 4
-        planes += [codes.contiguous(), x.scale.permute(0, 2, 3, 1).contiguous()]
-    return Planes(bits, *planes)
+        order = (0, 2, 3, 1) if reader == "chunks" else (0, 2, 1, 3)
+        planes += [codes.contiguous(), x.scale.permute(*order).contiguous()]
+    return Planes(
+        bits=bits,
+        k_codes=planes[0],
+        k_scales=planes[1],
+        v_codes=planes[2],
+        v_scales=planes[3],
+        reader=reader,
+        fp8=k.type == "e4m3",
+    )
 
 
 def prepare(
@@ -86,6 +105,8 @@ def prepare(
         if plan.kv.mode == "size":
             tiles_a_part = -(-plan.kv.value // plan.block)
         else:
+            if plan.kv.mode == "auto" and plan.kv.value > 1:
+                tiles_a_part = -plan.kv.value
             parts = plan.kv.parts_wanted(shape.kv_heads * len(kind.head_groups), plan.sms)
         same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
         launches.append(

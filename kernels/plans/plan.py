@@ -62,7 +62,7 @@ class KVCuts:
     """Where the KV range is cut: a number of `parts`, a `size` in keys, or `auto` by multiprocessors."""
 
     mode: Literal["parts", "size", "auto"] = "parts"
-    value: int = 1
+    value: int = 1  # parts, or keys; of auto the tiles that a part has at least, 0 for 1
 
     @classmethod
     def parse(cls, text: str) -> KVCuts:
@@ -81,6 +81,12 @@ class KVCuts:
         """Parts of a row that is long enough for them (modes `parts` and `auto`; see `cuts`)."""
         return self.value if self.mode == "parts" else max(sms // programs, 1)
 
+    def _most(self, tiles: int) -> int:
+        """The most parts that so many tiles are cut into."""
+        if self.mode != "auto" or self.value < 2:
+            return tiles
+        return max(tiles // self.value, min(tiles, 1))
+
     def cuts(self, n_kv: int, block: int, programs: int, sms: int) -> tuple[int, ...]:
         """Part bounds 0 < c1 < ... < n_kv, on tile edges; no part is empty; (0,) for n_kv = 0.
 
@@ -92,7 +98,7 @@ class KVCuts:
             tiles_a_part = -(-self.value // block)
             edges = [*range(0, tiles, tiles_a_part), tiles]
         else:
-            parts = min(self.parts_wanted(programs, sms), tiles)
+            parts = min(self.parts_wanted(programs, sms), self._most(tiles))
             edges = [i * tiles // parts for i in range(parts + 1)] if parts else [0]
         bounds = sorted({min(edge * block, n_kv) for edge in edges})
         return tuple(bounds)

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from verify.kernels.budget.bound import error_budget
 from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionOutput, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions
 from verify.laws.tolerance import against_exact
@@ -262,6 +264,24 @@ def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None
                 ran = "fused" if cache in ("q8_0", "q4_0") and expand == "fused" else "f16"
                 label = f"flash[block=64,p=f16,acc=f32,out=f32,cache={cache},expand={ran}]"
                 assert {signature.kernel for _, _, signature in found.launched.rows} == {label}
+
+
+def every_reader_keeps_its_budget(device: torch.device) -> None:
+    """Of each cache that it reads itself, over the parts that `kv=auto` gives the kernel that runs."""
+    case = Case("readers", 64, 64, 3, 2, [[65, 300]], p="f16", plan=Plan(kv=KVCuts("auto", 0), sms=2))
+    x = inputs(case, device)
+    call = checked_call(x.q, x.k, x.v, **x.more)
+    for cache in ("q8_0", "q4_0+rotate=mainline", "e4m3", "e4m3+scale=head"):
+        for reader in ("wide", "swapped", *(() if "e4m3" in cache else ("chunks",))):
+            options = TileOptions(plan=case.plan)
+            flash = FlashKernel("flash", options, cache=parse_cache(cache), reader=reader)
+            found, budget = flash.run(call), error_budget(flash.held(call), flash.arithmetic_of(call))
+            ratio = budget_ratio(found.out.double() - budget.out, budget.bound)
+            assert float(ratio.max()) <= 1, f"{cache}, {reader}"
+            kinds = {(signature.cuts, signature.as_planned) for _, _, signature in found.launched.rows}
+            # A part has four tiles at least: 300 keys are one.
+            assert kinds == {((0, 65), True), ((0, 300), True)}
+            assert all(",expand=fused" in signature.kernel for _, _, signature in found.launched.rows)
 
 
 def a_quantised_row_alone_is_the_row_in_its_batch(device: torch.device) -> None:
