@@ -93,15 +93,15 @@ class Group:
                 self.kept[layer, slab.start, arm.name] = inputs
             if arm is self.prompt:
                 before = inputs
-            q, k, v = rounded
             call = LayerCall(
                 layer=layer,
                 window=self.first_window + slab.start,
-                q=q,
-                k=k,
-                v=v,
+                q=rounded.q,
+                k=rounded.k,
+                v=rounded.v,
                 kv_len=self.kv_lens[at],
                 settings=settings,
+                keys=rounded.keys,
                 unrounded=inputs,
                 x=x.unflatten(0, (len(slab), len(at[1]))),
             )
@@ -181,9 +181,11 @@ class Group:
             inputs = earlier._replace(q=q.unflatten(0, (at[0], len(at[1]))))
             return inputs, round_inputs(inputs, self.attention_type, self.architecture.kv_source(layer))
         flat = self.architecture.attention_inputs(layer, x, positions, weights, self.products)
-        inputs = AttentionInputs(*(t.unflatten(0, (at[0], len(at[1]))) for t in flat))
+        inputs = flat.each(lambda t: t.unflatten(0, (at[0], len(at[1]))))
         if before is not None:
             inputs = after(before, inputs)
+        keys = self.architecture.chosen_keys(layer, inputs.indexer, self.kv_lens[at])
+        inputs = inputs._replace(keys=keys)
         return inputs, round_inputs(inputs, self.attention_type, layer)
 
     def _after(self, layer: int, x: torch.Tensor, o: torch.Tensor, weights: Weights) -> torch.Tensor:

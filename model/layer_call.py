@@ -22,6 +22,7 @@ class LayerCall(NamedTuple):
     v: torch.Tensor  # [B, S, Hkv, Dv], rounded
     kv_len: torch.Tensor  # visible keys, [B, T]
     settings: AttentionSettings  # of the layer
+    keys: torch.Tensor | None = None  # of those, the ones that each row attends to, [B, T, K]; None: all
     unrounded: AttentionInputs | None = None  # q, k and v before they were; None: the driver keeps none
     x: torch.Tensor | None = None  # [B, T, width], the residual stream that enters the layer; likewise
 
@@ -37,18 +38,22 @@ class AttentionPass(Protocol):
 def after(before: AttentionInputs, inputs: AttentionInputs) -> AttentionInputs:
     """Inputs whose keys and values come after those of a prompt: q [B, T, H, Dk], k and v [B, S, Hkv, D]."""
     k, v = (torch.cat((a, b), 1) for a, b in ((before.k, inputs.k), (before.v, inputs.v)))
-    return AttentionInputs(inputs.q, k, v)
+    indexer = inputs.indexer
+    if indexer is not None and before.indexer is not None:
+        indexer = indexer._replace(k=torch.cat((before.indexer.k, indexer.k), 1))
+    return AttentionInputs(inputs.q, k, v, indexer)
 
 
 def round_inputs(inputs: AttentionInputs, to: RunCache, layer: int) -> AttentionInputs:
     """The one rounding of q, k and v to the run's attention type and cache, the same for every arm.
 
-    layer: the one that the keys and values are of.
+    layer: the one that the keys and values are of. Keys are chosen before it, in the type of everything but
+    attention.
     """
     kind, cache = FLOAT_TYPES[to.attention].dtype, to.cache.at(layer)
-    q, k, v = (x.to(kind) for x in inputs)
+    q, k, v = (x.to(kind) for x in (inputs.q, inputs.k, inputs.v))
     if cache.as_given:
-        return AttentionInputs(q, k, v)
+        return AttentionInputs(q, k, v, keys=inputs.keys)
     blocks = cache.blocks(k.shape[-1], v.shape[-1])
     k, v = kept(k, cache.k, blocks.k, cache.scale), kept(v, cache.v, blocks.v, cache.scale)
-    return AttentionInputs(q, k, v)
+    return AttentionInputs(q, k, v, keys=inputs.keys)

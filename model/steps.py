@@ -18,7 +18,7 @@ import torch
 from verify.kernels.cache_types import run_cache
 from verify.kernels.lengths import keep_lengths
 from verify.kernels.numbers import FLOAT_TYPES
-from verify.model.architectures.architecture import Architecture
+from verify.model.architectures.architecture import Architecture, IndexerInputs
 from verify.model.errors import ModelError
 from verify.model.layer_call import AttentionPass, LayerCall, round_inputs
 from verify.model.products import Products, tile_rows
@@ -122,10 +122,14 @@ class Stepper:
             settings, source = architecture.attention_settings(layer), architecture.kv_source(layer)
             for arm in list(self.arms):
                 x = states[arm.name]
+                keys = None
                 if source == layer:
                     inputs = architecture.attention_inputs(layer, x, positions, weights, products)
-                    q, k, v = round_inputs(inputs, kind, layer)
-                    k, v = self._caches.setdefault((arm.name, layer), _Cache()).append(k, v)
+                    rounded = round_inputs(inputs, kind, layer)
+                    q, cache = rounded.q, self._caches.setdefault((arm.name, layer), _Cache())
+                    k, v = cache.append(rounded.k, rounded.v)
+                    if inputs.indexer is not None:
+                        keys = architecture.chosen_keys(layer, cache.index(inputs.indexer), kv_len)
                 else:
                     q = architecture.attention_queries(layer, x, positions, weights, products)
                     q = q.to(FLOAT_TYPES[kind.attention].dtype)
@@ -140,6 +144,7 @@ class Stepper:
                             v=v[None],
                             kv_len=kv_len,
                             settings=settings,
+                            keys=keys,
                         )
                     )
                 if o is None:
@@ -194,17 +199,26 @@ def weight_bytes(architecture: Architecture) -> int:
 
 @dataclass
 class _Cache:
-    """Keys and values of one layer and arm, in buffers that double when they are full."""
+    """Keys and values of one layer and arm, in buffers that double when they are full.
+
+    indexed: the keys of an indexer, where there is one.
+    """
 
     k: torch.Tensor | None = None
     v: torch.Tensor | None = None
     length: int = 0
+    indexed: torch.Tensor | None = None
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values [length, Hkv, D], these behind those before: views, written to no more."""
         self.k, self.v = (_with(old, self.length, new) for old, new in ((self.k, k), (self.v, v)))
         self.length += len(k)
         return self.held()
+
+    def index(self, inputs: IndexerInputs) -> IndexerInputs:
+        """After `append`: the same tokens' indexer inputs, as of one sequence, with all keys so far."""
+        self.indexed = _with(self.indexed, self.length - len(inputs.k), inputs.k)
+        return IndexerInputs(inputs.q[None], self.indexed[None, : self.length], inputs.weights[None])
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values so far [length, Hkv, D]: views."""
@@ -215,7 +229,8 @@ class _Cache:
     def copy(self) -> _Cache:
         assert self.k is not None
         assert self.v is not None
-        return _Cache(self.k.clone(), self.v.clone(), self.length)
+        indexed = None if self.indexed is None else self.indexed.clone()
+        return _Cache(self.k.clone(), self.v.clone(), self.length, indexed)
 
 
 def _with(buffer: torch.Tensor | None, length: int, new: torch.Tensor) -> torch.Tensor:

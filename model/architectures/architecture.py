@@ -46,12 +46,31 @@ class TokenRows(Protocol):
         ...
 
 
+class IndexerInputs(NamedTuple):
+    """What an indexer chooses keys by: q [T, H, D], k [T, D], and the weight of each of its heads [T, H]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    weights: torch.Tensor
+
+
 class AttentionInputs(NamedTuple):
-    """q [T, H, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv], float32, before they are rounded to the cache's type."""
+    """q [T, H, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv], float32, before they are rounded to the cache's type.
+
+    indexer: of layers that attend to a choice of keys; keys: that choice, [..., T, K] int32 with -1 for none,
+    once it is made (`Architecture.chosen_keys`); None: every key up to a token's own.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    indexer: IndexerInputs | None = None
+    keys: torch.Tensor | None = None
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionInputs:
+        """With every tensor [T, ...] of them changed alike, before keys are chosen."""
+        indexer = None if self.indexer is None else IndexerInputs(*map(change, self.indexer))
+        return AttentionInputs(change(self.q), change(self.k), change(self.v), indexer)
 
 
 @dataclass(frozen=True)
@@ -185,6 +204,16 @@ class Architecture(ABC):
         self, layer: int, x: torch.Tensor, positions: torch.Tensor, weights: Weights, products: Products
     ) -> AttentionInputs:
         """x [T, width] of consecutive tokens at `positions` [T]."""
+
+    def chosen_keys(
+        self, layer: int, indexer: IndexerInputs | None, kv_len: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The keys that each token attends to, [B, T, K] int32 with -1 for none; None: all up to its own.
+
+        indexer: q and weights of B sequences' T tokens, k of all S tokens up to the last [B, S, D]; kv_len:
+        keys up to each token's own [B, T].
+        """
+        return None
 
     def attention_output(
         self, layer: int, o: torch.Tensor, weights: Weights, products: Products

@@ -19,6 +19,7 @@ from verify.model.architectures.architecture import (
     Architecture,
     AttentionInputs,
     AttentionSettings,
+    IndexerInputs,
     ModelSizes,
     Weights,
 )
@@ -155,7 +156,7 @@ class Deepseek2(Architecture):
             low = rms_norm(products(h, weights["attn_q_a"]), weights["attn_q_a_norm"], self.eps)
             q = products(low, weights["attn_q_b"])
         else:
-            q = products(h, weights["attn_q"])
+            low, q = h, products(h, weights["attn_q"])
         q = q.view(len(x), self.heads, self.nope + self.rope_size)
         q_nope, q_rope = q.split([self.nope, self.rope_size], -1)
         k_b = self._k_b(weights)
@@ -167,7 +168,20 @@ class Deepseek2(Architecture):
         whole_q = torch.cat((absorbed, self.rope(q_rope, positions)), -1)
         if self.temperature is not None:
             whole_q = whole_q * self.temperature(positions).to(whole_q.dtype)[:, None, None]
-        return AttentionInputs(whole_q, torch.cat((latent, k_rope), -1), latent)
+        indexer = self.indexer_inputs(layer, h, low, positions, weights, products)
+        return AttentionInputs(whole_q, torch.cat((latent, k_rope), -1), latent, indexer)
+
+    def indexer_inputs(
+        self,
+        layer: int,
+        h: torch.Tensor,
+        low: torch.Tensor,
+        positions: torch.Tensor,
+        weights: Weights,
+        products: Products,
+    ) -> IndexerInputs | None:
+        """Of a layer that attends to a choice of keys; h [T, width]: its input, normed; low: q's latent."""
+        return None
 
     def attention_output(
         self, layer: int, o: torch.Tensor, weights: Weights, products: Products

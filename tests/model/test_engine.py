@@ -1,11 +1,12 @@
 """Tiny files of every architecture against llama.cpp itself: the engine where it is here, else its logits
 as they were stored.
 
-    python tests/model/test_engine.py        asks the engine and stores its logits anew
+    python tests/model/test_engine.py [NAME ...]      asks the engine and stores its logits anew
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -273,6 +274,39 @@ def no_inputs_a_layer(a: Any) -> None:
     a.own_inputs = lambda *_: None
 
 
+def all_keys(a: Any) -> None:
+    a.chosen_keys = lambda *_: None
+
+
+def one_key_fewer(a: Any) -> None:
+    a.chosen -= 1
+
+
+def newest_keys(a: Any) -> None:
+    """A window in the place of the choice."""
+
+    def newest(layer: int, indexer: Any, kv_len: torch.Tensor) -> torch.Tensor:
+        keys = kv_len[..., None] - 1 - torch.arange(a.chosen, dtype=torch.int32)
+        return keys.clamp(min=-1)
+
+    a.chosen_keys = newest
+
+
+def index_turns_otherwise(a: Any) -> None:
+    other = {"norm": "neox", "neox": "norm"}
+    a.rotates_index = replace(a.rotates_index, kind=other[a.rotates_index.kind])
+
+
+def heads_of_the_indexer_weigh_alike(a: Any) -> None:
+    plain = a.indexer_inputs
+
+    def alike(*arguments: Any) -> Any:
+        found = plain(*arguments)
+        return found._replace(weights=torch.ones_like(found.weights))
+
+    a.indexer_inputs = alike
+
+
 WRONG: dict[str, list[Callable[[Any], None]]] = {
     "gpt-oss": [
         no_sinks,
@@ -296,6 +330,14 @@ WRONG: dict[str, list[Callable[[Any], None]]] = {
     "gemma4-inputs-a-layer": [no_inputs_a_layer],
     "mistral3-temperature": [no_temperature],
     "mistral4-groups": [all_groups],
+    "deepseek32-chosen": [
+        all_keys,
+        one_key_fewer,
+        newest_keys,
+        index_turns_otherwise,
+        heads_of_the_indexer_weigh_alike,
+    ],
+    "glm-dsa-chosen": [index_turns_otherwise],
 }
 
 
@@ -328,17 +370,22 @@ def test_every_architecture_has_been_compared() -> None:
     assert {file.architecture for file in TINY.values()} == set(ARCHITECTURES)
 
 
-def _store() -> None:
-    """Write what the engine gives for every file."""
+def _store(*names: str) -> None:
+    """Write what the engine gives for every file, or for those alone."""
     import tempfile
 
     engine, found = ModelEngine(), {}
+    if names:
+        with np.load(STORED) as before:
+            found = dict(before)
     with tempfile.TemporaryDirectory() as folder:
         for name, file in TINY.items():
+            if names and name not in names:
+                continue
             found[name] = engine.logits(file.write(Path(folder) / "tiny.gguf"), TOKENS)[LAST]
     engine.close()
     np.savez_compressed(STORED, **found)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    _store()
+    _store(*sys.argv[1:])

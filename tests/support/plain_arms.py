@@ -29,6 +29,7 @@ class ExactArm:
             call.k,
             call.v,
             kv_len=call.kv_len,
+            keys=call.keys,
             **call.settings.options(call.q.device),
         )
         return exact_attention(checked).out.float()
@@ -64,6 +65,7 @@ class KernelArm:
             call.k,
             call.v,
             kv_len=call.kv_len,
+            keys=call.keys,
             path=self.path,
             **call.settings.options(call.q.device),
         )

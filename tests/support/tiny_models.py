@@ -486,39 +486,57 @@ GEMMA4: dict[str, TinyFile] = {
 }
 
 
-def _indexed(architecture: str, **more: Any) -> TinyFile:
+def _indexed(architecture: str, *, heads: int = 2, **more: Any) -> TinyFile:
+    """heads: of the indexer. With few of them scores of 0 are many, and which of those is taken is open."""
     shapes: Shapes = {}
     for i in range(2):
         p = f"blk.{i}.indexer."
         shapes |= {
-            p + "attn_q_b.weight": (2 * 64, QUERY_RANK),
+            p + "attn_q_b.weight": (heads * 64, QUERY_RANK),
             p + "attn_k.weight": (64, WIDTH),
-            p + "proj.weight": (2, WIDTH),
+            p + "proj.weight": (heads, WIDTH),
             p + "k_norm.weight": (64,),
             p + "k_norm.bias": (64,),
         }
-    keys = {"attention.indexer.head_count": 2, "attention.indexer.key_length": 64}
+    keys = {"attention.indexer.head_count": heads, "attention.indexer.key_length": 64}
     keys["attention.indexer.top_k"] = more.pop("top_k", 64)
     return _deepseek2(architecture, **more).with_(keys, shapes)
 
 
-DSA: dict[str, TinyFile] = {
-    f"{architecture}{name}": file
-    for architecture in ("deepseek32", "glm-dsa")
-    for name, file in {
-        "": _indexed(architecture),
-        "-as-many-keys-as-tokens": _indexed(architecture, top_k=40),
-        "-linear": _indexed(architecture, rope__scaling__factor=3.0),
-        "-yarn": _indexed(architecture).with_(YARN),
-        "-unnormalised": _indexed(architecture, expert_weights_norm=False, expert_weights_scale=2.5),
-        "-groups": _indexed(architecture, expert_group_count=4, expert_group_used_count=2),
-    }.items()
-} | {
-    "deepseek32-yarn-0.0707": _indexed("deepseek32").with_(
-        YARN | {"rope.scaling.yarn_log_multiplier": 0.0707}
-    ),
-    "glm-dsa-missing-gating": _indexed("glm-dsa").with_(drop=("expert_gating_func",)),
-}
+DSA: dict[str, TinyFile] = (
+    {
+        f"{architecture}{name}": file
+        for architecture in ("deepseek32", "glm-dsa")
+        for name, file in {
+            "": _indexed(architecture),
+            "-as-many-keys-as-tokens": _indexed(architecture, top_k=40),
+            "-linear": _indexed(architecture, rope__scaling__factor=3.0),
+            "-yarn": _indexed(architecture).with_(YARN),
+            "-unnormalised": _indexed(architecture, expert_weights_norm=False, expert_weights_scale=2.5),
+            "-groups": _indexed(architecture, expert_group_count=4, expert_group_used_count=2),
+        }.items()
+    }
+    | {
+        "deepseek32-yarn-0.0707": _indexed("deepseek32").with_(
+            YARN | {"rope.scaling.yarn_log_multiplier": 0.0707}
+        ),
+        "glm-dsa-missing-gating": _indexed("glm-dsa").with_(drop=("expert_gating_func",)),
+    }
+    | {
+        # Fewer keys than there are tokens.
+        f"{architecture}-{name}": file
+        for architecture in ("deepseek32", "glm-dsa")
+        for name, file in {
+            "chosen": _indexed(architecture, heads=8, top_k=8),
+            "chosen-20": _indexed(architecture, heads=8, top_k=20),
+            "all-chosen-but-one": _indexed(architecture, heads=8, top_k=39),
+            "one-chosen": _indexed(architecture, heads=8, top_k=1),
+            "chosen-linear": _indexed(architecture, heads=8, top_k=8, rope__scaling__factor=3.0),
+            "chosen-yarn": _indexed(architecture, heads=8, top_k=8).with_(YARN),
+            "chosen-by-many": _indexed(architecture, heads=64, top_k=12),
+        }.items()
+    }
+)
 
 TINY: dict[str, TinyFile] = {
     **FOUND,

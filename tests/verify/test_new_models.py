@@ -14,7 +14,12 @@ from support.tiny_files import TinyFile
 from support.tiny_models import TINY
 
 # Layers with attention of each.
-MODELS = {"gpt-oss": [0, 1, 2], "qwen35moe": [3], "gemma4-inputs-a-layer": [0, 1, 2, 3, 4, 5]}
+MODELS = {
+    "gpt-oss": [0, 1, 2],
+    "qwen35moe": [3],
+    "gemma4-inputs-a-layer": [0, 1, 2, 3, 4, 5],
+    "deepseek32-chosen": [0, 1],
+}
 KERNELS = ("--baseline", "eager", "--candidate", "eager:block=16,kv=2", "--device", "cpu")
 
 
@@ -39,6 +44,7 @@ def test_a_perplexity_run_captures_the_layers_that_attend(tmp_path: Path, name: 
     assert sorted(set(layers)) == MODELS[name]
     with np.load(captured[0]) as stored:
         assert len(stored["sinks"]) == (8 if name == "gpt-oss" else 0)
+        assert ("keys" in stored.files) == (name == "deepseek32-chosen")
     kernels = ("--candidate", "eager:block=16,kv=2", "--baseline", "eager", "--device", "cpu")
     compared = verify("diff", "--captured-from", str(run), *kernels, "--out", str(tmp_path / "diff"))
     assert compared.returncode in (0, 3), compared.stderr

@@ -142,14 +142,16 @@ class FirstResult(NamedTuple):
 
 def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None = None) -> Call:
     """The kernel's call of a layer; `rows` narrows it to some query rows."""
-    q, kv_len = call.q, call.kv_len
+    q, kv_len, keys = call.q, call.kv_len, call.keys
     if rows is not None:
         q, kv_len = q[:, rows].contiguous(), kv_len[:, rows].contiguous()
+        keys = None if keys is None else keys[:, rows].contiguous()
     made = checked_call(
         q,
         call.k,
         call.v,
         kv_len=kv_len,
+        keys=keys,
         path=path,
         **call.settings.options(q.device),
     )

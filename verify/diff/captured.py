@@ -59,6 +59,8 @@ def capture_to(folder: Path, layers: frozenset[int]) -> Callable[[LayerCall], No
         arrays: dict[str, Any] = {
             name: x[:1].cpu().float().numpy() for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)
         }
+        if call.keys is not None:
+            arrays["keys"] = call.keys[:1].cpu().numpy()
         with written_whole(target / f"layer-{call.layer:03d}.npz") as part, part.open("wb") as file:
             np.savez(
                 file,
@@ -110,6 +112,7 @@ def _read(file: Path, path: AttentionPath, device: torch.device) -> Call:
         with np.load(opened, allow_pickle=False) as stored:
             found = {name: stored[name] for name in (*"qkv", "kv_len", *_NUMBERS, "dtype")}
             heads = {name: stored[name] for name in _OF_HEADS if name in stored.files}
+            keys = stored["keys"] if "keys" in stored.files else None
     for name in "qkv":
         if found[name].ndim != 4 or found[name].dtype != np.float32 or not found[name].size:
             raise ValueError(
@@ -132,6 +135,8 @@ def _read(file: Path, path: AttentionPath, device: torch.device) -> Call:
     if str(found["dtype"]) not in _TYPES:
         raise ValueError(f"dtype is {one_line(str(found['dtype']), 40)}, expected one of {', '.join(_TYPES)}")
     dtype = _TYPES[str(found["dtype"])]
+    if keys is not None and (keys.ndim != 3 or keys.dtype != np.int32):
+        raise ValueError(f"keys is {keys.dtype}{list(keys.shape)}, expected int32[1, T, K]")
     q, k, v = (torch.from_numpy(found[name]).to(device, dtype) for name in "qkv")
     rows = slice(max(q.shape[1] - ROWS, 0), None)
     return checked_call(
@@ -139,6 +144,7 @@ def _read(file: Path, path: AttentionPath, device: torch.device) -> Call:
         k,
         v,
         kv_len=torch.from_numpy(found["kv_len"].astype(np.int32)).to(device)[:, rows].contiguous(),
+        keys=None if keys is None else torch.from_numpy(keys).to(device)[:, rows].contiguous(),
         scale=numbers["scale"],
         path=path,
         sliding_window=int(numbers["sliding_window"]) or None,

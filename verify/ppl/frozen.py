@@ -45,7 +45,7 @@ class FrozenRunner:
             return None
         if self._on_call is not None:
             self._on_call(self.name, call)
-        q, k, v = (x.double() + r for x, r in zip(call.unrounded, self._measurer.roundings, strict=True))
+        q, k, v = (x.double() + r for x, r in zip(call.unrounded[:3], self._measurer.roundings, strict=True))
         inner = kernel_call(call._replace(q=q, k=k, v=v), self._free.path)
         out = exact_attention(inner, with_lse=False).out + self._measurer.errors[self.name]
         return out if call.x is not None and call.x.dtype == torch.float64 else out.float()
