@@ -126,4 +126,5 @@ def test_the_command_writes_a_file(tmp_path: Path) -> None:
 )
 def test_the_command_refuses_in_one_line(tmp_path: Path, more: tuple[str, ...], said: str) -> None:
     text = write_text(tmp_path / "text.txt")
-    assert_refused(verify("logits", "-f", str(text), *more), said)
+    given = () if "-f" in more else ("-f", str(text))
+    assert_refused(verify("logits", *given, *more), said)
