@@ -16,7 +16,7 @@ THROUGH = {0, 1, *range(129, 160)}
 
 def loops() -> list[str]:
     found = []
-    for page in ("README.md", "docs/working-with-engines.md"):
+    for page in ("README.md", "docs/commands.md", "docs/working-with-engines.md"):
         text = (ROOT / page).read_text()
         found += re.findall(r"git bisect run (sh -c '(?:[^'])*')", text)
     return found

@@ -175,7 +175,7 @@ def documented_commands() -> list[str]:
     """Every `verify engines` line of the pages, placeholders and continued lines put together."""
     root = Path(__file__).parents[3]
     found = []
-    for page in ("README.md", "docs/working-with-engines.md"):
+    for page in ("README.md", "docs/commands.md", "docs/working-with-engines.md"):
         text = (root / page).read_text(encoding="utf-8").replace("\\\n", " ")
         found += re.findall(r"^ +(verify engines .*?)\s*$", text, re.MULTILINE)
         found += re.findall(r"^ +(llama-perplexity .*?)\s*$", text, re.MULTILINE)

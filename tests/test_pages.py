@@ -1,0 +1,40 @@
+"""Pages: links lead somewhere, files that are named exist, and the README stays short."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+NAMED = re.compile(r"`((?:docs|benchmarks|tests|verify|kernels|model|data)/[\w/.-]+\.\w+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_link_is_dead_and_no_file_is_named_that_is_not_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    dead = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    # What was is named in the changelog by its old place.
+    if page.name != "CHANGELOG.md":
+        dead += [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+    assert not dead
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        text = page.read_text(encoding="utf-8")
+        names = [page.parent / link for link in LINK.findall(text)] + [ROOT / n for n in NAMED.findall(text)]
+        todo += [name.resolve() for name in names if name.suffix == ".md" and name.exists()]
+    assert {p.resolve() for p in (ROOT / "docs").glob("*.md")} <= {p.resolve() for p in reached}
+
+
+def test_the_readme_is_a_screen_and_a_half() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
