@@ -42,6 +42,7 @@ COMMANDS = {
         "The laws of attention, merges and plans against a kernel; what breaks one is shrunk to a small"
         " case.",
     ),
+    "run": Listed("run", "All that [tool.verify] of a pyproject.toml asks for: diff, props, judge, ppl."),
     "judge": Listed(
         "judge",
         "A kernel nobody trusts: families, probes and laws, then the ways to look right without being it.",

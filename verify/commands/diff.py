@@ -53,6 +53,8 @@ def command(
     dtype: Annotated[str, typer.Option("--dtype", help="of q, k and v: f16, bf16, f32")] = "f16",
     margin: options.Margin = DEFAULT_MARGIN,
     allow_same: options.AllowSame = False,
+    junit: options.JUnit = None,
+    format_: options.Format = "text",
     device: options.Device = None,
     out: Annotated[Path | None, typer.Option("--out", help="default runs/diff-TIME")] = None,
     json_: options.Json = False,
@@ -64,8 +66,10 @@ def command(
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.stages import StageClock
     from verify.ppl.runfolder import RunFolder
+    from verify.reports.ci import cases_of_run, check_ci_options, hand_over
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
 
+    check_ci_options(format_, junit)
     prepare_torch()
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
@@ -108,6 +112,7 @@ def command(
     print_outcome(outcome, screen)
     print(outcome.seconds, file=screen)
     print(f"report: {folder.path / 'report.html'}", file=screen, flush=True)
+    hand_over(cases_of_run(outcome.run), "verify diff", format_, junit, summary=diff_markdown(outcome))
     if json_:
         print(to_json_text(outcome.run), end="")
     if outcome.interrupted:

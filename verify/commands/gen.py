@@ -44,6 +44,8 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/gen-TIME")
     ] = None,
+    junit: options.JUnit = None,
+    format_: options.Format = "text",
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
@@ -52,9 +54,11 @@ def command(
     from verify.gen.run import Generation, GenSettings
     from verify.machine.devices import default_device
     from verify.ppl.runfolder import PAGE, RESULT, RunFolder
+    from verify.reports.ci import cases_of_run, check_ci_options, hand_over
     from verify.reports.gen import print_outcome
     from verify.reports.writing import write_reports
 
+    check_ci_options(format_, junit)
     prepare_torch()
     if (prompt is None) == (file is None):
         raise UsageError("-p, -f: expected a prompt, in one of these two ways")
@@ -96,6 +100,7 @@ def command(
     finally:
         generation.close()
     print_outcome(run, folder.path / PAGE, screen)
+    hand_over(cases_of_run(as_json(run)), "verify gen", format_, junit)
     if json_:
         print(to_json_text(as_json(run)), end="")
     return EXIT_INTERRUPTED if found.ended == "interrupted" else run.exit_code

@@ -63,6 +63,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "--json",
         "--junit",
         "--format",
+        "--format",
         "--save-logits",
         "--capture",
         "--csv",
@@ -96,6 +97,16 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "verify props py:mine.py::attend",
         "verify props flash:kv=4 --junit laws.xml",
         "verify props ggml:lib=libggml.so --profile engine",
+    ),
+    "judge": (
+        "verify judge kernel.py",
+        "verify judge kernel.py::attend,layout=bhsd --junit judge.xml",
+        "verify judge kernelbench_problem.py --json",
+    ),
+    "run": (
+        "verify run",
+        "verify run --dry-run",
+        "verify run --format github --out reports",
     ),
     "bench": (
         "verify bench flash:kv=auto sdpa:cudnn --shape glm-4.5-air",

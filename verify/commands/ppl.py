@@ -109,6 +109,8 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/ppl-TIME")
     ] = None,
+    junit: options.JUnit = None,
+    format_: options.Format = "text",
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
@@ -116,8 +118,10 @@ def command(
     from verify.machine.ranks import ranks_of_environment
     from verify.ppl.resuming import Named, check_alone, go_on
     from verify.ppl.whole_run import run_whole
+    from verify.reports.ci import cases_of_run, check_ci_options, hand_over
     from verify.reports.ppl_screen import PplConsole
 
+    check_ci_options(format_, junit)
     prepare_torch()
     ranks = ranks_of_environment()
     console = PplConsole(json=json_, silent=not ranks.leads)
@@ -166,6 +170,8 @@ def command(
             gpus=gpus,
         )
     ended = run_whole(settings, console, ranks, begun=begun, out=out, load_writer=_load_writer)
+    if ended.run is not None:
+        hand_over(cases_of_run(as_json(ended.run)), "verify ppl", format_, junit)
     if json_ and ended.run is not None:
         print(to_json_text(as_json(ended.run)), end="")
     return ended.exit_code

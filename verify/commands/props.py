@@ -43,7 +43,8 @@ def command(
         str | None,
         typer.Option("--profile", help="engine: a fixed grid of the calls that engines make, within budget"),
     ] = None,
-    junit: Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to this file")] = None,
+    junit: options.JUnit = None,
+    format_: options.Format = "text",
     strict: options.Strict = False,
     device: options.Device = None,
     json_: options.Json = False,
@@ -53,8 +54,10 @@ def command(
 
     from verify.laws import subject_of
     from verify.machine.devices import chosen_device, default_device
+    from verify.reports.ci import cases_of_laws, check_ci_options, hand_over
     from verify.reports.props import exit_code, print_results, to_json, write_junit
 
+    check_ci_options(format_, junit)
     prepare_torch()
     if profile is not None:
         if profile != "engine":
@@ -89,6 +92,7 @@ def command(
             write_junit(results, spec, str(on), junit)
         except OSError as error:
             raise UsageError(f"--junit {junit}: cannot be written: {error.strerror or error}") from None
+    hand_over(cases_of_laws(results), f"verify props {spec}", format_, None)
     if json_:
         print(to_json_text(to_json(results, spec, str(on), describe(str(on)))), end="")
     if len(results) < len(laws):

@@ -27,7 +27,7 @@ _NO_FILE = {"exact", "eager", "flash", "sdpa", "flex", "flashinfer", "flash_attn
 
 
 # What --resume may stand beside: all else is the run's.
-_WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_"}
+_WITH_RESUME = {"resume", "memory", "checkpoint_minutes", "json_", "junit", "format_"}
 # What a run's folder cannot ask for by itself is named again.
 _NAMED_AGAIN = {"baseline", "candidate", "save_logits"}
 

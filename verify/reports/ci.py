@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 from xml.etree import ElementTree
 
 from verify.kernels.said import visible
 from verify.machine.errors import UsageError
 from verify.machine.outfile import check_writable
 
+if TYPE_CHECKING:
+    from verify.laws.run import LawResult
+
+# Wrong cells of a diff that are listed one by one: GitHub shows ten annotations of a step.
+MOST_CELLS = 10
 CaseState = Literal["passed", "failed", "skipped", "warned"]
 FORMATS = ("text", "github")
 
@@ -72,6 +77,49 @@ def hand_over(
                     to.write(summary or summary_of(cases, title))
             except OSError as error:
                 raise UsageError(f"GITHUB_STEP_SUMMARY={page}: {error.strerror or error}") from None
+
+
+def cases_of_run(run: Mapping[str, Any]) -> list[CheckedCase]:
+    """A case for each pair of a run of ppl, gen or diff (its `run.json`); of a diff one for each length too,
+    where something is wrong."""
+    command, cases = str(run["command"]), []
+    pairs = run.get("pairs") or []
+    for pair in pairs:
+        name = f"{pair['candidate']} against {pair['reference']} ({pair.get('path', '')})"
+        reasons = pair.get("reasons") or run["reasons"]
+        cases.append(
+            CheckedCase(
+                group=command,
+                name=name,
+                state=state_of(pair["verdict"]),
+                said=f"{pair['verdict']}: {reasons[0]}" if reasons else pair["verdict"],
+                text="\n".join([f"{pair['verdict']}: {name}", *reasons]),
+            )
+        )
+    if not cases:
+        said = "; ".join(run["reasons"])
+        cases.append(CheckedCase(command, str(run["verdict"]), state_of(run["verdict"]), said))
+    wrong = [c for c in run.get("cells") or [] if c["verdict"] in ("broken", "degraded")]
+    for c in wrong[:MOST_CELLS]:
+        where = f"{c['spec']}: {c['family']}, {c['shape']} at {c['n_kv']} keys"
+        said = c["faults"][0] if c["faults"] else c["verdict"]
+        cases.append(CheckedCase(f"{command}.cells", where, "failed", said, f"{said}\nagain: {c['again']}"))
+    return cases
+
+
+def cases_of_laws(results: Sequence[LawResult]) -> list[CheckedCase]:
+    """A case for each law of props."""
+    states: dict[str, CaseState] = {"holds": "passed", "broken": "failed", "not applicable": "skipped"}
+    return [
+        CheckedCase(
+            group=f"law.{r.law.group}",
+            name=r.law.name,
+            state=states[r.state],
+            said=r.reason,
+            text="\n".join(filter(None, (r.law.statement, r.reason, str(r.case or "")))),
+        )
+        for r in results
+    ]
 
 
 def write_junit_cases(cases: Sequence[CheckedCase], title: str, path: Path) -> None:
