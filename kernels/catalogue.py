@@ -37,6 +37,7 @@ PYTHON_OPTIONS: dict[str, str] = {
     "layout": "order of its dimensions: bshd, bhsd, thd; default bshd, or as it is found",
     "mask": "what a function without kv_len sees: none (all keys that it is given), causal; default: asked",
     "dtype": "the one type that it takes: f16, bf16, f32",
+    "cache": f"how it says that it keeps K and V, {GRAMMAR}: it is judged on that, and read back",
 }
 MERGE_OPTIONS: dict[str, str] = {
     **TILE_OPTIONS,

@@ -28,7 +28,7 @@ from verify.kernels.catalogue import CALL_LIMIT_S, PYTHON_OPTIONS
 from verify.kernels.errors import SpecError
 from verify.kernels.foreign.process import WorkerProcess
 from verify.kernels.foreign.user_kernel import UserKernel, forms_given
-from verify.kernels.plans.spec import Spec, choice, number
+from verify.kernels.plans.spec import Spec, cache_option, choice, number
 
 _NAME = r"[A-Za-z_]\w*"
 _TARGET = re.compile(
@@ -92,10 +92,13 @@ class PythonKernel(UserKernel):
         if "deterministic" in spec.options:
             stated = choice(spec, "deterministic", "no", ("yes", "no")) == "yes"
         limit_s = number(spec, "timeout", CALL_LIMIT_S)
+        cache = cache_option(spec)
         wanted: dict[str, Any] = {name: spec.options.get(name, "") for name in FORM_OPTIONS}
         own = {name: x for name, x in spec.options.items() if name not in PYTHON_OPTIONS}
         wanted["options"] = {name: literal(x) for name, x in own.items()}
-        return cls(spec.text, target, limit_s=limit_s, acc=acc, deterministic=stated, wanted=wanted)
+        made = cls(spec.text, target, limit_s=limit_s, acc=acc, deterministic=stated, wanted=wanted)
+        made.cache = cache
+        return made
 
     @property
     def shown(self) -> Mapping[str, Any]:

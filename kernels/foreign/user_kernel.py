@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
+from verify.kernels.cache_types import CacheSpec
 from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.eager import over_rotation
 from verify.kernels.errors import KernelFailure
 from verify.kernels.foreign.forms import CALL_FORMS
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import U_F32, type_of
 from verify.kernels.trace import Launched, Signature
 
 # What torch calls them; of any other type a result is judged as float32.
@@ -76,10 +79,22 @@ class UserKernel(Kernel):
         """out and lse of a call that it takes, float32, where the call's tensors lie; lse NaN for none."""
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
-        return self._returning(self.stated or loosest("f16", acc=self.acc))
+        own = self._returning(self.stated or loosest("f16", acc=self.acc))
+        return self._over_cache(own, self.cache.at(None), shape, torch.float16)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        return self._returning(self.stated or loosest_of(call.q.dtype, acc=self.acc))
+        own = self._returning(self.stated or loosest_of(call.q.dtype, acc=self.acc))
+        return self._over_cache(own, self.cache.at(call.layer), call.shape, call.q.dtype)
+
+    @staticmethod
+    def _over_cache(own: Arithmetic, cache: CacheSpec, shape: Shape, dtype: torch.dtype) -> Arithmetic:
+        """Numbers of the cache that it says it has may be rounded to its inputs' type."""
+        if cache.as_given:
+            return own
+        kind = type_of(dtype)
+        u = U_F32 if kind is None or kind.name == "f32" else kind.u
+        own = replace(own, u_k=max(own.u_k, u), u_v=max(own.u_v, u))
+        return over_rotation(own, cache, shape, dtype)
 
     def _returning(self, assumed: Arithmetic) -> Arithmetic:
         """The type that came back is known; a float32 that came back may hold numbers of a narrower one."""

