@@ -18,6 +18,7 @@ import torch
 from verify.diff.cells import Cell
 from verify.diff.examining import CellInputs
 from verify.diff.inputs import DiffSettings, all_inputs, check_settings
+from verify.diff.naming import looks_like
 from verify.diff.probing import PROBES, Probing
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
@@ -130,6 +131,8 @@ class Report:
     worst: WorstCase | None
     # The smallest of that kind on which it still fails; None where nothing failed, or none is smaller.
     smallest: WorstCase | None
+    # Of a broken kernel: known bugs that it looks like, the likest first, each a sentence.
+    looks_like: list[str]
     # What it would have seen: a ratio of errors from here on is `degraded` in any kind of input.
     detectable: float | None
     # As `verify diff` has them, a path each.
@@ -165,6 +168,7 @@ class Report:
                 lines.append(f"  {s.said}")
                 w = s
             lines += ["again:", *(f"  {line}" for line in w.snippet.splitlines())]
+        lines += self.looks_like[:1]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -186,6 +190,7 @@ class Report:
                 "table": self.table,
                 "worst": _case_json(self.worst),
                 "smallest": _case_json(self.smallest),
+                "looks_like": self.looks_like,
                 "detectable": self.detectable,
                 "runs": {path: outcome.run for path, outcome in self.outcomes.items()},
             }
@@ -306,7 +311,9 @@ def check_attention(
                 outcomes[path] = run_diff(own, on, inputs, clock, build=kept)
             report = _report(_said_name(fn), outcomes, probings)
             if report.verdict == "broken" and report.worst is not None:
-                report = replace(report, smallest=_smallest(kernel, report.worst, settings))
+                smallest = _smallest(kernel, report.worst, settings)
+                alike = [str(x) for x in looks_like(kernel, on)]
+                report = replace(report, smallest=smallest, looks_like=alike)
         finally:
             for each in built.values():
                 each.close()
@@ -449,6 +456,7 @@ def _report(name: str, outcomes: dict[str, DiffOutcome], probings: dict[_Place, 
         table=[{"path": path, **line} for path, r in results.items() for line in summary_lines(r)],
         worst=worst,
         smallest=None,
+        looks_like=[],
         detectable=max(least, default=None),
         outcomes=outcomes,
     )
