@@ -18,6 +18,7 @@ from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
+from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
 CPU_SHAPE, CPU_N_KV = "glm-4.5-air@8", "512,2048,8192"
@@ -66,7 +67,6 @@ def command(
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.stages import StageClock
     from verify.ppl.runfolder import RunFolder
-    from verify.reports.ci import cases_of_run, check_ci_options, hand_over
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
 
     check_ci_options(format_, junit)

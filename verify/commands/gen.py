@@ -20,6 +20,7 @@ from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
 from verify.machine.records import as_json
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
+from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 from verify.reports.split_mode import split_mode_sentence
 
 
@@ -54,7 +55,6 @@ def command(
     from verify.gen.run import Generation, GenSettings
     from verify.machine.devices import default_device
     from verify.ppl.runfolder import PAGE, RESULT, RunFolder
-    from verify.reports.ci import cases_of_run, check_ci_options, hand_over
     from verify.reports.gen import print_outcome
     from verify.reports.writing import write_reports
 

@@ -23,6 +23,7 @@ from verify.ppl.settings import (
     parse_size,
     with_caches,
 )
+from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
 
 def command(
@@ -118,7 +119,6 @@ def command(
     from verify.machine.ranks import ranks_of_environment
     from verify.ppl.resuming import Named, check_alone, go_on
     from verify.ppl.whole_run import run_whole
-    from verify.reports.ci import cases_of_run, check_ci_options, hand_over
     from verify.reports.ppl_screen import PplConsole
 
     check_ci_options(format_, junit)

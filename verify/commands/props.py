@@ -17,6 +17,7 @@ from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_writable
+from verify.reports.ci import cases_of_laws, check_ci_options, hand_over
 
 if TYPE_CHECKING:
     from verify.laws import Law, Subject
@@ -54,7 +55,6 @@ def command(
 
     from verify.laws import subject_of
     from verify.machine.devices import chosen_device, default_device
-    from verify.reports.ci import cases_of_laws, check_ci_options, hand_over
     from verify.reports.props import exit_code, print_results, to_json, write_junit
 
     check_ci_options(format_, junit)
