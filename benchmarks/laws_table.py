@@ -97,7 +97,8 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "A number is the tightest margin seen, in units of the tolerance; =: every bit; -: not applicable.",
+        "A number is the tightest margin seen, in units of the tolerance; =: every bit; -: not applicable;"
+        " nothing: the law came after that run.",
     ]
     for run in runs:
         e = run["environment"]
@@ -110,7 +111,9 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def cell(law: dict[str, Any] | None) -> str:
-    if law is None or law["state"] == "not applicable":
+    if law is None:
+        return ""
+    if law["state"] == "not applicable":
         return "-"
     if law["state"] == "broken":
         return "**BROKEN**"

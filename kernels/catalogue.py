@@ -34,6 +34,7 @@ PYTHON_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
     "acc": "f32: the kernel is known to accumulate in float32, so that a tighter error budget applies",
     "deterministic": "yes: it promises the same bits for the same call; no: it does not; default: it is seen",
+    "row_alone": "bits: it promises that a row's bits depend on nothing else in its call",
     "layout": "order of its dimensions: bshd, bhsd, thd; default bshd, or as it is found",
     "mask": "what a function without kv_len sees: none (all keys that it is given), causal; default: asked",
     "dtype": "the one type that it takes: f16, bf16, f32",

@@ -69,6 +69,8 @@ def source_hash() -> str:
 class EagerKernel(Kernel):
     """`eager`, and `flash` where its CUDA kernel cannot run."""
 
+    as_if_alone = True
+
     def __init__(self, spec: str, options: TileOptions, cache: CacheSpec = AS_GIVEN) -> None:
         super().__init__(spec)
         self.options = options

@@ -200,6 +200,8 @@ class ExactKernel(Kernel):
     acc: `float64`, or `double-float32`, whose products are sums of float32 products (`sliced_products`).
     """
 
+    as_if_alone = True
+
     def __init__(self, spec: str, acc: str = "float64") -> None:
         super().__init__(spec)
         self.acc = acc

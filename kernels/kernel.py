@@ -30,10 +30,13 @@ class Kernel(ABC):
     """A kernel that was built from a specification.
 
     `spec` is the text it was built from, `notes` what a reader of the verdict must know (a fallback that ran
-    in its place, say), `cache` its own KV cache, `AS_GIVEN` where keys and values stay what they are.
+    in its place, say), `cache` its own KV cache, `AS_GIVEN` where keys and values stay what they are;
+    `as_if_alone` whether rows of the decode path are computed as if alone by how it is built, which tests
+    hold: any other may choose by the tokens of a call, and is asked single ones (`verify.arms.alone`).
     """
 
     cache: CacheSpec = AS_GIVEN
+    as_if_alone = False
 
     # Of its merge, where it is one of pairs: its unit roundoff, and the type that its results are rounded to.
     merges_pairs, merge_u, merge_out = False, U_F32, "f32"

@@ -56,6 +56,7 @@ class TensorParallelKernel(Kernel):
         super().__init__(spec)
         self.inner, self.gpus = inner, gpus
         self.notes, self.cache = inner.notes, inner.cache
+        self.as_if_alone = inner.as_if_alone
         self.binary: str = getattr(inner, "binary", "")
 
     def run(self, call: Call) -> Result:

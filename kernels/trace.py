@@ -31,6 +31,8 @@ class Signature(NamedTuple):
     cuts: tuple[int, ...]  # 0 < ... < n_kv: bounds of the KV parts; -1: not known where one is
     launch: str  # `one`, or `each` head group
     as_planned: bool = True  # False: the device did other than the plan says, whatever else it ran for that
+    # Query tokens of the call, by which another kernel may be chosen; 0: rows are computed as if alone.
+    tokens: int = 0
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Coverage:
     head_groups: tuple[int, ...]  # query heads that each program handled
     parts: int  # of the KV range; 0: not known
     launch: str  # `one`, or `each` head group
+    tokens: int  # query tokens of a call; 0: rows are computed as if alone
     rows: int  # attention rows
     n_kv_min: int  # fewest keys of a row
     n_kv_max: int  # most keys of a row
@@ -55,6 +58,7 @@ class Coverage:
             "kernel": self.kernel,
             "binary": self.binary,
             "launch": self.launch,
+            "tokens_a_call": self.tokens,
             "head_groups": list(self.head_groups),
             "parts": self.parts,
             "kv_cuts": list(self.cuts_at_max),
@@ -160,7 +164,7 @@ class LaunchTrace:
         lines: dict[tuple[object, ...], Coverage] = {}
         for (path, n_kv, s), rows in sorted(self.rows.items()):
             parts = max(len(s.cuts) - 1, 0)
-            key = (path, s.kernel, s.binary, s.head_groups, parts, s.launch)
+            key = (path, s.kernel, s.binary, s.head_groups, parts, s.launch, s.tokens)
             line = lines.get(key)
             if line is None:
                 lines[key] = Coverage(
@@ -170,6 +174,7 @@ class LaunchTrace:
                     head_groups=s.head_groups,
                     parts=parts,
                     launch=s.launch,
+                    tokens=s.tokens,
                     rows=rows,
                     n_kv_min=n_kv,
                     n_kv_max=n_kv,
@@ -185,7 +190,7 @@ class LaunchTrace:
     def to_json(self) -> list[list[Any]]:
         """A list that `from_json` reads back; signatures are written once a row kind and n_kv."""
         return [
-            [path, n_kv, s.kernel, s.binary, list(s.head_groups), list(s.cuts), s.launch, s.as_planned, rows]
+            [path, n_kv, s.kernel, s.binary, list(s.head_groups), list(s.cuts), *s[4:], rows]
             for (path, n_kv, s), rows in sorted(self.rows.items())
         ]
 
@@ -202,8 +207,10 @@ class LaunchTrace:
                     cuts=tuple(cuts),
                     launch=launch,
                     as_planned=as_planned,
+                    tokens=tokens[0] if tokens else 0,
                 ),
             ): count
-            for path, n_kv, kernel, binary, groups, cuts, launch, as_planned, count in lines
+            # A run that was begun before has no tokens.
+            for path, n_kv, kernel, binary, groups, cuts, launch, as_planned, *tokens, count in lines
         }
         return cls([Launched(rows)])

@@ -12,18 +12,23 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from verify.arms.alone import ONE_TOKEN, alone_name
 from verify.arms.kernel_errors import faults_in_place
 from verify.gen.record import GenPairRecord, GenRun
 from verify.judge.statistics import DistanceRatio
 from verify.judge.verdict import GRAVITY, Decision, PairEvidence, Verdict, bounds_in_words, decide, overall
 from verify.machine.errors import UsageError
+from verify.ppl.evidence.alone import SingleTokensBeside
 from verify.ppl.evidence.pairs import advice, both, distance_between, only_reference_exact
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.evidence.steadiness import unexplained
 from verify.ppl.record import ArmRecord, PairRecord, PplRun, frozen_name
 
 # Words of a stored reason that no table can show again.
-_OF_THE_RUN = ("another result for the same call", "failed at", "does not take", "NaN or Inf in")
+_OF_THE_RUN = (
+    *("another result for the same call", "failed at", "does not take", "NaN or Inf in"),
+    *("promises row_alone", "not this change"),
+)
 
 
 class Rejudged(NamedTuple):
@@ -45,8 +50,13 @@ class Rejudged(NamedTuple):
         return f"{said}\n  it was {self.was}: {'; '.join(self.reasons)}"
 
 
-def rejudge_ppl(run: PplRun, tokens: pa.Table | None, layers: pa.Table | None) -> list[Rejudged]:
-    """Every pair of a run of `verify ppl`. Raises UsageError where its tables are gone."""
+def rejudge_ppl(
+    run: PplRun, tokens: pa.Table | None, layers: pa.Table | None, alone: pa.Table | None = None
+) -> list[Rejudged]:
+    """Every pair of a run of `verify ppl`. alone: None where the run asked no single tokens.
+
+    Raises UsageError where its other tables are gone.
+    """
     if tokens is None or layers is None:
         raise UsageError(
             "--rejudge: the run has no tokens.parquet and layers.parquet, which are judged again"
@@ -55,7 +65,7 @@ def rejudge_ppl(run: PplRun, tokens: pa.Table | None, layers: pa.Table | None) -
     arms = {arm.name: arm for arm in run.arms}
     floor = next((arm.name for arm in run.arms if arm.role == "floor"), None)
     return [
-        _pair(run, pair, arms[pair.candidate], arms[pair.reference], scores, layers, floor)
+        _pair(run, pair, arms[pair.candidate], arms[pair.reference], scores, layers, alone, floor)
         for pair in run.pairs
     ]
 
@@ -67,6 +77,7 @@ def _pair(
     reference: ArmRecord,
     scores: Scores,
     layers: pa.Table,
+    alone: pa.Table | None,
     floor: str | None,
 ) -> Rejudged:
     names = frozen_name(pair.candidate), frozen_name(pair.reference)
@@ -75,9 +86,17 @@ def _pair(
     distance = distance_between(*names, frozen_floor, scores)
     called = ((pair.candidate, "candidate"), (pair.reference, f"baseline {reference.spec}"))
     kept = [reason for reason in pair.reasons if any(words in reason for words in _OF_THE_RUN)]
-    faults = [fault for arm, name in called for fault in faults_in_place(layers, arm, name)]
+    faults = [
+        fault
+        for arm, name in called
+        for which, words in ((arm, name), (alone_name(arm), f"{name}, {ONE_TOKEN}"))
+        for fault in faults_in_place(layers, which, words)
+    ]
     found = unexplained(scores, pair.candidate, pair.reference, floor)
     margin = float(run.settings.get("margin", 1.25))
+    single_tokens = None
+    if alone is not None:
+        single_tokens = SingleTokensBeside(alone, pair.candidate, pair.reference, run.model.ratio)
     stand_in = bool(frozen_floor and only_reference_exact(*klds))
     now = decide(
         PairEvidence(
@@ -94,6 +113,7 @@ def _pair(
             reference="floor" if stand_in else "reference",
             narrowed_by=advice(distance, len(klds[0]), margin),
             unsteady=str(found) if found is not None else "",
+            alone=single_tokens.judge(margin) if single_tokens is not None else None,
         )
     )
     return Rejudged(candidate.spec, pair.verdict, pair.reasons, now)

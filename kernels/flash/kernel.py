@@ -113,6 +113,8 @@ class FlashKernel(Kernel):
     combining launch may start early on devices that can do it.
     """
 
+    as_if_alone = True
+
     def __init__(
         self,
         spec: str,

@@ -153,7 +153,10 @@ class GgmlKernel(Kernel):
         label = (
             self.label if self.cache == cache else self.label.replace(f"cache={self.cache}", f"cache={cache}")
         )
-        signature = Signature(label, self.binary, groups, (), launch)
+        tokens = 1 if call.path == "decode" else call.shape.rows
+        signature = Signature(
+            kernel=label, binary=self.binary, head_groups=groups, cuts=(), launch=launch, tokens=tokens
+        )
         launched = Launched.every_row(call.path, call.kv_len, signature)
         lse = call.q.new_full(call.q.shape[:3], torch.nan, dtype=torch.float32)
         out = found["out"].to(call.q.device)

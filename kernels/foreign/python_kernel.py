@@ -63,6 +63,7 @@ class PythonKernel(UserKernel):
         limit_s: int,
         acc: str | None,
         deterministic: bool | None = None,
+        row_alone: bool = False,
         wanted: Mapping[str, Any] | None = None,
     ) -> None:
         self.file, self.limit_s = file_of(target.where), limit_s
@@ -81,6 +82,7 @@ class PythonKernel(UserKernel):
             greeting=self._worker.greeting,
             acc=acc,
             deterministic=deterministic,
+            row_alone=row_alone,
         )
 
     @classmethod
@@ -91,12 +93,21 @@ class PythonKernel(UserKernel):
         stated = None
         if "deterministic" in spec.options:
             stated = choice(spec, "deterministic", "no", ("yes", "no")) == "yes"
+        alone = "row_alone" in spec.options and choice(spec, "row_alone", "bits", ("bits",)) == "bits"
         limit_s = number(spec, "timeout", CALL_LIMIT_S)
         cache = cache_option(spec)
         wanted: dict[str, Any] = {name: spec.options.get(name, "") for name in FORM_OPTIONS}
         own = {name: x for name, x in spec.options.items() if name not in PYTHON_OPTIONS}
         wanted["options"] = {name: literal(x) for name, x in own.items()}
-        made = cls(spec.text, target, limit_s=limit_s, acc=acc, deterministic=stated, wanted=wanted)
+        made = cls(
+            spec.text,
+            target,
+            limit_s=limit_s,
+            acc=acc,
+            deterministic=stated,
+            row_alone=alone,
+            wanted=wanted,
+        )
         made.cache = cache
         return made
 

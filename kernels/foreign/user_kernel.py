@@ -53,11 +53,13 @@ class UserKernel(Kernel):
         greeting: Mapping[str, Any],
         acc: str | None = None,
         deterministic: bool | None = None,
+        row_alone: bool = False,
         stated: Arithmetic | None = None,
     ) -> None:
         super().__init__(spec)
         self.function, self.binary, self.acc = function, binary, acc
-        self.deterministic, self.stated, self.greeting = deterministic, stated, greeting
+        self.deterministic, self.row_alone = deterministic, row_alone
+        self.stated, self.greeting = stated, greeting
         self._takes: tuple[str, ...] = tuple(greeting["takes"])
         self._dtypes: tuple[str, ...] = tuple(greeting["dtypes"])
         self._way: str = greeting["way"]
@@ -115,7 +117,7 @@ class UserKernel(Kernel):
             plans=False,
             head_groups=False,
             deterministic=bool(self.deterministic),
-            row_alone=False,
+            row_alone=self.row_alone,
             strided=False,
             zero_for_empty_rows=False,
             ragged=self._way in ("kv_len", "mask", "none", "causal"),
@@ -141,7 +143,14 @@ class UserKernel(Kernel):
         out, lse = self.answer(call)
         self._say_what_is_vacuous(call)
         # A foreign kernel does not say how it cut the call: its signature is its code.
-        signature = Signature(self.called, self.binary, (), (), "one")
+        signature = Signature(
+            kernel=self.called,
+            binary=self.binary,
+            head_groups=(),
+            cuts=(),
+            launch="one",
+            tokens=call.shape.rows,
+        )
         return Result(out, lse, Launched.every_row(call.path, call.n_kv, signature))
 
     @property

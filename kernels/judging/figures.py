@@ -26,6 +26,7 @@ import torch
 
 from verify.kernels.budget.bound import SMALLEST_SIZE, Budget
 from verify.kernels.call import Call
+from verify.kernels.numbers import FLOAT_TYPES
 
 # Where the budget is vacuous, a relative error above this is a bug all the same.
 LARGEST_RELATIVE_ERROR = 1.0 / 8.0
@@ -170,6 +171,15 @@ def gain_limit(deviation: float, bias: float, u: float) -> float:
     return GAIN_SIGMAS * deviation + bias + GAIN_UNITS * u
 
 
+def smallest_squares(exact: torch.Tensor, out: str) -> torch.Tensor:
+    """What a result of type `out` cannot show: the square of a quarter of its step at each row's root mean
+    square. exact [..., Dv] float64 -> [...]."""
+    kind = FLOAT_TYPES[out]
+    size = exact.square().mean(-1).sqrt()
+    exponent = torch.frexp(size.clamp(min=2.0**-1000)).exponent.double() - 1
+    return (torch.exp2((exponent - kind.digits).clamp(min=kind.least)) / 4).square()
+
+
 def another_origin(call: Call, lse: torch.Tensor, budget: Budget) -> bool:
     """Whether an lse [B, T, Hq] is off as that of ALiBi slopes which count from another key, and no more.
 
@@ -198,6 +208,22 @@ def budget_fault(nonfinite: int, ratio: float, relative: float, where: str = "")
     if relative > LARGEST_RELATIVE_ERROR:
         return f"error is {relative:.1%} of sum p|v|{where}: no correct kernel exceeds 1/8"
     return None
+
+
+def lse_fault(ratio: float, where: str = "") -> str | None:
+    """A log-sum-exp beyond its bound."""
+    return f"lse error is {ratio:.3g} times its bound{where}" if ratio > 1 else None
+
+
+def lse_ratio(call: Call, lse: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """|lse error| / bound of each row and head [B, T, Hq].
+
+    NaN where ALiBi slopes count from another key, which is no fault.
+    """
+    if another_origin(call, lse, budget):
+        return torch.full_like(budget.lse, torch.nan)
+    error = torch.where(lse.double() == budget.lse, 0.0, lse.double() - budget.lse)
+    return budget_ratio(error, budget.lse_bound)
 
 
 def rms_fault(rms: float, limit: float, where: str = "") -> str | None:

@@ -70,7 +70,10 @@ class PeerKernel(Kernel):
             if found_lse is not None:
                 lse[b, rows] = found_lse.float()
         # How a library cuts a call is its own affair: its signature is its name and version.
-        signature = Signature(self.spec, self.version, (), (), "one")
+        tokens = 1 if call.path == "decode" else call.shape.rows
+        signature = Signature(
+            kernel=self.spec, binary=self.version, head_groups=(), cuts=(), launch="one", tokens=tokens
+        )
         return Result(out, lse, Launched.every_row(call.path, call.kv_len, signature))
 
     def ready(self, call: Call) -> ReadyCall:

@@ -1,6 +1,7 @@
 """Kernels of a user, right and wrong, as `py:` candidates. This file imports nothing of ours."""
 
 import os
+import random
 import time
 
 import torch
@@ -115,3 +116,93 @@ def refuses(q, k, v, *, kv_len, scale):
 def off_by_2e_3(q, k, v, *, kv_len, scale):
     out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
     return out * 1.002, lse
+
+
+def scaled_alone(q, k, v, *, kv_len, scale):
+    """Wrong for one query token a call, and for none else."""
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return (out * 1.02 if q.shape[1] == 1 else out), lse
+
+
+def coarse_alone(q, k, v, *, kv_len, scale):
+    """Right for one query token, in fewer digits."""
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return (out.bfloat16().float() if q.shape[1] == 1 else out.half().float()), lse
+
+
+def last_key_lost_alone(q, k, v, *, kv_len, scale):
+    """Wrong for one query token where the cache holds no more keys than it sees."""
+    lost = q.shape[1] == 1 and k.shape[1] == int(kv_len.max())
+    return good(q, k, v, kv_len=kv_len - 1 if lost else kv_len, scale=scale)
+
+
+def refuses_alone(q, k, v, *, kv_len, scale):
+    if q.shape[1] == 1:
+        raise NotImplementedError("two query tokens or more")
+    return good(q, k, v, kv_len=kv_len, scale=scale)
+
+
+def raises_alone(q, k, v, *, kv_len, scale):
+    if q.shape[1] == 1:
+        raise RuntimeError("no such luck alone")
+    return good(q, k, v, kv_len=kv_len, scale=scale)
+
+
+def first_call_unfilled(q, k, v, *, kv_len, scale):
+    """A workspace that nobody filled: the first result is zeros."""
+    global _calls
+    _calls += 1
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return (out * 0 if _calls == 1 else out), lse
+
+
+def lse_infinite(q, k, v, *, kv_len, scale):
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return out, torch.full_like(lse, float("inf"))
+
+
+def neighbour_leaks(q, k, v, *, kv_len, scale):
+    """A ten-thousandth of another sequence's row, far below any budget."""
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return (out + 1e-6 * out.roll(1, 0) if q.shape[0] > 1 else out), lse
+
+
+def alone_in_another_order(q, k, v, *, kv_len, scale):
+    """Right, and rounded in another way where a row comes alone."""
+    if q.shape[0] * q.shape[1] == 1:
+        return good(q.float() * 3, k, v, kv_len=kv_len, scale=scale / 3)
+    return good(q, k, v, kv_len=kv_len, scale=scale)
+
+
+def infinite_at_12(q, k, v, *, kv_len, scale):
+    """Overflows in one row."""
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return torch.where((kv_len == 12)[..., None, None], float("inf"), out), lse
+
+
+def infinite_at_12_and_14(q, k, v, *, kv_len, scale):
+    """Overflows in that row, and in another."""
+    out, lse = infinite_at_12(q, k, v, kv_len=kv_len, scale=scale)
+    return torch.where((kv_len == 14)[..., None, None], float("inf"), out), lse
+
+
+def every34(q, k, v, *, kv_len, scale):
+    """Each 34th call returns another head's rows."""
+    global _calls
+    _calls += 1
+    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+    return (out.roll(1, 2) if _calls % 34 == 0 else out), lse
+
+
+def _race(seed):
+    """One call of 50, at random, returns another head's rows."""
+    drawn = random.Random(seed)
+
+    def race(q, k, v, *, kv_len, scale):
+        out, lse = good(q, k, v, kv_len=kv_len, scale=scale)
+        return (out.roll(1, 2) if drawn.random() < 1 / 50 else out), lse
+
+    return race
+
+
+race50_a, race50_b, race50_c, race50_d = (_race(seed) for seed in range(4))

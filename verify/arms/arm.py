@@ -60,6 +60,7 @@ class Findings:
     failure_place: Place | None = None  # where
     nonfinite_place: Place | None = None  # the first attention row with NaN or Inf
     nonfinite_rows: int = 0  # attention rows with NaN or Inf
+    nonfinite_beyond: int = 0  # of its rows, in place too, those with one where the reference arm has none
     attention_equal: bool = True  # every attention output had the reference arm's bits
     logits_equal: bool = True  # so had every logit
     first_difference: Place | None = None  # the first row that has other bits
@@ -105,6 +106,7 @@ class Findings:
             failure_place=failure.failure_place,
             nonfinite_place=self.nonfinite_place or later.nonfinite_place,
             nonfinite_rows=self.nonfinite_rows + later.nonfinite_rows,
+            nonfinite_beyond=self.nonfinite_beyond + later.nonfinite_beyond,
             attention_equal=self.attention_equal and later.attention_equal,
             logits_equal=self.logits_equal and later.logits_equal,
             first_difference=self.first_difference or later.first_difference,
@@ -166,7 +168,8 @@ REFUSED, STEADY_TIMES = "unsupported:", 4.0
 class _RowCheck(NamedTuple):
     """What was looked for in the rows of a call, and what there was of it, still on the device."""
 
-    kind: Literal["nonfinite", "different"]  # rows with NaN or Inf, or with other bits than the reference's
+    # Rows with NaN or Inf; with one where the reference has none; with other bits than the reference's.
+    kind: Literal["nonfinite", "beyond", "different"]
     window: int  # the first of the call
     layer: int  # of the call
     kv_len: torch.Tensor  # [B, T]
@@ -285,6 +288,8 @@ class ArmRunner:
                     nonfinite_rows=now.nonfinite_rows + rows,
                     nonfinite_place=now.nonfinite_place or check.place(first),
                 )
+            elif check.kind == "beyond":
+                self.findings = replace(now, nonfinite_beyond=now.nonfinite_beyond + rows)
             else:
                 self.findings = replace(
                     now,
@@ -298,13 +303,22 @@ class ArmRunner:
         if self.arm.reference is None:
             return
         reference = self._outputs.get(self.arm.reference)
+        self.check_beyond(call, out, reference)
         if reference is None:
             self.findings = replace(self.findings, attention_equal=False)
         elif out.is_cuda or not same_bits(out, reference):
             self._check_rows("different", call, different(out, reference).any(-1))
 
+    def check_beyond(self, call: LayerCall, out: torch.Tensor, reference: torch.Tensor | None) -> None:
+        """Note the rows with NaN or Inf in elements that the reference's result of this call has finite."""
+        bad = ~torch.isfinite(out)
+        if out.is_cuda or bool(bad.any()):
+            self._check_rows(
+                "beyond", call, (bad if reference is None else bad & reference.isfinite()).any(-1)
+            )
+
     def _check_rows(
-        self, kind: Literal["nonfinite", "different"], call: LayerCall, where: torch.Tensor
+        self, kind: Literal["nonfinite", "beyond", "different"], call: LayerCall, where: torch.Tensor
     ) -> None:
         """Note the rows of a call at which `where` [B, T, H] holds."""
         counts = torch.stack((where.any(-1).sum(), where.flatten().to(torch.uint8).argmax()))

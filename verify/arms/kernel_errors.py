@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from verify.arms.arm import Arm
-from verify.arms.own_error import HeadErrors, fault_of
+from verify.arms.own_error import HeadErrors, fault_of, lse_fault_of
 from verify.arms.records import InPlaceRecord, LayerErrors
 from verify.kernels.call import Shape
 from verify.kernels.judging.figures import (
@@ -47,6 +47,8 @@ class KernelErrors(NamedTuple):
     gain_limit: float  # what rounding alone does not exceed
     # The same as the arithmetic is stated: less where the limit rests on one that is only assumed.
     gain_stated: float
+    # Largest |lse error| / bound; NaN where it returns none.
+    lse_budget_ratio: float = math.nan
 
     @property
     def gain_z(self) -> float:
@@ -75,6 +77,8 @@ def kernel_errors(rows: pa.Table) -> KernelErrors | None:
         gain_se=se,
         gain_limit=gain_limit(se, _mean(one_way), U_F32),
         gain_stated=gain_limit(se, _mean(figure["gain_bias"]), U_F32),
+        # Runs of before had none.
+        lse_budget_ratio=_most(figure.get("lse_budget_ratio", np.empty(0))),
     )
 
 
@@ -108,12 +112,16 @@ def in_place_record(layers: pa.Table, arm: str) -> InPlaceRecord | None:
         gain_se=whole.gain_se,
         gain_z=whole.gain_z,
         gain_limit=whole.gain_limit,
+        lse_budget_ratio=None if math.isnan(whole.lse_budget_ratio) else whole.lse_budget_ratio,
         layers=by_layer,
     )
 
 
-def faults_in_place(layers: pa.Table, arm: str, called: str) -> list[str]:
-    """What makes a kernel `broken`, as sentences that begin with `called`."""
+def faults_in_place(layers: pa.Table, arm: str, called: str, *, nonfinite: bool = True) -> list[str]:
+    """What makes a kernel `broken`, as sentences that begin with `called`.
+
+    nonfinite: whether NaN and Inf do; else they are left aside.
+    """
     rows = rows_of(layers, arm)
     whole = kernel_errors(rows)
     if whole is None:
@@ -124,13 +132,21 @@ def faults_in_place(layers: pa.Table, arm: str, called: str) -> list[str]:
             pc.or_kleene(pc.greater(rows["max_budget_ratio"], 1), pc.greater(rows["relative_max"], 0)),
         )
     )
-    wrong = [errors for row in suspects.to_pylist() if fault_of(errors := HeadErrors(**row))]
+    kept = {} if nonfinite else {"nonfinite": 0}
+    wrong = [errors for row in suspects.to_pylist() if fault_of(errors := HeadErrors(**row | kept))]
     faults = []
     if wrong:
         worst = max(wrong, key=lambda e: graveness(e.nonfinite, e.max_budget_ratio, e.relative_max))
         faults.append(
             f"{called}: {fault_of(worst)}{IN_PLACE}"
             f" ({len(wrong)} of {whole.checks} checks of a layer and head failed)"
+        )
+    if whole.lse_budget_ratio > 1:
+        off = [HeadErrors(**x) for x in rows.filter(pc.greater(rows["lse_budget_ratio"], 1)).to_pylist()]
+        worst = max(off, key=lambda errors: errors.lse_budget_ratio)
+        faults.append(
+            f"{called}: {lse_fault_of(worst)}{IN_PLACE}"
+            f" ({len(off)} of {whole.checks} checks of a layer and head failed)"
         )
     return [*faults, *faults_in_common(whole, called)]
 

@@ -9,6 +9,7 @@ windows that are computed side by side share them. Of a long text a sample of wi
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from verify.kernels.call import Call
 from verify.kernels.judging.figures import (
     budget_fault,
     gain_of,
+    lse_fault,
+    lse_ratio,
     pooled_gain,
     pooled_rms,
     relative_rms,
@@ -66,6 +69,9 @@ class HeadErrors(NamedTuple):
     position: int  # of the worst row
     # Over all rows: ||exact on what its cache holds - exact|| / ||exact||, what the cache alone loses.
     cache_rms: float = 0.0
+    # Over the rows that have a budget: largest |lse error| / bound; NaN where the kernel returns no lse.
+    lse_budget_ratio: float = math.nan
+    lse_position: float = math.nan  # of the row of that
 
 
 _FIGURES = HeadErrors._fields[5:]
@@ -96,6 +102,7 @@ class Measured(NamedTuple):
     exact: torch.Tensor  # float64 attention of `own`
     given: torch.Tensor  # the same of keys and values as they were given
     errors: Mapping[str, torch.Tensor]  # the kernel's, and with faults planted, by the name they go under
+    lse: torch.Tensor | None = None  # the kernel's [B, T, H]; None: it returns none
 
 
 class InPlace:
@@ -133,7 +140,35 @@ class InPlace:
                     side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)[None]
                     kv_len = call.kv_len[0, checked]
                     _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, len(rows))
+                    if one.lse is not None and name == one.arm.name:
+                        lse = one.lse[:, checked].transpose(0, 1).flatten(1, 2)[None]
+                        slopes = one.own.alibi_slopes is not None
+                        call_of = _as_one_sequence(one.own, checked) if slopes else one.own
+                        _lse_of_rows(figures, call_of, lse, budgets[name], kv_len)
                 self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
+
+    def enter_rows(
+        self,
+        window: int,
+        layer: int,
+        name: str,
+        path: str,
+        *,
+        error: torch.Tensor,
+        exact: torch.Tensor,
+        budget: Budget,
+        call: Call,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Enter rows of one window, each with a budget: error, exact [1, rows, H, Dv]; call: those rows; lse
+        [1, rows, H], None where the kernel returns none."""
+        kv_len = call.kv_len[0]
+        figures = _all_rows(error, exact, kv_len)
+        _some_rows(figures, error, budget, kv_len, len(kv_len))
+        if lse is not None:
+            _lse_of_rows(figures, call, lse, budget, kv_len)
+        self._checks.append((window, layer, name, path))
+        self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
@@ -237,6 +272,32 @@ def _some_rows(
     seen = figures["position"], figures["nonfinite"] > 0
     figures.update({name: x.view(windows) for name, x in found.items()})
     figures["position"] = torch.where(seen[1], seen[0], figures["position"])
+
+
+def _lse_of_rows(
+    figures: dict[str, torch.Tensor],
+    call: Call,
+    lse: torch.Tensor,
+    budget: Budget,
+    kv_len: torch.Tensor,
+) -> None:
+    """Enter the figures of the log-sum-exp of the rows that have a budget, [1, rows, B * H] as theirs.
+
+    call: whose ALiBi slopes are looked at, if there are any: of these rows then.
+    """
+    ratio = lse_ratio(call, lse, budget)[0]
+    worst = torch.where(torch.isnan(ratio), -1.0, ratio).argmax(0)
+    windows = figures["nonfinite"].shape
+    figures["lse_budget_ratio"] = ratio.gather(0, worst[None])[0].view(windows)
+    figures["lse_position"] = (kv_len.double() - 1)[worst].view(windows)
+
+
+def lse_fault_of(errors: HeadErrors) -> str | None:
+    """The same of the log-sum-exp."""
+    if not errors.lse_budget_ratio > 1:
+        return None
+    where = Place(errors.window, errors.layer, int(errors.lse_position), errors.head)
+    return lse_fault(errors.lse_budget_ratio, f" at {where}")
 
 
 def fault_of(errors: HeadErrors) -> str | None:

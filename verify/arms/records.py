@@ -100,6 +100,7 @@ class CoverageRecord:
     kernel: str  # with its numerical options
     binary: str  # hash of the code that ran, empty where there is none
     launch: str  # `one`, or `each` head group
+    tokens_a_call: int | None = None  # query tokens (T); 0: rows are computed as if alone; None: not said
     head_groups: list[int]  # query heads that each program handled; empty where it cannot say
     parts: int  # of the KV range; 0 where it cannot say
     kv_cuts: list[int]  # bounds of the parts, of the longest row
@@ -158,4 +159,5 @@ class InPlaceRecord:
     gain_se: float = NOT_KNOWN  # its standard error
     gain_z: float = NOT_KNOWN  # gain_mean / gain_se
     gain_limit: float = NOT_KNOWN  # what rounding alone does not exceed
+    lse_budget_ratio: float | None = None  # largest |lse error| / bound; None: it returns no lse
     layers: list[LayerErrors] = field(default_factory=list)  # one a layer

@@ -67,7 +67,7 @@ def _rejudge(runs: list[Path], out: Path | None) -> int:
     if stored.run.verdict == VOID:
         raise UsageError(f"{runs[0]}: the run is void, there is nothing to judge again")
     if isinstance(stored, StoredPpl):
-        pairs = rejudge_ppl(stored.run, stored.tokens, stored.layers)
+        pairs = rejudge_ppl(stored.run, stored.tokens, stored.layers, stored.alone)
     else:
         pairs = rejudge_gen(stored.run)
     verdict = verdict_of(pairs)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from verify.diff.examining import CellInputs, KernelEvidence, smallest_squares
+from verify.arms.alone import ONE_TOKEN, broken_promise
+from verify.diff.examining import CellInputs, KernelEvidence
 from verify.judge.strata import Judgement, Stratum, judge_strata
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.bits import same_bits
@@ -22,6 +23,7 @@ from verify.kernels.judging.families import FAMILIES
 from verify.kernels.judging.figures import (
     shared_fault,
     shared_overflow,
+    smallest_squares,
 )
 from verify.kernels.numbers import FLOAT_TYPES
 
@@ -41,6 +43,7 @@ class Cell:
     # Errors of both by row and head, where neither has a fault and logits are distinct: equal logits are
     # rounded alike, and their errors add up.
     stratum: Stratum | None
+    stratum_alone: Stratum | None = None  # of single tokens, the same
     # A fault that both have, bit for bit the same.
     shared: str = ""
 
@@ -49,7 +52,7 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
     """A candidate's cell."""
     faults = [*faults_of(candidate, "candidate"), *faults_of(baseline, f"baseline {baseline.spec}")]
     a, b = candidate.output, baseline.output
-    equal = a is not None and b is not None and same_bits(a.out, b.out)
+    equal = a is not None and b is not None and same_bits(a.out, b.out) and _alike_alone(candidate, baseline)
     shared = ""
     both_have = faults_of(baseline, "both")
     if both_have and (equal or candidate.probes_failed == baseline.probes_failed != []):
@@ -71,44 +74,93 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
         stratum=_stratum(inputs, baseline, candidate) if comparable else None,
+        stratum_alone=_stratum_alone(inputs, baseline, candidate) if comparable else None,
         shared=shared,
     )
 
 
+def _alike_alone(candidate: KernelEvidence, baseline: KernelEvidence) -> bool:
+    """Whether single tokens, where any were asked, have equal bits."""
+    calls = max((one.alone.calls for one in (candidate, baseline) if one.alone is not None), default=0)
+    mine, theirs = (one.rows_alone(calls) for one in (candidate, baseline))
+    return not calls or (mine is not None and theirs is not None and same_bits(mine, theirs))
+
+
 def overflows_nowhere_else(candidate: KernelEvidence, baseline: KernelEvidence) -> bool:
     """Whether all that is wrong with a candidate are elements that are NaN or Inf in its baseline too."""
-    a, b, measured = candidate.output, baseline.output, candidate.measures
-    if (
-        a is None
-        or b is None
-        or measured is None
-        or not measured.nonfinite
-        or len(faults_of(candidate, "")) > 1
-    ):
+    a, b, alone = candidate.output, baseline.output, candidate.alone
+    if a is None or b is None or candidate.measures is None or len(faults_of(candidate, "")) > 2:
         return False
-    return bool((torch.isfinite(a.out) | ~torch.isfinite(b.out)).all())
+    compared = [(candidate.measures, candidate.findings, a.out, b.out)]
+    if alone is not None and alone.out is not None and alone.measures is not None:
+        theirs = baseline.rows_alone(alone.calls)
+        if theirs is None:
+            return False
+        compared.append((alone.measures, alone.findings, alone.out, theirs))
+    elif alone is not None:
+        return False
+    for measured, found, mine, its in compared:
+        faults = [f for f in found if f.detector not in SUSPICIONS]
+        if len(faults) > bool(measured.nonfinite):
+            return False
+        if not bool((torch.isfinite(mine) | ~torch.isfinite(its)).all()):
+            return False
+    return any(measured.nonfinite for measured, *_ in compared)
 
 
 def _stratum(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:
     """Both kernels' errors on the rows that are of the cell's length."""
-    call, exact = inputs.call, candidate.exact
+    name = _energy_name(baseline, candidate)
+    energies = getattr(candidate, name), getattr(baseline, name)
+    return _stratum_of(inputs, baseline, candidate, inputs.family, energies)
+
+
+def _stratum_alone(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum | None:
+    """The same of single tokens; None where none were asked."""
+    calls = max((one.alone.calls for one in (candidate, baseline) if one.alone is not None), default=0)
+    if not calls:
+        return None
+    name = _energy_name(baseline, candidate)
+    mine, its = (getattr(one.alone or one, name)[:calls] for one in (candidate, baseline))
+    if len(mine) < calls or len(its) < calls:
+        return None
+    return _stratum_of(inputs, baseline, candidate, alone_family(inputs.family), (mine, its))
+
+
+def alone_family(family: str) -> str:
+    """A family of inputs, asked one query token a call."""
+    return f"{family}, one query token"
+
+
+def _energy_name(baseline: KernelEvidence, candidate: KernelEvidence) -> str:
+    """A cache that both have is no change; one that only one has is charged to it."""
+    return "energy" if candidate.cache == baseline.cache else "given_energy"
+
+
+def _stratum_of(
+    inputs: CellInputs,
+    baseline: KernelEvidence,
+    candidate: KernelEvidence,
+    family: str,
+    energies: tuple[np.ndarray, np.ndarray],
+) -> Stratum:
+    """energies: of the first rows of both kernels, [rows, Hq]."""
+    call, exact, count = inputs.call, candidate.exact, len(energies[0])
     assert exact is not None
-    # A cache that both have is no change; one that only one has is charged to it.
-    name = "energy" if candidate.cache == baseline.cache else "given_energy"
     # What the finer of both types cannot show: `out=f32`, written out, asks about the coarser one.
     out = max(candidate.result_type, baseline.result_type, key=lambda x: FLOAT_TYPES[x].digits)
     rows = torch.ones_like(call.kv_len, dtype=torch.bool)
     if inputs.family in FAMILIES and call.path == "decode":
         rows = call.kv_len == inputs.n_kv
-    chosen = rows.flatten().cpu().numpy()
+    chosen = rows.flatten().cpu().numpy()[:count]
     per_row = (smallest_squares(exact, out), exact.square().mean(-1))
-    floor, power = (x.flatten(0, 1).cpu().numpy()[chosen] for x in per_row)
+    floor, power = (x.flatten(0, 1).cpu().numpy()[:count][chosen] for x in per_row)
     return Stratum(
         shape=inputs.shape,
         n_kv=inputs.n_kv,
-        family=inputs.family,
-        candidate=getattr(candidate, name)[chosen],
-        reference=getattr(baseline, name)[chosen],
+        family=family,
+        candidate=energies[0][chosen],
+        reference=energies[1][chosen],
         floor=floor,
         power=power,
         heads=tuple(range(call.shape.q_heads)),
@@ -126,6 +178,15 @@ def judge_cells(cells: Sequence[Cell], margin: float) -> Judgement:
     return judge_strata([joined(of_kind) for of_kind in kinds.values()], margin)
 
 
+def judge_alone(cells: Sequence[Cell], margin: float) -> Judgement | None:
+    """The strata of single tokens of one candidate's cells; None where none were asked."""
+    kinds: dict[tuple[str, int, str], list[Stratum]] = {}
+    for cell in cells:
+        if (s := cell.stratum_alone) is not None and cell.covered and len(s.candidate):
+            kinds.setdefault((s.shape, s.n_kv, s.family), []).append(s)
+    return judge_strata([joined(of_kind) for of_kind in kinds.values()], margin) if kinds else None
+
+
 def joined(draws: Sequence[Stratum]) -> Stratum:
     """Draws of one kind of input as one stratum."""
     arrays: dict[str, Any] = {
@@ -136,9 +197,16 @@ def joined(draws: Sequence[Stratum]) -> Stratum:
 
 
 def decide_cells(
-    cells: Sequence[Cell], judgement: Judgement, *, margin: float, allow_same: bool, narrowed_by: str
+    cells: Sequence[Cell],
+    judgement: Judgement,
+    *,
+    margin: float,
+    allow_same: bool,
+    narrowed_by: str,
+    alone: Judgement | None = None,
 ) -> Decision:
-    """The verdict on one candidate over some cells, whose strata are judged among all.
+    """The verdict on one candidate over some cells, whose strata, and those of single tokens, are judged
+    among all.
 
     Cells in which the plan did not differ, and probes, count only where they are broken.
     """
@@ -146,13 +214,18 @@ def decide_cells(
     faults.sort(key=lambda x: -x[0])
     compared = [c for c in cells if c.compared]
     covered = [c for c in compared if c.covered]
+    not_compared = "" if compared else "probes show faults alone: none was found, and none is compared"
+    refused = [c.candidate.alone.refused for c in compared if c.candidate.alone is not None]
+    if any(refused):
+        not_compared = f"candidate takes no call of one query token (T = 1): {next(filter(None, refused))}"
+    calls = sum(c.candidate.alone.calls for c in compared if c.candidate.alone is not None)
     return decide(
         PairEvidence(
             faults=[fault for _, fault in faults[:1]],
             same_spec=all(c.same_spec for c in cells),
             coverage=len(covered) / max(len(compared), 1),
             bitwise_equal=bool(compared) and all(c.bitwise_equal for c in covered or compared),
-            not_compared="" if compared else "probes show faults alone: none was found, and none is compared",
+            not_compared=not_compared,
             distance=None,
             margin=margin,
             unit="cells",
@@ -160,6 +233,8 @@ def decide_cells(
             narrowed_by=narrowed_by,
             allow_same=allow_same,
             strata=judgement,
+            alone=alone,
+            ran=f", {calls} rows of them as one query token a call" if calls else "",
         )
     )
 
@@ -181,6 +256,13 @@ def faults_of(found: KernelEvidence, called: str) -> list[str]:
             got, exact = found.worst_values
             where = f" at row {row}, head {head}, element {element}: {got:.9g}, exact {exact:.9g}"
         faults.append(f"{called}: {finding.said}{where}")
+    if (alone := found.alone) is not None:
+        if alone.failure is not None:
+            faults.append(f"{called} failed: {alone.failure}, {ONE_TOKEN}")
+        for finding in alone.findings:
+            if finding.detector not in SUSPICIONS:
+                faults.append(f"{called}, {ONE_TOKEN}: {finding.said}")
+        faults += broken_promise(found.spec, called, alone.calls, alone.other_bits)
     return faults
 
 

@@ -7,6 +7,7 @@ errs most, are held against budgets; of all rows the energies of their errors ar
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from verify.arms.alone import AskedRow, TimeShare, is_asked_alone, single_call
 from verify.arms.attempt import attempt
+from verify.kernels.bits import different
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.cache_types import CacheSpec
@@ -29,7 +32,6 @@ from verify.kernels.judging.figures import (
 )
 from verify.kernels.judging.gates import compared, nmse, plain_attention, verdicts
 from verify.kernels.kernel import Kernel
-from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.trace import LaunchTrace
 from verify.machine.stages import StageClock
 
@@ -48,6 +50,37 @@ class CellInputs:
     call: Call  # what the kernels get
     # Numbers of those that they are for: where plans cut depends on the candidate; None: all.
     candidates: tuple[int, ...] | None = None
+
+
+@dataclass(kw_only=True)
+class AloneEvidence:
+    """What a kernel that is not computed as if alone did with one query token a call, in one cell."""
+
+    calls: int = 0  # of the first rows
+    refused: str | None = None  # that it takes no such call, in its words
+    failure: str | None = None  # what it failed with
+    measures: Measures | None = None  # as of the cell's checked rows
+    findings: list[Finding] = field(default_factory=list)  # by these
+    other_bits: int = 0  # calls whose row has other bits than in the call of many
+    out: torch.Tensor | None = None  # [1, calls, Hq, Dv]
+    energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # as `KernelEvidence` has it
+    given_energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # likewise
+    against_many: float = math.nan  # of rms errors: these over those of the same rows in the call of many
+
+    def to_json(self) -> dict[str, Any]:
+        def figure(name: str) -> float:
+            return float(getattr(self.measures, name)) if self.measures is not None else math.nan
+
+        return {
+            "calls": self.calls,
+            "other_bits": self.other_bits,
+            "against_many": self.against_many,
+            "max_budget_ratio": figure("budget"),
+            "rms_ratio": figure("rms"),
+            "gain": figure("gain"),
+            "findings": [f"{f.detector}: {f.said}" for f in self.findings],
+            "failure": self.failure or self.refused,
+        }
 
 
 @dataclass
@@ -79,6 +112,13 @@ class KernelEvidence:
     ratios: np.ndarray = field(default_factory=lambda: np.zeros(0))
     output: AttentionOutput | None = None  # None where it failed
     trace: LaunchTrace = field(default_factory=LaunchTrace)  # what it launched
+    alone: AloneEvidence | None = None  # single tokens, of a kernel that is asked them
+
+    def rows_alone(self, calls: int) -> torch.Tensor | None:
+        """Results of the first rows as single tokens: of a kernel that computes as if alone, those it has."""
+        if self.alone is not None:
+            return self.alone.out
+        return None if self.output is None else self.output.out[:, :calls]
 
     @property
     def severity(self) -> float:
@@ -117,14 +157,19 @@ class KernelEvidence:
             "probes_failed": self.probes_failed,
             "findings": [f"{f.detector}: {f.said}" for f in self.findings],
             "failure": self.failure,
+            "alone": self.alone.to_json() if self.alone is not None else None,
             "worst": list(self.worst),
             "worst_values": list(self.worst_values),
             "foreign_gates": self.gates,
         }
 
 
-def examine(kernels: Sequence[Kernel], inputs: CellInputs, clock: StageClock) -> list[KernelEvidence | None]:
+def examine(
+    kernels: Sequence[Kernel], inputs: CellInputs, clock: StageClock, share: TimeShare | None = None
+) -> list[KernelEvidence | None]:
     """Run kernels on a cell's inputs and hold the errors of each against its own arithmetic.
+
+    share: of the run's time, for single tokens of kernels that are asked them; None: none are asked.
 
     None for a kernel that does not take what the inputs ask for (sinks, say): no evidence either way. What
     kernels share is computed once: the exact result, budgets of like arithmetics, plain attention.
@@ -155,6 +200,10 @@ def examine(kernels: Sequence[Kernel], inputs: CellInputs, clock: StageClock) ->
         elif plain is not None:
             with clock.stage("figures", inputs.n_kv):
                 _hold(evidence, inputs, each.output, due[i], plain, kernel.capabilities().lse)
+            side_by_side = call.block_table is None and call.cu_seqlens is None
+            if share is not None and side_by_side and is_asked_alone(kernel, call.path):
+                with clock.stage("one query token a call", inputs.n_kv):
+                    _ask_alone(evidence, kernel, inputs, due[i], share)
         found.append(evidence)
     return found
 
@@ -272,14 +321,11 @@ def _hold(
         measures = measures._replace(lse=max(measures.lse, one.lse))
     found.measures = measures
     found.findings = findings(measures)
-    if family is not None and any(finding.detector == "budget" for finding in found.findings):
-        # Of inputs that were drawn; what overflows on a real model's is wrong there.
+    if family is not None:
+        # What overflows on a real model's inputs is wrong there.
         asked = inputs.call
         held = replace(due.held, q=asked.q, kv_len=asked.kv_len, mask=asked.mask, keys=asked.keys)
-        limit = limit_of_float16_sums(held, output.out, due.exact_held, due.arithmetic)
-        if limit is not None:
-            kept = [f for f in found.findings if f.detector in SUSPICIONS or f.detector == "lse"]
-            found.findings = [*kept, Finding("limit", limit)]
+        found.findings = _excused(found.findings, held, output.out, due.exact_held, due.arithmetic)
     found.worst = measures.worst
     exact = due.exact[:, :rows]
     found.gates = verdicts(compared(due.held, head.out, exact, plain))
@@ -290,13 +336,64 @@ def _hold(
     found.ratios = ratio.flatten().cpu().numpy()
 
 
-def smallest_squares(exact: torch.Tensor, out: str) -> torch.Tensor:
-    """What a result of type `out` cannot show: the square of a quarter of its step at each row's root mean
-    square. exact [..., Dv] float64 -> [...]."""
-    kind = FLOAT_TYPES[out]
-    size = exact.square().mean(-1).sqrt()
-    exponent = torch.frexp(size.clamp(min=2.0**-1000)).exponent.double() - 1
-    return (torch.exp2((exponent - kind.digits).clamp(min=kind.least)) / 4).square()
+def _ask_alone(
+    found: KernelEvidence, kernel: Kernel, inputs: CellInputs, due: _Due, share: TimeShare
+) -> None:
+    """Ask the checked rows one query token a call, and hold them against the budgets that they have."""
+    assert found.output is not None
+    rows, many = due.held.shape.rows, found.output
+    if not share.allows():
+        share.left_out += rows
+        return
+    began = time.monotonic()
+    results = []
+    found.alone = alone = AloneEvidence()
+    for row in range(rows):
+        # Every other one with the keys that the row sees, and no more.
+        tried = attempt(kernel, single_call(inputs.call, AskedRow(0, row, spare=row % 4 in (1, 2))))
+        found.trace.count(tried.launched)
+        if tried.output is None:
+            if tried.unsupported:
+                alone.refused = tried.failure
+            else:
+                alone.failure = tried.failure
+            share.add(time.monotonic() - began)
+            return
+        results.append(tried.output)
+    alone.calls = rows
+    alone.out = out = torch.cat([each.out for each in results], 1)
+    lse = torch.cat([each.lse for each in results], 1) if kernel.capabilities().lse else due.budget.lse
+    family = FAMILIES.get(inputs.family)
+    alone.measures = measure(
+        due.held,
+        AttentionOutput(out, lse),
+        due.arithmetic,
+        distinct=family is None or family.distinct,
+        budget=due.budget,
+    )
+    alone.findings = findings(alone.measures)
+    exact = due.exact_held[:, :rows]
+    if family is not None:
+        alone.findings = _excused(alone.findings, due.held, out, exact, due.arithmetic)
+    alone.energy, alone.given_energy = (_energy(out, x) for x in (exact, due.exact[:, :rows]))
+    alone.other_bits = int(different(out, many.out[:, :rows]).flatten(2).any(-1).sum())
+    of_many = _energy(many.out[:, :rows], exact)
+    if of_many.any():
+        alone.against_many = math.sqrt(float(alone.energy.sum() / of_many.sum()))
+    share.add(time.monotonic() - began)
+
+
+def _excused(
+    found: list[Finding], held: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic
+) -> list[Finding]:
+    """Of inputs that were drawn: what float16 sums cannot do is a limit of theirs and no fault."""
+    if not any(finding.detector == "budget" for finding in found):
+        return found
+    limit = limit_of_float16_sums(held, out, exact, arithmetic)
+    if limit is None:
+        return found
+    kept = [f for f in found if f.detector in SUSPICIONS or f.detector == "lse"]
+    return [*kept, Finding("limit", limit)]
 
 
 def _energy(out: torch.Tensor, exact: torch.Tensor) -> np.ndarray:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from verify.diff.cells import Cell, decide_cells, suspicions
+from verify.arms.alone import TimeShare
+from verify.diff.cells import Cell, alone_family, decide_cells, suspicions
 from verify.diff.inputs import DEFAULT_ROWS, DiffSettings
 from verify.judge.strata import Judgement, StratumResult
 from verify.judge.verdict import EXIT_CODES, Decision, Verdict
@@ -38,6 +40,7 @@ class CandidateResult:
     lines: list[LengthLine]  # by shape and length
     strata: Judgement  # what the kinds of input say
     trace: LaunchTrace  # what it launched
+    alone: Judgement | None = None  # of single tokens; None: it was asked none
 
     @property
     def worst(self) -> Cell | None:
@@ -71,9 +74,27 @@ class DiffOutcome:
     interrupted: bool = False  # by the user
 
 
-def _is_of(cell: Cell, stratum: StratumResult) -> bool:
+def _is_of(cell: Cell, stratum: StratumResult, family: str = "") -> bool:
     i = cell.inputs
-    return (i.shape, i.n_kv, i.family) == (stratum.shape, stratum.n_kv, stratum.family)
+    return (i.shape, i.n_kv, family or i.family) == (stratum.shape, stratum.n_kv, stratum.family)
+
+
+def alone_sentence(spec: str, cells: Sequence[Cell], share: TimeShare) -> str | None:
+    """What single tokens of a candidate were asked, and showed; None where it is not asked any."""
+    asked = [c.candidate.alone for c in cells if c.candidate.alone is not None and c.candidate.alone.calls]
+    if not asked and not share.left_out:
+        return None
+    calls, other = (sum(getattr(one, name) for one in asked) for name in ("calls", "other_bits"))
+    said = (
+        f"{spec}: {calls} calls of one query token (T = 1, B = 1) in {len(asked)} cells,"
+        f" {share.share:.1%} of the run's time; other bits than in calls of many tokens in {other}"
+    )
+    times = [one.against_many for one in asked if math.isfinite(one.against_many)]
+    if times:
+        said += f", rms error {min(times):.3g} to {max(times):.3g} times theirs"
+    if share.left_out:
+        said += f"; {share.left_out} more calls, of all kernels, were left out for their time"
+    return said
 
 
 def command_of(settings: DiffSettings, cell: Cell) -> str:
@@ -128,6 +149,7 @@ def run_json(
                 "reasons": r.reasons,
                 **_ratio_json(r.strata.telling),
                 "strata": [_stratum_json(s) for s in r.strata.strata],
+                "alone": [_stratum_json(s) for s in (r.alone.strata if r.alone is not None else ())],
                 "bitwise_equal": all(c.bitwise_equal for c in r.cells if c.compared)
                 and any(c.compared for c in r.cells),
             }
@@ -179,8 +201,12 @@ def _cell_json(settings: DiffSettings, result: CandidateResult, cell: Cell) -> d
     i = cell.inputs
     own = Judgement([s for s in result.strata.strata if _is_of(cell, s)], "equal", settings.margin)
     own = own.only(i.shape, i.n_kv)
+    alone = None
+    if result.alone is not None:
+        mine = [s for s in result.alone.strata if _is_of(cell, s, alone_family(i.family))]
+        alone = Judgement(mine, "equal", settings.margin).only(i.shape, i.n_kv)
     decision = decide_cells(
-        [cell], own, margin=settings.margin, allow_same=settings.allow_same, narrowed_by=""
+        [cell], own, margin=settings.margin, allow_same=settings.allow_same, narrowed_by="", alone=alone
     )
     return {
         "spec": cell.candidate.spec,

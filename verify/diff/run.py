@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verify.arms.alone import TimeShare
 from verify.arms.result_type import matched, shows_its_type
-from verify.diff.cells import Cell, compare, decide_cells, faults_of, judge_cells
+from verify.diff.cells import Cell, compare, decide_cells, faults_of, judge_alone, judge_cells
 from verify.diff.examining import CellInputs, KernelEvidence, examine
 from verify.diff.inputs import DiffSettings, first_call
 from verify.diff.probing import PROBES, Probing, probe_kernels
-from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, run_json
+from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
 from verify.judge.strata import Judgement
 from verify.judge.verdict import EXIT_CODES, Decision, overall
 from verify.kernels.judging.probes import why_not_one_hot
@@ -55,6 +56,7 @@ def run_diff(
     traces = [LaunchTrace() for _ in candidates]
     base_traces = {spec: LaunchTrace() for spec in baselines}
     left_out: dict[str, set[str]] = {}
+    share = TimeShare()
     few_words: list[str] = []
     # Findings that are no faults, in the order in which they came.
     said: dict[str, None] = {}
@@ -73,7 +75,7 @@ def run_diff(
                 said |= dict.fromkeys(one.contract for one in probed if one.contract)
                 found = [None if one.refused else one for one in probed]
             else:
-                found = examine(kernels, each, clock)
+                found = examine(kernels, each, clock, share)
             family = PROBES if isinstance(each, Probing) else each.family
             for kernel, one in zip(kernels, found, strict=True):
                 if one is None:
@@ -92,6 +94,8 @@ def run_diff(
                 if one is not None:
                     # Outputs are compared above; only their errors are kept.
                     one.output = one.exact = None
+                    if one.alone is not None:
+                        one.alone.out = None
             examined += 1
     except KeyboardInterrupt:
         stopped, interrupted = f"interrupted after {examined} inputs", True
@@ -121,6 +125,8 @@ def run_diff(
         f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
         for spec, families in left_out.items()
     ]
+    single = [alone_sentence(result.spec, result.cells, share) for result in results]
+    notes += [sentence for sentence in single if sentence is not None]
     run = run_json(settings, results, base_traces, verdict, notes, str(device))
     run["seconds"] = clock.to_json()
     return DiffOutcome(
@@ -166,6 +172,7 @@ def _judge(
 ) -> CandidateResult:
     """The verdict over all cells, and where it is broken: at which shapes, lengths and inputs."""
     strata = judge_cells(cells, settings.margin)
+    alone = judge_alone(cells, settings.margin)
     if not cells:
         reasons = ["it takes none of the inputs"]
         return CandidateResult(
@@ -179,20 +186,22 @@ def _judge(
             trace=trace,
         )
 
-    def decided(some: Sequence[Cell], of_these: Judgement) -> Decision:
+    def decided(some: Sequence[Cell], of_these: Judgement, of_single: Judgement | None) -> Decision:
         return decide_cells(
             some,
             of_these,
             margin=settings.margin,
             allow_same=settings.allow_same,
             narrowed_by=_advice(settings, of_these),
+            alone=of_single,
         )
 
     lines = []
     for of_line in _by_line(cells):
-        own = strata.only(of_line[0].inputs.shape, of_line[0].inputs.n_kv)
-        lines.append(LengthLine(of_line, decided(of_line, own), own))
-    decision = decided(cells, strata)
+        of = of_line[0].inputs.shape, of_line[0].inputs.n_kv
+        own, single = strata.only(*of), alone.only(*of) if alone is not None else None
+        lines.append(LengthLine(of_line, decided(of_line, own, single), own))
+    decision = decided(cells, strata, alone)
     reasons = list(decision.reasons)
     if decision.verdict == "broken":
         reasons.append(_where([c for c in cells if c.faults], cells))
@@ -204,6 +213,7 @@ def _judge(
         cells=cells,
         lines=lines,
         strata=strata,
+        alone=alone,
         trace=trace,
     )
 

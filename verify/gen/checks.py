@@ -14,6 +14,7 @@ from typing import NamedTuple, get_type_hints
 import pyarrow as pa
 import torch
 
+from verify.arms.alone import CALLS, is_asked
 from verify.arms.arm import ArmRunner, common_cache, kernel_call
 from verify.arms.attempt import attempt
 from verify.arms.own_error import worst_rows
@@ -67,19 +68,29 @@ CHECK_SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(
 
 
 class CheckedExact:
-    """The exact arm, as the stepper sees it: whenever it attends, the kernels are checked on its inputs."""
+    """The exact arm, as the stepper sees it: whenever it attends, the kernels are checked on its inputs.
 
-    def __init__(self, exact: ArmRunner, runners: Iterable[ArmRunner], layers: int) -> None:
+    layers: of the model; steps: tokens that will be written.
+    """
+
+    def __init__(self, exact: ArmRunner, runners: Iterable[ArmRunner], layers: int, steps: int) -> None:
         self.exact, self.name = exact, exact.name
         self.kernels = [one for one in runners if one.arm.kernel is not None and one.arm.role != "control"]
-        self.stride = max(layers // LAYERS_A_STEP, 1)
+        each = LAYERS_A_STEP
+        if any(is_asked(one.arm) for one in self.kernels):
+            # A step is the one call of one query token that such a kernel gets.
+            each = max(each, -(-CALLS * layers // steps))
+        self.stride = max(layers // each, 1)
         self.step = -1
         self.common_cache = common_cache(one.arm for one in self.kernels)
         self.checks: list[StepCheck] = []
+        # Results of the call at hand, by arm.
+        self._outs: dict[str, torch.Tensor] = {}
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         out = self.exact.attend(call)
         if (call.layer - self.step) % self.stride == 0:
+            self._outs.clear()
             oracle = exact_attention(kernel_call(call, self.exact.path), with_lse=False).out[0]
             for one in self.kernels:
                 self._check(call, one, oracle)
@@ -99,6 +110,9 @@ class CheckedExact:
             one.fail(tried.failure, call)
             return
         got = tried.output.out[0].double()  # [T, H, Dv]
+        self._outs[one.name] = tried.output.out
+        if one.arm.reference is not None:
+            one.check_beyond(call, tried.output.out, self._outs.get(one.arm.reference))
         distance = got - oracle
         bad = ~torch.isfinite(distance).all(-1)
         distance = torch.where(bad[..., None], 0.0, distance)

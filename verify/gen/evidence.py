@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -57,6 +58,17 @@ def pair_record(
     shared = ""
     if equal and (both_have := _faults(generation, written, baseline, of_baseline, "both")):
         shared, faults = shared_fault(both_have), []
+    elif overflows_nowhere_else(generation, candidate, of_candidate):
+        shared = (
+            f"both: NaN or Inf in {of_candidate.nonfinite_rows} attention rows, in elements that are so with"
+            " the baseline too: not this change"
+        )
+        faults = [
+            *_faults(generation, written, candidate, of_candidate, "candidate", nonfinite=False),
+            *_faults(
+                generation, written, baseline, of_baseline, f"baseline {baseline.spec}", nonfinite=False
+            ),
+        ]
     decision = decide(
         PairEvidence(
             faults=faults,
@@ -78,6 +90,8 @@ def pair_record(
     klds = [step.arms[candidate.name].kld_to_baseline for step in steps]
     first = written.first.get(candidate.name)
     closest = min(range(len(steps)), key=lambda i: steps[i].arms["baseline"].top1_margin, default=None)
+    judged = Counter(c.layer for c in generation.exact.checks if c.arm == candidate.name and c.step >= 0)
+    layers = [i for i in range(generation.architecture.sizes.layers) if generation.architecture.attends(i)]
     return GenPairRecord(
         reference=baseline.name,
         candidate=candidate.name,
@@ -93,6 +107,8 @@ def pair_record(
         tokens=len(steps),
         bitwise_equal=equal,
         coverage=coverage,
+        judged_calls=judged.total(),
+        judged_least=min((judged[layer] for layer in layers), default=0),
         first_difference=first.record() if first else None,
         disagreements=[
             Disagreement(
@@ -122,8 +138,23 @@ def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> 
     return sum(step.n_kv in changed for step in steps) / max(len(steps), 1)
 
 
-def _faults(generation: Generation, written: Written, arm: Arm, findings: Findings, called: str) -> list[str]:
-    """What makes an arm `broken`, as sentences that begin with `called`."""
+def overflows_nowhere_else(generation: Generation, arm: Arm, found: Findings) -> bool:
+    """Whether an arm has NaN or Inf, in place or in the text, and none where its reference has none."""
+    checks = [c for c in generation.exact.checks if c.arm == arm.name]
+    has = found.nonfinite_rows or any(c.nonfinite for c in checks)
+    return bool(has) and not found.nonfinite_beyond and not found.failed
+
+
+def _faults(
+    generation: Generation,
+    written: Written,
+    arm: Arm,
+    findings: Findings,
+    called: str,
+    *,
+    nonfinite: bool = True,
+) -> list[str]:
+    """What makes an arm `broken`, sentences that begin with `called`. nonfinite: whether NaN and Inf do."""
     faults = []
     if findings.failure is not None and not findings.refused:
         steps = len([s for s in written.steps if arm.name in s.arms])
@@ -131,12 +162,16 @@ def _faults(generation: Generation, written: Written, arm: Arm, findings: Findin
         layer = f", layer {findings.failure_place.layer}" if findings.failure_place else ""
         faults.append(f"{called} failed at {at}{layer}: {findings.failure}")
     infinite = [i for i, s in enumerate(written.steps) if arm.name in s.arms and not s.arms[arm.name].finite]
-    if findings.nonfinite_rows:
+    if not nonfinite:
+        pass
+    elif findings.nonfinite_rows:
         layer = f", first in layer {findings.nonfinite_place.layer}" if findings.nonfinite_place else ""
         faults.append(f"{called}: NaN or Inf in {findings.nonfinite_rows} attention rows{layer}")
     elif infinite:
         faults.append(f"{called}: NaN or Inf in the logits of token {infinite[0] + 1}")
     checks = [c for c in generation.exact.checks if c.arm == arm.name]
+    if not nonfinite:
+        checks = [c._replace(nonfinite=0) for c in checks]
     wrong = [c for c in checks if c.fault]
     if wrong:
         worst = max(wrong, key=lambda c: graveness(c.nonfinite, c.max_budget_ratio, c.relative_max))

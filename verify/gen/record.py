@@ -93,6 +93,8 @@ class GenPairRecord(PairOfRun):
     tokens: int  # steps that it ran
     bitwise_equal: bool  # attention outputs and logits
     coverage: float  # share of the steps whose plan or kernel differed
+    judged_calls: int | None = None  # calls of one query token that were held against exact
+    judged_least: int | None = None  # fewest of them in a layer
     first_difference: FirstDifference | None  # None: the same text
     disagreements: list[Disagreement]  # every step that differs
     margin_moved_rms: float  # nats, over all steps, by the candidate

@@ -148,7 +148,9 @@ class Generation:
         outputs: dict[str, torch.Tensor] = {}
         self._runners = {arm.name: ArmRunner(arm, outputs, seed=settings.seed) for arm in self.arms}
         self._logits_equal = dict.fromkeys(self._runners, True)
-        self.exact = CheckedExact(self._runners["exact"], self._runners.values(), sizes.layers)
+        self.exact = CheckedExact(
+            self._runners["exact"], self._runners.values(), sizes.layers, settings.n_predict
+        )
         self.stepper = Stepper(
             self.architecture,
             [self.exact, *(r for name, r in self._runners.items() if name != "exact")],

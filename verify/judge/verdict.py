@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from verify.judge.regimes import sentence
 from verify.judge.statistics import DistanceRatio
-from verify.judge.strata import IMPROVEMENT, Judgement, improvement_of
+from verify.judge.strata import FEWEST_SAMPLES, IMPROVEMENT, Judgement, improvement_of
 from verify.machine.errors import UsageError
 
 Verdict = Literal["broken", "inconclusive", "identical", "degraded", "improved", "round-off"]
@@ -71,6 +71,8 @@ class PairEvidence:
     allow_same: bool = False  # two equal specifications were asked for
     strata: Judgement | None = None  # what the kinds of input say, in the place of one distance
     unsteady: str = ""  # that what it does running freely is not explained, a sentence
+    alone: Judgement | None = None  # what single tokens say, of kernels that are asked them
+    ran: str = ""  # what coverage does not say of itself, ends a sentence
 
 
 class Decision(NamedTuple):
@@ -104,7 +106,7 @@ def decide(e: PairEvidence) -> Decision:
             [f"{e.coverage:.1%} of the {e.unit} went through the changed plan,"
              f" --min-coverage asks for {e.min_coverage:.1%}"],
         )  # fmt: skip
-    decision = _by_what_was_measured(e)
+    decision = _with_single_tokens(e, _by_what_was_measured(e))
     if e.unsteady and decision.verdict != "degraded":
         return Decision("inconclusive", [e.unsteady, *decision.reasons])
     return decision
@@ -116,13 +118,31 @@ def _by_what_was_measured(e: PairEvidence) -> Decision:
             return Decision("identical", ["every bit is equal; the two specifications are the same text"])
         return Decision(
             "identical",
-            [f"every bit is equal, and {e.coverage:.1%} of the {e.unit} went through another plan"],
+            [f"every bit is equal, and {e.coverage:.1%} of the {e.unit} went through another plan{e.ran}"],
         )
     if e.strata is not None:
         return _by_strata(e, e.strata)
     if e.distance is None:
         return Decision("inconclusive", ["there is no scored token to measure a distance on"])
     return _by_distance(e, e.distance)
+
+
+def _with_single_tokens(e: PairEvidence, decision: Decision) -> Decision:
+    """What single tokens add. Few are asked, so they decide about harm alone: where it is significant, and
+    where many show it and cannot yet tell."""
+    found = e.alone
+    if found is None:
+        return decision
+    undecided = [s for s in found.of("inconclusive") if s.samples >= FEWEST_SAMPLES and s.ratio > e.margin]
+    if found.word == "degraded":
+        verdict: Verdict = "degraded"
+    elif undecided and decision.verdict not in ("degraded", "inconclusive"):
+        verdict = "inconclusive"
+    else:
+        return decision
+    telling = found.telling if verdict == "degraded" else undecided[0]
+    said = f"one query token a call: {sentence(found)}; rms error over the {e.reference}'s in {telling}"
+    return Decision(verdict, [said, *decision.reasons])
 
 
 def bounds_in_words(margin: float) -> str:

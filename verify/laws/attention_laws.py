@@ -13,11 +13,12 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
+from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.judging.families import POISON
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
-from verify.laws.law import Cases, LawBroken, Subject, has_one_path, laws, quantises_keys
+from verify.laws.law import FIRST_CALL, Cases, LawBroken, Subject, has_one_path, laws, quantises_keys
 from verify.laws.tolerance import Seen, against_exact, agree, no_bit_moves, seen
 
 OWN = "the kernel's own error budget (kernels/budget/bound.py)"
@@ -30,6 +31,17 @@ law = laws("attention", BOTH)
 def within_budget(subject: Subject, problem: Problem) -> float:
     """Every result is within its rounding budget of softmax(QK)V in float64."""
     return against_exact(subject.kernel, problem.call(subject.device), lse=subject.capabilities.lse)
+
+
+@law("first-call", lambda subject: st.just(replace(subject.simplest, n_kv=FIRST_CALL)), tolerance=OWN)
+def first_call(subject: Subject, problem: Problem) -> float:
+    """The first call of all is within its budget too: its workspace was filled."""
+    if isinstance(subject.first, Exception):
+        raise subject.first
+    if subject.first is not None:
+        problem = replace(subject.simplest, n_kv=FIRST_CALL)
+    call = problem.call(subject.device)
+    return against_exact(subject.kernel, call, subject.first, lse=subject.capabilities.lse)
 
 
 @law("large-values", lambda subject: problems(subject, only=["near-overflow"]), tolerance=OWN)
@@ -245,17 +257,21 @@ def both_paths(subject: Subject, problem: Problem) -> float:
 def row_alone(subject: Subject, problem: Problem) -> float:
     """A row alone is the row in its batch."""
     call, has = problem.call(subject.device), subject.capabilities
-    together, margin = seen(subject.kernel, call), 0.0
+    together, margin, differ = seen(subject.kernel, call), 0.0, False
+    promised = has.row_alone and call.path == "decode"
     for b in range(problem.batch):
         for t in range(len(problem.n_kv)):
             one = _row_of(call, b, t)
             alone = seen(subject.kernel, one)
             row = Seen(*(x[b : b + 1, t : t + 1] for x in together))
             what = f"sequence {b}, row {t} alone"
-            if has.row_alone and call.path == "decode":
+            if promised:
                 pair = (AttentionOutput(x.out, x.lse) for x in (row, alone))
                 no_bit_moves(what, *pair, lse=has.lse)
+            differ |= not same_bits(alone.out, row.out)
             margin = max(margin, agree(what, alone, row, lse=has.lse))
+    if not promised:
+        subject.bits("row-alone", differ=differ)
     return margin
 
 
@@ -267,6 +283,48 @@ def _row_of(call: Call, b: int, t: int) -> Call:
         v=call.v[b : b + 1],
         kv_len=call.kv_len[b : b + 1, t : t + 1],
     )
+
+
+@law(
+    "other-sequences",
+    lambda subject: twisted(several_of_all(subject), st.integers(0, SEEDS)),
+    tolerance="bits, where two runs of one call have the same; else " + BOTH,
+)
+def other_sequences(subject: Subject, problem: Problem) -> float:
+    """What other sequences and other KV heads hold changes no bit of a row."""
+    call, has = problem.call(subject.device), subject.capabilities
+    b, h = problem.twist % problem.batch, problem.twist // problem.batch % problem.kv_heads
+    kept = {
+        "q": slice(h * problem.ratio, (h + 1) * problem.ratio),
+        "k": slice(h, h + 1),
+        "v": slice(h, h + 1),
+    }
+
+    def changed(name: str) -> torch.Tensor:
+        # Of the same magnitude, so that sums in float16 hold it.
+        given: torch.Tensor = getattr(call, name)
+        found = torch.where(given.abs() == POISON, given, given * -0.5)
+        found[b, :, kept[name]] = given[b, :, kept[name]]
+        return found
+
+    other = replace(call, q=changed("q"), k=changed("k"), v=changed("v"))
+    results = [subject.kernel.run(x) for x in (call, call, other)]
+    mine = [AttentionOutput(x.out[b, :, kept["q"]], x.lse[b, :, kept["q"]]) for x in results]
+    what = f"other contents than sequence {b}'s, KV head {h}'s"
+    if same_bits(results[0].out, results[1].out):
+        return no_bit_moves(what, mine[0], mine[2], lse=has.lse)
+    pair = [seen(subject.kernel, call, results[0]), seen(subject.kernel, other, results[2])]
+    rows = [Seen(*(x[b : b + 1, :, kept["q"]] for x in one)) for one in pair]
+    return agree(what, *rows, lse=has.lse)
+
+
+def several_of_all(subject: Subject) -> st.SearchStrategy[Problem]:
+    """Problems of two sequences or KV heads at least."""
+
+    def several(problem: Problem) -> Problem:
+        return replace(problem, batch=2) if problem.batch * problem.kv_heads == 1 else problem
+
+    return problems(subject).map(several)
 
 
 @law(

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, get_type_hints
 import torch
 from hypothesis.strategies import SearchStrategy
 
+from verify.kernels.call import AttentionOutput
 from verify.kernels.capabilities import Capabilities, Promise
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.judging.contract import empty_merge_finding, empty_row_finding
@@ -39,6 +40,10 @@ def head_sizes(has: Capabilities) -> list[int]:
     return some or [has.k_sizes[0] if has.k_sizes else has.size_multiple]
 
 
+# Visible keys of the row of a kernel's first call.
+FIRST_CALL = (33,)
+
+
 class LawBroken(AssertionError):
     """A case in which a law does not hold: one sentence with what was found and what was due."""
 
@@ -57,6 +62,8 @@ class Subject:
     small: bool = False  # so slow (interpreted, say) that only small problems are worth the while
     # By law: cases in which bits were compared that nobody promised, and in how many they differed.
     compared: dict[str, list[int]] = field(default_factory=dict)
+    # Its result for the first call of all, of `simplest` with FIRST_CALL keys, or what it failed with.
+    first: AttentionOutput | Exception | None = None
     # Findings that are no faults.
     said: list[str] = field(default_factory=list)
 
@@ -139,9 +146,12 @@ def subject_of(
         plan=plan,
         device=torch.device(device),
     )
-    # Whether a user's function returns an lse shows when it runs; what else is wrong with it, laws will say.
-    with suppress(Exception):
-        kernel.run(subject.simplest.call(subject.device))
+    # Whether a user's function returns an lse shows when it runs, and a workspace that nobody filled shows in
+    # its very first call.
+    try:
+        subject.first = kernel.run(replace(subject.simplest, n_kv=FIRST_CALL).call(subject.device))
+    except Exception as error:
+        subject.first = error
     subject.capabilities = kernel.capabilities()
     if not strict and not subject.capabilities.zero_for_empty_rows:
         with suppress(Exception):

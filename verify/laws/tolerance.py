@@ -37,9 +37,11 @@ def seen(kernel: Kernel, call: Call, result: AttentionOutput | None = None) -> S
     return Seen(result.out.double(), lse, budget.bound, budget.lse_bound)
 
 
-def against_exact(kernel: Kernel, call: Call, *, out: bool = True, lse: bool) -> float:
-    """The margin of a kernel's result to the oracle's."""
-    result = kernel.run(call)
+def against_exact(
+    kernel: Kernel, call: Call, result: AttentionOutput | None = None, *, out: bool = True, lse: bool
+) -> float:
+    """The margin of a kernel's result to the oracle's; if need be of a new one."""
+    result = result or kernel.run(call)
     budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
     _not_far(result.out.double() - budget.out, budget)
     margin = _judge("out against exact", result.out.double(), budget.out, budget.bound) if out else 0.0

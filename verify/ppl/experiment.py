@@ -50,6 +50,7 @@ from verify.ppl.evidence import (
     pair_record,
     power_record,
 )
+from verify.ppl.evidence.alone import SingleTokensBeside, alone_record
 from verify.ppl.evidence.caches import cache_proofs, cache_records
 from verify.ppl.evidence.foresight import deviation_so_far, foresight
 from verify.ppl.evidence.steadiness import unexplained
@@ -315,6 +316,12 @@ class Experiment:
         positions = self.windows.scored_positions
         scored_n_kv = range(positions.start + 1, positions.stop + 1)
         proofs = cache_proofs(self.arms, self.architecture, settings.cache_type, self.device)
+        ratio = self.architecture.sizes.ratio
+        beside = {
+            arm.name: SingleTokensBeside(joined.alone, arm.name, arm.reference, ratio)
+            for arm in self.arms
+            if arm.reference is not None
+        }
         pairs, lengths = [], []
         for arm in self.arms:
             if arm.role != "candidate":
@@ -338,6 +345,7 @@ class Experiment:
                         for one, called in ((arm.name, "candidate"), (reference.name, "baseline"))
                         for fault in (proofs[one].faults[:1] if one in proofs else [])
                     ],
+                    single_tokens=beside[arm.name],
                 )
             )
             lengths += by_n_kv(
@@ -363,6 +371,16 @@ class Experiment:
         noise = noise_records(self.arms, pairs, joined, scores)
         launching = [*self.arms, *([self.prompt] if self.prompt else [])]
         in_place = [in_place_record(joined.layers, arm.name) for arm in self.arms]
+        alone = [
+            alone_record(
+                arm,
+                joined,
+                beside[arm.name].judge(settings.margin) if arm.role == "candidate" else None,
+                scored_n_kv,
+            )
+            for arm in self.arms
+            if arm.kernel is not None
+        ]
         run = PplRun(
             schema=SCHEMA,
             command="ppl",
@@ -386,6 +404,7 @@ class Experiment:
             coverage=coverage_records(launching, joined.traces),
             in_place=[record for record in in_place if record is not None],
             caches=cache_records(self.arms, self.architecture, proofs, joined.layers),
+            alone=[record for record in alone if record is not None],
             by_n_kv=lengths,
             drift=drift_record(joined.drift),
             top1_changes=changed_token_records(joined.top1, self.windows, self.tokenizer),

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from verify.arms.alone import TimeShare
 from verify.arms.arm import Arm, ArmRunner, Findings, FirstResult, Role
 from verify.arms.model_health import OVERFLOWS, model_fault
 from verify.arms.own_error import InPlace
 from verify.arms.sample import Sample
+from verify.arms.single_tokens import ALONE_SCHEMA, SingleTokens
 from verify.data import Windows
 from verify.kernels.trace import LaunchTrace
 from verify.machine.environment import anonymous_memory
@@ -32,6 +34,8 @@ from verify.ppl.scoring import Scorer, TokenScores
 from verify.ppl.top1 import changed_tokens
 
 T = TypeVar("T")
+# Kind of work, among `seconds`.
+SINGLE_TOKENS = "one query token a call"
 TOKEN_SCHEMA = pa.schema(
     [
         ("window", pa.int32()),
@@ -65,6 +69,9 @@ class GroupResult:
     anonymous_bytes: int = 0  # the most anonymous memory seen
     windows: range = range(0)  # that it ran
     groups: int = 1  # that this is
+    # A row a single token that was asked, arm and head.
+    alone: pa.Table = field(default_factory=ALONE_SCHEMA.empty_table)
+    left_out: int = 0  # single tokens that were not asked, for the time they take
     read_bytes: Counter[str] = field(default_factory=Counter)  # of the model's file, by tensor
 
     def state(self) -> dict[str, Any]:
@@ -77,16 +84,13 @@ class GroupResult:
             "anonymous_bytes": self.anonymous_bytes,
             "windows": [self.windows.start, self.windows.stop],
             "read_bytes": self.read_bytes,
+            "left_out": self.left_out,
         }
 
     @classmethod
-    def from_state(
-        cls, tokens: pa.Table, layers: pa.Table, top1: pa.Table, state: dict[str, Any]
-    ) -> GroupResult:
+    def from_state(cls, tables: Mapping[str, pa.Table], state: dict[str, Any]) -> GroupResult:
         return cls(
-            tokens=tokens,
-            layers=layers,
-            top1=top1,
+            **tables,
             findings={name: Findings.from_json(one) for name, one in state["findings"].items()},
             traces={name: LaunchTrace.from_json(lines) for name, lines in state["traces"].items()},
             drift=state["drift"],
@@ -95,6 +99,7 @@ class GroupResult:
             anonymous_bytes=state["anonymous_bytes"],
             windows=range(*state["windows"]),
             read_bytes=Counter(state["read_bytes"]),
+            left_out=state["left_out"],
         )
 
 
@@ -183,6 +188,13 @@ class _GroupRun:
         at_once = runner.tiling(self.tokens.shape[1], rest).windows
         self.sample = Sample(windows.n_windows, measured=job.measured, at_once=at_once)
         self.in_place = InPlace(self.sample, seed=job.seed, at_once=at_once)
+        positions = windows.scored_positions
+        self.single_tokens = SingleTokens(
+            self.in_place,
+            TimeShare(),
+            scored=range(positions.start + 1, positions.stop + 1),
+            seed=job.seed,
+        )
         self.drift = DriftSums(position_edges(self.tokens.shape[1], first), runner.device)
         self.anonymous_bytes = anonymous_memory()
         # The first layer after which the exact arm's state is not finite.
@@ -217,6 +229,7 @@ class _GroupRun:
         self.measurer = KernelMeasurer(
             self.free,
             self.in_place,
+            single_tokens=self.single_tokens,
             first_results=first_results,
             seed=job.seed,
             faults=job.faults,
@@ -239,6 +252,7 @@ class _GroupRun:
         )
         if known:
             self.in_place.restore(known["in_place"])
+            self.single_tokens.restore(known["alone"])
             self.drift.sums = dict(known["drift"])
             runner.stopwatch.restore(known["seconds"], known["flop"])
             runner.stream.read_bytes.update(known["read_bytes"])
@@ -262,6 +276,8 @@ class _GroupRun:
         if call.window in self.sample:
             with self.job.runner.stopwatch.time("in place"):
                 self.measurer.measure(call, oracle)
+            with self.job.runner.stopwatch.time(SINGLE_TOKENS):
+                self.measurer.ask_single_tokens(call)
         if self.job.capture is not None:
             self.job.capture(call)
 
@@ -280,6 +296,7 @@ class _GroupRun:
             "findings": {one.name: one.findings.to_json() for one in self._runners},
             "traces": self._traces(lambda trace: trace.to_json()),
             "in_place": self.in_place.state(),
+            "alone": self.single_tokens.state(),
             "drift": self.drift.sums,
             "seconds": runner.stopwatch.seconds,
             "flop": runner.stopwatch.flop,
@@ -346,6 +363,7 @@ class _GroupRun:
             tokens=_token_table(job.windows, self.chosen, names, scores),
             layers=self.in_place.table(),
             top1=top1,
+            alone=self.single_tokens.table(),
             findings={one.name: self._findings(one, scores) for one in self.free},
             traces=self._traces(lambda trace: trace),
             drift=self.drift.to_json(),
@@ -354,6 +372,7 @@ class _GroupRun:
             anonymous_bytes=self.anonymous_bytes,
             windows=self.chosen,
             read_bytes=Counter(runner.stream.read_bytes),
+            left_out=self.single_tokens.share.left_out,
         )
 
     def _findings(self, one: ArmRunner, scores: Mapping[str, TokenScores]) -> Findings:
@@ -422,6 +441,7 @@ def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
         tokens=pa.concat_tables([g.tokens for g in groups]).combine_chunks(),
         layers=pa.concat_tables([g.layers for g in groups]).combine_chunks(),
         top1=pa.concat_tables([g.top1 for g in groups]).combine_chunks().sort_by(_IN_TEXT),
+        alone=pa.concat_tables([g.alone for g in groups]).combine_chunks(),
         findings={name: Findings() for name in first.findings},
         traces={name: LaunchTrace() for name in first.traces},
         drift=join_drift([g.drift for g in groups]),
@@ -437,5 +457,6 @@ def join_groups(groups: Sequence[GroupResult]) -> GroupResult:
             joined.seconds[kind] = joined.seconds.get(kind, 0.0) + seconds
         joined.product_flop += group.product_flop
         joined.read_bytes.update(group.read_bytes)
+        joined.left_out += group.left_out
         joined.anonymous_bytes = max(joined.anonymous_bytes, group.anonymous_bytes)
     return joined

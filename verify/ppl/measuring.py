@@ -14,6 +14,7 @@ import torch
 from verify.arms.arm import Arm, ArmRunner, FirstResult, common_cache, floor_noise, kernel_call
 from verify.arms.attempt import attempt
 from verify.arms.own_error import InPlace, Measured
+from verify.arms.single_tokens import SingleTokens, WholeCall
 from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
@@ -40,6 +41,7 @@ class KernelMeasurer:
     runners: of all arms; those of `is_measured` are taken. faults: planted in the result of the
     arm `planted_in`, by the name of their pass.
 
+    single_tokens: asks kernels that are not computed as if alone.
     first_results: filled with what each kernel gave in the first layer, where the arms that run freely are
     given the same call. errors: by frozen pass, [B, T, H, Dv] float64; roundings: of q, k and v, float64.
     """
@@ -49,18 +51,21 @@ class KernelMeasurer:
         runners: Sequence[ArmRunner],
         in_place: InPlace,
         *,
+        single_tokens: SingleTokens | None = None,
         first_results: dict[str, FirstResult] | None = None,
         seed: int = 0,
         faults: Mapping[str, Fault] | None = None,
         planted_in: str = "",
     ) -> None:
         self.runners = [one for one in runners if is_measured(one.arm)]
-        self.in_place, self.seed = in_place, seed
+        self.in_place, self.single_tokens, self.seed = in_place, single_tokens, seed
         self.faults, self.planted_in = faults or {}, planted_in
         self.common_cache = common_cache(one.arm for one in self.runners)
         self.first_results = {} if first_results is None else first_results
         self.errors: dict[str, torch.Tensor] = {}
         self.roundings: tuple[torch.Tensor, ...] = ()
+        # Kernels' calls of the layer at hand.
+        self._done: list[WholeCall] = []
 
     def measure(self, call: LayerCall, oracle: torch.Tensor) -> None:
         """Measure every kernel on this layer's exact inputs; `oracle` is float64 attention on them."""
@@ -69,13 +74,28 @@ class KernelMeasurer:
             a.double() - b.double() for a, b in zip((call.q, call.k, call.v), call.unrounded[:3], strict=True)
         )
         self.errors.clear()
+        self._done.clear()
         measured = []
         for one in self.runners:
             if one.arm.kernel is None:
                 self.errors[frozen_name(one.name)] = floor_noise(call, oracle, self.seed)
             elif not one.failed:
                 measured += self._measure(call, one, oracle)
+        self._check_beyond(call)
         self.in_place(call, measured)
+
+    def _check_beyond(self, call: LayerCall) -> None:
+        """What overflows, where the reference's kernel does not on the same inputs."""
+        outs = {one.runner.name: one.out for one in self._done}
+        for one in self._done:
+            if one.runner.arm.reference is not None:
+                one.runner.check_beyond(call, one.out, outs.get(one.runner.arm.reference))
+
+    def ask_single_tokens(self, call: LayerCall) -> None:
+        """Ask the rows of the layer that was just measured alone, of kernels that may do otherwise there."""
+        if self._done and self.single_tokens is not None:
+            sample = self.in_place.sample
+            self.single_tokens.ask(call, self._done, sample.ordinal(call.window), sample.runs)
 
     def _measure(self, call: LayerCall, one: ArmRunner, oracle: torch.Tensor) -> list[Measured]:
         """One kernel's errors; none where it fails."""
@@ -104,8 +124,22 @@ class KernelMeasurer:
             self.first_results[arm.name] = FirstResult(call.window, tried.output.out, error)
         for name, result in results.items():
             self.errors[frozen_name(name) if name == arm.name else name] = result - aim
+        if arm.role in ("baseline", "candidate"):
+            self._done.append(
+                WholeCall(runner=one, whole=whole, own=own, exact=exact, aim=aim, out=tried.output.out)
+            )
         errors = {name: result - exact for name, result in results.items()}
-        return [Measured(arm=arm, own=own, alone=own is not whole, exact=exact, given=oracle, errors=errors)]
+        return [
+            Measured(
+                arm=arm,
+                own=own,
+                alone=own is not whole,
+                exact=exact,
+                given=oracle,
+                errors=errors,
+                lse=tried.output.lse if arm.kernel.capabilities().lse else None,
+            )
+        ]
 
     def _ask_again(
         self, call: LayerCall, one: ArmRunner, whole: Call, first: torch.Tensor, oracle: torch.Tensor

@@ -224,6 +224,36 @@ class NoiseRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AloneRegime:
+    """Single tokens of one regime of n_kv, or of some heads of it, beside the baseline's."""
+
+    n_kv: int  # the largest that was asked
+    heads: str  # which, in words; empty: all
+    calls: int  # that these figures are of
+    ratio: float  # of rms errors, candidate's over the baseline's
+    ratio_ci: tuple[float, float]  # its own limits, 99.9 % each
+    word: str  # what it amounts to, see `verify.judge.strata`
+
+
+@dataclass(frozen=True, kw_only=True)
+class AloneRecord:
+    """What a kernel that is not computed as if alone did with one query token a call (T = 1, B = 1)."""
+
+    arm: str  # its name
+    calls: int  # that were asked
+    rows: int  # attention rows (tokens times layers) that it computed in calls of many tokens
+    least: int  # fewest calls of a layer and regime of n_kv that is scored
+    left_out: int  # calls, of all arms, that were not asked for the time that they take
+    n_kv_min: int  # of all that were asked
+    n_kv_max: int  # of all that were asked
+    other_bits: int  # calls whose row had other bits than in the call of many
+    against_many: float  # of rms errors: these over those of the same rows in calls of many
+    seconds: float  # that all single tokens of the run took, of all arms
+    errors: InPlaceRecord  # against budget and expected size, and their gain
+    regimes: list[AloneRegime] = field(default_factory=list)  # beside the baseline, of a candidate
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlantedRecord:
     """One fault planted in the reference's own output, and which detectors saw it."""
 
@@ -312,6 +342,7 @@ class PplRun(RunRecord):
     coverage: list[CoverageRecord]  # what every kernel launched
     in_place: list[InPlaceRecord]  # each kernel's own error
     caches: list[CacheRecord] = field(default_factory=list)  # of candidates with a cache of their own
+    alone: list[AloneRecord] = field(default_factory=list)  # single tokens, of kernels that were asked them
     by_n_kv: list[LengthRecord] = field(default_factory=list)  # divergences by context length
     drift: DriftRecord = DriftRecord()  # distance to exact, layer by layer
     top1_changes: list[Top1Record] = field(default_factory=list)  # the first of them

@@ -1,9 +1,9 @@
 """The folder of a run: settings, one sub-folder a finished group, and at the end the results.
 
     settings.json                what was asked, and fingerprints of model and text
-    groups/00000/                tokens.parquet, layers.parquet, top1.parquet, state.json of windows 0 ..
+    groups/00000/                tokens, layers, top1, alone (.parquet) and state.json of windows 0 ..
     groups/00005.layers          windows 5 .. after some of their layers, to go on from
-    run.json  tokens.parquet  layers.parquet  top1.parquet  report.md  report.html
+    run.json  tokens.parquet  layers.parquet  top1.parquet  alone.parquet  report.md  report.html
 
 A group is written under another name and renamed when it is whole, so that a run that was cut off at any
 moment goes on from the last whole group. A folder may be a stranger's: links in it are not followed, and only
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 SETTINGS, GROUPS, RESULT = "settings.json", "groups", "run.json"
 REPORT, PAGE = "report.md", "report.html"
 STATE = "state.json"
-TABLES = ("tokens", "layers", "top1")
+TABLES = ("tokens", "layers", "top1", "alone")
 # What reading a file that is not a whole checkpoint or table raises.
 _UNREADABLE = (
     OSError,
@@ -223,11 +223,11 @@ class RunFolder:
 
         folder = self._group(first_window)
         try:
-            tokens, layers, top1 = (_table(folder / f"{name}.parquet") for name in TABLES)
+            tables = {name: _table(folder / f"{name}.parquet") for name in TABLES}
             state = read_json(folder / STATE)
             if state.get("settings") != self._settings:
                 raise ValueError("is of a run with other settings")
-            found = GroupResult.from_state(tokens, layers, top1, state)
+            found = GroupResult.from_state(tables, state)
             check(found)
             return found
         except _UNREADABLE as error:

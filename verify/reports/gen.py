@@ -71,7 +71,14 @@ def pair_sentences(pair: GenPairRecord) -> list[str]:
             f" (99.9 %: {interval(pair.distance_ratio_ci)}; could have seen a ratio from"
             f" {figure(pair.detectable_distance_ratio)})"
         )
-    sentences.append(f"{pair.coverage:.1%} of the tokens went through the changed plan")
+    went = f"{pair.coverage:.1%} of the tokens went through the changed plan"
+    if pair.judged_calls is None:
+        return [*sentences, went]
+    sentences += [
+        f"{went}, one query token a call (T = 1)",
+        f"{counted(pair.judged_calls, 'call')} of one query token held against exact, at least"
+        f" {pair.judged_least} a layer",
+    ]
     return sentences
 
 

@@ -9,6 +9,7 @@ from verify.ppl.record import DetectableRecord, PplRun
 from verify.reports.caches import COLUMNS, cache_rows
 from verify.reports.pictures import pictures
 from verify.reports.record import StoredPpl, ppl_command
+from verify.reports.single_tokens import changed_words, single_token_sentences
 from verify.reports.split_mode import shared_out
 from verify.reports.templating import TEMPLATES, figure, flat, is_known, model_fact, model_words
 
@@ -59,7 +60,9 @@ def _coverage_sentences(run: PplRun) -> Iterator[str]:
         whose = f" of {pair.candidate}" if len(run.pairs) > 1 else ""
         at = pair.changed_n_kv
         where = f", at n_kv {at[0]} to {at[1]}" if at else ""
-        yield f"{pair.coverage:.1%} of the scored tokens{whose} went through the changed plan{where}."
+        yield f"{changed_words(run, pair, f'the scored tokens{whose}')}{where}."
+    for said in single_token_sentences(run):
+        yield f"{said}."
 
 
 def _detectable_sentences(run: PplRun) -> Iterator[str]:

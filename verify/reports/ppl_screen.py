@@ -24,6 +24,7 @@ from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
 from verify.reports.caches import COLUMNS, cache_rows
 from verify.reports.progress import progress_bar
+from verify.reports.single_tokens import changed_words, single_token_sentences, tokens_words
 from verify.reports.split_mode import split_mode_sentence
 from verify.reports.tables import Column, table_of
 from verify.reports.templating import is_known
@@ -176,9 +177,10 @@ def _coverage(run: PplRun) -> list[str]:
         groups = "+".join(map(str, line.head_groups)) or "not known"
         parts = line.parts or "not known"
         lines.append(
-            f"  {line.arm}: {line.kernel}, head groups {groups}, KV parts {parts},"
+            f"  {line.arm}: {line.kernel}, head groups {groups}, KV parts {parts}, {tokens_words(line)},"
             f" {line.rows} attention rows, n_kv {line.n_kv_min} to {line.n_kv_max}"
         )
+    lines += [f"  {said}" for said in single_token_sentences(run)]
     return lines
 
 
@@ -201,16 +203,16 @@ def _verdict(run: PplRun) -> list[str]:
         if several:
             lines.append(f"{pair.candidate}: {pair.verdict}: {'; '.join(pair.reasons)}")
         if pair.distance_ratio is not None:
-            lines.append(_could_have_seen(pair))
+            lines.append(_could_have_seen(run, pair))
     return [*lines, next_line(run.verdict)]
 
 
-def _could_have_seen(pair: PairRecord) -> str:
+def _could_have_seen(run: PplRun, pair: PairRecord) -> str:
     """What this run would have seen of a pair."""
     least = pair.detectable_distance_ratio
     could = f"could have seen a distance ratio from {least:.3g}" if is_known(least) else "no interval"
     calls = f"; {steady_sentence(pair.judged_calls)}" if pair.judged_calls is not None else ""
     return (
         f"  {could}, on {pair.measured_tokens} tokens, about {pair.distance_scope};"
-        f" {pair.coverage:.1%} of them went through the changed plan{calls}"
+        f" {changed_words(run, pair, 'them')}{calls}"
     )

@@ -52,9 +52,10 @@ class StoredRun:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPpl(StoredRun):
-    """A run of `verify ppl`."""
+    """A run of `verify ppl`, and its alone.parquet."""
 
     run: PplRun
+    alone: pa.Table | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ def load_run(folder: Path) -> StoredPpl | StoredGen:
     check_schema(stored, str(path))
     if stored["command"] == "ppl":
         run = ppl_run_from_json(stored, str(path))
-        return StoredPpl(folder=folder, run=run, tokens=tokens, layers=layers)
+        alone = _table(folder / "alone.parquet")
+        return StoredPpl(folder=folder, run=run, tokens=tokens, layers=layers, alone=alone)
     written = record_from_json(GenRun, stored, str(path))
     return StoredGen(folder=folder, run=written, tokens=tokens, layers=layers)
 

@@ -382,3 +382,33 @@ def test_what_broke_a_law_is_kept_for_that_law_and_kernel() -> None:
     ]
     assert min(tried[:2]) > 1 and tried[2:] == [1, 1]
     assert {bytes(key).split(b" ")[0].decode() for key in kept.data if b"hypothesis" not in key} == {*names}
+
+
+def test_the_first_call_of_all_is_judged() -> None:
+    spec = f"py:{USER}::first_call_unfilled,acc=f32"
+    done = verify("props", spec, "--law", "first-call", "--law", "within-budget", "--examples", "3", "--json")
+    laws = {law["name"]: law for law in json.loads(done.stdout)["laws"]}
+    assert done.returncode == 1 and laws["first-call"]["state"] == "broken"
+    assert laws["within-budget"]["state"] == "holds"
+    done = verify("props", f"py:{USER}::good,acc=f32", "--law", "first-call", "--examples", "3")
+    assert done.returncode == 0
+
+
+def test_what_another_sequence_holds_changes_no_bit() -> None:
+    law = ("--law", "other-sequences", "--examples", "20", "--seed", "0")
+    done = verify("props", f"py:{USER}::neighbour_leaks,acc=f32", *law)
+    assert done.returncode == 1 and "other contents than sequence" in " ".join(done.stdout.split())
+    assert verify("props", f"py:{USER}::good,acc=f32", *law).returncode == 0
+
+
+def test_other_bits_of_a_row_alone_are_counted_and_broken_where_they_are_promised() -> None:
+    spec, law = (
+        f"py:{USER}::alone_in_another_order,acc=f32",
+        ("--law", "row-alone", "--examples", "20", "--seed", "0"),
+    )
+    done = verify("props", spec, *law)
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and re.search(r"bits differed in \d+ of \d+ cases, within the budget", said)
+    done = verify("props", f"{spec},row_alone=bits", *law)
+    assert done.returncode == 1 and "expected the same bits" in " ".join(done.stdout.split())
+    assert_refused(verify("props", f"{spec},row_alone=yes", *law), "row_alone", "bits")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
+from verify.arms.alone import ONE_TOKEN, alone_name, broken_promise
 from verify.arms.arm import Arm, Findings
 from verify.arms.kernel_errors import faults_in_place
 from verify.judge.statistics import (
@@ -20,6 +22,7 @@ from verify.judge.statistics import (
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.judging.figures import shared_fault
 from verify.kernels.trace import LaunchTrace
+from verify.ppl.evidence.alone import SingleTokensBeside, asked_and_other
 from verify.ppl.evidence.judged_calls import judged_calls
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.groups import GroupResult
@@ -119,24 +122,36 @@ def pair_record(
     margin: float,
     allow_same: bool,
     unsteady: str = "",
+    single_tokens: SingleTokensBeside,
     cache_faults: Sequence[str] = (),
 ) -> PairRecord:
     """Everything about one candidate, and the verdict on it."""
     name, other = candidate.name, reference.name
     of_candidate, of_reference = result.findings[name], result.findings[other]
     nll, nll_reference = both(scores, name, other, "nll")
-    equal = len(nll) > 0 and of_candidate.kept_all_bits
+    equal = len(nll) > 0 and of_candidate.kept_all_bits and single_tokens.equal
     frozen_floor = frozen_name(floor) if floor else None
     distance = distance_between(frozen_name(name), frozen_name(other), frozen_floor, scores)
     free = distance_between(name, other, floor, scores)
     faults = [
         *_faults(name, "candidate", result, nll),
+        *broken_promise(candidate.spec, "candidate", *asked_and_other(result.alone, name)),
         *_faults(other, f"baseline {reference.spec}", result, nll_reference),
         *cache_faults,
     ]
     shared = ""
     if equal and (both_have := _faults(other, "both", result, nll_reference)):
         shared, faults = shared_fault(both_have), []
+    elif overflows_nowhere_else(result, name):
+        shared = (
+            f"both: NaN or Inf in {of_candidate.nonfinite_rows} attention rows, in elements that are so with"
+            " the baseline too: not this change"
+        )
+        faults = [
+            *_faults(name, "candidate", result, nll, nonfinite=False),
+            *broken_promise(candidate.spec, "candidate", *asked_and_other(result.alone, name)),
+            *_faults(other, f"baseline {reference.spec}", result, nll_reference, nonfinite=False),
+        ]
     frozen_kld = (
         scores.mean(frozen_name(name), "kld_to_exact"),
         scores.mean(frozen_name(other), "kld_to_exact"),
@@ -158,6 +173,8 @@ def pair_record(
             margin=margin,
             allow_same=allow_same,
             unsteady=unsteady,
+            alone=single_tokens.judge(margin),
+            ran=f", {single_tokens}" if single_tokens.asked else "",
             frozen_kld=frozen_kld,
             reference=distance_to,
             narrowed_by=advice(distance, len(frozen_klds[0]), margin),
@@ -220,19 +237,36 @@ def advice(distance: DistanceRatio | None, windows: int, margin: float) -> str:
     return f"about {math.ceil(needed)} measured windows would decide (--chunks, --measured-windows)"
 
 
-def _faults(arm: str, called: str, result: GroupResult, nll: np.ndarray) -> list[str]:
-    """What makes an arm `broken`, as sentences that begin with `called`."""
+def overflows_nowhere_else(result: GroupResult, arm: str) -> bool:
+    """Whether an arm has NaN or Inf, in place or running freely, and none where its reference has none."""
+    names = (arm, alone_name(arm))
+    rows = [result.layers.filter(pc.equal(result.layers["arm"], name)) for name in names]
+    found = result.findings[arm]
+    has = found.nonfinite_rows or any(pc.sum(x["nonfinite"]).as_py() for x in rows)
+    return bool(has) and not found.nonfinite_beyond and not found.failed
+
+
+def _faults(
+    arm: str, called: str, result: GroupResult, nll: np.ndarray, *, nonfinite: bool = True
+) -> list[str]:
+    """What makes an arm `broken`, as sentences that begin with `called`. nonfinite: see `faults_in_place`."""
     findings = result.findings[arm]
     faults = []
     if findings.failure is not None and not findings.refused:
         faults.append(f"{called} failed at {findings.failure_place}: {findings.failure}")
     if findings.unsteady is not None:
         faults.append(f"{called} is unsteady: another result for the same call at {findings.unsteady} away")
-    if findings.nonfinite_place is not None:
+    if not nonfinite:
+        pass
+    elif findings.nonfinite_place is not None:
         faults.append(
             f"{called}: NaN or Inf in {findings.nonfinite_rows} attention rows, first at"
             f" {findings.nonfinite_place}"
         )
     elif not np.isfinite(nll).all():
         faults.append(f"{called}: NaN or Inf in the logits")
-    return faults + faults_in_place(result.layers, arm, called)
+    return [
+        *faults,
+        *faults_in_place(result.layers, arm, called, nonfinite=nonfinite),
+        *faults_in_place(result.layers, alone_name(arm), f"{called}, {ONE_TOKEN}", nonfinite=nonfinite),
+    ]
