@@ -73,6 +73,8 @@ def run_cell(subject: Subject, cell: GridCell) -> LawResult:
         why = f"it does not take the {problem.path} path"
     elif has.ratios is not None and problem.ratio not in has.ratios:
         why = f"it does not take r = {problem.ratio}"
+    elif problem.cache and problem.cache not in has.caches:
+        why = f"it keeps no cache of {problem.cache} when it is asked to"
     if why:
         return LawResult(law, "not applicable", reason=why)
     if problem.cache:
