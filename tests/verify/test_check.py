@@ -45,6 +45,8 @@ def test_a_wrong_kernel_names_where_and_makes_it_again() -> None:
     assert "only at n_kv 65" in " ".join(report.reasons)
     worst = report.worst
     assert worst is not None and "key 64" in worst.said
+    smallest = report.smallest
+    assert smallest is not None and (smallest.shape, smallest.n_kv) == ("1/1x16", 65)
     names: dict[str, Any] = {}
     exec(worst.snippet, names)
     again = names["call"]
