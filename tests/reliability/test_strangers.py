@@ -107,7 +107,7 @@ def stranger(folder: Path, tiny: Tiny, **settings: Any) -> Path:
     """A run folder that asks for more than its reader meant."""
     folder.mkdir(parents=True)
     (folder / "evil.py").write_text(EVIL + GOOD)
-    base = {"candidates": ["eager:block=16"], "model": str(tiny.model), "file": str(tiny.text)}
+    base = {"candidates": ["eager:block=16"], "model": str(tiny.model), "file": str(tiny.text), "n_ctx": 64}
     stored = {"command": "ppl", "schema": SCHEMA, "settings": base | settings, "folder": "."}
     stored["identity"] = {"kernels": []}
     (folder / "settings.json").write_text(json.dumps(stored))
