@@ -44,6 +44,9 @@ class Kernel(ABC):
     def __init__(self, spec: str) -> None:
         self.spec = spec
         self.notes: list[str] = []
+        # What was read off a kernel that states nothing (`verify.kernels.identify`), by call; None for a call
+        # that nothing was read of.
+        self.identified: Callable[[Call], Arithmetic | None] | None = None
 
     def attend(
         self,
@@ -80,6 +83,10 @@ class Kernel(ABC):
     def arithmetic_of(self, call: Call) -> Arithmetic:
         """The same for one call: a kernel that computes and answers in its inputs' type knows it here."""
         return self.arithmetic(call.shape, call.path)
+
+    def identified_of(self, call: Call) -> Arithmetic | None:
+        """What was read off it about such a call, if anything was."""
+        return None if self.identified is None else self.identified(call)
 
     def result_type(self, call: Call) -> str:
         """The type that its results are numbers of, `f32`, `f16` or `bf16`, whatever holds them here. A

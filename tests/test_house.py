@@ -18,7 +18,8 @@ FLOORS = {"data": 1, "kernels": 1, "model": 2, "verify": 3}
 ROOMS = (
     ("commands", "pytest_plugin"), ("distrust",), ("at_hand",), ("check",), ("reports",),
     ("selftest", "bench", "rejudge"), ("gen", "explain"), ("ppl",), ("families",),
-    ("reference", "diff", "engines", "laws"), ("stated", "planned", "schemas"),
+    ("reference", "diff", "engines", "laws"), ("identify",),
+    ("stated", "planned", "schemas"),
     ("arms",), ("judge",), ("machine",),
 )  # fmt: skip
 ENTRANCES = {"__init__", "__main__", "checkout"}

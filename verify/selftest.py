@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ from verify.kernels.errors import KernelFailure
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.heads import Heads
+from verify.kernels.identify.arithmetics import KnownReadings, coarser
+from verify.kernels.identify.asking import NotIdentifiable, Regime, bare
+from verify.kernels.identify.reading import read
 from verify.kernels.judging.detectors import (
     DETECTORS,
     SUSPICIONS,
@@ -190,13 +194,17 @@ def run_selftest(
     device: torch.device | str = "cpu",
     only: Callable[[str], bool] = lambda name: True,
     progress: Callable[[str], None] = lambda text: None,
+    identified: bool = False,
 ) -> SelftestResult:
-    """Run every fault and every variant (`only`: those whose name it accepts) with seeds 0 .. seeds-1."""
+    """Run every fault and every variant (`only`: those whose name it accepts) with seeds 0 .. seeds-1.
+
+    identified: where nothing is stated, judge by what is read off each kernel, and not by the loosest.
+    """
     threads = torch.get_num_threads()
     # Tensors are small here: threads would mostly wait for each other.
     torch.set_num_threads(1)
     try:
-        return _run(seeds, device, only, progress)
+        return _run(seeds, device, only, progress, identified)
     finally:
         torch.set_num_threads(threads)
 
@@ -206,6 +214,7 @@ def _run(
     device: torch.device | str,
     only: Callable[[str], bool],
     progress: Callable[[str], None],
+    identified: bool,
 ) -> SelftestResult:
     began = time.monotonic()
     on_gpu = torch.device(device).type == "cuda"
@@ -215,6 +224,10 @@ def _run(
         subject.gates = {g.name: 0 for g in GATES}
         subject.gates_any = dict(subject.gates)
     probes = standard_probes(SIZES, device=device) + standard_probes(OTHER_SIZES, device=device)
+    known = {
+        trial.subject.name: _read(trial.build(), device) if identified else KnownReadings(())
+        for trial in trials
+    }
     for seed in range(seeds):
         inputs = list(_inputs(seed, device))
         for trial in trials:
@@ -224,7 +237,7 @@ def _run(
             progress(f"seed {seed + 1} of {seeds}: {trial.subject.name}")
             used = [x for x in inputs if x.family not in trial.without]
             chosen = [far_offsets(SIZES, device=device)] if trial.probes == "far offsets" else probes
-            _one_seed(trial, used, chosen, seed)
+            _one_seed(trial, used, chosen, seed, known[trial.subject.name])
     return SelftestResult(seeds, time.monotonic() - began, [trial.subject for trial in trials])
 
 
@@ -266,7 +279,9 @@ def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
     yield _Input("needles", PREFILL_SIZES, seed, device)
 
 
-def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: int) -> None:
+def _one_seed(
+    trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: int, known: KnownReadings
+) -> None:
     subject, kernel = trial.subject, trial.build()
     objected: set[Detector] = set()
     unstated: set[Detector] = set()
@@ -280,13 +295,15 @@ def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: in
             unstated.add(finding.detector)
             subject.unstated_said.setdefault(finding.detector, said)
 
+    for said in coarser(known.readings):
+        object_to(Finding("rms", said), "", stated=False)
     for probe in probes:
         try:
             result = kernel.run(probe.call)
         except KernelFailure as failure:
             object_to(Finding("probe", str(failure)), "")
             continue
-        for stated, arithmetic in _arithmetics(kernel, probe.call):
+        for stated, arithmetic in _arithmetics(kernel, probe.call, known):
             for wrong in judge(probe, result, arithmetic, most=1):
                 object_to(Finding("probe", str(wrong)), "", stated=stated, assumed=not stated)
     if trial.plans is not None:
@@ -306,7 +323,7 @@ def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: in
     refused_gaussian: set[str] = set()
     for x in inputs:
         result = kernel.run(x.call)
-        for stated, arithmetic in _arithmetics(kernel, x.call):
+        for stated, arithmetic in _arithmetics(kernel, x.call, known):
             measured = measure(x.call, result, arithmetic, distinct=x.distinct, budget=x.budget(arithmetic))
             for finding in findings(measured):
                 object_to(finding, x.name, stated=stated, assumed=not stated)
@@ -333,8 +350,28 @@ def _one_seed(trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: in
         subject.gates[name] += 1
 
 
-def _arithmetics(kernel: Kernel, call: Call) -> tuple[tuple[bool, Arithmetic], ...]:
-    """The kernel's own, which is stated, and what is assumed of a `py:` kernel that returns the same type."""
+def _read(kernel: Kernel, device: torch.device | str) -> KnownReadings:
+    """What can be read off a kernel at some of the lengths that it is shown."""
+    found = []
+    for n_kv, heads in (
+        (64, SIZES.heads),
+        (SIZES.n_kv[0], SIZES.heads),
+        (LONG_SIZES.n_kv[0], LONG_SIZES.heads),
+    ):
+        regime = Regime(
+            n_kv=n_kv, ratio=heads.ratio, kv_heads=heads.kv, size=heads.v_size, k_size=heads.k_size,
+            device=str(device),
+        )  # fmt: skip
+        with suppress(NotIdentifiable):
+            found.append(read(bare(kernel, "decode"), regime))
+    return KnownReadings(tuple(found))
+
+
+def _arithmetics(kernel: Kernel, call: Call, known: KnownReadings) -> tuple[tuple[bool, Arithmetic], ...]:
+    """The kernel's own, which is stated, and what is read off it, or assumed of a `py:` kernel that returns
+    the same type."""
+    if (seen := known.at(call)) is not None:
+        return (True, kernel.arithmetic_of(call)), (False, seen)
     own = kernel.arithmetic_of(call)
     assumed = loosest_of(call.q.dtype)
     return (True, own), (False, assumed if own.out == "f32" else dataclasses.replace(assumed, out=own.out))

@@ -76,6 +76,9 @@ class Arithmetic:
     # loosest that there is: a bound holds all the same, but nothing may be demanded of it to the bit, nor may
     # any of it excuse what is far off.
     stated: bool = True
+    # It was read off the kernel (`verify.kernels.identify`): as sure as what is stated, but that no bits are
+    # demanded for it.
+    identified: bool = False
 
     @property
     def exact_maximum(self) -> bool:
@@ -87,7 +90,9 @@ class Arithmetic:
     @property
     def promises_bits(self) -> bool:
         """Whether a row whose weight lies on one key alone must be that key's value, to the bit."""
-        return self.stated and self.exact_maximum and not (self.k_rotation or self.v_rotation)
+        if self.k_rotation or self.v_rotation:
+            return False
+        return self.stated and not self.identified and self.exact_maximum
 
     @property
     def truncates(self) -> bool:

@@ -96,6 +96,8 @@ class GgmlKernel(Kernel):
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
         self.plan.groups(call.shape.ratio)
+        if (seen := self.identified_of(call)) is not None:
+            return seen
         return self._arithmetic(call.shape, self.cache.at(call.layer))
 
     def _arithmetic(self, shape: Shape, cache: CacheSpec) -> Arithmetic:

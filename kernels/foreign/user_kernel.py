@@ -86,6 +86,7 @@ class UserKernel(Kernel):
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
         own = self._returning(self.stated or loosest_of(call.q.dtype, acc=self.acc))
+        own = self.identified_of(call) or own
         return self._over_cache(own, self.cache.at(call.layer), call.shape, call.q.dtype)
 
     @staticmethod
@@ -160,7 +161,8 @@ class UserKernel(Kernel):
 
     def _say_what_is_vacuous(self, call: Call) -> None:
         """Once, that no budget applies, and what to state."""
-        vacuous = self.acc is None and self.stated is None and call.q.dtype != torch.bfloat16
+        known = self.acc is not None or self.stated is not None or self.identified is not None
+        vacuous = not known and call.q.dtype != torch.bfloat16
         if vacuous and call.kv_len.numel() and int(call.kv_len.max()) >= VACUOUS_KEYS:
             note = (
                 f"{self.spec}: nothing is stated of its sums, so from {VACUOUS_KEYS} keys on no rounding"

@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from verify.kernels.call import AttentionPath
 from verify.kernels.errors import KernelFailure
+from verify.kernels.kernel import Kernel
 
 # (q, k, v, *, kv_len, scale) -> out [B, T, Hq, Dv], a tensor of any float type.
 BareKernel = Callable[..., torch.Tensor]
@@ -29,6 +31,17 @@ DEAD = -64.0
 LARGE = 49152.0
 
 
+def bare(kernel: Kernel, path: AttentionPath) -> BareKernel:
+    """A kernel without all that it says of itself."""
+
+    def asked(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, kv_len: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        return kernel.attend(q, k, v, kv_len=kv_len, scale=scale, path=path).out
+
+    return asked
+
+
 class NotIdentifiable(Exception):
     """Why nothing can be read off this kernel; the message is the whole story."""
 
@@ -36,12 +49,13 @@ class NotIdentifiable(Exception):
 class Regime(NamedTuple):
     """Sizes of the calls that are made: everything that a kernel's choice of path may depend on."""
 
-    n_kv: int  # visible keys
-    n_q: int = 1  # query tokens a call
+    n_kv: int  # keys that the last row sees
+    n_q: int = 1  # query tokens of a sequence
     batch: int = 1  # sequences
     ratio: int = 4  # query heads a KV head
     kv_heads: int = 2  # of the call
-    size: int = 64  # of every head
+    size: int = 64  # of values
+    k_size: int = 64  # of queries and keys
     dtype: torch.dtype = torch.float16  # of q, k and v
     device: str = "cpu"  # that calls lie on
 
@@ -87,15 +101,17 @@ class Asking:
         """
         r = self.regime
         patterns, n = logits.shape
+        # A dimension of q and k each, and one for the base.
+        at_once = min(r.ratio, r.k_size - 1)
         found = torch.empty(patterns, values.shape[1], dtype=torch.float64)
-        for first in range(0, patterns, r.ratio):
-            some = logits[first : first + r.ratio]
+        for first in range(0, patterns, at_once):
+            some = logits[first : first + at_once]
             heads = torch.arange(r.ratio).clamp(max=len(some) - 1)
-            q = torch.zeros(r.batch, r.n_q, r.kv_heads, r.ratio, r.size, dtype=torch.float64)
+            q = torch.zeros(r.batch, r.n_q, r.kv_heads, r.ratio, r.k_size, dtype=torch.float64)
             q[..., torch.arange(r.ratio), heads] = _QUERY
             if base:
                 q[..., -1] = _QUERY
-            k = torch.zeros(r.batch, n, r.kv_heads, r.size, dtype=torch.float64)
+            k = torch.zeros(r.batch, n, r.kv_heads, r.k_size, dtype=torch.float64)
             k[..., : len(some)] = some.T[None, :, None]
             if base:
                 k[..., -1] = base

@@ -12,7 +12,8 @@ that are not normalised leave none; `weights` looks for those by the rounding of
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -21,21 +22,41 @@ from verify.kernels.identify.asking import LARGE, Asking
 # The largest logit. L is about as large, and rounding it to float32 makes a residue of 2^-19, which does not
 # vanish by chance; around 0 it would be 2^-24 and did so in one case of three.
 TOP = 64.0
+# What float32 leaves of a pair whose L is as large: a few roundings of 2^-19.
+_NOT_16_BITS = 2.0**-14
 
 
-def cuts_seen(ask: Asking, generator: torch.Generator) -> tuple[int, ...]:
-    """Bounds 0 < ... < n_kv of the parts of the last row."""
+class Cuts(NamedTuple):
+    """bounds: 0 < ... < n_kv of the parts of the last row; residue: the largest that was left of a pair,
+    relative to its terms; 0 of one part."""
+
+    bounds: tuple[int, ...]
+    residue: float
+
+    @property
+    def stored_in(self) -> str | None:
+        """The type of partial results between their sums and the merge: residues are about one rounding."""
+        if self.residue < _NOT_16_BITS:
+            return "f32"
+        return "f16" if self.residue < 2.0**-9.5 else "bf16" if self.residue < 2.0**-6 else None
+
+
+def cuts_seen(ask: Asking, generator: torch.Generator) -> Cuts:
+    """Where the last row is cut."""
     n, width = ask.regime.n_kv, ask.regime.columns
     cuts = []
-    edges = [round(i * (n - 1) / width) for i in range(width + 1)] if n > width else list(range(n))
-    pending = [(a, b) for a, b in itertools.pairwise(edges) if a < b]
+    residue = 0.0
+    # Few of the keys: the others make the parts' l differ.
+    count = max(min(width, n // 4), 1)
+    edges = [round(i * (n - 1) / count) for i in range(count + 1)]
+    pending = [(a, b) for a, b in pairwise(edges) if a < b]
     while pending:
         apart: list[tuple[int, int]] = []
         for first in range(0, len(pending), width):
             some = pending[first : first + width]
-            apart += [
-                pair for pair, is_apart in zip(some, _apart(ask, some, generator), strict=True) if is_apart
-            ]
+            left = _residues(ask, some, generator)
+            residue = max([residue, *left])
+            apart += [pair for pair, size in zip(some, left, strict=True) if size > 0]
         cuts += [b for a, b in apart if b == a + 1]
         wide = [(a, b) for a, b in apart if b > a + 1]
         pieces = max(width // max(len(wide), 1), 2)
@@ -43,17 +64,20 @@ def cuts_seen(ask: Asking, generator: torch.Generator) -> tuple[int, ...]:
         for a, b in wide:
             count = min(pieces, b - a)
             inner = [a + (b - a) * i // count for i in range(count + 1)]
-            pending += list(itertools.pairwise(inner))
-    return (0, *sorted(cuts), n)
+            pending += list(pairwise(inner))
+    return Cuts((0, *sorted(cuts), n), residue)
 
 
-def _apart(ask: Asking, pairs: list[tuple[int, int]], generator: torch.Generator) -> list[bool]:
-    """Whether the keys of each pair lie in different parts."""
+def _residues(ask: Asking, pairs: list[tuple[int, int]], generator: torch.Generator) -> list[float]:
+    """What is left of each pair, relative: 0 where its keys lie in one part."""
     r = ask.regime
     # Multiples of 1/4, exact in every 16-bit type; light beside the pairs.
     low = TOP - torch.randint(8 * 4, 12 * 4, (r.ratio, r.n_kv), generator=generator).double() / 4
     keys = sorted({key for pair in pairs for key in pair})
     low[:, keys] = TOP
     values = ask.columns([{a: LARGE, b: -LARGE} for a, b in pairs])
-    found = ask.weigh(low, values)
-    return (found != 0).any(0).tolist()
+    l = torch.exp(low - TOP).sum(1, keepdim=True)
+    found: list[float] = (
+        (ask.weigh(low, values) * l / LARGE).abs().nan_to_num(1.0, posinf=1.0).amax(0).tolist()
+    )
+    return found

@@ -1,22 +1,20 @@
-"""One kernel, one regime: everything that is read off it, and the arithmetic that its budget follows from."""
+"""One kernel, one regime: everything that is read off it."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from verify.kernels.bits import same_bits
-from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.identify.asking import LARGE, SCALE, Asking, BareKernel, NotIdentifiable, Regime
 from verify.kernels.identify.logits import Logits, logits_seen
-from verify.kernels.identify.parts import cuts_seen
+from verify.kernels.identify.parts import Cuts, cuts_seen
 from verify.kernels.identify.sums import SumsSeen, sums_seen
-from verify.kernels.identify.weights import Weights, rounded, weights_seen
-from verify.kernels.numbers import FLOAT_TYPES, U_F32, U_F32_TENSOR_CORE
+from verify.kernels.identify.weights import Weights, weights_seen
 
 # Fewer keys than these show next to nothing of how they are summed.
 LEAST_KEYS = 16
@@ -26,7 +24,6 @@ _RESULTS = 1000
 _WRONG = 1.0 / 8.0
 # More than a result of 8 bits, and P of 11, round a value.
 _CAST = 2.0**-8 + 2.0**-10
-_UNITS = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-11, "e4m3": 2.0**-4, "e5m2": 2.0**-3, "f32": 0.0}
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Reading:
     p: str | None  # type of P in the second product
     p_truncated: bool  # rounded toward zero
     p_normalised: bool  # divided by l before it was rounded
+    p_flushed: bool  # subnormal P are 0
     offset: float | None  # added to the maximum, nats
     l_of_rounded_p: bool | None  # l sums P after it was rounded
     accumulator: str | None  # type of the second product's
@@ -54,6 +52,7 @@ class Reading:
     rescale: float | None  # largest growth of the maximum by which sums are not rescaled; 0: always
     tile: int | None  # keys over which the maximum is taken
     cuts: tuple[int, ...]  # bounds of the KV parts
+    parts_in: str | None  # type of partial results before they are merged
     merge: str  # none: one part; normalised: parts are divided by their l before they are merged
     result: str | None  # type of the result
     exponential: float  # largest relative error of exp(-g) seen beside roundings of P
@@ -69,7 +68,12 @@ class Reading:
     @property
     def same_as(self) -> tuple[object, ...]:
         """Equal for two lengths of one regime: all but the cuts, and what few keys do not show."""
-        return (self.p, self.p_truncated, self.p_normalised, self.accumulator, self.result)
+        return (self.weights, self.accumulator, self.result)
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What P is rounded to, and how."""
+        return (self.p, self.p_truncated, self.p_normalised)
 
     def to_json(self) -> dict[str, Any]:
         found = asdict(self)
@@ -88,7 +92,8 @@ def read(asked: BareKernel, regime: Regime, *, seed: int = 0) -> Reading:
     ask = Asking(asked, regime)
     generator = torch.Generator().manual_seed(seed)
     result = _sound(ask, generator)
-    cuts = cuts_seen(ask, generator)
+    seen_cuts = cuts_seen(ask, generator)
+    cuts = seen_cuts.bounds
     bounds = list(itertools.pairwise(cuts))
     part = max(bounds, key=lambda each: each[1] - each[0])
     if part[1] - part[0] < 3:
@@ -96,11 +101,11 @@ def read(asked: BareKernel, regime: Regime, *, seed: int = 0) -> Reading:
     weights = weights_seen(ask, part, generator)
     sums = sums_seen(ask, part, weights)
     logits = logits_seen(ask, part, weights, sums.tile, generator)
-    return _put_together(ask, cuts, weights, sums, logits, result)
+    return _put_together(ask, seen_cuts, weights, sums, logits, result)
 
 
 def _put_together(
-    ask: Asking, cuts: tuple[int, ...], weights: Weights, sums: SumsSeen, logits: Logits, result: str | None
+    ask: Asking, cuts: Cuts, weights: Weights, sums: SumsSeen, logits: Logits, result: str | None
 ) -> Reading:
     accumulator = _accumulator(sums)
     # Narrow sums within a tile, wide ones across: what is added up there is flushed.
@@ -127,6 +132,7 @@ def _put_together(
         p=weights.p,
         p_truncated=weights.truncated,
         p_normalised=weights.normalised,
+        p_flushed=weights.flushed,
         offset=weights.offset,
         l_of_rounded_p=weights.l_of_rounded,
         accumulator=accumulator,
@@ -139,8 +145,9 @@ def _put_together(
         logits=logits.logits,
         rescale=logits.rescale,
         tile=sums.tile,
-        cuts=cuts,
-        merge="none" if len(cuts) == 2 else "normalised",
+        cuts=cuts.bounds,
+        parts_in=cuts.stored_in,
+        merge="none" if len(cuts.bounds) == 2 else "normalised",
         result=result,
         exponential=weights.exponential,
         deterministic=True,
@@ -162,30 +169,18 @@ def _accumulator(sums: SumsSeen) -> str | None:
 def _sound(ask: Asking, generator: torch.Generator) -> str | None:
     """The type of results; raises NotIdentifiable for a kernel that nothing can be read off."""
     r = ask.regime
-    kind = torch.finfo(r.dtype)
-    digits = 8 if r.dtype == torch.bfloat16 else 11
-    exponents: set[int] = set()
-    bits = 0
-    seen = 0
+    bits = seen = 0
     while seen < _RESULTS:
-        q, k, v = (
-            rounded(torch.randn(r.batch, n, h, r.size, generator=generator, dtype=torch.float64), digits)
-            .clamp(min=kind.min)
-            .to(r.dtype)
-            .double()
-            for n, h in ((r.n_q, r.kv_heads * r.ratio), (r.n_kv, r.kv_heads), (r.n_kv, r.kv_heads))
-        )
+        q, k, v = (_drawn(ask, r.batch, which, generator) for which in "qkv")
         out = ask.call(q, k, v)
         if not seen:
-            if list(out.shape) != list(q.shape):
-                raise NotIdentifiable(f"its result has shape {list(out.shape)}, expected {list(q.shape)}")
+            if list(out.shape) != (due := [*q.shape[:3], r.size]):
+                raise NotIdentifiable(f"its result has shape {list(out.shape)}, expected {due}")
             for again in (ask.call(q, k, v), ask.call(q, k, v)):
                 if not same_bits(out, again):
                     raise NotIdentifiable("it is not deterministic: the same call gives other bits")
             _check_right(ask, q, k, v, out)
-        mantissa, exponent = torch.frexp(out[out != 0])
-        bits = max(bits, int(_bits_used(mantissa).max()))
-        exponents |= set(exponent.unique().tolist())
+        bits = max(bits, int(_bits_used(torch.frexp(out[out != 0]).mantissa).max()))
         seen += out.numel()
     _check_range(ask)
     by_bits = ((3, "e5m2"), (4, "e4m3"), (8, "bf16"), (11, "f16"))
@@ -193,6 +188,15 @@ def _sound(ask: Asking, generator: torch.Generator) -> str | None:
     if name == "f16" and not _has_steps_of_float16(ask):
         return "tf32"
     return name
+
+
+def _drawn(ask: Asking, batch: int, which: str, generator: torch.Generator) -> torch.Tensor:
+    """Gaussian q, k or v, as numbers of the inputs' type."""
+    r = ask.regime
+    rows, heads = (r.n_q, r.kv_heads * r.ratio) if which == "q" else (r.n_kv, r.kv_heads)
+    size = r.size if which == "v" else r.k_size
+    x = torch.randn(batch, rows, heads, size, generator=generator, dtype=torch.float64)
+    return x.to(r.dtype).double()
 
 
 def _bits_used(mantissa: torch.Tensor) -> torch.Tensor:
@@ -251,60 +255,11 @@ def _check_range(ask: Asking) -> None:
 
 def _row_alone(ask: Asking) -> bool | None:
     """Whether a sequence alone has the bits that it has among three."""
-    r = ask.regime
     g = torch.Generator().manual_seed(1)
-    digits = 8 if r.dtype == torch.bfloat16 else 11
-    q, k, v = (
-        rounded(torch.randn(3, n, h, r.size, generator=g, dtype=torch.float64), digits).to(r.dtype).double()
-        for n, h in ((r.n_q, r.kv_heads * r.ratio), (r.n_kv, r.kv_heads), (r.n_kv, r.kv_heads))
-    )
+    q, k, v = (_drawn(ask, 3, which, g) for which in "qkv")
     try:
         together = ask.call(q, k, v)
         alone = torch.cat([ask.call(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(3)])
     except NotIdentifiable:
         return None
     return same_bits(together, alone)
-
-
-def arithmetic_of(reading: Reading, input_type: str = "f16") -> Arithmetic:
-    """The arithmetic that a budget follows from. What could not be told is the loosest that there is."""
-    loose = loosest(input_type)
-    p = reading.p if reading.p in FLOAT_TYPES else None
-    known = p is not None and reading.accumulator in ("f32", "f16") and reading.result in FLOAT_TYPES
-    if not known or p is None or reading.result is None or reading.accumulator is None:
-        return loose
-    # Types that budgets know; P of ten bits and a wide range is float16's with no underflow.
-    u = (
-        U_F32_TENSOR_CORE
-        if reading.rounding == "truncated" or (reading.accumulator_bits or 24) < 24
-        else U_F32
-    )
-    u_q = 0.0
-    if reading.q_scaled_in != "f32" or reading.logits != "f32" or reading.first_product is None:
-        u_q = max(_UNITS.get(x or input_type, loose.u_q) for x in (reading.q_scaled_in, reading.logits))
-    offset = loose.p_shift if reading.offset is None else reading.offset
-    if reading.p_normalised:
-        offset = math.log(reading.n_kv)
-    tile_known = reading.tile is not None
-    cuts = reading.cuts
-    return replace(
-        loose,
-        p=p,
-        out=reading.result,
-        acc=reading.accumulator,
-        u=u,
-        u_q=u_q,
-        u_part=loose.u_part if reading.parts > 1 else 0.0,
-        block=reading.tile,
-        cuts_at=(lambda n: cuts_of_length(cuts, n)) if tile_known else None,
-        l_from_rounded_p=reading.l_of_rounded_p is not False,
-        p_shift=max(offset, 0.0),
-        stale_maximum=bool(reading.rescale),
-        stated=False,
-    )
-
-
-def cuts_of_length(cuts: tuple[int, ...], n_kv: int) -> tuple[int, ...]:
-    """Bounds of a row with n_kv keys, as those of a longer or shorter row: cut at n_kv, its last part made
-    longer."""
-    return (*[c for c in cuts[:-1] if c < n_kv], n_kv) if n_kv else (0,)

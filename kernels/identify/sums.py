@@ -36,6 +36,10 @@ _NORMAL = {"e4m3": 4.1}
 Earlier = Callable[[int, list[int]], list[bool]]
 
 
+# Of a probe that would have shown the edge of a tile within a part, and did not.
+NO_EDGE = "no edge within a part"
+
+
 class SumsSeen(NamedTuple):
     """What was seen of the second product."""
 
@@ -70,6 +74,8 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
     elif weights.p not in ("f32", None) and not weights.normalised:
         pair = _telling_pair(ask, part, weights)
         tile, how = _tile(ask, part, lambda x, ys: _unrounded(ask, x, ys, pair)), "rounding of P"
+    if how and tile is None:
+        how = NO_EDGE
     if tile is None and product is not None and not overflows:
         tile, how = product, "order of sums"
     tile_bits = bits
@@ -84,7 +90,7 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
         tile_bits=tile_bits,
         product=product,
         tile=tile,
-        how=how if tile is not None else "",
+        how=how,
     )
 
 

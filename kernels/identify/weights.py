@@ -67,6 +67,7 @@ class Weights(NamedTuple):
     offset_sure: bool  # its multiple of ln 2 was seen
     normalised: bool  # P was divided by l before it was rounded
     l_of_rounded: bool | None  # l sums rounded P
+    flushed: bool  # subnormal P are 0
     exponential: float  # largest relative error of exp(-g) seen beside the rounding of P
     slope: float  # logits are so much larger than they should be, relative, as a rounded scale makes them
     error: float  # largest relative error of P seen
@@ -106,6 +107,7 @@ def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator)
         offset_sure=harmless,
         normalised=False,
         l_of_rounded=False if told else None,
+        flushed=False,
         exponential=worst if told else math.nan,
         slope=0.0,
         error=worst,
@@ -130,11 +132,12 @@ def _of_grid(
     found = _seen(grid, float((ratio / torch.exp(-gaps) - 1).abs().max()), part)
     if doubled is None or abs(math.log(doubled.x / x)) > 0.01:
         return found
-    kind, multiple = _range(ask, part, grid, phase, generator)
+    kind, multiple, flushed = _range(ask, part, grid, phase, generator)
     offset = phase + (multiple or 0) * math.log(2)
     return found._replace(
         p=None if kind is None else kind.name,
         normalised=False,
+        flushed=flushed,
         # Half a unit of X among hundreds of bounds: what is nearer to 0 than that is 0.
         offset=0.0 if abs(offset) < 2.0 ** (-bits - 3) else offset,
         offset_sure=multiple is not None,
@@ -151,6 +154,7 @@ def _seen(grid: _Grid, worst: float, part: AskedPart) -> Weights:
         offset_sure=False,
         normalised=True,
         l_of_rounded=None,
+        flushed=False,
         exponential=max(grid.gap, 0.0),
         slope=grid.slope,
         error=worst,
@@ -282,12 +286,13 @@ def _bounds(gaps: torch.Tensor, ratio: torch.Tensor, bits: int, first: float) ->
 
 def _range(
     ask: Asking, part: AskedPart, grid: _Grid, phase: float, generator: torch.Generator
-) -> tuple[WeightType | None, int | None]:
-    """Which type of so many bits P has, and the multiple of ln 2 in its offset: by where it underflows."""
+) -> tuple[WeightType | None, int | None, bool]:
+    """Which type of so many bits P has, the multiple of ln 2 in its offset, and whether subnormal P are 0: by
+    where it underflows."""
     bits, truncated = grid.bits, grid.truncated
     kinds = [t for t in TYPES if t.bits == bits and t.normal > -100]
     if not kinds:
-        return next((t for t in TYPES if t.bits == bits), None), None
+        return next((t for t in TYPES if t.bits == bits), None), None, False
     kind = kinds[0]
     low, high = 0.69 * (-kind.normal) - 4.5, 0.69 * (-kind.least) + 1
     low = max(low, 0.25)
@@ -305,7 +310,7 @@ def _range(
             largest = torch.tensor(math.exp(-c), dtype=torch.float64)
             told = q / rounded(largest, bits, truncated=truncated) * torch.exp(gaps) - 1
             fits.append((float((told - seen).abs().mean()), multiple, flushed))
-    misfit, multiple, _ = min(fits)
+    misfit, multiple, flushed = min(fits)
     # The same bits, and a range so wide that nothing underflows here.
     wide = next((t for t in TYPES if t.bits == bits and t.normal < -100), None)
     p, one = torch.exp(-gaps * (1 + grid.slope) - phase), torch.tensor(math.exp(-phase), dtype=torch.float64)
@@ -313,8 +318,8 @@ def _range(
         rounded(p, bits, truncated=truncated) / rounded(one, bits, truncated=truncated) * torch.exp(gaps) - 1
     )
     if wide is not None and float((told - seen).abs().mean()) < misfit:
-        return wide, None
-    return (kind, multiple) if misfit < 2.0**-bits else (None, None)
+        return wide, None, False
+    return (kind, multiple, flushed) if misfit < 2.0**-bits else (None, None, False)
 
 
 def _summed(ask: Asking, part: AskedPart, grid: _Grid, generator: torch.Generator) -> bool | None:

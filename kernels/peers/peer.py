@@ -57,7 +57,7 @@ class PeerKernel(Kernel):
         return loosest("f16", acc="f32")
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        return loosest_of(call.q.dtype, acc="f32")
+        return self.identified_of(call) or loosest_of(call.q.dtype, acc="f32")
 
     def run(self, call: Call) -> Result:
         self._check(call)

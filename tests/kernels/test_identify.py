@@ -13,11 +13,20 @@ import pytest
 import torch
 
 from verify.kernels.eager import EagerKernel
-from verify.kernels.faults.clean import LazyRescale, MaximumOffset, RoundedDenominator, ScaledQuery, TreeMerge
+from verify.kernels.faults.clean import (
+    HalfParts,
+    LazyRescale,
+    MaximumOffset,
+    RoundedDenominator,
+    ScaledQuery,
+    TreeMerge,
+)
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.heads import Heads
-from verify.kernels.identify.asking import BareKernel, NotIdentifiable, Regime
+from verify.kernels.identify.asking import Asking, BareKernel, NotIdentifiable, Regime
+from verify.kernels.identify.parts import cuts_seen
 from verify.kernels.identify.reading import Reading, read
+from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.plan import KVCuts, Plan, parse_heads
@@ -167,6 +176,22 @@ def test_twenty_that_were_drawn_and_a_dozen_other_cuts_are_read() -> None:
         kv = str(rng.randint(2, n_kv // (3 * block))) if i % 2 else f"size:{rng.randint(3 * block, n_kv - 1)}"
         chosen.append(Truth(rng.choice(TYPES), "f32", rng.choice(TYPES), block, kv, n_kv=n_kv))
     assert read_blind(chosen, seed) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "n_kv"), [("kv=2,block=32", 64), ("kv=4,block=16", 64), ("kv=2", 128), ("kv=3,block=16", 100)]
+)
+def test_equal_parts_of_short_rows_are_told_apart(spec: str, n_kv: int) -> None:
+    kernel = build_kernel(f"eager:{spec}")
+    regime = Regime(n_kv)
+    found = cuts_seen(Asking(bare(kernel), regime), torch.Generator().manual_seed(0))
+    call = draw("gaussian", InputSizes(n_kv=(n_kv,), heads=HEADS, edges=()), 0)
+    cuts_at = kernel.arithmetic_of(call).cuts_at
+    assert cuts_at is not None and found.bounds == cuts_at(n_kv) and found.stored_in == "f32"
+
+
+def test_partial_results_that_are_stored_in_16_bits_are_seen() -> None:
+    assert read(bare(HalfParts("half parts", kv=3)), Regime(300)).parts_in == "f16"
 
 
 def test_bfloat16_inputs_and_several_query_tokens() -> None:

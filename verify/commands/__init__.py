@@ -47,6 +47,16 @@ COMMANDS = {
         "judge",
         "A kernel nobody trusts: families, probes and laws, then the ways to look right without being it.",
     ),
+    "identify": Listed(
+        "identify",
+        "What arithmetic is this? Types, order of summation, cuts and regimes, read off a kernel by its"
+        " results.",
+    ),
+    "tolerance": Listed(
+        "tolerance",
+        "How large the error of a right kernel may be, by family of inputs, and the smallest fault that gates"
+        " of others still see: the number to write into a test.",
+    ),
     "selftest": Listed(
         "selftest", "Runs every known fault and every clean variant past every detector: the mutation score."
     ),

@@ -15,10 +15,13 @@ from verify.diff.examining import CellInputs, KernelEvidence, examine
 from verify.diff.inputs import DiffSettings, first_call
 from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
+from verify.identify.learning import learn
 from verify.judge.strata import Judgement
 from verify.judge.verdict import EXIT_CODES, Decision, overall
 from verify.kernels.judging.probes import why_not_one_hot
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.plans.shapes import shape_named
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import LaunchTrace
 from verify.machine.devices import is_out_of_memory
@@ -46,12 +49,14 @@ def run_diff(
     what stopped it. Raises UsageError for too little memory where nothing was.
     """
     candidates = [build(spec) for spec in settings.candidates]
+    learnt = [line for kernel in candidates for line in _learn(settings, kernel, device, clock)]
     first, shown = _first_calls(settings, candidates, device, clock)
     matches = [
         matched(settings.baseline, kernel.spec, type_)
         for kernel, type_ in zip(candidates, shown, strict=True)
     ]
     baselines = {match.baseline: build(match.baseline) for match in matches}
+    learnt += [line for kernel in baselines.values() for line in _learn(settings, kernel, device, clock)]
     cells: list[list[Cell]] = [[] for _ in candidates]
     traces = [LaunchTrace() for _ in candidates]
     base_traces = {spec: LaunchTrace() for spec in baselines}
@@ -118,6 +123,7 @@ def run_diff(
     ]
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
     notes = sorted({note for kernel in (*baselines.values(), *candidates) for note in kernel.notes})
+    notes += learnt
     notes += [match.said for match in matches if match.said]
     said |= dict.fromkeys(f"{c.candidate.spec}: {c.shared}" for of in cells for c in of if c.shared)
     notes += [*said, *dict.fromkeys(few_words), *([stopped] if stopped else [])]
@@ -140,6 +146,22 @@ def run_diff(
         stopped=stopped,
         interrupted=interrupted,
     )
+
+
+def _learn(settings: DiffSettings, kernel: Kernel, device: torch.device, clock: StageClock) -> list[str]:
+    """What is read off a kernel that states nothing, in sentences."""
+    shapes = [shape for shape in map(shape_named, settings.shapes) if not shape.v_in_k]
+    if not shapes:
+        return []
+    with clock.stage("identify", max(settings.n_kvs)):
+        return learn(
+            kernel,
+            list(dict.fromkeys(shape.heads for shape in shapes)),
+            settings.n_kvs,
+            path=settings.path,
+            dtype=FLOAT_TYPES[settings.dtype].dtype,
+            device=str(device),
+        )
 
 
 class _First(NamedTuple):

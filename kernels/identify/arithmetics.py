@@ -1,0 +1,140 @@
+"""From readings to the arithmetic of a call: what its budget, expected size and gain limit follow from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
+from verify.kernels.call import Call
+from verify.kernels.identify.reading import Reading
+from verify.kernels.identify.sums import NO_EDGE
+from verify.kernels.lengths import lengths_of
+from verify.kernels.numbers import FLOAT_TYPES, U_F32, U_F32_TENSOR_CORE, type_of
+
+# An exponential that is farther off than this has roundings that no budget charges.
+_EXPONENTIAL = 1e-6
+# The shortest rows that are read.
+_FEW = 64
+
+
+class Order(NamedTuple):
+    """How many parts a row has, which share of its keys the longest has, and keys a tile (None: not seen)."""
+
+    parts: int
+    share: float
+    tile: int | None
+
+    def cuts(self, n_kv: int) -> tuple[int, ...]:
+        """Bounds of so many parts, the longest first: depths follow from them, places do not."""
+        parts = max(min(self.parts, n_kv), 1)
+        longest = min(math.ceil(self.share * n_kv) + (self.tile or 0), n_kv) if parts > 1 else n_kv
+        longest = min(longest, n_kv - parts + 1)
+        rest = n_kv - longest
+        return tuple(sorted({0, longest, *(longest + rest * i // (parts - 1) for i in range(1, parts))}))
+
+
+def order_of(reading: Reading) -> Order:
+    longest = max(b - a for a, b in pairwise(reading.cuts))
+    tile = reading.tile
+    if tile is None and reading.how.get("tile") == NO_EDGE:
+        # It was looked for where it would have shown: a tile holds a whole part.
+        tile = longest
+    return Order(reading.parts, longest / reading.n_kv, tile)
+
+
+def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | None:
+    """The loosest of what was read at lengths of one regime; None where they do not agree, or where budgets
+    do not know their types.
+
+    Rounding of logits to 16 bits is no arithmetic that a budget allows for: a kernel that has it is coarser
+    than what it returns, and is told so.
+    """
+    first = readings[0]
+    if any((each.weights, each.result) != (first.weights, first.result) for each in readings):
+        return None
+    sums = {each.accumulator for each in readings}
+    p, result = first.p, first.result
+    # A row of one tile shows less of them.
+    accumulator = "f16" if sums == {"f32", "f16"} else first.accumulator if len(sums) == 1 else None
+    if p not in FLOAT_TYPES or result not in FLOAT_TYPES or accumulator not in ("f32", "f16"):
+        return None
+    if any(each.offset is None and not each.p_normalised and p != "f32" for each in readings):
+        return None
+    if first.p_truncated or any(each.p_flushed or each.first_product != input_type for each in readings):
+        return None
+    loose = loosest(input_type)
+    orders = [order_of(each) for each in readings]
+    tiles = [order.tile for order in orders]
+    tile = None if None in tiles else max(t for t in tiles if t is not None)
+    order = Order(max(o.parts for o in orders), max(o.share for o in orders), tile)
+    truncates = any(each.rounding == "truncated" or (each.accumulator_bits or 24) < 24 for each in readings)
+    offset = max(
+        math.log(each.n_kv) if each.p_normalised else max(each.offset or 0.0, 0.0) for each in readings
+    )
+    parts_in = {each.parts_in for each in readings}
+    q_types = {each.q_scaled_in for each in readings}
+    u_q = 0.0 if q_types == {"f32"} else max(FLOAT_TYPES[q or input_type].u for q in q_types)
+    # Products of tensor cores are not seen one by one.
+    wide = accumulator == "f32" and truncates
+    return replace(
+        loose,
+        p=p,
+        out=result,
+        acc=accumulator,
+        u=U_F32_TENSOR_CORE if wide else U_F32,
+        u_q=u_q,
+        u_part=0.0 if parts_in == {"f32"} else max(FLOAT_TYPES[t or input_type].u for t in parts_in),
+        block=tile,
+        cuts_at=order.cuts if tile is not None else None,
+        l_from_rounded_p=any(each.l_of_rounded_p is not False for each in readings) and p != "f32",
+        p_shift=offset,
+        stale_maximum=any(bool(each.rescale) for each in readings),
+        stated=all(each.exponential < _EXPONENTIAL for each in readings),
+        identified=True,
+    )
+
+
+def coarser(readings: Sequence[Reading]) -> list[str]:
+    """What rounds more than a kernel's result and P let expect, in sentences: no budget allows for it."""
+    said: dict[str, str] = {}
+    for each in sorted(readings, key=lambda r: (r.n_q, r.n_kv)):
+        if each.logits in ("f16", "bf16"):
+            word = {"f16": "float16", "bf16": "bfloat16"}[each.logits]
+            said.setdefault(
+                each.logits,
+                f"logits are rounded to {word} (seen at {each.n_kv} keys): their error grows with their size",
+            )
+    return list(said.values())
+
+
+class KnownReadings(NamedTuple):
+    """What was read off a kernel, at some lengths, for calls without options."""
+
+    readings: tuple[Reading, ...]
+
+    def at(self, call: Call) -> Arithmetic | None:
+        """The arithmetic of a call; None for one that nothing was read of."""
+        options = (call.sliding_window, call.softcap, call.sinks, call.alibi_slopes)
+        kind = type_of(call.q.dtype)
+        if any(option is not None for option in options) or kind is None or not call.kv_len.numel():
+            return None
+        lengths = lengths_of(call.kv_len)
+        # Rows of a call that are much shorter may be another regime's.
+        least, most = lengths.least, lengths.greatest
+        known = sorted(self.readings, key=lambda each: each.n_kv)
+        if not known or most > known[-1].n_kv:
+            return None
+        # What few keys do alone, fewer do as well.
+        if 2 * least < known[0].n_kv and known[0].n_kv > _FEW:
+            return None
+        above = next(i for i, each in enumerate(known) if each.n_kv >= most)
+        below = max((i for i, each in enumerate(known) if each.n_kv <= least), default=0)
+        if 2 * least >= most:
+            # Rows of nearly the same length are the longest one's.
+            exact = known[above].n_kv == most
+            below = above if exact else max(above - 1, 0)
+        return arithmetic_of(known[below : above + 1], kind.name)

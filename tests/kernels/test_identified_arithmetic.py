@@ -1,0 +1,97 @@
+"""What a budget is given of a kernel that was read: the loosest of what was seen, and nothing beyond it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from verify.kernels.budget.arithmetic import loosest
+from verify.kernels.budget.bound import error_budget
+from verify.kernels.heads import Heads
+from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser
+from verify.kernels.identify.asking import Regime, bare
+from verify.kernels.identify.reading import Reading, read
+from verify.kernels.judging.detectors import findings, measure
+from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.registry import build_kernel
+
+HEADS = Heads(4, 1, 64, 64)
+
+
+def readings(spec: str, *lengths: int) -> tuple[Reading, ...]:
+    kernel = build_kernel(spec)
+    return tuple(read(bare(kernel, "decode"), Regime(n, ratio=4, kv_heads=1)) for n in lengths)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Reading, ...]:
+    return readings("eager:kv=2,block=32", 64, 256)
+
+
+def sizes(*n_kv: int) -> InputSizes:
+    return InputSizes(n_kv=n_kv, heads=HEADS, edges=())
+
+
+def test_an_arithmetic_is_as_it_was_stated(plain: tuple[Reading, ...]) -> None:
+    found, stated = arithmetic_of(plain[1:], "f16"), build_kernel("eager:kv=2,block=32")
+    own = stated.arithmetic_of(draw("gaussian", sizes(256), 0))
+    assert found is not None and found.stated and not found.promises_bits
+    for name in ("p", "acc", "out", "block", "u", "u_q", "p_shift", "l_from_rounded_p", "stale_maximum"):
+        assert getattr(found, name) == getattr(own, name), name
+    assert found.depths(256).parts == own.depths(256).parts == 2
+    assert found.depths(256).longest >= own.depths(256).longest
+
+
+def test_budgets_of_a_kernel_that_was_read_hold_it_and_see_a_small_factor(plain: tuple[Reading, ...]) -> None:
+    known, kernel = KnownReadings(plain), build_kernel("eager:kv=2,block=32")
+    call = draw("gaussian", sizes(256, 219), 1)
+    arithmetic = known.at(call)
+    assert arithmetic is not None
+    result = kernel.run(call)
+    right = measure(call, result, arithmetic, distinct=True)
+    assert right.budget <= 1 and findings(right) == []
+    wrong = replace(result, out=result.out * (1 + 2e-4))
+    assert "gain" in {each.detector for each in findings(measure(call, wrong, arithmetic, distinct=True))}
+    # Of a kernel that nothing is known of it may be rounding.
+    loose = measure(call, wrong, loosest("f16"), distinct=True)
+    assert not {"gain", "rms", "budget"} & {each.detector for each in findings(loose)}
+    assert not error_budget(call, arithmetic).vacuous.any()
+
+
+def test_nothing_is_said_of_calls_that_nothing_was_read_of(plain: tuple[Reading, ...]) -> None:
+    known = KnownReadings(plain)
+    assert known.at(draw("gaussian", sizes(100), 0)) is not None
+    assert known.at(draw("gaussian", sizes(200, 1), 0)) is not None
+    assert known.at(draw("gaussian", sizes(300), 0)) is None
+    assert known.at(draw("sinks", sizes(100), 0)) is None
+    assert KnownReadings(()).at(draw("gaussian", sizes(100), 0)) is None
+    assert (
+        KnownReadings(plain[1:]).at(draw("gaussian", sizes(100), 0)) is None
+    )  # half as long as anything read
+
+
+def test_lengths_that_differ_are_given_the_looser_or_nothing(plain: tuple[Reading, ...]) -> None:
+    short, long = plain
+    narrow = replace(long, accumulator="f16", accumulator_bits=11)
+    looser = arithmetic_of((short, narrow), "f16")
+    assert looser is not None and looser.acc == "f16"
+    assert arithmetic_of((short, replace(long, p="bf16")), "f16") is None
+    assert arithmetic_of((replace(long, p="e4m3"),), "f16") is None
+    assert arithmetic_of((replace(long, offset=None),), "f16") is None
+    unseen = arithmetic_of((replace(long, tile=None, how={}),), "f16")
+    assert unseen is not None and unseen.block is None and unseen.depths(256).d_n == 512
+    late = arithmetic_of((replace(long, rescale=5.0, q_scaled_in=None, exponential=1e-4),), "f16")
+    assert late is not None and late.stale_maximum and late.u_q == 2.0**-11 and not late.stated
+
+
+def test_logits_of_16_bits_are_said_and_not_allowed_for(plain: tuple[Reading, ...]) -> None:
+    (said,) = coarser([replace(each, logits="f16") for each in plain])
+    assert "float16" in said and "64 keys" in said and coarser(plain) == []
+
+
+def test_options_of_a_kernel_in_place_do_not_change_what_is_read() -> None:
+    torch.manual_seed(5)
+    once, again = readings("eager:acc=f16", 100), readings("eager:acc=f16", 100)
+    assert once == again

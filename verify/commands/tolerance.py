@@ -1,0 +1,39 @@
+"""`verify tolerance`: how large the error of a right kernel may be."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from verify.commands import options
+
+
+def command(
+    spec: Annotated[
+        str, typer.Argument(help="a kernel that is taken to be right: eager:p=f16,acc=f32,out=f16, py:...")
+    ] = "eager",
+    shape: Annotated[str, typer.Option("--shape", help="a name, or 8/2x64")] = "8/2x64",
+    n_kv: Annotated[int, typer.Option("--n-kv", help="keys of every row")] = 512,
+    inputs: Annotated[
+        str, typer.Option("--inputs", help="families, comma between")
+    ] = "gaussian,needles,peaked,rising",
+    seeds: Annotated[int, typer.Option("--seeds", help="calls of 16 draws each")] = 4,
+    device: options.Device = None,
+    json_: options.Json = False,
+) -> int:
+    """Print; exit 0."""
+    from verify.identify.tolerance import run_tolerance
+    from verify.machine.devices import chosen_device, default_device
+    from verify.machine.environment import prepare_torch
+    from verify.machine.jsontext import to_json_text
+    from verify.reports.tolerance import print_tolerances, tolerance_json
+
+    prepare_torch()
+    chosen = chosen_device(device or default_device())
+    found, notes = run_tolerance(spec, shape, n_kv, inputs, seeds, str(chosen))
+    print_tolerances(spec, shape, n_kv, found, notes, sys.stderr if json_ else sys.stdout)
+    if json_:
+        print(to_json_text(tolerance_json(spec, shape, n_kv, found, notes)), end="")
+    return 0

@@ -1,0 +1,100 @@
+"""Reading kernels that state nothing before they are judged, so that budgets follow from what they compute.
+
+What is read does not depend on time or load: the same run has the same budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from verify.identify.told import WORDS, acc_contradiction
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.call import AttentionPath, Call, Shape
+from verify.kernels.heads import Heads
+from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser
+from verify.kernels.identify.asking import NotIdentifiable, Regime, bare
+from verify.kernels.identify.reading import LEAST_KEYS, Reading, read
+from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import type_of
+
+# Query tokens of the calls: on the decode path two rows, as runs give several at once.
+_ROWS: dict[AttentionPath, int] = {"decode": 2, "several": 4, "prefill": 4}
+
+
+def learn(
+    kernel: Kernel,
+    heads: Sequence[Heads],
+    lengths: Sequence[int],
+    *,
+    path: AttentionPath,
+    dtype: torch.dtype,
+    device: str,
+) -> list[str]:
+    """Read a kernel that states nothing at these lengths, and let its budgets follow from that.
+
+    Returns what a reader of the verdict must know; nothing for a kernel that states its arithmetic.
+    """
+    if kernel.arithmetic(Shape(1, 1, LEAST_KEYS, heads[0]), path).stated:
+        return []
+    known: dict[Heads, KnownReadings] = {}
+    reasons: dict[str, None] = {}
+    for each in heads:
+        readings = []
+        for n_kv in sorted({max(n, LEAST_KEYS) for n in lengths}):
+            regime = Regime(
+                n_kv=n_kv,
+                n_q=_ROWS[path],
+                ratio=each.ratio,
+                kv_heads=each.kv,
+                size=each.v_size,
+                k_size=each.k_size,
+                dtype=dtype,
+                device=device,
+            )
+            try:
+                readings.append(read(bare(kernel, path), regime))
+            except NotIdentifiable as error:
+                reasons[str(error)] = None
+                # One that hung is asked again: what it is asked next is judged by itself.
+                kernel.forgive()
+                break
+        known[each] = KnownReadings(tuple(readings))
+    kernel.identified = _chooser(known)
+    return _said(kernel, [r for of in known.values() for r in of.readings], list(reasons), dtype)
+
+
+def _chooser(known: Mapping[Heads, KnownReadings]) -> Callable[[Call], Arithmetic | None]:
+    def identified(call: Call) -> Arithmetic | None:
+        of_heads = known.get(call.shape.heads)
+        return None if of_heads is None else of_heads.at(call)
+
+    return identified
+
+
+def _said(
+    kernel: Kernel, readings: Sequence[Reading], reasons: Sequence[str], dtype: torch.dtype
+) -> list[str]:
+    said = [
+        f"{kernel.spec}: nothing could be read off it: {each}; its budget is the loosest" for each in reasons
+    ]
+    kind = type_of(dtype)
+    kinds: dict[object, Reading] = {each.same_as: each for each in readings}
+    for each in kinds.values():
+        if kind is None or arithmetic_of([each], kind.name) is None:
+            said.append(
+                f"{kernel.spec}: types were read off it that no budget knows; its budget is the loosest"
+            )
+            continue
+        assert each.p is not None and each.accumulator is not None and each.result is not None
+        words = [f"P {WORDS[each.p]}", f"sums {WORDS[each.accumulator]}", f"result {WORDS[each.result]}"]
+        words.append(f"tiles of {each.tile}" if each.tile else "no tile seen")
+        words.append(f"{each.parts} part{'s' if each.parts > 1 else ''} at {each.n_kv} keys")
+        said.append(f"{kernel.spec}: read off it: {', '.join(words)}; its budget follows from that")
+    said += [f"{kernel.spec}: {each}" for each in coarser(readings)]
+    for each in readings:
+        if (odd := acc_contradiction(kernel.spec, each)) is not None:
+            said.append(f"finding: {kernel.spec} {odd}")
+            break
+    return said

@@ -1,0 +1,193 @@
+"""Reading a kernel at many lengths: where its arithmetic changes, and what was not looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from verify.kernels.call import AttentionPath
+from verify.kernels.heads import Heads
+from verify.kernels.identify.asking import NotIdentifiable, Regime, bare
+from verify.kernels.identify.reading import LEAST_KEYS, Reading, read
+from verify.kernels.kernel import Kernel
+from verify.kernels.plans.asked import MOST_SEVERAL
+from verify.kernels.plans.spec import parse_spec
+from verify.kernels.registry import UNTOLD
+
+DEFAULT_HEADS = Heads(8, 2, 64, 64)
+# Query tokens that are tried: text generation, and a few at once.
+DEFAULT_N_Q = (1, 4)
+SHORTEST, LONGEST, LONGEST_CUDA = 64, 8192, 131072
+DEFAULT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class LengthSeen:
+    """One length: what was read, or why nothing could be."""
+
+    n_kv: int
+    n_q: int
+    reading: Reading | None
+    reason: str = ""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for lengths of one regime."""
+        return (self.reason,) if self.reading is None else self.reading.same_as
+
+
+@dataclass(frozen=True)
+class RegimeSeen:
+    """Lengths, neighbours among those that were asked, at which a kernel computes alike; last is the longest
+    of them, whose cuts are shown. low, high: the first and the last that were asked."""
+
+    low: int
+    high: int
+    last: LengthSeen
+
+    def to_json(self) -> dict[str, Any]:
+        ends = {
+            "n_kv_min": self.low,
+            "n_kv_max": self.high,
+            "n_q_min": self.last.n_q,
+            "n_q_max": self.last.n_q,
+        }
+        if self.last.reading is None:
+            return {**ends, "identifiable": False, "reason": self.last.reason}
+        found = self.last.reading.to_json()
+        del found["n_kv"], found["n_q"]
+        return {**ends, "identifiable": True, **found}
+
+
+@dataclass
+class Identified:
+    """Everything that was seen of one kernel. not_looked_at: what was asked for, and was not tried."""
+
+    spec: str
+    seen: list[LengthSeen] = field(default_factory=list)
+    not_looked_at: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def stretches(self) -> list[RegimeSeen]:
+        """By query tokens, then by length."""
+        found: list[RegimeSeen] = []
+        for each in sorted(self.seen, key=lambda s: (s.n_q, s.n_kv)):
+            last = found[-1] if found else None
+            if last is not None and last.last.n_q == each.n_q and last.last.kind == each.kind:
+                found[-1] = RegimeSeen(last.low, each.n_kv, each)
+            else:
+                found.append(RegimeSeen(each.n_kv, each.n_kv, each))
+        return found
+
+    @property
+    def readings(self) -> list[Reading]:
+        return [each.reading for each in self.seen if each.reading is not None]
+
+    def reading_at(self, n_kv: int, n_q: int) -> Reading | None:
+        """What was read at this length, None where it was not."""
+        return next((r for r in self.readings if (r.n_kv, r.n_q) == (n_kv, n_q)), None)
+
+
+def lengths_up_to(longest: int) -> list[int]:
+    """Powers of two from 64."""
+    return [n for n in (1 << i for i in range(6, 21)) if n <= longest] or [longest]
+
+
+def identify(
+    kernel: Kernel,
+    lengths: Sequence[int],
+    *,
+    heads: Heads = DEFAULT_HEADS,
+    n_qs: Sequence[int] = DEFAULT_N_Q,
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seconds: float = DEFAULT_SECONDS,
+    bisect: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Identified:
+    """Read a kernel at these lengths, and halve the way to every change, as long as the time allows.
+
+    seconds: of processor time; of a kernel in a process of its own, by the clock.
+    """
+    # Of a kernel in a process of its own only the wall clock knows.
+    clock = time.monotonic if parse_spec(kernel.spec).name in UNTOLD else time.process_time
+    began = clock()
+    found = Identified(kernel.spec)
+
+    def look(n_kv: int, n_q: int) -> LengthSeen:
+        regime = Regime(
+            n_kv=n_kv,
+            n_q=n_q,
+            batch=batch,
+            ratio=heads.ratio,
+            kv_heads=heads.kv,
+            size=heads.v_size,
+            k_size=heads.k_size,
+            dtype=dtype or input_type(kernel),
+            device=device,
+        )
+        tell(f"{n_kv} keys, {n_q} query token{'s' if n_q > 1 else ''}")
+        try:
+            one = LengthSeen(n_kv, n_q, read(bare(kernel, path_of(n_q)), regime))
+        except NotIdentifiable as error:
+            one = LengthSeen(n_kv, n_q, None, str(error))
+        found.seen.append(one)
+        return one
+
+    def spent() -> bool:
+        return clock() - began > seconds
+
+    for n_q in n_qs:
+        lacks = path_of(n_q) not in kernel.capabilities().paths
+        if lacks:
+            found.not_looked_at.append(f"{n_q} query tokens: it has no path {path_of(n_q)}")
+            continue
+        for n_kv in lengths:
+            if n_kv < max(LEAST_KEYS, n_q):
+                found.not_looked_at.append(f"{n_kv} keys: fewer than {max(LEAST_KEYS, n_q)} show nothing")
+            elif spent():
+                found.not_looked_at.append(f"{n_kv} keys, {n_q} query tokens: the time was spent")
+            else:
+                look(n_kv, n_q)
+    while bisect and not spent():
+        gap = next(_changes(found), None)
+        if gap is None:
+            break
+        below, above = gap
+        look((below.n_kv + above.n_kv) // 2, below.n_q)
+    for below, above in _changes(found):
+        found.not_looked_at.append(
+            f"{below.n_kv + 1} to {above.n_kv - 1} keys, {below.n_q} query tokens: a change lies between"
+        )
+    found.seconds = clock() - began
+    return found
+
+
+def _changes(found: Identified) -> Iterator[tuple[LengthSeen, LengthSeen]]:
+    """Neighbouring lengths that are not alike, and have others between them."""
+    in_order = sorted(found.seen, key=lambda s: (s.n_q, s.n_kv))
+    for below, above in pairwise(in_order):
+        if below.n_q == above.n_q and below.kind != above.kind and above.n_kv > below.n_kv + 1:
+            yield below, above
+
+
+def path_of(n_q: int) -> AttentionPath:
+    """The path that calls of so many query tokens take."""
+    if n_q == 1:
+        return "decode"
+    return "several" if n_q <= MOST_SEVERAL else "prefill"
+
+
+def input_type(kernel: Kernel) -> torch.dtype:
+    """float16 where the kernel takes it, else what it does take."""
+    dtypes = kernel.capabilities().dtypes
+    name = next((each for each in ("float16", "bfloat16", "float32") if each in dtypes), "float16")
+    found: torch.dtype = getattr(torch, name)
+    return found
