@@ -32,6 +32,12 @@ never a constant, and `tests/properties/test_law_faults.py` shows that it fails 
 that exact arithmetic would make equal may differ by both their error budgets: a margin of 0.3 means that
 they came to differ by 0.3 of what rounding may do.
 
+Hypothesis looks around a few neighbourhoods of cases. So up to half of the cases of a law are not left to
+chance (`verify/laws/draws.py`): one for every family of inputs, for head sizes 72, 80, 96, 192/128, 256 and
+576/512, for ratios from 5 to 64, and for kinds of calls: rows far apart, lengths that are multiples of
+nothing, four and eight query tokens, four sequences of unlike lengths, nine sequences, 1,101 keys. With fewer
+than twice as many examples as there are of these, some are tried, evenly.
+
 This page is written by `benchmarks/laws_table.py` from runs kept in `benchmarks/results/laws-*.json`.
 """
 

@@ -37,6 +37,7 @@ from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
+from verify.kernels.lengths import unseen_keys
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_KEYS, P_SCALES, U_F32, type_of
 from verify.kernels.plans.asked import RowAsked
@@ -146,8 +147,12 @@ class EagerKernel(Kernel):
         ran: Counter[RowKind] = Counter()
         shape, block = call.shape, options.plan.block
         n_kv = sequence.n_kv
-        keys = _tiles(sequence.k, block).transpose(2, 3).contiguous()  # [Hkv, tiles, Dk, block]
-        values = _tiles(sequence.v, block)  # [Hkv, tiles, block, Dv]
+        # Of rows that list their keys each sees all that is held.
+        unseen: tuple[slice, ...] = ()
+        if sequence.positions is None:
+            unseen = unseen_keys(sequence.lengths, len(sequence.k), call.sliding_window)
+        keys = _tiles(sequence.k, block, unseen).transpose(2, 3).contiguous()  # [Hkv, tiles, Dk, block]
+        values = _tiles(sequence.v, block, unseen)  # [Hkv, tiles, block, Dv]
         # Rows that follow the same head groups are launched together, in ascending n_kv.
         by_groups: dict[tuple[int, ...], list[int]] = {}
         cache = "" if kept.as_given else f",cache={kept},expand=f16"
@@ -260,12 +265,15 @@ def _groups_by_bounds(launches: Sequence[_Launch], tile: int) -> dict[tuple[int,
     return found
 
 
-def _tiles(x: torch.Tensor, block: int) -> torch.Tensor:
-    """[S, H, D] as float32 tiles [H, ceil(S / block), block, D], the last padded with zeros."""
+def _tiles(x: torch.Tensor, block: int, unseen: Sequence[slice]) -> torch.Tensor:
+    """[S, H, D] as float32 tiles [H, ceil(S / block), block, D], the last padded with zeros; zeros too where
+    no row sees: whatever a cache holds there, NaN included, weighs nothing."""
     keys, heads, size = x.shape
     tiles = -(-keys // block)
     padded = x.new_zeros((tiles * block, heads, size), dtype=torch.float32)
     padded[:keys] = x
+    for keys_of_none in unseen:
+        padded[keys_of_none] = 0.0
     return padded.view(tiles, block, heads, size).permute(2, 0, 1, 3).contiguous()
 
 

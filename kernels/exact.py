@@ -24,7 +24,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import PATHS, AttentionOutput, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
-from verify.kernels.lengths import first_sequence, lengths_of
+from verify.kernels.lengths import first_sequence, lengths_of, unseen_keys
 from verify.kernels.sequences import sequences
 from verify.kernels.sliced_products import sliced_bmm
 from verify.kernels.trace import Launched, Signature
@@ -124,6 +124,11 @@ def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
         keys = sequence.k.to(torch.float64).permute(1, 2, 0)  # [Hkv, Dk, S]
         values = sequence.v.to(torch.float64).permute(1, 0, 2)  # [Hkv, S, Dv]
         b, own = sequence.at
+        before, _ = unseen_keys(sequence.lengths, len(sequence.k), call.sliding_window)
+        if before.stop:
+            # 0 * NaN is NaN: a page before the window may be another's by now.
+            values = values.clone()
+            values[:, before] = 0.0
         for first in range(own.start, own.stop, chunk):
             rows = slice(first, min(first + chunk, own.stop))
             within = slice(rows.start - own.start, rows.stop - own.start)

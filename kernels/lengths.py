@@ -7,6 +7,7 @@ what it owns, and writes to no more, it asks to have kept.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,14 @@ def _keep(kv_len: torch.Tensor, lengths: Lengths) -> torch.Tensor:
     key = id(kv_len)
     _kept[key] = weakref.ref(kv_len, lambda _: _kept.pop(key, None)), lengths
     return kv_len
+
+
+def unseen_keys(rows: Sequence[int], keys: int, window: int | None) -> tuple[slice, slice]:
+    """Of a sequence that holds so many keys, those that none of its rows sees: before the sliding window of
+    the shortest row that sees any, and beyond the longest row. rows: visible keys of each."""
+    seeing = [n for n in rows if n]
+    oldest = max(min(seeing) - window, 0) if window is not None and seeing else 0
+    return slice(0, oldest), slice(max(rows, default=0), keys)
 
 
 def _read(kv_len: torch.Tensor) -> Lengths:

@@ -42,7 +42,7 @@ from verify.kernels.judging.detectors import (
     measure,
     trace_finding,
 )
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, InputSizes, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
 from verify.kernels.judging.probes import Probe, far_offsets, judge, standard_probes
 from verify.kernels.kernel import Kernel
@@ -66,6 +66,8 @@ LONG_SIZES = InputSizes(
 # Rows that share tiles.
 PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
+# Kinds of calls, after the families of the same sizes.
+SELFTEST_CALLS = ("sequences", "shorter")
 # Plans to draw for each law of plans.
 PLAN_CASES = 200
 # Lists of parts to draw for each law of merges.
@@ -176,7 +178,7 @@ class _Input:
             f"{family}, n_kv {max(sizes.n_kv)}, head size {sizes.heads.k_size}, {sizes.path}",
         )
         self.call: Call = draw(family, sizes, seed, device=device)
-        self.distinct = FAMILIES[family].distinct
+        self.distinct = ALL_FAMILIES[family].distinct
         self.plain = plain_attention(self.call)
         self._budgets: dict[Any, Budget] = {}
 
@@ -272,6 +274,8 @@ def _trials() -> Iterator[_Trial]:
 
 def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
     for family in FAMILIES:
+        yield _Input(family, SIZES, seed, device)
+    for family in SELFTEST_CALLS:
         yield _Input(family, SIZES, seed, device)
     for family in OTHER_FAMILIES:
         yield _Input(family, OTHER_SIZES, seed, device)

@@ -5,7 +5,12 @@ Each class breaks one step of `TileKernel`, and says where it was seen.
 
 from __future__ import annotations
 
-from verify.kernels.call import Call, Shape
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from verify.kernels.call import Call, Result, Shape
 from verify.kernels.faults.record import fault
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.plans.plan import KVCuts, Plan, RowPlan
@@ -25,6 +30,24 @@ class NeverRan(TileKernel):
     def plan_of(self, shape: Shape, n: int) -> RowPlan:
         old = Plan(heads=None, kv=KVCuts("parts", 1), block=self.plan.block)
         return old.at(shape.asked("decode").of_keys(n))
+
+
+@fault(
+    "first call's lengths",
+    "calls of the same shapes are as long as the first of them was",
+    "llama.cpp #21640",
+    "FlashInfer #1968",
+)
+class FirstCallsLengths(TileKernel):
+    """A captured graph is replayed with the lengths that it was captured with."""
+
+    def __init__(self, spec: str, **options: Any) -> None:
+        super().__init__(spec, **options)
+        self._captured: dict[Shape, torch.Tensor] = {}
+
+    def run(self, call: Call) -> Result:
+        kept = self._captured.setdefault(call.shape, call.kv_len.clone())
+        return super().run(replace(call, kv_len=kept))
 
 
 @fault("other head size", "only head size 64 is right", "ik #1452")

@@ -271,11 +271,11 @@ def attend_tiles(
     if WINDOW:
         if DECODE:
             oldest = n_kv - window
-            begin = tl.maximum(begin, tl.maximum(oldest, 0) // TILE * TILE)
+            first_seen = oldest
         else:
             oldest = n_kv - window
-            shortest = tl.min(tl.where(live, lengths, longest), 0)
-            begin = tl.maximum(begin, tl.maximum(shortest - window, 0) // TILE * TILE)
+            first_seen = tl.min(tl.where(live & (lengths > 0), lengths, longest), 0) - window
+        begin = tl.maximum(begin, tl.maximum(first_seen, 0) // TILE * TILE)
 
     k_base = k + sequence64 * k_b + kv_head.to(tl.int64) * k_h
     v_base = v + sequence64 * v_b + kv_head.to(tl.int64) * v_h
@@ -306,6 +306,9 @@ def attend_tiles(
     j = tl.arange(0, TILE)
     for start in tl.range(begin, end, TILE):
         inside = start + j < end
+        if WINDOW:
+            # Not loaded: what lies before every row's window may be NaN, and 0 * NaN is NaN.
+            inside = inside & (start + j >= first_seen)
         k_tile = k_base + tl.cast(start, tl.int64) * k_s
         k_mask = inside[:, None]
         if DK1 > DK:

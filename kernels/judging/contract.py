@@ -2,7 +2,8 @@
 
 Such a row is 0, with an lse of -inf. A kernel that does not promise it (a user's, an engine's, by
 `Capabilities.zero_for_empty_rows`) and gives NaN there is right wherever anybody calls it: a named finding,
-which makes it `broken` only where that is asked for (`--strict`).
+which makes it `broken` only where that is asked for (`--strict`). So is NaN in keys that no row sees, which a
+page that was another's may hold: 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ def empty_row_sentence(spec: str, got: str) -> str:
     return (
         f"{spec}: contract: a row that sees no key (n_kv = 0) gives {got}, 0 with an lse of -inf is due;"
         " serving engines never ask for one, so it is no fault here (--strict makes it one)"
+    )
+
+
+def hidden_sentence(spec: str, got: str) -> str:
+    """What is said of a kernel whose result shows NaN that hidden keys hold, and nothing finite of theirs."""
+    return (
+        f"{spec}: contract: NaN and Inf in keys that no row sees reach its result{got}; finite numbers are"
+        " all that it promises to bear there, so it is no fault here (--strict makes it one)"
     )
 
 

@@ -45,6 +45,8 @@ from verify.kernels.judging.figures import (
     rms_fault,
     rms_limit,
     row_figures,
+    zero_fault,
+    zeroed_rows,
 )
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
@@ -84,6 +86,7 @@ class Measures(NamedTuple):
     u_out: float  # unit roundoff of the result's type
     # The lse is off as ALiBi slopes that count from another key make it, and no more.
     another_origin: bool = False
+    zeroed: int = 0  # rows of heads that are exact zeros where numbers are due
 
 
 class Finding(NamedTuple):
@@ -132,6 +135,7 @@ def measure(
         worst=(worst[0], worst[1], worst[2], worst[3]),
         u_out=FLOAT_TYPES[arithmetic.out].u,
         another_origin=another_origin(call, result.lse, b),
+        zeroed=int(zeroed_rows(result.out.double() - b.out, b, call, arithmetic).sum()),
     )
 
 
@@ -160,7 +164,7 @@ def findings(m: Measures) -> list[Finding]:
     """What the figures amount to."""
     found = []
     said: dict[Detector, str | None] = {
-        "budget": budget_fault(m.nonfinite, m.budget, m.relative),
+        "budget": budget_fault(m.nonfinite, m.budget, m.relative) or zero_fault(m.zeroed),
         "rms": rms_fault(m.rms, m.rms_limit),
         "gain": gain_fault(m.gain, m.gain_limit),
         "bias": bias_said(m.gain, m.gain_stated, m.gain_limit, m.u_out),

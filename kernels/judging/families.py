@@ -2,22 +2,26 @@
 
 Random Gaussian inputs give every key 1/n_kv of the weight and hide almost every fault. A family puts the
 weight, the running maximum, the magnitudes or an option of the call where kernels go wrong. Keys that no row
-sees (`Sizes.spare`) always hold `POISON`.
+of their sequence sees (`InputSizes.spare`, `fewer`) always hold `POISON`.
+
+`FAMILIES` are kinds of numbers, at any sizes; `CALLS` are kinds of calls, which choose sizes of their own;
+`HIDDEN` are asked for by name alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
-from verify.kernels.call import AttentionPath, Call, checked_call
+from verify.kernels.call import RUN_PATHS, AttentionPath, Call, checked_call
 from verify.kernels.heads import Heads
 from verify.kernels.judging.counter_random import CounterRandom
+from verify.kernels.lengths import unseen_keys
 
 # Finite in float16, so that a zero weight hides it; NaN would show in kernels that are right (0 * NaN).
 POISON = 6e4
@@ -26,16 +30,33 @@ SIX_A_KV_HEAD = Heads(12, 2, 64, 64)
 
 @dataclass(frozen=True)
 class InputSizes:
-    """Sizes of the inputs to draw."""
+    """Sizes of the inputs to draw, and the options that every call of a model's layers has.
+
+    Raises ValueError where `fewer` is not one number a sequence.
+    """
 
     n_kv: tuple[int, ...] = (257, 200)  # visible keys of each row, so T = len(n_kv)
     batch: int = 1  # sequences
+    fewer: tuple[int, ...] = ()  # keys by which each sequence's rows are shorter; empty: by none
     heads: Heads = SIX_A_KV_HEAD  # of the layer
     spare: int = 5  # keys held beyond the longest row
     edges: tuple[int, ...] = (64, 128, 192)  # keys where something is cut: KV parts, tiles
     dtype: torch.dtype = torch.float16  # of q, k and v
     path: AttentionPath = "decode"  # of the call
     v_in_k: bool = False  # V is a view of the first v_size numbers of K (MLA)
+    sliding_window: int | None = None  # of the layers: in families that draw none of their own
+    sinks: bool = False  # likewise
+
+    def __post_init__(self) -> None:
+        if self.fewer and len(self.fewer) != self.batch:
+            raise ValueError(f"fewer: expected {self.batch} numbers, one a sequence, got {len(self.fewer)}")
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Visible keys of every sequence's rows [B][T]: a row that sees keys keeps one of them."""
+        return tuple(
+            tuple(n - min(less, max(n - 1, 0)) for n in self.n_kv) for less in self.fewer or (0,) * self.batch
+        )
 
     @property
     def keys(self) -> int:
@@ -63,15 +84,21 @@ class Draft:
 Draw = Callable[[CounterRandom, InputSizes], Draft]
 
 
+def _as_given(sizes: InputSizes) -> InputSizes:
+    return sizes
+
+
 class Family(NamedTuple):
-    """name and summary; draw; distinct: the logits of a row differ, so that roundings are independent; edged:
-    what is drawn depends on `Sizes.edges`."""
+    """A kind of inputs."""
 
     name: str
     summary: str
     draw: Draw
-    distinct: bool = True
-    edged: bool = False
+    distinct: bool = True  # the logits of a row differ, so that roundings are independent
+    edged: bool = False  # what is drawn depends on `InputSizes.edges`
+    sized: Callable[[InputSizes], InputSizes] = _as_given  # the sizes it takes, of those it is given
+    after: bool = False  # drawn to run after a call of the sizes as given, of the same shapes
+    paths: tuple[AttentionPath, ...] = RUN_PATHS
 
 
 def gaussian(g: CounterRandom, sizes: InputSizes) -> Draft:
@@ -99,19 +126,32 @@ def needles(g: CounterRandom, sizes: InputSizes) -> Draft:
     draft = gaussian(g, sizes)
     edges = [edge + side for edge in sizes.edges for side in (-1, 0)]
     turn = g.integer(1 << 20)
-    for t, n in enumerate(sizes.n_kv):
-        places = [n - 1, *(e for e in edges if 0 <= e < n), 0]
-        for h in range(sizes.heads.kv):
-            if n == 0:
-                continue
-            place = places[0] if (t + h) % 2 == 0 else places[(turn + t + h) % len(places)]
-            base = draft.k[:, place, h].cpu()  # [B, Dk]
-            size = base.square().sum(-1, keepdim=True)
-            # scale * <q, k_place> = ln n + 4: a few times the weight of all other keys together.
-            draft.q[:, t, h] = 0.3 * draft.q[:, t, h]
-            wanted = (math.log(n) + 4) / sizes.scale
-            draft.q[:, t, h] += (wanted / size * base)[:, None]
+    for t in range(len(sizes.n_kv)):
+        for n, which in _alike(sizes, t):
+            oldest = n - _seen(sizes, n)
+            places = [n - 1, *(e for e in edges if oldest <= e < n), oldest]
+            for h in range(sizes.heads.kv):
+                place = places[0] if (t + h) % 2 == 0 else places[(turn + t + h) % len(places)]
+                base = draft.k[which, place, h].cpu()  # [B, Dk]
+                size = base.square().sum(-1, keepdim=True)
+                # scale * <q, k_place> = ln n + 4: a few times the weight of all other keys together.
+                wanted = (math.log(n) + 4) / sizes.scale
+                draft.q[which, t, h] = 0.3 * draft.q[which, t, h] + (wanted / size * base)[:, None]
     return draft
+
+
+def _alike(sizes: InputSizes, t: int) -> list[tuple[int, slice | list[int]]]:
+    """Row t's keys, and the sequences in which it has as many; none where it sees no key."""
+    found: dict[int, list[int]] = {}
+    for b, rows in enumerate(sizes.lengths):
+        found.setdefault(rows[t], []).append(b)
+    whole = slice(None)
+    return [(n, whole if len(which) == sizes.batch else which) for n, which in found.items() if n]
+
+
+def _seen(sizes: InputSizes, n: int) -> int:
+    """Keys that a row of n keys sees through the layers' window."""
+    return n if sizes.sliding_window is None else min(n, sizes.sliding_window)
 
 
 def gaps(g: CounterRandom, sizes: InputSizes) -> Draft:
@@ -187,17 +227,26 @@ def tiny(g: CounterRandom, sizes: InputSizes) -> Draft:
 def sinks(g: CounterRandom, sizes: InputSizes) -> Draft:
     """A sink of its own for every head, from nothing to most of the weight."""
     draft = gaussian(g, sizes)
-    heads = sizes.heads.q
-    level = math.log(max(*sizes.n_kv, 2))
-    draft.options["sinks"] = level + torch.linspace(-6, 3, heads)[g.permutation(heads)]
+    draft.options["sinks"] = _levels(g, sizes)
     return draft
+
+
+def _levels(g: CounterRandom, sizes: InputSizes, seen: int = 0) -> torch.Tensor:
+    """A sink a head, beside `seen` keys: by default as many as the longest row sees."""
+    heads = sizes.heads.q
+    level = math.log(max(seen or _seen(sizes, max(sizes.n_kv)), 2))
+    return level + torch.linspace(-6, 3, heads)[g.permutation(heads)]
 
 
 def window(g: CounterRandom, sizes: InputSizes) -> Draft:
     """A sliding window that ends inside a tile and leaves whole parts unseen."""
     draft = gaussian(g, sizes)
-    draft.options["sliding_window"] = max(min(sizes.n_kv[0] // 3, 100), 1)
+    draft.options["sliding_window"] = _window(sizes)
     return draft
+
+
+def _window(sizes: InputSizes) -> int:
+    return sizes.sliding_window or max(min(sizes.n_kv[0] // 3, 100), 1)
 
 
 def softcap(g: CounterRandom, sizes: InputSizes) -> Draft:
@@ -214,6 +263,53 @@ def alibi(g: CounterRandom, sizes: InputSizes) -> Draft:
     heads = sizes.heads.q
     draft.options["alibi_slopes"] = 2.0 ** -(1 + 7 * torch.arange(heads) / heads)
     return draft
+
+
+def massive(g: CounterRandom, sizes: InputSizes) -> Draft:
+    """One channel of 320 against -320: logits of about -1e5 before the scale, all nearly alike after it."""
+    draft = gaussian(g, sizes)
+    draft.q[..., 0], draft.k[..., 0] = 320.0, -320.0
+    return draft
+
+
+def window_and_sinks(g: CounterRandom, sizes: InputSizes) -> Draft:
+    """A window and a sink a head, as gpt-oss has them: whole parts are unseen beside their sinks."""
+    draft = window(g, sizes)
+    draft.options["sinks"] = _levels(g, sizes, min(_window(sizes), max(sizes.n_kv)))
+    return draft
+
+
+def window_and_softcap(g: CounterRandom, sizes: InputSizes) -> Draft:
+    """A window and a softcap, as Gemma 2 has them; the cap is small, so that what leaks through it shows."""
+    draft = window(g, sizes)
+    draft.options["softcap"] = 2.0
+    draft.v += 1
+    return draft
+
+
+def sinks_and_softcap(g: CounterRandom, sizes: InputSizes) -> Draft:
+    """A softcap caps logits, and no sink."""
+    draft = sinks(g, sizes)
+    draft.options["softcap"] = 20.0
+    return draft
+
+
+def _unlike(sizes: InputSizes) -> InputSizes:
+    """Four sequences: of all keys, of two thirds, of a few less than all, of a fifth."""
+    n = max(sizes.n_kv)
+    rows = sizes.n_kv[:4]
+    return replace(sizes, batch=4, n_kv=rows, fewer=(0, n // 3 + 1, 37, n - n // 5))
+
+
+def _half(sizes: InputSizes) -> InputSizes:
+    """Half of the keys are seen, as many are held."""
+    rows = tuple(n - n // 2 for n in sizes.n_kv)
+    return replace(sizes, n_kv=rows, spare=sizes.keys - max(rows))
+
+
+def _four_tokens(sizes: InputSizes) -> InputSizes:
+    n = max(max(sizes.n_kv), 4)
+    return replace(sizes, n_kv=(n - 3, n - 2, n - 1, n))
 
 
 FAMILIES: dict[str, Family] = {
@@ -234,8 +330,38 @@ FAMILIES: dict[str, Family] = {
         Family("window", "a sliding window", window),
         Family("softcap", "a softcap of 5", softcap),
         Family("alibi", "ALiBi slopes", alibi),
+        Family("massive", "logits of -1e5 before the scale", massive),
+        Family("window+sinks", "a sliding window and sinks", window_and_sinks),
+        Family("window+softcap", "a sliding window and a softcap", window_and_softcap),
+        Family("sinks+softcap", "sinks and a softcap", sinks_and_softcap),
     )
 }
+# Kinds of calls: what they show are faults, a few rows at a time.
+CALLS: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("sequences", "four sequences of unlike lengths", gaussian, sized=_unlike),
+        Family(
+            "shorter", "shorter rows after longer ones in the same shapes", gaussian, sized=_half, after=True
+        ),
+        Family(
+            "four-tokens",
+            "four query tokens, each sees one key more",
+            gaussian,
+            sized=_four_tokens,
+            paths=("prefill",),
+        ),
+    )
+}
+# Keys that no row sees hold NaN and Inf: opt-in, since most kernels promise to bear finite garbage alone.
+HIDDEN: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("hidden-nan", "NaN and Inf beyond the rows' last keys", gaussian),
+        Family("hidden-nan+window", "NaN and Inf before a window too", window),
+    )
+}
+ALL_FAMILIES: dict[str, Family] = FAMILIES | CALLS | HIDDEN
 
 
 def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str = "cpu") -> Call:
@@ -243,20 +369,24 @@ def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str 
 
     Raises KeyError for a family that does not exist.
     """
-    random = CounterRandom(seed * 1009 + sum(name.encode()), device)
-    draft = FAMILIES[name].draw(random, sizes)
+    family = ALL_FAMILIES[name]
+    random, sizes = CounterRandom(seed * 1009 + sum(name.encode()), device), family.sized(sizes)
+    draft = family.draw(random, sizes)
+    if sizes.sinks and "sinks" not in draft.options:
+        draft.options["sinks"] = _levels(random, sizes)
+    draft.options.setdefault("sliding_window", sizes.sliding_window)
     return finish(draft, sizes, device=device)
 
 
 def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu") -> Call:
-    """A draft as a call: rounded to its type, POISON beyond the longest row."""
-    longest = max(sizes.n_kv)
-    for x in (draft.k, draft.v):
-        x[:, longest:] = POISON
+    """A draft as a call: rounded to its type, POISON beyond the longest row of each sequence."""
+    for b, rows in enumerate(sizes.lengths):
+        for x in (draft.k, draft.v):
+            x[b, max(rows) :] = POISON
     if sizes.v_in_k:
         # Families that draw another V leave their mark in K.
         draft.k[..., : sizes.heads.v_size] = draft.v
-    kv_len = torch.tensor(sizes.n_kv, dtype=torch.int32).expand(sizes.batch, -1).contiguous()
+    kv_len = torch.tensor(sizes.lengths, dtype=torch.int32)
     options: dict[str, Any] = {
         name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in draft.options.items()
     }
@@ -270,3 +400,16 @@ def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu
         path=sizes.path,
         **options,
     )
+
+
+def with_hidden_nan(call: Call) -> Call:
+    """The call whose keys and values that no row of their sequence sees are NaN and Inf, in turns: beyond the
+    longest row, and before the window of the shortest."""
+    k, v = call.k.clone(), call.v.clone()
+    values = torch.tensor([math.nan, math.inf, -math.inf], dtype=k.dtype, device=k.device)
+    for b, rows in enumerate(call.kv_len.tolist()):
+        for unseen in unseen_keys(rows, call.shape.keys, call.sliding_window):
+            count = k[b, unseen].shape[0]
+            bad = values.repeat(count // 3 + 1)[:count].view(-1, 1, 1)
+            k[b, unseen], v[b, unseen] = bad, bad.flip(0)
+    return replace(call, k=k, v=v)

@@ -24,7 +24,9 @@ from typing import NamedTuple
 
 import torch
 
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import SMALLEST_SIZE, Budget
+from verify.kernels.budget.sums import SMALLEST_NUMBERS
 from verify.kernels.call import Call
 from verify.kernels.numbers import FLOAT_TYPES
 
@@ -111,6 +113,24 @@ def budget_ratio(error: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     error = error.abs()
     ratio = torch.where(error == 0, 0.0, error / bound)
     return ratio.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def zeroed_rows(error: torch.Tensor, budget: Budget, call: Call, arithmetic: Arithmetic) -> torch.Tensor:
+    """Rows [B, T, Hq] whose result is exactly 0 in every column, where not all weights can have underflowed.
+
+    Weights sum to one, so something was not added up. A bound may be wide enough for it, where logits are
+    large: a float16 q is off by nats there.
+    """
+    zero = (error == -budget.out).all(-1)
+    if not bool(zero.any()):
+        return zero
+    for b, rows in enumerate(call.kv_len.tolist()):
+        n = max(rows, default=0)
+        # P loses at most tau_p a key (`Arithmetic.tau_p`), the result half its smallest number.
+        lost = n * arithmetic.tau_p * call.v[b, : max(n, 1)].abs().amax().double()
+        least = 2 * lost + SMALLEST_NUMBERS * FLOAT_TYPES[arithmetic.out].tau
+        zero[b] &= budget.out[b].abs().amax(-1) > least
+    return zero
 
 
 def relative_error(error: torch.Tensor, size: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -208,6 +228,11 @@ def budget_fault(nonfinite: int, ratio: float, relative: float, where: str = "")
     if relative > LARGEST_RELATIVE_ERROR:
         return f"error is {relative:.1%} of sum p|v|{where}: no correct kernel exceeds 1/8"
     return None
+
+
+def zero_fault(zeroed: int) -> str | None:
+    """What is wrong with rows in which nothing was added up."""
+    return f"{zeroed} rows of heads are exact zeros where numbers are due" if zeroed else None
 
 
 def lse_fault(ratio: float, where: str = "") -> str | None:

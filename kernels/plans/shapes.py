@@ -58,10 +58,13 @@ SHAPES: dict[str, ModelShape] = {
         ModelShape("qwen2.5-7b", Heads(28, 4, 128, 128)),
         ModelShape("smollm2", Heads(9, 3, 64, 64)),
         ModelShape("gemma-3", Heads(8, 4, 256, 256), sliding_window=1024),
+        ModelShape("gemma-3-full", Heads(8, 4, 256, 256)),
         ModelShape("gpt-oss", Heads(64, 8, 64, 64), sliding_window=128, sinks=True),
+        ModelShape("gpt-oss-full", Heads(64, 8, 64, 64), sinks=True),
         ModelShape("qwen3-30b-a3b", Heads(32, 4, 128, 128)),
         ModelShape("qwen3-235b-a22b", Heads(64, 4, 128, 128)),
         ModelShape("gemma-2-9b", Heads(16, 8, 256, 256), sliding_window=4096),
+        ModelShape("gemma-2-9b-full", Heads(16, 8, 256, 256)),
         ModelShape("minimax-m2", Heads(48, 8, 128, 128)),
         # Layers that see all keys, and those with a window.
         ModelShape("step-3.5", Heads(64, 8, 128, 128)),

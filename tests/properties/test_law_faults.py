@@ -52,6 +52,7 @@ SEEN_BY = {
     "row-alone": "part of other batch",
     "other-sequences": "part of other batch",
     "two-runs": "race",
+    "other-lengths": "first call's lengths",
     "strides": "strides ignored",
     "empty-rows": "empty row NaN",
     "caches": "expanded twice",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,11 +15,13 @@ from verify.kernels.faults import PlanFault
 from verify.kernels.faults.caches import OverCache
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import Spec, parse_plan
 from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.stored import held
 from verify.laws import Law, Subject, subject_of
+from verify.laws.cases import Problem
 from verify.laws.law import Options
 from verify.laws.run import kept_examples, run_law
 
@@ -86,6 +89,20 @@ def cache_subject(kind: type[OverCache], cache: str) -> Subject:
 def plan_subject(fault: PlanFault) -> Subject:
     """`eager` whose plans are broken."""
     return subject_of("eager").with_plans(fault.breaks)
+
+
+def function_subject(function: Callable[..., Any]) -> Subject:
+    """A function of this process whose sums are stated to be float32."""
+    kernel = FunctionKernel(function, acc="f32")
+    kernel.run(Problem().call())  # shows whether it returns an lse
+    return Subject(
+        spec=kernel.spec,
+        kernel=kernel,
+        variant=lambda _: kernel,
+        capabilities=kernel.capabilities(),
+        merge=None,
+        plan=None,
+    )
 
 
 def flash_subject(device: torch.device | str = "cpu", **options: str) -> Subject:

@@ -66,12 +66,14 @@ def any_call(architecture: Architecture) -> Shape:
     return Shape(1, 1, 1, Heads(q=sizes.heads, kv=sizes.kv_heads, k_size=sizes.k_size, v_size=sizes.v_size))
 
 
-def check_lengths(n_kvs: Sequence[int], shapes: Sequence[ModelShape], device: torch.device) -> None:
+def check_lengths(
+    n_kvs: Sequence[int], shapes: Sequence[ModelShape], device: torch.device, *, sequences: int = 1
+) -> None:
     """Raises UsageError where keys and values of one layer alone are more than is free."""
     free = free_memory(device)
     for shape in shapes:
         for n_kv in n_kvs:
-            if (needed := shape.cache_bytes(n_kv)) > free:
+            if (needed := sequences * shape.cache_bytes(n_kv)) > free:
                 raise UsageError(
                     f"--n-kv {n_kv}: keys and values of shape {shape.name} alone take {needed / 1e9:.3g} GB,"
                     f" {free / 1e9:.3g} GB are free on {device}"

@@ -21,7 +21,7 @@ from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
-CPU_SHAPE, CPU_N_KV = "glm-4.5-air@8", "512,2048,8192"
+CPU_SHAPE, CPU_N_KV = "glm-4.5-air@4", "512,1101,2048,8192"
 CUDA_SHAPE, CUDA_N_KV = "glm-4.5-air", "512,8192,32768,131072"
 
 
@@ -51,7 +51,21 @@ def command(
     seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
     first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
     rows: Annotated[int, typer.Option("--rows", help="query tokens a cell: samples of its stratum")] = 64,
-    dtype: Annotated[str, typer.Option("--dtype", help="of q, k and v: f16, bf16, f32")] = "f16",
+    n_q: Annotated[
+        int, typer.Option("--n-q", help="query tokens a call, with --path prefill; default all of a cell")
+    ] = 0,
+    sequences: Annotated[
+        int, typer.Option("--sequences", help="sequences a call, every second one shorter")
+    ] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="type of q, k and v: f16, bf16, f32")] = "f16",
+    hidden_nan: Annotated[
+        bool,
+        typer.Option(
+            "--hidden-nan",
+            help="also inputs whose hidden keys hold NaN and Inf: what reaches the result is said"
+            " (--strict: a fault)",
+        ),
+    ] = False,
     margin: options.Margin = DEFAULT_MARGIN,
     allow_same: options.AllowSame = False,
     junit: options.JUnit = None,
@@ -61,7 +75,7 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs
+    from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs, families_of
     from verify.diff.run import run_diff
     from verify.kernels.call import RUN_PATHS
     from verify.machine.devices import chosen_device, default_device
@@ -76,17 +90,19 @@ def command(
     found_path = next((p for p in RUN_PATHS if p == path), None)
     if found_path is None:
         raise UsageError(f"--path {path}: expected decode or prefill")
-    if captured_from is not None and (shape or n_kv or inputs):
+    if captured_from is not None and (
+        shape or n_kv or inputs or n_q or sequences != 1 or dtype != "f16" or hidden_nan
+    ):
         raise UsageError(
             f"--captured-from {captured_from}: the inputs are those of the folder, expected no --shape,"
-            " --n-kv or --inputs beside it"
+            " --n-kv, --inputs, --n-q, --sequences, --dtype or --hidden-nan beside it"
         )
     drawn = captured_from is None
     lengths = n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV)
     settings = DiffSettings(
         shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")) if drawn else (),
         n_kvs=tuple(parse_lengths(lengths)) if drawn else (),
-        families=_families(inputs or "all") if drawn else (),
+        families=families_of(inputs or "all", found_path, hidden=hidden_nan) if drawn else (),
         baseline=baseline,
         candidates=tuple(candidate or [DEFAULT_CANDIDATE]),
         device=str(chosen),
@@ -99,6 +115,8 @@ def command(
         dtype=dtype,
         allow_same=allow_same,
         strict=strict,
+        sequences=sequences,
+        n_q=n_q,
     )
     check_settings(settings)
     folder = RunFolder.begin(out, "diff", groups=False)
@@ -120,13 +138,6 @@ def command(
     if outcome.stopped:
         raise UsageError(f"{outcome.stopped}; what was measured is in {folder.path}")
     return outcome.exit_code
-
-
-def _families(inputs: str) -> tuple[str, ...]:
-    from verify.diff.probing import PROBES
-    from verify.kernels.judging.families import FAMILIES
-
-    return (PROBES, *FAMILIES) if inputs == "all" else tuple(inputs.split(","))
 
 
 def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:

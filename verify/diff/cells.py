@@ -18,8 +18,9 @@ from verify.diff.examining import CellInputs, KernelEvidence
 from verify.judge.strata import Judgement, Stratum, judge_strata
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.bits import same_bits
+from verify.kernels.judging.contract import hidden_sentence
 from verify.kernels.judging.detectors import SUSPICIONS
-from verify.kernels.judging.families import FAMILIES
+from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES
 from verify.kernels.judging.figures import (
     shared_fault,
     shared_overflow,
@@ -58,12 +59,13 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
     if both_have and (equal or candidate.probes_failed == baseline.probes_failed != []):
         # What both have to the bit is not the candidate's doing.
         shared, faults = shared_fault(both_have), []
-    elif overflows_nowhere_else(candidate, baseline):
+    elif not inputs.said_only and overflows_nowhere_else(candidate, baseline):
         assert candidate.measures is not None and baseline.measures is not None
         shared, faults = shared_overflow(candidate.measures.nonfinite, baseline.measures.nonfinite), []
-    family = FAMILIES.get(inputs.family)
-    comparable = not faults and not shared and (family is None or family.distinct)
-    comparable = comparable and candidate.exact is not None
+    family = ALL_FAMILIES.get(inputs.family)
+    # Of a model's layers, or a kind of numbers; kinds of calls show faults alone, in a few rows.
+    sampled = family is None or (family.name in FAMILIES and family.distinct)
+    comparable = not faults and not shared and sampled and candidate.exact is not None
     return Cell(
         inputs=inputs,
         baseline=baseline,
@@ -73,7 +75,7 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
         covered=bool(candidate.trace.differs_from(baseline.trace)),
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
-        stratum=_stratum(inputs, baseline, candidate) if comparable else None,
+        stratum=stratum_of(inputs, baseline, candidate) if comparable else None,
         stratum_alone=_stratum_alone(inputs, baseline, candidate) if comparable else None,
         shared=shared,
     )
@@ -108,7 +110,7 @@ def overflows_nowhere_else(candidate: KernelEvidence, baseline: KernelEvidence) 
     return any(measured.nonfinite for measured, *_ in compared)
 
 
-def _stratum(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:
+def stratum_of(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum:
     """Both kernels' errors on the rows that are of the cell's length."""
     name = _energy_name(baseline, candidate)
     energies = getattr(candidate, name), getattr(baseline, name)
@@ -150,8 +152,10 @@ def _stratum_of(
     # What the finer of both types cannot show: `out=f32`, written out, asks about the coarser one.
     out = max(candidate.result_type, baseline.result_type, key=lambda x: FLOAT_TYPES[x].digits)
     rows = torch.ones_like(call.kv_len, dtype=torch.bool)
-    if inputs.family in FAMILIES and call.path == "decode":
-        rows = call.kv_len == inputs.n_kv
+    if inputs.family in FAMILIES:
+        # On the prefill path rows follow each other up to that length, in the sequences that have it.
+        own = call.kv_len if call.path == "decode" else call.kv_len.amax(1, keepdim=True)
+        rows = (own == inputs.n_kv).expand_as(rows)
     chosen = rows.flatten().cpu().numpy()[:count]
     per_row = (smallest_squares(exact, out), exact.square().mean(-1))
     floor, power = (x.flatten(0, 1).cpu().numpy()[:count][chosen] for x in per_row)
@@ -264,6 +268,14 @@ def faults_of(found: KernelEvidence, called: str) -> list[str]:
                 faults.append(f"{called}, {ONE_TOKEN}: {finding.said}")
         faults += broken_promise(found.spec, called, alone.calls, alone.other_bits)
     return faults
+
+
+def say_what_is_hidden(inputs: CellInputs, found: Sequence[KernelEvidence | None]) -> None:
+    """Make what is wrong a finding of the contract, where a cell's inputs ask for no more (`said_only`)."""
+    for one in found:
+        if inputs.said_only and one is not None and (wrong := faults_of(one, "")):
+            one.contract = hidden_sentence(one.spec, wrong[0])
+            one.findings, one.measures = [], None
 
 
 def suspicions(found: KernelEvidence) -> list[str]:

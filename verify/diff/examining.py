@@ -25,7 +25,7 @@ from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.detectors import SUSPICIONS, Finding, Measures, findings, measure
 from verify.kernels.judging.emulation import limit_of_float16_sums
-from verify.kernels.judging.families import FAMILIES
+from verify.kernels.judging.families import ALL_FAMILIES
 from verify.kernels.judging.figures import (
     LARGEST_RELATIVE_ERROR,
     element_ratios,
@@ -50,6 +50,13 @@ class CellInputs:
     call: Call  # what the kernels get
     # Numbers of those that they are for: where plans cut depends on the candidate; None: all.
     candidates: tuple[int, ...] | None = None
+    before: Call | None = None  # a call that is made first, and whose result nobody looks at
+    known: Call | None = None  # the same call, hidden keys finite: exact results are derived of it
+    said_only: bool = False  # what is wrong in it is said, and no fault
+
+    @property
+    def exact_call(self) -> Call:
+        return self.known or self.call
 
 
 @dataclass(kw_only=True)
@@ -129,7 +136,7 @@ class KernelEvidence:
         m = self.measures
         if m is None:
             return 0.0
-        if m.nonfinite:
+        if m.nonfinite or m.zeroed:
             return math.inf
         each = {
             "budget": max(m.budget, m.relative / LARGEST_RELATIVE_ERROR),
@@ -174,11 +181,13 @@ def examine(
     None for a kernel that does not take what the inputs ask for (sinks, say): no evidence either way. What
     kernels share is computed once: the exact result, budgets of like arithmetics, plain attention.
     """
-    call = inputs.call
+    call = inputs.exact_call
     tried = []
     for kernel in kernels:
         with clock.stage(kernel.spec, inputs.n_kv):
-            tried.append(attempt(kernel, call))
+            if inputs.before is not None:
+                attempt(kernel, inputs.before)
+            tried.append(attempt(kernel, inputs.call))
     ran = {i: each.output.out for i, each in enumerate(tried) if each.output is not None}
     due: dict[int, _Due] = {}
     plain = None
@@ -200,8 +209,10 @@ def examine(
         elif plain is not None:
             with clock.stage("figures", inputs.n_kv):
                 _hold(evidence, inputs, each.output, due[i], plain, kernel.capabilities().lse)
-            side_by_side = call.block_table is None and call.cu_seqlens is None
-            if share is not None and side_by_side and is_asked_alone(kernel, call.path):
+            # A sequence's rows, one by one; kinds of calls are asked as they are.
+            side_by_side = call.block_table is None and call.cu_seqlens is None and call.shape.batch == 1
+            one_by_one = side_by_side and inputs.before is None and inputs.known is None
+            if share is not None and one_by_one and is_asked_alone(kernel, call.path):
                 with clock.stage("one query token a call", inputs.n_kv):
                     _ask_alone(evidence, kernel, inputs, due[i], share)
         found.append(evidence)
@@ -291,7 +302,7 @@ def _hold(
     found.output, found.exact = output, due.exact
     head = AttentionOutput(output.out[:, :rows], output.lse[:, :rows])
     judged = head if has_lse else AttentionOutput(head.out, budget.lse)
-    family = FAMILIES.get(inputs.family)
+    family = ALL_FAMILIES.get(inputs.family)
     distinct = family is None or family.distinct
     measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget)
     place = measures.worst
@@ -323,7 +334,7 @@ def _hold(
     found.findings = findings(measures)
     if family is not None:
         # What overflows on a real model's inputs is wrong there.
-        asked = inputs.call
+        asked = inputs.exact_call
         held = replace(due.held, q=asked.q, kv_len=asked.kv_len, mask=asked.mask, keys=asked.keys)
         found.findings = _excused(found.findings, held, output.out, due.exact_held, due.arithmetic)
     found.worst = measures.worst
@@ -331,7 +342,7 @@ def _hold(
     found.gates = verdicts(compared(due.held, head.out, exact, plain))
     found.nmse = nmse(output.out, due.exact)
     ratio = element_ratios(head.out.double() - budget.out, budget)
-    found.energy, found.given_energy = (_energy(output.out, x) for x in (due.exact_held, due.exact))
+    found.energy, found.given_energy = (row_energy(output.out, x) for x in (due.exact_held, due.exact))
     found.heat = ratio[0].amax(-1).cpu().numpy()
     found.ratios = ratio.flatten().cpu().numpy()
 
@@ -363,7 +374,7 @@ def _ask_alone(
     alone.calls = rows
     alone.out = out = torch.cat([each.out for each in results], 1)
     lse = torch.cat([each.lse for each in results], 1) if kernel.capabilities().lse else due.budget.lse
-    family = FAMILIES.get(inputs.family)
+    family = ALL_FAMILIES.get(inputs.family)
     alone.measures = measure(
         due.held,
         AttentionOutput(out, lse),
@@ -375,9 +386,9 @@ def _ask_alone(
     exact = due.exact_held[:, :rows]
     if family is not None:
         alone.findings = _excused(alone.findings, due.held, out, exact, due.arithmetic)
-    alone.energy, alone.given_energy = (_energy(out, x) for x in (exact, due.exact[:, :rows]))
+    alone.energy, alone.given_energy = (row_energy(out, x) for x in (exact, due.exact[:, :rows]))
     alone.other_bits = int(different(out, many.out[:, :rows]).flatten(2).any(-1).sum())
-    of_many = _energy(many.out[:, :rows], exact)
+    of_many = row_energy(many.out[:, :rows], exact)
     if of_many.any():
         alone.against_many = math.sqrt(float(alone.energy.sum() / of_many.sum()))
     share.add(time.monotonic() - began)
@@ -396,7 +407,7 @@ def _excused(
     return [*kept, Finding("limit", limit)]
 
 
-def _energy(out: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+def row_energy(out: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
     """Mean square error [B * T, Hq] of each row and head; NaN and Inf are off by the whole result."""
     squares = torch.where(torch.isfinite(out), out.double() - exact, exact).square().mean(-1)
     return np.asarray(squares.flatten(0, 1).cpu().numpy())

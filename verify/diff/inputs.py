@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,15 @@ from verify.diff.examining import CellInputs
 from verify.diff.probing import PROBES, Probing
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Shape
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import (
+    ALL_FAMILIES,
+    CALLS,
+    FAMILIES,
+    HIDDEN,
+    InputSizes,
+    draw,
+    with_hidden_nan,
+)
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.shapes import ModelShape, shape_named
 from verify.kernels.plans.spec import parse_spec
@@ -25,6 +34,16 @@ from verify.machine.stages import StageClock
 MOST_EDGES = 6
 # Rows of each cell: samples of its stratum. Fixed by `benchmarks/strata.py`.
 DEFAULT_ROWS = 64
+# Of inputs that show faults alone.
+FEW_ROWS = 4
+
+
+def families_of(text: str, path: AttentionPath, *, hidden: bool = False) -> tuple[str, ...]:
+    """`all`, or names, comma between: probes and all kinds of inputs that the path has. hidden: those whose
+    hidden keys hold NaN as well."""
+    named = [PROBES, *FAMILIES, *(name for name, call in CALLS.items() if path in call.paths)]
+    chosen = named if text == "all" else text.split(",")
+    return (*chosen, *HIDDEN) if hidden else tuple(chosen)
 
 
 @dataclass(frozen=True)
@@ -43,24 +62,36 @@ class DiffSettings:
     margin: float = DEFAULT_MARGIN  # distance ratio that still is round-off
     # Folder of a `verify ppl --capture` run, whose inputs stand in the place of these.
     captured_from: str | None = None
-    # A user's kernel must be right for a row that sees no key.
+    # A user's kernel must be right for a row that sees no key, and bear NaN in keys that no row sees.
     strict: bool = False
     rows: int = DEFAULT_ROWS  # query tokens of a cell
     allow_same: bool = False  # a candidate may be its baseline's specification
     dtype: str = "f16"  # of q, k and v: f16, bf16, f32
+    sequences: int = 1  # in a call: every second one is shorter than the cell's length
+    n_q: int = 0  # query tokens a call on the prefill path; 0: all of a cell's rows
 
     def __post_init__(self) -> None:
-        known = (PROBES, *FAMILIES)
+        known = (PROBES, *ALL_FAMILIES)
         unknown = [f for f in self.families if f not in known]
         if unknown:
             raise UsageError(f"--inputs {unknown[0]}: expected all or any of {', '.join(known)}")
+        for family in self.families:
+            if family in CALLS and self.path not in CALLS[family].paths:
+                raise UsageError(f"--inputs {family}: expected --path {CALLS[family].paths[0]}")
+        if self.dtype not in FLOAT_TYPES:
+            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(FLOAT_TYPES)}")
+        if self.sequences < 1:
+            raise UsageError(f"--sequences {self.sequences}: expected at least 1")
+        if self.n_q < 0 or (self.n_q and self.path == "decode"):
+            raise UsageError(
+                f"--n-q {self.n_q}: expected at least 1, and --path prefill: on the decode path every row is"
+                " computed as if it were alone"
+            )
         check_margin(self.margin)
         if self.seeds < 1:
             raise UsageError(f"--seeds {self.seeds}: expected at least 1")
         if self.rows < 2:
             raise UsageError(f"--rows {self.rows}: expected at least 2")
-        if self.dtype not in FLOAT_TYPES:
-            raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(FLOAT_TYPES)}")
         # The same inputs twice are no more evidence than once, under whatever name.
         shapes = {shape_named(name)._replace(name=""): name for name in reversed(self.shapes)}
         object.__setattr__(self, "shapes", tuple(reversed(shapes.values())))
@@ -87,18 +118,37 @@ def all_inputs(
                         few = _sizes(replace(settings, rows=2), shape, n_kv, edges)
                         yield Probing(shape.name, n_kv, few, tuple(candidates))
                         continue
-                    sizes = _sizes(settings, shape, n_kv, edges)
-                    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+                    alone = family not in FAMILIES
+                    asked = replace(settings, rows=FEW_ROWS) if alone else settings
+                    sizes = _sizes(asked, shape, n_kv, edges)
+                    draws = settings.seeds * (1 if alone else _calls_a_cell(settings))
+                    for seed in range(settings.first_seed, settings.first_seed + draws):
                         with clock.stage("inputs drawn", n_kv):
-                            call = draw(family, sizes, seed, device=device)
+                            drawn = _drawn(family, sizes, seed, device, strict=settings.strict)
                         yield CellInputs(
                             shape=shape.name,
                             n_kv=n_kv,
                             family=family,
                             seed=seed,
-                            call=call,
                             candidates=tuple(candidates),
+                            **drawn,
                         )
+
+
+def _drawn(
+    family: str, sizes: InputSizes, seed: int, device: torch.device, *, strict: bool
+) -> dict[str, Any]:
+    """The call of a cell, and what else the cell says of it (`CellInputs`)."""
+    call = draw(family, sizes, seed, device=device)
+    if family in HIDDEN:
+        return {"call": with_hidden_nan(call), "known": call, "said_only": not strict}
+    before = draw("gaussian", sizes, seed, device=device) if ALL_FAMILIES[family].after else None
+    return {"call": call, "before": before}
+
+
+def _calls_a_cell(settings: DiffSettings) -> int:
+    """Calls that have a cell's rows, where one call has `n_q`."""
+    return -(-settings.rows // settings.n_q) if settings.n_q else 1
 
 
 def count_inputs(settings: DiffSettings) -> int | None:
@@ -110,13 +160,15 @@ def count_inputs(settings: DiffSettings) -> int | None:
         for n_kv in settings.n_kvs:
             groups = len(_by_edges(settings, shape_named(name), n_kv))
             for family in settings.families:
-                total += (groups if _edged(family) else 1) * (1 if family == PROBES else settings.seeds)
+                draws = 1 if family == PROBES else settings.seeds
+                draws *= _calls_a_cell(settings) if family in FAMILIES else 1
+                total += (groups if _edged(family) else 1) * draws
     return total
 
 
 def _edged(family: str) -> bool:
     """Whether inputs lie where plans cut."""
-    return family == PROBES or FAMILIES[family].edged
+    return family == PROBES or ALL_FAMILIES[family].edged
 
 
 def _by_edges(settings: DiffSettings, shape: ModelShape, n_kv: int) -> dict[tuple[int, ...], Sequence[int]]:
@@ -135,7 +187,7 @@ def check_settings(settings: DiffSettings, specs: Sequence[str] | None = None) -
     """
     shapes = [shape_named(name) for name in settings.shapes]
     check_shapes((settings.baseline, *settings.candidates) if specs is None else specs, shapes, settings.path)
-    check_lengths(settings.n_kvs, shapes, torch.device(settings.device))
+    check_lengths(settings.n_kvs, shapes, torch.device(settings.device), sequences=settings.sequences)
 
 
 def first_call(settings: DiffSettings, device: torch.device) -> CellInputs:
@@ -159,17 +211,24 @@ def sizes_of_cell(settings: DiffSettings, shape: str, n_kv: int, family: str) ->
 
 
 def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[int, ...]) -> InputSizes:
-    """Rows of n_kv keys, the second of fewer; on the prefill path rows one after another, the last of n_kv.
+    """Rows of n_kv keys, the second of fewer, the fourth of far fewer; on the prefill path rows one after
+    another, the last of n_kv. Every second sequence is shorter than the first.
 
     edges: where the plans of the kernels cut, and tiles end.
     """
     rows = [n_kv] * settings.rows
     rows[1] = max(n_kv - 37, 1)
+    rows[3:4] = [max(n_kv // 9, 1)] * len(rows[3:4])
     if settings.path == "prefill":
-        rows = [max(n_kv - t, 1) for t in reversed(range(settings.rows))]
+        rows = [max(n_kv - t, 1) for t in reversed(range(settings.n_q or settings.rows))]
+    fewer = [n_kv // (b + 2) + 1 if b % 2 else 0 for b in range(settings.sequences)]
     return InputSizes(
         n_kv=tuple(rows),
+        batch=settings.sequences,
+        fewer=tuple(fewer),
         heads=shape.heads,
+        sliding_window=shape.sliding_window,
+        sinks=shape.sinks,
         edges=edges,
         dtype=FLOAT_TYPES[settings.dtype].dtype,
         path=settings.path,

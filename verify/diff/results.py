@@ -105,6 +105,9 @@ def command_of(settings: DiffSettings, cell: Cell) -> str:
         inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
         inputs |= {"rows": settings.rows} if settings.rows != DEFAULT_ROWS else {}
         inputs |= {"dtype": settings.dtype} if settings.dtype != "f16" else {}
+        inputs |= {"sequences": settings.sequences} if settings.sequences != 1 else {}
+        inputs |= {"n_q": settings.n_q} if settings.n_q else {}
+        inputs |= {"strict": True} if settings.strict else {}
     asked = {"device": settings.device, "path": settings.path, "baseline": cell.baseline.spec}
     return command_line(["diff"], {**inputs, **asked, "candidates": [cell.candidate.spec]})
 
@@ -138,6 +141,8 @@ def run_json(
             "rows": settings.rows,
             "dtype": settings.dtype,
             "allow_same": settings.allow_same,
+            "sequences": settings.sequences,
+            "n_q": settings.n_q,
         },
         "environment": environment.describe(device),
         "pairs": [

@@ -10,7 +10,15 @@ import torch
 
 from verify.arms.alone import TimeShare
 from verify.arms.result_type import matched, shows_its_type
-from verify.diff.cells import Cell, compare, decide_cells, faults_of, judge_alone, judge_cells
+from verify.diff.cells import (
+    Cell,
+    compare,
+    decide_cells,
+    faults_of,
+    judge_alone,
+    judge_cells,
+    say_what_is_hidden,
+)
 from verify.diff.examining import CellInputs, KernelEvidence, examine
 from verify.diff.inputs import DiffSettings, first_call
 from verify.diff.probing import PROBES, Probing, probe_kernels
@@ -77,10 +85,11 @@ def run_diff(
                 if (why := why_not_one_hot(each.sizes)) is not None:
                     few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
                 probed = probe_kernels(kernels, each, device, clock, strict=settings.strict)
-                said |= dict.fromkeys(one.contract for one in probed if one.contract)
                 found = [None if one.refused else one for one in probed]
             else:
                 found = examine(kernels, each, clock, share)
+                say_what_is_hidden(each, found)
+            said |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
             family = PROBES if isinstance(each, Probing) else each.family
             for kernel, one in zip(kernels, found, strict=True):
                 if one is None:

@@ -349,6 +349,16 @@ def two_runs(subject: Subject, problem: Problem) -> float:
     return margin
 
 
+@law("other-lengths", problems, tolerance=OWN)
+def other_lengths(subject: Subject, problem: Problem) -> float:
+    """A call has its own lengths: shorter rows after longer ones in the same shapes, and longer again."""
+    call, lse = problem.call(subject.device), subject.capabilities.lse
+    shorter = replace(call, kv_len=call.kv_len - call.kv_len // 2)
+    subject.kernel.run(call)
+    margin = against_exact(subject.kernel, shorter, lse=lse)
+    return max(margin, against_exact(subject.kernel, call, lse=lse))
+
+
 @law("strides", problems, needs=("strided",))
 def strides(subject: Subject, problem: Problem) -> float:
     """K and V that lie head by head in memory, or between other numbers, are the same K and V."""

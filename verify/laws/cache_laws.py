@@ -36,8 +36,8 @@ def over_caches(*, only: str = "", without: tuple[str, ...] = ()) -> Cases:
             return replace(
                 problem,
                 cache=cache,
-                k_size=max(problem.k_size, least),
-                v_size=max(problem.v_size, least),
+                k_size=max(problem.k_size // least, 1) * least,
+                v_size=max(problem.v_size // least, 1) * least,
             )
 
         families = ("near-overflow", *without)
@@ -48,9 +48,10 @@ def over_caches(*, only: str = "", without: tuple[str, ...] = ()) -> Cases:
 
 def _call(problem: Problem, subject: Subject) -> Call:
     """The problem's call; keys that no row sees are like others: what a cache makes of 6e4 is not asked."""
-    call, n = problem.call(subject.device), max(problem.n_kv)
+    call = problem.call(subject.device)
     k, v = call.k.clone(), call.v.clone()
-    k[:, n:], v[:, n:] = 3.0, 3.0
+    for b, rows in enumerate(call.kv_len.tolist()):
+        k[b, max(rows) :], v[b, max(rows) :] = 3.0, 3.0
     return replace(call, k=k, v=v)
 
 

@@ -93,6 +93,7 @@ class Problem(Case):
     family: str = "gaussian"  # of `verify.kernels.judging.families`
     n_kv: tuple[int, ...] = (1,)  # visible keys of each row
     batch: int = 1  # sequences
+    fewer: tuple[int, ...] = ()  # keys by which the rows of each sequence are shorter
     kv_heads: int = 1  # KV heads
     ratio: int = 1  # query heads a KV head
     k_size: int = 16  # head size of q and k
@@ -119,6 +120,7 @@ class Problem(Case):
             n_kv=self.n_kv,
             batch=self.batch,
             heads=self.heads,
+            fewer=self.fewer,
             spare=self.spare if max(self.n_kv) + self.spare else 1,
             edges=(16, 64, 128),
             dtype=FLOAT_TYPES[self.dtype].dtype,
@@ -145,6 +147,10 @@ class Problem(Case):
         for name in ("batch", "kv_heads", "ratio", "k_size", "v_size", "parts", "block"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise UsageError(f"--case: {name}: expected 1 to {MOST}, got {getattr(self, name)}")
+        if self.fewer and (len(self.fewer) != self.batch or min(self.fewer) < 0):
+            raise UsageError(
+                f"--case: fewer: expected {self.batch} numbers from 0, one a sequence, got {list(self.fewer)}"
+            )
         if max(self.n_kv) > MOST or not 0 <= self.spare <= MOST:
             raise UsageError(f"--case: n_kv, spare: expected 0 to {MOST}, got {max(self.n_kv)}, {self.spare}")
         if self.block % 16:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from verify.laws.law import Subject, head_sizes
 
 # Lengths around the edges of tiles, and a few tiles.
 LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 200, 300, 520)
+# Of cases that are not left to chance.
+MOST_KEYS = 2048
 # The longest row of a subject that is slow.
 SMALL = 65
 # Families whose logits depend on where a key stands: cutting or moving keys changes the problem.
@@ -23,6 +26,22 @@ BY_PLACE = ("window", "alibi")
 # Families that need an option of the call, and the promise that they need.
 OPTION_OF = {"sinks": "sinks", "window": "sliding_window", "softcap": "softcap", "alibi": "alibi"}
 SEEDS = 999
+# Sizes of keys and values, and ratios, that some kernels have code of their own for.
+SIZES = ((72, 72), (80, 80), (96, 96), (192, 128), (256, 256), (576, 512))
+RATIOS = (5, 8, 16, 20, 24, 32, 64)
+# Calls that chance draws rarely: rows far apart, no multiples of 8 or 64, more query tokens than three, many
+# sequences, of unlike lengths, long rows in each type.
+KINDS_OF_CALLS: tuple[Mapping[str, Any], ...] = (
+    {"n_kv": (300, 20), "kv_heads": 2, "ratio": 4},
+    {"n_kv": (203, 7, 100), "kv_heads": 2, "spare": 37},
+    {"n_kv": (97, 98, 99, 100), "path": "prefill", "kv_heads": 2, "ratio": 4},
+    {"n_kv": tuple(range(53, 61)), "path": "prefill", "kv_heads": 2, "ratio": 4},
+    {"n_kv": (130,), "batch": 4, "fewer": (0, 43, 7, 90), "kv_heads": 2, "ratio": 4},
+    {"n_kv": (64,), "batch": 9, "kv_heads": 2, "ratio": 2},
+    {"n_kv": (1101, 1064), "dtype": "bf16", "k_size": 64, "v_size": 64},
+    {"n_kv": (1101, 1064), "dtype": "f16", "k_size": 64, "v_size": 64},
+    {"n_kv": (300, 200), "dtype": "f32", "kv_heads": 2},
+)
 
 
 def families(has: Capabilities, *, without: Sequence[str] = ()) -> list[str]:
@@ -30,9 +49,29 @@ def families(has: Capabilities, *, without: Sequence[str] = ()) -> list[str]:
     names = [
         name
         for name in FAMILIES
-        if name not in without and (name not in OPTION_OF or getattr(has, OPTION_OF[name]))
+        if not {name, *name.split("+")} & set(without)
+        and all(getattr(has, option) for option in options_of(name))
     ]
     return sorted(names, key=lambda name: name != "gaussian")
+
+
+def options_of(family: str) -> list[str]:
+    """What a kernel must take for a family, by the names of `Capabilities`."""
+    return [OPTION_OF[word] for word in family.split("+") if word in OPTION_OF]
+
+
+def edges(subject: Subject) -> list[Mapping[str, Any]]:
+    """Problems by the fields in which they are not left to chance: every family, then sizes, ratios and kinds
+    of calls. Hypothesis draws a few neighbourhoods of cases, and may never come by some of these."""
+    n_kv = (33, 20) if subject.small else (130, 93)
+    by_family: list[Mapping[str, Any]] = [
+        {"family": name, "n_kv": n_kv, "kv_heads": 2} for name in families(subject.capabilities)
+    ]
+    if subject.small:
+        return by_family
+    sizes = [{"k_size": k, "v_size": v, "n_kv": (70, 33)} for k, v in SIZES]
+    ratios = [{"ratio": r, "n_kv": (70, 33), "kv_heads": 1 + (r < 24)} for r in RATIOS]
+    return [*by_family, *KINDS_OF_CALLS, *sizes, *ratios]
 
 
 @st.composite
@@ -57,7 +96,9 @@ def problems(
     if not _holds_large(subject):
         # The law `large-values` says that it fails there, once.
         without = (*without, "near-overflow")
-    family = draw(st.sampled_from(list(only) or families(has, without=without)))
+    of_family = list(only) or families(has, without=without)
+    family = draw(st.sampled_from(of_family))
+    most_rows, most_sequences = max(rows, 8) if rows > 1 else 1, 9 if batch > 1 else 1
     if subject.small:
         rows, batch, lengths = min(rows, 2), 1, [n for n in lengths if n <= SMALL] or lengths[:1]
     longest = draw(st.sampled_from([n for n in lengths if n >= max(least, 1)]))
@@ -76,10 +117,15 @@ def problems(
         if has.ratios is None or n in has.ratios
     ]
     types = [name for name, kind in FLOAT_TYPES.items() if kind.torch_name in has.dtypes]
-    return Problem(
+    sequences = draw(st.integers(1, batch))
+    # A law of one row is one of its length: of all sequences.
+    unlike = has.ragged and rows > 1 and sequences > 1
+    shorter = st.lists(st.integers(0, longest), min_size=sequences, max_size=sequences)
+    drawn = Problem(
         family=family,
         n_kv=tuple(n_kv),
-        batch=draw(st.integers(1, batch)),
+        batch=sequences,
+        fewer=tuple(draw(shorter)) if unlike else (),
         kv_heads=draw(st.integers(1, most_heads)),
         ratio=draw(st.sampled_from(ratios or list(has.ratios or (1,)))),
         k_size=k_size,
@@ -89,6 +135,56 @@ def problems(
         path=path or draw(st.sampled_from([p for p in ("decode", "prefill") if p in has.paths])),
         seed=draw(st.integers(0, SEEDS)),
     )
+    if not subject.pinned:
+        return drawn
+    return _pinned(
+        drawn,
+        subject.pinned,
+        has,
+        families=of_family,
+        rows=most_rows,
+        sequences=most_sequences,
+        keys=(least, max(lengths) if lengths is not LENGTHS else MOST_KEYS),
+        path=path,
+    )
+
+
+def _pinned(
+    drawn: Problem,
+    pinned: Mapping[str, Any],
+    has: Capabilities,
+    *,
+    families: Sequence[str],
+    rows: int,
+    sequences: int,
+    keys: tuple[int, int],
+    path: str,
+) -> Problem:
+    """A problem with those pinned fields that its law and its kernel allow; the others stay as drawn."""
+    given = dict(pinned)
+    asked = tuple(n for n in given.pop("n_kv", drawn.n_kv) if keys[0] <= n <= keys[1])
+    n_kv = asked[:rows] or drawn.n_kv
+    if not has.ragged:
+        n_kv = n_kv[:1] * len(n_kv)
+    batch = min(given.pop("batch", drawn.batch), sequences)
+    fewer = given.pop("fewer", ())
+    alike = not has.ragged or rows == 1 or len(fewer) != batch
+    own_size = given.get("k_size", drawn.k_size)
+    allowed = {
+        "family": families,
+        "path": has.paths if not path else (path,),
+        "dtype": [name for name, kind in FLOAT_TYPES.items() if kind.torch_name in has.dtypes],
+        "k_size": has.k_sizes or (own_size,),
+        "ratio": has.ratios or (given.get("ratio"),),
+    }
+    if any(size % has.size_multiple for size in (own_size, given.get("v_size", 0))):
+        allowed["k_size"] = ()
+    kept = {name: value for name, value in given.items() if value in allowed.get(name, (value,))}
+    if "k_size" not in kept:
+        kept.pop("v_size", None)
+    elif not has.v_size:
+        kept["v_size"] = kept["k_size"]
+    return replace(drawn, **kept, n_kv=n_kv, batch=batch, fewer=() if alike else tuple(fewer))
 
 
 def _holds_large(subject: Subject) -> bool:

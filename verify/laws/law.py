@@ -66,6 +66,8 @@ class Subject:
     first: AttentionOutput | Exception | None = None
     # Findings that are no faults.
     said: list[str] = field(default_factory=list)
+    # Fields of the problems that are drawn next which are not left to chance (`draws.edges`).
+    pinned: Mapping[str, Any] = field(default_factory=dict)
 
     def bits(self, law: str, *, differ: bool) -> None:
         """Count a case in which bits were compared that the kernel does not promise."""

@@ -6,10 +6,13 @@ pytest and `verify props` run laws through `run_law`, and so share the example d
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+from unittest import SkipTest
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
@@ -17,12 +20,15 @@ from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from hypothesis.errors import Flaky, Unsatisfiable
 
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
-from verify.laws.cases import Case
+from verify.laws.cases import Case, Problem
+from verify.laws.draws import edges
 from verify.laws.law import Law, LawBroken, Subject
 from verify.machine.devices import is_out_of_memory
 
 State = Literal["holds", "broken", "not applicable"]
 DATABASE = ".hypothesis/examples"
+# Nothing pinned.
+_CHANCE: Mapping[str, Any] = {}
 # Finding a smaller case is worth this much of a run.
 SHRINK_SECONDS = 30
 
@@ -92,7 +98,8 @@ def run_law(
 ) -> LawResult:
     """Try a law on this many cases (default: the loaded profile's), until one breaks it, and shrink that.
 
-    seed: of the cases (default: the profile's own choice); database: of cases that failed before.
+    Up to half of them are not left to chance: every family, and the edges of sizes (`draws.edges`). seed: of
+    the cases (default: the profile's own choice); database: of cases that failed before.
     """
     why = law.not_applicable(subject)
     if why is not None:
@@ -138,29 +145,63 @@ def run_law(
 
     default = settings.default
     assert default is not None
-    phases = [Phase.explicit, Phase.reuse, Phase.generate, *([Phase.shrink] if shrink else [])]
+    total = examples or default.max_examples
     keep = database if database is not None else default.database
-    # What failed before is kept by law and kernel: the function that hypothesis tries is one for all.
-    kept = None if keep is None else _KeptFor(f"{law.name} {subject.spec}", keep)
-    chosen = settings(
-        default,
-        max_examples=examples or default.max_examples,
-        phases=phases,
-        derandomize=False,
-        database=kept,
-        deadline=None,
-        # Calls that a kernel does not take are drawn again, as often as it takes.
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        verbosity=Verbosity.quiet,
-    )
-    test: Any = given(law.cases(subject))(hold)
     if seed is None and default.derandomize:
         seed = 0
-    if seed is not None:
-        test = hypothesis.seed(seed)(test)
+    # What failed before is kept by law and kernel: the function that hypothesis tries is one for all.
+    name = f"{law.name} {subject.spec}"
+
+    def trial(phases: Sequence[Phase], most: int, pinned: Mapping[str, Any] = _CHANCE) -> None:
+        """Hypothesis on cases of the law, the pinned fields not left to chance."""
+        skipped = not pinned
+
+        def tried(case: Case) -> None:
+            nonlocal skipped
+            if not skipped:
+                # The first case has the simplest of everything that is not pinned: chance has that too.
+                skipped = True
+                return
+            hold(case)
+
+        chosen = settings(
+            default,
+            max_examples=most,
+            phases=[*phases, *([Phase.shrink] if shrink else [])],
+            derandomize=False,
+            database=None if keep is None or pinned else _KeptFor(name, keep),
+            deadline=None,
+            # Calls that a kernel does not take are drawn again, as often as it takes.
+            suppress_health_check=list(HealthCheck),
+            report_multiple_bugs=False,
+            verbosity=Verbosity.quiet,
+        )
+        test: Any = given(law.cases(replace(subject, pinned=pinned)))(tried)
+        chosen(test if seed is None else hypothesis.seed(seed)(test))()
+
+    def simpler() -> None:
+        """A case that chance finds and shrinks further than the pinned fields allow, if it finds one."""
+        nonlocal found, deadline
+        at_edge, count, deadline, found = found, result.examples, float("inf"), None
+        with suppress(LawBroken, Flaky, Unsatisfiable):
+            trial([Phase.generate], total)
+        found, result.examples = found or at_edge, count
+
     try:
-        chosen(test)()
+        if keep is not None:
+            # Nothing was kept: hypothesis says that there is nothing to try.
+            with suppress(Unsatisfiable, SkipTest):
+                trial([Phase.reuse], total)
+        of_edges = None if keep is None else _KeptFor(f"{name} edges", keep)
+        for pinned in _edges(law, subject, total // 2, of_edges):
+            try:
+                with suppress(Unsatisfiable):
+                    trial([Phase.generate], 2, pinned)
+            except (LawBroken, Flaky):
+                if shrink and not hung:
+                    simpler()
+                raise
+        trial([Phase.generate], max(total - result.examples, 1))
     except (LawBroken, Flaky):
         # Flaky: it failed once and not again, as a race does.
         assert found is not None
@@ -168,12 +209,37 @@ def run_law(
     except _Stopped as stopped:
         raise stopped.failure from None
     except Unsatisfiable:
-        result.state, result.reason = "not applicable", refused or "no case that this kernel takes was found"
+        if not result.examples:
+            result.state, result.reason = (
+                "not applicable",
+                refused or "no case that this kernel takes was found",
+            )
     cases, differed = subject.compared.get(law.name, (0, 0))
     if result.state == "holds" and differed:
         result.reason = f"bits differed in {differed} of {cases} cases, within the budget"
     result.seconds = time.monotonic() - began
     return result
+
+
+def _edges(
+    law: Law, subject: Subject, most: int, kept: ExampleDatabase | None
+) -> Iterator[Mapping[str, Any]]:
+    """The fields that are not left to chance, a case each: those that failed before come first. Of more than
+    there is room for, some, evenly. kept: where those are named that fail."""
+    if law.case_type is not Problem:
+        return
+    found = edges(subject)
+    failed = {bytes(text) for text in kept.fetch(b"failed")} if kept is not None else set()
+    count = min(most, len(found))
+    some = [found[i * len(found) // count] for i in range(count)]
+    first = [each for each in found if json.dumps(each).encode() in failed]
+    for each in [*first, *(each for each in some if each not in first)]:
+        if kept is not None:
+            kept.save(b"failed", json.dumps(each).encode())
+        yield each
+        # Gone on with, it has not failed.
+        if kept is not None:
+            kept.delete(b"failed", json.dumps(each).encode())
 
 
 class _KeptFor(ExampleDatabase):

@@ -10,7 +10,14 @@ from verify.kernels.bits import different
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.budget.merge_bound import BoundedPart
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.judging.figures import another_origin, budget_fault, budget_ratio, row_figures
+from verify.kernels.judging.figures import (
+    another_origin,
+    budget_fault,
+    budget_ratio,
+    row_figures,
+    zero_fault,
+    zeroed_rows,
+)
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part
 from verify.laws.law import LawBroken
@@ -32,7 +39,7 @@ def seen(kernel: Kernel, call: Call, result: AttentionOutput | None = None) -> S
     """The kernel's result, if need be a new one, with the budget of its arithmetic."""
     result = result or kernel.run(call)
     budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
-    _not_far(result.out.double() - budget.out, budget)
+    _not_far(kernel, call, result.out.double() - budget.out, budget)
     lse = budget.lse if another_origin(call, result.lse, budget) else result.lse.double()
     return Seen(result.out.double(), lse, budget.bound, budget.lse_bound)
 
@@ -43,7 +50,7 @@ def against_exact(
     """The margin of a kernel's result to the oracle's; if need be of a new one."""
     result = result or kernel.run(call)
     budget = error_budget(kernel.held(call), kernel.arithmetic_of(call))
-    _not_far(result.out.double() - budget.out, budget)
+    _not_far(kernel, call, result.out.double() - budget.out, budget)
     margin = _judge("out against exact", result.out.double(), budget.out, budget.bound) if out else 0.0
     if lse and not another_origin(call, result.lse, budget):
         margin = max(margin, _judge("lse against exact", result.lse.double(), budget.lse, budget.lse_bound))
@@ -82,13 +89,16 @@ def no_bit_moves(
     return 0.0
 
 
-def _not_far(error: torch.Tensor, budget: Budget) -> None:
+def _not_far(kernel: Kernel, call: Call, error: torch.Tensor, budget: Budget) -> None:
     """Where a bound says nothing (`vacuous`), no right kernel errs by more than a share of sum p|v|."""
     relative = row_figures(error, budget).relative
     if not relative.numel():
         return
     at = [int(i) for i in torch.unravel_index(relative.argmax(), relative.shape)]
     if fault := budget_fault(0, 0.0, float(relative.max()), f" at {at}"):
+        raise LawBroken(f"out: {fault}")
+    held, arithmetic = kernel.held(call), kernel.arithmetic_of(call)
+    if fault := zero_fault(int(zeroed_rows(error, budget, held, arithmetic).sum())):
         raise LawBroken(f"out: {fault}")
 
 

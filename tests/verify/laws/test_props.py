@@ -82,7 +82,7 @@ def test_a_broken_law_is_shrunk_and_can_be_repeated(tmp_path: Path) -> None:
     snippet = "\n".join(line[4:] for line in code.splitlines() if line.startswith("    "))
     names: dict[str, object] = {}
     exec(snippet, names)
-    with pytest.raises(AssertionError, match="times the tolerance"):
+    with pytest.raises(AssertionError, match="exact zeros where numbers are due"):
         names["test_within_budget"]()  # type: ignore[operator]
     (case,) = ElementTree.parse(junit).getroot()
     failure = case.find("failure")
@@ -374,14 +374,17 @@ def test_a_kernel_that_is_given_copies_is_not_asked_about_strides(tmp_path: Path
 
 def test_what_broke_a_law_is_kept_for_that_law_and_kernel() -> None:
     kept = InMemoryExampleDatabase()
-    subject = tile_subject(next(fault for fault in FAULTS if fault.name == "last key dropped").build)
-    names = ("keys-permuted", "parts-every-cut")
+    # The plain inputs that come first show neither.
+    names = ("window dropped", "softcap dropped")
+    subjects = [tile_subject(next(f for f in FAULTS if f.name == name).build) for name in names]
+    law = LAWS["within-budget"]
     tried = [
-        run_law(LAWS[name], subject, examples=60, seed=1, database=kept, shrink=False).examples
-        for name in names * 2
+        run_law(law, subject, examples=100, seed=1, database=kept, shrink=False).examples
+        for subject in subjects * 2
     ]
     assert min(tried[:2]) > 1 and tried[2:] == [1, 1]
-    assert {bytes(key).split(b" ")[0].decode() for key in kept.data if b"hypothesis" not in key} == {*names}
+    keys = {bytes(key).decode("latin-1") for key in kept.data if b"hypothesis" not in key}
+    assert keys and all(any(key.startswith(f"within-budget {name}") for name in names) for key in keys)
 
 
 def test_the_first_call_of_all_is_judged() -> None:

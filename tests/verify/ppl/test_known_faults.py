@@ -24,6 +24,7 @@ NO_EFFECT = {
     "base-2 lse": "a model reads no lse",
     "fix-up columns": "16 columns further on is the same column of 16",
     "part of other batch": "one sequence a call",
+    "first call's lengths": "every call of a shape has the same lengths",
     "empty part NaN": "every part sees a key",
     "empty part finite": "every part sees a key",
     "empty row +inf": "every row sees a key",
