@@ -80,7 +80,8 @@ def test_no_torch_for_help(tmp_path: Path) -> None:
 
 def test_every_command_is_a_module_of_its_own() -> None:
     listed = {command.module for command in COMMANDS.values()}
-    there = {path.stem for path in (ROOT / "verify/commands").glob("*.py")} - {"__init__", "help_pages", "options"}
+    files = {path.stem for path in (ROOT / "verify/commands").glob("*.py")}
+    there = files - {"__init__", "help_pages", "options"}
     assert listed == there
     for name, command in COMMANDS.items():
         module = import_module(f"verify.commands.{command.module}")
