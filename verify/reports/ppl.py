@@ -60,7 +60,7 @@ def _coverage_sentences(run: PplRun) -> Iterator[str]:
         whose = f" of {pair.candidate}" if len(run.pairs) > 1 else ""
         at = pair.changed_n_kv
         where = f", at n_kv {at[0]} to {at[1]}" if at else ""
-        yield f"{changed_words(run, pair, f'the scored tokens{whose}')}{where}."
+        yield changed_words(run, pair, f"the scored tokens{whose}", where) + "."
     for said in single_token_sentences(run):
         yield f"{said}."
 

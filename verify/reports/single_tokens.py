@@ -14,12 +14,12 @@ def tokens_words(line: CoverageRecord) -> str:
     return f"T = {line.tokens_a_call}" if line.tokens_a_call else "rows as if alone"
 
 
-def changed_words(run: PplRun, pair: PairRecord, of: str) -> str:
+def changed_words(run: PplRun, pair: PairRecord, of: str, where: str = "") -> str:
     """Which share of the tokens went through the changed plan, and in calls of how many tokens.
 
-    of: what they are called.
+    of: what they are called; where: at which n_kv.
     """
-    said = f"{pair.coverage:.1%} of {of} went through the changed plan"
+    said = f"{pair.coverage:.1%} of {of} went through the changed plan{where}"
     lines = [x for x in run.coverage if x.arm == pair.candidate and x.path == pair.path]
     many = sorted({x.tokens_a_call for x in lines if x.tokens_a_call is not None and x.tokens_a_call > 1})
     if not many:
