@@ -247,7 +247,8 @@ def check_attention(
     baseline: what errors are compared with, a callable or specification; default `flash`, which answers in
         the type that fn returns.
     arithmetic: what fn is known to do: "f32" or "f16" sums, an `Arithmetic`, or options as specifications
-        write them ("p=f16,acc=f32"); None: nothing is known, and budgets are as loose as any.
+        write them ("p=f16,acc=f32"); None or "identify": nothing is stated, and it is read off fn as
+        `verify identify` does; where it cannot be, budgets are as loose as any.
     options: keywords that fn is given with every call.
     families: kinds of inputs, names of `verify.families.names()` and "probes"; default all.
     seeds, first_seed: draws of every family, and the first. rows: query tokens a draw, at least 2.
@@ -272,7 +273,8 @@ def check_attention(
     ('broken', False)
     """
     on = chosen_device(str(device) if device is not None else default_device())
-    stated = stated_arithmetic(arithmetic)
+    # A diff reads what states nothing.
+    stated = None if arithmetic == "identify" else stated_arithmetic(arithmetic)
     mask = "" if causal is None else "causal" if causal else "none"
     wanted = Wanted(layout=layout or "", mask=mask, options=dict(options or {}))
     kernel = _kernel_of(fn, wanted, stated, isolate=isolate)

@@ -23,8 +23,8 @@ def stated_arithmetic(arithmetic: str | Arithmetic | None) -> Arithmetic | str |
         return arithmetic
     if arithmetic == "identify":
         raise UsageError(
-            "arithmetic='identify': reading an arithmetic off a kernel is not built yet; expected f32, f16,"
-            " options such as 'p=f16,acc=f32', or an Arithmetic"
+            "arithmetic='identify': tensors cannot be asked, only a kernel can (check_attention reads it off"
+            " one that states nothing); expected f32, f16, options such as 'p=f16,acc=f32', or an Arithmetic"
         )
     if arithmetic in SUMS:
         return arithmetic

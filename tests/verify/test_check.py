@@ -89,6 +89,13 @@ def test_stated_sums_give_a_budget_at_any_length() -> None:
     assert any("no rounding budget applies" in note for note in loose.notes)
 
 
+def test_what_states_nothing_is_read() -> None:
+    report = verify.check_attention(ops.attend, **{**SMALL, "families": ["gaussian"]}, arithmetic="identify")
+    assert any("read off it" in note for note in report.notes), report.notes
+    with pytest.raises(verify.UsageError, match="tensors cannot be asked"):
+        verify.budget(*(torch.zeros(1, 2, 2, 16) for _ in range(3)), arithmetic="identify")
+
+
 @pytest.mark.parametrize(
     ("fn", "more"),
     [
@@ -160,7 +167,6 @@ def test_a_report_is_json_and_a_page() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"arithmetic": "identify"}, "identify"),
         ({"arithmetic": "f64"}, "arithmetic='f64'"),
         ({"paths": "sideways"}, "expected decode or prefill"),
         ({"paths": ()}, "at least one"),
