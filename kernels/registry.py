@@ -28,7 +28,7 @@ def _flash(spec: Spec) -> Kernel:
         parse_tile_options(spec),
         cache=cache_option(spec),
         expand=choice(spec, "expand", "fused", ("fused", "f16")),
-        reader=choice(spec, "reader", "chunks", READERS),
+        reader=choice(spec, "reader", "auto", ("auto", *READERS)),
     )
 
 

@@ -262,7 +262,8 @@ def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None
                 error = float((found.out.double() - exact).norm() / exact.norm())
                 assert error <= 8e-4, f"{cache}, {expand}, {size}: {error:.3g}"
                 ran = "fused" if cache in ("q8_0", "q4_0") and expand == "fused" else "f16"
-                label = f"flash[block=64,p=f16,acc=f32,out=f32,cache={cache},expand={ran}]"
+                wide = ",reader=wide" if (cache, expand) == ("q8_0", "fused") else ""
+                label = f"flash[block=64,p=f16,acc=f32,out=f32,cache={cache},expand={ran}{wide}]"
                 assert {signature.kernel for _, _, signature in found.launched.rows} == {label}
 
 
@@ -272,7 +273,7 @@ def every_reader_keeps_its_budget(device: torch.device) -> None:
     x = inputs(case, device)
     call = checked_call(x.q, x.k, x.v, **x.more)
     for cache in ("q8_0", "q4_0+rotate=mainline", "e4m3", "e4m3+scale=head"):
-        for reader in ("wide", "swapped", *(() if "e4m3" in cache else ("chunks",))):
+        for reader in ("auto", "wide", "swapped", *(() if "e4m3" in cache else ("chunks",))):
             options = TileOptions(plan=case.plan)
             flash = FlashKernel("flash", options, cache=parse_cache(cache), reader=reader)
             found, budget = flash.run(call), error_budget(flash.held(call), flash.arithmetic_of(call))
