@@ -148,7 +148,8 @@ def main() -> None:
             if verdict == "broken" or (kind == "clean" and verdict == "degraded"):
                 wrong = {"true_ratio": worst, "verdict": verdict, "kind": kind, "seed": seed}
                 found["wrong"].append({**wrong, "setting": setting._asdict()})
-        found |= {"commit": commit(), "settings": found["settings"] + 1, "counts": counts}
+        commits = sorted({*found.get("commits", ()), commit()})
+        found |= {"commits": commits, "settings": found["settings"] + 1, "counts": counts}
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
