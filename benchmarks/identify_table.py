@@ -1,6 +1,6 @@
 """What `verify identify` says of the kernels at hand: stored, and a table in docs/identify.md.
 
-    python benchmarks/identify_table.py [--device cpu|cuda] [--only NAME,...] [--ggml NAME=LIBRARY ...]
+    python benchmarks/identify_table.py [--device cpu|cuda] [--only "NAME;..."] [--ggml NAME=LIBRARY ...]
         [--seconds 20] [--out benchmarks/results/identify.json] [--page docs/identify.md]
 
 Every kernel is read in a process of its own, and written down as soon as that ends. `--page` alone writes the
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in asked.ggml:
             name, _, library = each.partition("=")
             specs[name] = f"ggml:lib={library}{backend}"
-        chosen = asked.only.split(",") if asked.only else list(specs)
+        chosen = asked.only.split(";") if asked.only else list(specs)
         for name in chosen:
             print(name, file=sys.stderr, flush=True)
             one = read(specs[name], asked.device, asked.shape, asked.seconds)
