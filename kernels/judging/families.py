@@ -91,14 +91,14 @@ def _as_given(sizes: InputSizes) -> InputSizes:
 class Family(NamedTuple):
     """A kind of inputs."""
 
-    name: str
-    summary: str
-    draw: Draw
+    name: str  # unique
+    summary: str  # one line
+    draw: Draw  # makes the inputs
     distinct: bool = True  # the logits of a row differ, so that roundings are independent
     edged: bool = False  # what is drawn depends on `InputSizes.edges`
     sized: Callable[[InputSizes], InputSizes] = _as_given  # the sizes it takes, of those it is given
     after: bool = False  # drawn to run after a call of the sizes as given, of the same shapes
-    paths: tuple[AttentionPath, ...] = RUN_PATHS
+    paths: tuple[AttentionPath, ...] = RUN_PATHS  # that it is drawn for
 
 
 def gaussian(g: CounterRandom, sizes: InputSizes) -> Draft:

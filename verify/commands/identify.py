@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
+from verify.machine.environment import prepare_torch
+from verify.machine.jsontext import to_json_text
 
 
 def command(
@@ -33,8 +35,6 @@ def command(
     """Read, print; exit 0, or 3 where nothing could be read."""
     from verify.identify.run import run_identify
     from verify.machine.devices import chosen_device, default_device
-    from verify.machine.environment import prepare_torch
-    from verify.machine.jsontext import to_json_text
     from verify.reports.identify import identify_json, identify_lines
 
     prepare_torch()

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
+from verify.machine.environment import prepare_torch
+from verify.machine.jsontext import to_json_text
 
 
 def command(
@@ -26,8 +28,6 @@ def command(
     """Print; exit 0."""
     from verify.identify.tolerance import run_tolerance
     from verify.machine.devices import chosen_device, default_device
-    from verify.machine.environment import prepare_torch
-    from verify.machine.jsontext import to_json_text
     from verify.reports.tolerance import print_tolerances, tolerance_json
 
     prepare_torch()
