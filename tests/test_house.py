@@ -124,3 +124,8 @@ def test_every_path_that_the_page_of_the_house_names_is_there() -> None:
     rooms = {p.parent.relative_to(ROOT) for p in MODULES if p.name == "__init__.py"}
     shallow = {f"{room}/" for room in rooms if len(room.parts) <= 2}
     assert {room for room in shallow if room not in page} == set()
+
+
+def test_no_test_is_called_by_an_address(request: pytest.FixtureRequest) -> None:
+    """Processes that share the tests would collect different ones."""
+    assert not [item.nodeid for item in request.session.items if re.search(r" at 0x[0-9a-f]", item.nodeid)]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from support.mypkg import ops
+from support.named import named
 from verify.kernels.call import Call
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
@@ -55,7 +56,7 @@ LENGTHS_ARE_TOLD = [ops.attend, ops.Ops.attend, ops.Attn(64), ops.Attn(64).decod
 
 
 @pytest.mark.parametrize("function", [*LENGTHS_ARE_TOLD, lambda q, k, v, *, kv_len, scale: ops.attend(
-    q, k, v, kv_len=kv_len, scale=scale)], ids=str)  # fmt: skip
+    q, k, v, kv_len=kv_len, scale=scale)], ids=named)  # fmt: skip
 def test_one_that_takes_what_the_contract_gives_is_not_asked(function: Any) -> None:
     kernel = FunctionKernel(function)
     assert not kernel.notes and is_right(kernel, decode()) and is_right(kernel, prefill())
@@ -71,7 +72,7 @@ def test_one_that_takes_what_the_contract_gives_is_not_asked(function: Any) -> N
         (F.scaled_dot_product_attention, "mask", "bhsd", "a mask of the keys"),
         (torch.compile(ops.dense, backend="eager"), "none", "bshd", "mask=none"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_one_without_lengths_is_asked_how_it_sees_keys(
     function: Any, way: str, layout: str, said: str
@@ -129,7 +130,7 @@ def test_another_order_of_dimensions_is_named_where_it_is_met() -> None:
         (ops.attend, Wanted(layout="sbhd"), "layout=sbhd, expected one of bshd, bhsd, thd"),
         (lambda q, k, v: 1 / 0, Wanted(), "fails when it is asked how it sees keys: ZeroDivisionError"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_cannot_be_called_is_refused_in_one_line(function: Any, wanted: Wanted, said: str) -> None:
     with pytest.raises(SpecError) as caught:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import verify
 from support.mypkg import ops
+from support.named import named
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import POISON
 
@@ -112,7 +113,7 @@ def test_what_states_nothing_is_read() -> None:
         (f"py:{ops.__file__}::attend", {"paths": None}),
         ("eager:block=32", {}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_whatever_can_be_called_is_checked(fn: Any, more: dict[str, Any]) -> None:
     report = verify.check_attention(fn, **{**SMALL, **more})
@@ -180,7 +181,7 @@ def test_a_report_is_json_and_a_page() -> None:
         ({"baseline": "flush"}, "flush"),
         ({"margin": 0.9}, "0.9"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_input_is_one_line(more: dict[str, Any], said: str) -> None:
     with pytest.raises((verify.UsageError, verify.SpecError)) as caught:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from support.cheats import planted
 from support.mypkg import ops
+from support.named import named
 from verify.distrust.judging import Judged, _checks, in_the_form_of, input_type, judge, kernel_of_file
 from verify.kernels.foreign.cheats import CHEATS, bench_of, snapshot
 from verify.kernels.foreign.forms import Wanted, form_of, plain_softmax
@@ -88,7 +89,7 @@ def test_every_check_has_a_cheat_that_it_catches() -> None:
         (F.scaled_dot_product_attention, Wanted(), "float16"),
         (torch.compile(ops.attend, backend="eager"), Wanted(), "float16"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_right_kernels_pass_every_check(function: Any, wanted: Wanted, dtype: str) -> None:
     assert caught_here(function, wanted, dtype) == {}

@@ -1,0 +1,10 @@
+"""Names of parametrised tests."""
+
+from __future__ import annotations
+
+import re
+
+
+def named(value: object) -> str:
+    """An id without addresses: processes that share the tests must call each by the same name."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
