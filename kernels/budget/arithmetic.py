@@ -58,6 +58,7 @@ class Arithmetic:
     l_from_rounded_p: bool = False  # the denominator sums P after it was rounded
     p_shift: float = 0.0  # P is exp(s - m - p_shift), so that much sooner it underflows
     u_tanh: float = 2 * U_F32  # relative error of the softcap's tanh
+    u_exp: float = 0.0  # relative error of the exponential, beyond the roundings of its argument
     stale_maximum: bool = False  # the running maximum may lag behind, so that the largest P is not 1
     q_blocks: bool = False  # q is quantised to blocks of q8_0 before the product
     # Roundings that a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs
@@ -151,6 +152,10 @@ class Arithmetic:
         )
 
 
+# Kernels that compute e^x by a polynomial of degree 3, to spare the special function unit, are off by 8.8e-5.
+APPROXIMATE_EXP = 2.0**-13
+
+
 def loosest_of(dtype: torch.dtype, *, acc: str | None = None) -> Arithmetic:
     """`loosest` for inputs of a dtype; of float32 too a kernel may make float16 numbers."""
     kind = type_of(dtype)
@@ -168,5 +173,6 @@ def loosest(input_type: str, *, acc: str | None = None) -> Arithmetic:
     acc = acc or ("f16" if input_type == "f16" else "f32")
     return Arithmetic(
         p=input_type, out=input_type, acc=acc, u=U_F32_TENSOR_CORE, u_q=u, u_part=u, block=None, cuts_at=None,
-        l_from_rounded_p=True, u_tanh=max(2.0**-11, u), p_shift=LARGEST_OFFSET, stated=False,
+        l_from_rounded_p=True, u_tanh=max(2.0**-11, u), u_exp=APPROXIMATE_EXP, p_shift=LARGEST_OFFSET,
+        stated=False,
     )  # fmt: skip

@@ -92,6 +92,8 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
         cuts_at=order.cuts if tile is not None else None,
         l_from_rounded_p=any(each.l_of_rounded_p is not False for each in readings) and p != "f32",
         p_shift=offset,
+        # As large as it was seen where it was looked at, twice that elsewhere.
+        u_exp=2 * off if (off := max(each.exponential or 0.0 for each in readings)) >= _EXPONENTIAL else 0.0,
         stale_maximum=any(bool(each.rescale) for each in readings),
         stated=all(each.exponential < _EXPONENTIAL for each in readings),
         identified=True,

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.problems import problem
+from support.right_kernels import exp_by_cubic
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import gamma
@@ -122,3 +125,27 @@ def test_accumulators_that_truncate_lose_what_is_expected_of_them(one_sign: bool
     assert rms["rounds"] > 1.5 * rms["truncates"], rms
     if one_sign:
         assert rms["rounds"] > 10, rms
+
+
+@pytest.mark.parametrize("gap", [0.02, 0.05, 0.1, 0.6])
+def test_what_states_nothing_may_have_an_exponential_by_a_polynomial(gap: float) -> None:
+    """Many keys as far below one other: their P are all off one way, by up to 9e-5, and so is the lse."""
+    call = problem(rows=200, kv_heads=1, ratio=1)
+    q = torch.zeros_like(call.q)
+    q[..., 0] = 1.0
+    k = torch.zeros_like(call.k)
+    k[:, 1:, :, 0] = -gap
+    call = replace(call, q=q, k=k, scale=1.0)
+    x = (k[..., 0].float() * 1.0)[0, :, 0]
+    p = exp_by_cubic(x)
+    # Row t sees keys 0 .. t; the largest logit is the first key's.
+    total = p.cumsum(0)
+    out = (p[:, None] * call.v[0, :, 0].float()).cumsum(0) / total[:, None]
+    # All else is as tight as it is for a kernel whose other roundings were read off it.
+    read = replace(loosest("f32"), u_q=0.0, u_part=0.0, p_shift=0.0, block=64, cuts_at=lambda n: (0, n))
+    budget = error_budget(call, read)
+    off = (total.log().double() - budget.lse[0, :, 0]).abs()
+    assert float((off / budget.lse_bound[0, :, 0]).max()) <= 1
+    assert float(((out.double() - budget.out[0, :, 0]).abs() / budget.bound[0, :, 0]).max()) <= 1
+    # It is this that the room is for: without it the same lse is no right kernel's.
+    assert float((off / error_budget(call, replace(read, u_exp=0.0)).lse_bound[0, :, 0]).max()) > 1

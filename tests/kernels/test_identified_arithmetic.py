@@ -95,3 +95,13 @@ def test_options_of_a_kernel_in_place_do_not_change_what_is_read() -> None:
     torch.manual_seed(5)
     once, again = readings("eager:acc=f16", 100), readings("eager:acc=f16", 100)
     assert once == again
+
+
+def test_an_exponential_that_is_off_is_given_room(plain: tuple[Reading, ...]) -> None:
+    """FlashAttention 4 computes some by a cubic: 9e-5 off, and right."""
+    exact, off = (
+        arithmetic_of([replace(each, exponential=e) for each in plain], "f16") for e in (1e-7, 9e-5)
+    )
+    assert exact is not None and off is not None
+    assert (exact.u_exp, exact.stated) == (0.0, True)
+    assert (off.u_exp, off.stated) == (2 * 9e-5, False)
