@@ -127,7 +127,7 @@ def zeroed_rows(error: torch.Tensor, budget: Budget, call: Call, arithmetic: Ari
     for b, rows in enumerate(call.kv_len.tolist()):
         n = max(rows, default=0)
         # P loses at most tau_p a key (`Arithmetic.tau_p`), the result half its smallest number.
-        lost = n * arithmetic.tau_p * call.v[b, : max(n, 1)].abs().amax().double()
+        lost = n * arithmetic.tau_p * _largest(call.v[b, : max(n, 1)])
         least = 2 * lost + SMALLEST_NUMBERS * FLOAT_TYPES[arithmetic.out].tau
         zero[b] &= budget.out[b].abs().amax(-1) > least
     return zero
@@ -306,3 +306,8 @@ def shared_overflow(of_candidate: int, of_baseline: int) -> str:
 def graveness(nonfinite: int, ratio: float, relative: float) -> tuple[bool, float]:
     """What the worst of several faults is the largest by: NaN first, then times what is allowed."""
     return nonfinite > 0, max(ratio, relative / LARGEST_RELATIVE_ERROR)
+
+
+def _largest(v: torch.Tensor) -> torch.Tensor:
+    """The largest |v|, float64; 0 where a call has no keys at all."""
+    return v.abs().amax().double() if v.numel() else v.new_zeros((), dtype=torch.float64)

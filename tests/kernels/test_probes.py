@@ -86,8 +86,8 @@ def test_prefill_passes_too() -> None:
 def test_one_hot_asks_for_every_key_of_every_kv_head() -> None:
     probe = one_hot(SIZES)
     assert probe.keys is not None
-    for head in range(SIZES.kv_heads):
-        of_head = probe.keys[..., head * SIZES.ratio : (head + 1) * SIZES.ratio]
+    for head in range(SIZES.heads.kv):
+        of_head = probe.keys[..., head * SIZES.heads.ratio : (head + 1) * SIZES.heads.ratio]
         assert set(of_head.flatten().tolist()) == set(range(150))
     assert bool((probe.call.v[:, 150:] == POISON).all())
 
@@ -100,7 +100,7 @@ def test_a_key_that_is_not_read_is_named(key: int) -> None:
     probe.call.v[:, key, 1] = probe.call.v[:, (key + 1) % 150, 1]
     failures = check(probe, kernel, most=1000)
     assert {failure.key for failure in failures} == {key}
-    assert {failure.head // SIZES.ratio for failure in failures} == {1}
+    assert {failure.head // SIZES.heads.ratio for failure in failures} == {1}
     assert {failure.part for failure in failures} == {0 if key < 64 else 1 if key < 128 else 2}
     assert all(failure.expected != failure.got for failure in failures)
     assert f"key {key}, part" in str(failures[0]) and "expected" in str(failures[0])

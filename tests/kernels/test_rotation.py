@@ -84,7 +84,11 @@ def test_kernels_keep_their_budget_over_every_cache(cache: str) -> None:
 
 def test_the_interpreted_cuda_kernel_reads_rotated_and_mixed_caches() -> None:
     call = call_of(keys=70)
-    for cache, ran in (("q4_0+rotate=mainline", "fused"), ("q8_0/q4_0", "f16"), ("e4m3+scale=head", "f16")):
+    for cache, ran in (
+        ("q4_0+rotate=mainline", "fused"),
+        ("q8_0/q4_0", "f16"),
+        ("e4m3+scale=head", "fused,reader=wide"),
+    ):
         kernel = FlashKernel("flash", TileOptions(), cache=parse_cache(cache))
         result, budget = kernel.run(call), budget_of(kernel, call)
         assert float(budget_ratio(result.out.double() - budget.out, budget.bound).max()) <= 1

@@ -214,7 +214,7 @@ def _given_twice(command: TyperCommand, ctx: Any, args: list[str]) -> str | None
     except Exception:
         return None
     for option in ONCE:
-        if sum(option in param.opts for param in order) > 1:
+        if sum(option in param.opts and not param.multiple for param in order) > 1:
             return option
     return None
 

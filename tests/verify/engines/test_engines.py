@@ -240,10 +240,11 @@ def test_bad_input(tmp_path: Path, given: tuple[str, ...]) -> None:
         (("-ub", "0"), "--n-q 0: expected query tokens from 1"),
         (("--max-kld", "-1"), "--max-kld -1"),
         (("--args", "'"), "no closing quotation"),
-        (("-f", "none.txt"), "-f none.txt: no such file"),
         (("--work", str(plain / "x")), "cannot be written"),
     ):
         assert_refused(verify(*both, *given, *more), said)
+    without = [word for i, word in enumerate(given) if "-f" not in given[max(i - 1, 0) : i + 1]]
+    assert_refused(verify(*both, *without, "-f", "none.txt"), "-f none.txt: no such file")
     assert_refused(verify("engines", "--a", str(a)), "Missing option")
 
 

@@ -20,7 +20,7 @@ from support.cli import assert_refused, verify, verify_apart
 from support.ppl_runs import Tiny, write_tiny
 from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
-from verify.model.runner import Runner
+from verify.model.group import Group
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
 from verify.reports import writing
 
@@ -101,15 +101,15 @@ class CutOff:
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int = -1) -> None:
         self.layers: list[int] = []
-        plain = Runner._feed_forward
+        plain = Group.feed_forward
 
-        def feed_forward(runner: Runner, layer: int, *arguments: Any) -> Any:
+        def feed_forward(group: Group, layer: int, *arguments: Any) -> Any:
             self.layers.append(layer)
             if layer == at:
                 raise KeyboardInterrupt
-            return plain(runner, layer, *arguments)
+            return plain(group, layer, *arguments)
 
-        patch.setattr(Runner, "_feed_forward", feed_forward)
+        patch.setattr(Group, "feed_forward", feed_forward)
 
 
 @pytest.mark.parametrize("more", [(), ("--score-last", "9"), ("--measured-windows", "2", "--power")])

@@ -55,7 +55,7 @@ def test_a_run_is_not_continued_with_another_model(tiny: Tiny, tmp_path: Path) -
         (("--path", "sideways"), "--path sideways"),
         (("--chunks", "0"), "chunks"),
         (("--chunks", "many"), "'--chunks': Input should be a valid integer"),
-        (("--cache-type", "q9"), "--cache-type q9"),
+        (("--cache-type", "q9"), "--cache-type: cache 'q9'"),
         (("--memory", "lots"), "--memory lots"),
         (("--device", "tpu"), "--device tpu"),
         (("--margin", "0.5"), "--margin"),
