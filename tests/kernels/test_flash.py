@@ -92,13 +92,19 @@ def test_law(law: object) -> None:
     law(CPU)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
+# Reading every cache key by key takes the interpreter more than five minutes: the slow tests do it, and
+# tests/cuda in seconds.
+AT_ONCE = [law for law in LAWS.values() if law.name != "cache-read-back"]
+
+
+@pytest.mark.parametrize("law", AT_ONCE, ids=lambda law: law.name)
 def test_keeps_the_law(law: Law) -> None:
     # The first case is the simplest there is. Small ones have several tiles and parts too.
     keeps(law, examples=8, small=True)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("law", LAWS.values(), ids=lambda law: law.name)
 def test_keeps_the_law_in_more_cases(law: Law) -> None:
     keeps(law, examples=30)
