@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import mmap
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from worker import Refusal  # type: ignore[import-not-found]
+from worker import Refusal, module_beside  # type: ignore[import-not-found]
 
 Answer = Callable[[dict[str, Any], mmap.mmap], dict[str, Any]]
 
 
-def _beside(name: str) -> Any:
-    """A module that lies beside this file, loaded by its place: the user's own modules come first by name."""
-    spec = importlib.util.spec_from_file_location(f"verify_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-forms = _beside("forms")
+forms = module_beside("forms")
 
 
 def load(arguments: dict[str, Any]) -> tuple[dict[str, Any], Answer]:
