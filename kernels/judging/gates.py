@@ -65,7 +65,9 @@ def nmse(out: torch.Tensor, exact: torch.Tensor) -> float:
 def plain_attention(call: Call) -> torch.Tensor:
     """Attention as PyTorch's operators compute it in the input type, nothing wider: [B, T, Hq, Dv] float64.
 
-    Logits, softmax and result are each rounded to the type. Needs B * T * Hq * S numbers.
+    Queries times the scale, logits, softmax and result are each rounded to the type; the scale comes before
+    the product, as in FlashAttention's attention_ref and in PyTorch's math form (which gives each operand its
+    root): of float16, <q, k> itself may overflow. Needs B * T * Hq * S numbers.
     """
     shape, dtype = call.shape, call.q.dtype
     out = torch.zeros((*call.q.shape[:3], shape.v_size), dtype=torch.float64, device=call.q.device)
@@ -73,8 +75,9 @@ def plain_attention(call: Call) -> torch.Tensor:
     for sequence in sequences(call):
         rows, keys = len(sequence.q), len(sequence.k)
         positions = torch.arange(keys, device=call.q.device)
-        q = sequence.q.float().view(rows, shape.kv_heads, shape.ratio, -1).permute(1, 0, 2, 3)
-        s = torch.einsum("htrd,shd->htrs", q, sequence.k.float()).to(dtype) * call.scale
+        scaled = (sequence.q.float() * call.scale).to(dtype).float()
+        q = scaled.view(rows, shape.kv_heads, shape.ratio, -1).permute(1, 0, 2, 3)
+        s = torch.einsum("htrd,shd->htrs", q, sequence.k.float()).to(dtype)
         mask = sequence.mask_of(slice(None), slice(0, keys), heads, kv_heads=shape.kv_heads)
         s = finish_logits(s.float(), sequence.kv_len.long(), positions, call, mask).to(dtype).float()
         if call.sinks is not None:
