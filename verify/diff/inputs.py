@@ -216,16 +216,10 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
 
     edges: where the plans of the kernels cut, and tiles end.
     """
-    rows = [n_kv] * settings.rows
-    rows[1] = max(n_kv - 37, 1)
-    rows[3:4] = [max(n_kv // 9, 1)] * len(rows[3:4])
-    if settings.path == "prefill":
-        rows = [max(n_kv - t, 1) for t in reversed(range(settings.n_q or settings.rows))]
-    fewer = [n_kv // (b + 2) + 1 if b % 2 else 0 for b in range(settings.sequences)]
     return InputSizes(
-        n_kv=tuple(rows),
+        n_kv=_rows(settings, n_kv),
         batch=settings.sequences,
-        fewer=tuple(fewer),
+        fewer=_fewer(settings, n_kv),
         heads=shape.heads,
         sliding_window=shape.sliding_window,
         sinks=shape.sinks,
@@ -234,6 +228,33 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
         path=settings.path,
         v_in_k=shape.v_in_k,
     )
+
+
+def _rows(settings: DiffSettings, n_kv: int) -> tuple[int, ...]:
+    """Visible keys of each row of a cell's call."""
+    if settings.path == "prefill":
+        return tuple(max(n_kv - t, 1) for t in reversed(range(settings.n_q or settings.rows)))
+    rows = [n_kv] * settings.rows
+    rows[1] = max(n_kv - 37, 1)
+    rows[3:4] = [max(n_kv // 9, 1)] * len(rows[3:4])
+    return tuple(rows)
+
+
+def _fewer(settings: DiffSettings, n_kv: int) -> tuple[int, ...]:
+    """Keys by which each sequence's rows are shorter."""
+    return tuple(n_kv // (b + 2) + 1 if b % 2 else 0 for b in range(settings.sequences))
+
+
+def lengths_to_read(settings: DiffSettings) -> tuple[int, ...]:
+    """Visible keys to read a kernel at, so that something is known of every row that is drawn: the cells'
+    lengths, and that of the shortest row."""
+    shortest = min(
+        max(n - less, 1)
+        for n_kv in settings.n_kvs
+        for n in _rows(settings, n_kv)
+        for less in _fewer(settings, n_kv)
+    )
+    return shortest, *settings.n_kvs
 
 
 def _edges(specs: Sequence[str], shape: ModelShape, n_kv: int, path: AttentionPath) -> tuple[int, ...]:

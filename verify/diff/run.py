@@ -20,7 +20,7 @@ from verify.diff.cells import (
     say_what_is_hidden,
 )
 from verify.diff.examining import CellInputs, KernelEvidence, examine
-from verify.diff.inputs import DiffSettings, first_call
+from verify.diff.inputs import DiffSettings, first_call, lengths_to_read
 from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
 from verify.identify.learning import learn
@@ -166,7 +166,7 @@ def _learn(settings: DiffSettings, kernel: Kernel, device: torch.device, clock: 
         return learn(
             kernel,
             list(dict.fromkeys(shape.heads for shape in shapes)),
-            settings.n_kvs,
+            lengths_to_read(settings),
             path=settings.path,
             dtype=FLOAT_TYPES[settings.dtype].dtype,
             device=str(device),
