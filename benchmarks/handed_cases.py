@@ -3,9 +3,10 @@
     python benchmarks/handed_cases.py FOLDER [--only NAME,...] [--workers N] [--again] [--out FILE.json]
 
 FOLDER holds files of kernels as others hand them over: `judged_wrongly.py`, `public_reports.py` and
-`merge_only.py`; `handed_cases.json` beside this script says of each function how it is asked, and which verdicts
-are true of it. What is no longer there, or stands in no list, is an error. Each run is a process of its own, and
-is written down as it ends; what the file holds is not run again. Exit 1 where a verdict is not due.
+`merge_only.py`; `handed_cases.json` beside this script says of each function how it is asked, and which
+verdicts are true of it. What is no longer there, or stands in no list, is an error. Each run is a process of
+its own, and is written down as it ends; what the file holds is not run again. Exit 1 where a verdict is not
+due.
 """
 
 from __future__ import annotations
@@ -93,9 +94,7 @@ def run(case: HandedCase, folder: Path, settings: dict[str, list[str]]) -> dict[
     """One run: its verdict, why, and whether that is due."""
     command, *options = settings[case.asked]
     named = f"{folder / case.file}::{case.function}{case.stated}"
-    spec = named if named.startswith("merge:") else f"py:{named}"
-    if case.file.startswith("merge"):
-        spec = f"merge:{named}"
+    spec = f"merge:{named}" if case.file.startswith("merge") else f"py:{named}"
     argv = [command, *options, "--device", "cpu", "--json"]
     argv += [spec] if command == "props" else ["--candidate", spec]
     started = time.perf_counter()

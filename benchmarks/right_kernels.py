@@ -1,12 +1,14 @@
 """Right kernels through `verify ppl`, `diff`, `props` and `gen`: what is said of each; none is broken.
 
     python benchmarks/right_kernels.py [--device cpu|cuda] [--only NAME,...] [--commands ppl,diff,props,gen]
-        [--ggml NAME=LIBRARY ...] [--workers N] [--again] [--out benchmarks/results/right-kernels.json]
-        [--page docs/right-kernels.md]
+        [--ggml NAME=LIBRARY ...] [--workers N] [--together N] [--again]
+        [--out benchmarks/results/right-kernels.json] [--page docs/right-kernels.md]
 
 Every run is a process of its own, written down as soon as it ends; what is there from the same device is
-not run again (`--again` does). `--page` alone writes the page from the file. A run that is `broken` or ends
-without a verdict makes the exit code 1, but where the table says for what limit it truly is.
+not run again (`--again` does). `--together N` asks N kernels of one baseline in one run, which shares what
+does not depend on them. The rows that `diff` judged by lie beside the file (`-strata.npz`), and are judged
+again by the rules of the day in the fast tests. `--page` alone writes the page from the file. A run that is
+`broken` or ends without a verdict makes the exit code 1, but where the table says for what limit it truly is.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from commit import commit
 from pages import between_marks
+
+from verify.diff.stored_strata import STRATA, StoredPair, packed, unpacked
 
 ROOT = Path(__file__).parents[1]
 OWN = "tests/support/right_kernels.py"
@@ -33,6 +38,13 @@ OPTIONS = {
     "diff": ["--shape", "smollm2", "--n-kv", "512,2048"],
     "props": ["--examples", "10", "--seed", "1"],
     "gen": ["-p", "The history of the city begins with", "-n", "16"],
+}
+# On a CPU what still decides.
+ON_CPU = {
+    **OPTIONS,
+    "ppl": ["-c", "128", "--chunks", "2"],
+    "diff": ["--shape", "4/2x64", "--n-kv", "300,1101"],
+    "gen": ["-p", "The history of the city begins with", "-n", "12"],
 }
 
 
@@ -107,49 +119,80 @@ KERNELS = (
 )
 
 
-def run(command: str, kernel: RightKernel, device: str, file: str | None) -> dict[str, Any]:
-    """One command on one kernel: its verdict, reasons and exit code."""
-    argv = [command, *OPTIONS[command], "--device", device, "--json"]
+def run(
+    command: str, kernels: Sequence[RightKernel], device: str, file: str | None
+) -> tuple[list[dict[str, Any]], list[tuple[str, StoredPair]]]:
+    """One command on some kernels of one baseline, `props` on one: the verdict, reasons and exit code of
+    each, and the rows that a diff judged by."""
+    argv = [command, *(ON_CPU if device == "cpu" else OPTIONS)[command], "--device", device, "--json"]
     argv += ["-f", file] if file and command == "ppl" else []
-    compared = ["--baseline", kernel.baseline, "--candidate", kernel.spec]
-    argv += [kernel.spec] if command == "props" else compared
+    specs = [kernel.spec for kernel in kernels]
+    candidates = [word for spec in specs for word in ("--candidate", spec)]
+    argv += specs if command == "props" else ["--baseline", kernels[0].baseline, *candidates]
     started = time.perf_counter()
+    stored: list[tuple[str, StoredPair]] = []
     with tempfile.TemporaryDirectory() as folder:
-        more = [] if command == "props" else ["--out", str(Path(folder) / "run")]
+        out = Path(folder) / "run"
         done = subprocess.run(
-            [sys.executable, "-m", "verify", *argv, *more],
+            [sys.executable, "-m", "verify", *argv, *([] if command == "props" else ["--out", str(out)])],
             capture_output=True,
             text=True,
             cwd=ROOT,
             check=False,
         )
-    row = {
-        "name": kernel.name,
+        if (out / STRATA).is_file():
+            names = {kernel.spec: f"{kernel.name} {device}" for kernel in kernels}
+            stored = [(names[spec], pair) for spec, pair in unpacked(out / STRATA)]
+    base = {
         "command": command,
         "device": device,
-        "spec": kernel.spec,
         "argv": [Path(word).name if word.startswith("/") else word for word in argv],
         "exit_code": done.returncode,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round((time.perf_counter() - started) / len(kernels), 1),
         "commit": commit(),
     }
     try:
         report = json.loads(done.stdout)
     except ValueError:
         last = done.stderr.strip().splitlines()
-        return row | {"verdict": "refused" if done.returncode == 2 else "none", "reasons": last[-1:]}
+        verdict = "refused" if done.returncode == 2 else "none"
+        said = {"verdict": verdict, "reasons": last[-1:]}
+        return [{"name": k.name, "spec": k.spec, **base, **said} for k in kernels], []
     if command == "props":
+        (kernel,) = kernels
         broken = [law for law in report["laws"] if law["state"] == "broken"]
         holds = sum(law["state"] == "holds" for law in report["laws"])
         reasons = [f"{law['name']}: {law['reason']}" for law in broken] or [f"{holds} laws hold"]
-        return row | {"verdict": "broken" if broken else "holds", "reasons": reasons}
-    ratios = [pair.get("distance_ratio") for pair in report.get("pairs", [])]
-    return row | {
-        "verdict": report["verdict"],
-        "reasons": report["reasons"],
-        "distance_ratio": ratios,
-        "environment": report.get("environment", {}).get("packages"),
-    }
+        verdict = "broken" if broken else "holds"
+        return [
+            {"name": kernel.name, "spec": kernel.spec, **base, "verdict": verdict, "reasons": reasons}
+        ], []
+    environment = report.get("environment", {})
+    return [
+        {
+            "name": kernel.name,
+            "spec": kernel.spec,
+            **base,
+            "verdict": pair["verdict"],
+            "reasons": pair["reasons"],
+            "distance_ratio": pair.get("distance_ratio"),
+            "environment": {"torch": environment.get("torch"), "packages": environment.get("packages")},
+        }
+        for kernel, pair in zip(kernels, report["pairs"], strict=True)
+    ], stored
+
+
+def together(kernels: Sequence[RightKernel], most: int) -> list[list[RightKernel]]:
+    """Runs of at most so many kernels, each of one baseline."""
+    of_baseline: dict[str, list[RightKernel]] = {}
+    for kernel in kernels:
+        of_baseline.setdefault(kernel.baseline, []).append(kernel)
+    return [some[i : i + most] for some in of_baseline.values() for i in range(0, len(some), most)]
+
+
+def strata_file(results: Path) -> Path:
+    """Where the rows that diffs judged by lie, beside the results."""
+    return results.with_name(f"{results.stem}-strata.npz")
 
 
 def false_alarm(row: dict[str, Any], limits: dict[str, str]) -> bool:
@@ -186,6 +229,7 @@ def main() -> int:
     parser.add_argument("-f", "--file")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--together", type=int, default=1, help="kernels a run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/right-kernels.json")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
@@ -196,23 +240,30 @@ def main() -> int:
         wanted = [k for k in (*KERNELS, *built) if not arguments.only or k.name in arguments.only.split(",")]
         there = {(row["name"], row["command"], row["device"]) for row in rows}
         due = [
-            (command, kernel)
-            for kernel in wanted
+            (command, some)
             for command in arguments.commands.split(",")
-            if arguments.again or (kernel.name, command, arguments.device) not in there
+            for some in together(
+                [k for k in wanted if arguments.again or (k.name, command, arguments.device) not in there],
+                1 if command == "props" else arguments.together,
+            )
         ]
+        strata = strata_file(arguments.out)
+        pairs = dict(unpacked(strata)) if strata.is_file() else {}
         with ThreadPoolExecutor(arguments.workers) as pool:
-            running = [pool.submit(run, c, k, arguments.device, arguments.file) for c, k in due]
+            running = [pool.submit(run, c, some, arguments.device, arguments.file) for c, some in due]
             for done in as_completed(running):
-                row = done.result()
-                key = (row["name"], row["command"], row["device"])
-                kept = [r for r in rows if (r["name"], r["command"], r["device"]) != key]
-                rows = sorted([*kept, row], key=lambda r: (r["device"], r["name"], r["command"]))
-                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-                reason = row["reasons"][0][:160] if row["reasons"] else ""
-                print(
-                    f"{key[0]:26} {key[1]:6} {row['verdict']:13} {row['seconds']:6.1f} s", reason, flush=True
-                )
+                found, stored = done.result()
+                if stored:
+                    pairs |= dict(stored)
+                    strata.write_bytes(packed(sorted(pairs.items()), digits=10))
+                for row in found:
+                    key = (row["name"], row["command"], row["device"])
+                    kept = [r for r in rows if (r["name"], r["command"], r["device"]) != key]
+                    rows = sorted([*kept, row], key=lambda r: (r["device"], r["name"], r["command"]))
+                    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+                    reason = row["reasons"][0][:160] if row["reasons"] else ""
+                    said = f"{key[0]:26} {key[1]:6} {row['verdict']:13} {row['seconds']:6.1f} s"
+                    print(said, reason, flush=True)
     else:
         tables = [f"## On {d}\n\n{table(rows, d)}" for d in sorted({row["device"] for row in rows})]
         arguments.page.write_text(between_marks(arguments.page.read_text(), "\n\n".join(tables)))

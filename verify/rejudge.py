@@ -1,7 +1,8 @@
 """A finished run judged by today's rules, from what its folder holds: what each pair was called, and is.
 
-Nothing is computed again but statistics: the tokens' divergences and nll, and the errors by layer and head.
-What only the running kernels could show (that it failed, that it was unsteady) stays as the run says.
+Nothing is computed again but statistics: the tokens' divergences and nll, the errors by layer and head, and
+of a diff those by row and head. What only the running kernels could show (that it failed, that it was
+unsteady) stays as the run says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from verify.arms.alone import ONE_TOKEN, alone_name
 from verify.arms.kernel_errors import faults_in_place
+from verify.diff.stored_strata import StoredPair
 from verify.gen.record import GenPairRecord, GenRun
 from verify.judge.statistics import DistanceRatio
 from verify.judge.verdict import GRAVITY, Decision, PairEvidence, Verdict, bounds_in_words, decide, overall
@@ -147,6 +149,11 @@ def rejudge_gen(run: GenRun) -> list[Rejudged]:
         return Rejudged(candidate.spec, pair.verdict, pair.reasons, now)
 
     return [again(pair) for pair in run.pairs]
+
+
+def rejudge_diff(stored: Sequence[StoredPair]) -> list[Rejudged]:
+    """Every candidate of a run of `verify diff`, from the rows that it kept."""
+    return [Rejudged(pair.spec, pair.verdict, pair.reasons, pair.judge()) for pair in stored]
 
 
 def verdict_of(pairs: Sequence[Rejudged]) -> Verdict:

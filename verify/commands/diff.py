@@ -77,6 +77,7 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs, families_of
     from verify.diff.run import run_diff
+    from verify.diff.stored_strata import STRATA, packed
     from verify.kernels.call import RUN_PATHS
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.stages import StageClock
@@ -125,6 +126,8 @@ def command(
     inputs_ = _shown(all_inputs(settings, chosen, clock), count_inputs(settings))
     outcome = run_diff(settings, chosen, inputs_, clock)
     folder.write_json("run.json", outcome.run)
+    stored = [(one.spec, kept) for one in outcome.candidates if (kept := one.stored()) is not None]
+    folder.write_bytes(STRATA, packed(stored))
     folder.write_text("report.md", diff_markdown(outcome))
     folder.write_text("report.html", diff_html(outcome))
     print_outcome(outcome, screen)

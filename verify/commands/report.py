@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from verify.judge.run_verdict import VOID
-from verify.judge.verdict import EXIT_CODES
+from verify.judge.verdict import EXIT_CODES, Decision, overall
 from verify.kernels.said import visible
 from verify.machine.errors import UsageError
+from verify.machine.files import is_plain_file
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
 from verify.reports.comparison import comparison_html, comparison_markdown
 from verify.reports.record import StoredPpl, load_run
 from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, write_reports
+
+if TYPE_CHECKING:
+    from verify.rejudge import Rejudged
 
 
 def command(
@@ -59,10 +63,17 @@ def command(
 
 def _rejudge(runs: list[Path], out: Path | None) -> int:
     """The folder stays as it is: what it would say today is printed."""
-    from verify.rejudge import rejudge_gen, rejudge_ppl, rules_in_words, verdict_of
+    from verify.diff.stored_strata import STRATA, unpacked
+    from verify.rejudge import rejudge_diff, rejudge_gen, rejudge_ppl
 
     if len(runs) != 1 or out is not None:
         raise UsageError("--rejudge: expected one run, and no --out: it prints what the run is called today")
+    if is_plain_file(runs[0] / STRATA):
+        kept = [pair for _, pair in unpacked(runs[0] / STRATA)]
+        if not kept:
+            raise UsageError(f"{runs[0]}: the run compared nothing, there is nothing to judge again")
+        margin = kept[0].evidence.margin
+        return _say(margin, rejudge_diff(kept), overall([Decision(p.verdict, []) for p in kept]))
     stored = load_run(runs[0])
     if stored.run.verdict == VOID:
         raise UsageError(f"{runs[0]}: the run is void, there is nothing to judge again")
@@ -70,10 +81,16 @@ def _rejudge(runs: list[Path], out: Path | None) -> int:
         pairs = rejudge_ppl(stored.run, stored.tokens, stored.layers, stored.alone)
     else:
         pairs = rejudge_gen(stored.run)
+    return _say(float(stored.run.settings.get("margin", 1.25)), pairs, stored.run.verdict)
+
+
+def _say(margin: float, pairs: list[Rejudged], was: str) -> int:
+    from verify.rejudge import rules_in_words, verdict_of
+
     verdict = verdict_of(pairs)
-    print(rules_in_words(float(stored.run.settings.get("margin", 1.25))))
+    print(rules_in_words(margin))
     for pair in pairs:
         print(pair)
     changed = sum(pair.changed for pair in pairs)
-    print(f"verdict: {verdict}; it was {stored.run.verdict}; {changed} of {len(pairs)} pairs changed")
+    print(f"verdict: {verdict}; it was {was}; {changed} of {len(pairs)} pairs changed")
     return EXIT_CODES[verdict]

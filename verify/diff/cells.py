@@ -16,7 +16,7 @@ import torch
 from verify.arms.alone import ONE_TOKEN, broken_promise
 from verify.diff.examining import CellInputs, KernelEvidence
 from verify.judge.strata import Judgement, Stratum, judge_strata
-from verify.judge.verdict import Decision, PairEvidence, decide
+from verify.judge.verdict import PairEvidence
 from verify.kernels.bits import same_bits
 from verify.kernels.judging.contract import hidden_sentence
 from verify.kernels.judging.detectors import SUSPICIONS
@@ -174,21 +174,23 @@ def _stratum_of(
 
 def judge_cells(cells: Sequence[Cell], margin: float) -> Judgement:
     """The strata of one candidate's cells in which another plan ran: draws of a kind of input are one."""
-    kinds: dict[tuple[str, int, str], list[Stratum]] = {}
-    for cell in cells:
-        if cell.stratum is not None and cell.covered and len(cell.stratum.candidate):
-            s = cell.stratum
-            kinds.setdefault((s.shape, s.n_kv, s.family), []).append(s)
-    return judge_strata([joined(of_kind) for of_kind in kinds.values()], margin)
+    return judge_strata(strata_of(cells), margin)
 
 
 def judge_alone(cells: Sequence[Cell], margin: float) -> Judgement | None:
     """The strata of single tokens of one candidate's cells; None where none were asked."""
+    strata = strata_of(cells, alone=True)
+    return judge_strata(strata, margin) if strata else None
+
+
+def strata_of(cells: Sequence[Cell], *, alone: bool = False) -> list[Stratum]:
+    """A stratum a kind of input, over its draws; `alone`: those of single tokens."""
     kinds: dict[tuple[str, int, str], list[Stratum]] = {}
     for cell in cells:
-        if (s := cell.stratum_alone) is not None and cell.covered and len(s.candidate):
+        s = cell.stratum_alone if alone else cell.stratum
+        if s is not None and cell.covered and len(s.candidate):
             kinds.setdefault((s.shape, s.n_kv, s.family), []).append(s)
-    return judge_strata([joined(of_kind) for of_kind in kinds.values()], margin) if kinds else None
+    return [joined(of_kind) for of_kind in kinds.values()]
 
 
 def joined(draws: Sequence[Stratum]) -> Stratum:
@@ -200,7 +202,7 @@ def joined(draws: Sequence[Stratum]) -> Stratum:
     return replace(draws[0], **arrays)
 
 
-def decide_cells(
+def evidence_of(
     cells: Sequence[Cell],
     judgement: Judgement,
     *,
@@ -208,8 +210,8 @@ def decide_cells(
     allow_same: bool,
     narrowed_by: str,
     alone: Judgement | None = None,
-) -> Decision:
-    """The verdict on one candidate over some cells, whose strata, and those of single tokens, are judged
+) -> PairEvidence:
+    """What decides about one candidate over some cells, whose strata, and those of single tokens, are judged
     among all.
 
     Cells in which the plan did not differ, and probes, count only where they are broken.
@@ -223,23 +225,21 @@ def decide_cells(
     if any(refused):
         not_compared = f"candidate takes no call of one query token (T = 1): {next(filter(None, refused))}"
     calls = sum(c.candidate.alone.calls for c in compared if c.candidate.alone is not None)
-    return decide(
-        PairEvidence(
-            faults=[fault for _, fault in faults[:1]],
-            same_spec=all(c.same_spec for c in cells),
-            coverage=len(covered) / max(len(compared), 1),
-            bitwise_equal=bool(compared) and all(c.bitwise_equal for c in covered or compared),
-            not_compared=not_compared,
-            distance=None,
-            margin=margin,
-            unit="cells",
-            reference="baseline",
-            narrowed_by=narrowed_by,
-            allow_same=allow_same,
-            strata=judgement,
-            alone=alone,
-            ran=f", {calls} rows of them as one query token a call" if calls else "",
-        )
+    return PairEvidence(
+        faults=[fault for _, fault in faults[:1]],
+        same_spec=all(c.same_spec for c in cells),
+        coverage=len(covered) / max(len(compared), 1),
+        bitwise_equal=bool(compared) and all(c.bitwise_equal for c in covered or compared),
+        not_compared=not_compared,
+        distance=None,
+        margin=margin,
+        unit="cells",
+        reference="baseline",
+        narrowed_by=narrowed_by,
+        allow_same=allow_same,
+        strata=judgement,
+        alone=alone,
+        ran=f", {calls} rows of them as one query token a call" if calls else "",
     )
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from verify.arms.alone import TimeShare
-from verify.diff.cells import Cell, alone_family, decide_cells, suspicions
+from verify.diff.cells import Cell, alone_family, evidence_of, strata_of, suspicions
 from verify.diff.inputs import DEFAULT_ROWS, DiffSettings
+from verify.diff.stored_strata import StoredPair
 from verify.judge.strata import Judgement, StratumResult
-from verify.judge.verdict import EXIT_CODES, Decision, Verdict
+from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, Verdict, decide
 from verify.kernels.trace import LaunchTrace
 from verify.machine import environment
 from verify.machine.command_line import command_line
@@ -41,6 +42,15 @@ class CandidateResult:
     strata: Judgement  # what the kinds of input say
     trace: LaunchTrace  # what it launched
     alone: Judgement | None = None  # of single tokens; None: it was asked none
+    evidence: PairEvidence | None = None  # what decided, None where it takes none of the inputs
+
+    def stored(self) -> StoredPair | None:
+        """What can be judged again; None where nothing was compared."""
+        if self.evidence is None:
+            return None
+        alone = strata_of(self.cells, alone=True) if self.alone is not None else None
+        strata = strata_of(self.cells)
+        return StoredPair(self.spec, self.verdict, self.reasons, self.evidence, strata, alone)
 
     @property
     def worst(self) -> Cell | None:
@@ -210,9 +220,10 @@ def _cell_json(settings: DiffSettings, result: CandidateResult, cell: Cell) -> d
     if result.alone is not None:
         mine = [s for s in result.alone.strata if _is_of(cell, s, alone_family(i.family))]
         alone = Judgement(mine, "equal", settings.margin).only(i.shape, i.n_kv)
-    decision = decide_cells(
+    evidence = evidence_of(
         [cell], own, margin=settings.margin, allow_same=settings.allow_same, narrowed_by="", alone=alone
     )
+    decision = decide(evidence)
     return {
         "spec": cell.candidate.spec,
         "shape": i.shape,

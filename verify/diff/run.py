@@ -13,7 +13,7 @@ from verify.arms.result_type import matched, shows_its_type
 from verify.diff.cells import (
     Cell,
     compare,
-    decide_cells,
+    evidence_of,
     faults_of,
     judge_alone,
     judge_cells,
@@ -25,7 +25,7 @@ from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
 from verify.identify.learning import learn
 from verify.judge.strata import Judgement
-from verify.judge.verdict import EXIT_CODES, Decision, overall
+from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
 from verify.kernels.judging.probes import why_not_one_hot
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
@@ -217,8 +217,8 @@ def _judge(
             trace=trace,
         )
 
-    def decided(some: Sequence[Cell], of_these: Judgement, of_single: Judgement | None) -> Decision:
-        return decide_cells(
+    def found(some: Sequence[Cell], of_these: Judgement, of_single: Judgement | None) -> PairEvidence:
+        return evidence_of(
             some,
             of_these,
             margin=settings.margin,
@@ -231,8 +231,9 @@ def _judge(
     for of_line in _by_line(cells):
         of = of_line[0].inputs.shape, of_line[0].inputs.n_kv
         own, single = strata.only(*of), alone.only(*of) if alone is not None else None
-        lines.append(LengthLine(of_line, decided(of_line, own, single), own))
-    decision = decided(cells, strata, alone)
+        lines.append(LengthLine(of_line, decide(found(of_line, own, single)), own))
+    evidence = found(cells, strata, alone)
+    decision = decide(evidence)
     reasons = list(decision.reasons)
     if decision.verdict == "broken":
         reasons.append(_where([c for c in cells if c.faults], cells))
@@ -246,6 +247,7 @@ def _judge(
         strata=strata,
         alone=alone,
         trace=trace,
+        evidence=evidence,
     )
 
 

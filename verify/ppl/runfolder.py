@@ -279,8 +279,12 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """The file is there whole, or not at all. Halves of surrogate pairs are written out."""
+        self.write_bytes(name, text.encode("utf-8", "backslashreplace"))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """The file is there whole, or not at all."""
         with self._writing():
-            write_whole(self.path / name, text.encode("utf-8", "backslashreplace"))
+            write_whole(self.path / name, content)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_text(name, to_json_text(content))

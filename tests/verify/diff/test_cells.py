@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from verify.diff.cells import Cell, compare, decide_cells, faults_of, judge_cells
+from verify.diff.cells import Cell, compare, evidence_of, faults_of, judge_cells
 from verify.diff.examining import CellInputs, KernelEvidence, by_cache
-from verify.judge.verdict import Decision
+from verify.judge.verdict import Decision, decide
 from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.detectors import Finding, measure
@@ -36,7 +36,8 @@ def cell(
 
 def decided(*cells: Cell) -> Decision:
     judgement = judge_cells(cells, 1.25)
-    return decide_cells(cells, judgement, margin=1.25, allow_same=False, narrowed_by="more draws narrow it")
+    found = evidence_of(cells, judgement, margin=1.25, allow_same=False, narrowed_by="more draws narrow it")
+    return decide(found)
 
 
 def test_a_failure_hides_what_else_was_found() -> None:
