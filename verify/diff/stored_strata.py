@@ -79,7 +79,8 @@ def packed(pairs: Sequence[tuple[str, StoredPair]], *, digits: int = 24) -> byte
     records = []
     for name, pair in pairs:
         evidence = {key: getattr(pair.evidence, key) for key in _EVIDENCE}
-        record = {"name": name, "spec": pair.spec, "verdict": pair.verdict, "reasons": list(pair.reasons)}
+        record: dict[str, Any] = {"name": name, "spec": pair.spec, "verdict": pair.verdict}
+        record |= {"reasons": list(pair.reasons)}
         record |= {"evidence": {**evidence, "faults": list(pair.evidence.faults)}}
         record |= {"strata": [kept(s) for s in pair.strata]}
         record |= {"alone": None if pair.alone is None else [kept(s) for s in pair.alone]}
