@@ -18,13 +18,16 @@ from verify.checkout import find_floors
 if TYPE_CHECKING:
     from verify import families, laws
     from verify.at_hand import ExactAttention, assert_attention, budget, exact_attention, merge
+    from verify.call_options import CallOptions
     from verify.check import AttentionMismatch, Report, WorstCase, check_attention
     from verify.families import DrawnInputs
+    from verify.identify.tolerance import FamilyTolerance, Tolerances
     from verify.kernels.budget.arithmetic import Arithmetic
     from verify.kernels.budget.bound import Budget
     from verify.kernels.errors import SpecError
     from verify.machine.errors import UsageError
     from verify.reference import reference_logits
+    from verify.tolerances import tolerance
 
 __version__ = "0.1.0"
 # Of what is public: one more when a name or a parameter goes or changes its meaning; new ones only add to it.
@@ -34,10 +37,13 @@ __all__ = [
     "Arithmetic",
     "AttentionMismatch",
     "Budget",
+    "CallOptions",
     "DrawnInputs",
     "ExactAttention",
+    "FamilyTolerance",
     "Report",
     "SpecError",
+    "Tolerances",
     "UsageError",
     "WorstCase",
     "__version__",
@@ -49,16 +55,20 @@ __all__ = [
     "laws",
     "merge",
     "reference_logits",
+    "tolerance",
 ]
 # Where each of them is.
 _PLACES = {
     "Arithmetic": "verify.kernels.budget.arithmetic",
     "AttentionMismatch": "verify.check",
     "Budget": "verify.kernels.budget.bound",
+    "CallOptions": "verify.call_options",
     "DrawnInputs": "verify.families",
     "ExactAttention": "verify.at_hand",
+    "FamilyTolerance": "verify.identify.tolerance",
     "Report": "verify.check",
     "SpecError": "verify.kernels.errors",
+    "Tolerances": "verify.identify.tolerance",
     "UsageError": "verify.machine.errors",
     "WorstCase": "verify.check",
     "assert_attention": "verify.at_hand",
@@ -67,6 +77,7 @@ _PLACES = {
     "exact_attention": "verify.at_hand",
     "merge": "verify.at_hand",
     "reference_logits": "verify.reference",
+    "tolerance": "verify.tolerances",
 }
 # Modules that are public as they are.
 _MODULES = ("families", "laws")

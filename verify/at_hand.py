@@ -4,21 +4,22 @@
     verify.assert_attention(q, k, v, out, causal=True)
 
 Shapes are those of the layout: bshd is q [B, T, Hq, Dk], k [B, S, Hkv, Dk], v [B, S, Hkv, Dv]; bhsd has heads
-before rows; thd, [T, H, D], is one sequence.
+before rows; thd, [T, H, D], is one sequence, or with `cu_seqlens` several after one another.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
 
-from verify.check import AttentionMismatch, Layout
+from verify.call_options import CallOptions, back, call_of, canonical
+from verify.check import AttentionMismatch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget
-from verify.kernels.call import AttentionOutput, Call, checked_call
+from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention as exact_of
 from verify.kernels.judging.blame import key_to_blame, smallest_weight
 from verify.kernels.judging.detectors import SUSPICIONS, Measures, findings, measure
@@ -41,24 +42,21 @@ def exact_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    kv_len: torch.Tensor | Sequence[int] | int | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    layout: Layout = "bshd",
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
+    **options: Unpack[CallOptions],
 ) -> ExactAttention:
     """softmax(scale * q k^T) v in float64: the oracle.
 
     q, k, v: float16, bfloat16, float32 or float64, of one device; query heads a multiple of KV heads; in the
-        order of layout: "bshd" [B, T, H, D], "bhsd" [B, H, T, D], or "thd" [T, H, D], one sequence.
+        order of layout: "bshd" [B, T, H, D], "bhsd" [B, H, T, D], or "thd" [T, H, D].
     kv_len: keys that each row sees, [B, T], or [B], or one number; default all keys, or with `causal` a
         triangle whose last row sees the last key. scale: default Dk^-1/2.
     sliding_window: a row sees its newest keys alone, so many. softcap: c tanh(s / c) of every logit.
     sinks: [Hq], a logit a head with no value. alibi_slopes: [Hq], slope * (key - newest key) is added.
+    mask: [B or 1, Hq or 1, T, S], True where a key is seen, or numbers that are added to logits.
+    keys: [B, T, K] int32, the row sees these keys alone, -1 is none.
+    block_table: [B, pages] int32; k and v are pages [P, page, H, D] (bhsd [P, H, page, D]), kv_len is needed.
+    cu_seqlens: [B + 1] int32 with layout thd, where sequences begin in q [sum T, Hq, Dk]; k and v are
+        [B, S, H, D], pages, or with cu_seqlens_k, [B + 1] int32, [sum S, H, D].
 
     Raises UsageError where shapes, lengths or options do not fit.
 
@@ -68,13 +66,10 @@ def exact_attention(
     >>> out.shape, out.dtype, round(float(lse[0, 0, 0]), 4)
     (torch.Size([1, 1, 2, 4]), torch.float64, 1.0986)
     """
-    call = _call(
-        q, k, v, kv_len=kv_len, causal=causal, scale=scale, layout=layout, sliding_window=sliding_window,
-        softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
-    )  # fmt: skip
+    call, layout = call_of(q, k, v, options), options.get("layout", "bshd")
     with torch.no_grad():
         found = exact_of(call)
-    return ExactAttention(_back(found.out, layout), _back(found.lse, layout))
+    return ExactAttention(back(found.out, layout), back(found.lse, layout))
 
 
 def budget(
@@ -84,14 +79,7 @@ def budget(
     *,
     arithmetic: str | Arithmetic | None = None,
     out_dtype: torch.dtype = torch.float32,
-    kv_len: torch.Tensor | Sequence[int] | int | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    layout: Layout = "bshd",
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
+    **options: Unpack[CallOptions],
 ) -> Budget:
     """What a right kernel may err by, element by element: `bound`, and what it usually errs by: `expected`.
 
@@ -108,13 +96,10 @@ def budget(
     >>> bool((b.bound > b.expected).all()), bool((b.bound < 0.02).all())
     (True, True)
     """
-    call = _call(
-        q, k, v, kv_len=kv_len, causal=causal, scale=scale, layout=layout, sliding_window=sliding_window,
-        softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
-    )  # fmt: skip
+    call, layout = call_of(q, k, v, options), options.get("layout", "bshd")
     with torch.no_grad():
         found = error_budget(call, arithmetic_for(stated_arithmetic(arithmetic), q.dtype, out_dtype))
-    return Budget(**{name: _back(x, layout) for name, x in found._asdict().items()})
+    return Budget(**{name: back(x, layout) for name, x in found._asdict().items()})
 
 
 def merge(
@@ -159,23 +144,16 @@ def assert_attention(
     out: torch.Tensor,
     *,
     lse: torch.Tensor | None = None,
-    kv_len: torch.Tensor | Sequence[int] | int | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    layout: Layout = "bshd",
     arithmetic: str | Arithmetic | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
     distinct: bool = True,
+    **options: Unpack[CallOptions],
 ) -> str:
     """Passes if out is attention of q, k, v within the rounding that its arithmetic allows.
 
-    out: [B, T, Hq, Dv] in the order of `layout`, any float type; lse: [B, T, Hq] ([B, Hq, T] in bhsd),
-    natural logarithm. arithmetic: "f32" or "f16" sums, options, or an `Arithmetic`; default: float32 sums,
-    all else as loose as can be. distinct: logits of a row differ; False for inputs that repeat keys, whose
-    roundings add up. The rest as of `exact_attention`.
+    out: [B, T, Hq, Dv] in the order of `layout`, any float type; lse: [B, T, Hq] ([B, Hq, T] in bhsd, [T, Hq]
+    in thd), natural logarithm. arithmetic: "f32" or "f16" sums, options, or an `Arithmetic`; default: float32
+    sums, all else as loose as can be. distinct: logits of a row differ; False for inputs that repeat keys,
+    whose roundings add up. The rest as of `exact_attention`.
 
     Returns one sentence: what it saw, and the smallest fault that it would still have seen. Raises
     AttentionMismatch (an AssertionError) that names row, head, element, key, and the ratio to the budget;
@@ -191,17 +169,14 @@ def assert_attention(
     Traceback (most recent call last):
     verify.check.AttentionMismatch: ...as if key 32 were not seen...
     """
-    call = _call(
-        q, k, v, kv_len=kv_len, causal=causal, scale=scale, layout=layout, sliding_window=sliding_window,
-        softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
-    )  # fmt: skip
+    call, layout = call_of(q, k, v, options), options.get("layout", "bshd")
     stated = stated_arithmetic(arithmetic)
     arithmetic_ = arithmetic_for(stated, q.dtype, out.dtype)
-    given, its = _given(out, layout), None if lse is None else _given(lse, layout)
+    given, its = canonical(out, layout), None if lse is None else canonical(lse, layout)
     expected = (*call.q.shape[:3], call.shape.v_size)
     for name, x, shape in (("out", given, expected), ("lse", its, expected[:3])):
         if x is not None and tuple(x.shape) != shape:
-            wanted = list(_back(torch.empty(shape, device="meta"), layout).shape)
+            wanted = list(back(torch.empty(shape, device="meta"), layout).shape)
             raise UsageError(f"{name}: expected shape {wanted} (layout={layout}), got {list(x.shape)}")
         if x is not None and x.device != call.q.device:
             raise UsageError(f"{name}: on {x.device}, q is on {call.q.device}")
@@ -258,65 +233,3 @@ def _seen(call: Call, due: Budget, measures: Measures) -> str:
     if measures.gain_limit == measures.gain_limit:
         least.append(f"a common factor of 1 + {measures.gain_limit:.2g}")
     return f"{said}; would have seen {', '.join(least)}"
-
-
-def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    kv_len: torch.Tensor | Sequence[int] | int | None,
-    causal: bool,
-    scale: float | None,
-    layout: str,
-    **options: Any,
-) -> Call:
-    """The call of the contract. Raises UsageError."""
-    if layout not in ("bshd", "bhsd", "thd"):
-        raise UsageError(f"layout={layout!r}: expected one of bshd, bhsd, thd")
-    dims = 3 if layout == "thd" else 4
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) or x.dim() != dims:
-            got = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise UsageError(f"{name}: expected a tensor of {dims} dimensions (layout={layout}), got {got}")
-    q, k, v = (_given(x.detach(), layout) for x in (q, k, v))
-    batch, rows, keys = q.shape[0], q.shape[1], k.shape[1]
-    if kv_len is None:
-        lengths = torch.full((batch, rows), keys)
-        if causal:
-            if rows > keys:
-                raise UsageError(f"causal=True: {rows} rows over {keys} keys: the first would see none")
-            lengths = torch.arange(keys - rows + 1, keys + 1).expand(batch, -1)
-    else:
-        if causal:
-            raise UsageError("causal=True, kv_len: expected one of them: kv_len says what each row sees")
-        lengths = torch.as_tensor(kv_len).cpu()
-        lengths = lengths[:, None] if lengths.dim() == 1 else lengths
-        try:
-            lengths = lengths.expand(batch, rows)
-        except RuntimeError:
-            raise UsageError(
-                f"kv_len: expected [B, T] = {[batch, rows]}, [B] or a number, got {list(lengths.shape)}"
-            ) from None
-    try:
-        return checked_call(
-            q, k, v, kv_len=lengths.to(torch.int32).contiguous().to(q.device),
-            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-            path="decode" if rows == 1 else "prefill", **options,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _given(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Into our order of dimensions; of an lse too, which has one less."""
-    if layout == "bhsd" and x.dim() >= 3:
-        return x.transpose(1, 2)
-    return x[None] if layout == "thd" else x
-
-
-def _back(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Into the layout's order of dimensions."""
-    if layout == "bhsd":
-        return x.transpose(1, 2)
-    return x[0] if layout == "thd" else x

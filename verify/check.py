@@ -6,15 +6,14 @@ strata and verdicts (`verify.diff`), with the worst case's tensors to look at.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from verify.call_options import Layout
 from verify.diff.cells import Cell
 from verify.diff.examining import CellInputs
 from verify.diff.inputs import DiffSettings, all_inputs, check_settings
@@ -23,31 +22,31 @@ from verify.diff.probing import PROBES, Probing
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
 from verify.diff.shrinking import Shrinker
+from verify.given import dtype_of, kernel_of, lengths_of, name_of, paths_of, shapes_of
 from verify.judge.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import RUN_PATHS, AttentionPath, Call
+from verify.kernels.call import AttentionPath, Call
+from verify.kernels.capabilities import FORMS as FORMS_OF_KERNELS
 from verify.kernels.foreign.forms import Wanted
-from verify.kernels.foreign.function_kernel import FunctionKernel, name_of_callable
-from verify.kernels.judging.families import FAMILIES
+from verify.kernels.judging.families import ALL_FAMILIES, CALLS, FAMILIES, FORMS, InputSizes
+from verify.kernels.judging.families import draw as draw_call
 from verify.kernels.judging.probes import probe_makers
 from verify.kernels.kernel import Kernel
-from verify.kernels.numbers import FLOAT_TYPES, type_of
+from verify.kernels.numbers import type_of
 from verify.kernels.registry import build_kernel
 from verify.kernels.torch_settings import MEASURING
 from verify.machine.devices import chosen_device, default_device
-from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.machine.stages import StageClock
 from verify.reports.diff import picture, summary_lines
 from verify.reports.templating import TEMPLATES, figure
 from verify.stated import stated_arithmetic
 
-# A head shape with shared heads; a length inside a tile, one beside its edge, and some tiles.
-DEFAULT_SHAPES, DEFAULT_N_KV, DEFAULT_ROWS = ("4/2x64",), (33, 65, 300), 32
-ONE_HEAD_EACH = ("4/4x64",)
-DEFAULT_BASELINE = "flash"
+# A length inside a tile, one beside its edge, and some tiles.
+DEFAULT_N_KV, DEFAULT_ROWS = (33, 65, 300), 32
+# Of the path `several` the one that has it.
+DEFAULT_BASELINE, SEVERAL_BASELINE = "flash", "eager"
 SCHEMA = 1
-Layout = Literal["bshd", "bhsd", "thd"]
 
 
 class AttentionMismatch(AssertionError):
@@ -77,6 +76,8 @@ class WorstCase:
     said: str
     # q, k, v, kv_len, scale and options, as the kernel was given them.
     call: Call
+    n_q: int = 0  # query tokens a call that were asked for; 0: none were
+    sequences: int = 1  # likewise
 
     @property
     def q(self) -> torch.Tensor:
@@ -96,11 +97,14 @@ class WorstCase:
     @property
     def snippet(self) -> str:
         """Python that makes these inputs again."""
-        if self.family in FAMILIES:
+        if self.family in ALL_FAMILIES:
+            more = f", n_q={self.n_q}" if self.n_q else ""
+            more += f", sequences={self.sequences}" if self.sequences != 1 else ""
+            if self.family in FAMILIES and not self.n_q:
+                more += f", rows={self.call.shape.rows}"
             made = (
                 f"call = families.draw({self.family!r}, {self.shape!r}, n_kv={self.n_kv}, seed={self.seed},"
-                f" path={self.path!r}, rows={self.call.shape.rows},"
-                f" dtype={_dtype_name(self.call)!r})"
+                f" path={self.path!r}, dtype={_dtype_name(self.call)!r}{more})"
             )
         else:
             made = (
@@ -231,6 +235,8 @@ def check_attention(
     margin: float = DEFAULT_MARGIN,
     device: str | torch.device | None = None,
     isolate: bool = False,
+    n_q: int = 0,
+    sequences: int = 1,
 ) -> Report:
     """Hold a callable's results against exact attention, its rounding budget, and a baseline.
 
@@ -243,14 +249,18 @@ def check_attention(
     dtype: of q, k, v: "f16" (default), "bf16", "f32", or torch's.
     layout: order of its dimensions, "bshd" [B, T, H, D] (default), "bhsd" [B, H, T, D], "thd" [tokens, H, D].
     causal: what a callable without kv_len sees: True a triangle, False every key; None: it is asked.
-    paths: "decode" (rows as if each were alone), "prefill" (rows one after another); default what it has.
-    baseline: what errors are compared with, a callable or specification; default `flash`, which answers in
-        the type that fn returns.
+    paths: "decode" (rows as if each were alone), "several" (up to 16 tokens a call, as speculation has them),
+        "prefill" (rows one after another); default decode and prefill, of what it has.
+    n_q: query tokens a call on the paths several (default 4) and prefill (default `rows`). sequences: in a
+        call, every second one shorter.
+    baseline: what errors are compared with, a callable or specification; default `flash` (of the path several
+        `eager`), which answers in the type that fn returns.
     arithmetic: what fn is known to do: "f32" or "f16" sums, an `Arithmetic`, or options as specifications
         write them ("p=f16,acc=f32"); None or "identify": nothing is stated, and it is read off fn as
         `verify identify` does; where it cannot be, budgets are as loose as any.
     options: keywords that fn is given with every call.
-    families: kinds of inputs, names of `verify.families.names()` and "probes"; default all.
+    families: kinds of inputs, names of `verify.families.names()` and "probes"; default all, of the forms
+        (pages, packed tokens, masks, lists of keys) those that fn takes.
     seeds, first_seed: draws of every family, and the first. rows: query tokens a draw, at least 2.
     margin: an error so many times the baseline's is `round-off`; significantly beyond it `degraded`.
     device: "cpu", "cuda"; default cuda where there is one.
@@ -277,24 +287,22 @@ def check_attention(
     stated = None if arithmetic == "identify" else stated_arithmetic(arithmetic)
     mask = "" if causal is None else "causal" if causal else "none"
     wanted = Wanted(layout=layout or "", mask=mask, options=dict(options or {}))
-    kernel = _kernel_of(fn, wanted, stated, isolate=isolate)
-    reference = _kernel_of(baseline, Wanted(), None) if callable(baseline) else None
-    names = _families(families)
+    kernel = kernel_of(fn, wanted, stated, isolate=isolate)
+    reference = kernel_of(baseline, Wanted(), None) if callable(baseline) else None
     with MEASURING.applied():
         settings = partial(
             DiffSettings,
-            shapes=_shapes(shapes, kernel),
-            n_kvs=_lengths(n_kv),
-            families=names,
-            baseline=reference.spec if reference is not None else str(baseline or DEFAULT_BASELINE),
+            shapes=shapes_of(shapes, kernel),
+            n_kvs=lengths_of(n_kv),
             candidates=(kernel.spec,),
             device=str(on),
             seeds=seeds,
             first_seed=first_seed,
             margin=margin,
             rows=rows,
-            dtype=_dtype(dtype, kernel),
+            dtype=dtype_of(dtype, kernel),
             allow_same=kernel.spec == baseline,
+            sequences=sequences,
         )
         built = {each.spec: each for each in (kernel, reference) if each is not None}
 
@@ -306,14 +314,20 @@ def check_attention(
         outcomes: dict[str, DiffOutcome] = {}
         probings: dict[_Place, Probing] = {}
         try:
-            for path in _paths(paths, kernel):
-                own = settings(path=path)
+            for path in paths_of(paths, kernel):
+                default = SEVERAL_BASELINE if path == "several" else DEFAULT_BASELINE
+                own = settings(
+                    path=path,
+                    families=_families(families, kernel, path),
+                    baseline=reference.spec if reference is not None else str(baseline or default),
+                    n_q=0 if path == "decode" else n_q,
+                )
                 check_settings(own, [] if own.baseline in built else [own.baseline])
                 inputs = _remembered(all_inputs(own, on, clock := StageClock(on)), probings)
                 outcomes[path] = run_diff(own, on, inputs, clock, build=kept)
-            report = _report(_said_name(fn), outcomes, probings)
+            report = _report(name_of(fn), outcomes, probings)
             if report.verdict == "broken" and report.worst is not None:
-                smallest = _smallest(kernel, report.worst, settings)
+                smallest = _smallest(kernel, report.worst, outcomes[report.worst.path].settings)
                 alike = [str(x) for x in looks_like(kernel, on)]
                 report = replace(report, smallest=smallest, looks_like=alike)
         finally:
@@ -322,9 +336,9 @@ def check_attention(
     return report
 
 
-def _smallest(kernel: Kernel, worst: WorstCase, settings: Callable[..., DiffSettings]) -> WorstCase | None:
+def _smallest(kernel: Kernel, worst: WorstCase, settings: DiffSettings) -> WorstCase | None:
     """The same kind of inputs with fewer keys and heads, where it still fails."""
-    shrinker = Shrinker(kernel, settings(path=worst.path), worst.family, worst.seed)
+    shrinker = Shrinker(kernel, settings, worst.family, worst.seed)
     found = shrinker.smallest(worst.shape, worst.n_kv)
     if found is None or (found.shape, found.n_kv) == (worst.shape, worst.n_kv):
         return None
@@ -340,82 +354,20 @@ def _smallest(kernel: Kernel, worst: WorstCase, settings: Callable[..., DiffSett
         ratio=found.evidence.figure("budget"),
         said=found.said,
         call=found.call,
+        n_q=worst.n_q,
+        sequences=worst.sequences,
     )
 
 
-def _kernel_of(
-    fn: Callable[..., Any] | str, wanted: Wanted, stated: Arithmetic | str | None, *, isolate: bool = False
-) -> Kernel:
-    if isolate and not isinstance(fn, str):
-        fn = _specification(fn, wanted, stated)
-    if isinstance(fn, str):
-        return build_kernel(fn)
-    acc = stated if isinstance(stated, str) else None
-    return FunctionKernel(fn, wanted=wanted, acc=acc, stated=None if isinstance(stated, str) else stated)
-
-
-def _specification(fn: Callable[..., Any], wanted: Wanted, stated: Arithmetic | str | None) -> str:
-    """The specification of a function that another process can import. Raises UsageError."""
-    name, module = name_of_callable(fn), inspect.getmodule(fn)
-    file = getattr(module, "__file__", None)
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if file is None or found is not fn:
-        raise UsageError(
-            f"isolate=True: {name} cannot be imported by another process: expected a function, class method"
-            " or object at the top level of a module that is a file"
-        )
-    if isinstance(stated, Arithmetic):
-        raise UsageError("isolate=True: arithmetic: expected f32, f16 or nothing")
-    parts = {"layout": wanted.layout, "mask": wanted.mask, "acc": stated or ""}
-    given = {**{key: x for key, x in parts.items() if x}, **wanted.options}
-    return ",".join([f"py:{Path(file)}::{name}", *(f"{key}={x}" for key, x in given.items())])
-
-
-def _families(names: Sequence[str] | None) -> tuple[str, ...]:
-    if isinstance(names, str):
-        names = [names]
-    return (PROBES, *FAMILIES) if names is None else tuple(names)
-
-
-def _shapes(shapes: Sequence[str] | str | None, kernel: Kernel) -> tuple[str, ...]:
-    if shapes is None:
-        return ONE_HEAD_EACH if kernel.capabilities().ratios == (1,) else DEFAULT_SHAPES
-    return (shapes,) if isinstance(shapes, str) else tuple(shapes)
-
-
-def _lengths(n_kv: Sequence[int] | int) -> tuple[int, ...]:
-    """Raises UsageError."""
-    lengths = (n_kv,) if isinstance(n_kv, int) else tuple(n_kv)
-    if not lengths or min(lengths) < 1:
-        raise UsageError(f"n_kv={n_kv}: expected lengths from 1")
-    return lengths
-
-
-def _dtype(dtype: str | torch.dtype | None, kernel: Kernel) -> str:
-    """Raises UsageError."""
-    if dtype is None:
-        has = kernel.capabilities().dtypes
-        return next(name for name, kind in FLOAT_TYPES.items() if kind.torch_name in has)
-    kind = type_of(dtype) if isinstance(dtype, torch.dtype) else FLOAT_TYPES.get(dtype)
-    if kind is None:
-        raise UsageError(f"dtype={dtype}: expected one of {', '.join(FLOAT_TYPES)}")
-    return kind.name
-
-
-def _paths(paths: Sequence[AttentionPath] | AttentionPath | None, kernel: Kernel) -> list[AttentionPath]:
-    """Raises UsageError."""
-    has = kernel.capabilities().paths
-    if paths is None:
-        return [path for path in RUN_PATHS if path in has]
-    asked = [paths] if isinstance(paths, str) else list(paths)
-    for path in asked:
-        if path not in RUN_PATHS:
-            raise UsageError(f"paths: {path!r}: expected decode or prefill")
-    if not asked:
-        raise UsageError("paths: expected at least one of decode, prefill")
-    return asked
+def _families(names: Sequence[str] | None, kernel: Kernel, path: AttentionPath) -> tuple[str, ...]:
+    if names is not None:
+        return (names,) if isinstance(names, str) else tuple(names)
+    calls = [name for name, call in CALLS.items() if path in call.paths]
+    has = kernel.capabilities()
+    formed = FORMS if any(getattr(has, form) for form in FORMS_OF_KERNELS) else {}
+    # One small call of each form says whether the kernel has it.
+    forms = [name for name in formed if has.refuses_form(draw_call(name, InputSizes(n_kv=(3,)), 0)) is None]
+    return (PROBES, *FAMILIES, *calls, *forms)
 
 
 _Place = tuple[AttentionPath, str, int]
@@ -431,10 +383,6 @@ def _remembered(
         yield each
 
 
-def _said_name(fn: Callable[..., Any] | str) -> str:
-    return fn if isinstance(fn, str) else name_of_callable(fn)
-
-
 def _report(name: str, outcomes: dict[str, DiffOutcome], probings: dict[_Place, Probing]) -> Report:
     results = {path: outcome.candidates[0] for path, outcome in outcomes.items()}
     verdict = overall([Decision(r.verdict, r.reasons) for r in results.values()])
@@ -447,7 +395,7 @@ def _report(name: str, outcomes: dict[str, DiffOutcome], probings: dict[_Place, 
     for path, result in gravest or list(results.items()):
         cell = result.worst
         if cell is not None and worst is None:
-            worst = _worst(path, cell, probings)
+            worst = _worst(outcomes[path].settings, cell, probings)
     least = [x for o in outcomes.values() for x in o.run["detectable"].values() if x is not None]
     return Report(
         name=name,
@@ -464,10 +412,10 @@ def _report(name: str, outcomes: dict[str, DiffOutcome], probings: dict[_Place, 
     )
 
 
-def _worst(path: str, cell: Cell, probings: Mapping[_Place, Probing]) -> WorstCase:
+def _worst(settings: DiffSettings, cell: Cell, probings: Mapping[_Place, Probing]) -> WorstCase:
     inputs, found = cell.inputs, cell.candidate
     family, call = inputs.family, inputs.call
-    on: AttentionPath = "prefill" if path == "prefill" else "decode"
+    on = settings.path
     if family == PROBES and found.probes_failed:
         probing = probings.get((on, inputs.shape, inputs.n_kv))
         for make in probe_makers(probing.sizes, device=call.q.device) if probing is not None else []:
@@ -488,4 +436,6 @@ def _worst(path: str, cell: Cell, probings: Mapping[_Place, Probing]) -> WorstCa
         ratio=found.figure("budget"),
         said=said.removeprefix("candidate: ").removeprefix("candidate "),
         call=call,
+        n_q=settings.n_q,
+        sequences=settings.sequences,
     )

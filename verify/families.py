@@ -18,7 +18,8 @@ from verify.diff.inputs import DiffSettings, sizes_of_cell
 from verify.diff.probing import PROBES
 from verify.kernels.call import AttentionPath, Call
 from verify.kernels.errors import nearest
-from verify.kernels.judging.families import FAMILIES
+from verify.kernels.foreign.forms import CALL_FORMS
+from verify.kernels.judging.families import CALLS, FAMILIES, FORMS
 from verify.kernels.judging.families import draw as draw_call
 from verify.kernels.judging.probes import probe_makers
 from verify.machine.errors import UsageError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Of the draws of a strategy; smaller ones come first.
 LENGTHS = (1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 300)
 SHAPES = ("1/1x16", "2/1x32", "4/2x64", "6/1x64")
+# Kinds of numbers, then kinds and forms of calls.
+_KNOWN = FAMILIES | CALLS | FORMS
 # Only its plan's cuts matter, where inputs lie at them: none is known of a function.
 _ANY_FUNCTION = "py:mine.py::attend"
 
@@ -41,17 +44,20 @@ class DrawnInputs(NamedTuple):
     v: torch.Tensor  # [B, S, Hkv, Dv]
     kv_len: torch.Tensor  # [B, T] int32: keys that each row sees; what lies beyond is poison, and finite
     scale: float  # of the logits
-    # sliding_window, softcap, sinks [Hq] or alibi_slopes [Hq], where the family has one.
+    # sliding_window, softcap, sinks [Hq] or alibi_slopes [Hq], where the family has one; block_table,
+    # cu_seqlens, mask or keys of a form: then q, k, v and kv_len are as it has them (docs/contract.md).
     options: dict[str, Any]
 
 
 def names() -> tuple[str, ...]:
-    """The families, the plainest first.
+    """The families, the plainest first; at the end kinds of calls, and forms that not every kernel takes.
 
     >>> names()[:3]
     ('gaussian', 'needles', 'gaps')
+    >>> names()[-5:]
+    ('pages', 'packed', 'packed+pages', 'mask', 'key-list')
     """
-    return tuple(FAMILIES)
+    return tuple(_KNOWN)
 
 
 def summary(family: str) -> str:
@@ -60,7 +66,7 @@ def summary(family: str) -> str:
     >>> summary("peaked")
     'a few keys hold all the weight'
     """
-    return FAMILIES[_known(family)].summary
+    return _KNOWN[_known(family)].summary
 
 
 def draw(
@@ -74,12 +80,15 @@ def draw(
     dtype: str = "f16",
     baseline: str = "flash",
     device: str | torch.device = "cpu",
+    n_q: int = 0,
+    sequences: int = 1,
 ) -> DrawnInputs:
     """The tensors that `check_attention` and `verify diff` draw; the same bits on every device.
 
-    shape: "Hq/HkvxD" or a name. n_kv: keys of the longest row; rows: T, at least 2. path: "decode" (every row
-    sees n_kv keys, the second 37 fewer) or "prefill" (one more key a row). dtype: "f16", "bf16", "f32".
-    baseline: inputs that lie where plans cut lie where its plan does.
+    shape: "Hq/HkvxD" or a name. n_kv: keys of the longest row; rows: T, at least 2; kinds of calls have a few
+    of their own. path: "decode" (every row sees n_kv keys, the second 37 fewer), "prefill" or "several" (one
+    more key a row). dtype: "f16", "bf16", "f32". baseline: inputs that lie where plans cut lie where its plan
+    does. n_q: T on the paths prefill (default rows) and several (default 4, at most 16). sequences: B.
 
     Raises UsageError for an unknown family, SpecError for a shape that cannot be read.
 
@@ -89,7 +98,9 @@ def draw(
     >>> draw("softcap", "4/2x16", n_kv=40, rows=2).options
     {'softcap': 5.0}
     """
-    settings = _settings(shape, n_kv, rows=rows, path=path, dtype=dtype, baseline=baseline)
+    settings = _settings(
+        shape, n_kv, rows=rows, path=path, dtype=dtype, baseline=baseline, n_q=n_q, sequences=sequences
+    )
     sizes = sizes_of_cell(settings, shape, n_kv, _known(family))
     return _inputs(draw_call(family, sizes, seed, device=device))
 
@@ -168,33 +179,23 @@ def strategy(
 
 
 def _known(family: str) -> str:
-    if family not in FAMILIES:
+    if family not in _KNOWN:
         raise UsageError(
-            f"family {family!r}: not known{nearest(family, FAMILIES)} (known: {', '.join(FAMILIES)})"
+            f"family {family!r}: not known{nearest(family, _KNOWN)} (known: {', '.join(_KNOWN)})"
         )
     return family
 
 
-def _settings(
-    shape: str, n_kv: int, *, rows: int, path: AttentionPath, dtype: str, baseline: str
-) -> DiffSettings:
+def _settings(shape: str, n_kv: int, **asked: Any) -> DiffSettings:
     return DiffSettings(
-        shapes=(shape,),
-        n_kvs=(n_kv,),
-        families=(),
-        baseline=baseline,
-        candidates=(_ANY_FUNCTION,),
-        device="cpu",
-        path=path,
-        rows=rows,
-        dtype=dtype,
+        shapes=(shape,), n_kvs=(n_kv,), families=(), candidates=(_ANY_FUNCTION,), device="cpu", **asked
     )
 
 
 def _inputs(call: Call) -> DrawnInputs:
     options = {
         name: x
-        for name in ("sliding_window", "softcap", "sinks", "alibi_slopes")
+        for name in ("sliding_window", "softcap", "sinks", "alibi_slopes", *CALL_FORMS)
         if (x := getattr(call, name)) is not None
     }
     return DrawnInputs(q=call.q, k=call.k, v=call.v, kv_len=call.kv_len, scale=call.scale, options=options)

@@ -13,24 +13,39 @@ import torch
 from verify.kernels.budget.bound import Budget
 from verify.kernels.call import Call
 from verify.kernels.exact import finish_logits
+from verify.kernels.sequences import CallSequence, sequences
 
 # A share of the error, squared, that one key must explain before it is named.
 EXPLAINED = 0.98
 
 
 class RowWeights:
-    """The exact weights and values of one row and head: p [n], v [n, Dv], float64, keys that it sees."""
+    """The exact weights and values of one row and head: p [n], v [n, Dv], float64, the n keys below its
+    kv_len; those that a mask or a list hides have no weight."""
 
     def __init__(self, call: Call, b: int, t: int, h: int) -> None:
-        n, kv = int(call.kv_len[b, t]), h // call.shape.ratio
-        k, self.v = (x[b, :n, kv].double() for x in (call.k, call.v))
+        sequence, row = _sequence_of(call, b, t)
+        n, kv = sequence.lengths[row], h // call.shape.ratio
+        k, self.v = (x[:n, kv].double() for x in (sequence.k, sequence.v))
         raw = call.scale * (k @ call.q[b, t, h].double())
         slopes = None if call.alibi_slopes is None else call.alibi_slopes[h : h + 1]
         positions, length = torch.arange(n, device=k.device), call.kv_len[b, t].long().view(1)
+        mask = sequence.mask
+        if mask is not None:
+            mask = mask[h if len(mask) > 1 else 0, row, :n]
         one = replace(call, alibi_slopes=slopes)
-        s = finish_logits(raw.view(1, 1, 1, n), length, positions, one).flatten()
+        s = finish_logits(raw.view(1, 1, 1, n), length, positions, one, mask).flatten()
         sink = s.new_tensor([-torch.inf]) if call.sinks is None else call.sinks[h : h + 1].double()
         self.p = torch.softmax(torch.cat((s, sink)), 0)[:-1]
+
+
+def _sequence_of(call: Call, b: int, t: int) -> tuple[CallSequence, int]:
+    """The sequence that row t of q[b] is of, and its place there."""
+    for sequence in sequences(call):
+        batch, rows = sequence.at
+        if batch == b and rows.start <= t < rows.stop:
+            return sequence, t - rows.start
+    raise IndexError(f"row {t} of {b}")
 
 
 def key_to_blame(call: Call, b: int, t: int, h: int, got: torch.Tensor, exact: torch.Tensor) -> str | None:
@@ -62,16 +77,24 @@ def smallest_weight(call: Call, due: Budget) -> float:
     A lost key moves element i by p / (1 - p) |v_ji - o_i|, taken at the root mean square of v_i - o_i over
     keys, in the element that tells best.
     """
-    worst = 0.0
-    lengths, ratio = call.kv_len.tolist(), call.shape.ratio
-    for b in range(call.shape.batch):
-        for t, n in enumerate(lengths[b]):
-            if n < 2:
+    worst, ratio = 0.0, call.shape.ratio
+    for sequence in sequences(call):
+        b, rows = sequence.at
+        seen = None if sequence.mask is None else _seen(sequence.mask)
+        for t, n in enumerate(sequence.lengths):
+            its = slice(0, n) if seen is None else seen[t, :n].nonzero().flatten()
+            v = sequence.v[its].double()
+            if len(v) < 2:
                 continue
-            v = call.v[b, :n].double().repeat_interleave(ratio, 1)  # [n, Hq, Dv]
-            away = (v - due.out[b, t]).square().mean(0).sqrt()
-            share = (due.bound[b, t] / away.clamp(min=1e-300)).amin(-1)
-            share = share[~due.vacuous[b, t]]
+            at = b, rows.start + t
+            away = (v.repeat_interleave(ratio, 1) - due.out[at]).square().mean(0).sqrt()
+            share = (due.bound[at] / away.clamp(min=1e-300)).amin(-1)
+            share = share[~due.vacuous[at]]
             if share.numel():
                 worst = max(worst, float((share / (1 + share)).max()))
     return worst
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """[T, S]: keys that a mask [H, T, S] leaves to some head."""
+    return (mask if mask.dtype == torch.bool else ~torch.isneginf(mask)).any(0)

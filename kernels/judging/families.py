@@ -5,7 +5,7 @@ weight, the running maximum, the magnitudes or an option of the call where kerne
 of their sequence sees (`InputSizes.spare`, `fewer`) always hold `POISON`.
 
 `FAMILIES` are kinds of numbers, at any sizes; `CALLS` are kinds of calls, which choose sizes of their own;
-`HIDDEN` are asked for by name alone.
+`FORMS` and `HIDDEN` are asked for by name alone.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verify.kernels.call import RUN_PATHS, AttentionPath, Call, checked_call
+from verify.kernels.call import PATHS, AttentionPath, Call, checked_call
 from verify.kernels.heads import Heads
 from verify.kernels.judging.counter_random import CounterRandom
+from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
 from verify.kernels.lengths import unseen_keys
 
 # Finite in float16, so that a zero weight hides it; NaN would show in kernels that are right (0 * NaN).
 POISON = 6e4
 SIX_A_KV_HEAD = Heads(12, 2, 64, 64)
+# Keys a page.
+PAGE = 16
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ def _as_given(sizes: InputSizes) -> InputSizes:
     return sizes
 
 
+def _as_drawn(call: Call, seed: int) -> Call:
+    return call
+
+
 class Family(NamedTuple):
     """A kind of inputs."""
 
@@ -98,7 +105,8 @@ class Family(NamedTuple):
     edged: bool = False  # what is drawn depends on `InputSizes.edges`
     sized: Callable[[InputSizes], InputSizes] = _as_given  # the sizes it takes, of those it is given
     after: bool = False  # drawn to run after a call of the sizes as given, of the same shapes
-    paths: tuple[AttentionPath, ...] = RUN_PATHS  # that it is drawn for
+    paths: tuple[AttentionPath, ...] = PATHS  # that it is drawn for
+    formed: Callable[[Call, int], Call] = _as_drawn  # the call in another form, by the seed of the draw
 
 
 def gaussian(g: CounterRandom, sizes: InputSizes) -> Draft:
@@ -349,8 +357,46 @@ CALLS: dict[str, Family] = {
             "four query tokens, each sees one key more",
             gaussian,
             sized=_four_tokens,
-            paths=("prefill",),
+            paths=("several", "prefill"),
         ),
+    )
+}
+
+
+def _in_pages(call: Call, seed: int) -> Call:
+    return in_pages(call, PAGE, seed=seed)
+
+
+def _packed(call: Call, seed: int) -> Call:
+    """The sequences have unlike numbers of tokens: every second one a token less."""
+    rows = call.shape.rows
+    return packed(call, [max(rows - b % 2, 1) for b in range(call.shape.batch)])
+
+
+def _packed_in_pages(call: Call, seed: int) -> Call:
+    return _packed(_in_pages(call, seed), seed)
+
+
+def _masked(call: Call, seed: int) -> Call:
+    return masked(call)
+
+
+def _listed(call: Call, seed: int) -> Call:
+    """Every second key, in a drawn order: each row keeps its first."""
+    found = listed(call, order=seed)
+    assert found.keys is not None
+    return replace(found, keys=torch.where(found.keys % 2 == 0, found.keys, -1)).checked()
+
+
+# Forms of a call (`docs/contract.md`): of a kernel that has them. Sequences of unlike lengths, a few rows.
+FORMS: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("pages", f"keys in pages of {PAGE}", gaussian, sized=_unlike, formed=_in_pages),
+        Family("packed", "tokens of sequences one after another", gaussian, sized=_unlike, formed=_packed),
+        Family("packed+pages", "both", gaussian, sized=_unlike, formed=_packed_in_pages),
+        Family("mask", "lengths said by a mask", gaussian, sized=_unlike, formed=_masked),
+        Family("key-list", "each row lists the keys that it sees", gaussian, sized=_unlike, formed=_listed),
     )
 }
 # Keys that no row sees hold NaN and Inf: opt-in, since most kernels promise to bear finite garbage alone.
@@ -361,7 +407,7 @@ HIDDEN: dict[str, Family] = {
         Family("hidden-nan+window", "NaN and Inf before a window too", window),
     )
 }
-ALL_FAMILIES: dict[str, Family] = FAMILIES | CALLS | HIDDEN
+ALL_FAMILIES: dict[str, Family] = FAMILIES | CALLS | FORMS | HIDDEN
 
 
 def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str = "cpu") -> Call:
@@ -375,7 +421,7 @@ def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str 
     if sizes.sinks and "sinks" not in draft.options:
         draft.options["sinks"] = _levels(random, sizes)
     draft.options.setdefault("sliding_window", sizes.sliding_window)
-    return finish(draft, sizes, device=device)
+    return family.formed(finish(draft, sizes, device=device), seed)
 
 
 def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu") -> Call:

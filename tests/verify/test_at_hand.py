@@ -165,3 +165,104 @@ def test_what_does_not_fit_is_one_line(call: Any, said: str) -> None:
     with pytest.raises(verify.UsageError) as caught:
         call(*tensors())
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def pages_of(x: torch.Tensor, page: int = 16) -> torch.Tensor:
+    """[B, 90, H, D] as 6 pages a sequence, the last first; what lies behind the last key is NaN."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 96 - x.shape[1]), value=math.nan)
+    return padded.unflatten(1, (6, page)).flip(1).flatten(0, 1)
+
+
+TABLE = torch.tensor([[5, 4, 3, 2, 1, 0], [11, 10, 9, 8, 7, 6]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_keys_in_pages(layout: Any) -> None:
+    q, k, v = tensors()
+    due = verify.exact_attention(q, k, v, causal=True)
+    pages = [pages_of(x) for x in (k, v)]
+    given = [q, *pages] if layout == "bshd" else [x.transpose(1, 2) for x in (q, *pages)]
+    form: Any = {"layout": layout, "block_table": TABLE, "kv_len": [90, 90], "causal": True}
+    found = verify.exact_attention(*given, **form)
+    out = found.out if layout == "bshd" else found.out.transpose(1, 2)
+    assert torch.allclose(out, due.out, atol=1e-12)
+    bound = verify.budget(*given, out_dtype=torch.float16, **form).bound
+    assert ((found.out.half().double() - found.out).abs() <= bound).all()
+    said = verify.assert_attention(*given, found.out.half(), **form)
+    assert "would have seen a key that is lost" in said
+    shorter = verify.exact_attention(q, k, v, kv_len=torch.tensor([[87, 88, 89]] * 2)).out
+    wrong = shorter if layout == "bshd" else shorter.transpose(1, 2)
+    with pytest.raises(verify.AttentionMismatch, match="as if key 8[789] were not seen"):
+        verify.assert_attention(*given, wrong, **form)
+
+
+def test_packed_tokens() -> None:
+    """Three sequences after one another, their keys packed too, or in rows of their own."""
+    tokens, counts = (2, 1, 3), (40, 7, 33)
+    q = torch.randn(sum(tokens), 4, 32, generator=G).half()
+    k, v = (torch.randn(sum(counts), 2, 32, generator=G).half() for _ in range(2))
+    starts, starts_k = (torch.tensor([0, *torch.tensor(x).cumsum(0)]).int() for x in (tokens, counts))
+    form: Any = {"layout": "thd", "cu_seqlens": starts, "cu_seqlens_k": starts_k, "causal": True}
+    found = verify.exact_attention(q, k, v, **form)
+    for b in range(3):
+        rows, keys = slice(starts[b], starts[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        due = verify.exact_attention(q[rows], k[keys], v[keys], causal=True, layout="thd")
+        assert torch.allclose(found.out[rows], due.out, atol=1e-12)
+        assert torch.allclose(found.lse[rows], due.lse, atol=1e-12)
+    verify.assert_attention(q, k, v, found.out.half(), lse=found.lse, **form)
+    crossed = verify.exact_attention(q, k.roll(1, 0), v.roll(1, 0), **form).out
+    with pytest.raises(verify.AttentionMismatch, match="sequence 0, row"):
+        verify.assert_attention(q, k, v, crossed, **form)
+    held = torch.zeros(3, 40, 2, 32, dtype=torch.float16)
+    for b, n in enumerate(counts):
+        held[b, :n] = k[starts_k[b] : starts_k[b] + n]
+    form = {"layout": "thd", "cu_seqlens": starts, "kv_len": torch.tensor(counts)}
+    every = verify.exact_attention(q, held, held, **form)
+    own = verify.exact_attention(q[2:3], k[40:47], k[40:47], layout="thd")
+    assert torch.allclose(every.out[2:3], own.out, atol=1e-12)
+
+
+def test_masks_and_lists_of_keys() -> None:
+    q, k, v = tensors()
+    seen = torch.rand(1, 1, 3, 90, generator=G) < 0.5
+    due = by_hand(q, k, v, seen[0].transpose(0, 1))
+    assert torch.allclose(verify.exact_attention(q, k, v, mask=seen).out, due, atol=1e-12)
+    added = torch.zeros(1, 1, 3, 90).masked_fill(~seen, -math.inf)
+    assert torch.allclose(verify.exact_attention(q, k, v, mask=added).out, due, atol=1e-12)
+    keys = torch.where(seen[0, 0], torch.arange(90), -1).int().expand(2, -1, -1)
+    assert torch.allclose(verify.exact_attention(q, k, v, keys=keys).out, due, atol=1e-12)
+    every = verify.exact_attention(q, k, v).out
+    for form in ({"mask": seen}, {"keys": keys}):
+        said = verify.assert_attention(q, k, v, due.half(), **form)
+        assert "would have seen a key" in said
+        with pytest.raises(verify.AttentionMismatch, match="times its budget"):
+            verify.assert_attention(q, k, v, every, **form)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"blok_table": TABLE}, "blok_table: no such keyword, did you mean 'block_table'"),
+        ({"block_table": TABLE}, "kv_len: expected how many keys"),
+        ({"block_table": TABLE, "kv_len": [[1, 2], [3, 4]], "causal": True}, "beside causal=True"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "expected layout='thd'"),
+        ({"cu_seqlens_k": torch.tensor([0, 3]), "layout": "thd"}, "cu_seqlens_k: expected cu_seqlens"),
+        ({"mask": torch.zeros(2, 1, 3, 89)}, "mask: expected shape"),
+        ({"keys": torch.full((2, 3, 4), 90)}, "keys: 90 at [0, 0, 0]"),
+    ],
+)
+def test_forms_that_do_not_fit_are_one_line(form: Any, said: str) -> None:
+    with pytest.raises(verify.UsageError) as caught:
+        verify.exact_attention(*tensors(), **form)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_packed_tokens_that_do_not_fit() -> None:
+    q, k, v = (x[0] for x in tensors())
+    for starts, starts_k, said in (
+        ([0, 2], [0, 90], "cu_seqlens: expected to rise from 0 to the 3 tokens"),
+        ([0, 3], [0, 50, 90], "cu_seqlens_k: 2 sequences, expected the 1"),
+    ):
+        form: Any = {"cu_seqlens": torch.tensor(starts), "cu_seqlens_k": torch.tensor(starts_k)}
+        with pytest.raises(verify.UsageError, match=said):
+            verify.exact_attention(q, k, v, layout="thd", **form)

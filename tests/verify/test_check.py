@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import verify
 from support.mypkg import ops
 from support.named import named
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import POISON
+from verify.kernels.judging.families import FAMILIES, POISON
 
 SMALL: dict[str, Any] = {"n_kv": 65, "paths": "decode", "families": ["probes", "gaussian", "needles"]}
 
@@ -120,6 +121,91 @@ def test_whatever_can_be_called_is_checked(fn: Any, more: dict[str, Any]) -> Non
     assert report.verdict in ("improved", "round-off", "identical"), report.text()
 
 
+FORMS: dict[str, Any] = {"n_kv": 65, "paths": "decode", "families": ["probes", "gaussian"]}
+
+
+@pytest.mark.parametrize(
+    ("fn", "forms"),
+    [
+        (ops.paged, {"pages"}),
+        (ops.varlen, {"packed"}),
+        (ops.any_mask, {"mask", "key-list"}),
+        (ops.attend, set()),
+    ],
+    ids=named,
+)
+def test_forms_that_a_kernel_takes_are_asked(fn: Any, forms: set[str]) -> None:
+    """By default those and no others; they show faults, and no baseline need have them."""
+    asked = {"sequences", "shorter", *forms}
+    with mock.patch("verify.check.FAMILIES", {"gaussian": FAMILIES["gaussian"]}):
+        report = verify.check_attention(fn, n_kv=65, paths="decode")
+    assert report.ok, report.text()
+    cells = report.outcomes["decode"].run["cells"]
+    assert {cell["family"] for cell in cells} == {"probes", "gaussian", *asked}
+    assert not any("left out" in note for note in report.notes)
+
+
+def ignores_mask(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float, attn_mask: Any = None) -> Any:
+    return ops.any_mask(q, k, v, kv_len=kv_len, scale=scale)
+
+
+def ignores_list(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float, keys: Any = None) -> Any:
+    return ops.any_mask(q, k, v, kv_len=kv_len, scale=scale)
+
+
+def pages_in_order(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float, block_table: Any = None) -> Any:
+    if block_table is None:
+        return ops.attend(q, k, v, kv_len=kv_len, scale=scale)
+    return ops.paged(q, k, v, block_table.sort(1).values, kv_len=kv_len, scale=scale)
+
+
+def first_sequence_again(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float, cu_seqlens: Any = None) -> Any:
+    if cu_seqlens is None:
+        return ops.attend(q, k, v, kv_len=kv_len, scale=scale)
+    return ops.varlen(q, k[:1].expand_as(k), v, cu_seqlens, kv_len=kv_len, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("fn", "form"),
+    [
+        (ignores_mask, "mask"),
+        (ignores_list, "key-list"),
+        (pages_in_order, "pages"),
+        (first_sequence_again, "packed"),
+    ],
+    ids=named,
+)
+def test_a_fault_in_a_form_alone_is_found_and_made_again(fn: Any, form: str) -> None:
+    report = verify.check_attention(fn, **{**FORMS, "families": ["gaussian", form]})
+    assert report.verdict == "broken" and f"only at inputs {form}" in report.reasons[-1], report.text()
+    worst = report.worst
+    assert worst is not None and worst.family == form
+    names: dict[str, Any] = {}
+    exec(worst.snippet, names)
+    again = names["call"]
+    for name, x in {"q": worst.q, **again.options}.items():
+        given = getattr(worst.call, name)
+        assert torch.equal(torch.as_tensor(x if name != "q" else again.q), given), name
+
+
+@pytest.mark.parametrize("path", ["several", "prefill"])
+def test_some_query_tokens_a_call(path: Any) -> None:
+    def one_token_alone(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        """All rows see what the last one sees."""
+        return ops.attend(q, k, v, kv_len=kv_len[:, -1:].expand_as(kv_len), scale=scale)
+
+    asked = {**SMALL, "families": ["gaussian"], "paths": path, "n_q": 3, "sequences": 2}
+    right = verify.check_attention(ops.attend, **asked)
+    assert right.ok and ("eager" if path == "several" else "flash") in right.baseline
+    wrong = verify.check_attention(one_token_alone, **asked)
+    worst = wrong.worst
+    assert wrong.verdict == "broken" and worst is not None
+    assert worst.path == path and worst.q.shape[:2] == (2, 3)
+    names: dict[str, Any] = {}
+    exec(worst.snippet, names)
+    assert torch.equal(names["call"].q, worst.q) and torch.equal(names["call"].kv_len, worst.call.kv_len)
+
+
 def test_in_a_process_of_its_own_a_crash_is_a_finding() -> None:
     from support import user_kernels
 
@@ -169,7 +255,9 @@ def test_a_report_is_json_and_a_page() -> None:
     ("more", "said"),
     [
         ({"arithmetic": "f64"}, "arithmetic='f64'"),
-        ({"paths": "sideways"}, "expected decode or prefill"),
+        ({"paths": "sideways"}, "expected decode, several or prefill"),
+        ({"paths": "several", "n_q": 17}, "at most 16"),
+        ({"sequences": 0}, "--sequences 0"),
         ({"paths": ()}, "at least one"),
         ({"dtype": "f8"}, "dtype=f8"),
         ({"families": ["needle"]}, "needle"),
@@ -195,6 +283,22 @@ def test_laws_take_a_callable() -> None:
     with pytest.raises(verify.laws.LawBroken):
         law.check(subject, problem)
     assert law.check(verify.laws.subject_of(sdpa), problem) <= 1
+
+
+def test_a_tolerance_is_what_a_right_kernel_reaches() -> None:
+    found = verify.tolerance(ops.attend, "4/2x32", n_kv=100, families=["gaussian", "needles"], seeds=2)
+    assert [x.family for x in found.families] == ["gaussian", "needles"] and found.n_kv == 100
+    of = found.of("gaussian")
+    x = verify.families.draw("gaussian", "4/2x32", n_kv=100, seed=9)
+    exact = verify.exact_attention(x.q, x.k, x.v, kv_len=x.kv_len).out
+    error = (ops.attend(x.q, x.k, x.v, kv_len=x.kv_len, scale=x.scale) - exact).abs().max()
+    assert error / 4 < of.absolute < of.absolute_most and float(error) < of.absolute_most
+    coarse = verify.tolerance("eager:p=bf16", "4/2x32", n_kv=100, families=["gaussian"], seeds=1)
+    assert coarse.of("gaussian").nmse > 100 * of.nmse
+    with pytest.raises(KeyError):
+        found.of("peaked")
+    with pytest.raises(verify.UsageError, match="needle"):
+        verify.tolerance("eager", families=["needle"])
 
 
 def test_families_are_tensors_and_strategies() -> None:

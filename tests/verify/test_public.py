@@ -48,9 +48,13 @@ def members(kind: type) -> set[str]:
 
 
 def parameters(function: Any) -> list[str]:
-    """Each with its kind and default, as a call sees it."""
+    """Each with its kind and default, as a call sees it; keywords that a record of options names, by name."""
     found = []
     for p in inspect.signature(function).parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            assert "CallOptions" in str(p.annotation), f"{function.__name__}: {p}"
+            found += [f"keyword {name}" for name in sorted(verify.CallOptions.__annotations__)]
+            continue
         mark = {p.KEYWORD_ONLY: "keyword ", p.VAR_POSITIONAL: "*"}.get(p.kind, "")
         default = "" if p.default is p.empty else f" = {p.default!r}"
         found.append(f"{mark}{p.name}{default}")
@@ -66,7 +70,8 @@ def test_what_is_public_is_what_it_was() -> None:
         assert not set(had) - set(now[name]), f"{name} has not what it had: that needs a new API_VERSION"
         added = [x for x in now[name] if x not in had]
         if name in FUNCTIONS:
-            assert all(" = " in x for x in added), f"{name}: what is added needs a default: {added}"
+            own = [x for x in added if x.removeprefix("keyword ") not in verify.CallOptions.__annotations__]
+            assert all(" = " in x for x in own), f"{name}: what is added needs a default: {own}"
     assert set(now) == set(kept["names"]), "add what is new to public_names.json"
 
 
@@ -85,9 +90,11 @@ def test_each_function_says_all_of_itself_with_an_example(name: str) -> None:
     assert ">>> " in said and "Raises" in said
     elsewhere = set()
     if "rest as of `exact_attention`" in said:
-        elsewhere = set(inspect.signature(verify.exact_attention).parameters)
-    for p in inspect.signature(function).parameters:
-        assert p in said or p in elsewhere, f"{name}: {p} is not told of"
+        elsewhere = {*inspect.signature(verify.exact_attention).parameters}
+        elsewhere |= set(verify.CallOptions.__annotations__)
+    for p in parameters(function):
+        word = p.removeprefix("keyword ").split(" = ")[0].lstrip("*")
+        assert word in said or word in elsewhere, f"{name}: {word} is not told of"
     # They are run with those of every module (tests/test_house.py).
     assert function.__module__ in sys.modules
 

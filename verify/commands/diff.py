@@ -47,12 +47,18 @@ def command(
         str | None,
         typer.Option("--captured-from", help="run folder of verify ppl --capture"),
     ] = None,
-    path: Annotated[str, typer.Option("--path", help="decode or prefill")] = "decode",
+    path: Annotated[
+        str, typer.Option("--path", help="decode, several (up to 16 query tokens a call) or prefill")
+    ] = "decode",
     seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
     first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
     rows: Annotated[int, typer.Option("--rows", help="query tokens a cell: samples of its stratum")] = 64,
     n_q: Annotated[
-        int, typer.Option("--n-q", help="query tokens a call, with --path prefill; default all of a cell")
+        int,
+        typer.Option(
+            "--n-q",
+            help="query tokens a call, with --path prefill (default all of a cell) or several (default 4)",
+        ),
     ] = 0,
     sequences: Annotated[
         int, typer.Option("--sequences", help="sequences a call, every second one shorter")
@@ -78,7 +84,7 @@ def command(
     from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs, families_of
     from verify.diff.run import run_diff
     from verify.diff.stored_strata import STRATA, packed
-    from verify.kernels.call import RUN_PATHS
+    from verify.kernels.call import PATHS
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.stages import StageClock
     from verify.ppl.runfolder import RunFolder
@@ -88,9 +94,9 @@ def command(
     prepare_torch()
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
-    found_path = next((p for p in RUN_PATHS if p == path), None)
+    found_path = next((p for p in PATHS if p == path), None)
     if found_path is None:
-        raise UsageError(f"--path {path}: expected decode or prefill")
+        raise UsageError(f"--path {path}: expected decode, several or prefill")
     if captured_from is not None and (
         shape or n_kv or inputs or n_q or sequences != 1 or dtype != "f16" or hidden_nan
     ):

@@ -26,14 +26,12 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Print; exit 0."""
-    from verify.identify.tolerance import run_tolerance
-    from verify.machine.devices import chosen_device, default_device
-    from verify.reports.tolerance import print_tolerances, tolerance_json
+    from verify.reports.tolerance import print_tolerances
+    from verify.tolerances import tolerance
 
     prepare_torch()
-    chosen = chosen_device(device or default_device())
-    found, notes = run_tolerance(spec, shape, n_kv, inputs, seeds, str(chosen))
-    print_tolerances(spec, shape, n_kv, found, notes, sys.stderr if json_ else sys.stdout)
+    found = tolerance(spec, shape, n_kv=n_kv, families=inputs.split(","), seeds=seeds, device=device)
+    print_tolerances(found, sys.stderr if json_ else sys.stdout)
     if json_:
-        print(to_json_text(tolerance_json(spec, shape, n_kv, found, notes)), end="")
+        print(to_json_text(found.to_json()), end="")
     return 0

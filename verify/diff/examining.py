@@ -196,7 +196,7 @@ def examine(
             found_due = _all_due([kernels[i] for i in ran], call, list(ran.values()))
             due = dict(zip(ran, found_due, strict=True))
         with clock.stage("plain attention", inputs.n_kv):
-            plain = plain_attention(_rows_of(call, range(min(CHECKED_ROWS, call.shape.rows))))
+            plain = plain_attention(_rows_of(call, _checked_rows(call)))
     found: list[KernelEvidence | None] = []
     for i, (kernel, each) in enumerate(zip(kernels, tried, strict=True)):
         if each.unsupported:
@@ -243,7 +243,7 @@ def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]
     """For each kernel and its output; kernels with the same cache share what they can."""
     due: dict[int, _Due] = {}
     given = exact_attention(call).out
-    first = range(min(CHECKED_ROWS, call.shape.rows))
+    first = _checked_rows(call)
     for which in by_cache(kernels):
         held = kernels[which[0]].held(call)
         exact = given if held is call else exact_attention(held).out
@@ -270,6 +270,11 @@ def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]
                 worst_budget=own,
             )
     return [due[i] for i in range(len(kernels))]
+
+
+def _checked_rows(call: Call) -> range:
+    """Rows of which budgets are derived: all of packed tokens, which cannot be narrowed, and are few."""
+    return range(call.shape.rows if call.cu_seqlens is not None else min(CHECKED_ROWS, call.shape.rows))
 
 
 def _rows_of(call: Call, rows: Sequence[int]) -> Call:

@@ -24,6 +24,7 @@ from verify.kernels.judging.families import (
     with_hidden_nan,
 )
 from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.plans.asked import MOST_SEVERAL
 from verify.kernels.plans.shapes import ModelShape, shape_named
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import UNTOLD, build_kernel
@@ -36,6 +37,8 @@ MOST_EDGES = 6
 DEFAULT_ROWS = 64
 # Of inputs that show faults alone.
 FEW_ROWS = 4
+# Query tokens a call of the path `several`, where nobody says how many.
+SEVERAL = 4
 
 
 def families_of(text: str, path: AttentionPath, *, hidden: bool = False) -> tuple[str, ...]:
@@ -68,7 +71,8 @@ class DiffSettings:
     allow_same: bool = False  # a candidate may be its baseline's specification
     dtype: str = "f16"  # of q, k and v: f16, bf16, f32
     sequences: int = 1  # in a call: every second one is shorter than the cell's length
-    n_q: int = 0  # query tokens a call on the prefill path; 0: all of a cell's rows
+    # Query tokens a call on the paths prefill and several; 0: all of a cell's rows, of `several` four.
+    n_q: int = 0
 
     def __post_init__(self) -> None:
         known = (PROBES, *ALL_FAMILIES)
@@ -77,16 +81,20 @@ class DiffSettings:
             raise UsageError(f"--inputs {unknown[0]}: expected all or any of {', '.join(known)}")
         for family in self.families:
             if family in CALLS and self.path not in CALLS[family].paths:
-                raise UsageError(f"--inputs {family}: expected --path {CALLS[family].paths[0]}")
+                raise UsageError(f"--inputs {family}: expected --path {CALLS[family].paths[-1]}")
         if self.dtype not in FLOAT_TYPES:
             raise UsageError(f"--dtype {self.dtype}: expected one of {', '.join(FLOAT_TYPES)}")
         if self.sequences < 1:
             raise UsageError(f"--sequences {self.sequences}: expected at least 1")
         if self.n_q < 0 or (self.n_q and self.path == "decode"):
             raise UsageError(
-                f"--n-q {self.n_q}: expected at least 1, and --path prefill: on the decode path every row is"
-                " computed as if it were alone"
+                f"--n-q {self.n_q}: expected at least 1, and --path prefill or several: on the decode path"
+                " every row is computed as if it were alone"
             )
+        if self.path == "several":
+            if self.n_q > MOST_SEVERAL:
+                raise UsageError(f"--n-q {self.n_q}: expected at most {MOST_SEVERAL} on the path several")
+            object.__setattr__(self, "n_q", self.n_q or SEVERAL)
         check_margin(self.margin)
         if self.seeds < 1:
             raise UsageError(f"--seeds {self.seeds}: expected at least 1")
@@ -119,8 +127,7 @@ def all_inputs(
                         yield Probing(shape.name, n_kv, few, tuple(candidates))
                         continue
                     alone = family not in FAMILIES
-                    asked = replace(settings, rows=FEW_ROWS) if alone else settings
-                    sizes = _sizes(asked, shape, n_kv, edges)
+                    sizes = _sizes(_few_rows(settings) if alone else settings, shape, n_kv, edges)
                     draws = settings.seeds * (1 if alone else _calls_a_cell(settings))
                     for seed in range(settings.first_seed, settings.first_seed + draws):
                         with clock.stage("inputs drawn", n_kv):
@@ -144,6 +151,11 @@ def _drawn(
         return {"call": with_hidden_nan(call), "known": call, "said_only": not strict}
     before = draw("gaussian", sizes, seed, device=device) if ALL_FAMILIES[family].after else None
     return {"call": call, "before": before}
+
+
+def _few_rows(settings: DiffSettings) -> DiffSettings:
+    """The same for inputs that show faults alone."""
+    return replace(settings, rows=FEW_ROWS, n_q=min(settings.n_q, FEW_ROWS))
 
 
 def _calls_a_cell(settings: DiffSettings) -> int:
@@ -207,12 +219,14 @@ def sizes_of_cell(settings: DiffSettings, shape: str, n_kv: int, family: str) ->
     edges = next(edges for edges, which in by_edges.items() if 0 in which) if _edged(family) else ()
     if family == PROBES:
         settings = replace(settings, rows=2)
+    elif family not in FAMILIES:
+        settings = _few_rows(settings)
     return _sizes(settings, named, n_kv, edges)
 
 
 def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[int, ...]) -> InputSizes:
-    """Rows of n_kv keys, the second of fewer, the fourth of far fewer; on the prefill path rows one after
-    another, the last of n_kv. Every second sequence is shorter than the first.
+    """Rows of n_kv keys, the second of fewer, the fourth of far fewer; on other paths than decode rows one
+    after another, the last of n_kv. Every second sequence is shorter than the first.
 
     edges: where the plans of the kernels cut, and tiles end.
     """
@@ -232,7 +246,7 @@ def _sizes(settings: DiffSettings, shape: ModelShape, n_kv: int, edges: tuple[in
 
 def _rows(settings: DiffSettings, n_kv: int) -> tuple[int, ...]:
     """Visible keys of each row of a cell's call."""
-    if settings.path == "prefill":
+    if settings.path != "decode":
         return tuple(max(n_kv - t, 1) for t in reversed(range(settings.n_q or settings.rows)))
     rows = [n_kv] * settings.rows
     rows[1] = max(n_kv - 37, 1)

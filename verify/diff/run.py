@@ -26,6 +26,7 @@ from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_
 from verify.identify.learning import learn
 from verify.judge.strata import Judgement
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
+from verify.kernels.judging.families import FORMS
 from verify.kernels.judging.probes import why_not_one_hot
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
@@ -92,7 +93,7 @@ def run_diff(
             said |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
             family = PROBES if isinstance(each, Probing) else each.family
             for kernel, one in zip(kernels, found, strict=True):
-                if one is None:
+                if one is None and not (family in FORMS and kernel.spec in baselines):
                     left_out.setdefault(kernel.spec, set()).add(family)
             of_baseline = dict(zip(references, found, strict=False))
             for spec, one in of_baseline.items():
@@ -100,10 +101,12 @@ def run_diff(
                     base_traces[spec].add(one.trace)
             for i, one in zip(asked, found[len(references) :], strict=True):
                 reference = of_baseline[matches[i].baseline]
-                if one is None or reference is None:
+                if one is None or (reference is None and family not in FORMS):
                     continue
                 traces[i].add(one.trace)
-                cells[i].append(compare(each.inputs if isinstance(each, Probing) else each, reference, one))
+                # A form is held against exact attention, whether or not the baseline has it.
+                beside = reference or KernelEvidence(matches[i].baseline)
+                cells[i].append(compare(each.inputs if isinstance(each, Probing) else each, beside, one))
             for one in found:
                 if one is not None:
                     # Outputs are compared above; only their errors are kept.

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from verify.check import ONE_HEAD_EACH, Report, check_attention
+from verify.check import Report, check_attention
+from verify.given import ONE_HEAD_EACH
 from verify.kernels.errors import KernelFailure
 from verify.kernels.foreign.cheats import CHEATS
 from verify.kernels.foreign.process import WorkerProcess

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,6 @@ from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.shapes import shape_named
-from verify.kernels.registry import build_kernel
 from verify.machine.errors import UsageError
 
 CONFIDENCE = 0.999
@@ -93,10 +92,40 @@ def tolerances(
     return found
 
 
-def run_tolerance(
-    spec: str, shape: str, n_kv: int, inputs: str, seeds: int, device: str
-) -> tuple[list[FamilyTolerance], list[str]]:
-    """What `verify tolerance` is asked for, and what a reader must know. Raises UsageError, SpecError."""
+class Tolerances(NamedTuple):
+    """How large the errors of a right kernel are, a family of inputs each."""
+
+    spec: str  # of the kernel that is taken to be right
+    shape: str  # query heads / KV heads x head size, or a name
+    n_kv: int  # keys of every row
+    families: list[FamilyTolerance]
+    notes: list[str]  # what a reader must know besides
+
+    def of(self, family: str) -> FamilyTolerance:
+        """The figures of one family. Raises KeyError for one that was not drawn."""
+        for each in self.families:
+            if each.family == family:
+                return each
+        raise KeyError(family)
+
+    def to_json(self) -> dict[str, Any]:
+        """As docs/json-of-commands.md lists it; its schema is `verify/schemas/tolerance.json`."""
+        return {
+            "schema": 1,
+            "command": "tolerance",
+            "exit_code": 0,
+            "spec": self.spec,
+            "shape": self.shape,
+            "n_kv": self.n_kv,
+            "families": [each.to_json() for each in self.families],
+            "notes": self.notes,
+        }
+
+
+def tolerances_of(
+    kernel: Kernel, shape: str, n_kv: int, families: Sequence[str], *, seeds: int = SEEDS, device: str = "cpu"
+) -> Tolerances:
+    """What `verify tolerance` is asked for. Raises UsageError, SpecError."""
     if n_kv < LEAST_KEYS:
         raise UsageError(f"--n-kv {n_kv}: expected at least {LEAST_KEYS}")
     if seeds < 1:
@@ -104,13 +133,9 @@ def run_tolerance(
     named = shape_named(shape)
     if named.v_in_k:
         raise UsageError(f"--shape {shape}: values lie in the keys there: not done")
-    kernel = build_kernel(spec)
-    try:
-        said = learn(kernel, [named.heads], [n_kv], path="decode", dtype=torch.float16, device=device)
-        found = tolerances(kernel, named.heads, n_kv, inputs.split(","), device=device, seeds=seeds)
-        return found, [*said, *kernel.notes]
-    finally:
-        kernel.close()
+    said = learn(kernel, [named.heads], [n_kv], path="decode", dtype=torch.float16, device=device)
+    found = tolerances(kernel, named.heads, n_kv, families, device=device, seeds=seeds)
+    return Tolerances(kernel.spec, shape, n_kv, found, [*said, *kernel.notes])
 
 
 def _of_family(kernel: Kernel, family: str, calls: Sequence[Call]) -> FamilyTolerance:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-from verify.identify.tolerance import FamilyTolerance
+from verify.identify.tolerance import Tolerances
 from verify.kernels.judging.gates import GATES
 from verify.reports.tables import print_table
 
 
-def tolerance_json(
-    spec: str, shape: str, n_kv: int, found: Sequence[FamilyTolerance], notes: Sequence[str]
-) -> dict[str, Any]:
-    """As `docs/json-of-commands.md` lists it."""
-    return {
-        "schema": 1,
-        "command": "tolerance",
-        "exit_code": 0,
-        "spec": spec,
-        "shape": shape,
-        "n_kv": n_kv,
-        "families": [each.to_json() for each in found],
-        "notes": list(notes),
-    }
-
-
-def print_tolerances(
-    spec: str, shape: str, n_kv: int, found: Sequence[FamilyTolerance], notes: Sequence[str], to: TextIO
-) -> None:
+def print_tolerances(found: Tolerances, to: TextIO) -> None:
     """Two tables: what a right kernel reaches, and what gates see."""
-    print(f"{spec} at {shape}, {n_kv} keys; a draw is one query token", file=to)
+    print(f"{found.spec} at {found.shape}, {found.n_kv} keys; a draw is one query token", file=to)
     columns = ("inputs", "draws", "NMSE median", "99.9 %", "at most", "relative 99.9 %", "absolute 99.9 %",
                "at most", "cosine from")  # fmt: skip
     rows = [
@@ -38,7 +19,7 @@ def print_tolerances(
             each.family, str(each.draws), f"{each.typical:.2g}", f"{each.nmse:.2g}", f"{each.nmse_most:.2g}",
             f"{each.relative:.2g}", f"{each.absolute:.2g}", f"{each.absolute_most:.2g}", f"{each.cosine:.9f}",
         )
-        for each in found
+        for each in found.families
     ]  # fmt: skip
     print_table(columns, rows, to)
     print(
@@ -46,7 +27,7 @@ def print_tolerances(
     )
     gates = [gate.name for gate in GATES]
     lines = []
-    for each in found:
+    for each in found.families:
         cells = [each.family]
         for gate in gates:
             factor = each.factors[gate]
@@ -54,5 +35,5 @@ def print_tolerances(
             cells.append(text + ("" if each.dropped[gate] else " (-)"))
         lines.append(tuple(cells))
     print_table(("inputs", *gates), lines, to)
-    for note in notes:
+    for note in found.notes:
         print(note, file=to)
