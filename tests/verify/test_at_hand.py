@@ -192,7 +192,7 @@ def test_keys_in_pages(layout: Any) -> None:
     assert "would have seen a key that is lost" in said
     shorter = verify.exact_attention(q, k, v, kv_len=torch.tensor([[87, 88, 89]] * 2)).out
     wrong = shorter if layout == "bshd" else shorter.transpose(1, 2)
-    with pytest.raises(verify.AttentionMismatch, match="as if key 8[789] were not seen"):
+    with pytest.raises(verify.AttentionMismatch, match=r"as if key 8[789] were not seen"):
         verify.assert_attention(*given, wrong, **form)
 
 
