@@ -50,7 +50,8 @@ def main() -> None:
             wall, cpu = time.monotonic(), time.process_time()
             report = verify.check_attention(fn, device=asked.device)
             runs.append({"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu})
-            print(f"{name}: {report.verdict}, {runs[-1]['wall']:.1f} s, CPU {runs[-1]['cpu']:.1f} s", flush=True)
+            took = " s, CPU ".join(f"{runs[-1][kind]:.1f}" for kind in ("wall", "cpu"))
+            print(f"{name}: {report.verdict}, {took} s", flush=True)
         found[name] = {"verdict": report.verdict, "runs": runs}
     if asked.out is not None:
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
