@@ -154,6 +154,10 @@ def run(
     try:
         report = json.loads(done.stdout)
     except ValueError:
+        if len(kernels) > 1:
+            # One that cannot run here is not the others' doing.
+            alone = [run(command, [kernel], device, file) for kernel in kernels]
+            return [row for rows, _ in alone for row in rows], [pair for _, kept in alone for pair in kept]
         last = done.stderr.strip().splitlines()
         verdict = "refused" if done.returncode == 2 else "none"
         said = {"verdict": verdict, "reasons": last[-1:]}
