@@ -58,8 +58,9 @@ def run_diff(
     what stopped it. Raises UsageError for too little memory where nothing was.
     """
     candidates = [build(spec) for spec in settings.candidates]
-    learnt = [line for kernel in candidates for line in _learn(settings, kernel, device, clock)]
+    # Before anything else is asked of them: the first call of all is judged like any other.
     first, shown = _first_calls(settings, candidates, device, clock)
+    learnt = [line for kernel in candidates for line in _learn(settings, kernel, device, clock)]
     matches = [
         matched(settings.baseline, kernel.spec, type_)
         for kernel, type_ in zip(candidates, shown, strict=True)
