@@ -47,7 +47,7 @@ KINDS: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("rare_row_in_e4m3", "gaussian", {"n_kvs": (193,)}, COARSE),
     ("odd_row_loses_its_last_key", "gaussian", {"n_kvs": (131,)}, WRONG),
     ("sixteen_parts_of_16", "gaussian", {"n_kvs": (290,)}, WRONG),
-    ("lighter_part_weighs_a_thousandth", "gaps", {}, COARSE),
+    ("lighter_part_weighs_a_thousandth", "gaps", {"n_kvs": (290,)}, COARSE),
     ("sixteenth_row_has_the_next_length", "gaussian", {**PREFILL, "rows": 40}, WRONG),
     ("wrong_where_it_is_measured", "gaussian", {**PREFILL, "rows": 64}, WRONG),
     ("window_from_a_tile_on", "window", {"n_kvs": (270,)}, WRONG),
