@@ -13,6 +13,7 @@ Two files are compared on what both know.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,17 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from verify.engines.conclusion import resolution_of
 from verify.engines.divergence import check_same_text, score_pair
 from verify.engines.logits_file import MAGIC, LogitsFile
-from verify.engines.token_records import Name, TokenRecord, read_records
+from verify.engines.token_records import (
+    LEAST_LOG,
+    MOST_LOG,
+    Name,
+    TokenRecord,
+    check_same_prompt,
+    read_records,
+)
 from verify.machine.errors import UsageError
 
 Kind = Literal["full", "top", "sampled"]
@@ -83,6 +92,8 @@ class Columns(NamedTuple):
     bound: list[np.ndarray] | None
     # Probability that p gives to tokens that are not listed in both; None likewise.
     hidden: list[np.ndarray] | None
+    # What two logits files' 16 bits could make of the mean divergence; None of other files.
+    resolution: float | None = None
 
 
 def open_logprobs(path: str) -> LogprobFile:
@@ -116,6 +127,8 @@ def check_same_tokens(a: LogprobFile, b: LogprobFile) -> None:
                 )
         if len(x) != len(y):
             raise UsageError(f"{b.path}: sequence {i} has {len(y)} tokens, expected {len(x)} as in {a.path}")
+    for p, q in zip(a.records or (), b.records or (), strict=False):
+        check_same_prompt(p, q)
     for i, (m, n) in enumerate(zip(a.before or (), b.before or (), strict=False), 1):
         if m != n and m >= 0 and n >= 0:
             raise UsageError(f"{b.path}: the prompt of sequence {i} has {n} tokens, expected {m}")
@@ -130,7 +143,8 @@ def columns_of(a: LogprobFile, b: LogprobFile) -> Columns:
         pair = score_pair(a.logits, b.logits).on_what_both_hold
         moved = list(pair.base.nll - pair.other.nll)
         zero = [np.zeros(len(x)) for x in pair.kld]
-        return Columns("full", moved, list(pair.kld), list(pair.kld), zero)
+        unseen = resolution_of(pair).mean_kld
+        return Columns("full", moved, list(pair.kld), list(pair.kld), zero, resolution=unseen)
     if kind == "sampled":
         return Columns(kind, moved, [_sampled(-d) for d in moved], None, None)
     if kind == "full":
@@ -194,6 +208,13 @@ def _of_logits_file(path: str) -> LogprobFile:
     chosen = []
     for i, targets in enumerate(file.targets):
         rows = whole.rows(i)
+        bad = ~np.isfinite(rows).all(1)
+        if bad.any():
+            at = file.layout.first_scored + int(bad.argmax())
+            raise UsageError(
+                f"{path}: window {i + 1}, position {at}: NaN or Inf, expected logarithms of probabilities"
+                " (verify kld judges such files)"
+            )
         chosen.append(rows[np.arange(len(targets)), targets].astype(np.float64))
     before = [file.layout.first_scored + 1] * len(names)
     return LogprobFile(
@@ -227,9 +248,14 @@ class _Arrays:
 
 def _of_arrays(path: str) -> LogprobFile:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise UsageError(f"{path}: is one array, expected .npz with 'logprobs' or 'logits' and 'tokens'")
+        with loaded as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: cannot be read as .npz: {error}") from None
     key = next((k for k in ("logprobs", "logits", "log_probs") if k in arrays), None)
     tokens = next((arrays[k] for k in ("tokens", "token_ids", "ids", "targets") if k in arrays), None)
@@ -238,14 +264,23 @@ def _of_arrays(path: str) -> LogprobFile:
         raise UsageError(f"{path}: holds {held}, expected 'logprobs' or 'logits' [N, V] and 'tokens' [N]")
     values, shapes = arrays[key], f"{key} {arrays[key].shape} and tokens {tokens.shape}"
     values, tokens = (values[None], tokens[None]) if values.ndim == 2 else (values, tokens)
-    if values.ndim != 3 or tokens.shape != values.shape[:2]:
+    if values.ndim != 3 or tokens.shape != values.shape[:2] or not values.size:
         raise UsageError(f"{path}: {shapes}, expected [N, V] and [N]")
+    if not np.issubdtype(values.dtype, np.floating):
+        raise UsageError(f"{path}: {key} is of {values.dtype}, expected floating-point numbers")
     if not np.issubdtype(tokens.dtype, np.integer) or tokens.min() < 0 or tokens.max() >= values.shape[2]:
         raise UsageError(f"{path}: tokens: expected whole numbers from 0 to {values.shape[2] - 1}")
-    if np.isnan(values).any() or np.isposinf(values).any():
+    if np.isnan(values).any() or np.isposinf(values).any() or np.isneginf(values).all(2).any():
         raise UsageError(f"{path}: {key} holds NaN or Inf")
     whole = _Arrays(values)
     chosen = [whole.rows(i)[np.arange(len(t)), t] for i, t in enumerate(tokens)]
+    for i, x in enumerate(chosen, 1):
+        if not ((x >= LEAST_LOG) & (x <= MOST_LOG)).all():
+            at = int((x < LEAST_LOG).argmax())
+            raise UsageError(
+                f"{path}: {key}: token {at} of sequence {i} has the logarithm {x[at]:g}, expected one of a"
+                " probability: it came"
+            )
     return LogprobFile(path, "full", [[int(x) for x in t] for t in tokens], chosen, whole=whole)
 
 

@@ -263,6 +263,10 @@ def _decide(
         if divergence.low > max_kld:
             return Decision("degraded", [limit])
         return Decision("inconclusive", [f"{limit} lies inside the interval: more tokens narrow it"])
+    if floor is None and columns.resolution is not None and abs(divergence.mean) <= columns.resolution:
+        return Decision(
+            "round-off", [f"{said}: no more than the files' own rounding, {columns.resolution:.2g}"]
+        )
     if floor is None:
         return Decision(
             "inconclusive",

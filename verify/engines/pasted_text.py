@@ -24,6 +24,14 @@ def plain_text(raw: bytes) -> str:
     return html.unescape(_ESCAPES.sub("", text)).translate(_BARS)
 
 
+def marked_text(raw: bytes) -> str:
+    """As its mark says, else UTF-8. Raises UnicodeDecodeError."""
+    for mark, encoding in _BOMS:
+        if raw.startswith(mark):
+            return raw[len(mark) :].decode(encoding)
+    return raw.decode("utf-8")
+
+
 def _decoded(raw: bytes) -> str:
     for mark, encoding in _BOMS:
         if raw.startswith(mark):

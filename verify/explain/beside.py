@@ -17,15 +17,20 @@ def exact_logprobs(reference: ReferencePasses, file: LogprobFile) -> list[np.nda
     """
     found = []
     for i, names in enumerate(file.names):
-        ids = [x for x in names if isinstance(x, int)]
-        where = file.records[i].where if file.records is not None else f"{file.path}, sequence {i + 1}"
-        if len(ids) < len(names):
+        record = file.records[i] if file.records is not None else None
+        where = record.where if record is not None else f"{file.path}, sequence {i + 1}"
+        ids, kept = [x for x in names if isinstance(x, int)], list(range(len(names)))
+        if record is not None:
+            # What a mask leaves out was there all the same when the rest was written.
+            known, kept = (record.ids, kept) if record.before_mask is None else record.before_mask
+            ids = known or []
+        if not ids or len(ids) < len(kept):
             raise UsageError(f"{where}: has texts of tokens, expected ids beside a model (-m)")
         before = _before(reference, file, i, where)
         reference.check(before, f"{where}: the prompt")
         reference.check(ids, where)
         logits = reference.logits([*before, *ids][:-1], EXACT, len(ids))
-        found.append(-losses(logits, ids))
+        found.append(-losses(logits, ids)[kept])
     return found
 
 

@@ -17,7 +17,7 @@ from verify.engines.logits_file import LogitsFile
 from verify.engines.logprob_files import check_same_tokens, columns_of, open_logprobs
 from verify.engines.logprobs import LogprobComparison, compare_logprobs
 from verify.engines.logprobs import comparison_json as logprobs_json
-from verify.engines.token_records import read_records
+from verify.engines.token_records import check_same_prompt, read_records, with_same_line_ends
 from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.terminal import Progress
@@ -115,6 +115,9 @@ class Question:
         a, b = (read_records(path) for path in paths)
         if len(a) != len(b):
             raise UsageError(f"{paths[1]}: {len(b)} records, expected {len(a)} as in {paths[0]}")
+        for x, y in zip(a, b, strict=True):
+            check_same_prompt(x, y)
+        line_ends = [with_same_line_ends(x, y) for x, y in zip(a, b, strict=True)]
         if self.model is None:
             from verify.explain.texts import from_files_alone
 
@@ -130,6 +133,8 @@ class Question:
                 found = [explain_texts(reference, pair, most=self.tokens) for pair in pairs]
             finally:
                 reference.close()
+        for one, said in zip(found, line_ends, strict=True):
+            one.sentences.extend([said] if said else [])
         answers = [(one.answer, one.sentences) for one in found]
         return Explanation(answers, {"pairs": [one.to_json() for one in found]})
 
@@ -142,7 +147,13 @@ class Question:
         sentences = [*c.decision.reasons]
         found: dict[str, Any] = {"pairs": [comparison_json(paths[1], c)]}
         if c.table is None or c.resolution is None:
+            if not pair.base.finite.all():
+                sentences.append("what A should have been is not known, so nothing is said of B")
+                return Explanation([("inconclusive", sentences)], found)
             return Explanation([("not explained", sentences)], found)
+        if c.decision.verdict == "identical":
+            # A ladder would say nothing of it, and costs minutes.
+            return Explanation([("tie", sentences)], found)
         measured = None
         if steps is None and self.model is not None:
             from verify.explain.climb import ladder_of_windows
@@ -151,7 +162,7 @@ class Question:
             steps = measured = ladder_of_windows(
                 self._model, text[: self.chunks], layout.n_vocab, self.device
             )
-        if c.decision.verdict in ("identical", "round-off"):
+        if c.decision.verdict == "round-off":
             sentences.append("no more than the files themselves hold")
             return Explanation([("tie", sentences)], found, measured)
         if steps is None:
@@ -193,6 +204,8 @@ def _logprobs(paths: tuple[str, str], steps: Ladder | None) -> Explanation:
     answer: tuple[Answer, list[str]]
     if c.decision.verdict == "identical":
         answer = "tie", ["the logprobs are the same"]
+    elif c.decision.verdict == "round-off":
+        answer = "tie", ["no more than the files themselves hold"]
     elif placed is None:
         more = "a ladder answers: verify ladder -m MODEL.gguf --out ladder.json, then --ladder ladder.json"
         answer = "inconclusive", [more]

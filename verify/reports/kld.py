@@ -13,7 +13,7 @@ from verify.engines.divergence import FileScores, clip_width
 from verify.engines.kld_table import table_lines
 from verify.engines.logits_file import CLIP_WIDTHS, Layout
 from verify.machine.errors import UsageError
-from verify.machine.terminal import Progress
+from verify.machine.terminal import Progress, counted
 from verify.ppl.perplexity import final_line, perplexity
 from verify.reports.progress import progress_of
 from verify.reports.tables import print_table
@@ -67,7 +67,7 @@ def print_file(path: str, layout: Layout, scores: FileScores, to: TextIO) -> Non
         file=to,
     )
     if not scores.finite.all():
-        print(f"  {int((~scores.finite).sum())} records hold NaN or Inf", file=to)
+        print(f"  {counted(int((~scores.finite).sum()), 'record')} with NaN or Inf", file=to)
         return
     print(
         f"  {final_line(perplexity(scores.nll.ravel()), n_ctx=layout.n_ctx, windows=layout.n_chunk)}", file=to

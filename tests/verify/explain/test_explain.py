@@ -184,6 +184,13 @@ def test_logprobs_beside_exact_attention(reference: ReferencePasses, tiny: Tiny,
     )
     texts = str(tmp_path / "texts")
     assert_refused(verify("logprobs", texts, texts, *model), "has texts of tokens, expected ids")
+    # What a mask leaves out stood before the rest all the same.
+    one = json.loads(lines["a"][0])
+    mask = [1] * 10 + [0] * 8 + [1] * 6
+    (tmp_path / "masked").write_text(json.dumps(one | {"response_mask": mask}))
+    masked = str(tmp_path / "masked")
+    repeated = json.loads(verify("logprobs", masked, masked, *model, "--json").stdout)
+    assert repeated["tokens"] == 16 and repeated["beside_exact"]["rms_a"] < 5e-3
     (tmp_path / "bare").write_text(json.dumps({"ids": [5], "logprobs": [-1.0]}))
     bare = str(tmp_path / "bare")
     assert_refused(verify("logprobs", bare, bare, *model), "has no prompt, expected prompt_token_ids")
