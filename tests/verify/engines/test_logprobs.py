@@ -229,7 +229,7 @@ OLD = {"completion_probabilities": [{"content": "x", "probs": []}], "content": "
         (ONE, {"ids": [1], "logprobs": [-1, -2]}, "2 logprobs for 1 tokens"),
         (ONE, {"ids": ["x"], "logprobs": [-1]}, "has logprobs and no ids"),
         (ONE, OLD, "an old llama-server"),
-        ({**ONE, "prompt_ids": [9]}, {**ONE, "prompt_ids": [9, 9]}, "the prompt of sequence 1 has 2 tokens"),
+        ({**ONE, "prompt_ids": [9]}, {**ONE, "prompt_ids": [9, 9]}, "its token 1 is 9, expected its end"),
     ],
 )
 def test_files_that_do_not_match_are_one_line(tmp_path: Path, a: Any, b: Any, said: str) -> None:
