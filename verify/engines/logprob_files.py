@@ -144,9 +144,11 @@ def columns_of(a: LogprobFile, b: LogprobFile) -> Columns:
         moved = list(pair.base.nll - pair.other.nll)
         zero = [np.zeros(len(x)) for x in pair.kld]
         unseen = resolution_of(pair).mean_kld
-        return Columns("full", moved, list(pair.kld), list(pair.kld), zero, resolution=unseen)
+        kld = list(pair.kld)
+        return Columns(kind="full", moved=moved, divergence=kld, bound=kld, hidden=zero, resolution=unseen)
     if kind == "sampled":
-        return Columns(kind, moved, [_sampled(-d) for d in moved], None, None)
+        one = [_sampled(-d) for d in moved]
+        return Columns(kind=kind, moved=moved, divergence=one, bound=None, hidden=None)
     if kind == "full":
         assert a.whole is not None and b.whole is not None
         divergence = []
@@ -157,10 +159,11 @@ def columns_of(a: LogprobFile, b: LogprobFile) -> Columns:
                     f"{b.path}: a vocabulary of {q.shape[1]}, expected {p.shape[1]} as in {a.path}"
                 )
             divergence.append((np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum(1))
-        return Columns(kind, moved, divergence, divergence, [np.zeros(len(x)) for x in divergence])
+        none = [np.zeros(len(x)) for x in divergence]
+        return Columns(kind=kind, moved=moved, divergence=divergence, bound=divergence, hidden=none)
     parts = [_top_of(a, b, i) for i in range(len(a.names))]
     divergence, bound, hidden = (list(x) for x in zip(*parts, strict=True))
-    return Columns(kind, moved, divergence, bound, hidden)
+    return Columns(kind=kind, moved=moved, divergence=divergence, bound=bound, hidden=hidden)
 
 
 def _sampled(log_ratio: np.ndarray) -> np.ndarray:
