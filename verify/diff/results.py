@@ -50,7 +50,14 @@ class CandidateResult:
             return None
         alone = strata_of(self.cells, alone=True) if self.alone is not None else None
         strata = strata_of(self.cells)
-        return StoredPair(self.spec, self.verdict, self.reasons, self.evidence, strata, alone)
+        return StoredPair(
+            spec=self.spec,
+            verdict=self.verdict,
+            reasons=self.reasons,
+            evidence=self.evidence,
+            strata=strata,
+            alone=alone,
+        )
 
     @property
     def worst(self) -> Cell | None:

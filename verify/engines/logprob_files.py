@@ -82,7 +82,7 @@ class LogprobFile:
 class Columns(NamedTuple):
     """Two files over the same tokens; lists by sequence, arrays [n]. p: the first file's, q: the second's."""
 
-    kind: Kind
+    kind: Kind  # what both files know
     # ln q - ln p of the token that came.
     moved: list[np.ndarray]
     # Estimates of the divergence KL(p, q), a position: exact where the kind is full, else without bias where
