@@ -127,8 +127,8 @@ def check_same_tokens(a: LogprobFile, b: LogprobFile) -> None:
                 )
         if len(x) != len(y):
             raise UsageError(f"{b.path}: sequence {i} has {len(y)} tokens, expected {len(x)} as in {a.path}")
-    for p, q in zip(a.records or (), b.records or (), strict=False):
-        check_same_prompt(p, q)
+    for record, other in zip(a.records or (), b.records or (), strict=False):
+        check_same_prompt(record, other)
     for i, (m, n) in enumerate(zip(a.before or (), b.before or (), strict=False), 1):
         if m != n and m >= 0 and n >= 0:
             raise UsageError(f"{b.path}: the prompt of sequence {i} has {n} tokens, expected {m}")
