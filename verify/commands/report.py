@@ -16,6 +16,7 @@ from verify.machine.files import is_plain_file
 from verify.ppl.runfolder import PAGE, REPORT, RunFolder
 from verify.reports.comparison import comparison_html, comparison_markdown
 from verify.reports.record import StoredPpl, load_run
+from verify.reports.verdict_lines import print_verdict
 from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, write_reports
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def command(
         if out is not None:
             raise UsageError(f"--out {out}: is for two runs; the reports of one go into its folder")
         run = write_reports(runs[0], foreign=True).run
-        reasons = "; ".join([*run.reasons, *run.notes])
-        print(f"verdict: {run.verdict}: {reasons}", file=sys.stdout)
+        print_verdict(run.verdict, run.reasons, sys.stdout, run.notes)
         print(f"report: {visible(str(runs[0] / PAGE))}", file=sys.stdout)
         return 0
     stored = [load_run(run) for run in runs]

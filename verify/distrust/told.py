@@ -9,6 +9,7 @@ from rich.table import Table
 from verify.distrust.judging import Judged
 from verify.machine.terminal import console_on, print_table_on
 from verify.reports.ci import CheckedCase, state_of
+from verify.reports.verdict_lines import print_verdict
 
 SCHEMA = 1
 
@@ -28,7 +29,7 @@ def print_judged(judged: Judged, to: TextIO) -> None:
         console.print(f"median of a call on fresh inputs: {judged.seconds * 1e3:.3g} ms", soft_wrap=True)
     for note in judged.notes:
         console.print(f"note: {note}", soft_wrap=True)
-    console.print(f"verdict: {judged.outcome}: {'; '.join(judged.reasons)}", soft_wrap=True)
+    print_verdict(judged.outcome, judged.reasons, to)
 
 
 def cases_of(judged: Judged) -> list[CheckedCase]:

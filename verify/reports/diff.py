@@ -12,10 +12,10 @@ import numpy as np
 
 from verify.diff.cells import Cell
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, command_of, detectable
-from verify.judge.words import next_line
 from verify.machine.terminal import console_on, print_table_on
 from verify.reports.tables import Column, table_of
 from verify.reports.templating import TEMPLATES, flat
+from verify.reports.verdict_lines import print_verdict
 
 
 def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
@@ -90,7 +90,8 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
         ]
         console.print(f"{result.spec} against {result.baseline}")
         print_table_on(console, table_of(_COLUMNS, rows))
-        console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
+        if len(outcome.candidates) > 1:
+            console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
         if (worst := result.worst) is not None:
             again = command_of(outcome.settings, worst)
             console.print(f"worst element again: {again}", soft_wrap=True)
@@ -98,10 +99,13 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
         if least is not None and math.isfinite(least):
             seen = f"would have seen an rms ratio from {least:.3g} in any kind of input"
             console.print(f"{seen}, and any error beyond its budget", soft_wrap=True)
-    if len(outcome.candidates) > 1 or outcome.notes:
-        said = "; ".join([f"verdict: {outcome.verdict}", *outcome.notes])
-        console.print(said, soft_wrap=True)
-    console.print(next_line(outcome.verdict), soft_wrap=True)
+    several = len(outcome.candidates) > 1
+    reasons = [_gravest(len(outcome.candidates))] if several else outcome.candidates[0].reasons
+    print_verdict(outcome.verdict, reasons, to, outcome.notes)
+
+
+def _gravest(candidates: int) -> str:
+    return f"the gravest of {candidates} candidates"
 
 
 def _figure(x: float, digits: str = ".3g") -> str:

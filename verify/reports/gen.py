@@ -8,13 +8,13 @@ from typing import Any, TextIO
 import numpy as np
 
 from verify.gen.record import GenPairRecord, GenRun
-from verify.judge.words import next_line
 from verify.kernels.said import visible
 from verify.machine.terminal import counted
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
 from verify.reports.record import StoredGen, gen_command
 from verify.reports.split_mode import shared_out
 from verify.reports.templating import TEMPLATES, figure, flat, interval, is_known, model_fact, model_words
+from verify.reports.verdict_lines import print_verdict
 
 
 def print_outcome(run: GenRun, page: Path, to: TextIO) -> None:
@@ -27,8 +27,7 @@ def print_outcome(run: GenRun, page: Path, to: TextIO) -> None:
             print(f"  writes: {visible(arm.text or '')}", file=to)
         for sentence in pair_sentences(pair):
             print(f"  {sentence}", file=to)
-    print(f"verdict: {run.verdict}: {'; '.join([*run.reasons, *run.notes])}", file=to)
-    print(next_line(run.verdict), file=to)
+    print_verdict(run.verdict, run.reasons, to, run.notes)
     print(f"report: {visible(str(page))}", file=to, flush=True)
 
 

@@ -17,6 +17,7 @@ from verify.machine.terminal import Progress, counted
 from verify.ppl.perplexity import final_line, perplexity
 from verify.reports.progress import progress_of
 from verify.reports.tables import print_table
+from verify.reports.verdict_lines import print_verdict
 
 # More windows than this are not listed one by one.
 MOST_WINDOWS = 16
@@ -116,7 +117,7 @@ def print_comparison(c: Comparison, to: TextIO) -> None:
                 f" (nll {t.nll_base:.4f} in the base, {t.nll:.4f})",
                 file=to,
             )
-    print(f"verdict: {c.decision.verdict}: {'; '.join(c.decision.reasons)}", file=to)
+    print_verdict(c.decision.verdict, c.decision.reasons, to)
 
 
 def _print_classes(what: str, found: Sequence[Class], to: TextIO) -> None:

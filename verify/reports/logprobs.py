@@ -8,6 +8,7 @@ from verify.engines.conclusion import bounds_text
 from verify.engines.logprobs import Departure, LogprobComparison
 from verify.machine.terminal import counted
 from verify.reports.tables import print_table
+from verify.reports.verdict_lines import print_verdict
 
 if TYPE_CHECKING:
     from verify.engines.ladder import Placed
@@ -56,7 +57,7 @@ def print_logprobs(a: str, b: str, c: LogprobComparison, placed: Placed | None, 
     print_table(("where", "tokens", "mean KLD", "rms moved"), rows, to)
     if placed is not None:
         print(placed.sentence, file=to)
-    print(f"verdict: {c.decision.verdict}: {'; '.join(c.decision.reasons)}", file=to)
+    print_verdict(c.decision.verdict, c.decision.reasons, to)
 
 
 def _words(d: Departure) -> str:

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
-from verify.judge.words import next_line
 from verify.kernels.said import visible
 from verify.machine.terminal import console_on, counted, print_table_on
 from verify.model.runner import Progress as Step
@@ -28,6 +27,7 @@ from verify.reports.single_tokens import changed_words, single_token_sentences, 
 from verify.reports.split_mode import split_mode_sentence
 from verify.reports.tables import Column, table_of
 from verify.reports.templating import is_known
+from verify.reports.verdict_lines import print_verdict
 
 
 class PplConsole:
@@ -118,14 +118,12 @@ class PplConsole:
             print_table_on(console, table_of(kinds, of_caches))
         for line in _coverage(run):
             console.print(line, soft_wrap=True)
-        print(
-            _read(run),
-            *_verdict(run),
-            f"report: {visible(str(folder / PAGE))}",
-            sep="\n",
-            file=self.out,
-            flush=True,
-        )
+        print(_read(run), *_pairs(run), sep="\n", file=self.out)
+        several = len(run.pairs) > 1 and run.verdict != VOID
+        reasons = [f"the gravest of {len(run.pairs)} pairs"] if several else run.reasons
+        # What did not run belongs to the verdict itself.
+        print_verdict(run.verdict, reasons, self.out, run.notes)
+        print(f"report: {visible(str(folder / PAGE))}", file=self.out, flush=True)
 
     def _end_line(self) -> None:
         if self._line_open:
@@ -192,19 +190,15 @@ def _read(run: PplRun) -> str:
     return f"read: {read:.0f} MB of a model of {size:.0f} MB, in {groups} of {windows}"
 
 
-def _verdict(run: PplRun) -> list[str]:
-    """The verdict in one line, then each pair's own where there are several, and what would have shown."""
-    void = run.verdict == VOID
-    several = len(run.pairs) > 1 and not void
-    reasons = [f"the gravest of {len(run.pairs)} pairs"] if several else run.reasons
-    # What did not run belongs to the verdict itself, not below it.
-    lines = [f"verdict: {run.verdict}: {'; '.join([*reasons, *run.notes])}"]
-    for pair in [] if void else run.pairs:
-        if several:
+def _pairs(run: PplRun) -> list[str]:
+    """Each pair's own verdict where there are several, and what would have shown."""
+    lines = []
+    for pair in [] if run.verdict == VOID else run.pairs:
+        if len(run.pairs) > 1:
             lines.append(f"{pair.candidate}: {pair.verdict}: {'; '.join(pair.reasons)}")
         if pair.distance_ratio is not None:
             lines.append(_could_have_seen(run, pair))
-    return [*lines, next_line(run.verdict)]
+    return lines
 
 
 def _could_have_seen(run: PplRun, pair: PairRecord) -> str:
@@ -213,6 +207,6 @@ def _could_have_seen(run: PplRun, pair: PairRecord) -> str:
     could = f"could have seen a distance ratio from {least:.3g}" if is_known(least) else "no interval"
     calls = f"; {steady_sentence(pair.judged_calls)}" if pair.judged_calls is not None else ""
     return (
-        f"  {could}, on {pair.measured_tokens} tokens, about {pair.distance_scope};"
+        f"{pair.candidate} {could}, on {pair.measured_tokens} tokens, about {pair.distance_scope};"
         f" {changed_words(run, pair, 'them')}{calls}"
     )

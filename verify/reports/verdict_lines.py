@@ -1,0 +1,49 @@
+"""The verdict as a person meets it: a box on a terminal, a line a reason in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from verify.judge.words import VERDICTS, next_line
+from verify.machine.terminal import console_on, on_terminal
+
+_COLOURS = {
+    "identical": "green",
+    "round-off": "green",
+    "improved": "green",
+    "degraded": "red",
+    "broken": "red",
+    "inconclusive": "yellow",
+    "void": "yellow",
+}
+
+
+def verdict_lines(verdict: str, reasons: Sequence[str], notes: Sequence[str] = ()) -> list[str]:
+    """`verdict: WORD: first reason`, a line for each further reason and note, and what to do next."""
+    first = f": {reasons[0]}" if reasons else ""
+    lines = [f"verdict: {verdict}{first}"]
+    lines += [f"  and: {reason}" for reason in reasons[1:]]
+    lines += [f"  note: {note}" for note in notes]
+    return [*lines, next_line(verdict)] if verdict in VERDICTS else lines
+
+
+def print_verdict(verdict: str, reasons: Sequence[str], to: TextIO, notes: Sequence[str] = ()) -> None:
+    """Reasons and notes, then the verdict's next step. Colours follow NO_COLOR and TERM, as rich has them."""
+    console = console_on(to)
+    if not on_terminal(to) or verdict not in VERDICTS:
+        for line in verdict_lines(verdict, reasons, notes):
+            console.print(line, soft_wrap=True)
+        return
+    from rich.panel import Panel
+    from rich.text import Text
+
+    word = VERDICTS[verdict]
+    body = Text("; and ".join(reasons))
+    for note in notes:
+        body.append(f"\nnote: {note}")
+    body.append(f"\n\n{verdict} means: {word.means}", style="dim")
+    body.append(f"\nnext: {word.next_step} (verify help verdicts)")
+    console.print(
+        Panel(body, title=f"verdict: {verdict}", title_align="left", border_style=_COLOURS[verdict])
+    )
