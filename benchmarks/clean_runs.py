@@ -6,7 +6,8 @@ degraded?
 A setting is a pair of `eager` kernels with random plans, types of P and of the result, a shape, a length
 and some families; a run is one seed of it, and each setting has `SEEDS` of them. The true ratio of each
 stratum is that of many rows of other draws. A pair is *clean* where it is at most 1.1 in every stratum; where
-it is above the margin in one it must be called degraded, and what lies between may be called either. Settings
+it is above the margin in one it must be called degraded (which is not is held in `undecided`, with the reasons
+and the true ratio), and what lies between may be called either. Settings
 are numbered: what the file holds is gone on with, so that a run that was stopped loses one setting at most.
 """
 
@@ -132,7 +133,13 @@ def main() -> None:
     prepare_torch()
     torch.set_num_threads(1)
     began = time.monotonic()
-    found: dict[str, Any] = {"seed": arguments.seed, "settings": 0, "counts": {}, "wrong": []}
+    found: dict[str, Any] = {
+        "seed": arguments.seed,
+        "settings": 0,
+        "counts": {},
+        "wrong": [],
+        "undecided": [],
+    }
     if arguments.out.is_file():
         there = json.loads(arguments.out.read_text())
         found = there if there.get("seed") == arguments.seed and "settings" in there else found
@@ -143,11 +150,16 @@ def main() -> None:
         kind = "clean" if worst <= CLEAN else "above" if worst > DEFAULT_MARGIN else "between"
         for seed in setting.seeds:
             asked, clock = setting.of_diff(first_seed=seed), StageClock(CPU)
-            verdict = run_diff(asked, CPU, all_inputs(asked, CPU, clock), clock).verdict
+            outcome = run_diff(asked, CPU, all_inputs(asked, CPU, clock), clock)
+            verdict = outcome.verdict
             counts[kind][verdict] += 1
             if verdict == "broken" or (kind == "clean" and verdict == "degraded"):
                 wrong = {"true_ratio": worst, "verdict": verdict, "kind": kind, "seed": seed}
                 found["wrong"].append({**wrong, "setting": setting._asdict()})
+            if kind == "above" and verdict != "degraded":
+                why = {"true_ratio": round(worst, 3), "verdict": verdict, "number": found["settings"]}
+                reasons = outcome.candidates[0].reasons
+                found["undecided"].append({**why, "seed": seed, "reasons": reasons})
         commits = sorted({*found.get("commits", ()), commit()})
         found |= {"commits": commits, "settings": found["settings"] + 1, "counts": counts}
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")

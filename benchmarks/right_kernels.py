@@ -90,7 +90,7 @@ KERNELS = (
     py("textbook_f16", "the same, float16 result"),
     py("textbook_bf16", "the same, bfloat16 result"),
     py("float32_p", "P in float32"),
-    py("bf16_p", "P in bfloat16"),
+    py("bf16_p", "P in bfloat16", arithmetic="acc=f32,p=bf16"),
     py("small_tiles", "tiles of 16 keys"),
     py("large_tiles", "tiles of 256 keys"),
     py("sequence_of_parts", "seven parts, merged one after another"),

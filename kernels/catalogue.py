@@ -33,6 +33,7 @@ CALL_LIMIT_S = 60
 PYTHON_OPTIONS: dict[str, str] = {
     "timeout": f"seconds that one call may take; default {CALL_LIMIT_S}",
     "acc": "f32: the kernel is known to accumulate in float32, so that a tighter error budget applies",
+    "p": "type of P where it is not that of q, k and v or a finer one: f32, f16, bf16",
     "deterministic": "yes: it promises the same bits for the same call; no: it does not; default: it is seen",
     "row_alone": "bits: it promises that a row's bits depend on nothing else in its call",
     "layout": "order of its dimensions: bshd, bhsd, thd; default bshd, or as it is found",

@@ -62,6 +62,7 @@ class PythonKernel(UserKernel):
         *,
         limit_s: int,
         acc: str | None,
+        p: str | None = None,
         deterministic: bool | None = None,
         row_alone: bool = False,
         wanted: Mapping[str, Any] | None = None,
@@ -81,6 +82,7 @@ class PythonKernel(UserKernel):
             binary=binary,
             greeting=self._worker.greeting,
             acc=acc,
+            p=p,
             deterministic=deterministic,
             row_alone=row_alone,
         )
@@ -90,6 +92,7 @@ class PythonKernel(UserKernel):
         """Raises SpecError, one line, if the file or the function cannot be used."""
         target = parse_target(spec)
         acc = choice(spec, "acc", "f32", ("f32", "f16")) if "acc" in spec.options else None
+        p = choice(spec, "p", "f16", ("f32", "f16", "bf16")) if "p" in spec.options else None
         stated = None
         if "deterministic" in spec.options:
             stated = choice(spec, "deterministic", "no", ("yes", "no")) == "yes"
@@ -104,6 +107,7 @@ class PythonKernel(UserKernel):
             target,
             limit_s=limit_s,
             acc=acc,
+            p=p,
             deterministic=stated,
             row_alone=alone,
             wanted=wanted,

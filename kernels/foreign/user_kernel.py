@@ -52,12 +52,13 @@ class UserKernel(Kernel):
         binary: str,
         greeting: Mapping[str, Any],
         acc: str | None = None,
+        p: str | None = None,
         deterministic: bool | None = None,
         row_alone: bool = False,
         stated: Arithmetic | None = None,
     ) -> None:
         super().__init__(spec)
-        self.function, self.binary, self.acc = function, binary, acc
+        self.function, self.binary, self.acc, self.p = function, binary, acc, p
         self.deterministic, self.row_alone = deterministic, row_alone
         self.stated, self.greeting = stated, greeting
         self._takes: tuple[str, ...] = tuple(greeting["takes"])
@@ -81,11 +82,11 @@ class UserKernel(Kernel):
         """out and lse of a call that it takes, float32, where the call's tensors lie; lse NaN for none."""
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
-        own = self._returning(self.stated or loosest("f16", acc=self.acc))
+        own = self._returning(self.stated or self._with_p(loosest("f16", acc=self.acc)))
         return self._over_cache(own, self.cache.at(None), shape, torch.float16)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        own = self._returning(self.stated or loosest_of(call.q.dtype, acc=self.acc))
+        own = self._returning(self.stated or self._with_p(loosest_of(call.q.dtype, acc=self.acc)))
         own = self.identified_of(call) or own
         return self._over_cache(own, self.cache.at(call.layer), call.shape, call.q.dtype)
 
@@ -98,6 +99,10 @@ class UserKernel(Kernel):
         u = U_F32 if kind is None or kind.name == "f32" else kind.u
         own = replace(own, u_k=max(own.u_k, u), u_v=max(own.u_v, u))
         return over_rotation(own, cache, shape, dtype)
+
+    def _with_p(self, assumed: Arithmetic) -> Arithmetic:
+        """A P that its author says is of another type than the inputs."""
+        return assumed if self.p is None else replace(assumed, p=self.p)
 
     def _returning(self, assumed: Arithmetic) -> Arithmetic:
         """The type that came back is known; a float32 that came back may hold numbers of a narrower one."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,22 @@ def test_that_no_budget_applies_is_said_once_with_what_to_add() -> None:
     assert not stated.notes and not error_budget(long, stated.arithmetic_of(long)).vacuous.any()
     kernel.close()
     stated.close()
+
+
+def test_a_p_of_another_type_than_the_inputs_is_stated() -> None:
+    """P in bfloat16 over float16 inputs: right, and beyond what float16 may make of few keys."""
+    right = FILE.parent / "right_kernels.py"
+    call = problem(batch=2, rows=60)
+    # Small logits, of which nothing but P is off by much.
+    call = replace(call, q=call.q / 8)
+    found = {}
+    for stated in ("acc=f32", "acc=f32,p=bf16"):
+        kernel = build_kernel(f"py:{right}::bf16_p,{stated}")
+        result, arithmetic = kernel.run(call), kernel.arithmetic_of(call)
+        budget = error_budget(call, arithmetic)
+        found[stated] = float(budget_ratio(result.out.double() - budget.out, budget.bound).max())
+        assert kernel.arithmetic(call.shape, "decode").p == arithmetic.p
+        kernel.close()
+    assert found["acc=f32"] > 1 > found["acc=f32,p=bf16"]
+    with pytest.raises(SpecError, match="p=f8"):
+        build_kernel(f"py:{right}::bf16_p,p=f8")
