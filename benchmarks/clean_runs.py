@@ -6,9 +6,9 @@ degraded?
 A setting is a pair of `eager` kernels with random plans, types of P and of the result, a shape, a length
 and some families; a run is one seed of it, and each setting has `SEEDS` of them. The true ratio of each
 stratum is that of many rows of other draws. A pair is *clean* where it is at most 1.1 in every stratum; where
-it is above the margin in one it must be called degraded (which is not is held in `undecided`, with the reasons
-and the true ratio), and what lies between may be called either. Settings
-are numbered: what the file holds is gone on with, so that a run that was stopped loses one setting at most.
+it is above the margin in one it must be called degraded (`undecided` holds those that are not, with their
+reasons and the true ratio), and what lies between may be called either. Settings are numbered: what the file
+holds is gone on with, so that a run that was stopped loses one setting at most.
 """
 
 from __future__ import annotations
