@@ -4,8 +4,8 @@
     python benchmarks/strata.py [--runs 20000] [--out benchmarks/results/strata.json]
 
 Of each kind of rows and each true ratio, 1, the margin and 1/1.1: how often each 99.9 % limit misses it,
-and of runs with a stratum of each kind how often one is called degraded or improved. About 3 minutes on one
-core.
+and of runs with a stratum of each kind how often one is called degraded or improved; the same of strata that
+are doubled until they decide, in five looks. About 20 minutes on one core.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from verify.kernels.judging.figures import smallest_squares
 from verify.kernels.registry import build_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.strata_runs import RECORDED, false_words, limit_misses, made_kinds, recorded_kinds
+from support.strata_runs import RECORDED, false_words, limit_misses, looks, made_kinds, recorded_kinds
 
 # Kernels of like accuracy: what is asked of unlike ones is no question of a limit.
 PAIRS = (
@@ -38,6 +38,8 @@ PAIRS = (
     ("eager:out=f16,kv=4", "eager:out=f16"),
 )
 KEYS, ROWS = 512, 256
+# True ratios of runs whose strata are doubled until they decide.
+LOOKED_AT = (1.0, 1.1, 1.2, 1.25, 1.4)
 
 
 def record() -> None:
@@ -92,6 +94,7 @@ def main() -> None:
         for samples in (32, 64)
         for one in false_words([*made, *recorded], runs=arguments.runs, samples=samples)
     ]
+    doubled = list(looks([*made, *recorded], runs=arguments.runs, samples=64, looks=5, ratios=LOOKED_AT))
     result = {
         "commit": commit(),
         "runs": arguments.runs,
@@ -101,12 +104,13 @@ def main() -> None:
         },
         "limits": [one._asdict() for one in limits],
         "words": [one._asdict() for one in words],
+        "looks": [one._asdict() for one in doubled],
     }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     for one in sorted(limits, key=lambda x: -max(x.upper, x.lower))[:12]:
         print(f"{one.kind:50} R = {one.truth:6} {one.samples:4} rows: {one.upper:.2%} {one.lower:.2%}")
-    for word in words:
-        print(word)
+    for said in (*words, *doubled):
+        print(said)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from verify.judge.strata import ALPHA, holm, improvement_of, log_ratio
+from verify.judge.strata import ALPHA, holm, improvement_of, log_ratio, share_of_look
 from verify.judge.verdict import DEFAULT_MARGIN
 
 RECORDED = Path(__file__).with_name("row_energies.npz")
@@ -158,3 +158,73 @@ def false_words(
                 of_word.append(np.concatenate(piece))
         words = [float(holm(np.stack(of_word, -1), ALPHA).any(-1).mean()) for of_word in chances]
         yield FalseWords(truth, samples, *words)
+
+
+class Looks(NamedTuple):
+    """Of whole runs whose strata all have one true ratio, doubled until they decide, in so many looks."""
+
+    ratio: float  # true, of every stratum
+    runs: int
+    looks: int  # at most
+    degraded: float  # share of runs that are called so at any look
+    improved: float  # likewise
+    # Of the kind that it happens to most: share of runs that end with its upper limit below the truth.
+    missed: float
+    decided: float  # share of strata whose upper limit ends inside the margin
+    rows: float  # mean of a stratum, in units of its first look's
+
+
+def looks(
+    kinds: list[Kind], *, runs: int, samples: int, looks: int, ratios: Iterable[float], seed: int = 0
+) -> Iterator[Looks]:
+    """A run has a stratum of each kind, of `samples` rows at its first look. Kinds whose upper limit is not
+    inside the margin go on to twice as many, until one of them is degraded, or to the last look."""
+    rng = np.random.default_rng(seed)
+    shares = np.array([share_of_look(1 + j, looks) for j in range(looks)])
+    margin = math.log(DEFAULT_MARGIN)
+    for ratio in ratios:
+        # [looks, runs, kinds]
+        worse, better, upper = ([], [], [])
+        for kind in kinds:
+            of_kind: list[list[np.ndarray]] = []
+            for first in range(0, runs, _AT_ONCE):
+                c, b = kind.rows(rng, (min(_AT_ONCE, runs - first), samples << (looks - 1)))
+                piece = []
+                for j, share in enumerate(shares):
+                    found = log_ratio(c[:, : samples << j] * ratio**2, b[:, : samples << j])
+                    chances = [
+                        found.chance(bound, sign) / share
+                        for bound, sign in ((margin, 1), (math.log(improvement_of(DEFAULT_MARGIN)), -1))
+                    ]
+                    piece.append(np.stack([*chances, found.limit(1, ALPHA * share)]))
+                of_kind.append(np.stack(piece, 1))
+            for into, x in zip((worse, better, upper), np.concatenate(of_kind, -1), strict=True):
+                into.append(x)
+        yield _looked([np.stack(x, -1) for x in (worse, better, upper)], ratio)
+
+
+def _looked(figures: list[np.ndarray], ratio: float) -> Looks:
+    worse, better, upper = figures
+    count, runs, kinds = worse.shape
+    at = np.zeros((runs, kinds), int)
+    degraded, improved = np.zeros(runs, bool), np.zeros(runs, bool)
+
+    def now(x: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(x, at[None], 0)[0]
+
+    for _ in range(count):
+        degraded |= holm(now(worse)).any(-1)
+        improved |= holm(now(better)).any(-1)
+        is_open = (now(upper) > math.log(DEFAULT_MARGIN)) & ~degraded[:, None]
+        at = np.minimum(at + is_open, count - 1)
+    ends = now(upper)
+    return Looks(
+        ratio=ratio,
+        runs=runs,
+        looks=count,
+        degraded=float(degraded.mean()),
+        improved=float(improved.mean()),
+        missed=float((ends < math.log(ratio)).mean(0).max()),
+        decided=float((ends <= math.log(DEFAULT_MARGIN)).mean()),
+        rows=float((2.0**at).mean()),
+    )

@@ -53,6 +53,14 @@ def command(
     seeds: Annotated[int, typer.Option("--seeds", help="draws of every family")] = 1,
     first_seed: Annotated[int, typer.Option("--first-seed", help="the first of them")] = 0,
     rows: Annotated[int, typer.Option("--rows", help="query tokens a cell: samples of its stratum")] = 64,
+    most_rows: Annotated[
+        int,
+        typer.Option(
+            "--most-rows",
+            help="rows that a kind of input which cannot decide is drawn to, doubled look by look; default 16"
+            " times --rows",
+        ),
+    ] = 0,
     n_q: Annotated[
         int,
         typer.Option(
@@ -119,6 +127,7 @@ def command(
         margin=margin,
         captured_from=captured_from,
         rows=rows,
+        most_rows=most_rows,
         dtype=dtype,
         allow_same=allow_same,
         strict=strict,
@@ -130,7 +139,7 @@ def command(
     screen = sys.stderr if json_ else sys.stdout
     clock = StageClock(chosen)
     inputs_ = _shown(all_inputs(settings, chosen, clock), count_inputs(settings))
-    outcome = run_diff(settings, chosen, inputs_, clock)
+    outcome = run_diff(settings, chosen, inputs_, clock, show=_shown_again)
     folder.write_json("run.json", outcome.run)
     stored = [(one.spec, kept) for one in outcome.candidates if (kept := one.stored()) is not None]
     folder.write_bytes(STRATA, packed(stored))
@@ -147,6 +156,12 @@ def command(
     if outcome.stopped:
         raise UsageError(f"{outcome.stopped}; what was measured is in {folder.path}")
     return outcome.exit_code
+
+
+def _shown_again(each: Iterator[Any], said: str) -> Iterator[Any]:
+    """The same of another look, and what it is for."""
+    print(said, file=sys.stderr, flush=True)
+    return _shown(each, None)
 
 
 def _shown(each: Iterator[Any], total: int | None) -> Iterator[Any]:

@@ -169,12 +169,16 @@ def _stratum_of(
         power=power,
         heads=tuple(range(call.shape.q_heads)),
         a_kv_head=call.shape.ratio,
+        look=inputs.look,
     )
 
 
-def judge_cells(cells: Sequence[Cell], margin: float) -> Judgement:
-    """The strata of one candidate's cells in which another plan ran: draws of a kind of input are one."""
-    return judge_strata(strata_of(cells), margin)
+def judge_cells(cells: Sequence[Cell], margin: float, looks: int = 1) -> Judgement:
+    """The strata of one candidate's cells in which another plan ran: draws of a kind of input are one.
+
+    looks: that a kind may be given.
+    """
+    return judge_strata(strata_of(cells, looks), margin)
 
 
 def judge_alone(cells: Sequence[Cell], margin: float) -> Judgement | None:
@@ -183,23 +187,24 @@ def judge_alone(cells: Sequence[Cell], margin: float) -> Judgement | None:
     return judge_strata(strata, margin) if strata else None
 
 
-def strata_of(cells: Sequence[Cell], *, alone: bool = False) -> list[Stratum]:
+def strata_of(cells: Sequence[Cell], looks: int = 1, *, alone: bool = False) -> list[Stratum]:
     """A stratum a kind of input, over its draws; `alone`: those of single tokens."""
     kinds: dict[tuple[str, int, str], list[Stratum]] = {}
     for cell in cells:
         s = cell.stratum_alone if alone else cell.stratum
         if s is not None and cell.covered and len(s.candidate):
             kinds.setdefault((s.shape, s.n_kv, s.family), []).append(s)
-    return [joined(of_kind) for of_kind in kinds.values()]
+    return [joined(of_kind, looks) for of_kind in kinds.values()]
 
 
-def joined(draws: Sequence[Stratum]) -> Stratum:
-    """Draws of one kind of input as one stratum."""
+def joined(draws: Sequence[Stratum], looks: int = 1) -> Stratum:
+    """Draws of one kind of input as one stratum, which may be given so many looks."""
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(d, name) for d in draws])
         for name in ("candidate", "reference", "floor", "power")
     }
-    return replace(draws[0], **arrays)
+    first = sum(len(d.candidate) for d in draws if d.look == 1)
+    return replace(draws[0], look=max(d.look for d in draws), looks=looks, first=first, **arrays)
 
 
 def evidence_of(

@@ -53,6 +53,7 @@ class CellInputs:
     before: Call | None = None  # a call that is made first, and whose result nobody looks at
     known: Call | None = None  # the same call, hidden keys finite: exact results are derived of it
     said_only: bool = False  # what is wrong in it is said, and no fault
+    look: int = 1  # that it was drawn for, of those at its kind of input
 
     @property
     def exact_call(self) -> Call:

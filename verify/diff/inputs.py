@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from verify.arms.model_facts import check_lengths, check_shapes
 from verify.diff.captured import captured_inputs
 from verify.diff.examining import CellInputs
 from verify.diff.probing import PROBES, Probing
+from verify.judge.strata import looks_until
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Shape
 from verify.kernels.judging.families import (
@@ -35,6 +36,8 @@ from verify.machine.stages import StageClock
 MOST_EDGES = 6
 # Rows of each cell: samples of its stratum. Fixed by `benchmarks/strata.py`.
 DEFAULT_ROWS = 64
+# How many times its rows a kind of input that cannot decide may come to.
+MOST_TIMES = 16
 # Of inputs that show faults alone.
 FEW_ROWS = 4
 # Query tokens a call of the path `several`, where nobody says how many.
@@ -68,6 +71,7 @@ class DiffSettings:
     # A user's kernel must be right for a row that sees no key, and bear NaN in keys that no row sees.
     strict: bool = False
     rows: int = DEFAULT_ROWS  # query tokens of a cell
+    most_rows: int = 0  # that a kind which cannot decide may come to; 0: MOST_TIMES those of a cell
     allow_same: bool = False  # a candidate may be its baseline's specification
     dtype: str = "f16"  # of q, k and v: f16, bf16, f32
     sequences: int = 1  # in a call: every second one is shorter than the cell's length
@@ -100,11 +104,20 @@ class DiffSettings:
             raise UsageError(f"--seeds {self.seeds}: expected at least 1")
         if self.rows < 2:
             raise UsageError(f"--rows {self.rows}: expected at least 2")
+        if self.most_rows and self.most_rows < self.rows:
+            raise UsageError(f"--most-rows {self.most_rows}: expected at least --rows, {self.rows}")
         # The same inputs twice are no more evidence than once, under whatever name.
         shapes = {shape_named(name)._replace(name=""): name for name in reversed(self.shapes)}
         object.__setattr__(self, "shapes", tuple(reversed(shapes.values())))
         object.__setattr__(self, "n_kvs", tuple(dict.fromkeys(self.n_kvs)))
         object.__setattr__(self, "families", tuple(dict.fromkeys(self.families)))
+
+    @property
+    def looks(self) -> int:
+        """That a kind of input which cannot decide is given, each at twice the rows of the one before."""
+        if self.captured_from is not None:
+            return 1
+        return looks_until(self.rows, self.most_rows or MOST_TIMES * self.rows)
 
 
 def all_inputs(
@@ -142,6 +155,43 @@ def all_inputs(
                         )
 
 
+class Kind(NamedTuple):
+    """What the inputs of a stratum have in common."""
+
+    shape: str  # of the layer, by name
+    n_kv: int  # visible keys
+    family: str  # of inputs
+
+
+class Look(NamedTuple):
+    """Another look at a kind of input, of as many rows again as it has."""
+
+    kind: Kind
+    look: int  # its number, from 2
+    candidates: tuple[int, ...]  # numbers of those that it cannot decide about
+
+
+def more_inputs(
+    settings: DiffSettings, wanted: Sequence[Look], device: torch.device, clock: StageClock
+) -> Iterator[CellInputs]:
+    """As many inputs again as kinds have so far, by the seeds that follow theirs: what is drawn depends on
+    the kind and the number of the look alone."""
+    for of, look, undecided in wanted:
+        shape = shape_named(of.shape)
+        by_edges = _by_edges(settings, shape, of.n_kv)
+        groups = by_edges if _edged(of.family) else {(): range(len(settings.candidates))}
+        before = settings.seeds * _calls_a_cell(settings) * 2 ** (look - 2)
+        for edges, group in groups.items():
+            candidates = tuple(i for i in group if i in undecided)
+            if not candidates:
+                continue
+            sizes = _sizes(settings, shape, of.n_kv, edges)
+            for seed in range(settings.first_seed + before, settings.first_seed + 2 * before):
+                with clock.stage("inputs drawn", of.n_kv):
+                    drawn = _drawn(of.family, sizes, seed, device, strict=settings.strict)
+                yield CellInputs(**of._asdict(), seed=seed, candidates=candidates, look=look, **drawn)
+
+
 def _drawn(
     family: str, sizes: InputSizes, seed: int, device: torch.device, *, strict: bool
 ) -> dict[str, Any]:
@@ -155,7 +205,7 @@ def _drawn(
 
 def _few_rows(settings: DiffSettings) -> DiffSettings:
     """The same for inputs that show faults alone."""
-    return replace(settings, rows=FEW_ROWS, n_q=min(settings.n_q, FEW_ROWS))
+    return replace(settings, rows=FEW_ROWS, most_rows=0, n_q=min(settings.n_q, FEW_ROWS))
 
 
 def _calls_a_cell(settings: DiffSettings) -> int:

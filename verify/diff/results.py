@@ -42,6 +42,7 @@ class CandidateResult:
     strata: Judgement  # what the kinds of input say
     trace: LaunchTrace  # what it launched
     alone: Judgement | None = None  # of single tokens; None: it was asked none
+    looks: int = 1  # that a kind of input may be given
     evidence: PairEvidence | None = None  # what decided, None where it takes none of the inputs
 
     def stored(self) -> StoredPair | None:
@@ -49,7 +50,7 @@ class CandidateResult:
         if self.evidence is None:
             return None
         alone = strata_of(self.cells, alone=True) if self.alone is not None else None
-        strata = strata_of(self.cells)
+        strata = strata_of(self.cells, self.looks)
         return StoredPair(
             spec=self.spec,
             verdict=self.verdict,
@@ -121,6 +122,8 @@ def command_of(settings: DiffSettings, cell: Cell) -> str:
         i = cell.inputs
         inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
         inputs |= {"rows": settings.rows} if settings.rows != DEFAULT_ROWS else {}
+        # This cell, and none that would follow it.
+        inputs |= {"most_rows": settings.rows} if settings.looks > 1 and not cell.faults else {}
         inputs |= {"dtype": settings.dtype} if settings.dtype != "f16" else {}
         inputs |= {"sequences": settings.sequences} if settings.sequences != 1 else {}
         inputs |= {"n_q": settings.n_q} if settings.n_q else {}
@@ -156,6 +159,7 @@ def run_json(
             "margin": settings.margin,
             "captured_from": settings.captured_from,
             "rows": settings.rows,
+            "looks": settings.looks,
             "dtype": settings.dtype,
             "allow_same": settings.allow_same,
             "sequences": settings.sequences,
@@ -209,6 +213,7 @@ def _stratum_json(s: StratumResult) -> dict[str, Any]:
         "family": s.family,
         "heads": s.heads,
         "samples": s.samples,
+        "looks": s.look,
         "ratio": s.ratio,
         "ratio_ci": [s.low, s.high],
         "word": s.word,

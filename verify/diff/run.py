@@ -20,7 +20,8 @@ from verify.diff.cells import (
     say_what_is_hidden,
 )
 from verify.diff.examining import CellInputs, KernelEvidence, examine
-from verify.diff.inputs import DiffSettings, first_call, lengths_to_read
+from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_inputs
+from verify.diff.looks import looks_sentence, undecided
 from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
 from verify.identify.learning import learn
@@ -41,6 +42,13 @@ from verify.machine.stages import StageClock
 _MOST_ROWS = 1_000_000
 
 
+Show = Callable[[Iterator[CellInputs], str], Iterator[CellInputs]]
+
+
+def _unshown(inputs: Iterator[CellInputs], said: str) -> Iterator[CellInputs]:
+    return inputs
+
+
 def run_diff(
     settings: DiffSettings,
     device: torch.device,
@@ -48,11 +56,13 @@ def run_diff(
     clock: StageClock,
     *,
     build: Callable[[str], Kernel] = build_kernel,
+    show: Show = _unshown,
 ) -> DiffOutcome:
-    """Examine every kernel on every input, and judge every candidate.
+    """Examine every kernel on every input, and judge every candidate; kinds of input that cannot decide are
+    drawn again until they do, or have had all their looks.
 
     build: the kernel of a specification; the library's caller has functions that none can name, and closes
-    what it built.
+    what it built. show: passes on the inputs of another look, and shows how far it is, with what it is.
 
     An interruption, or too little memory, ends it: what was examined by then is judged, and the outcome says
     what stopped it. Raises UsageError for too little memory where nothing was.
@@ -67,86 +77,48 @@ def run_diff(
     ]
     baselines = {match.baseline: build(match.baseline) for match in matches}
     learnt += [line for kernel in baselines.values() for line in _learn(settings, kernel, device, clock)]
-    cells: list[list[Cell]] = [[] for _ in candidates]
-    traces = [LaunchTrace() for _ in candidates]
-    base_traces = {spec: LaunchTrace() for spec in baselines}
-    left_out: dict[str, set[str]] = {}
-    share = TimeShare()
-    few_words: list[str] = []
-    # Findings that are no faults, in the order in which they came.
-    said: dict[str, None] = {}
-    stopped, interrupted, examined = "", False, 0
-    each: CellInputs | Probing | None = None
+    bench = _Bench(settings, device, clock, candidates, baselines, [match.baseline for match in matches])
+    stopped, interrupted = "", False
     try:
         for each in inputs:
-            asked = list(range(len(candidates)) if each.candidates is None else each.candidates)
-            references = list(dict.fromkeys(matches[i].baseline for i in asked))
-            kernels = [*(baselines[spec] for spec in references), *(candidates[i] for i in asked)]
-            found: Sequence[KernelEvidence | None]
-            if isinstance(each, Probing):
-                if (why := why_not_one_hot(each.sizes)) is not None:
-                    few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
-                probed = probe_kernels(kernels, each, device, clock, strict=settings.strict)
-                found = [None if one.refused else one for one in probed]
-            else:
-                found = examine(kernels, each, clock, share)
-                say_what_is_hidden(each, found)
-            said |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
-            family = PROBES if isinstance(each, Probing) else each.family
-            for kernel, one in zip(kernels, found, strict=True):
-                if one is None and not (family in FORMS and kernel.spec in baselines):
-                    left_out.setdefault(kernel.spec, set()).add(family)
-            of_baseline = dict(zip(references, found, strict=False))
-            for spec, one in of_baseline.items():
-                if one is not None:
-                    base_traces[spec].add(one.trace)
-            for i, one in zip(asked, found[len(references) :], strict=True):
-                reference = of_baseline[matches[i].baseline]
-                if one is None or (reference is None and family not in FORMS):
-                    continue
-                traces[i].add(one.trace)
-                # A form is held against exact attention, whether or not the baseline has it.
-                beside = reference or KernelEvidence(matches[i].baseline)
-                cells[i].append(compare(each.inputs if isinstance(each, Probing) else each, beside, one))
-            for one in found:
-                if one is not None:
-                    # Outputs are compared above; only their errors are kept.
-                    one.output = one.exact = None
-                    if one.alone is not None:
-                        one.alone.out = None
-            examined += 1
+            bench.examine(each)
+        for look in range(2, settings.looks + 1):
+            wanted = undecided(settings, bench.judged())
+            if not wanted:
+                break
+            kinds = f"look {look}: {len(wanted)} kinds of input cannot decide yet"
+            for more in show(more_inputs(settings, wanted, device, clock), kinds):
+                bench.examine(more)
     except KeyboardInterrupt:
-        stopped, interrupted = f"interrupted after {examined} inputs", True
+        stopped, interrupted = f"interrupted after {bench.examined} inputs", True
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        after = f"after {each.shape} at {each.n_kv} keys" if each else "at the first inputs"
+        last = bench.last
+        after = f"after {last.shape} at {last.n_kv} keys" if last is not None else "at the first inputs"
         stopped = f"--shape, --n-kv: {settings.device} has too little memory, {after}"
-        if not any(cells):
+        if not any(bench.cells):
             raise UsageError(stopped) from None
     finally:
         for kernel in (*baselines.values(), *candidates) if build is build_kernel else ():
             kernel.close()
     for i, (of_first, evidence) in first.items():
-        if faults_of(evidence, "candidate") and not any(cell.faults for cell in cells[i]):
-            cells[i].append(compare(of_first, KernelEvidence(matches[i].baseline), evidence))
-    results = [
-        _judge(settings, kernel.spec, match.baseline, of_kernel, trace)
-        for kernel, match, of_kernel, trace in zip(candidates, matches, cells, traces, strict=True)
-    ]
+        if faults_of(evidence, "candidate") and not any(cell.faults for cell in bench.cells[i]):
+            bench.cells[i].append(compare(of_first, KernelEvidence(matches[i].baseline), evidence))
+    results = bench.judged()
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
     notes = sorted({note for kernel in (*baselines.values(), *candidates) for note in kernel.notes})
     notes += learnt
     notes += [match.said for match in matches if match.said]
-    said |= dict.fromkeys(f"{c.candidate.spec}: {c.shared}" for of in cells for c in of if c.shared)
-    notes += [*said, *dict.fromkeys(few_words), *([stopped] if stopped else [])]
+    notes += [*bench.said(), *([stopped] if stopped else [])]
     notes += [
         f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
-        for spec, families in left_out.items()
+        for spec, families in bench.left_out.items()
     ]
-    single = [alone_sentence(result.spec, result.cells, share) for result in results]
+    notes += [sentence for result in results if (sentence := looks_sentence(settings, result)) is not None]
+    single = [alone_sentence(result.spec, result.cells, bench.share) for result in results]
     notes += [sentence for sentence in single if sentence is not None]
-    run = run_json(settings, results, base_traces, verdict, notes, str(device))
+    run = run_json(settings, results, bench.base_traces, verdict, notes, str(device))
     run["seconds"] = clock.to_json()
     return DiffOutcome(
         settings=settings,
@@ -159,6 +131,90 @@ def run_diff(
         stopped=stopped,
         interrupted=interrupted,
     )
+
+
+class _Bench:
+    """Kernels side by side, and what was found of them so far."""
+
+    def __init__(
+        self,
+        settings: DiffSettings,
+        device: torch.device,
+        clock: StageClock,
+        candidates: Sequence[Kernel],
+        baselines: dict[str, Kernel],
+        compared_with: Sequence[str],
+    ) -> None:
+        """compared_with: the baseline of each candidate."""
+        self.settings, self.device, self.clock = settings, device, clock
+        self.candidates, self.baselines, self.compared_with = candidates, baselines, compared_with
+        self.cells: list[list[Cell]] = [[] for _ in candidates]
+        self.traces = [LaunchTrace() for _ in candidates]
+        self.base_traces = {spec: LaunchTrace() for spec in baselines}
+        # Families of inputs that a kernel does not take.
+        self.left_out: dict[str, set[str]] = {}
+        self.share = TimeShare()
+        self._few_words: list[str] = []
+        # Findings that are no faults, in the order in which they came.
+        self._contract: dict[str, None] = {}
+        self.examined = 0
+        self.last: CellInputs | Probing | None = None
+
+    def examine(self, each: CellInputs | Probing) -> None:
+        """Run the kernels that an input is for, and keep what they err by."""
+        self.last = each
+        asked = list(range(len(self.candidates)) if each.candidates is None else each.candidates)
+        references = list(dict.fromkeys(self.compared_with[i] for i in asked))
+        kernels = [*(self.baselines[spec] for spec in references), *(self.candidates[i] for i in asked)]
+        found: Sequence[KernelEvidence | None]
+        if isinstance(each, Probing):
+            if (why := why_not_one_hot(each.sizes)) is not None:
+                self._few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
+            probed = probe_kernels(kernels, each, self.device, self.clock, strict=self.settings.strict)
+            found = [None if one.refused else one for one in probed]
+        else:
+            # Single tokens are samples of the first look.
+            found = examine(kernels, each, self.clock, self.share if each.look == 1 else None)
+            say_what_is_hidden(each, found)
+        self._contract |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
+        family = PROBES if isinstance(each, Probing) else each.family
+        for kernel, one in zip(kernels, found, strict=True):
+            if one is None and not (family in FORMS and kernel.spec in self.baselines):
+                self.left_out.setdefault(kernel.spec, set()).add(family)
+        of_baseline = dict(zip(references, found, strict=False))
+        for spec, one in of_baseline.items():
+            if one is not None:
+                self.base_traces[spec].add(one.trace)
+        for i, one in zip(asked, found[len(references) :], strict=True):
+            reference = of_baseline[self.compared_with[i]]
+            if one is None or (reference is None and family not in FORMS):
+                continue
+            self.traces[i].add(one.trace)
+            # A form is held against exact attention, whether or not the baseline has it.
+            beside = reference or KernelEvidence(self.compared_with[i])
+            inputs = each.inputs if isinstance(each, Probing) else each
+            self.cells[i].append(compare(inputs, beside, one))
+        for one in found:
+            if one is not None:
+                # Outputs are compared above; only their errors are kept.
+                one.output = one.exact = None
+                if one.alone is not None:
+                    one.alone.out = None
+        self.examined += 1
+
+    def judged(self) -> list[CandidateResult]:
+        """The verdict on each candidate by what was examined so far."""
+        return [
+            _judge(self.settings, kernel.spec, baseline, cells, trace)
+            for kernel, baseline, cells, trace in zip(
+                self.candidates, self.compared_with, self.cells, self.traces, strict=True
+            )
+        ]
+
+    def said(self) -> list[str]:
+        """What was found that is no fault, and what could not be asked, each once."""
+        shared = [f"{c.candidate.spec}: {c.shared}" for of in self.cells for c in of if c.shared]
+        return list(dict.fromkeys([*self._contract, *shared, *self._few_words]))
 
 
 def _learn(settings: DiffSettings, kernel: Kernel, device: torch.device, clock: StageClock) -> list[str]:
@@ -206,7 +262,7 @@ def _judge(
     settings: DiffSettings, spec: str, baseline: str, cells: list[Cell], trace: LaunchTrace
 ) -> CandidateResult:
     """The verdict over all cells, and where it is broken: at which shapes, lengths and inputs."""
-    strata = judge_cells(cells, settings.margin)
+    strata = judge_cells(cells, settings.margin, settings.looks)
     alone = judge_alone(cells, settings.margin)
     if not cells:
         reasons = ["it takes none of the inputs"]
@@ -251,6 +307,7 @@ def _judge(
         strata=strata,
         alone=alone,
         trace=trace,
+        looks=settings.looks,
         evidence=evidence,
     )
 
@@ -259,10 +316,11 @@ def _advice(settings: DiffSettings, strata: Judgement) -> str:
     """How much more would decide what is inconclusive."""
     if settings.captured_from is not None:
         return "more captured layers do not narrow it: one layer's rows are one kind of input"
-    rows = settings.rows * strata.times
-    if rows > _MOST_ROWS:
+    # Rows are doubled.
+    looks = math.ceil(math.log2(strata.times)) if math.isfinite(strata.times) else math.inf
+    if looks > math.log2(_MOST_ROWS / settings.rows):
         return f"no number of rows decides a ratio this near to the margin of {settings.margin:g}"
-    return f"about --rows {math.ceil(rows)} would decide"
+    return f"about --most-rows {settings.rows * 2 ** max(int(looks), settings.looks)} would decide"
 
 
 def _by_line(cells: Sequence[Cell]) -> list[list[Cell]]:

@@ -26,6 +26,8 @@ from verify.machine.errors import UsageError
 
 STRATA = "strata.npz"
 _ARRAYS = ("candidate", "reference", "floor", "power")
+# How often a stratum was looked at; files of before know of none.
+_LOOKS = ("look", "looks", "first")
 # What decides beside the strata.
 _EVIDENCE = (
     *("faults", "same_spec", "coverage", "bitwise_equal", "not_compared", "margin", "unit", "reference"),
@@ -74,6 +76,7 @@ def packed(pairs: Sequence[tuple[str, StoredPair]], *, digits: int = 24) -> byte
     def kept(stratum: Stratum) -> dict[str, Any]:
         of = {"shape": stratum.shape, "n_kv": stratum.n_kv, "family": stratum.family}
         arrays = {name: place(getattr(stratum, name)) for name in _ARRAYS}
+        of |= {name: getattr(stratum, name) for name in _LOOKS}
         return {**of, "heads": list(stratum.heads), "a_kv_head": stratum.a_kv_head, "arrays": arrays}
 
     records = []
@@ -118,13 +121,15 @@ def _pair(record: Mapping[str, Any], rows: np.ndarray) -> StoredPair:
         return rows[first : first + samples * heads].reshape(samples, heads)
 
     def stratum(kept: Mapping[str, Any]) -> Stratum:
+        more: dict[str, Any] = {name: array(kept["arrays"][name]) for name in _ARRAYS}
+        more |= {name: int(kept[name]) for name in _LOOKS if kept.get(name) is not None}
         return Stratum(
             shape=str(kept["shape"]),
             n_kv=int(kept["n_kv"]),
             family=str(kept["family"]),
             heads=tuple(int(h) for h in kept["heads"]),
             a_kv_head=int(kept["a_kv_head"]),
-            **{name: array(kept["arrays"][name]) for name in _ARRAYS},
+            **more,
         )
 
     evidence = {name: record["evidence"][name] for name in _EVIDENCE}

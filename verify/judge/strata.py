@@ -17,6 +17,13 @@ missing up to FEWEST_SAMPLES.
 
 Tests are one-sided at ALPHA over all strata together (Holm): R <= margin, whose rejection is `degraded`, and
 R >= 1/1.10, whose rejection is `improved`. Limits that are printed are each stratum's own, at 1 - ALPHA.
+
+Samples may be looked at several times: a stratum that cannot decide is given as many again, up to a most
+(`looks_until`). Look j has 2^(j-1) times the samples of the first, whatever was seen, and a share of ALPHA of
+its own (`share_of_look`): chances are divided by it, and limits are at 1 - ALPHA times it. Shares add up to
+1, so by Bonferroni's inequality what is said at any of the looks is wrong at most as often as after a single
+one, however it was decided to go on. Groups of heads are found once, at the first look.
+
 `benchmarks/strata.py` simulates all of this; `docs/evidence.md` has its results.
 """
 
@@ -107,6 +114,16 @@ def holm(chances: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
     return rejected
 
 
+def looks_until(samples: int, most: int) -> int:
+    """Looks at a stratum of so many samples that is doubled, again and again, to at most `most`."""
+    return max(most // samples, 1).bit_length()
+
+
+def share_of_look(look: int, looks: int) -> float:
+    """The share of ALPHA that a look, from 1, of so many may spend: half of what is left, the last all."""
+    return 0.5 ** min(look, looks - 1)
+
+
 def improvement_of(margin: float) -> float:
     """The ratio that `improved` must be below: 1/1.10, or 1/margin where that is nearer to 1."""
     return 1 / min(IMPROVEMENT, margin)
@@ -125,6 +142,14 @@ class Stratum:
     power: np.ndarray  # mean square of the exact result
     heads: tuple[int, ...]  # their numbers, as they are printed
     a_kv_head: int = 1  # query heads of a KV head
+    look: int = 1  # at its samples, from 1
+    looks: int = 1  # that it may be given
+    first: int | None = None  # samples of its first look; None: all
+
+    @property
+    def share(self) -> float:
+        """Of ALPHA, that this look may spend."""
+        return share_of_look(self.look, self.looks)
 
     @property
     def equal(self) -> bool:
@@ -138,8 +163,8 @@ class Stratum:
         found = [np.maximum((x + self.floor).mean(-1), least) for x in (self.candidate, self.reference)]
         return found[0], found[1]
 
-    def part(self, rows: slice, heads: Sequence[int]) -> Stratum:
-        """Some samples of some heads (indices into `heads`)."""
+    def part(self, rows: Sequence[int] | np.ndarray, heads: Sequence[int]) -> Stratum:
+        """Some samples of some heads (indices into both)."""
         chosen = list(heads)
         names = ("candidate", "reference", "floor", "power")
         arrays = {name: getattr(self, name)[rows][:, chosen] for name in names}
@@ -159,6 +184,7 @@ class StratumResult:
     low: float  # its own one-sided limit at 1 - ALPHA
     high: float  # likewise
     word: Word  # what it amounts to among all strata
+    look: int  # at its samples, from 1: each has twice the samples of the one before
     # How many times the samples would decide an inconclusive one; infinite: its ratio lies on the margin.
     times: float
     detectable: float  # a ratio from here on would have been called degraded, nine times of ten
@@ -195,21 +221,29 @@ class Judgement(NamedTuple):
 
     @property
     def times(self) -> float:
-        """How many times the samples would decide what is inconclusive, infinite where nothing tells."""
-        return max((s.times for s in self.of("inconclusive")), default=1.0)
+        """How many times the samples of a first look would decide what is inconclusive, infinite where
+        nothing tells."""
+        return max((s.times * 2 ** (s.look - 1) for s in self.of("inconclusive")), default=1.0)
 
 
 def judge_strata(strata: Sequence[Stratum], margin: float) -> Judgement:
     """Judge all strata of a pair together.
 
-    Heads that differ are strata of their own: groups of them are found on one half of a stratum's samples and
-    judged on the other, so that the choice costs no error rate.
+    Heads that differ are strata of their own: groups of them are found on one half of the samples of a
+    stratum's first look and judged on all others, so that the choice costs no error rate.
     """
     parts = [part for stratum in _with_typical_floor(strata) for part in _by_heads(stratum)]
     tested = [p for p in parts if not p.equal and len(p.candidate) > 1]
     ratios = _ratios(tested)
     worse, better = (
-        holm(np.array([float(r.chance(math.log(bound), sign)) for r in ratios]))
+        holm(
+            np.array(
+                [
+                    float(r.chance(math.log(bound), sign)) / p.share
+                    for r, p in zip(ratios, tested, strict=True)
+                ]
+            )
+        )
         for bound, sign in ((margin, 1), (improvement_of(margin), -1))
     )
     found: list[StratumResult] = []
@@ -224,14 +258,15 @@ def judge_strata(strata: Sequence[Stratum], margin: float) -> Judgement:
             found.append(_result(part, "inconclusive", one, math.inf, math.inf))
             continue
         ratio = ratios[at]
-        low, high = (math.exp(min(float(ratio.limit(sign)), 700.0)) for sign in (-1, 1))
+        alpha = ALPHA * part.share
+        low, high = (math.exp(min(float(ratio.limit(sign, alpha)), 700.0)) for sign in (-1, 1))
         word: Word = "round-off" if high <= margin else "inconclusive"
         if better[at]:
             word = "improved"
         if worse[at]:
             word = "degraded"
-        times = _times(ratio, margin, len(tested)) if word == "inconclusive" else 1.0
-        reach = special.stdtrit(ratio.degrees, 1 - ALPHA / len(tested)) + special.ndtri(POWER)
+        times = _times(ratio, margin, len(tested), alpha) if word == "inconclusive" else 1.0
+        reach = special.stdtrit(ratio.degrees, 1 - alpha / len(tested)) + special.ndtri(POWER)
         detectable = margin * math.exp(min(float(reach * ratio.se), 700.0))
         found.append(_result(part, word, (math.exp(float(ratio.value)), low, high), times, detectable))
         at += 1
@@ -287,10 +322,10 @@ def _own_dispersion(part: Stratum) -> float:
     )
 
 
-def _times(ratio: LogRatio, margin: float, tests: int) -> float:
+def _times(ratio: LogRatio, margin: float, tests: int, alpha: float) -> float:
     """How many times the samples would put the margin outside of the interval, the ratio staying as it is."""
     away = math.log(margin) - float(ratio.value)
-    alpha = ALPHA if away > 0 else ALPHA / tests
+    alpha = alpha if away > 0 else alpha / tests
     reach = float(special.stdtrit(ratio.degrees, 1 - alpha)) * float(ratio.se)
     return (reach / away) ** 2 if abs(away) > 1e-3 else math.inf
 
@@ -309,6 +344,7 @@ def _result(
         low=ratio[1],
         high=ratio[2],
         word=word,
+        look=part.look,
         times=times,
         detectable=detectable,
         candidate_error=math.sqrt(float(part.candidate.mean()) / power),
@@ -317,14 +353,17 @@ def _result(
 
 
 def _by_heads(stratum: Stratum) -> list[Stratum]:
-    """The stratum, or its other half of samples by groups of heads where they differ."""
+    """The stratum, or its other samples by groups of heads where they differ."""
     unnamed = replace(stratum, heads=())
-    if len(stratum.heads) < 2 or len(stratum.candidate) < 2 * FEWEST_TO_SPLIT or stratum.equal:
+    count = len(stratum.candidate)
+    first = count if stratum.first is None else stratum.first
+    if len(stratum.heads) < 2 or first < 2 * FEWEST_TO_SPLIT or stratum.equal:
         return [unnamed]
-    groups = head_groups(stratum.part(slice(0, None, 2), range(len(stratum.heads))))
+    groups = head_groups(stratum.part(range(0, first, 2), range(len(stratum.heads))))
     if len(groups) < 2:
         return [unnamed]
-    return [stratum.part(slice(1, None, 2), group) for group in groups]
+    others = [*range(1, first, 2), *range(first, count)]
+    return [stratum.part(others, group) for group in groups]
 
 
 def head_groups(stratum: Stratum) -> list[list[int]]:

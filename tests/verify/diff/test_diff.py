@@ -366,12 +366,13 @@ def test_what_was_measured_before_an_end_is_kept(
 
 def test_advice_names_options_that_there_are(tmp_path: Path) -> None:
     more = ("--baseline", "eager:kv=2", "--candidate", "eager:kv=2,block=32", "--margin", "1.05")
-    done, report = run(tmp_path / "a", *more, "--rows", "8", inputs="gaussian")
+    few = ("--rows", "8", "--most-rows")
+    done, report = run(tmp_path / "a", *more, *few, "8", inputs="gaussian")
     assert report["verdict"] == "inconclusive", done.stdout
-    rows = re.search(r"about --rows (\d+) would decide", done.stdout)
+    rows = re.search(r"about --most-rows (\d+) would decide", done.stdout)
     assert rows, done.stdout
-    # What it says is so: of three times as many, for chance moves the ratio too.
-    _, report = run(tmp_path / "b", *more, "--rows", str(3 * int(rows[1])), inputs="gaussian")
+    # What it says is so: of four times as many, for chance moves the ratio too.
+    _, report = run(tmp_path / "b", *more, *few, str(4 * int(rows[1])), inputs="gaussian")
     assert report["verdict"] in ("round-off", "degraded")
     assert_refused(run(tmp_path / "a")[0], "holds a run already; name another folder")
 

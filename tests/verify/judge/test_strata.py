@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
-from support.strata_runs import TRUTHS, false_words, limit_misses, made_kinds, recorded_kinds
+from support.strata_runs import TRUTHS, false_words, limit_misses, looks, made_kinds, recorded_kinds
 from verify.judge.regimes import boundaries, sentence
 from verify.judge.strata import (
     Stratum,
@@ -19,6 +20,8 @@ from verify.judge.strata import (
     improvement_of,
     judge_strata,
     log_ratio,
+    looks_until,
+    share_of_look,
 )
 
 
@@ -31,7 +34,9 @@ def stratum(
     size = more.pop("size", 1e-4)
     own, other = rng.gamma(4, 0.25, (2, rows, len(ratios))) * size**2
     power = np.ones((rows, len(ratios)))
+    asked = {name: more.pop(name) for name in ("look", "looks", "first") if name in more}
     return Stratum(
+        **asked,
         shape=more.pop("shape", "s"),
         n_kv=n_kv,
         family=family,
@@ -180,6 +185,55 @@ def test_more_rows_narrow_the_interval() -> None:
     assert all(b < 0.7 * a for a, b in pairwise(found))
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_looks_share_one_error_rate_between_them(count: int) -> None:
+    shares = [share_of_look(look, count) for look in range(1, count + 1)]
+    assert math.fsum(shares) == 1 and min(shares) > 0
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_looks_double_the_samples_up_to_the_most() -> None:
+    assert [looks_until(64, most) for most in (64, 127, 128, 1023, 1024)] == [1, 1, 2, 4, 5]
+    assert looks_until(64, 16) == 1
+
+
+def test_a_look_decides_by_its_share_alone() -> None:
+    """What is just significant of a single look is not so of the first of five."""
+    (once,) = judge_strata([stratum(1.4, rows=64)], 1.25).strata
+    for bound, expected in ((once.low * 0.999, "degraded"), (once.low * 1.001, "inconclusive")):
+        assert judge_strata([stratum(1.4, rows=64)], bound).word == expected
+    (first,) = judge_strata([stratum(1.4, rows=64, looks=5)], 1.25).strata
+    assert first.low < once.low and once.high < first.high
+    assert judge_strata([stratum(1.4, rows=64, looks=5)], once.low * 0.999).word == "inconclusive"
+    assert judge_strata([stratum(1.4, rows=64, looks=5)], first.low * 0.999).word == "degraded"
+    # The second look may spend half of that.
+    (second,) = judge_strata([stratum(1.4, rows=64, looks=5, look=2)], 1.25).strata
+    assert second.low < first.low and (first.look, second.look) == (1, 2)
+
+
+def test_heads_are_told_apart_at_the_first_look_and_judged_on_all_other_rows() -> None:
+    unlike = stratum([1.0] * 2 + [10.0] * 2, rows=64)
+    later = stratum([1.0] * 4, rows=64)
+    both = [
+        np.concatenate([getattr(x, name) for x in (unlike, later)]) for name in ("candidate", "reference")
+    ]
+    joined = replace(
+        unlike,
+        candidate=both[0],
+        reference=both[1],
+        floor=np.full_like(both[0], 1e-16),
+        power=np.ones_like(both[0]),
+        look=2,
+        looks=2,
+    )
+    found = judge_strata([replace(joined, first=64)], 1.25).strata
+    assert [s.heads for s in found] == ["heads 0 to 1", "heads 2 to 3"]
+    assert {s.samples for s in found} == {32 + 64}
+    # Groups that later rows show are no hypothesis of the first look.
+    turned = replace(joined, candidate=both[0][::-1], reference=both[1][::-1], first=64)
+    assert [s.heads for s in judge_strata([turned], 1.25).strata] == [""]
+
+
 def _check_limits(runs: int, allowed: float, truths: Sequence[str]) -> None:
     kinds = [*made_kinds(np.random.default_rng(1)), *recorded_kinds()]
     assert len(kinds) > 80
@@ -199,3 +253,22 @@ def test_limits_hold_their_rate() -> None:
 def test_limits_hold_their_rate_in_20000_runs() -> None:
     """As `benchmarks/strata.py` stores them: 0.2 %, and 3 standard errors of a rate of 0.2 %."""
     _check_limits(20_000, 0.002 + 3 * math.sqrt(0.002 / 20_000), list(TRUTHS))
+
+
+def test_strata_that_are_doubled_until_they_decide_keep_the_error_rate() -> None:
+    """200 runs of 20 kinds at the margin, and inside of it, where most decide that one look leaves open."""
+    kinds = [*made_kinds(np.random.default_rng(1), 20_000), *recorded_kinds()[::9]]
+    at_margin, inside = looks(kinds, runs=200, samples=64, looks=5, ratios=(1.25, 1.1))
+    assert at_margin.degraded <= 0.01 and at_margin.missed <= 0.01, at_margin
+    once = next(looks(kinds, runs=200, samples=64, looks=1, ratios=(1.1,)))
+    assert inside.decided > once.decided + 0.2, (inside, once)
+    assert inside.degraded == 0 and inside.rows < 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_strata_that_are_doubled_keep_the_error_rate_in_20000_runs() -> None:
+    kinds = [*made_kinds(np.random.default_rng(1)), *recorded_kinds()]
+    (found,) = looks(kinds, runs=20_000, samples=64, looks=5, ratios=(1.25,))
+    allowed = 0.002 + 3 * math.sqrt(0.002 / 20_000)
+    assert max(found.degraded, found.missed) <= allowed, found

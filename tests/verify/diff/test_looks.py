@@ -1,0 +1,91 @@
+"""Kinds of input that cannot decide are drawn again, and nothing else is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from verify.diff.inputs import DiffSettings, all_inputs
+from verify.diff.results import DiffOutcome
+from verify.diff.run import run_diff
+from verify.diff.stored_strata import STRATA, packed, unpacked
+from verify.judge.strata import judge_strata
+from verify.machine.errors import UsageError
+from verify.machine.stages import StageClock
+
+CPU = torch.device("cpu")
+SETTINGS = DiffSettings(
+    shapes=("6/3x32",),
+    n_kvs=(64,),
+    families=("gaussian", "rising"),
+    baseline="eager",
+    candidates=("eager:block=32", "eager:p=bf16"),
+    device="cpu",
+    rows=8,
+)
+
+
+def diffed(settings: DiffSettings) -> DiffOutcome:
+    clock = StageClock(CPU)
+    return run_diff(settings, CPU, all_inputs(settings, CPU, clock), clock)
+
+
+def without_time(run: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in run.items() if name not in ("seconds", "environment")}
+
+
+def test_few_rows_become_more_where_they_cannot_decide() -> None:
+    once = diffed(replace(SETTINGS, most_rows=8))
+    assert [r.verdict for r in once.candidates] == ["inconclusive", "degraded"]
+    again = diffed(SETTINGS)
+    right, wrong = again.candidates
+    assert right.verdict == "round-off", right.reasons
+    # A candidate that is decided is not asked again, nor a kind that is.
+    assert Counter(c.inputs.family for c in wrong.cells) == {"gaussian": 1, "rising": 1}
+    drawn = Counter(c.inputs.family for c in right.cells)
+    for s in right.strata.strata:
+        assert drawn[s.family] == 2 ** (s.look - 1)
+        assert s.samples == sum(len(c.stratum.candidate) for c in right.cells if c.inputs.family == s.family
+                                and c.stratum is not None)  # fmt: skip
+    assert max(drawn.values()) > 1
+    # No draw is there twice.
+    assert len({(c.inputs.family, c.inputs.seed) for c in right.cells}) == len(right.cells)
+    (note,) = [note for note in again.notes if "were drawn again" in note]
+    assert note.startswith("eager:block=32: ") and "with 8 rows" in note
+    assert again.run["settings"]["looks"] == 5
+    looks = [s["looks"] for s in again.run["pairs"][0]["strata"]]
+    assert looks == [s.look for s in right.strata.strata] and max(looks) > 1
+    assert without_time(diffed(SETTINGS).run) == without_time(again.run)
+
+
+def test_a_pair_that_was_looked_at_again_is_stored_with_its_looks(tmp_path: Path) -> None:
+    """Judged again, its limits are what they were."""
+    (right,) = diffed(replace(SETTINGS, candidates=("eager:block=32",))).candidates
+    assert max(s.look for s in right.strata.strata) > 1
+    stored = right.stored()
+    assert stored is not None
+    (tmp_path / STRATA).write_bytes(packed([("right", stored)]))
+    ((_, again),) = unpacked(tmp_path / STRATA)
+    found = judge_strata(again.strata, 1.25).strata
+    for now, was in zip(found, right.strata.strata, strict=True):
+        assert (now.look, now.word) == (was.look, was.word)
+        assert (now.low, now.high) == pytest.approx((was.low, was.high), rel=1e-4)
+
+
+def test_what_stays_undecided_says_so_after_its_last_look() -> None:
+    settings = replace(SETTINGS, candidates=("eager:block=32",), families=("gaussian",), margin=1.001)
+    (found,) = diffed(replace(settings, rows=4, most_rows=15)).candidates
+    assert found.verdict == "inconclusive" and len(found.cells) == 2, found.reasons
+    (stratum,) = found.strata.strata
+    assert stratum.look == 2
+    assert "would decide" in found.reasons[-1] or "no number of rows" in found.reasons[-1]
+
+
+def test_fewer_rows_at_most_than_at_first_are_refused() -> None:
+    with pytest.raises(UsageError, match="--most-rows 4: expected at least --rows, 8"):
+        replace(SETTINGS, most_rows=4)
