@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 
 # Nothing else is imported out here: an interrupt is caught from the first line of `main` on.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from verify.machine.standing import Ended
 
 
 def main() -> None:
@@ -32,7 +35,7 @@ def _guarded() -> int | None:
     open_standard_streams()
     with Ended() as ended:
         try:
-            code = _answer([word for word in sys.argv[1:] if word != "--debug"])
+            code = _answer([word for word in sys.argv[1:] if word != "--debug"], ended)
         except KeyboardInterrupt:
             print("verify: interrupted", file=sys.stderr)
             code = EXIT_INTERRUPTED
@@ -55,7 +58,7 @@ def _guarded() -> int | None:
     return code
 
 
-def _answer(arguments: list[str]) -> int | None:
+def _answer(arguments: list[str], ended: Ended) -> int | None:
     """Run the command that the arguments name; its exit code. What was no fault of ours is said in a line."""
     from verify.machine.environment import prepare_variables
 
@@ -72,7 +75,15 @@ def _answer(arguments: list[str]) -> int | None:
 
     outlast_readers()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        try:
+            code = app(args=arguments, standalone_mode=False)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception:
+            if ended.came:
+                # What an interrupt cut short may call that bad input, or too little memory.
+                raise KeyboardInterrupt from None
+            raise
     except INPUT_ERRORS as error:
         code = _refuse(str(error))
     except MachineFailure as error:

@@ -14,7 +14,7 @@ import os, sys, time
 where, number, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def send():
     os.kill(os.getpid(), number)
-    time.sleep(5)
+    time.sleep(0 if how == "ignored" else 5)
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name != where:
@@ -22,11 +22,14 @@ class Finder:
         sys.meta_path.remove(self)
         if how == "exec":
             exec("send()", {"send": send})
-        elif how == "swallowed":
+        elif how in ("swallowed", "refused"):
             try:
                 send()
             except KeyboardInterrupt:
-                raise ImportError("a part of it cannot be had")
+                if how == "swallowed":
+                    raise ImportError("a part of it cannot be had")
+                from verify.machine.errors import UsageError
+                raise UsageError("a file: expected a part of it")
         else:
             send()
 sys.meta_path.insert(0, Finder())
@@ -46,9 +49,21 @@ main()
         ("verify.commands.ppl", signal.SIGINT, "exec"),
         ("verify.commands.ppl", signal.SIGINT, "swallowed"),
         ("verify.ppl.experiment", signal.SIGTERM, "swallowed"),
+        ("verify.ppl.experiment", signal.SIGHUP, "refused"),
     ],
 )
 def test_an_interrupted_import_is_one_line(where: str, number: int, how: str) -> None:
     words = [sys.executable, "-c", SENDS, where, str(int(number)), how]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr, done.stdout) == (128 + number, "verify: interrupted\n", "")
+
+
+def test_a_hangup_that_is_ignored_ends_nothing() -> None:
+    """Under `nohup`: the command goes on to what it has to say."""
+    words = [sys.executable, "-c", SENDS, "verify.commands.ppl", str(int(signal.SIGHUP)), "ignored"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.returncode == 2 and "/no such" in done.stderr, done.stderr
