@@ -123,7 +123,7 @@ def command_of(settings: DiffSettings, cell: Cell) -> str:
         inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
         inputs |= {"rows": settings.rows} if settings.rows != DEFAULT_ROWS else {}
         # This cell, and none that would follow it.
-        inputs |= {"most_rows": settings.rows} if settings.looks > 1 and not cell.faults else {}
+        inputs |= {"most_rows": settings.rows} if not cell.faults else {}
         inputs |= {"dtype": settings.dtype} if settings.dtype != "f16" else {}
         inputs |= {"sequences": settings.sequences} if settings.sequences != 1 else {}
         inputs |= {"n_q": settings.n_q} if settings.n_q else {}
