@@ -155,7 +155,7 @@ def all_inputs(
                         )
 
 
-class Kind(NamedTuple):
+class InputKind(NamedTuple):
     """What the inputs of a stratum have in common."""
 
     shape: str  # of the layer, by name

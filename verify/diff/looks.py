@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from verify.diff.inputs import DiffSettings, Kind, Look
+from verify.diff.inputs import DiffSettings, InputKind, Look
 from verify.diff.results import CandidateResult
 
 
 def undecided(settings: DiffSettings, results: Sequence[CandidateResult]) -> list[Look]:
     """The kinds that are all that keeps a candidate from its verdict, and have looks left."""
-    found: dict[tuple[Kind, int], dict[int, None]] = {}
+    found: dict[tuple[InputKind, int], dict[int, None]] = {}
     for i, result in enumerate(results):
         if not _waits_for_rows(result):
             continue
         for s in result.strata.of("inconclusive"):
             if s.look < settings.looks:
-                found.setdefault((Kind(s.shape, s.n_kv, s.family), s.look + 1), {})[i] = None
+                found.setdefault((InputKind(s.shape, s.n_kv, s.family), s.look + 1), {})[i] = None
     return [Look(kind, look, tuple(candidates)) for (kind, look), candidates in found.items()]
 
 
