@@ -166,7 +166,7 @@ class InputKind(NamedTuple):
 class Look(NamedTuple):
     """Another look at a kind of input, of as many rows again as it has."""
 
-    kind: Kind
+    kind: InputKind
     look: int  # its number, from 2
     candidates: tuple[int, ...]  # numbers of those that it cannot decide about
 
