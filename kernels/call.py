@@ -118,6 +118,11 @@ class Call:
         return Shape(q[0], q[1], keys, Heads(q[2], k[2], q[3], self.v.shape[3]))
 
     @property
+    def has_forms(self) -> bool:
+        """Whether it has pages, packed tokens, a mask or lists of keys."""
+        return any(form is not None for form in (self.block_table, self.cu_seqlens, self.mask, self.keys))
+
+    @property
     def sequences(self) -> int:
         """B, how many sequences there are, whatever form q has."""
         return self.q.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1

@@ -51,7 +51,7 @@ from verify.kernels.trace import Launched, RowKind, Signature
 TILE_ROWS = 4
 QUERY_TILE = 64
 # Forms of a call that it takes.
-EAGER_FORMS: dict[str, Any] = {
+ALL_FORMS: dict[str, Any] = {
     "paths": PATHS, "paged": True, "packed": True, "mask": True, "key_list": True
 }  # fmt: skip
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
@@ -124,7 +124,7 @@ class EagerKernel(Kernel):
         return with_fp8(over_rotation(plain, cache, shape, dtype), options)
 
     def capabilities(self) -> Capabilities:
-        return replace(over_cache(self.options, self.cache), **EAGER_FORMS)
+        return replace(over_cache(self.options, self.cache), **ALL_FORMS)
 
     def called(self, label: str) -> str:
         """What traces call it, with everything that its arithmetic depends on."""

@@ -81,8 +81,7 @@ def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = Tr
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
         return _attention(call, bmm, with_lse)
     lengths = lengths_of(call.kv_len)
-    forms = (call.block_table, call.cu_seqlens, call.mask, call.keys)
-    if lengths.of_first is None or any(form is not None for form in forms):
+    if lengths.of_first is None or call.has_forms:
         return _attention(call, bmm, with_lse)
     count = 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1
     return _sequences_together(call, count, bmm, with_lse)

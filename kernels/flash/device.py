@@ -6,7 +6,10 @@ that runs it.
 
 A program of `attend_tiles` handles one head group of one KV head, one KV part, and one matrix tile of M rows:
 row i of the tile is query token i // g of the tile and head i % g of the group of g heads. On the decode path
-a tile holds one token, on the prefill path M // r tokens. With m the running maximum of the logits in base 2,
+a tile holds one token, on the paths several and prefill M // r tokens. Rows of several each have the parts of
+their own keys: a program goes through all that one of its rows has in this part, and each row sees its own;
+tiles of which it sees nothing leave m, l and a as they are. Of pages, the numbers of a tile's pages are
+loaded a tile ahead, so that no key waits for them. With m the running maximum of the logits in base 2,
 l the denominator and a the numerator of a row, over tiles of TILE keys,
 
     m' = max(m, max_j s_j)    c = 2^(m - m')    p_j = 2^(s_j - m')
@@ -118,7 +121,7 @@ def tanh(x):
 
 @triton.jit
 def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
-    """First key, end and number of parts of a row with n_kv keys: `KVCuts.cuts`, in the same integers.
+    """First key, end and number of parts of rows with n_kv keys: `KVCuts.cuts`, in the same integers.
 
     A part beyond the row's last is empty: its first key and its end are n_kv. tiles_a_part: of parts of a
     given size; below 0 a part has at least so many tiles.
@@ -131,8 +134,32 @@ def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
     first, end = part * tiles // count, (part + 1) * tiles // count
     if tiles_a_part > 0:
         count = tl.maximum((tiles + tiles_a_part - 1) // tiles_a_part, 1)
-        first, end = part * tiles_a_part, (part + 1) * tiles_a_part
+        # Of the shape of n_kv, which may be that of several rows.
+        first, end = part * tiles_a_part + 0 * tiles, (part + 1) * tiles_a_part + 0 * tiles
     return tl.minimum(first * BLOCK, n_kv), tl.minimum(end * BLOCK, n_kv), count
+
+
+@triton.jit
+def rows_see(
+    inside,
+    at,
+    n_kv,
+    own_begin,
+    own_end,
+    oldest,
+    DECODE: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Which rows see keys `at` of a tile, [1 or M, TILE]; inside [TILE]: those that some row may see."""
+    visible = inside[None, :]
+    if SEVERAL:
+        visible = visible & (at[None, :] >= own_begin[:, None]) & (at[None, :] < own_end[:, None])
+    elif not DECODE:
+        visible = visible & (at[None, :] < n_kv)
+    if WINDOW:
+        visible = visible & (at[None, :] >= oldest)
+    return visible
 
 
 @triton.jit(
@@ -154,9 +181,16 @@ def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
         "logit_scale",
         "softcap",
         "window",
+        "table_b",
+        "listed_t",
+        "mask_b",
+        "mask_h",
+        "mask_t",
     ],
-    do_not_specialize_on_alignment=["groups", "kv_len", "alibi", "lse"],
-)
+    do_not_specialize_on_alignment=[
+        "groups", "kv_len", "alibi", "lse", "tile_rows", "table", "listed", "last_key", "mask"
+    ],
+)  # fmt: skip
 def attend_tiles(
     q,
     k,
@@ -192,6 +226,16 @@ def attend_tiles(
     v_b,
     v_s,
     v_h,
+    tile_rows,
+    table,
+    listed,
+    last_key,
+    mask,
+    table_b,
+    listed_t,
+    mask_b,
+    mask_h,
+    mask_t,
     DK: tl.constexpr,
     DK1: tl.constexpr,
     DK2: tl.constexpr,
@@ -203,6 +247,11 @@ def attend_tiles(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     DECODE: tl.constexpr,
+    SEVERAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    PAGE: tl.constexpr,
+    LISTED: tl.constexpr,
+    MASK: tl.constexpr,
     P_TYPE: tl.constexpr,
     ACC_F16: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -217,6 +266,13 @@ def attend_tiles(
     -1. groups [G, 2]: first head and size of each head group; group_size: that of all groups but the last,
     which holds the rest, or 0. out [B, T, slots, Hq, DV] and lse [B, T, slots, Hq] in float32.
     Head sizes are split into a power of two and a padded rest: DK1 + DK2 >= DK, DV1 + DV2 >= DV.
+
+    SEVERAL: rows of a tile have parts of their own. PACKED: q is [1, sum T, ...], and tile_rows [tiles, 3]
+    has the sequence, the first token and the number of tokens of each tile. PAGE: keys of a page, 0 for none;
+    k and v are [P, PAGE, Hkv, D] then, and table [B, pages] with stride table_b has the pages of each
+    sequence. LISTED: row t goes through keys listed[b, t, 0 .. kv_len[b, t] - 1] alone, a list of stride
+    listed_t a row, and last_key [B, T] is what kv_len is elsewhere. MASK: 1 for truth values, 2 for numbers:
+    mask with strides mask_b, mask_h, mask_t and last stride 1.
     """
     if OVERLAP:
         # Launched before the kernel in front of it has finished: wait for its results, then let the next one
@@ -224,12 +280,23 @@ def attend_tiles(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile_id = tl.program_id(0)
-    # Divisions stand in branches: each costs a tenth of a microsecond before the first load.
-    sequence = 0
-    if tile_id >= tiles:
-        sequence = tile_id // tiles
-    # Longest rows first, so that short ones fill the end of the launch.
-    tile = tiles - 1 - (tile_id - sequence * tiles)
+    if PACKED:
+        sequence = tl.load(tile_rows + 3 * tile_id)
+        first_token = tl.load(tile_rows + 3 * tile_id + 1)
+        end_token = first_token + tl.load(tile_rows + 3 * tile_id + 2)
+        in_batch = tl.cast(0, tl.int64)
+    else:
+        # Divisions stand in branches: each costs a tenth of a microsecond before the first load.
+        sequence = 0
+        if tile_id >= tiles:
+            sequence = tile_id // tiles
+        # Longest rows first, so that short ones fill the end of the launch.
+        tile = tiles - 1 - (tile_id - sequence * tiles)
+        in_batch = tl.cast(sequence, tl.int64)
+        first_token = tile
+        if not DECODE:
+            first_token = tile * tokens_a_tile
+        end_token = tokens
     kv_head = tl.program_id(1)
     group = first_group
     if n_groups > 1:
@@ -247,27 +314,40 @@ def attend_tiles(
 
     i = tl.arange(0, M)
     if DECODE:
-        token = tile
         n_kv = same_length
         if same_length < 0:
-            n_kv = tl.load(kv_len + sequence64 * tokens + tile)
+            n_kv = tl.load(kv_len + in_batch * tokens + first_token)
         if n_kv < 0:
             return
         longest = n_kv
         live = i < size
         head = i
-        row = sequence64 * tokens + tile + i * 0
-        q_row = q + sequence64 * q_b + tile.to(tl.int64) * q_t + i * 0
+        row = in_batch * tokens + first_token + i * 0
+        q_row = q + in_batch * q_b + first_token.to(tl.int64) * q_t + i * 0
     else:
-        token = tile * tokens_a_tile + i // size
+        token = first_token + i // size
         head = i % size
-        live = (i < tokens_a_tile * size) & (token < tokens)
-        row = sequence64 * tokens + token
+        live = (i < tokens_a_tile * size) & (token < end_token)
+        row = in_batch * tokens + token
         lengths = tl.load(kv_len + row, mask=live, other=0)
+        if SEVERAL:
+            # Rows of another launch.
+            live = live & (lengths >= 0)
+            lengths = tl.maximum(lengths, 0)
         longest = tl.max(lengths, 0)
         n_kv = lengths[:, None]
-        q_row = q + sequence64 * q_b + token.to(tl.int64) * q_t
-    begin, end, count = part_bounds(longest, part, parts, tiles_a_part, BLOCK)
+        q_row = q + in_batch * q_b + token.to(tl.int64) * q_t
+    if LISTED:
+        # Places, by which a window and ALiBi go; a list has them in any order.
+        n_kv = tl.load(last_key + in_batch * tokens + first_token)
+    if SEVERAL:
+        own_begin, own_end, count = part_bounds(lengths, part, parts, tiles_a_part, BLOCK)
+        end = tl.max(own_end, 0)
+        begin = tl.min(tl.where(own_begin < own_end, own_begin, end), 0)
+    else:
+        begin, end, count = part_bounds(longest, part, parts, tiles_a_part, BLOCK)
+        own_begin, own_end = begin, end
+    oldest = n_kv
     if WINDOW:
         if DECODE:
             oldest = n_kv - window
@@ -275,10 +355,16 @@ def attend_tiles(
         else:
             oldest = n_kv - window
             first_seen = tl.min(tl.where(live & (lengths > 0), lengths, longest), 0) - window
-        begin = tl.maximum(begin, tl.maximum(first_seen, 0) // TILE * TILE)
+        if not LISTED:
+            begin = tl.maximum(begin, tl.maximum(first_seen, 0) // TILE * TILE)
 
-    k_base = k + sequence64 * k_b + kv_head.to(tl.int64) * k_h
-    v_base = v + sequence64 * v_b + kv_head.to(tl.int64) * v_h
+    if PAGE > 0:
+        pages = table + sequence64 * table_b
+        k_base = k + kv_head.to(tl.int64) * k_h
+        v_base = v + kv_head.to(tl.int64) * v_h
+    else:
+        k_base = k + sequence64 * k_b + kv_head.to(tl.int64) * k_h
+        v_base = v + sequence64 * v_b + kv_head.to(tl.int64) * v_h
 
     d1 = tl.arange(0, DK1)
     q_head = (kv_head * q_ratio + first_head - q_shift + head).to(tl.int64) * q_h
@@ -304,33 +390,79 @@ def attend_tiles(
         e2 = DV1 + tl.arange(0, DV2)
 
     j = tl.arange(0, TILE)
+    # Whether a tile's keys lie one after another in a page.
+    IN_ONE: tl.constexpr = (PAGE > 0 and PAGE % TILE == 0) and not LISTED
+    # Whether each key of a tile is looked up.
+    LOOKED_UP: tl.constexpr = LISTED or (PAGE > 0 and not IN_ONE)
+    if LISTED:
+        list_row = listed + (in_batch * tokens + first_token) * listed_t
+        next_at = tl.load(list_row + begin + j, mask=begin + j < end, other=0)
+    if IN_ONE:
+        next_page = tl.load(pages + begin // PAGE, mask=begin < end, other=0)
+    elif PAGE > 0:
+        if LISTED:
+            next_page = tl.load(pages + next_at // PAGE, mask=begin + j < end, other=0)
+        else:
+            next_page = tl.load(pages + (begin + j) // PAGE, mask=begin + j < end, other=0)
+    if MASK > 0:
+        mask_head = (kv_head * ratio + first_head + head).to(tl.int64) * mask_h
+        mask_row = mask + in_batch * mask_b + mask_head + (row - in_batch * tokens) * mask_t
     for start in tl.range(begin, end, TILE):
         inside = start + j < end
+        at = start + j
+        if LISTED:
+            at = next_at
+            next_at = tl.load(list_row + start + TILE + j, mask=start + TILE + j < end, other=0)
         if WINDOW:
             # Not loaded: what lies before every row's window may be NaN, and 0 * NaN is NaN.
-            inside = inside & (start + j >= first_seen)
-        k_tile = k_base + tl.cast(start, tl.int64) * k_s
+            inside = inside & (at >= first_seen)
+        if MASK > 0:
+            visible = rows_see(inside, at, n_kv, own_begin, own_end, oldest, DECODE, SEVERAL, WINDOW)
+            visible = visible & live[:, None]
+            masked = tl.load(mask_row[:, None] + at[None, :], mask=visible, other=0)
+            visible = visible & (masked > 0 if MASK == 1 else masked > -float("inf"))
+            # What no row of the tile sees is not loaded: of a tile that is hidden whole nothing is read.
+            inside = inside & (tl.max(visible.to(tl.int32), 0) > 0)
+        if PAGE > 0:
+            page = tl.cast(next_page, tl.int64)
+        if IN_ONE:
+            next_page = tl.load(pages + (start + TILE) // PAGE, mask=start + TILE < end, other=0)
+            k_tile = k_base + page * k_b + tl.cast(start % PAGE, tl.int64) * k_s
+            v_tile = v_base + page * v_b + tl.cast(start % PAGE, tl.int64) * v_s
+        elif PAGE > 0:
+            if LISTED:
+                next_page = tl.load(pages + next_at // PAGE, mask=start + TILE + j < end, other=0)
+            else:
+                next_page = tl.load(pages + (start + TILE + j) // PAGE, mask=start + TILE + j < end, other=0)
+            k_keys = k_base + (page * k_b + tl.cast(at % PAGE, tl.int64) * k_s)[:, None]
+            v_keys = v_base + (page * v_b + tl.cast(at % PAGE, tl.int64) * v_s)[:, None]
+        elif LISTED:
+            k_keys = k_base + (tl.cast(at, tl.int64) * k_s)[:, None]
+            v_keys = v_base + (tl.cast(at, tl.int64) * v_s)[:, None]
+        else:
+            k_tile = k_base + tl.cast(start, tl.int64) * k_s
+            v_tile = v_base + tl.cast(start, tl.int64) * v_s
+        if not LOOKED_UP:
+            k_keys = k_tile + j[:, None] * k_s
+            v_keys = v_tile + j[:, None] * v_s
         k_mask = inside[:, None]
         if DK1 > DK:
             k_mask = k_mask & (d1 < DK)[None, :]
-        k1 = tl.load(k_tile + j[:, None] * k_s + d1[None, :], mask=k_mask, other=0.0)
+        k1 = tl.load(k_keys + d1[None, :], mask=k_mask, other=0.0)
         s = product(q1, tl.trans(k1), tl.zeros([M, TILE], tl.float32))
         if DK2 > 0:
-            k2 = tl.load(
-                k_tile + j[:, None] * k_s + d2[None, :], mask=inside[:, None] & (d2 < DK)[None, :], other=0.0
-            )
+            k2 = tl.load(k_keys + d2[None, :], mask=inside[:, None] & (d2 < DK)[None, :], other=0.0)
             s = product(q2, tl.trans(k2), s)
         if SOFTCAP:
             s = tanh(s * logit_scale) * softcap
         else:
             s = s * logit_scale
         if ALIBI:
-            s += slope[:, None] * (start + j[None, :] - (n_kv - 1)).to(tl.float32)
-        visible = inside[None, :]
-        if not DECODE:
-            visible = visible & (start + j[None, :] < n_kv)
-        if WINDOW:
-            visible = visible & (start + j[None, :] >= oldest)
+            s += slope[:, None] * (at[None, :] - (n_kv - 1)).to(tl.float32)
+        if MASK == 0:
+            visible = rows_see(inside, at, n_kv, own_begin, own_end, oldest, DECODE, SEVERAL, WINDOW)
+        if MASK == 2:
+            s += masked * _LOG2_E
         s = tl.where(visible, s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         # A row that has seen no key yet must not make inf - inf.
@@ -345,18 +477,13 @@ def attend_tiles(
         if V_IS_K:
             acc1 = accumulate(acc1, rescale, p, k1, k1.dtype, P_TYPE, ACC_F16)
         else:
-            v_tile = v_base + tl.cast(start, tl.int64) * v_s
             v_mask = inside[:, None]
             if DV1 > DV:
                 v_mask = v_mask & (e1 < DV)[None, :]
-            v1 = tl.load(v_tile + j[:, None] * v_s + e1[None, :], mask=v_mask, other=0.0)
+            v1 = tl.load(v_keys + e1[None, :], mask=v_mask, other=0.0)
             acc1 = accumulate(acc1, rescale, p, v1, v1.dtype, P_TYPE, ACC_F16)
             if DV2 > 0:
-                v2 = tl.load(
-                    v_tile + j[:, None] * v_s + e2[None, :],
-                    mask=inside[:, None] & (e2 < DV)[None, :],
-                    other=0.0,
-                )
+                v2 = tl.load(v_keys + e2[None, :], mask=inside[:, None] & (e2 < DV)[None, :], other=0.0)
                 acc2 = accumulate(acc2, rescale, p, v2, v2.dtype, P_TYPE, ACC_F16)
 
     if LATE_SUM:
@@ -365,7 +492,12 @@ def attend_tiles(
     l_safe = tl.where(empty, 1.0, l)
     slot = (row * slots + part) * q_heads + kv_head * ratio + first_head + head
     tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * _LN_2), mask=live)
-    if part < count:
+    if SEVERAL:
+        live = live & (part < count)
+        some = part < tl.max(count, 0)
+    else:
+        some = part < count
+    if some:
         inverse = 1 / l_safe
         tl.store(
             out + slot[:, None] * DV + e1[None, :],

@@ -18,13 +18,14 @@ from verify.kernels.cache_types import AS_GIVEN, CacheSpec
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.eager import (
+    ALL_FORMS,
     EagerKernel,
     over_cache,
     over_rotation,
     rounded_queries,
     with_fp8,
 )
-from verify.kernels.flash.launch import Prepared, device_code, shares_memory
+from verify.kernels.flash.launch import Prepared, device_code, shares_memory, tokens_wanted
 from verify.kernels.flash.merge import combine
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
@@ -63,6 +64,7 @@ def filling(plan: Plan) -> Plan:
 def reads_planes(call: Call, options: TileOptions) -> bool:
     """Whether the kernel that reads quantised caches itself has what this call asks for."""
     plain = call.softcap is None and call.sliding_window is None and call.alibi_slopes is None
+    plain = plain and not call.has_forms
     shape = call.shape
     sizes = shape.k_size == shape.v_size and shape.k_size in (64, 128, 256)
     return plain and sizes and call.path == "decode" and (options.p, options.acc) == ("f16", "f32")
@@ -170,11 +172,17 @@ class FlashKernel(Kernel):
     def _has_planes(self, call: Call, cache: CacheSpec) -> bool:
         """Whether there is a kernel that reads this cache itself."""
         shape = call.shape
-        if cache.k != cache.v or call.q.dtype != torch.float16 or shape.k_size % 64 or shape.v_size % 64:
+        if (
+            call.has_forms
+            or cache.k != cache.v
+            or call.q.dtype != torch.float16
+            or shape.k_size % 64
+            or shape.v_size % 64
+        ):
             return False
         if cache.k == "e4m3":
             wide = self._reader(call, cache) != "chunks" and cache.scale != "token"
-            return wide and call.block_table is None and reads_planes(call, self.options)
+            return wide and reads_planes(call, self.options)
         # Expanding reads scales as the chunks' kernel does.
         chunks = self._reader(call, cache) == "chunks"
         return cache.k in FUSED_TYPES and (chunks or reads_planes(call, self.options))
@@ -236,6 +244,7 @@ class FlashKernel(Kernel):
             call.sinks is None,
             call.alibi_slopes is None,
             shares_memory(call),
+            prepared.forms.kind,
         )
         if key not in self._tallies and len(self._tallies) >= _MOST_TALLIES:
             self._tallies.clear()
@@ -250,6 +259,9 @@ class FlashKernel(Kernel):
         """The kernel's name in the launch trace, with everything that its arithmetic depends on."""
         options, tiles = prepared.options, prepared.tiles
         tile = "" if tiles.keys == options.plan.block else f",tile={tiles.keys}"
+        if prepared.call.path == "several":
+            # Products of more rows are another instruction, whose sums may be other bits.
+            tile += f",rows={tiles.rows}"
         cache = ""
         kept = self.cache.at(prepared.call.layer)
         if not kept.as_given:
@@ -261,12 +273,16 @@ class FlashKernel(Kernel):
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         """Of float16 inputs."""
-        decode, block = path == "decode", self.options.plan.block
-        tiles = self.tiles or self._tiles_of(
-            self._limit(None), shape, decode, block, item_size=2, v_is_k=False
-        )
         cache = self.cache.at(None)
         asked = shape.asked(path, cache.k)
+        tiles = self.tiles or self._tiles_of(
+            self._limit(None),
+            shape,
+            None if asked.prefill else asked.n_q,
+            self.options.plan.block,
+            item_size=2,
+            v_is_k=False,
+        )
         return self._arithmetic(self.options, shape, asked, tiles, torch.float16, cache)
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
@@ -311,7 +327,7 @@ class FlashKernel(Kernel):
         return with_fp8(over_rotation(plain, cache, shape, dtype), options)
 
     def capabilities(self) -> Capabilities:
-        return over_cache(self.options, self.cache)
+        return replace(over_cache(self.options, self.cache), **ALL_FORMS)
 
     def merger(self) -> Merge:
         return combine
@@ -320,7 +336,7 @@ class FlashKernel(Kernel):
         return self._tiles_of(
             self._limit(device),
             call.shape,
-            call.path == "decode",
+            tokens_wanted(call),
             options.plan.block,
             item_size=call.q.element_size(),
             v_is_k=shares_memory(call),
@@ -328,13 +344,13 @@ class FlashKernel(Kernel):
 
     @staticmethod
     def _tiles_of(
-        limit: Limits, shape: Shape, decode: bool, block: int, *, item_size: int, v_is_k: bool
+        limit: Limits, shape: Shape, tokens: int | None, block: int, *, item_size: int, v_is_k: bool
     ) -> Tiles | None:
         return choose_tiles(
             shape.ratio,
             shape.k_size,
             shape.v_size,
-            decode=decode,
+            tokens=tokens,
             block=block,
             item_size=item_size,
             v_is_k=v_is_k,

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.flash import slots
+from verify.kernels.flash.forms import PLAIN, Forms, longest_first
 from verify.kernels.flash.rows import RowPlans
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
 from verify.kernels.numbers import FLOAT_TYPES
@@ -111,6 +113,17 @@ def expanded(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tens
     return out.transpose(1, 2)
 
 
+class Chunk(NamedTuple):
+    """Rows t of sequences b; one of the two ranges is everything, so `out` of them is contiguous.
+
+    tile_rows [tiles, 3] int32: of packed tokens the sequence, the first row and the rows of each matrix tile.
+    """
+
+    b: slice
+    t: slice
+    tile_rows: torch.Tensor | None = None
+
+
 @dataclass
 class Launches:
     """One bucket of rows that follow the same head groups: what is launched for it."""
@@ -121,7 +134,8 @@ class Launches:
     tiles_a_part: int  # where their size is given; else 0
     slots: int  # places for partial results a row and head: the most parts of a row
     kv_len: torch.Tensor  # [B, T] int32, -1 at rows of other buckets
-    same_length: int  # visible keys of every row of the call; -1: they differ
+    same_length: int  # keys that every row of the call goes through; -1: they differ
+    chunks: list[Chunk]  # what is launched at a time
     binaries: list[str] = field(default_factory=list)  # hashes of what was launched, when it was
 
 
@@ -136,9 +150,10 @@ class Prepared:
     out: torch.Tensor  # float32
     lse: torch.Tensor  # float32
     launches: list[Launches]  # one a kind of rows
-    lengths: tuple[int, ...]  # visible keys, [B * T]
+    lengths: tuple[int, ...]  # keys that each row goes through, [B * T]
     rows: RowPlans  # the plan of each row
     notes: list[str]  # what a reader must know of the call
+    forms: Forms = PLAIN  # pages, packed tokens, a mask, lists of keys
     planes: Planes | None = None  # k and v of a quantised cache; None: they are numbers
     expand: bool = False  # planes are made float16 before every launch
     rotation: int = 0  # blocks in which values were rotated before they were stored, 0: they were not
@@ -168,10 +183,10 @@ class Prepared:
                 state = self.lse.new_empty((counted, rows, item.slots, heads), dtype=torch.int8)
                 written.append(state)
                 sampled = self._longest_row(kind, counted)
-            for b, t in _chunks(call, item, self.tiles):
-                part_lse = self._attend(item, b, t, counted=state is not None)
+            for chunk in item.chunks:
+                part_lse = self._attend(item, chunk, counted=state is not None)
                 if state is not None:
-                    self._note_written(state, part_lse, b, t, sampled)
+                    self._note_written(state, part_lse, chunk, sampled)
         out = rotate(self.out, self.rotation)
         if self.options.out != "f32":
             out = out.to(FLOAT_TYPES[self.options.out].dtype).float()
@@ -186,10 +201,11 @@ class Prepared:
         return longest if longest is not None and self.lengths[longest] > 0 else None
 
     def _note_written(
-        self, state: torch.Tensor, part_lse: torch.Tensor, b: slice, t: slice, sampled: int | None
+        self, state: torch.Tensor, part_lse: torch.Tensor, chunk: Chunk, sampled: int | None
     ) -> None:
         """Into `state` of the first sequences what rows t of sequences b wrote, [sequences, rows, slots, Hq];
         of the sampled row, where it is one of them, also whether it is what its keys come to."""
+        b, t, _ = chunk
         mine = state[b, t]
         mine.copy_(slots.states(part_lse[: len(mine)]))
         if sampled is None:
@@ -212,17 +228,15 @@ class Prepared:
             mine[at], part_lse[at], *slots.lse_of_parts(self.call, row, token, n_kv, kv_head, cuts)
         )
 
-    def _attend(self, item: Launches, b: slice, t: slice, *, counted: bool) -> torch.Tensor:
-        """Rows t of sequences b; one of the two ranges is everything, so `out` of them is contiguous.
-
-        counted: slots are filled beforehand. Returns what they hold, [sequences, rows, slots, Hq].
-        """
+    def _attend(self, item: Launches, chunk: Chunk, *, counted: bool) -> torch.Tensor:
+        """counted: slots are filled beforehand. Returns what they hold, [sequences, rows, slots, Hq]."""
         call, shape = self.call, self.call.shape
+        b, t, tile_rows = chunk
         q = call.q[b, t]
         kv_len = item.kv_len[b, t].contiguous()
         out, lse = self.out[b, t], self.lse[b, t]
         sequences, tokens = q.shape[:2]
-        tiles = -(-tokens // tile_tokens(call, self.tiles))
+        tiles = -(-tokens // tile_tokens(call, self.tiles)) if tile_rows is None else len(tile_rows)
         combine = item.slots > 1 or call.sinks is not None
         part_out, part_lse = out, lse
         if combine:
@@ -275,7 +289,7 @@ class Prepared:
             }
             grid = sequences * tiles, shape.kv_heads * n_groups, item.slots
             attend = self._over_numbers if self.planes is None or self.expand else self._over_planes
-            names.append(_binary_hash(attend(grid, b, shared)))
+            names.append(_binary_hash(attend(grid, chunk, shared)))
         if combine:
             width = next_power_of_two(shape.v_size)
             compiled = device_code().combine_parts[(sequences * tokens, shape.q_heads)](
@@ -299,10 +313,12 @@ class Prepared:
         item.binaries = sorted(set(names), key=names.index)
         return part_lse.view(sequences, tokens, item.slots, shape.q_heads)
 
-    def _over_numbers(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
-        """One launch over keys and values of sequences b as they are; returns what was compiled for it."""
+    def _over_numbers(self, grid: tuple[int, ...], chunk: Chunk, shared: dict[str, Any]) -> Any:
+        """One launch over keys and values as they are; returns what was compiled for it."""
         call, shape, code = self.call, self.call.shape, device_code()
-        k, v = call.k[b], call.v[b]
+        k, v = call.k, call.v
+        if not self.forms.page and chunk.tile_rows is None:
+            k, v = k[chunk.b], v[chunk.b]
         tokens_a_tile = tile_tokens(call, self.tiles)
         dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
         return code.attend_tiles[grid](
@@ -322,7 +338,9 @@ class Prepared:
             DV1=dv.first,
             DV2=dv.rest,
             V_IS_K=shares_memory(call),
-            DECODE=call.path == "decode",
+            DECODE=token_a_tile(call),
+            SEVERAL=call.path == "several" and not token_a_tile(call),
+            **self.forms.arguments(*chunk),
             P_TYPE=getattr(code.tl, FLOAT_TYPES[self.options.p].torch_name),
             ACC_F16=self.options.acc == "f16",
             SOFTCAP=call.softcap is not None,
@@ -331,9 +349,10 @@ class Prepared:
             **shared,
         )
 
-    def _over_planes(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
+    def _over_planes(self, grid: tuple[int, ...], chunk: Chunk, shared: dict[str, Any]) -> Any:
         """The same over a quantised cache, on the decode path."""
         assert self.planes is not None
+        b = chunk.b
         shape, planes = self.call.shape, self.planes
         if planes.reader == "chunks":
             attend, more = quantised_code().attend_quantised, {}
@@ -359,7 +378,8 @@ class Prepared:
         """
         binaries = ["+".join(item.binaries) for item in self.launches]
         path, window = self.call.path, self.call.sliding_window
-        if slots.as_planned(self.rows, self.lengths, written, window):
+        seen = slots.parts_seen(self.call, self.rows, max((item.slots for item in self.launches), default=1))
+        if slots.as_planned(self.rows, self.lengths, written, window, seen):
             return slots.rows_as_planned(self.rows, path, kernel, binaries), True
         counted = slots.rows_as_written(
             self.rows,
@@ -387,27 +407,54 @@ def _binary_hash(compiled: Any) -> str:
     return hashlib.sha256(compiled.asm["cubin"]).hexdigest()[:12]
 
 
+def token_a_tile(call: Call) -> bool:
+    """Whether each row has matrix tiles of its own: those that list their keys read other keys each."""
+    return call.path == "decode" or call.keys is not None
+
+
+def tokens_wanted(call: Call) -> int | None:
+    """Tokens that a matrix tile should hold: on the path `several` all of a sequence; None: as many as do."""
+    if token_a_tile(call):
+        return 1
+    return None if call.path == "prefill" else call.asked().n_q
+
+
 def tile_tokens(call: Call, tiles: Tiles) -> int:
     """Query tokens of one matrix tile. By r, not by head group: every grouping has the same tiles."""
-    return 1 if call.path == "decode" else max(tiles.rows // call.shape.ratio, 1)
+    return 1 if token_a_tile(call) else max(tiles.rows // call.shape.ratio, 1)
 
 
-def _chunks(call: Call, item: Launches, tiles: Tiles) -> list[tuple[slice, slice]]:
+def chunks(call: Call, slots: int, tiles: Tiles) -> list[Chunk]:
     """Ranges of sequences and rows whose partial results fit in PARTIALS_AT_ONCE.
 
-    Chunks end where matrix tiles end, so that they move no tile.
+    slots: of a row. Chunks end where matrix tiles end, so that they move no tile.
     """
     shape = call.shape
-    everything = slice(None), slice(None)
-    if item.slots == 1:
-        return [everything]
-    floats_a_row = item.slots * shape.q_heads * shape.v_size
+    if slots == 1:
+        return [Chunk(slice(None), slice(None))]
+    floats_a_row = slots * shape.q_heads * shape.v_size
     rows_at_once = max(PARTIALS_AT_ONCE // floats_a_row, 1)
     if rows_at_once >= shape.rows:
         step = rows_at_once // max(shape.rows, 1)
-        return [(slice(b, b + step), slice(None)) for b in range(0, shape.batch, step)]
+        return [Chunk(slice(b, b + step), slice(None)) for b in range(0, shape.batch, step)]
     unit = tile_tokens(call, tiles)
     step = max(rows_at_once // unit, 1) * unit
     return [
-        (slice(b, b + 1), slice(t, t + step)) for b in range(shape.batch) for t in range(0, shape.rows, step)
+        Chunk(slice(b, b + 1), slice(t, t + step))
+        for b in range(shape.batch)
+        for t in range(0, shape.rows, step)
     ]
+
+
+def packed_chunks(call: Call, slots: int, forms: Forms, lengths: Sequence[int]) -> list[Chunk]:
+    """The same of packed tokens, with their tiles; lengths: keys of each row."""
+    rows_at_once = max(PARTIALS_AT_ONCE // (slots * call.shape.q_heads * call.shape.v_size), 1)
+    bounds = [0]
+    for tile in forms.packed:
+        if tile.first + tile.tokens - bounds[-1] > rows_at_once and tile.first > bounds[-1]:
+            bounds.append(tile.first)
+    found = []
+    for t in (slice(*ends) for ends in pairwise([*bounds, call.shape.rows])):
+        own = torch.tensor(longest_first(forms.packed, lengths, t), dtype=torch.int32)
+        found.append(Chunk(slice(None), t, own.to(call.q.device)))
+    return found

@@ -12,7 +12,16 @@ import torch
 
 from verify.kernels.cache import Quantised
 from verify.kernels.call import Call
-from verify.kernels.flash.launch import Launches, Planes, Prepared, tile_tokens
+from verify.kernels.flash.forms import forms_of
+from verify.kernels.flash.launch import (
+    Launches,
+    Planes,
+    Prepared,
+    chunks,
+    packed_chunks,
+    tile_tokens,
+    token_a_tile,
+)
 from verify.kernels.flash.rows import plans_of_rows
 from verify.kernels.flash.tiles import LARGEST_GROUP, LARGEST_K_HEAD, LARGEST_V_HEAD, SMALLEST_HEAD, Tiles
 from verify.kernels.lengths import lengths_of
@@ -86,12 +95,14 @@ def prepare(
     shape, plan = call.shape, options.plan
     notes: list[str] = []
     call = _contiguous_enough(call, notes)
-    lengths = lengths_of(call.kv_len).of_rows
-    decode = call.path == "decode"
-    rows = plans_of_rows(
-        plan, call.asked(cache_type), lengths, shape.rows, 1 if decode else tile_tokens(call, tiles)
-    )
-    kv_len = call.kv_len.to(torch.int32).contiguous()
+    # Rows that list their keys go through those.
+    n_kv = call.n_kv
+    lengths = lengths_of(n_kv).of_rows
+    decode, tokens_a_tile = token_a_tile(call), tile_tokens(call, tiles)
+    forms = forms_of(call, tokens_a_tile)
+    packed_tiles = tuple((tile.first, tile.tokens) for tile in forms.packed)
+    rows = plans_of_rows(plan, call.asked(cache_type), lengths, shape.rows, tokens_a_tile, packed_tiles)
+    kv_len = n_kv.to(torch.int32).contiguous()
     launches = []
     for index, kind in enumerate(rows.kinds):
         if max(kind.head_groups) > LARGEST_GROUP:
@@ -118,6 +129,11 @@ def prepare(
                 slots=kind.slots,
                 kv_len=mine,
                 same_length=same_length,
+                chunks=(
+                    chunks(call, kind.slots, tiles)
+                    if call.cu_seqlens is None
+                    else packed_chunks(call, kind.slots, forms, lengths)
+                ),
             )
         )
     out = call.q.new_empty((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
@@ -133,6 +149,7 @@ def prepare(
         lengths=lengths,
         rows=rows,
         notes=notes,
+        forms=forms,
     )
 
 

@@ -36,21 +36,31 @@ class RowPlans:
 
 @lru_cache(maxsize=16)
 def plans_of_rows(
-    plan: Plan, asked: RowAsked, lengths: tuple[int, ...], rows: int, tokens_a_tile: int
+    plan: Plan,
+    asked: RowAsked,
+    lengths: tuple[int, ...],
+    rows: int,
+    tokens_a_tile: int,
+    tiles: tuple[tuple[int, int], ...] = (),
 ) -> RowPlans:
     """Kept for a few calls: the layers of a model ask for the same rows again.
 
     asked: of each row but its keys; lengths [B * T]: these; rows: T. A prefill tile of tokens_a_tile rows
-    follows the plan of its longest row. Raises ValueError where head groups do not sum to r.
+    follows the plan of its longest row; tiles: of packed tokens the first row of each and how many it has.
+    Raises ValueError where head groups do not sum to r.
     """
     at = {n: plan.at(asked.of_keys(n)) for n in set(lengths)}
     planned = list(lengths)
     if asked.prefill:
-        for first in range(0, len(planned), rows or 1):
-            end = first + rows
-            for t in range(first, end, tokens_a_tile):
-                tile = slice(t, min(t + tokens_a_tile, end))
-                planned[tile] = [max(planned[tile])] * len(planned[tile])
+        if not tiles:
+            tiles = tuple(
+                (t, min(tokens_a_tile, first + rows - t))
+                for first in range(0, len(planned), rows or 1)
+                for t in range(first, first + rows, tokens_a_tile)
+            )
+        for t, count in tiles:
+            tile = slice(t, t + count)
+            planned[tile] = [max(planned[tile])] * count
     plans = tuple(at[n] for n in planned)
     chosen = sorted({(p.head_groups, p.launch) for p in plans})
     if not chosen and plan.policy is None:

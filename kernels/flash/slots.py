@@ -58,13 +58,20 @@ def lse_of_parts(
     slopes = None if call.alibi_slopes is None else call.alibi_slopes[heads]
     one, q = replace(call, alibi_slopes=slopes), call.q[b, t, heads].double()
     end = min(cuts[-1], n_kv)
-    length = torch.tensor([n_kv], device=q.device)
+    length = call.kv_len[b, t].view(1)
+    listed = None if call.keys is None else call.keys[b, t][call.keys[b, t] >= 0]
     s, largest = [q.new_empty((len(q), 0))], q.new_zeros(())
     for first in range(0, end, _KEYS_AT_ONCE):
-        keys = call.k[b, first : min(first + _KEYS_AT_ONCE, end), kv_head].double()
-        positions = torch.arange(first, first + len(keys), device=q.device)
+        positions = torch.arange(first, min(first + _KEYS_AT_ONCE, end), device=q.device)
+        if listed is not None:
+            positions = listed[positions].long()
+        keys = _keys_at(call, b, t, positions)[:, kv_head].double()
         products = call.scale * (q @ keys.T)
-        s.append(finish_logits(products[None, None], length, positions, one)[0, 0])
+        mask = None
+        if call.mask is not None:
+            of_row = call.mask[b if len(call.mask) > 1 else 0, :, t]
+            mask = (of_row[heads] if len(of_row) > 1 else of_row)[:, positions]
+        s.append(finish_logits(products[None, None], length, positions, one, mask)[0, 0])
         largest = torch.maximum(largest, call.scale * (q.abs() @ keys.abs().T).amax())
     logits = torch.cat(s, 1)  # [r, n]
     inner = torch.tensor(cuts[1:-1], device=q.device, dtype=torch.int64)
@@ -75,6 +82,48 @@ def lse_of_parts(
     total = torch.zeros_like(empty).scatter_add(1, part, torch.exp(logits - shift.gather(1, part)))
     lse = (shift + torch.log(total)).T
     return lse, _ROOM[0] * largest + _ROOM[1] * lse.abs() + _ROOM[2]
+
+
+def _keys_at(call: Call, b: int, t: int, positions: torch.Tensor) -> torch.Tensor:
+    """Keys [n, Hkv, Dk] that row t of sequence b has at these places, wherever they lie."""
+    sequence = b
+    if call.cu_seqlens is not None:
+        sequence = int((call.cu_seqlens[1:] <= t).sum())
+    if call.block_table is None:
+        return call.k[sequence, positions]
+    page = call.k.shape[1]
+    return call.k[call.block_table[sequence, positions // page].long(), positions % page]
+
+
+def parts_seen(call: Call, rows: RowPlans, slots: int) -> torch.Tensor | None:
+    """Of which parts a row sees any key, [B * T, slots, Hq or 1]; None where lengths and a window say it.
+
+    slots: the most parts of a row. Waits for the device.
+    """
+    if call.mask is None and (call.keys is None or call.sliding_window is None):
+        return None
+    heads = 1 if call.mask is None else call.mask.shape[1]
+    found = torch.zeros((len(rows.plans), slots, heads), dtype=torch.bool, device=call.q.device)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, plan in enumerate(rows.plans):
+        alike.setdefault(plan.cuts, []).append(row)
+    places = torch.arange(call.shape.keys, device=call.q.device)
+    for cuts, members in alike.items():
+        bounds = torch.tensor(cuts, device=call.q.device)
+        for row in members:
+            b, t = divmod(row, call.shape.rows)
+            at = places if call.keys is None else call.keys[b, t][call.keys[b, t] >= 0].long()
+            n_kv = call.kv_len[b, t]
+            seen = (at < n_kv).expand(heads, -1)
+            if call.sliding_window is not None:
+                seen = seen & (at >= n_kv - call.sliding_window)
+            if call.mask is not None:
+                mask = call.mask[b if len(call.mask) > 1 else 0, :, t][:, at]
+                seen = seen & (mask if mask.dtype == torch.bool else ~torch.isneginf(mask))
+            before = torch.nn.functional.pad(seen.cumsum(-1), (1, 0))
+            count = before[:, bounds.clamp(max=seen.shape[-1])].diff(dim=-1)
+            found[row, : len(cuts) - 1] = (count > 0).T
+    return found
 
 
 def mark_other_keys(state: torch.Tensor, lse: torch.Tensor, due: torch.Tensor, room: torch.Tensor) -> None:
@@ -104,12 +153,16 @@ def rows_as_planned(rows: RowPlans, path: str, kernel: str, binaries: Sequence[s
 
 
 def as_planned(
-    rows: RowPlans, lengths: Sequence[int], written: Sequence[torch.Tensor], sliding_window: int | None
+    rows: RowPlans,
+    lengths: Sequence[int],
+    written: Sequence[torch.Tensor],
+    sliding_window: int | None,
+    seen: torch.Tensor | None = None,
 ) -> bool:
     """Whether every row's slots hold what its plan has them hold; waits for the device.
 
-    lengths [B * T]: visible keys of each row; written: of each kind of rows, `states` [B', T, slots, Hq] of
-    the first sequences.
+    lengths [B * T]: keys that each row goes through; written: of each kind of rows, `states`
+    [B', T, slots, Hq] of the first sequences; seen: as of `parts_seen`.
     """
     which = {key: i for i, key in enumerate(rows.counts)}
     every = torch.tensor(
@@ -125,6 +178,11 @@ def as_planned(
             if mine[i]:
                 planned[i, list(parts_with_keys(plan.cuts, n_kv, sliding_window))] = KEYS
         due = planned[index].to(state.device)[..., None]
+        if seen is not None:
+            # What a mask hides whole has no keys; the window of a list goes by places.
+            its = torch.tensor([bool(mine[i]) for i in every.tolist()], device=state.device)[: len(index)]
+            has = seen[: len(index), : state.shape[2]] & its[:, None, None]
+            due = torch.where(has, KEYS, NO_KEYS).to(torch.int8)
         other = (state.flatten(0, 1) != due).flatten(1).any(1)
         wrong.append((other & mine[index].to(state.device)).any())
     return not wrong or not bool(torch.stack(wrong).any())

@@ -71,7 +71,7 @@ def choose_tiles(
     k_size: int,
     v_size: int,
     *,
-    decode: bool,
+    tokens: int | None,
     block: int,
     item_size: int,
     v_is_k: bool,
@@ -80,12 +80,14 @@ def choose_tiles(
 ) -> Tiles | None:
     """The largest tiles that fit in `shared_limit` bytes; None where not even the smallest do.
 
-    ratio: query heads a KV head, 1 to 64; block: keys a tile at most; item_size: bytes a number of the cache;
+    ratio: query heads a KV head, 1 to 64; tokens: that a tile should hold, None for as many as do; block: keys a tile at most; item_size: bytes a number of the cache;
     tensor_cores: whether Triton multiplies on them (from compute capability 8.0).
     """
     widest = max(k_size, v_size)
     fewest = max(next_power_of_two(ratio), 16)
-    rows = fewest if decode else max(fewest, 128 if widest <= 128 else 64)
+    rows = max(fewest, 128 if widest <= 128 else 64)
+    if tokens is not None:
+        rows = min(max(next_power_of_two(tokens * ratio), fewest), rows)
     while rows >= fewest:
         warps = 8 if rows >= 128 or rows * widest >= 128 * 128 or widest > 256 else 4
         keys = block & -block

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support import flash_counting as counting
+from support import flash_forms as forms
 from support import flash_laws as laws
 from verify.kernels.call import checked_call
 from verify.kernels.eager import EagerKernel
@@ -49,6 +50,78 @@ def test_law(law: Callable[[torch.device], None]) -> None:
 
 def test_chunks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     laws.chunks_of_rows_change_no_bit(CUDA, monkeypatch)
+
+
+PATHS = ("decode", "several", "prefill")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", forms.FORMS)
+def test_a_form_changes_no_bit(form: str, path: str) -> None:
+    forms.a_form_changes_no_bit(form, path, CUDA, ("gaussian", "window"))
+
+
+def test_laws_of_forms() -> None:
+    for path in PATHS:
+        forms.a_mask_that_says_causal_is_causal(path, CUDA)
+    forms.any_mask_is_within_the_budget(CUDA, PATHS)
+    forms.any_list_is_within_the_budget(CUDA, ("window", "alibi", "sinks"))
+    forms.rows_of_several_are_rows_alone(CUDA, ("gaussian", "window", "sinks"))
+    forms.a_sequence_alone_is_the_sequence_in_its_batch(CUDA)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_chunks_of_packed_rows_change_no_bit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms.chunks_of_packed_rows_change_no_bit(path, CUDA, monkeypatch)
+
+
+def test_pages_beyond_two_to_the_31_numbers() -> None:
+    """Page numbers of more than 16 bits, whose keys lie beyond 2^31 numbers and 2^32 bytes."""
+    torch.manual_seed(0)
+    page, pages, n_kv = 16, 140_000, 300
+    q = torch.randn(1, 4, 16, 128, dtype=torch.float16, device=CUDA)
+    k = torch.randn(1, n_kv + 4, 8, 128, dtype=torch.float16, device=CUDA)
+    v = torch.randn_like(k)
+    more = {"kv_len": torch.arange(n_kv - 3, n_kv + 1, dtype=torch.int32, device=CUDA)[None], "scale": 0.09}
+    assert pages * page * 8 * 128 > 2**31 and pages > 2**17
+    pools = [torch.full((pages, page, 8, 128), float("nan"), dtype=torch.float16, device=CUDA) for _ in "kv"]
+    ids = torch.randperm(2000)[: -(-n_kv // page)] + pages - 2000
+    for pool, x in zip(pools, (k, v), strict=True):
+        for i, name in enumerate(ids.tolist()):
+            held = x[0, i * page : min((i + 1) * page, n_kv)]
+            pool[name, : len(held)] = held
+    table = torch.cat((ids, torch.tensor([-1, 2**31 - 1]))).int()[None].to(CUDA)
+    for path in ("decode", "several", "prefill"):
+        flash = FlashKernel("flash", TileOptions(plan=Plan(kv=KVCuts("parts", 2))))
+        expected = flash.attend(q, k, v, path=path, **more)
+        found = flash.attend(q, *pools, block_table=table, path=path, **more)
+        assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse), path
+        assert flash.notes == []
+
+
+def test_lists_beyond_two_to_the_31_numbers() -> None:
+    keys = 2**21 + 500
+    k = torch.empty(1, keys, 8, 128, dtype=torch.float16, device=CUDA)
+    v = torch.empty_like(k)
+    q = torch.randn(1, 1, 16, 128, dtype=torch.float16, device=CUDA)
+    listed = torch.tensor([keys - 1, 5, keys - 300, 70, 2**21 + 3], dtype=torch.int32, device=CUDA)
+    for x in (k, v):
+        x[0, listed.long()] = torch.randn(5, 8, 128, dtype=torch.float16, device=CUDA)
+    flash = FlashKernel("flash", TileOptions())
+    length = torch.tensor([[keys]], dtype=torch.int32, device=CUDA)
+    found = flash.attend(q, k, v, keys=listed[None, None], kv_len=length, scale=0.09)
+    few = [x[:, listed.long()] for x in (k, v)]
+    expected = flash.attend(q, *few, kv_len=torch.full_like(length, 5), scale=0.09)
+    assert torch.equal(found.out, expected.out) and torch.equal(found.lse, expected.lse)
+
+
+@pytest.mark.parametrize("n_q", [2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize(("r", "size"), [(1, 64), (8, 64), (12, 128), (16, 128), (7, 80), (4, 256)])
+def test_several_tokens_at_every_ratio(n_q: int, r: int, size: int) -> None:
+    lengths = [[333 + t for t in range(n_q)], [0, *range(1, n_q)]]
+    for plan in (Plan(kv=KVCuts("parts", 3)), Plan(kv=KVCuts("auto"))):
+        case = laws.Case("several", size, size, r, 2, lengths, path="several", p="f16", plan=plan)
+        laws.agrees_with_exact(case, CUDA)
 
 
 def test_bfloat16_groupings_agree_to_the_bit() -> None:

@@ -8,7 +8,7 @@ import torch
 from support.problems import problem
 from verify.kernels.cache_types import LAW_CACHES
 from verify.kernels.capabilities import FORMS, WORDS, Capabilities
-from verify.kernels.eager import EAGER_FORMS
+from verify.kernels.eager import ALL_FORMS
 from verify.kernels.registry import build_kernel
 
 
@@ -46,7 +46,7 @@ def test_head_groups_of_their_own_bound_the_ratio(name: str) -> None:
 
 def test_our_kernels_state_theirs() -> None:
     assert build_kernel("flash:cache=q8_0").capabilities().size_multiple == 32
-    assert build_kernel("eager").capabilities() == Capabilities(caches=LAW_CACHES, **EAGER_FORMS)
+    assert build_kernel("eager").capabilities() == Capabilities(caches=LAW_CACHES, **ALL_FORMS)
     assert "q8_0" in build_kernel("flash").capabilities().caches
     assert not build_kernel("exact").capabilities().plans
     mine = build_kernel("py:tests/support/user_kernels.py::good").capabilities()

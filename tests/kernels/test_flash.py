@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from support import flash_counting as counting
+from support import flash_forms as forms
 from support import flash_laws as laws
 from support.subjects import flash_subject
 from verify.kernels.call import checked_call
@@ -90,6 +92,52 @@ def test_agrees_with_exact(case: object) -> None:
 )
 def test_law(law: object) -> None:
     law(CPU)  # type: ignore[operator]
+
+
+FEW_FORMS = {
+    ("pages of 1", "decode"), ("pages of 24", "several"), ("pages of 64", "decode"), ("packed in pages", "several"),
+    ("packed in pages", "prefill"), ("listed in pages", "decode"),
+}  # fmt: skip
+EVERY_FORM = [
+    pytest.param(form, path, marks=() if (form, path) in FEW_FORMS else pytest.mark.slow)
+    for form in forms.FORMS
+    for path in ("decode", "several", "prefill")
+]
+
+
+@pytest.mark.parametrize(("form", "path"), EVERY_FORM)
+def test_a_form_changes_no_bit(form: str, path: str) -> None:
+    forms.a_form_changes_no_bit(form, path, CPU, ("window",) if path == "decode" else ("gaussian",))
+
+
+LAWS_OF_FORMS: dict[str, Callable[[], None]] = {
+    "mask of causal": lambda: forms.a_mask_that_says_causal_is_causal("several", CPU),
+    "any mask": lambda: forms.any_mask_is_within_the_budget(CPU, ("several",)),
+    "any list": lambda: forms.any_list_is_within_the_budget(CPU, ("window",)),
+    "rows alone": lambda: forms.rows_of_several_are_rows_alone(CPU, ("gaussian",)),
+    "sequence alone": lambda: forms.a_sequence_alone_is_the_sequence_in_its_batch(CPU),
+}
+
+
+@pytest.mark.parametrize("law", LAWS_OF_FORMS)
+def test_law_of_forms(law: str) -> None:
+    LAWS_OF_FORMS[law]()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_laws_of_forms_in_every_case() -> None:
+    every = ("decode", "several", "prefill")
+    for path in every:
+        forms.a_mask_that_says_causal_is_causal(path, CPU)
+    forms.any_mask_is_within_the_budget(CPU, every)
+    forms.any_list_is_within_the_budget(CPU, ("window", "alibi", "sinks"))
+    forms.rows_of_several_are_rows_alone(CPU, ("gaussian", "window", "sinks"))
+
+
+@pytest.mark.parametrize("path", ["several", pytest.param("prefill", marks=pytest.mark.slow)])
+def test_chunks_of_packed_rows_change_no_bit(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forms.chunks_of_packed_rows_change_no_bit(path, CPU, monkeypatch)
 
 
 # Reading every cache key by key takes the interpreter more than five minutes: the slow tests do it, and

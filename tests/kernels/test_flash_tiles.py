@@ -14,8 +14,10 @@ from verify.kernels.flash.tiles import choose_tiles, split_head
 
 # Shared memory that a program may ask for, by compute capability: an RTX 8000, an RTX 3090, an H100.
 SHARED_BYTES = {75: 65_536, 86: 101_376, 90: 232_448}
-# ratio, k size, v size, decode
-SHAPES = [(12, 128, 128, True), (4, 80, 80, True), (20, 576, 512, True), (12, 128, 128, False)]
+# ratio, k size, v size, tokens of a tile (None: as many as do), keys of a page
+SHAPES = [
+    (12, 128, 128, 1, 0), (4, 80, 80, 1, 0), (20, 576, 512, 1, 0), (12, 128, 128, None, 0), (12, 128, 128, 4, 16)
+]  # fmt: skip
 
 COMPILE = """
 import json, sys
@@ -25,19 +27,21 @@ from triton.compiler import ASTSource
 from verify.kernels.flash import device as code
 from verify.kernels.flash.tiles import choose_tiles, shared_bytes, split_head
 
-for capability, ratio, k_size, v_size, decode, limit in json.loads(sys.argv[1]):
+for capability, ratio, k_size, v_size, tokens, page, limit in json.loads(sys.argv[1]):
     cores = capability >= 80
-    tiles = choose_tiles(ratio, k_size, v_size, decode=decode, block=64, item_size=2, v_is_k=False,
+    tiles = choose_tiles(ratio, k_size, v_size, tokens=tokens, block=64, item_size=2, v_is_k=False,
                          shared_limit=limit, tensor_cores=cores)
     if tiles is None:
-        print(json.dumps([capability, k_size, decode, None, None, None]))
+        print(json.dumps([capability, k_size, tokens, None, None, None]))
         continue
     dk, dv = split_head(k_size, tiles.rows), split_head(v_size, tiles.rows)
     constants = dict(DK=k_size, DK1=dk.first, DK2=dk.rest, DV=v_size, DV1=dv.first, DV2=dv.rest, V_IS_K=False,
-                     M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=decode, P_TYPE=code.tl.float16,
-                     ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
+                     M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=tokens == 1, SEVERAL=(tokens or 0) > 1,
+                     PACKED=page > 0, PAGE=page, LISTED=False, MASK=0, P_TYPE=code.tl.float16, ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
+    unused = ("listed", "last_key", "mask") + (() if page else ("tile_rows", "table"))
+    constants |= dict.fromkeys(unused)
     names = code.attend_tiles.arg_names
-    types = {"kv_len": "*i32", "groups": "*i32", "logit_scale": "fp32", "softcap": "fp32"}
+    types = dict.fromkeys(("kv_len", "groups", "tile_rows", "table"), "*i32") | {"logit_scale": "fp32", "softcap": "fp32"}
     types |= {name: "*fp16" for name in "qkv"} | {name: "*fp32" for name in ("alibi", "out", "lse")}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {"q", "k", "v", "out"} | {f"{x}_{y}" for x in "qkv" for y in "bths"}
@@ -47,7 +51,7 @@ for capability, ratio, k_size, v_size, decode, limit in json.loads(sys.argv[1]):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
                               options={"num_warps": tiles.warps, "num_stages": tiles.stages})
     estimate = shared_bytes(tiles, k_size, v_size, 2, False, tensor_cores=cores)
-    print(json.dumps([capability, k_size, decode, list(tiles), compiled.metadata.shared, estimate]))
+    print(json.dumps([capability, k_size, tokens, list(tiles), compiled.metadata.shared, estimate]))
 """
 
 
@@ -65,7 +69,7 @@ def test_tiles_do_not_depend_on_what_a_plan_varies() -> None:
     """Head groups, cuts and lengths are not even asked for; the block bounds the keys a tile."""
     for block, keys in ((16, 16), (48, 16), (64, 64), (96, 32)):
         tiles = choose_tiles(
-            12, 128, 128, decode=True, block=block, item_size=2, v_is_k=False, shared_limit=SHARED_BYTES[90]
+            12, 128, 128, tokens=1, block=block, item_size=2, v_is_k=False, shared_limit=SHARED_BYTES[90]
         )
         assert tiles is not None
         assert (tiles.rows, tiles.keys) == (16, keys)
@@ -75,7 +79,7 @@ def test_tiles_do_not_depend_on_what_a_plan_varies() -> None:
 @pytest.mark.parametrize(("ratio", "rows"), [(1, 16), (12, 16), (16, 16), (17, 32), (20, 32), (33, 64)])
 def test_rows_of_a_decode_tile_are_the_ratio_padded(ratio: int, rows: int) -> None:
     tiles = choose_tiles(
-        ratio, 64, 64, decode=True, block=64, item_size=2, v_is_k=False, shared_limit=SHARED_BYTES[86]
+        ratio, 64, 64, tokens=1, block=64, item_size=2, v_is_k=False, shared_limit=SHARED_BYTES[86]
     )
     assert tiles is not None and tiles.rows == rows
 
@@ -96,10 +100,10 @@ def test_compiles_for_turing_ampere_and_hopper_within_their_shared_memory(tmp_pa
     assert found.returncode == 0, found.stderr[-2000:]
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert len(lines) == len(wanted)
-    for capability, k_size, decode, tiles, shared, estimate in lines:
+    for capability, k_size, tokens, tiles, shared, estimate in lines:
         if tiles is None:
             # MLA's tiles do not fit a Turing GPU: `flash` runs as `eager` there, with a note.
-            assert (capability, k_size, decode) == (75, 576, True)
+            assert (capability, k_size, tokens) == (75, 576, 1)
             continue
         assert shared <= SHARED_BYTES[capability], (capability, k_size, tiles)
         # What is chosen by the estimate would otherwise be refused by the device, or waste half of it.
