@@ -95,8 +95,8 @@ def test_law(law: object) -> None:
 
 
 FEW_FORMS = {
-    ("pages of 1", "decode"), ("pages of 24", "several"), ("pages of 64", "decode"), ("packed in pages", "several"),
-    ("packed in pages", "prefill"), ("listed in pages", "decode"),
+    ("pages of 1", "decode"), ("pages of 24", "several"), ("pages of 64", "decode"),
+    ("packed in pages", "several"), ("packed in pages", "prefill"), ("listed in pages", "decode"),
 }  # fmt: skip
 EVERY_FORM = [
     pytest.param(form, path, marks=() if (form, path) in FEW_FORMS else pytest.mark.slow)

@@ -16,7 +16,8 @@ from verify.kernels.flash.tiles import choose_tiles, split_head
 SHARED_BYTES = {75: 65_536, 86: 101_376, 90: 232_448}
 # ratio, k size, v size, tokens of a tile (None: as many as do), keys of a page
 SHAPES = [
-    (12, 128, 128, 1, 0), (4, 80, 80, 1, 0), (20, 576, 512, 1, 0), (12, 128, 128, None, 0), (12, 128, 128, 4, 16)
+    (12, 128, 128, 1, 0), (4, 80, 80, 1, 0), (20, 576, 512, 1, 0), (12, 128, 128, None, 0),
+    (12, 128, 128, 4, 16),
 ]  # fmt: skip
 
 COMPILE = """
@@ -37,11 +38,13 @@ for capability, ratio, k_size, v_size, tokens, page, limit in json.loads(sys.arg
     dk, dv = split_head(k_size, tiles.rows), split_head(v_size, tiles.rows)
     constants = dict(DK=k_size, DK1=dk.first, DK2=dk.rest, DV=v_size, DV1=dv.first, DV2=dv.rest, V_IS_K=False,
                      M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=tokens == 1, SEVERAL=(tokens or 0) > 1,
-                     PACKED=page > 0, PAGE=page, LISTED=False, MASK=0, P_TYPE=code.tl.float16, ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
+                     PACKED=page > 0, PAGE=page, LISTED=False, MASK=0, P_TYPE=code.tl.float16,
+                     ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
     unused = ("listed", "last_key", "mask") + (() if page else ("tile_rows", "table"))
     constants |= dict.fromkeys(unused)
     names = code.attend_tiles.arg_names
-    types = dict.fromkeys(("kv_len", "groups", "tile_rows", "table"), "*i32") | {"logit_scale": "fp32", "softcap": "fp32"}
+    types = dict.fromkeys(("kv_len", "groups", "tile_rows", "table"), "*i32")
+    types |= {"logit_scale": "fp32", "softcap": "fp32"}
     types |= {name: "*fp16" for name in "qkv"} | {name: "*fp32" for name in ("alibi", "out", "lse")}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {"q", "k", "v", "out"} | {f"{x}_{y}" for x in "qkv" for y in "bths"}

@@ -83,8 +83,8 @@ def a_mask_that_says_causal_is_causal(path: str, device: torch.device) -> None:
 
 
 def any_mask_is_within_the_budget(device: torch.device, paths: tuple[str, ...]) -> None:
-    """A tree, a mask of each head, numbers that are added; a tile that is hidden whole; rows that see nothing.
-    What the mask hides from every row is NaN."""
+    """A mask of each head, or one for all; numbers that are added; a tile that is hidden whole; rows that see
+    nothing. What the mask hides from every row is NaN."""
     generator = torch.Generator().manual_seed(0)
     for path in paths:
         call = draw("gaussian", replace(SIZES, path=path), 2, device=device)
