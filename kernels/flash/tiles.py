@@ -80,9 +80,9 @@ def choose_tiles(
 ) -> Tiles | None:
     """The largest tiles that fit in `shared_limit` bytes; None where not even the smallest do.
 
-    ratio: query heads a KV head, 1 to 64; tokens: that a tile should hold, None for as many as do; block: keys
-    a tile at most; item_size: bytes a number of the cache; tensor_cores: whether Triton multiplies on them
-    (from compute capability 8.0).
+    ratio: query heads a KV head, 1 to 64; tokens: that a tile should hold, None for as many as do; block:
+    keys a tile at most; item_size: bytes a number of the cache; tensor_cores: whether Triton multiplies on
+    them (from compute capability 8.0).
     """
     widest = max(k_size, v_size)
     fewest = max(next_power_of_two(ratio), 16)
