@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from support.schemas import assert_as_told
 from verify.__main__ import main
 
 
@@ -30,6 +31,9 @@ def verify(*arguments: str) -> Done:
     ):
         patch.setattr(sys, "argv", ["verify", *arguments])
         main()
+    if "--json" in arguments and out.getvalue():
+        # Whatever a test asks for: JSON that is printed is as its schema says.
+        assert_as_told(arguments[0], out.getvalue())
     return Done(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
