@@ -1,7 +1,7 @@
 """The part of JSON Schema that the schemas of `verify/schemas` use, checked.
 
-Type, enum, required, properties, additionalProperties, items. A word that is not one of them is refused, so that
-none is taken to be checked that is not.
+Type, enum, required, properties, additionalProperties, items. A word that is not one of them is refused, so
+that none is taken to be checked that is not.
 """
 
 from __future__ import annotations
