@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from verify.machine.errors import UsageError
 from verify.machine.files import read_input
@@ -24,6 +25,8 @@ Measure = Literal["kld", "dlnppl", "flips"]
 MEASURES: dict[Measure, str] = {"kld": "mean KLD", "dlnppl": "change of ln PPL", "flips": "share of flips"}
 # A figure within this factor of the largest rounding is rounding; beyond the second it is not.
 WITHIN, BEYOND = 2.0, 4.0
+# A figure within this factor of a step is about that of the step.
+NEAR = 1.25
 SCHEMA = 1
 
 
@@ -107,7 +110,12 @@ class Ladder(NamedTuple):
             return f"{step.what} ({getattr(step, measure):.1e})"
 
         your = f"your {MEASURES[measure]} of {value:.2g}"
-        if below is None and above is not None:
+        named = [s for s in (below, above) if s is not None]
+        near = [s for s in named if value / NEAR <= getattr(s, measure) <= value * NEAR and value]
+        if near:
+            named = [min(near, key=lambda s: abs(math.log(getattr(s, measure) / value)))]
+            said = f"{your} is about that of {of(named[0])}"
+        elif below is None and above is not None:
             said = f"{your} is less than that of {of(above)}"
         elif above is None and below is not None:
             said = f"{your} is more than that of {of(below)}"
@@ -115,7 +123,7 @@ class Ladder(NamedTuple):
             said = f"{your} lies between {of(below)} and {of(above)}"
         else:
             return f"{your}: the ladder has no steps"
-        faults = [s for s in self.steps if s.kind == "fault" and s not in (below, above)]
+        faults = [s for s in self.steps if s.kind == "fault" and s not in named]
         if faults:
             said += f"; {'; '.join(f'{s.what} would be {getattr(s, measure):.1e}' for s in faults)}"
         return said
@@ -138,15 +146,26 @@ def read_ladder(path: str | Path) -> Ladder:
         raise UsageError(f"{path}: is not a ladder, expected what verify ladder --out writes")
     try:
         steps = tuple(LadderStep(**{f: s[f] for f in LadderStep._fields}) for s in found["steps"])
+        # JSON has no infinity: too little data for an interval.
+        steps = tuple(s._replace(**{f: math.inf for f in _OPEN if getattr(s, f) is None}) for s in steps)
         rest = {f: found[f] for f in Ladder._fields if f not in ("steps", "left_out")}
         left_out = tuple(map(str, found.get("left_out", ())))
     except (KeyError, TypeError) as error:
-        raise UsageError(f"{path}: has no {error}, expected what verify ladder --out writes") from None
+        what = f"has no {error}" if isinstance(error, KeyError) else "has fields of other kinds"
+        raise UsageError(f"{path}: {what}, expected what verify ladder --out writes") from None
     for step in steps:
-        for field in ("kld", "dlnppl", "flips"):
-            if not isinstance(getattr(step, field), int | float):
-                raise UsageError(f"{path}: step {step.name}: {field} is {getattr(step, field)!r}")
+        for field in _NUMBERS:
+            value = getattr(step, field)
+            most = math.inf if field in _OPEN else sys.float_info.max
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise UsageError(f"{path}: step {step.name}: {field} is {value!r}, expected a number from 0")
+        if step.kind not in get_args(StepKind) or not isinstance(step.what, str):
+            raise UsageError(f"{path}: step {step.name}: kind is {step.kind!r}, what {step.what!r}")
     return Ladder(**rest, steps=steps, left_out=left_out)
+
+
+_OPEN = ("kld_high", "dlnppl_se")
+_NUMBERS = ("kld", "kld_low", "kld_high", "dlnppl", "dlnppl_se", "flips")
 
 
 def rows_of(steps: Sequence[LadderStep]) -> list[LadderStep]:

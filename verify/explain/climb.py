@@ -39,6 +39,7 @@ class Rung(NamedTuple):
 
 
 UNCHANGED = Pass("baseline", spec=BASELINE)
+ROTATED = "+rotate=mainline,q=q8_0"
 RUNGS = (
     Rung(Pass("floor", "floor"), "one rounding of noise", "rounding", "exact"),
     Rung(Pass("plan", spec="flash:kv=4"), "a change of KV parts", "rounding"),
@@ -48,6 +49,9 @@ RUNGS = (
     Rung(Pass("bf16-cache", spec=BASELINE, attention_type="bf16"), "a bfloat16 cache", "cache"),
     Rung(Pass("q8_0", spec="flash:cache=q8_0"), "a q8_0 cache", "cache"),
     Rung(Pass("q4_0", spec="flash:cache=q4_0"), "a q4_0 cache", "cache"),
+    # As llama.cpp has had them since 2026: K and V rotated, queries rounded as the cache is.
+    Rung(Pass("q8_0-rotated", spec=f"flash:cache=q8_0{ROTATED}"), "a rotated q8_0 cache", "cache"),
+    Rung(Pass("q4_0-rotated", spec=f"flash:cache=q4_0{ROTATED}"), "a rotated q4_0 cache", "cache"),
     Rung(Pass("off-by-one", spec="fault", build=unseen_key), "a dropped key", "fault"),
     Rung(Pass("wrong-head", spec="fault", build=wrong_head), "a wrong KV head", "fault"),
 )

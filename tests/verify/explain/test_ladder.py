@@ -12,6 +12,7 @@ from support.logits_files import write_file
 from support.ppl_runs import Tiny
 from verify.engines.ladder import Ladder, LadderStep, read_ladder
 from verify.engines.logits_file import LogitsWriter
+from verify.machine.jsontext import to_json_text
 
 
 def step(name: str, kind: str, kld: float) -> LadderStep:
@@ -53,6 +54,10 @@ LADDER = Ladder(
         (3.9e-6, "tie", "lies between a bf16 P (2.0e-06) and a q8_0 cache (9.0e-05)"),
         (5e-6, "inconclusive", "lies between a bf16 P"),
         (4.1e-5, "not explained", "of 4.1e-05 lies between a bf16 P (2.0e-06) and a q8_0 cache (9.0e-05)"),
+        (8.9e-5, "not explained", "of 8.9e-05 is about that of a q8_0 cache (9.0e-05); a dropped key would"),
+        (1e-4, "not explained", "is about that of a q8_0 cache (9.0e-05)"),
+        (2.9e-2, "not explained", "is about that of a dropped key (3.0e-02)"),
+        (0.0, "tie", "of 0 is less than that of a plan"),
         (0.5, "not explained", "is more than that of a dropped key (3.0e-02)"),
         (-3.9e-6, "tie", "3.9e-06"),
     ],
@@ -78,7 +83,22 @@ def test_a_ladder_is_written_and_read_again(tmp_path: Path) -> None:
     logits = ("explain", "--logits", str(a), str(a))
     assert_refused(verify(*logits, "--ladder", str(tmp_path / "old.json")), "old.json: is not a ladder")
     assert_refused(verify(*logits, "--ladder", str(tmp_path / "none")), "none: cannot be read")
-    path.write_text(path.read_text().replace('"dlnppl"', '"other"'))
+    for field, value, said in (
+        ("kld", "x", "kld is 'x', expected a number from 0"),
+        ("kld_low", None, "kld_low is None"),
+        ("flips", math.nan, "flips is nan"),
+        ("dlnppl", -1, "dlnppl is -1"),
+        ("kind", "guess", "kind is 'guess'"),
+        ("what", 5, "what 5"),
+    ):
+        found = LADDER.to_json()
+        found["steps"][1][field] = value
+        path.write_text(json.dumps(found))
+        assert_refused(verify(*logits, "--ladder", str(path)), "ladder.json: step bf16 P", said)
+    for steps in (5, [5], None):
+        path.write_text(json.dumps(LADDER.to_json() | {"steps": steps}))
+        assert_refused(verify(*logits, "--ladder", str(path)), "ladder.json: has fields of other kinds")
+    path.write_text(json.dumps(LADDER.to_json()).replace('"dlnppl"', '"other"'))
     assert_refused(verify(*logits, "--ladder", str(path)), "ladder.json: has no 'dlnppl'")
 
 
@@ -88,12 +108,16 @@ def test_the_ladder_of_a_model(tiny: Tiny, tmp_path: Path) -> None:
     done = verify("ladder", *options, "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
     found = read_ladder(out)
-    assert json.loads(done.stdout)["steps"] == [s._asdict() for s in found.steps]
+    written = json.loads(to_json_text([s._asdict() for s in found.steps]))
+    assert json.loads(done.stdout)["steps"] == written
+    # Two windows are too little for an interval, which JSON says by null.
+    assert found.steps[0].kld_high == math.inf and written[0]["kld_high"] is None
     by_name = {s.name: s for s in found.steps}
     assert found.tokens == 2 * 31
     # Heads of 16 numbers have no quantised cache; that is said, and the other steps are there.
     assert {"floor", "plan", "f16-sums", "bf16-P", "f16-output", "bf16-cache"} < by_name.keys()
     assert any("a q8_0 cache" in said for said in found.left_out)
+    assert any("a rotated q4_0 cache" in said for said in found.left_out)
     rounding = max(s.kld for s in found.steps if s.kind == "rounding")
     assert 0 < by_name["floor"].kld < rounding < by_name["bf16-cache"].kld
     assert by_name["off-by-one"].kld > 20 * rounding
