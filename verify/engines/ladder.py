@@ -145,9 +145,7 @@ def read_ladder(path: str | Path) -> Ladder:
     if not isinstance(found, dict) or found.get("command") != "ladder" or found.get("schema") != SCHEMA:
         raise UsageError(f"{path}: is not a ladder, expected what verify ladder --out writes")
     try:
-        steps = tuple(LadderStep(**{f: s[f] for f in LadderStep._fields}) for s in found["steps"])
-        # JSON has no infinity: too little data for an interval.
-        steps = tuple(s._replace(**{f: math.inf for f in _OPEN if getattr(s, f) is None}) for s in steps)
+        steps = tuple(map(_step_of, found["steps"]))
         rest = {f: found[f] for f in Ladder._fields if f not in ("steps", "left_out")}
         left_out = tuple(map(str, found.get("left_out", ())))
     except (KeyError, TypeError) as error:
@@ -164,8 +162,14 @@ def read_ladder(path: str | Path) -> Ladder:
     return Ladder(**rest, steps=steps, left_out=left_out)
 
 
+# JSON has no infinity: null says that there was too little data for an interval.
 _OPEN = ("kld_high", "dlnppl_se")
 _NUMBERS = ("kld", "kld_low", "kld_high", "dlnppl", "dlnppl_se", "flips")
+
+
+def _step_of(found: dict[str, Any]) -> LadderStep:
+    fields = {f: found[f] for f in LadderStep._fields}
+    return LadderStep(**fields | {f: math.inf for f in _OPEN if fields[f] is None})
 
 
 def rows_of(steps: Sequence[LadderStep]) -> list[LadderStep]:
