@@ -38,6 +38,7 @@ class Depths(NamedTuple):
     d_n: int  # in the numerator
     d_m: int  # in the merge
     longest: int  # keys of its longest part
+    summed: int  # of these, keys that one accumulator of the second product takes
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Arithmetic:
     # Roundings that a float32 accumulator of the second product passes for every MMA_KEYS keys, where it runs
     # on from tile to tile; 0: each tile is a product of its own, added to it.
     chained: int = 0
+    # Keys whose products are summed before a narrow accumulator is rounded.
+    sum_step: int = MMA_KEYS
+    # The share of a part's keys that one accumulator takes: less than 1 where threads take every so many keys
+    # and are merged afterwards.
+    sum_share: float = 1.0
     # Matrix products that a tile of P and V takes, each of which rounds that accumulator; more than one where
     # an operand is split.
     passes: int = 1
@@ -110,7 +116,7 @@ class Arithmetic:
         if self.u != U_F32_TENSOR_CORE:
             return 0.0
         products = 0.0 if self.truncates else MMA_KEYS / 2**MMA_GUARD_BITS
-        return self.depths(n_kv).longest / MMA_KEYS * self.passes * self.u * (1 + products)
+        return self.depths(n_kv).summed / MMA_KEYS * self.passes * self.u * (1 + products)
 
     @property
     def u_acc(self) -> float:
@@ -131,8 +137,16 @@ class Arithmetic:
         """Depths of a row with n_kv keys; the loosest order of summation where the plan is not known."""
         if self.block is None or self.cuts_at is None:
             # A key at a time, rescaled after each; parts of 16 keys.
-            parts = max(-(-n_kv // 16), 1)
-            return Depths(parts=parts, tiles=n_kv, d_l=2 * n_kv, d_n=2 * n_kv, d_m=parts + 3, longest=n_kv)
+            parts, summed = max(-(-n_kv // 16), 1), min(math.ceil(self.sum_share * n_kv), n_kv)
+            return Depths(
+                parts=parts,
+                tiles=n_kv,
+                d_l=2 * n_kv,
+                d_n=2 * summed,
+                d_m=parts + 3,
+                longest=n_kv,
+                summed=summed,
+            )
         possible = [self.cuts_at(n_kv)]
         if self.shared_up_to > n_kv:
             possible.append(self.cuts_at(self.shared_up_to))
@@ -140,15 +154,22 @@ class Arithmetic:
         longest = max((b - a for cuts in possible for a, b in pairwise(cuts)), default=0)
         longest = min(longest, n_kv)
         tiles = -(-longest // self.block)
+        summed = min(math.ceil(self.sum_share * longest), longest)
         d_l = d_n = self.block + 2 * tiles
         # An accumulator that runs on is rounded at each matrix instruction and rescale, in every tile.
         instructions = -(-self.block // MMA_KEYS)
         if self.acc != "f32":
-            d_n = tiles * (instructions + 1) + 1
+            d_n = -(-summed // self.block) * (-(-self.block // self.sum_step) + 1) + 1
         elif self.chained:
             d_n = max(d_n, tiles * (self.chained * instructions + 1) + 1)
         return Depths(
-            parts=parts, tiles=tiles, d_l=d_l, d_n=d_n, d_m=parts + 3 if parts > 1 else 0, longest=longest
+            parts=parts,
+            tiles=tiles,
+            d_l=d_l,
+            d_n=d_n,
+            d_m=parts + 3 if parts > 1 else 0,
+            longest=longest,
+            summed=summed,
         )
 
 

@@ -197,7 +197,7 @@ class Sums:
         c = |o| / sum p|v|. |A|^2 = o^2 + sum p^2 v^2 is the size that partial sums reach, half of it their
         mean while they grow.
         """
-        steps = self._depth("longest") / MMA_KEYS
+        steps = self._depth("summed") / MMA_KEYS
         if self.a.acc == "f16" and self.a.u != U_F32:
             # Sums among the subnormal numbers lose half a unit a step, and mostly the same way.
             return (steps * self.a.tau_acc / self.rows.l).expand_as(self.rows.out)
@@ -224,13 +224,13 @@ class Sums:
         a, rows = self.a, self.rows
         if a.acc != "f16":
             return torch.zeros_like(rows.out)
-        keys = MMA_KEYS if a.block is not None and a.cuts_at is not None else 1
+        keys = a.sum_step if a.block is not None and a.cuts_at is not None else 1
         n = self._per_row([float(max(n, 1)) for n in rows.lengths])
         weight = rows.l * math.exp(-a.p_shift)
         mean = rows.out.abs() * weight / n
         spread = (rows.p_square_vv * weight.square() / n - mean.square()).clamp(min=0)
         mu, sigma = keys * mean, (keys * spread).sqrt()
-        top = (mean * self._depth("longest")).clamp(min=torch.finfo(torch.float64).tiny)
+        top = (mean * self._depth("summed")).clamp(min=torch.finfo(torch.float64).tiny)
         lost = torch.zeros_like(top)
         for exponent in range(_LEAST_EXPONENT, _MOST_EXPONENT):
             share = (top.clamp(max=2.0 ** (exponent + 1)) - 2.0**exponent).clamp(min=0) / top

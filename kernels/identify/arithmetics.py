@@ -13,7 +13,7 @@ from verify.kernels.call import Call
 from verify.kernels.identify.reading import Reading
 from verify.kernels.identify.sums import NO_EDGE
 from verify.kernels.lengths import lengths_of
-from verify.kernels.numbers import FLOAT_TYPES, U_F32, U_F32_TENSOR_CORE, type_of
+from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32, U_F32_TENSOR_CORE, type_of
 
 # An exponential that is farther off than this has roundings that no budget charges.
 _EXPONENTIAL = 1e-6
@@ -22,11 +22,16 @@ _FEW = 64
 
 
 class Order(NamedTuple):
-    """How many parts a row has, which share of its keys the longest has, and keys a tile (None: not seen)."""
+    """How a row is summed.
+
+    parts: that are merged; share: of its keys that the longest of them has; tile: keys a tile, None where it
+    was not seen; sums: the share of the longest part that one accumulator takes.
+    """
 
     parts: int
     share: float
     tile: int | None
+    sums: float = 1.0
 
     def cuts(self, n_kv: int) -> tuple[int, ...]:
         """Bounds of so many parts, the longest first: depths follow from them, places do not."""
@@ -43,7 +48,12 @@ def order_of(reading: Reading) -> Order:
     if tile is None and reading.how.get("tile") == NO_EDGE:
         # It was looked for where it would have shown: a tile holds a whole part.
         tile = longest
-    return Order(reading.parts, longest / reading.n_kv, tile)
+    parts, sums = reading.parts, 1.0
+    if reading.sum_keys:
+        # Each sum is merged as a part is; the fewest keys of one make the most of them.
+        parts = max(parts, math.ceil(reading.n_kv / min(reading.sum_keys)))
+        sums = min(max(reading.sum_keys) / longest, 1.0)
+    return Order(parts, longest / reading.n_kv, tile, sums)
 
 
 def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | None:
@@ -70,7 +80,10 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
     orders = [order_of(each) for each in readings]
     tiles = [order.tile for order in orders]
     tile = None if None in tiles else max(t for t in tiles if t is not None)
-    order = Order(max(o.parts for o in orders), max(o.share for o in orders), tile)
+    order = Order(
+        max(o.parts for o in orders), max(o.share for o in orders), tile, max(o.sums for o in orders)
+    )
+    steps = [each.sum_step for each in readings if each.accumulator != "f32"]
     truncates = any(each.rounding == "truncated" or (each.accumulator_bits or 24) < 24 for each in readings)
     offset = max(
         math.log(each.n_kv) if each.p_normalised else max(each.offset or 0.0, 0.0) for each in readings
@@ -90,6 +103,9 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
         u_part=0.0 if parts_in == {"f32"} else max(FLOAT_TYPES[t or input_type].u for t in parts_in),
         block=tile,
         cuts_at=order.cuts if tile is not None else None,
+        # Where it cannot be told each key is a step.
+        sum_step=min((step or 1 for step in steps), default=MMA_KEYS),
+        sum_share=order.sums,
         l_from_rounded_p=any(each.l_of_rounded_p is not False for each in readings) and p != "f32",
         p_shift=offset,
         # As large as it was seen where it was looked at, twice that elsewhere.

@@ -11,7 +11,8 @@ numbers of every 16-bit type. `asked` is a bare callable; nothing else of the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,50 @@ class Regime(NamedTuple):
         return self.kv_heads * self.size
 
 
+class Columns(NamedTuple):
+    """Columns of values that are 0 but for some keys: keys [m], columns [m] and values [m] of these."""
+
+    keys: torch.Tensor
+    at: torch.Tensor
+    values: torch.Tensor
+    count: int  # of columns
+
+    def some(self, start: int, stop: int) -> Columns:
+        """Columns start .. stop-1, counted from 0."""
+        stop = min(stop, self.count)
+        chosen = (self.at >= start) & (self.at < stop)
+        return Columns(self.keys[chosen], self.at[chosen] - start, self.values[chosen], stop - start)
+
+
+def columns(entries: Sequence[Mapping[int, float]]) -> Columns:
+    """A column an entry: values by key."""
+    every = [(key, c, value) for c, entry in enumerate(entries) for key, value in entry.items()]
+    keys, at, values = zip(*every, strict=True) if every else ((), (), ())
+    return Columns(
+        torch.tensor(keys, dtype=torch.int64),
+        torch.tensor(at, dtype=torch.int64),
+        torch.tensor(values, dtype=torch.float64),
+        len(entries),
+    )
+
+
+def at_keys(keys: torch.Tensor | int, values: torch.Tensor) -> Columns:
+    """A column a value: that value at its key, or all at one."""
+    at = torch.arange(len(values))
+    return Columns(torch.as_tensor(keys).expand(len(values)), at, values.double(), len(values))
+
+
+def together(these: Sequence[Columns]) -> Columns:
+    """Columns of the first, then those of the second, and so on."""
+    first = [0, *itertools.accumulate(each.count for each in these)]
+    return Columns(
+        torch.cat([each.keys for each in these]),
+        torch.cat([each.at + start for each, start in zip(these, first, strict=False)]),
+        torch.cat([each.values for each in these]),
+        first[-1],
+    )
+
+
 class Asking:
     """A bare kernel in one regime; `calls` counts what it was asked."""
 
@@ -74,7 +119,7 @@ class Asking:
     def call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = SCALE) -> torch.Tensor:
         """out of one call, as float64 on the CPU. The last row sees every key, each before it one key less.
 
-        q [B, T, Hq, D], k and v [B, S, Hkv, D], in float64; they must be numbers of the regime's type.
+        q [B, T, Hq, D], k and v [B, S, Hkv, D], numbers of the regime's type, which may be held in another.
         Raises NotIdentifiable where the kernel fails.
         """
         r = self.regime
@@ -90,53 +135,87 @@ class Asking:
             raise NotIdentifiable(f"it fails at {keys} keys: {failure}") from None
         return out.double().cpu()
 
+    @property
+    def patterns_a_head(self) -> int:
+        """Rows of logits that a KV head takes in one call: a dimension of q and k each, and one for a base."""
+        return min(self.regime.ratio, self.regime.k_size - 1)
+
     def weigh(
-        self, logits: torch.Tensor, values: torch.Tensor, *, scale: float = SCALE, base: float = 0.0
+        self, logits: torch.Tensor, values: Columns, *, scale: float = SCALE, base: float = 0.0
     ) -> torch.Tensor:
-        """[P, C] results of each row of logits [P, n] on each column of values [n, C]; float64.
+        """[P, C] results of each row of logits [P, n] on each column of values; float64.
 
         The logits are as given at the scale of 1/8, and else 8 scale times that. Columns are spread over KV
         heads and calls; rows of logits over the query heads of a group. base: added to every logit, through
         one more dimension.
         """
         r = self.regime
-        patterns, n = logits.shape
-        # A dimension of q and k each, and one for the base.
-        at_once = min(r.ratio, r.k_size - 1)
-        found = torch.empty(patterns, values.shape[1], dtype=torch.float64)
-        for first in range(0, patterns, at_once):
-            some = logits[first : first + at_once]
-            heads = torch.arange(r.ratio).clamp(max=len(some) - 1)
-            q = torch.zeros(r.batch, r.n_q, r.kv_heads, r.ratio, r.k_size, dtype=torch.float64)
-            q[..., torch.arange(r.ratio), heads] = _QUERY
-            if base:
-                q[..., -1] = _QUERY
-            k = torch.zeros(r.batch, n, r.kv_heads, r.k_size, dtype=torch.float64)
-            k[..., : len(some)] = some.T[None, :, None]
-            if base:
-                k[..., -1] = base
-            for start in range(0, values.shape[1], r.columns):
-                columns = values[:, start : start + r.columns]
-                padded = torch.zeros(n, r.columns, dtype=torch.float64)
-                padded[:, : columns.shape[1]] = columns
-                v = padded.view(1, n, r.kv_heads, r.size).expand(r.batch, -1, -1, -1)
-                out = self.call(q.flatten(2, 3), k, v, scale)[-1, -1]  # [Hq, Dv]
+        found = torch.empty(len(logits), values.count, dtype=torch.float64)
+        for first in range(0, len(logits), self.patterns_a_head):
+            some = logits[first : first + self.patterns_a_head]
+            q, k = self._logits([some] * r.kv_heads, base)
+            for start in range(0, values.count, r.columns):
+                these = values.some(start, start + r.columns)
+                out = self.call(q, k, self._values(these), scale)[-1, -1]  # [Hq, Dv]
                 by_pattern = out.view(r.kv_heads, r.ratio, r.size).transpose(0, 1).flatten(1)
-                found[first : first + len(some), start : start + r.columns] = by_pattern[
-                    : len(some), : columns.shape[1]
+                found[first : first + len(some), start : start + these.count] = by_pattern[
+                    : len(some), : these.count
                 ]
         return found
+
+    def weigh_own(
+        self, logits: torch.Tensor, values: Sequence[Columns], *, scale: float = SCALE, base: float = 0.0
+    ) -> list[torch.Tensor]:
+        """Results of each row of logits [P, n] on columns of its own, of which a row has at most `own`.
+
+        Rows are spread over query heads, KV heads and calls; scale and base as of `weigh`.
+        """
+        r, each, width = self.regime, min(self.patterns_a_head, self.regime.size), self.own
+        found: list[torch.Tensor] = []
+        for first in range(0, len(logits), each * r.kv_heads):
+            heads = logits[first : first + each * r.kv_heads].split(each)
+            q, k = self._logits([*heads, *[heads[0]] * (r.kv_heads - len(heads))], base)
+            own = values[first : first + each * r.kv_heads]
+            placed = []
+            for i, one in enumerate(own):
+                start = i // each * r.size + i % each * width
+                placed.append(one._replace(at=one.at + start, count=r.columns))
+            merged = Columns(*(torch.cat(x) for x in zip(*(p[:3] for p in placed), strict=True)), r.columns)
+            out = self.call(q, k, self._values(merged), scale)[-1, -1].view(r.kv_heads, r.ratio, r.size)
+            for i, one in enumerate(own):
+                start = i % each * width
+                found.append(out[i // each, i % each, start : start + one.count])
+        return found
+
+    @property
+    def own(self) -> int:
+        """Columns that each row of logits has to itself in `weigh_own`."""
+        return max(self.regime.size // self.patterns_a_head, 1)
+
+    def _logits(self, heads: Sequence[torch.Tensor], base: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, T, Hq, D] and k [B, S, Hkv, D] that give the query heads of each KV head these rows."""
+        r = self.regime
+        q = torch.zeros(r.batch, r.n_q, r.kv_heads, r.ratio, r.k_size, dtype=r.dtype, device=r.device)
+        k = torch.zeros(r.batch, r.n_kv, r.kv_heads, r.k_size, dtype=r.dtype, device=r.device)
+        if base:
+            q[..., -1], k[..., -1] = _QUERY, base
+        same = all(rows is heads[0] for rows in heads)
+        for i, rows in enumerate(heads[:1] if same else heads):
+            at = slice(None) if same else slice(i, i + 1)
+            group = torch.arange(r.ratio, device=r.device)
+            q[:, :, at, group, group.clamp(max=len(rows) - 1)] = _QUERY
+            k[:, :, at, : len(rows)] = rows.T.to(r.dtype).to(r.device)[None, :, None]
+        return q.flatten(2, 3), k
+
+    def _values(self, these: Columns) -> torch.Tensor:
+        """v [B, S, Hkv, Dv] with at most as many columns as a call has."""
+        r = self.regime
+        v = torch.zeros(r.batch, r.n_kv, r.columns, dtype=r.dtype, device=r.device)
+        v[:, these.keys.to(r.device), these.at.to(r.device)] = these.values.to(r.dtype).to(r.device)
+        return v.view(r.batch, r.n_kv, r.kv_heads, r.size)
 
     def level(self, keys: torch.Tensor | list[int], other: float = DEAD, at: float = 0.0) -> torch.Tensor:
         """A row of logits [1, n]: `at` for some keys, `other` for the rest."""
         row = torch.full((1, self.regime.n_kv), other, dtype=torch.float64)
         row[0, keys] = at
         return row
-
-    def columns(self, entries: list[dict[int, float]]) -> torch.Tensor:
-        """Values [n, C], each column 0 but for some keys."""
-        values = torch.zeros(self.regime.n_kv, len(entries), dtype=torch.float64)
-        for c, entry in enumerate(entries):
-            for key, value in entry.items():
-                values[key, c] = value
-        return values

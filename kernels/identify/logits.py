@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.identify.asking import SCALE, Asking
+from verify.kernels.identify.asking import SCALE, Asking, columns
 from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios, rounded
 
 _FAR = 256.0
@@ -132,7 +132,7 @@ def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tile: int | N
         v_a, v_b = (float(v) for v in cancelling(e, input_bits))
         row = ask.level([late])
         row[0, early] = -g
-        found = float(ask.weigh(row, ask.columns([{early: v_a, late: v_b}]))[0, 0])
+        found = float(ask.weigh(row, columns([{early: v_a, late: v_b}]))[0, 0])
         x = v_a * math.exp(-g)
         one = torch.tensor(math.exp(-c), dtype=torch.float64)
         p_one = float(rounded(one, bits, truncated=weights.truncated) / one) - 1

@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.identify.asking import LARGE, Asking
+from verify.kernels.identify.asking import Asking, columns
 
 # The largest logit. L is about as large, and rounding it to float32 makes a residue of 2^-19, which does not
 # vanish by chance; around 0 it would be 2^-24 and did so in one case of three.
 TOP = 64.0
+# A power of two: its product with any P is exact. Where a sum fuses multiplication and addition, as a matrix
+# product in float32 does, M P is rounded and - M P is not, so that any other M leaves a residue in one part.
+_M = 2.0**15
 # What float32 leaves of a pair whose L is as large: a few roundings of 2^-19.
 _NOT_16_BITS = 2.0**-14
 
@@ -75,9 +78,9 @@ def _residues(ask: Asking, pairs: list[tuple[int, int]], generator: torch.Genera
     low = TOP - torch.randint(8 * 4, 12 * 4, (r.ratio, r.n_kv), generator=generator).double() / 4
     keys = sorted({key for pair in pairs for key in pair})
     low[:, keys] = TOP
-    values = ask.columns([{a: LARGE, b: -LARGE} for a, b in pairs])
+    values = columns([{a: _M, b: -_M} for a, b in pairs])
     l = torch.exp(low - TOP).sum(1, keepdim=True)
     found: list[float] = (
-        (ask.weigh(low, values) * l / LARGE).abs().nan_to_num(1.0, posinf=1.0).amax(0).tolist()
+        (ask.weigh(low, values) * l / _M).abs().nan_to_num(1.0, posinf=1.0).amax(0).tolist()
     )
     return found

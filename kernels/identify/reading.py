@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from verify.kernels.bits import same_bits
-from verify.kernels.identify.asking import LARGE, SCALE, Asking, BareKernel, NotIdentifiable, Regime
+from verify.kernels.identify.asking import (
+    LARGE,
+    SCALE,
+    Asking,
+    BareKernel,
+    NotIdentifiable,
+    Regime,
+    at_keys,
+    columns,
+)
 from verify.kernels.identify.logits import Logits, logits_seen
 from verify.kernels.identify.parts import Cuts, cuts_seen
 from verify.kernels.identify.sums import SumsSeen, sums_seen
@@ -46,6 +55,8 @@ class Reading:
     rounding: str | None  # of the accumulators: nearest or truncated
     flushed_every: int | None  # keys after which a narrow accumulator goes into a wider one
     mma_block: int | None  # keys of one product, where that is less than a tile
+    sum_step: int | None  # keys that are summed before they are added to a narrow accumulator
+    sum_keys: tuple[int, ...]  # keys that one narrow accumulator takes, where that was counted; else empty
     first_product: str | None  # type of q and k as they are multiplied
     q_scaled_in: str | None  # type of q where it was multiplied by the scale first
     logits: str | None  # type of the logits
@@ -140,6 +151,8 @@ def _put_together(
         rounding=None if sums.truncated is None else "truncated" if sums.truncated else "nearest",
         flushed_every=flushed,
         mma_block=block,
+        sum_step=sums.product if accumulator not in ("f32", None) else None,
+        sum_keys=sums.counted,
         first_product=logits.first_product,
         q_scaled_in=logits.q_scaled_in,
         logits=logits.logits,
@@ -162,7 +175,7 @@ def _accumulator(sums: SumsSeen) -> str | None:
     if bits is None or bits >= 22:
         return "f32"
     if bits == 11:
-        return "f16" if sums.overflows else "tf32"
+        return "tf32" if sums.wide else "f16"
     return {8: "bf16", 4: "e4m3", 3: "e5m2"}.get(bits)
 
 
@@ -213,7 +226,7 @@ def _has_steps_of_float16(ask: Asking) -> bool:
     else:
         values = [2.0**-24 * x for x in (3.0, 5.0, 7.0)]
     # Two keys, one of value 0: half of an odd number of the smallest steps.
-    found = ask.weigh(ask.level([0, 1]), ask.columns([{0: v} for v in values]))[0]
+    found = ask.weigh(ask.level([0, 1]), columns([{0: v} for v in values]))[0]
     return bool((found != torch.tensor(values, dtype=torch.float64) / 2).any())
 
 
@@ -234,12 +247,10 @@ def _check_right(ask: Asking, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 def _check_range(ask: Asking) -> None:
     """Whether values and differences of logits pass as they are: a kernel that clamps them shows nothing."""
     n = ask.regime.n_kv
-    found = ask.weigh(ask.level([n - 1]), ask.columns([{n - 1: LARGE}, {0: LARGE}]))[0]
+    found = ask.weigh(ask.level([n - 1]), columns([{n - 1: LARGE}, {0: LARGE}]))[0]
     g = torch.Generator().manual_seed(2)
     fine = torch.randint(129, 256, (ask.regime.columns,), generator=g).double()
-    values = torch.zeros(n, len(fine), dtype=torch.float64)
-    values[n - 1] = fine
-    off = (ask.weigh(ask.level([n - 1]), values)[0] / fine - 1).abs().max()
+    off = (ask.weigh(ask.level([n - 1]), at_keys(n - 1, fine))[0] / fine - 1).abs().max()
     if not abs(float(found[1])) < 1.0:
         raise NotIdentifiable(
             f"logits are clamped: a key 64 below the largest has a weight of {float(found[1]) / LARGE:.2g}"

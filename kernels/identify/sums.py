@@ -7,6 +7,12 @@ round to nearest, and three quarters become a whole one; where they truncate bot
 
 Where M and -M stand next to each other (i, i + 1) and u comes before them, u is kept if both lie in one
 product that is summed before it is added, and lost where a product ends between them: the products' edges.
+
+Sums of 11 bits are float16's where many keys of 60,000 overflow them, however P was made smaller, or where they
+have float16's least steps, 2^-24; TF32's range is float32's. Where neither can be told they are called float16,
+the looser of the two. How many keys such a sum takes is counted: M at one key and u at all others, so small
+that all of them together are lost beside M; what is left of them was summed elsewhere, whatever the order.
+
 The tile over which the maximum is taken shows as well. P of a key is rounded relative to the largest logit of
 its tile; one of an earlier tile was 1 there, and is scaled afterwards, not rounded. And float16 sums overflow
 in an earlier tile, where two keys of 60,000 are summed before a larger logit makes them small.
@@ -21,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.identify.asking import LARGE, Asking
+from verify.kernels.identify.asking import LARGE, Asking, Columns, at_keys, columns, together
 from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios
 
 # Exponent of the last place of LARGE at b bits is 16 - b.
@@ -29,6 +35,16 @@ _TOP = 15
 _LEAST_BITS, _MOST_BITS = 3, 39
 # More keys than any tile, from the place where one is looked for.
 _FAR = 1100
+# Sums of so few bits are narrow: how many keys they take decides what they may err by.
+_NARROW = 11
+# Keys of 61,440 of which sums of float16 overflow, whatever the offset.
+_BURST = 1024
+# Pairs of numbers that must tell two types apart.
+_FEW_TELL = 8
+# Rows in which keys of a sum are counted, and in how many places; bits of a result that shows it.
+_COUNT_FROM, _COUNTS, _RESULT_BITS = 256, 16, 23
+# More keys than any product.
+_LARGEST_PRODUCT = 129
 # How far below the largest a logit may lie, in nats, for P to be a normal number; 9.7 where not said.
 _NORMAL = {"e4m3": 4.1}
 
@@ -46,8 +62,10 @@ class SumsSeen(NamedTuple):
     bits: int | None  # of the accumulators, leading one included; None: more than can be told (40)
     truncated: bool | None  # they round toward zero
     overflows: bool  # sums beyond 65,504 are infinite
+    wide: bool  # sums of 11 bits have a wider range than float16: it was seen
     tile_bits: int | None  # `bits` within one tile
     product: int | None  # keys of a product that is summed before it is added; None: none was seen to end
+    counted: tuple[int, ...]  # keys that a sum of 11 bits or fewer takes, where it was counted
     tile: int | None  # keys over which the maximum is taken
     how: str  # the probe that showed the tile
 
@@ -63,8 +81,12 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
     ]
     strided = [(first, first + step, first + 2 * step) for step in (1, 2, 16, 64, 256) if 2 * step < keys]
     bits, truncated = _bits(ask, [*far, *strided])
-    overflows = _overflows(ask, part, weights)
+    overflows = _overflows(ask, part)
+    narrow = bits is not None and bits <= _NARROW
+    wide = narrow and not overflows and _has_wide_range(ask, part, weights) is True
     product = _product(ask, part, bits)
+    if narrow and product is None:
+        product = _first_product(ask, part, bits)
     tile, how = None, ""
     if overflows:
         tile, how = (
@@ -87,8 +109,10 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
         bits=bits,
         truncated=truncated,
         overflows=overflows,
+        wide=wide,
         tile_bits=tile_bits,
         product=product,
+        counted=_counted(ask, part, bits) if narrow else (),
         tile=tile,
         how=how,
     )
@@ -105,7 +129,7 @@ def _bits(ask: Asking, places: list[tuple[int, int, int]]) -> tuple[int | None, 
         wholes = [2.0 ** (_TOP + 1 - b) for b in range(_LEAST_BITS, _MOST_BITS + 1)]
         units = [*wholes, *(0.75 * u for u in wholes)]
         keys = _power_of_two([i, t, j], ask.regime.n_kv)
-        values = ask.columns([{i: LARGE, t: u, j: -LARGE} for u in units])
+        values = columns([{i: LARGE, t: u, j: -LARGE} for u in units])
         found = ask.weigh(ask.level(keys), values)[0] * len(keys)
         kept = (found.abs() > 0.25 * torch.tensor(units, dtype=torch.float64)) & torch.isfinite(found)
         n = len(wholes)
@@ -126,23 +150,99 @@ def _power_of_two(keys: list[int], n_kv: int) -> list[int]:
     return [*keys, *itertools.islice(others, wanted - len(keys))]
 
 
-def _overflows(ask: Asking, part: tuple[int, int], weights: Weights) -> bool:
+def _overflows(ask: Asking, part: tuple[int, int]) -> bool:
     """Whether a sum beyond 65,504 becomes infinite where the result itself would not be."""
     first, end = part
-    count = min(_burst(weights) + 1, end - first)
-    if ask.regime.dtype == torch.bfloat16:
-        count = min(count, end - first)
+    # So many that no offset hides it.
+    count = min(3 * (end - first) // 4, _BURST)
     keys = list(range(first, first + count))
-    # Half of the weight lies on keys whose values are 0; P of all is the same.
-    still = list(range(first + count, min(first + 2 * count + 2, end)))
+    # A quarter of the weight lies on keys whose values are 0; P of all is the same.
+    still = list(range(first + count, min(first + 4 * count // 3 + 1, end)))
     v = dict.fromkeys(keys, 61440.0)
-    found = ask.weigh(ask.level([*keys, *still]), ask.columns([v, {k: x / 64 for k, x in v.items()}]))[0]
+    found = ask.weigh(ask.level([*keys, *still]), columns([v, {k: x / (2 * _BURST) for k, x in v.items()}]))[0]
     return not bool(torch.isfinite(found[0])) and bool(torch.isfinite(found[1]))
+
+
+def _has_wide_range(ask: Asking, part: tuple[int, int], weights: Weights) -> bool | None:
+    """Whether a sum holds what float16, whose least step is 2^-24, does not; None where it cannot be told.
+
+    A few steps, times P between 1/5 and 1: float16 sums round that to whole steps, before they are divided
+    by l or, where P was, after. A result of float16 has the same steps: only what differs in it as well tells.
+    """
+    gaps = torch.arange(8, 48, 2, dtype=torch.float64) / 32
+    steps = torch.arange(1, 8, dtype=torch.float64)
+    logits = torch.cat([ask.level([part[0]]) for _ in gaps])
+    logits[:, part[0] + 1] = -gaps
+    least = 2.0**-24
+    seen = ask.weigh(logits, at_keys(part[0] + 1, steps * least)) / least
+    p, l = torch.exp(-gaps)[:, None], (1 + torch.exp(-gaps))[:, None]
+    exact, smaller = steps * p / l, math.exp(-(weights.offset or 0.0))
+    divided, undivided = exact.round(), (steps * p * smaller).round() / smaller / l
+    # Of P that could not be told it is not known either whether it was divided.
+    if weights.p is None:
+        possible = [divided, undivided]
+    else:
+        possible = [divided if weights.normalised else undivided]
+    if bool((seen == seen.round()).all()):
+        exact, possible = exact.round(), [x.round() for x in possible]
+    off = torch.stack([(exact - x).abs() for x in possible]).amin(0)
+    tell = off > 0.2
+    if int(tell.sum()) < _FEW_TELL:
+        return None
+    is_wide = ((seen - exact).abs() < off / 2)[tell]
+    return float(is_wide.double().mean()) > 0.9
+
+
+def _counted(ask: Asking, part: tuple[int, int], bits: int | None) -> tuple[int, ...]:
+    """How many keys each of some sums takes, one key's of each; empty where the result hides it.
+
+    P of all keys is the same. M alone and M beside small numbers at all other keys, together half of M's last
+    place: the results' ratio is 1 + kept / M, whatever l is.
+    """
+    n = ask.regime.n_kv
+    if bits is None or n < _COUNT_FROM:
+        return ()
+    u = 2.0 ** (_TOP - bits - math.ceil(math.log2(n)))
+    # Not the first ones of tiles alone.
+    at = sorted({(n - 1) * i // (_COUNTS - 1) for i in range(_COUNTS)} | {part[0]})[: ask.regime.columns // 2]
+    every = torch.arange(n)
+    alone = [columns([{i: LARGE}]) for i in at]
+    beside = [
+        Columns(every, torch.zeros(n, dtype=torch.int64), torch.where(every == i, LARGE, u).double(), 1)
+        for i in at
+    ]
+    found = ask.weigh(ask.level(every), together([*alone, *beside]))[0]
+    kept = (found[len(at) :] / found[: len(at)] - 1) * LARGE / u
+    # A 16-bit result does not show them: none of all seems kept, or whole places of it.
+    lost = n - kept
+    step = 2.0**-_RESULT_BITS * LARGE / u
+    if not bool(torch.isfinite(lost).all()) or _is_coarse(found[len(at) :]):
+        return ()
+    return tuple(min(n, max(1, math.ceil(x + 2 * step))) for x in lost.tolist())
+
+
+def _is_coarse(x: torch.Tensor) -> bool:
+    """Whether all are numbers of 11 bits."""
+    mantissa = torch.frexp(x).mantissa * 2.0**11
+    return bool((mantissa == mantissa.round()).all())
 
 
 def _burst(weights: Weights) -> int:
     """How many keys of 61,440 overflow float16, at the offset that P has."""
     return int(65504 / (61440 * math.exp(-(weights.offset or 0.0)))) + 1
+
+
+def _first_product(ask: Asking, part: tuple[int, int], bits: int) -> int:
+    """Keys of the part's first product: M at its first key, u beside it and -M at a later one, which cancel
+    where all three are summed before they are added."""
+    first, end = part
+    far = list(range(first + 2, min(end, first + _LARGEST_PRODUCT + 1)))
+    u = 2.0 ** (_TOP - bits - 1)
+    keys = _power_of_two([first, first + 1, *far], ask.regime.n_kv)
+    values = columns([{first: LARGE, first + 1: u, j: -LARGE} for j in far])
+    found = ask.weigh(ask.level(keys), values)[0] * len(keys)
+    kept = (found.abs() > u / 2).tolist()
+    return next((2 + i for i, x in enumerate(kept) if not x), 2 + len(kept)) if kept and kept[0] else 1
 
 
 def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None:
@@ -157,7 +257,7 @@ def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None
     for start in range(0, len(at), ask.regime.columns):
         some = at[start : start + ask.regime.columns]
         keys = _power_of_two(sorted({first, *some, *(i + 1 for i in some)}), ask.regime.n_kv)
-        values = ask.columns([{first: u, i: LARGE, i + 1: -LARGE} for i in some])
+        values = columns([{first: u, i: LARGE, i + 1: -LARGE} for i in some])
         found = ask.weigh(ask.level(keys), values)[0] * len(keys)
         lost += [i for i, x in zip(some, (found.abs() < u / 2).tolist(), strict=True) if x]
         edges = _edges(lost, first)
@@ -227,7 +327,7 @@ def _overflowed(ask: Asking, x: int, ys: list[int], weights: Weights) -> list[bo
     burst = _burst(weights)
     logits = ask.level([x], at=4.0)
     logits[0, :x] = 0.0
-    values = ask.columns([{y - i: 61440.0 for i in range(burst) if y >= i} for y in ys])
+    values = columns([{y - i: 61440.0 for i in range(burst) if y >= i} for y in ys])
     return (~torch.isfinite(ask.weigh(logits, values)[0])).tolist()
 
 
@@ -264,7 +364,7 @@ def _unrounded(ask: Asking, x: int, ys: list[int], pair: _Pair) -> list[bool]:
     """Whether P of keys ys is not rounded relative to key x, which has a larger logit."""
     logits = ask.level([x])
     logits[0, ys] = -pair.g
-    found = ask.weigh(logits, ask.columns([{y: pair.v_a, x: pair.v_b} for y in ys]))[0]
+    found = ask.weigh(logits, columns([{y: pair.v_a, x: pair.v_b} for y in ys]))[0]
     a = pair.v_a * math.exp(-pair.g)
     off = (found * (1 + len(ys) * math.exp(-pair.g)) - (a + pair.v_b)) / a
     return ((off - pair.if_not).abs() < abs(pair.if_rounded - pair.if_not) / 2).tolist()

@@ -20,7 +20,15 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.identify.asking import DEAD, SCALE, Asking, NotIdentifiable
+from verify.kernels.identify.asking import (
+    DEAD,
+    SCALE,
+    Asking,
+    Columns,
+    NotIdentifiable,
+    at_keys,
+    together,
+)
 
 # Differences of logits that are asked: numbers of 8 bits, whose exp(-g) have all kinds of mantissas.
 _GAPS = 256
@@ -29,6 +37,8 @@ _LEAST_GAP, _LARGEST_GAP = 0.25, 3.5
 _EXACT = 2.0**-19
 _LOOSE = 2.0e-4
 # Relative errors of a scale that was rounded to 16 bits, in steps that no mantissa of P can tell apart.
+# Keys beside one of the first that a product of 16 keys takes as well.
+_NEAR = 15
 _SLOPES = torch.arange(-140, 141, dtype=torch.float64) * 3e-5
 
 
@@ -95,8 +105,8 @@ def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator)
     error = (ratio / torch.exp(-gaps) - 1).abs()
     worst = float(error.max())
     # Keys of one call share l: P that was divided by it lies on another grid in each call.
-    once = slice(0, min(part[1] - part[0] - 1, ask.regime.columns, len(gaps) // 2))
-    if once.stop >= 32 and (grid := _grid(gaps[once], ratio[once])) is not None:
+    once = gaps[: min(part[1] - part[0] - 1, ask.regime.columns, len(gaps) // 2)]
+    if len(once) >= 32 and (grid := _grid(once, _ratios_of_one_l(ask, where, once))) is not None:
         return _seen(grid, worst, where)
     told = worst <= 2 * _LOOSE
     harmless = told and _one_hot_is_exact(ask, where, generator)
@@ -173,28 +183,61 @@ def ratios(
 ) -> torch.Tensor:
     """P of a key of logit -g over P of the largest, for each g.
 
-    extra: how far below the largest all keys lie which are not asked; None: they have no weight. scale and
-    base: of the call (`Asking.weigh`); what is asked then are 8 scale times the gaps.
+    All keys of a row of logits lie near each other: kernels whose threads take every so many keys keep a
+    maximum each. extra: how far below the largest all keys lie which are not asked; None: they have no
+    weight. scale and base: of the call (`Asking.weigh`); what is asked then are 8 scale times the gaps.
     """
-    at_once = min(part.end - part.first - 1, ask.regime.columns)
-    top = part.end - 1 if part.newest_first else part.first
-    found = []
-    for start in range(0, len(gaps), at_once):
-        g = gaps[start : start + at_once]
-        keys = torch.arange(part.first + 1, part.first + 1 + len(g))
-        if part.newest_first:
-            keys = torch.arange(top - len(g), top)
+    rows = []
+    for g in gaps.split(max(min(part.end - part.first - 1, ask.own, _NEAR), 1)):
+        top, keys = _places(part, len(g))
         logits = ask.level([top], DEAD if extra is None else -extra)
         logits[0, keys] = -g
-        e = torch.exp(-g * scale / SCALE)
-        v_a, v_b = cancelling(e, 11 if ask.regime.dtype != torch.bfloat16 else 8)
-        values = torch.zeros(ask.regime.n_kv, len(g), dtype=torch.float64)
-        values[top], values[keys, torch.arange(len(g))] = v_b, v_a
-        l = torch.exp(logits * scale / SCALE).sum()
-        x = v_a * e
-        seen = ask.weigh(logits, values, scale=scale, base=base)[0]
-        found.append(e * (1 + (seen * l - (x + v_b)) / x))
-    return torch.cat(found)
+        rows.append(_Row(logits, _cancelling_columns(ask, g, top, keys, scale), g))
+    all_logits = torch.cat([row.logits for row in rows])
+    seen = ask.weigh_own(all_logits, [row.values for row in rows], scale=scale, base=base)
+    return torch.cat([_of_row(ask, row, one, scale) for row, one in zip(rows, seen, strict=True)])
+
+
+def _ratios_of_one_l(ask: Asking, part: AskedPart, gaps: torch.Tensor) -> torch.Tensor:
+    """`ratios` of keys that share one row of logits, and so l."""
+    top, keys = _places(part, len(gaps))
+    logits = ask.level([top])
+    logits[0, keys] = -gaps
+    row = _Row(logits, _cancelling_columns(ask, gaps, top, keys, SCALE), gaps)
+    return _of_row(ask, row, ask.weigh(logits, row.values)[0], SCALE)
+
+
+class _Row(NamedTuple):
+    """A row of logits [1, n], a column for each of its gaps, and these."""
+
+    logits: torch.Tensor
+    values: Columns
+    gaps: torch.Tensor
+
+
+def _places(part: AskedPart, count: int) -> tuple[int, torch.Tensor]:
+    """The key of the largest logit, and so many beside it."""
+    if part.newest_first:
+        return part.end - 1, torch.arange(part.end - 1 - count, part.end - 1)
+    return part.first, torch.arange(part.first + 1, part.first + 1 + count)
+
+
+def _cancelling_columns(
+    ask: Asking, gaps: torch.Tensor, top: int, keys: torch.Tensor, scale: float
+) -> Columns:
+    v_a, v_b = cancelling(torch.exp(-gaps * scale / SCALE), 11 if ask.regime.dtype != torch.bfloat16 else 8)
+    large, small = at_keys(top, v_b), at_keys(keys, v_a)
+    pairs = together([large, small])
+    return pairs._replace(at=pairs.at % len(gaps), count=len(gaps))
+
+
+def _of_row(ask: Asking, row: _Row, seen: torch.Tensor, scale: float) -> torch.Tensor:
+    """Ratios from the results of a row."""
+    e = torch.exp(-row.gaps * scale / SCALE)
+    count = len(row.gaps)
+    v_b, v_a = row.values.values[:count], row.values.values[count:]
+    x, l = v_a * e, torch.exp(row.logits * scale / SCALE).sum()
+    return e * (1 + (seen * l - (x + v_b)) / x)
 
 
 def cancelling(e: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,10 +383,8 @@ def _summed(ask: Asking, part: AskedPart, grid: _Grid, generator: torch.Generato
     logits[:, keys] = -gaps[:, None]
     # 8 bits, as every 16-bit type has them.
     v = torch.randint(128, 256, (ask.regime.columns,), generator=generator).double()
-    values = torch.zeros(ask.regime.n_kv, len(v), dtype=torch.float64)
     # One key at a time, so that sums round little.
-    values[keys[0]] = v
-    out = ask.weigh(logits, values)
+    out = ask.weigh(logits, at_keys(keys[0], v))
     as_is = scale + len(keys) * scale * torch.exp(-gaps * (1 + grid.slope))
     as_rounded = p_b + len(keys) * p
     seen = (out * (as_is / p)[:, None] / v - 1).mean(1)
@@ -359,6 +400,4 @@ def _summed(ask: Asking, part: AskedPart, grid: _Grid, generator: torch.Generato
 def _one_hot_is_exact(ask: Asking, part: AskedPart, generator: torch.Generator) -> bool:
     """Whether a key alone gives its value to the bit: P of the largest key is then a power of two."""
     v = torch.randint(128, 256, (ask.regime.columns,), generator=generator).double()
-    values = torch.zeros(ask.regime.n_kv, len(v), dtype=torch.float64)
-    values[part.first] = v
-    return bool((ask.weigh(ask.level([part.first]), values)[0] == v).all())
+    return bool((ask.weigh(ask.level([part.first]), at_keys(part.first, v))[0] == v).all())

@@ -8,7 +8,7 @@ Each sees what the others miss (`docs/numerics.md`):
   within the bound; needs distinct logits, since equal ones round alike.
 - quadrature: the largest |err| / Q above sqrt(2 ln(2N / alpha)). A suspicion only.
 - gain: <err, o> / <o, o>, a common factor, many times smaller than any single element shows, beyond what
-  roundings that all go one way can make of it.
+  roundings that all go one way can make of it; of all rows together, and of each head's.
 - bias: a gain that they can make, of an arithmetic that is not stated. Said, no fault.
 - lse: |lse error| / its bound above 1.
 - contract: an lse of ALiBi slopes that count from another key. Said, no fault.
@@ -79,6 +79,9 @@ class Measures(NamedTuple):
     gain: float  # a common factor is 1 + gain
     gain_limit: float  # what rounding alone does not exceed
     gain_stated: float  # what chance and the stated arithmetic explain of it
+    head_gain: float  # the gain of one head's rows, of the head whose gain is farthest beyond its limit
+    head_gain_limit: float  # what rounding alone does not exceed
+    head: int  # which head that is
     lse: float  # largest |lse error| / bound
     nonfinite: int  # elements that are NaN or Inf where none is due
     vacuous: float  # share of rows whose bound says nothing
@@ -117,7 +120,8 @@ def measure(
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
     quadrature = budget_ratio(error, b.quadrature)[(b.quadrature > 0) & ~b.vacuous[..., None]]
     measured = int((~torch.isnan(rows.rms)).sum())
-    gain, gain_most, gain_stated = _gain(error, rows, b, arithmetic) if distinct else (math.nan,) * 3
+    gain = _gain(error, rows, b, arithmetic) if distinct else _Gain(*[math.nan] * 3)
+    of_head, head = _head_gain(error, rows, b, arithmetic) if distinct else (gain, 0)
     lse_error = torch.where(result.lse.double() == b.lse, 0.0, result.lse.double() - b.lse)
     return Measures(
         budget=float(ratio.max()),
@@ -126,9 +130,12 @@ def measure(
         rms_limit=rms_limit(measured) if distinct and measured else math.nan,
         quadrature=float(quadrature.max()) if quadrature.numel() else 0.0,
         quadrature_limit=math.sqrt(2 * math.log(2 * max(quadrature.numel(), 1) / ALPHA)),
-        gain=gain,
-        gain_limit=gain_most,
-        gain_stated=gain_stated,
+        gain=gain.gain,
+        gain_limit=gain.limit,
+        gain_stated=gain.stated,
+        head_gain=of_head.gain,
+        head_gain_limit=of_head.limit,
+        head=head,
         lse=float(budget_ratio(lse_error, b.lse_bound).max()),
         nonfinite=int(rows.nonfinite.sum()),
         vacuous=float(b.vacuous.double().mean()),
@@ -139,12 +146,35 @@ def measure(
     )
 
 
-def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[float, float, float]:
-    """The gain of all rows of which one can be told, what rounding does not exceed, and as is stated."""
+class _Gain(NamedTuple):
+    """A gain, what rounding does not exceed, and what it does not as is stated; NaN where none can be told."""
+
+    gain: float
+    limit: float
+    stated: float
+
+
+def _head_gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[_Gain, int]:
+    """Of the heads' gains the one that is farthest beyond its limit, and its head."""
+    found = []
+    for head in range(error.shape[2]):
+        here = torch.zeros_like(rows.bias, dtype=torch.bool)
+        here[:, :, head] = True
+        found.append((_gain(error, rows, b, a, here), head))
+    told = [each for each in found if not math.isnan(each[0].gain)]
+    return max(told, key=lambda each: abs(each[0].gain) / each[0].limit, default=found[0])
+
+
+def _gain(
+    error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic, of: torch.Tensor | None = None
+) -> _Gain:
+    """The gain of all rows, or those of `of` [B, T, Hq], of which one can be told."""
     used = torch.isfinite(rows.bias) & (rows.power > 0)
+    if of is not None:
+        used &= of
     power = float(rows.power[used].sum())
     if power == 0:
-        return math.nan, math.nan, math.nan
+        return _Gain(math.nan, math.nan, math.nan)
     out, expected = b.out[used], b.expected[used]
     # <err, o> of a row has the standard deviation |o| |E| if its columns err alike, and that over
     # sqrt(columns) if they do not. They do where values agree: by rho = |o|^2 / |sum p |v||^2.
@@ -157,7 +187,7 @@ def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic) -> tu
 
     gain = pooled(rows.gain)
     most = pooled(rows.rises if gain > 0 else rows.falls)
-    return gain, gain_limit(deviation, most, a.u), gain_limit(deviation, pooled(rows.bias), a.u)
+    return _Gain(gain, gain_limit(deviation, most, a.u), gain_limit(deviation, pooled(rows.bias), a.u))
 
 
 def findings(m: Measures) -> list[Finding]:
@@ -166,7 +196,8 @@ def findings(m: Measures) -> list[Finding]:
     said: dict[Detector, str | None] = {
         "budget": budget_fault(m.nonfinite, m.budget, m.relative) or zero_fault(m.zeroed),
         "rms": rms_fault(m.rms, m.rms_limit),
-        "gain": gain_fault(m.gain, m.gain_limit),
+        "gain": gain_fault(m.gain, m.gain_limit)
+        or gain_fault(m.head_gain, m.head_gain_limit, where=f", on head {m.head}"),
         "bias": bias_said(m.gain, m.gain_stated, m.gain_limit, m.u_out),
     }
     if m.quadrature > m.quadrature_limit:

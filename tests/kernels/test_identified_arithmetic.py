@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
+from support import ggml_mma
 from verify.kernels.budget.arithmetic import loosest
 from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import Result
 from verify.kernels.heads import Heads
 from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser
 from verify.kernels.identify.asking import Regime, bare
@@ -16,6 +20,7 @@ from verify.kernels.identify.reading import Reading, read
 from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.registry import build_kernel
+from verify.kernels.trace import Launched
 
 HEADS = Heads(4, 1, 64, 64)
 
@@ -105,3 +110,39 @@ def test_an_exponential_that_is_off_is_given_room(plain: tuple[Reading, ...]) ->
     assert exact is not None and off is not None
     assert (exact.u_exp, exact.stated) == (0.0, True)
     assert (off.u_exp, off.stated) == (2 * 9e-5, False)
+
+
+def faults_at(n_kv: int, parts: int) -> dict[str, set[str]]:
+    """What is found of llama.cpp's arithmetic on CUDA by what is read off it, right and with two faults."""
+    heads = Heads(12, 1, 64, 64)
+    names = (ggml_mma.mma, ggml_mma.drops_a_key, ggml_mma.one_head_off)
+    right, dropping, off = (functools.partial(f, parts=parts) for f in names)
+    regime = Regime(n_kv, n_q=2, ratio=heads.ratio, kv_heads=heads.kv)
+    arithmetic = arithmetic_of([read(right, regime)], "f16")
+    assert arithmetic is not None and arithmetic.acc == "f16"
+    found: dict[str, set[str]] = {"right": set(), "dropping": set(), "off": set()}
+    for family in ("gaussian", "flat", "needles"):
+        rows = InputSizes(n_kv=tuple(range(n_kv - 3, n_kv + 1)), heads=heads, edges=())
+        call = draw(family, rows, 0)
+        budget = error_budget(call, arithmetic)
+        assert not budget.vacuous.any()
+        for name, kernel in (("right", right), ("dropping", dropping), ("off", off)):
+            out = kernel(call.q, call.k, call.v, kv_len=call.kv_len, scale=call.scale)
+            result = Result(out, budget.lse.float(), Launched(Counter()))
+            seen = findings(measure(call, result, arithmetic, distinct=family != "flat", budget=budget))
+            found[name] |= {each.detector for each in seen}
+    return found
+
+
+def test_faults_in_llama_cpps_arithmetic_on_cuda_are_found_by_what_is_read_off_it() -> None:
+    """One key left out, and one of twelve heads 0.1 % too large: float16 sums leave room for neither."""
+    found = faults_at(2048, parts=3)
+    assert found["right"] == set()
+    assert "rms" in found["dropping"] and "gain" in found["off"]
+
+
+@pytest.mark.slow
+def test_the_same_faults_at_the_length_where_its_arithmetic_begins() -> None:
+    found = faults_at(ggml_mma.SWITCH, ggml_mma.PARTS)
+    assert found["right"] == set()
+    assert "rms" in found["dropping"] and "gain" in found["off"]

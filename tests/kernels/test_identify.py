@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from support import ggml_mma
 from verify.kernels.eager import EagerKernel
 from verify.kernels.faults.clean import (
     HalfParts,
@@ -272,3 +274,57 @@ def test_weights_that_are_divided_before_they_are_rounded() -> None:
     assert (found.p, found.p_normalised, found.offset, found.parts) == ("f16", True, None, 1)
     plain = read(textbook, Regime(300))
     assert (plain.p, plain.p_normalised, plain.tile) == ("f32", False, None)
+
+
+def test_float16_sums_are_read_beneath_an_offset_that_keeps_a_few_keys_from_overflowing() -> None:
+    """llama.cpp on CUDA from 8,192 keys on: keys lie in turn in the sums of four warps, in parts that are
+    merged without a division. Read as TF32 sums of a P that could not be told, before."""
+    found = read(functools.partial(ggml_mma.mma, parts=3), Regime(1000))
+    seen = (found.p, found.accumulator, found.accumulator_bits, found.tile, found.sum_step, found.result)
+    assert seen == ("f16", "f16", 11, 16, 16, "f32")
+    assert found.offset is not None and abs(found.offset - ggml_mma.OFFSET) < 1e-5
+    assert found.l_of_rounded_p is False and found.first_product == "f16"
+    # Sixteen tiles of 64 keys in three parts: 5 or 6 tiles of 16 keys, and what the count leaves open.
+    assert {min(found.sum_keys) // 16, max(found.sum_keys) // 16} == {5, 6}
+    wide = read(ggml_mma.f32_sums, Regime(700))
+    assert (wide.p, wide.accumulator, wide.sum_keys) == ("f16", "f32", ())
+    one = read(ggml_mma.one_part, Regime(500))
+    assert (one.accumulator, one.tile, one.mma_block, set(one.sum_keys)) == ("f16", 64, 16, {500})
+
+
+def to_half(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+@pytest.mark.parametrize(
+    ("options", "due"),
+    [
+        ({}, "tf32"),
+        ({"out": torch.float16}, "tf32"),
+        ({"kind": to_half}, "f16"),
+        ({"kind": to_half, "out": torch.float16}, "f16"),
+        ({"divided": True}, "tf32"),
+        ({"kind": to_half, "divided": True}, "f16"),
+        # Nothing overflows, and the result has float16's least steps itself: the looser holds.
+        ({"kind": to_half, "divided": True, "out": torch.float16}, "f16"),
+        ({"divided": True, "out": torch.float16}, "f16"),
+    ],
+)
+def test_sums_of_11_bits_are_told_apart_by_their_range(options: dict[str, Any], due: str) -> None:
+    found = read(functools.partial(ggml_mma.narrow_sums, **options), Regime(160))
+    assert (found.accumulator, found.accumulator_bits) == (due, 11)
+    # P that was divided by l before its products are rounded cannot be told.
+    assert found.p == (None if options.get("divided") else "f16")
+
+
+def test_keys_that_a_sum_of_16_bits_takes_are_not_counted_behind_a_result_that_hides_them() -> None:
+    assert read(bare(build_kernel("eager:acc=f16,out=f16")), Regime(300)).sum_keys == ()
+    two = read(bare(build_kernel("eager:acc=f16,kv=2,block=32")), Regime(300))
+    assert max(two.sum_keys) < 160 + 16 and min(two.sum_keys) >= 140
+
+
+@pytest.mark.parametrize(("lanes", "split"), [(1, 1), (8, 1), (2, 3)])
+def test_matrix_products_of_a_library_are_no_parts(lanes: int, split: int) -> None:
+    """Fused multiplications leave a residue of pairs whose values are no powers of two."""
+    found = read(functools.partial(ggml_mma.matrix_products, lanes=lanes, split=split), Regime(200))
+    assert (found.p, found.accumulator, found.result, found.parts) == ("f32", "f32", "f16", 1)

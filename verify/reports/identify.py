@@ -64,6 +64,8 @@ def sentence(each: RegimeSeen) -> str:
     words.append(f"sums {_type(r.accumulator)}{bits}")
     if r.flushed_every:
         words.append(f"flushed every {r.flushed_every} keys")
+    if r.sum_keys and max(r.sum_keys) < r.n_kv:
+        words.append(f"at most {max(r.sum_keys)} keys a sum")
     if r.mma_block:
         words.append(f"products of {r.mma_block} keys")
     if r.q_scaled_in not in (None, "f32"):
