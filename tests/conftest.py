@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from verify.laws.run import register_profiles
 from verify.machine.environment import prepare_torch, prepare_variables
 
 prepare_variables()
+# What is read off kernels is kept from run to run: not from one session of tests to the next.
+os.environ.setdefault("VERIFY_CACHE", tempfile.mkdtemp(prefix="verify-readings-"))
 # Without a GPU, Triton's interpreter runs the kernels' source. Triton reads this when it is first imported,
 # which torch's own settings already do.
 if not torch.cuda.is_available():

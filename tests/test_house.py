@@ -18,9 +18,9 @@ FLOORS = {"data": 1, "kernels": 1, "model": 2, "verify": 3}
 ROOMS = (
     ("commands", "pytest_plugin"), ("distrust",), ("at_hand",), ("check", "tolerances"), ("reports",),
     ("selftest", "bench", "rejudge"), ("gen", "explain"), ("ppl",), ("families",),
-    ("reference", "diff", "engines", "laws"), ("identify",),
+    ("reference", "diff", "engines", "laws"),
     ("given", "call_options", "stated", "planned", "schemas"),
-    ("arms",), ("judge",), ("machine",),
+    ("arms",), ("identify",), ("judge",), ("machine",),
 )  # fmt: skip
 ENTRANCES = {"__init__", "__main__", "checkout"}
 MODULES = sorted(path for package in FLOORS for path in (ROOT / package).rglob("*.py"))

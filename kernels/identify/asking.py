@@ -72,11 +72,11 @@ class Columns(NamedTuple):
     keys: torch.Tensor
     at: torch.Tensor
     values: torch.Tensor
-    count: int  # of columns
+    width: int  # how many columns
 
     def some(self, start: int, stop: int) -> Columns:
         """Columns start .. stop-1, counted from 0."""
-        stop = min(stop, self.count)
+        stop = min(stop, self.width)
         chosen = (self.at >= start) & (self.at < stop)
         return Columns(self.keys[chosen], self.at[chosen] - start, self.values[chosen], stop - start)
 
@@ -101,7 +101,7 @@ def at_keys(keys: torch.Tensor | int, values: torch.Tensor) -> Columns:
 
 def together(these: Sequence[Columns]) -> Columns:
     """Columns of the first, then those of the second, and so on."""
-    first = [0, *itertools.accumulate(each.count for each in these)]
+    first = [0, *itertools.accumulate(each.width for each in these)]
     return Columns(
         torch.cat([each.keys for each in these]),
         torch.cat([each.at + start for each, start in zip(these, first, strict=False)]),
@@ -137,7 +137,7 @@ class Asking:
 
     @property
     def patterns_a_head(self) -> int:
-        """Rows of logits that a KV head takes in one call: a dimension of q and k each, and one for a base."""
+        """Rows of logits that a KV head takes in a call: a dimension of q and k each, and one for a base."""
         return min(self.regime.ratio, self.regime.k_size - 1)
 
     def weigh(
@@ -150,16 +150,16 @@ class Asking:
         one more dimension.
         """
         r = self.regime
-        found = torch.empty(len(logits), values.count, dtype=torch.float64)
+        found = torch.empty(len(logits), values.width, dtype=torch.float64)
         for first in range(0, len(logits), self.patterns_a_head):
             some = logits[first : first + self.patterns_a_head]
             q, k = self._logits([some] * r.kv_heads, base)
-            for start in range(0, values.count, r.columns):
+            for start in range(0, values.width, r.columns):
                 these = values.some(start, start + r.columns)
                 out = self.call(q, k, self._values(these), scale)[-1, -1]  # [Hq, Dv]
                 by_pattern = out.view(r.kv_heads, r.ratio, r.size).transpose(0, 1).flatten(1)
-                found[first : first + len(some), start : start + these.count] = by_pattern[
-                    : len(some), : these.count
+                found[first : first + len(some), start : start + these.width] = by_pattern[
+                    : len(some), : these.width
                 ]
         return found
 
@@ -179,12 +179,12 @@ class Asking:
             placed = []
             for i, one in enumerate(own):
                 start = i // each * r.size + i % each * width
-                placed.append(one._replace(at=one.at + start, count=r.columns))
-            merged = Columns(*(torch.cat(x) for x in zip(*(p[:3] for p in placed), strict=True)), r.columns)
+                placed.append(one._replace(at=one.at + start, width=r.columns))
+            merged = together(placed)._replace(at=torch.cat([p.at for p in placed]), width=r.columns)
             out = self.call(q, k, self._values(merged), scale)[-1, -1].view(r.kv_heads, r.ratio, r.size)
             for i, one in enumerate(own):
                 start = i % each * width
-                found.append(out[i // each, i % each, start : start + one.count])
+                found.append(out[i // each, i % each, start : start + one.width])
         return found
 
     @property

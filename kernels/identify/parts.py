@@ -80,7 +80,5 @@ def _residues(ask: Asking, pairs: list[tuple[int, int]], generator: torch.Genera
     low[:, keys] = TOP
     values = columns([{a: _M, b: -_M} for a, b in pairs])
     l = torch.exp(low - TOP).sum(1, keepdim=True)
-    found: list[float] = (
-        (ask.weigh(low, values) * l / _M).abs().nan_to_num(1.0, posinf=1.0).amax(0).tolist()
-    )
+    found: list[float] = (ask.weigh(low, values) * l / _M).abs().nan_to_num(1.0, posinf=1.0).amax(0).tolist()
     return found

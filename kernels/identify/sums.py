@@ -8,10 +8,11 @@ round to nearest, and three quarters become a whole one; where they truncate bot
 Where M and -M stand next to each other (i, i + 1) and u comes before them, u is kept if both lie in one
 product that is summed before it is added, and lost where a product ends between them: the products' edges.
 
-Sums of 11 bits are float16's where many keys of 60,000 overflow them, however P was made smaller, or where they
-have float16's least steps, 2^-24; TF32's range is float32's. Where neither can be told they are called float16,
-the looser of the two. How many keys such a sum takes is counted: M at one key and u at all others, so small
-that all of them together are lost beside M; what is left of them was summed elsewhere, whatever the order.
+Sums of 11 bits are float16's where many keys of 60,000 overflow them, however P was made smaller, or where
+they have float16's least steps, 2^-24; TF32's range is float32's. Where neither can be told they are called
+float16, the looser of the two. How many keys such a sum takes is counted: M at one key and u at all others,
+so small that all of them together are lost beside M; what is left of them was summed elsewhere, whatever the
+order.
 
 The tile over which the maximum is taken shows as well. P of a key is rounded relative to the largest logit of
 its tile; one of an earlier tile was 1 there, and is scaled afterwards, not rounded. And float16 sums overflow
@@ -85,7 +86,7 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
     narrow = bits is not None and bits <= _NARROW
     wide = narrow and not overflows and _has_wide_range(ask, part, weights) is True
     product = _product(ask, part, bits)
-    if narrow and product is None:
+    if narrow and product is None and bits is not None:
         product = _first_product(ask, part, bits)
     tile, how = None, ""
     if overflows:
@@ -158,16 +159,16 @@ def _overflows(ask: Asking, part: tuple[int, int]) -> bool:
     keys = list(range(first, first + count))
     # A quarter of the weight lies on keys whose values are 0; P of all is the same.
     still = list(range(first + count, min(first + 4 * count // 3 + 1, end)))
-    v = dict.fromkeys(keys, 61440.0)
-    found = ask.weigh(ask.level([*keys, *still]), columns([v, {k: x / (2 * _BURST) for k, x in v.items()}]))[0]
+    values = [dict.fromkeys(keys, 61440.0), dict.fromkeys(keys, 61440.0 / (2 * _BURST))]
+    found = ask.weigh(ask.level([*keys, *still]), columns(values))[0]
     return not bool(torch.isfinite(found[0])) and bool(torch.isfinite(found[1]))
 
 
 def _has_wide_range(ask: Asking, part: tuple[int, int], weights: Weights) -> bool | None:
     """Whether a sum holds what float16, whose least step is 2^-24, does not; None where it cannot be told.
 
-    A few steps, times P between 1/5 and 1: float16 sums round that to whole steps, before they are divided
-    by l or, where P was, after. A result of float16 has the same steps: only what differs in it as well tells.
+    A few steps, times P between 1/5 and 1: float16 sums round that to whole steps, before they are divided by
+    l or, where P was, after. A result of float16 has the same steps: only what differs in it as well tells.
     """
     gaps = torch.arange(8, 48, 2, dtype=torch.float64) / 32
     steps = torch.arange(1, 8, dtype=torch.float64)

@@ -228,7 +228,7 @@ def _cancelling_columns(
     v_a, v_b = cancelling(torch.exp(-gaps * scale / SCALE), 11 if ask.regime.dtype != torch.bfloat16 else 8)
     large, small = at_keys(top, v_b), at_keys(keys, v_a)
     pairs = together([large, small])
-    return pairs._replace(at=pairs.at % len(gaps), count=len(gaps))
+    return pairs._replace(at=pairs.at % len(gaps), width=len(gaps))
 
 
 def _of_row(ask: Asking, row: _Row, seen: torch.Tensor, scale: float) -> torch.Tensor:

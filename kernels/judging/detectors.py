@@ -147,7 +147,7 @@ def measure(
 
 
 class _Gain(NamedTuple):
-    """A gain, what rounding does not exceed, and what it does not as is stated; NaN where none can be told."""
+    """A gain, what rounding does not exceed, and what it does not as is stated; NaN where it is not told."""
 
     gain: float
     limit: float

@@ -1,13 +1,15 @@
 """llama.cpp's attention on CUDA from 8,192 keys on, emulated in plain torch; and paths of libraries.
 
-`mma` follows fattn-mma-f16.cuh as it is known to compute for text generation. A part of the keys is a block's
-(stream-k: parts of whole tiles of 64 keys). In each tile four warps take 16 keys each and keep a maximum, a sum
-and an accumulator of their own. The maximum is raised by 3 * 0.6931, P is rounded to float16, the matrix
-product of 16 keys is added to a float16 accumulator and rounded, and a rescale rounds it as well. Warps, and
-then parts, are merged as they are, without a division; l is summed in float32 from P before it was rounded.
+`mma` follows fattn-mma-f16.cuh as it is known to compute for text generation. A part of the keys is a
+block's (stream-k: parts of whole tiles of 64 keys). In each tile four warps take 16 keys each and keep a
+maximum, a sum and an accumulator of their own. The maximum is raised by 3 * 0.6931, P is rounded to float16,
+the matrix product of 16 keys is added to a float16 accumulator and rounded, and a rescale rounds it as well.
+Warps, and then parts, are merged as they are, without a division; l is summed in float32 from P before it was
+rounded.
 As `py:` candidates: this file imports nothing of ours.
 """
 
+import itertools
 import math
 
 import torch
@@ -38,7 +40,7 @@ def mma(q, k, v, *, kv_len, scale, parts=PARTS, acc=torch.float16, warps=WARPS, 
     if without:
         s[..., list(without)] = -math.inf
     cut = bounds(s.shape[-1], parts)
-    longest = max(b - a for a, b in zip(cut, cut[1:])) // TILE
+    longest = max(b - a for a, b in itertools.pairwise(cut)) // TILE
     ratio = q.shape[2] // k.shape[2]
     wide = v.float().repeat_interleave(ratio, 2).transpose(1, 2)  # [B, Hq, S, Dv]
     x = s.transpose(1, 2)  # [B, Hq, T, S]
@@ -53,7 +55,7 @@ def mma(q, k, v, *, kv_len, scale, parts=PARTS, acc=torch.float16, warps=WARPS, 
     for t in range(longest):
         # Tile t of every part; a part that has none repeats keys that weigh nothing.
         first = torch.tensor([p + t * TILE for p in cut[:-1]])
-        has = torch.tensor([p + t * TILE < e for p, e in zip(cut, cut[1:])])
+        has = torch.tensor([p + t * TILE < e for p, e in itertools.pairwise(cut)])
         at = (first.clamp(max=x.shape[-1] - TILE)[:, None] + torch.arange(TILE)).view(-1, warps, each)
         y = x[..., at].masked_fill(~has[:, None, None], -math.inf)  # [B, Hq, T, parts, warps, 16]
         new = torch.maximum(m, y.amax(-1) + offset)
@@ -64,7 +66,9 @@ def mma(q, k, v, *, kv_len, scale, parts=PARTS, acc=torch.float16, warps=WARPS, 
         a = (a * old.to(acc).float()[..., None]).to(acc).float()
         p = p.half().float()
         for i in range(0, each, KEYS):
-            product = torch.einsum("bhtpwk,bhpwkd->bhtpwd", p[..., i : i + KEYS], wide[:, :, at[..., i : i + KEYS]])
+            product = torch.einsum(
+                "bhtpwk,bhpwkd->bhtpwd", p[..., i : i + KEYS], wide[:, :, at[..., i : i + KEYS]]
+            )
             a = (a + product).to(acc).float()
         m = new
     top = m.flatten(3).amax(-1)[..., None, None]
@@ -129,9 +133,9 @@ def narrow_sums(q, k, v, *, kv_len, scale, kind=rounded_tf32, divided=False, out
 
 
 def matrix_products(q, k, v, *, kv_len, scale, lanes=32, split=1):
-    """Attention by two matrix products of a library, as sdpa's `math` on a GPU: probabilities are divided by l
-    in float32 before the second one. That fuses multiplication and addition, each of its lanes takes every so
-    many keys, and each of its splits a range of them; their sums are added up."""
+    """Attention by two matrix products of a library, as sdpa's `math` on a GPU: probabilities are divided by
+    l in float32 before the second one. That fuses multiplication and addition, each of its lanes takes every
+    so many keys, and each of its splits a range of them; their sums are added up."""
     p = torch.softmax(logits(q, k, kv_len, scale), -1)
     wide = v.double().repeat_interleave(q.shape[2] // k.shape[2], 2)
     room = -k.shape[1] % (lanes * split)

@@ -89,7 +89,7 @@ def try_kernels(
     otherwise. Raises UsageError.
     """
     _check_cache(architecture, cache_type)
-    for arm, layer in itertools.product(arms, _unlike_layers(architecture)):
+    for arm, layer in itertools.product(arms, unlike_layers(architecture)):
         if arm.kernel is None:
             continue
         call = one_row(architecture, layer, cache_type, device, arm.path)
@@ -147,7 +147,7 @@ def match_baselines(
 
     The call is one of a process of its own: an arm's first call is still its first. Raises SpecError.
     """
-    layer = _unlike_layers(architecture)[0]
+    layer = unlike_layers(architecture)[0]
     call = one_row(architecture, layer, cache_type, device, path)
     found = []
     for spec in candidates:
@@ -163,7 +163,7 @@ def match_baselines(
     return found
 
 
-def _unlike_layers(architecture: Architecture) -> list[int]:
+def unlike_layers(architecture: Architecture) -> list[int]:
     """Of the layers with attention the first of each kind: alike are heads, sizes, settings, sinks aside."""
     found: dict[Any, int] = {}
     for layer in filter(architecture.attends, range(architecture.sizes.layers)):

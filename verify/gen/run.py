@@ -16,6 +16,7 @@ import torch
 
 from verify.arms.arm import Arm, ArmRunner, Findings
 from verify.arms.building import build_arms, close_kernels, kernel_notes
+from verify.arms.learning import learn_arms
 from verify.arms.likelihood import divergence, log_probabilities
 from verify.arms.model_facts import match_baselines, try_kernels
 from verify.arms.split_mode import check_model
@@ -135,6 +136,14 @@ class Generation:
         self.arms = build_arms(baselines, settings.candidates, gpus=settings.gpus)
         try:
             try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
+            self.learnt = learn_arms(
+                self.arms,
+                self.architecture,
+                settings.cache_type,
+                longest=len(ids) + settings.n_predict,
+                rows=len(ids),
+                device=self.device,
+            )
         except BaseException:
             self.close()
             raise
@@ -166,6 +175,7 @@ class Generation:
         return sorted(
             kernel_notes(self.arms, self.settings.cache_type)
             | {match.said for match in self.matches if match.said}
+            | set(self.learnt)
         )
 
     def launched(self, arm: str) -> LaunchTrace:

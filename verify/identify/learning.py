@@ -9,18 +9,31 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from verify.identify.told import WORDS, acc_contradiction
+from verify.identify.kept import read_or_known
+from verify.identify.told import WORDS, acc_contradictions
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Shape
 from verify.kernels.heads import Heads
 from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser
-from verify.kernels.identify.asking import NotIdentifiable, Regime, bare
-from verify.kernels.identify.reading import LEAST_KEYS, Reading, read
+from verify.kernels.identify.asking import NotIdentifiable, Regime
+from verify.kernels.identify.reading import LEAST_KEYS, Reading
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import type_of
 
 # Query tokens of the calls: on the decode path two rows, as runs give several at once.
 _ROWS: dict[AttentionPath, int] = {"decode": 2, "several": 4, "prefill": 4}
+# As many query tokens as stand for any more.
+MOST_ROWS = 64
+
+
+def states_nothing(kernel: Kernel, path: AttentionPath, heads: Heads) -> bool:
+    """Whether a kernel's budget rests on what is assumed of it."""
+    return not kernel.arithmetic(Shape(1, 1, LEAST_KEYS, heads), path).stated
+
+
+def lengths_to(longest: int) -> list[int]:
+    """Powers of two from 64, and the longest."""
+    return sorted({1 << i for i in range(6, 31) if 1 << i < longest} | {max(longest, LEAST_KEYS)})
 
 
 def learn(
@@ -31,44 +44,52 @@ def learn(
     path: AttentionPath,
     dtype: torch.dtype,
     device: str,
+    rows: Sequence[int] = (),
 ) -> list[str]:
     """Read a kernel that states nothing at these lengths, and let its budgets follow from that.
 
+    rows: query tokens a call, at most `MOST_ROWS`, each a reading of its own; default two, four of prefill. A
+    call is judged by that of the most that it has itself.
+
     Returns what a reader of the verdict must know; nothing for a kernel that states its arithmetic.
     """
-    if kernel.arithmetic(Shape(1, 1, LEAST_KEYS, heads[0]), path).stated:
+    if not states_nothing(kernel, path, heads[0]):
         return []
-    known: dict[Heads, KnownReadings] = {}
+    known: dict[tuple[Heads, int], KnownReadings] = {}
     reasons: dict[str, None] = {}
     for each in heads:
-        readings = []
-        for n_kv in sorted({max(n, LEAST_KEYS) for n in lengths}):
-            regime = Regime(
-                n_kv=n_kv,
-                n_q=_ROWS[path],
-                ratio=each.ratio,
-                kv_heads=each.kv,
-                size=each.v_size,
-                k_size=each.k_size,
-                dtype=dtype,
-                device=device,
-            )
-            try:
-                readings.append(read(bare(kernel, path), regime))
-            except NotIdentifiable as error:
-                reasons[str(error)] = None
-                # One that hung is asked again: what it is asked next is judged by itself.
-                kernel.forgive()
-                break
-        known[each] = KnownReadings(tuple(readings))
+        for n_q in sorted(set(rows or (_ROWS[path],))):
+            readings = []
+            for n_kv in sorted({max(n, LEAST_KEYS) for n in lengths}):
+                regime = Regime(
+                    n_kv=n_kv,
+                    n_q=min(n_q, n_kv),
+                    ratio=each.ratio,
+                    kv_heads=each.kv,
+                    size=each.v_size,
+                    k_size=each.k_size,
+                    dtype=dtype,
+                    device=device,
+                )
+                try:
+                    readings.append(read_or_known(kernel, path, regime))
+                except NotIdentifiable as error:
+                    reasons[str(error)] = None
+                    # One that hung is asked again: what it is asked next is judged by itself.
+                    kernel.forgive()
+                    break
+            known[each, n_q] = KnownReadings(tuple(readings))
     kernel.identified = _chooser(known)
     return _said(kernel, [r for of in known.values() for r in of.readings], list(reasons), dtype)
 
 
-def _chooser(known: Mapping[Heads, KnownReadings]) -> Callable[[Call], Arithmetic | None]:
+def _chooser(known: Mapping[tuple[Heads, int], KnownReadings]) -> Callable[[Call], Arithmetic | None]:
     def identified(call: Call) -> Arithmetic | None:
-        of_heads = known.get(call.shape.heads)
-        return None if of_heads is None else of_heads.at(call)
+        tokens = [n_q for heads, n_q in known if heads == call.shape.heads]
+        if not tokens:
+            return None
+        n_q = max((n for n in tokens if n <= call.shape.rows), default=min(tokens))
+        return known[call.shape.heads, n_q].at(call)
 
     return identified
 
@@ -93,8 +114,5 @@ def _said(
         words.append(f"{each.parts} part{'s' if each.parts > 1 else ''} at {each.n_kv} keys")
         said.append(f"{kernel.spec}: read off it: {', '.join(words)}; its budget follows from that")
     said += [f"{kernel.spec}: {each}" for each in coarser(readings)]
-    for each in readings:
-        if (odd := acc_contradiction(kernel.spec, each)) is not None:
-            said.append(f"finding: {kernel.spec} {odd}")
-            break
+    said += [f"finding: {kernel.spec} {odd}" for odd in acc_contradictions(kernel.spec, readings)]
     return said

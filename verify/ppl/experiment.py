@@ -13,6 +13,7 @@ import torch
 from verify.arms.arm import Arm, void_reasons
 from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.kernel_errors import in_place_record, said_in_common
+from verify.arms.learning import learn_arms
 from verify.arms.model_facts import any_call, match_baselines, model_record, try_kernels
 from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
 from verify.arms.result_type import Match, same_match
@@ -99,6 +100,8 @@ class Experiment:
         self.matches = _match(settings, self.architecture, self.device)
         self.settings = settings = replace(settings, baselines=tuple(m.baseline for m in self.matches))
         self.arms = _arms_of(settings, self.architecture.sizes.ratio)
+        # What was read off kernels that state nothing, in sentences.
+        self.learnt: list[str] = []
         self.faults = planted_faults() if settings.power else []
         self.prompt: Arm | None = None
         if settings.score_last is not None:
@@ -116,6 +119,14 @@ class Experiment:
             with ThreadPoolExecutor(1) as beside:
                 text = beside.submit(_read_text, settings, self.file)
                 try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
+                self.learnt = learn_arms(
+                    self.arms,
+                    self.architecture,
+                    settings.cache_type,
+                    longest=settings.n_ctx,
+                    rows=settings.n_ctx,
+                    device=self.device,
+                )
                 self.corpus, self.tokenizer, ids = text.result()
             if self.corpus.notice:
                 listener.notice(self.corpus.notice)
@@ -145,6 +156,7 @@ class Experiment:
         notes = kernel_notes(self.arms, self.settings.cache_type) | {
             match.said for match in self.matches if match.said
         }
+        notes |= set(self.learnt)
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
         if len(self.sample) < self.windows.n_windows:
