@@ -71,7 +71,7 @@ def command(
     if junit is not None:
         check_writable("--junit", junit)
     on = chosen_device(device or default_device())
-    subject = subject_of(spec, on, strict=strict)
+    subject = subject_of(spec, on, strict=strict, identify=True)
     threads = torch.get_num_threads()
     # Tensors are small here: threads would mostly wait for each other.
     torch.set_num_threads(1)

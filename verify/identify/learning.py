@@ -22,6 +22,8 @@ from verify.kernels.numbers import type_of
 
 # Query tokens of the calls: on the decode path two rows, as runs give several at once.
 _ROWS: dict[AttentionPath, int] = {"decode": 2, "several": 4, "prefill": 4}
+# Of calls of many sizes: lengths that are read, and of how many kinds of calls.
+_ASKED_LENGTHS, _MOST_ASKED = (64, 2048), 6
 # As many query tokens as stand for any more.
 MOST_ROWS = 64
 
@@ -56,31 +58,69 @@ def learn(
     if not states_nothing(kernel, path, heads[0]):
         return []
     known: dict[tuple[Heads, int], KnownReadings] = {}
-    reasons: dict[str, None] = {}
+    reasons: list[str] = []
     for each in heads:
         for n_q in sorted(set(rows or (_ROWS[path],))):
-            readings = []
-            for n_kv in sorted({max(n, LEAST_KEYS) for n in lengths}):
-                regime = Regime(
-                    n_kv=n_kv,
-                    n_q=min(n_q, n_kv),
-                    ratio=each.ratio,
-                    kv_heads=each.kv,
-                    size=each.v_size,
-                    k_size=each.k_size,
-                    dtype=dtype,
-                    device=device,
-                )
-                try:
-                    readings.append(read_or_known(kernel, path, regime))
-                except NotIdentifiable as error:
-                    reasons[str(error)] = None
-                    # One that hung is asked again: what it is asked next is judged by itself.
-                    kernel.forgive()
-                    break
+            regimes = [
+                _regime(each, n_kv, n_q, dtype, device)
+                for n_kv in sorted({max(n, LEAST_KEYS) for n in lengths})
+            ]
+            readings, why = _read(kernel, path, regimes)
             known[each, n_q] = KnownReadings(tuple(readings))
+            reasons += why
     kernel.identified = _chooser(known)
-    return _said(kernel, [r for of in known.values() for r in of.readings], list(reasons), dtype)
+    every = [r for of in known.values() for r in of.readings]
+    return _said(kernel, every, list(dict.fromkeys(reasons)), dtype)
+
+
+def learn_as_asked(kernel: Kernel, device: str) -> None:
+    """Read a kernel that states nothing where a call of other heads, path or type first needs its budget, for
+    the first few of these; what a reader must know becomes a note of the kernel. All other calls, and such of
+    more keys than were read, keep the loosest budget."""
+    known: dict[tuple[Heads, AttentionPath, torch.dtype], KnownReadings] = {}
+
+    def identified(call: Call) -> Arithmetic | None:
+        heads, path, dtype = call.shape.heads, call.path, call.q.dtype
+        if call.v_in_k is not None:
+            return None
+        if (heads, path, dtype) not in known and len(known) < _MOST_ASKED:
+            # What is asked meanwhile is not asked for its budget.
+            known[heads, path, dtype] = KnownReadings(())
+            regimes = [_regime(heads, n_kv, _ROWS[path], dtype, device) for n_kv in _ASKED_LENGTHS]
+            readings, why = _read(kernel, path, regimes)
+            known[heads, path, dtype] = KnownReadings(tuple(readings))
+            new = dict.fromkeys(_said(kernel, readings, why, dtype))
+            kernel.notes.extend(said for said in new if said not in kernel.notes)
+        found = known.get((heads, path, dtype))
+        return None if found is None else found.at(call)
+
+    kernel.identified = identified
+
+
+def _regime(heads: Heads, n_kv: int, n_q: int, dtype: torch.dtype, device: str) -> Regime:
+    return Regime(
+        n_kv=n_kv,
+        n_q=min(n_q, n_kv),
+        ratio=heads.ratio,
+        kv_heads=heads.kv,
+        size=heads.v_size,
+        k_size=heads.k_size,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _read(kernel: Kernel, path: AttentionPath, regimes: Sequence[Regime]) -> tuple[list[Reading], list[str]]:
+    """What is read in each regime, up to the first in which nothing can be, and why it cannot."""
+    readings: list[Reading] = []
+    for regime in regimes:
+        try:
+            readings.append(read_or_known(kernel, path, regime))
+        except NotIdentifiable as error:
+            # One that hung is asked again: what it is asked next is judged by itself.
+            kernel.forgive()
+            return readings, [str(error)]
+    return readings, []
 
 
 def _chooser(known: Mapping[tuple[Heads, int], KnownReadings]) -> Callable[[Call], Arithmetic | None]:

@@ -15,9 +15,11 @@ from typing import Any, Literal, Protocol, get_type_hints
 import torch
 from hypothesis.strategies import SearchStrategy
 
+from verify.identify.learning import learn_as_asked, states_nothing
 from verify.kernels.call import AttentionOutput
 from verify.kernels.capabilities import Capabilities, Promise
 from verify.kernels.foreign.function_kernel import FunctionKernel
+from verify.kernels.heads import Heads
 from verify.kernels.judging.contract import empty_merge_finding, empty_row_finding
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge
@@ -109,11 +111,12 @@ def subject_of(
     device: torch.device | str = "cpu",
     *,
     strict: bool = True,
+    identify: bool = False,
 ) -> Subject:
     """The subject of a specification, or of a callable, which is called in this process. Raises SpecError.
 
     strict: a user's kernel is asked for rows that see no key, whatever it makes of them; else it is where it
-    is right for them.
+    is right for them. identify: a kernel that states nothing is read, and its budgets follow from that.
 
     >>> import verify
     >>> subject = verify.laws.subject_of("exact")
@@ -138,6 +141,9 @@ def subject_of(
         return built[text]
 
     capabilities = kernel.capabilities()
+    size = head_sizes(capabilities)[0]
+    if identify and states_nothing(kernel, "decode", Heads(1, 1, size, size)):
+        learn_as_asked(kernel, str(device))
     plan = _plan_of(spec) if capabilities.plans else None
     subject = Subject(
         spec=spec,
