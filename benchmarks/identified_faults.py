@@ -24,7 +24,7 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call, Result
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import ALL_FAMILIES, InputSizes, draw
 from verify.kernels.plans.shapes import shape_named
 from verify.kernels.registry import build_kernel
 from verify.machine.environment import prepare_torch
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, out in (("right", result.out), ("key dropped", dropped.float()), ("head off", off)):
                 measured = measure(
                     call, Result(out, result.lse, result.launched), arithmetic,
-                    distinct=family != "flat", budget=budget,
+                    distinct=ALL_FAMILIES[family].distinct, budget=budget,
                 )  # fmt: skip
                 one[name] = [f"{each.detector}: {each.said}" for each in findings(measured)
                              if each.detector != "lse"]  # fmt: skip
