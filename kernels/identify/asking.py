@@ -66,26 +66,26 @@ class Regime(NamedTuple):
         return self.kv_heads * self.size
 
 
-class Columns(NamedTuple):
-    """Columns of values that are 0 but for some keys: keys [m], columns [m] and values [m] of these."""
+class ValueColumns(NamedTuple):
+    """ValueColumns of values that are 0 but for some keys: keys [m], columns [m] and values [m] of these."""
 
     keys: torch.Tensor
     at: torch.Tensor
     values: torch.Tensor
     width: int  # how many columns
 
-    def some(self, start: int, stop: int) -> Columns:
-        """Columns start .. stop-1, counted from 0."""
+    def some(self, start: int, stop: int) -> ValueColumns:
+        """ValueColumns start .. stop-1, counted from 0."""
         stop = min(stop, self.width)
         chosen = (self.at >= start) & (self.at < stop)
-        return Columns(self.keys[chosen], self.at[chosen] - start, self.values[chosen], stop - start)
+        return ValueColumns(self.keys[chosen], self.at[chosen] - start, self.values[chosen], stop - start)
 
 
-def columns(entries: Sequence[Mapping[int, float]]) -> Columns:
+def columns(entries: Sequence[Mapping[int, float]]) -> ValueColumns:
     """A column an entry: values by key."""
     every = [(key, c, value) for c, entry in enumerate(entries) for key, value in entry.items()]
     keys, at, values = zip(*every, strict=True) if every else ((), (), ())
-    return Columns(
+    return ValueColumns(
         torch.tensor(keys, dtype=torch.int64),
         torch.tensor(at, dtype=torch.int64),
         torch.tensor(values, dtype=torch.float64),
@@ -93,16 +93,16 @@ def columns(entries: Sequence[Mapping[int, float]]) -> Columns:
     )
 
 
-def at_keys(keys: torch.Tensor | int, values: torch.Tensor) -> Columns:
+def at_keys(keys: torch.Tensor | int, values: torch.Tensor) -> ValueColumns:
     """A column a value: that value at its key, or all at one."""
     at = torch.arange(len(values))
-    return Columns(torch.as_tensor(keys).expand(len(values)), at, values.double(), len(values))
+    return ValueColumns(torch.as_tensor(keys).expand(len(values)), at, values.double(), len(values))
 
 
-def together(these: Sequence[Columns]) -> Columns:
-    """Columns of the first, then those of the second, and so on."""
+def together(these: Sequence[ValueColumns]) -> ValueColumns:
+    """ValueColumns of the first, then those of the second, and so on."""
     first = [0, *itertools.accumulate(each.width for each in these)]
-    return Columns(
+    return ValueColumns(
         torch.cat([each.keys for each in these]),
         torch.cat([each.at + start for each, start in zip(these, first, strict=False)]),
         torch.cat([each.values for each in these]),
@@ -141,11 +141,11 @@ class Asking:
         return min(self.regime.ratio, self.regime.k_size - 1)
 
     def weigh(
-        self, logits: torch.Tensor, values: Columns, *, scale: float = SCALE, base: float = 0.0
+        self, logits: torch.Tensor, values: ValueColumns, *, scale: float = SCALE, base: float = 0.0
     ) -> torch.Tensor:
         """[P, C] results of each row of logits [P, n] on each column of values; float64.
 
-        The logits are as given at the scale of 1/8, and else 8 scale times that. Columns are spread over KV
+        The logits are as given at the scale of 1/8, and else 8 scale times that. ValueColumns are spread over KV
         heads and calls; rows of logits over the query heads of a group. base: added to every logit, through
         one more dimension.
         """
@@ -164,7 +164,7 @@ class Asking:
         return found
 
     def weigh_own(
-        self, logits: torch.Tensor, values: Sequence[Columns], *, scale: float = SCALE, base: float = 0.0
+        self, logits: torch.Tensor, values: Sequence[ValueColumns], *, scale: float = SCALE, base: float = 0.0
     ) -> list[torch.Tensor]:
         """Results of each row of logits [P, n] on columns of its own, of which a row has at most `own`.
 
@@ -189,7 +189,7 @@ class Asking:
 
     @property
     def own(self) -> int:
-        """Columns that each row of logits has to itself in `weigh_own`."""
+        """ValueColumns that each row of logits has to itself in `weigh_own`."""
         return max(self.regime.size // self.patterns_a_head, 1)
 
     def _logits(self, heads: Sequence[torch.Tensor], base: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,7 +207,7 @@ class Asking:
             k[:, :, at, : len(rows)] = rows.T.to(r.dtype).to(r.device)[None, :, None]
         return q.flatten(2, 3), k
 
-    def _values(self, these: Columns) -> torch.Tensor:
+    def _values(self, these: ValueColumns) -> torch.Tensor:
         """v [B, S, Hkv, Dv] with at most as many columns as a call has."""
         r = self.regime
         v = torch.zeros(r.batch, r.n_kv, r.columns, dtype=r.dtype, device=r.device)

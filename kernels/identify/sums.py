@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.identify.asking import LARGE, Asking, Columns, at_keys, columns, together
+from verify.kernels.identify.asking import LARGE, Asking, ValueColumns, at_keys, columns, together
 from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios
 
 # Exponent of the last place of LARGE at b bits is 16 - b.
@@ -209,7 +209,7 @@ def _counted(ask: Asking, part: tuple[int, int], bits: int | None) -> tuple[int,
     every = torch.arange(n)
     alone = [columns([{i: LARGE}]) for i in at]
     beside = [
-        Columns(every, torch.zeros(n, dtype=torch.int64), torch.where(every == i, LARGE, u).double(), 1)
+        ValueColumns(every, torch.zeros(n, dtype=torch.int64), torch.where(every == i, LARGE, u).double(), 1)
         for i in at
     ]
     found = ask.weigh(ask.level(every), together([*alone, *beside]))[0]

@@ -24,7 +24,7 @@ from verify.kernels.identify.asking import (
     DEAD,
     SCALE,
     Asking,
-    Columns,
+    ValueColumns,
     NotIdentifiable,
     at_keys,
     together,
@@ -211,7 +211,7 @@ class _Row(NamedTuple):
     """A row of logits [1, n], a column for each of its gaps, and these."""
 
     logits: torch.Tensor
-    values: Columns
+    values: ValueColumns
     gaps: torch.Tensor
 
 
@@ -224,7 +224,7 @@ def _places(part: AskedPart, count: int) -> tuple[int, torch.Tensor]:
 
 def _cancelling_columns(
     ask: Asking, gaps: torch.Tensor, top: int, keys: torch.Tensor, scale: float
-) -> Columns:
+) -> ValueColumns:
     v_a, v_b = cancelling(torch.exp(-gaps * scale / SCALE), 11 if ask.regime.dtype != torch.bfloat16 else 8)
     large, small = at_keys(top, v_b), at_keys(keys, v_a)
     pairs = together([large, small])
