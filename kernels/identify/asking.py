@@ -67,7 +67,7 @@ class Regime(NamedTuple):
 
 
 class ValueColumns(NamedTuple):
-    """ValueColumns of values that are 0 but for some keys: keys [m], columns [m] and values [m] of these."""
+    """Columns of values that are 0 but for some keys: keys [m], columns [m] and values [m] of these."""
 
     keys: torch.Tensor
     at: torch.Tensor
@@ -75,7 +75,7 @@ class ValueColumns(NamedTuple):
     width: int  # how many columns
 
     def some(self, start: int, stop: int) -> ValueColumns:
-        """ValueColumns start .. stop-1, counted from 0."""
+        """Columns start .. stop-1, counted from 0."""
         stop = min(stop, self.width)
         chosen = (self.at >= start) & (self.at < stop)
         return ValueColumns(self.keys[chosen], self.at[chosen] - start, self.values[chosen], stop - start)
@@ -100,7 +100,7 @@ def at_keys(keys: torch.Tensor | int, values: torch.Tensor) -> ValueColumns:
 
 
 def together(these: Sequence[ValueColumns]) -> ValueColumns:
-    """ValueColumns of the first, then those of the second, and so on."""
+    """Columns of the first, then those of the second, and so on."""
     first = [0, *itertools.accumulate(each.width for each in these)]
     return ValueColumns(
         torch.cat([each.keys for each in these]),
@@ -145,7 +145,7 @@ class Asking:
     ) -> torch.Tensor:
         """[P, C] results of each row of logits [P, n] on each column of values; float64.
 
-        The logits are as given at the scale of 1/8, and else 8 scale times that. ValueColumns are spread over KV
+        The logits are as given at the scale of 1/8, and else 8 scale times that. Columns are spread over KV
         heads and calls; rows of logits over the query heads of a group. base: added to every logit, through
         one more dimension.
         """

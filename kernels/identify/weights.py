@@ -24,8 +24,8 @@ from verify.kernels.identify.asking import (
     DEAD,
     SCALE,
     Asking,
-    ValueColumns,
     NotIdentifiable,
+    ValueColumns,
     at_keys,
     together,
 )
