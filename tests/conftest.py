@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import tempfile
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -37,6 +40,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is half the time of a run on a tiny model. Pictures are made in all but their last step."""
+    if any(request.node.get_closest_marker(name) for name in ("pictures", "slow", "cuda")):
+        return
+    figure = sys.modules.get("matplotlib.figure")
+    if figure is not None:
+        monkeypatch.setattr(figure.Figure, "savefig", _blank)
+
+
+def _blank(figure: object, to: IO[Any], *, format: str = "svg", **how: object) -> None:
+    if isinstance(to, io.StringIO):
+        to.write('<svg width="1" height="1"></svg>')
+    elif isinstance(to, io.BytesIO):
+        to.write(b"blank")
+    else:
+        Path(to).write_text("blank")  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

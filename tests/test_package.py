@@ -112,7 +112,9 @@ def test_the_script_in_a_folder_with_names_that_ours_once_had(theirs: Path) -> N
     assert done.returncode == 0 and "flash" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("start", [MODULE, TORCHRUN], ids=["module", "torchrun"])
+@pytest.mark.parametrize(
+    "start", [MODULE, pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["module", "torchrun"]
+)
 def test_a_run_in_a_folder_with_names_that_ours_once_had(start: list[str], theirs: Path) -> None:
     done = run([*start, *PPL], theirs)
     # Two windows are too few for more: what matters is that it was measured, and said.

@@ -143,6 +143,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_their_tests_pass_where_kernels_are_right_and_name_the_key_of_the_wrong_one(
     repository: Path, installed: Path
 ) -> None:

@@ -42,13 +42,13 @@ main()
 @pytest.mark.parametrize(
     ("where", "number", "how"),
     [
-        ("verify.machine.standing", signal.SIGINT, "plain"),
+        pytest.param("verify.machine.standing", signal.SIGINT, "plain", marks=pytest.mark.slow),
         ("verify.commands", signal.SIGTERM, "plain"),
         ("pydantic", signal.SIGINT, "plain"),
-        ("verify.commands.ppl", signal.SIGHUP, "plain"),
-        ("verify.commands.ppl", signal.SIGINT, "exec"),
+        pytest.param("verify.commands.ppl", signal.SIGHUP, "plain", marks=pytest.mark.slow),
+        pytest.param("verify.commands.ppl", signal.SIGINT, "exec", marks=pytest.mark.slow),
         ("verify.commands.ppl", signal.SIGINT, "swallowed"),
-        ("verify.ppl.experiment", signal.SIGTERM, "swallowed"),
+        pytest.param("verify.ppl.experiment", signal.SIGTERM, "swallowed", marks=pytest.mark.slow),
         ("verify.ppl.experiment", signal.SIGHUP, "refused"),
     ],
 )

@@ -66,6 +66,7 @@ def shell_of(tiny: Tiny, out: Path, spec: str = f"py:{USER}::good") -> str:
     return " ".join([sys.executable, "-m", "verify", *words])
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_without_room_blames_no_kernel(
     tiny: Tiny, tmp_path: Path, small_disk: Path
 ) -> None:

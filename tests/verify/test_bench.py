@@ -11,6 +11,7 @@ from verify.bench import Measurement, crossovers
 KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 
 
+@pytest.mark.pictures
 def test_every_kernel_is_measured_and_said_to_have_run(tmp_path: Path) -> None:
     done = verify(
         *("bench", "--device", "cpu", "--shape", "4/2x16", "--n-kv", "64,256", "--out", str(tmp_path)),

@@ -125,6 +125,7 @@ def test_the_whole_of_it_on_a_right_kernel_and_a_wrong_one() -> None:
     assert not [c for c in wrong.checks if c.state == "caught"]
 
 
+@pytest.mark.slow
 def test_a_cheat_is_named_before_what_else_is_wrong_and_is_not_timed() -> None:
     cheat = whole(f"{PLANTED}::zeros")
     assert (cheat.outcome, cheat.exit_code, cheat.seconds) == ("cheats", 1, None)

@@ -19,6 +19,7 @@ verify.check_attention(wrong, n_kv=33, paths="decode", families=["gaussian", "ne
 """
 
 
+@pytest.mark.pictures
 def test_a_cell_shows_a_table_and_a_picture(tmp_path: Path) -> None:
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")

@@ -192,6 +192,7 @@ def test_diff_asks_one_token_too(function: str) -> None:
     assert all(ALONE in fault for cell in report["cells"] for fault in cell["faults"])
 
 
+@pytest.mark.slow
 def test_diff_of_fewer_digits_and_of_a_right_kernel() -> None:
     report = diff("--baseline", "eager:out=f16", *kernel("coarse_alone", ""), *kernel("good", ""))
     coarse, good = report["pairs"]
@@ -204,6 +205,7 @@ def test_diff_of_fewer_digits_and_of_a_right_kernel() -> None:
     assert tokens == {1, 64}
 
 
+@pytest.mark.slow
 def test_diff_of_a_kernel_that_takes_no_single_token() -> None:
     report = diff("--baseline", "eager", *kernel("refuses_alone"))
     assert report["verdict"] == "inconclusive"
@@ -225,6 +227,7 @@ def test_gen_checks_eight_steps_of_each_layer(tiny: Tiny, tmp_path: Path) -> Non
     assert 1 in {line["tokens_a_call"] for line in report["coverage"] if line["arm"] == "candidate"}
 
 
+@pytest.mark.slow
 def test_a_promise_of_bits_is_held_on_the_model(tiny: Tiny, tmp_path: Path) -> None:
     _, report = run(tiny, tmp_path / "run", *kernel("alone_in_another_order", ",acc=f32,row_alone=bits"))
     assert report["verdict"] == "broken" and "row_alone=bits" in report["reasons"][0]

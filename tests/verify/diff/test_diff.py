@@ -30,6 +30,7 @@ def run(out: Path, *more: str, n_kv: str = "130", inputs: str = PLAIN) -> tuple[
     return done, report
 
 
+@pytest.mark.pictures
 def test_a_split_is_round_off_with_its_evidence(tmp_path: Path) -> None:
     done, report = run(
         tmp_path / "d", "--baseline", "eager", "--candidate", "eager:kv=2", "--seeds", "3", "--margin", "2"

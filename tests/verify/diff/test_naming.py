@@ -50,6 +50,7 @@ def wrong(confused: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:
     return {pair: n for pair, n in confused.items() if pair[0] != pair[1]}
 
 
+@pytest.mark.slow
 def test_faults_under_other_plans_are_named() -> None:
     """A sixth of the trials of the test below, spread over faults and plans."""
     confused, first, three = matrix(islice(trials(OTHERS), 0, None, 6))

@@ -56,7 +56,7 @@ def true_kl(rng: np.random.Generator, noise: float = 0.1) -> float:
     return float((np.exp(d.p) * (d.p - d.q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("top", [TOP, 0])
+@pytest.mark.parametrize("top", [pytest.param(TOP, marks=pytest.mark.slow), 0])
 def test_intervals_cover_a_known_divergence_at_their_rate(tmp_path: Path, top: int) -> None:
     """A rollout and its trainer, cut to the 20 most likely tokens, and to the sampled one."""
     rng = np.random.default_rng(1)

@@ -34,6 +34,7 @@ def table(times: list[tuple[int, float, float]], *, tg: int = 128) -> str:
     )
 
 
+@pytest.mark.pictures
 def test_the_published_logs(published: tuple[str, str], tmp_path: Path) -> None:
     picture = tmp_path / "sweep.svg"
     policy = ("--policy", "ik-1183", "--arch", "glm4moe", "--gpus", "2", "--split-mode", "graph")

@@ -276,6 +276,7 @@ def test_the_text_ends_where_the_model_ends_it(tiny: Path, tmp_path: Path) -> No
     assert f"the model ended its text after {first + 1} of 16 tokens" in done.stdout
 
 
+@pytest.mark.pictures
 def test_its_reports_open_and_are_made_again(
     coarse: tuple[Path, Done, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ def gen(tiny: Tiny, out: Path, *specs: str) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("command", [run, gen])
+@pytest.mark.parametrize("command", [run, pytest.param(gen, marks=pytest.mark.slow)])
 def test_a_subset_of_what_the_baseline_overflows_in_is_not_the_candidates(
     command: Any, tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from verify.ppl.record import PplRun
 from verify.reports.record import load_run, ppl_command
 
 PHONE, DESK = 400, 1200
+# Pages are opened as they are, pictures and all.
+pytestmark = pytest.mark.pictures
 
 
 class Ids(HTMLParser):
