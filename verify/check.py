@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from verify.diff.probing import PROBES, Probing
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
 from verify.diff.shrinking import Shrinker
+from verify.diff.stored_baseline import BaselineStore, StoredBaseline
 from verify.given import dtype_of, kernel_of, lengths_of, name_of, paths_of, shapes_of
 from verify.judge.verdict import DEFAULT_MARGIN, EXIT_CODES, Decision, Verdict, overall
 from verify.kernels.budget.arithmetic import Arithmetic
@@ -36,6 +38,7 @@ from verify.kernels.numbers import type_of
 from verify.kernels.registry import build_kernel
 from verify.kernels.torch_settings import MEASURING
 from verify.machine.devices import chosen_device, default_device
+from verify.machine.files import write_whole
 from verify.machine.jsontext import to_json_text
 from verify.machine.stages import StageClock
 from verify.reports.diff import picture, summary_lines
@@ -237,6 +240,8 @@ def check_attention(
     isolate: bool = False,
     n_q: int = 0,
     sequences: int = 1,
+    store: str | Path | None = None,
+    against_stored: str | Path | None = None,
 ) -> Report:
     """Hold a callable's results against exact attention, its rounding budget, and a baseline.
 
@@ -265,6 +270,8 @@ def check_attention(
     margin: an error so many times the baseline's is `round-off`; significantly beyond it `degraded`.
     device: "cpu", "cuda"; default cuda where there is one.
     isolate: run fn in a process of its own: a crash or a hang is then a finding. fn must be importable.
+    store: write what the baseline did to this file; against_stored: such a file, in the place of running the
+        baseline again, refused where settings, rules or inputs are others (docs/library.md).
 
     Raises UsageError or SpecError on bad input; what fn raises is a finding in the report.
 
@@ -311,6 +318,8 @@ def check_attention(
                 built[spec] = build_kernel(spec)
             return built[spec]
 
+        stored = StoredBaseline(Path(against_stored)) if against_stored is not None else None
+        kept_of_baseline = BaselineStore() if store is not None else None
         outcomes: dict[str, DiffOutcome] = {}
         probings: dict[_Place, Probing] = {}
         try:
@@ -324,7 +333,11 @@ def check_attention(
                 )
                 check_settings(own, [] if own.baseline in built else [own.baseline])
                 inputs = _remembered(all_inputs(own, on, clock := StageClock(on)), probings)
-                outcomes[path] = run_diff(own, on, inputs, clock, build=kept)
+                outcomes[path] = run_diff(
+                    own, on, inputs, clock, build=kept, store=kept_of_baseline, stored=stored
+                )
+            if kept_of_baseline is not None and store is not None:
+                write_whole(Path(store), kept_of_baseline.packed(str(on)))
             report = _report(name_of(fn), outcomes, probings)
             if report.verdict == "broken" and report.worst is not None:
                 smallest = _smallest(kernel, report.worst, outcomes[report.worst.path].settings)

@@ -16,7 +16,9 @@ from verify.machine.command_line import parse_lengths
 from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
+from verify.machine.files import write_whole
 from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import check_writable
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
@@ -82,6 +84,15 @@ def command(
     ] = False,
     margin: options.Margin = DEFAULT_MARGIN,
     allow_same: options.AllowSame = False,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="write the baseline's figures here, for --against-stored")
+    ] = None,
+    against_stored: Annotated[
+        Path | None,
+        typer.Option(
+            "--against-stored", help="figures that --store wrote, in the place of running the baseline"
+        ),
+    ] = None,
     junit: options.JUnit = None,
     format_: options.Format = "text",
     device: options.Device = None,
@@ -91,6 +102,7 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs, families_of
     from verify.diff.run import run_diff
+    from verify.diff.stored_baseline import BaselineStore, StoredBaseline
     from verify.diff.stored_strata import STRATA, packed
     from verify.kernels.call import PATHS
     from verify.machine.devices import chosen_device, default_device
@@ -99,6 +111,8 @@ def command(
     from verify.reports.diff import diff_html, diff_markdown, print_outcome
 
     check_ci_options(format_, junit)
+    if store is not None:
+        check_writable("--store", store)
     prepare_torch()
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
@@ -135,14 +149,20 @@ def command(
         n_q=n_q,
     )
     check_settings(settings)
+    stored = StoredBaseline(against_stored) if against_stored is not None else None
+    if stored is not None:
+        stored.check(settings)
+    kept = BaselineStore() if store is not None else None
     folder = RunFolder.begin(out, "diff", groups=False)
     screen = sys.stderr if json_ else sys.stdout
     clock = StageClock(chosen)
     inputs_ = _shown(all_inputs(settings, chosen, clock), count_inputs(settings))
-    outcome = run_diff(settings, chosen, inputs_, clock, show=_shown_again)
+    outcome = run_diff(settings, chosen, inputs_, clock, show=_shown_again, store=kept, stored=stored)
+    if kept is not None and store is not None:
+        write_whole(store, kept.packed(str(chosen)))
     folder.write_json("run.json", outcome.run)
-    stored = [(one.spec, kept) for one in outcome.candidates if (kept := one.stored()) is not None]
-    folder.write_bytes(STRATA, packed(stored))
+    judged = [(one.spec, pair) for one in outcome.candidates if (pair := one.stored()) is not None]
+    folder.write_bytes(STRATA, packed(judged))
     folder.write_text("report.md", diff_markdown(outcome))
     folder.write_text("report.html", diff_html(outcome))
     print_outcome(outcome, screen)

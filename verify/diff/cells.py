@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from verify.arms.alone import ONE_TOKEN, broken_promise
-from verify.diff.examining import CellInputs, KernelEvidence
+from verify.diff.examining import CellInputs, KernelEvidence, finite_of
 from verify.judge.strata import Judgement, Stratum, judge_strata
 from verify.judge.verdict import PairEvidence
 from verify.kernels.bits import same_bits
@@ -53,7 +53,10 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
     """A candidate's cell."""
     faults = [*faults_of(candidate, "candidate"), *faults_of(baseline, f"baseline {baseline.spec}")]
     a, b = candidate.output, baseline.output
-    equal = a is not None and b is not None and same_bits(a.out, b.out) and _alike_alone(candidate, baseline)
+    if a is not None and b is not None:
+        equal = same_bits(a.out, b.out) and _alike_alone(candidate, baseline)
+    else:
+        equal = bool(candidate.bits) and _same_as_stored(candidate, baseline)
     shared = ""
     both_have = faults_of(baseline, "both")
     if both_have and (equal or candidate.probes_failed == baseline.probes_failed != []):
@@ -71,7 +74,7 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
         baseline=baseline,
         candidate=candidate,
         faults=faults,
-        compared=a is not None and b is not None,
+        compared=candidate.ran and baseline.ran,
         covered=bool(candidate.trace.differs_from(baseline.trace)),
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
@@ -88,24 +91,35 @@ def _alike_alone(candidate: KernelEvidence, baseline: KernelEvidence) -> bool:
     return not calls or (mine is not None and theirs is not None and same_bits(mine, theirs))
 
 
+def _same_as_stored(candidate: KernelEvidence, baseline: KernelEvidence) -> bool:
+    """The same of a baseline whose outputs are hashes."""
+    mine, theirs = candidate.bits, baseline.bits
+    if candidate.alone is None and baseline.alone is None:
+        return mine == theirs
+    alone = [one.alone.bits if one.alone is not None else one.bits_of_first for one in (candidate, baseline)]
+    return mine == theirs and alone[0] == alone[1]
+
+
 def overflows_nowhere_else(candidate: KernelEvidence, baseline: KernelEvidence) -> bool:
     """Whether all that is wrong with a candidate are elements that are NaN or Inf in its baseline too."""
-    a, b, alone = candidate.output, baseline.output, candidate.alone
-    if a is None or b is None or candidate.measures is None or len(faults_of(candidate, "")) > 2:
+    a, alone, theirs_finite = candidate.output, candidate.alone, finite_of(baseline)
+    if a is None or theirs_finite is None or candidate.measures is None:
         return False
-    compared = [(candidate.measures, candidate.findings, a.out, b.out)]
+    if len(faults_of(candidate, "")) > 2:
+        return False
+    compared = [(candidate.measures, candidate.findings, a.out, theirs_finite)]
     if alone is not None and alone.out is not None and alone.measures is not None:
         theirs = baseline.rows_alone(alone.calls)
         if theirs is None:
             return False
-        compared.append((alone.measures, alone.findings, alone.out, theirs))
+        compared.append((alone.measures, alone.findings, alone.out, torch.isfinite(theirs)))
     elif alone is not None:
         return False
     for measured, found, mine, its in compared:
         faults = [f for f in found if f.detector not in SUSPICIONS]
         if len(faults) > bool(measured.nonfinite):
             return False
-        if not bool((torch.isfinite(mine) | ~torch.isfinite(its)).all()):
+        if not bool((torch.isfinite(mine) | ~its.to(mine.device)).all()):
             return False
     return any(measured.nonfinite for measured, *_ in compared)
 

@@ -17,7 +17,7 @@ import torch
 
 from verify.arms.alone import AskedRow, TimeShare, is_asked_alone, single_call
 from verify.arms.attempt import attempt
-from verify.kernels.bits import different
+from verify.kernels.bits import different, digest_of
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.cache_types import CacheSpec
@@ -71,6 +71,7 @@ class AloneEvidence:
     findings: list[Finding] = field(default_factory=list)  # by these
     other_bits: int = 0  # calls whose row has other bits than in the call of many
     out: torch.Tensor | None = None  # [1, calls, Hq, Dv]
+    bits: str = ""  # a hash of it, where it is stored or held against what is
     energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # as `KernelEvidence` has it
     given_energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # likewise
     against_many: float = math.nan  # of rms errors: these over those of the same rows in the call of many
@@ -121,6 +122,25 @@ class KernelEvidence:
     output: AttentionOutput | None = None  # None where it failed
     trace: LaunchTrace = field(default_factory=LaunchTrace)  # what it launched
     alone: AloneEvidence | None = None  # single tokens, of a kernel that is asked them
+    # Hashes of the output and of its checked rows, where it is stored or held against what is.
+    bits: str = ""
+    bits_of_first: str = ""
+    # [B, T, Hq, Dv]: elements that are finite, of a stored output in which some are not.
+    finite: torch.Tensor | None = None
+
+    @property
+    def ran(self) -> bool:
+        """Whether it gave an output, now or when it was stored."""
+        return self.output is not None or bool(self.bits)
+
+    def seal(self) -> None:
+        """Hash the outputs, so that they can be compared with those of another run."""
+        if self.output is not None:
+            out = self.output.out
+            self.bits = digest_of(out)
+            self.bits_of_first = digest_of(out[:, :CHECKED_ROWS])
+        if self.alone is not None and self.alone.out is not None:
+            self.alone.bits = digest_of(self.alone.out)
 
     def rows_alone(self, calls: int) -> torch.Tensor | None:
         """Results of the first rows as single tokens: of a kernel that computes as if alone, those it has."""
@@ -411,6 +431,11 @@ def _excused(
         return found
     kept = [f for f in found if f.detector in SUSPICIONS or f.detector == "lse"]
     return [*kept, Finding("limit", limit)]
+
+
+def finite_of(found: KernelEvidence) -> torch.Tensor | None:
+    """[B, T, Hq, Dv]: which elements of an output are finite; None where all are, or there is none."""
+    return found.finite if found.output is None else torch.isfinite(found.output.out)
 
 
 def row_energy(out: torch.Tensor, exact: torch.Tensor) -> np.ndarray:

@@ -24,6 +24,7 @@ from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_i
 from verify.diff.looks import looks_sentence, undecided
 from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
+from verify.diff.stored_baseline import BaselineStore, StoredBaseline
 from verify.identify.learning import learn
 from verify.judge.strata import Judgement
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
@@ -57,16 +58,24 @@ def run_diff(
     *,
     build: Callable[[str], Kernel] = build_kernel,
     show: Show = _unshown,
+    store: BaselineStore | None = None,
+    stored: StoredBaseline | None = None,
 ) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate; kinds of input that cannot decide are
     drawn again until they do, or have had all their looks.
 
     build: the kernel of a specification; the library's caller has functions that none can name, and closes
     what it built. show: passes on the inputs of another look, and shows how far it is, with what it is.
+    store: keeps what baselines do. stored: what they did, in the place of running them; there are no more
+    looks than it has.
 
     An interruption, or too little memory, ends it: what was examined by then is judged, and the outcome says
     what stopped it. Raises UsageError for too little memory where nothing was.
     """
+    if stored is not None:
+        stored.check(settings)
+    if store is not None:
+        store.begin(settings)
     candidates = [build(spec) for spec in settings.candidates]
     # Before anything else is asked of them: the first call of all is judged like any other.
     first, shown = _first_calls(settings, candidates, device, clock)
@@ -75,9 +84,10 @@ def run_diff(
         matched(settings.baseline, kernel.spec, type_)
         for kernel, type_ in zip(candidates, shown, strict=True)
     ]
-    baselines = {match.baseline: build(match.baseline) for match in matches}
+    baselines = {} if stored is not None else {match.baseline: build(match.baseline) for match in matches}
     learnt += [line for kernel in baselines.values() for line in _learn(settings, kernel, device, clock)]
     bench = _Bench(settings, device, clock, candidates, baselines, [match.baseline for match in matches])
+    bench.store, bench.stored = store, stored
     stopped, interrupted = "", False
     try:
         for each in inputs:
@@ -87,8 +97,11 @@ def run_diff(
             if not wanted:
                 break
             kinds = f"look {look}: {len(wanted)} kinds of input cannot decide yet"
+            before = bench.examined
             for more in show(more_inputs(settings, wanted, device, clock), kinds):
                 bench.examine(more)
+            if bench.examined == before:
+                break
     except KeyboardInterrupt:
         stopped, interrupted = f"interrupted after {bench.examined} inputs", True
     except (MemoryError, RuntimeError) as error:
@@ -111,6 +124,8 @@ def run_diff(
     notes += learnt
     notes += [match.said for match in matches if match.said]
     notes += [*bench.said(), *([stopped] if stopped else [])]
+    if stored is not None:
+        notes.append(f"the baseline did not run: its figures are those of {stored.path} ({stored.device})")
     notes += [
         f"{spec} does not take what inputs {', '.join(sorted(families))} need: left out"
         for spec, families in bench.left_out.items()
@@ -150,7 +165,10 @@ class _Bench:
         self.candidates, self.baselines, self.compared_with = candidates, baselines, compared_with
         self.cells: list[list[Cell]] = [[] for _ in candidates]
         self.traces = [LaunchTrace() for _ in candidates]
-        self.base_traces = {spec: LaunchTrace() for spec in baselines}
+        self.base_traces = {spec: LaunchTrace() for spec in compared_with}
+        # What baselines do is kept, or known already.
+        self.store: BaselineStore | None = None
+        self.stored: StoredBaseline | None = None
         # Families of inputs that a kernel does not take.
         self.left_out: dict[str, set[str]] = {}
         self.share = TimeShare()
@@ -161,11 +179,19 @@ class _Bench:
         self.last: CellInputs | Probing | None = None
 
     def examine(self, each: CellInputs | Probing) -> None:
-        """Run the kernels that an input is for, and keep what they err by."""
+        """Run the kernels that an input is for, and keep what they err by; of another look only what is
+        stored of the baseline."""
         self.last = each
         asked = list(range(len(self.candidates)) if each.candidates is None else each.candidates)
         references = list(dict.fromkeys(self.compared_with[i] for i in asked))
-        kernels = [*(self.baselines[spec] for spec in references), *(self.candidates[i] for i in asked)]
+        known: dict[str, KernelEvidence | None] = {}
+        if (kept := self.stored) is not None:
+            again = isinstance(each, CellInputs) and each.look > 1
+            if again and not all(kept.has(self.settings, spec, each) for spec in references):
+                return
+            known = {spec: kept.evidence(self.settings, spec, each) for spec in references}
+        running = [spec for spec in references if spec not in known]
+        kernels = [*(self.baselines[spec] for spec in running), *(self.candidates[i] for i in asked)]
         found: Sequence[KernelEvidence | None]
         if isinstance(each, Probing):
             if (why := why_not_one_hot(each.sizes)) is not None:
@@ -181,11 +207,18 @@ class _Bench:
         for kernel, one in zip(kernels, found, strict=True):
             if one is None and not (family in FORMS and kernel.spec in self.baselines):
                 self.left_out.setdefault(kernel.spec, set()).add(family)
-        of_baseline = dict(zip(references, found, strict=False))
+        if self.store is not None or known:
+            for one in found:
+                if one is not None:
+                    one.seal()
+        of_baseline = known | dict(zip(running, found, strict=False))
+        if self.store is not None:
+            for spec, one in of_baseline.items():
+                self.store.keep(self.settings, spec, each, one)
         for spec, one in of_baseline.items():
             if one is not None:
                 self.base_traces[spec].add(one.trace)
-        for i, one in zip(asked, found[len(references) :], strict=True):
+        for i, one in zip(asked, found[len(running) :], strict=True):
             reference = of_baseline[self.compared_with[i]]
             if one is None or (reference is None and family not in FORMS):
                 continue
