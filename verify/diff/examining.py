@@ -122,9 +122,9 @@ class KernelEvidence:
     output: AttentionOutput | None = None  # None where it failed
     trace: LaunchTrace = field(default_factory=LaunchTrace)  # what it launched
     alone: AloneEvidence | None = None  # single tokens, of a kernel that is asked them
-    # Hashes of the output and of its checked rows, where it is stored or held against what is.
+    # A hash of the output, where it is stored or held against what is.
     bits: str = ""
-    bits_of_first: str = ""
+    bits_of_first: str = ""  # likewise of its checked rows
     # [B, T, Hq, Dv]: elements that are finite, of a stored output in which some are not.
     finite: torch.Tensor | None = None
 

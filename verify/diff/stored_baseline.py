@@ -76,7 +76,11 @@ class BaselineStore:
 
     def _evidence(self, found: KernelEvidence) -> dict[str, Any]:
         kept = {name: getattr(found, name) for name in _PLAIN}
-        kept |= {"measures": found.measures, "findings": found.findings, "trace": found.trace.to_json()}
+        kept |= {
+            "measures": _figures(found.measures),
+            "findings": found.findings,
+            "trace": found.trace.to_json(),
+        }
         kept |= {name: self._place(getattr(found, name)) for name in _ENERGIES}
         finite = finite_of(found)
         if finite is not None and not bool(finite.all()):
@@ -84,7 +88,7 @@ class BaselineStore:
             kept["finite"] = {"shape": list(finite.shape), "bits": packed.tobytes().hex()}
         if (alone := found.alone) is not None:
             own = {name: getattr(alone, name) for name in _PLAIN_ALONE}
-            own |= {"measures": alone.measures, "findings": alone.findings}
+            own |= {"measures": _figures(alone.measures), "findings": alone.findings}
             kept["alone"] = own | {name: self._place(getattr(alone, name)) for name in _ENERGIES}
         return kept
 
@@ -201,12 +205,15 @@ class StoredBaseline:
         return self._energies[first : first + int(np.prod(shape))].reshape(shape)
 
 
+def _figures(found: Measures | None) -> dict[str, Any] | None:
+    return None if found is None else found._asdict()
+
+
 def _measures(kept: Any) -> Measures | None:
     if kept is None:
         return None
-    found = Measures(*kept)
-    b, t, h, column = found.worst
-    return found._replace(worst=(b, t, h, column))
+    b, t, h, column = kept["worst"]
+    return Measures(**{**kept, "worst": (b, t, h, column)})
 
 
 def _findings(kept: Any) -> list[Finding]:
