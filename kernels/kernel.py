@@ -47,6 +47,8 @@ class Kernel(ABC):
         # What was read off a kernel that states nothing (`verify.kernels.identify`), by call; None for a call
         # that nothing was read of.
         self.identified: Callable[[Call], Arithmetic | None] | None = None
+        # Notes that are true as long as nothing was read.
+        self.until_read: list[str] = []
 
     def attend(
         self,
@@ -83,6 +85,11 @@ class Kernel(ABC):
     def arithmetic_of(self, call: Call) -> Arithmetic:
         """The same for one call: a kernel that computes and answers in its inputs' type knows it here."""
         return self.arithmetic(call.shape, call.path)
+
+    def budgets_follow(self, identified: Callable[[Call], Arithmetic | None]) -> None:
+        """From now on, from what was read off it; notes that said that none could are gone."""
+        self.identified = identified
+        self.notes = [note for note in self.notes if note not in self.until_read]
 
     def identified_of(self, call: Call) -> Arithmetic | None:
         """What was read off it about such a call, if anything was."""

@@ -175,3 +175,4 @@ class UserKernel(Kernel):
             )
             if note not in self.notes:
                 self.notes.append(note)
+                self.until_read.append(note)

@@ -88,6 +88,8 @@ def test_sums_that_are_stated_or_read_give_a_budget_at_any_length() -> None:
     stated = verify.check_attention(ops.attend, **asked, arithmetic="f32")
     assert 0 < read.table[0]["budget"] < 1 and 0 < stated.table[0]["budget"] < 1
     assert any("read off it" in note for note in read.notes)
+    # Which was said of its first call, before anything was read.
+    assert not any("no rounding budget applies" in note for note in read.notes)
 
 
 def test_what_states_nothing_is_read() -> None:

@@ -40,7 +40,8 @@ def learn_arms(
         if not heads or not states_nothing(arm.kernel, arm.path, heads[0]):
             continue
         if (known := of_spec.get((arm.spec, arm.path))) is not None:
-            arm.kernel.identified = known.identified
+            if known.identified is not None:
+                arm.kernel.budgets_follow(known.identified)
             continue
         of_spec[arm.spec, arm.path] = arm.kernel
         said |= dict.fromkeys(

@@ -68,7 +68,7 @@ def learn(
             readings, why = _read(kernel, path, regimes)
             known[each, n_q] = KnownReadings(tuple(readings))
             reasons += why
-    kernel.identified = _chooser(known)
+    kernel.budgets_follow(_chooser(known))
     every = [r for of in known.values() for r in of.readings]
     return _said(kernel, every, list(dict.fromkeys(reasons)), dtype)
 
@@ -94,7 +94,7 @@ def learn_as_asked(kernel: Kernel, device: str) -> None:
         found = known.get((heads, path, dtype))
         return None if found is None else found.at(call)
 
-    kernel.identified = identified
+    kernel.budgets_follow(identified)
 
 
 def _regime(heads: Heads, n_kv: int, n_q: int, dtype: torch.dtype, device: str) -> Regime:
