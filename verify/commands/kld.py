@@ -34,9 +34,10 @@ def command(
 ) -> int:
     """Compare; returns the exit code of the gravest verdict, 0 for one file alone."""
     check_options(max_kld, models, 1 + len(others or []))
-    for option, path in (("--markdown", markdown), ("--csv", csv)):
-        if path is not None:
-            check_writable(option, path)
+    if markdown is not None:
+        check_writable("--markdown", markdown, [base, *(others or []), *(models or [])])
+    if csv is not None:
+        check_writable("--csv", csv, [base, *(others or []), *(models or []), markdown])
     screen = KldScreen(sys.stderr if json_ else sys.stdout)
     found = compare_files(base, others or [], screen, max_kld=max_kld, models=models)
     screen.closing_table(found.rows)

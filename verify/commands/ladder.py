@@ -38,7 +38,7 @@ def command(
             f"-c {n_ctx} --chunks {chunks}: expected at least 4 tokens, and windows from 1, or -1"
         )
     if out is not None:
-        check_writable("--out", out)
+        check_writable("--out", out, [model, file])
     prepare_torch()
     found = ladder_of_text(model, file, n_ctx, chunks, device, progress_of)
     screen = sys.stderr if json_ else sys.stdout

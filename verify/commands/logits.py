@@ -11,6 +11,7 @@ import typer
 from verify.commands import options
 from verify.data import read_text_file
 from verify.machine.errors import UsageError
+from verify.machine.outfile import check_writable
 from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 
@@ -34,6 +35,7 @@ def command(
 
     if out.suffix != ".npz":
         raise UsageError(f"--out {out}: expected a file that ends in .npz")
+    check_writable("--out", out, [model, file])
     if tokens < 1:
         raise UsageError(f"-n {tokens}: expected at least 1")
     try:

@@ -45,7 +45,7 @@ def command(
     if out is not None and out.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out {out}: expected a file name that ends in .png, .svg or .pdf")
     if out is not None:
-        check_writable("--out", out)
+        check_writable("--out", out, logs)
     chosen = policy_named(policy) if policy else None
     setting = setting_of(arch, cache_type, gpus, split_mode) if arch else None
     found = [log for path in logs for log in read_logs(path)]

@@ -63,6 +63,43 @@ VERDICTS: dict[str, VerdictWord] = {
 }
 
 
+# Of logits and logprob files of two programs, beside which nothing exact stands.
+VERDICTS_OF_FILES: dict[str, VerdictWord] = VERDICTS | {
+    "identical": VerdictWord(0, "every number is equal", "that it is right", "nothing"),
+    "round-off": VerdictWord(
+        0,
+        "the files differ by no more than they can hold, than a repeat does, or than you allow",
+        "which of the two is nearer to exact attention",
+        "quote the mean KLD with its interval",
+    ),
+    "improved": VerdictWord(
+        0,
+        "the second file predicts this text better, or lies nearer to exact attention, beyond chance",
+        "why: verify ppl --against sets a file beside exact attention",
+        "say in the change that outputs move, and by how much",
+    ),
+    "degraded": VerdictWord(
+        1,
+        "the second file predicts this text worse, or lies farther than you allow, or than the first from"
+        " exact attention",
+        "whether it is a bug: a coarser cache or quantised weights do that too",
+        "lay it on a ladder of known changes: verify explain --logits A B -m MODEL.gguf",
+    ),
+    "broken": VerdictWord(
+        1,
+        "a record holds NaN or Inf, or a build fails in a window",
+        "which operation made it",
+        "look at the window and position that are named",
+    ),
+    "inconclusive": VerdictWord(
+        3,
+        "the files differ by more than they can hold, or there is nothing to compare",
+        "that something is wrong: two files cannot say which is nearer to exact",
+        "do what the verdict's sentence asks for, or lay it on a ladder: verify explain",
+    ),
+}
+
+
 def verdict_page(width: int = 80) -> str:
     """Every verdict with its exit code, its meaning and the next step, as text."""
     lines = []
@@ -87,6 +124,6 @@ def verdict_page(width: int = 80) -> str:
     return "\n".join(lines)
 
 
-def next_line(verdict: str) -> str:
+def next_line(word: VerdictWord) -> str:
     """What to do now, one line for below a verdict."""
-    return f"next: {VERDICTS[verdict].next_step} (verify help verdicts)"
+    return f"next: {word.next_step} (verify help verdicts)"

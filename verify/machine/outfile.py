@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from verify.machine.errors import UsageError
 
 
-def check_writable(option: str, path: str | Path) -> None:
-    """Raises UsageError that names the option, where no file can be written there. Writes nothing."""
+def check_writable(option: str, path: str | Path, read: Iterable[str | Path | None] = ()) -> None:
+    """Raises UsageError that names the option, where no file can be written there. Writes nothing.
+
+    read: files that the command reads, or writes too, which are not to be written over.
+    """
     file = Path(path)
+    for other in read:
+        if other is not None and _same(file, Path(other)):
+            raise UsageError(f"{option} {path}: is {other}, which the command reads: expected another name")
     folder = file.resolve().parent
     if file.is_dir():
         raise UsageError(f"{option} {path}: is a folder, expected the name of a file")
@@ -18,6 +25,14 @@ def check_writable(option: str, path: str | Path) -> None:
         raise UsageError(f"{option} {path}: no such folder: {folder}")
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise UsageError(f"{option} {path}: cannot be written")
+
+
+def _same(file: Path, other: Path) -> bool:
+    try:
+        return file.samefile(other)
+    except (OSError, ValueError):
+        # One of the two is not there.
+        return file.resolve() == other.resolve()
 
 
 def make_folder(option: str, path: Path) -> None:

@@ -58,7 +58,8 @@ def run_whole(
     where model or machine failed, that says how to go on.
     """
     if settings.save_logits is not None:
-        check_writable("--save-logits", settings.save_logits)
+        read = [settings.model, settings.file, *settings.against]
+        check_writable("--save-logits", settings.save_logits, read)
     folder = begun.folder if begun is not None else None
     outcome: Outcome | None = None
     named = begun is not None

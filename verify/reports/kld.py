@@ -12,6 +12,7 @@ from verify.engines.conclusion import Class, Comparison, bounds_text
 from verify.engines.divergence import FileScores, clip_width
 from verify.engines.kld_table import table_lines
 from verify.engines.logits_file import CLIP_WIDTHS, Layout
+from verify.judge.words import VERDICTS_OF_FILES
 from verify.machine.errors import UsageError
 from verify.machine.terminal import Progress, counted
 from verify.ppl.perplexity import final_line, perplexity
@@ -117,7 +118,7 @@ def print_comparison(c: Comparison, to: TextIO) -> None:
                 f" (nll {t.nll_base:.4f} in the base, {t.nll:.4f})",
                 file=to,
             )
-    print_verdict(c.decision.verdict, c.decision.reasons, to)
+    print_verdict(c.decision.verdict, c.decision.reasons, to, words=VERDICTS_OF_FILES)
 
 
 def _print_classes(what: str, found: Sequence[Class], to: TextIO) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from verify.engines.conclusion import bounds_text
 from verify.engines.logprobs import Departure, LogprobComparison
+from verify.judge.words import VERDICTS_OF_FILES
 from verify.machine.terminal import counted
 from verify.reports.tables import print_table
 from verify.reports.verdict_lines import print_verdict
@@ -57,7 +58,7 @@ def print_logprobs(a: str, b: str, c: LogprobComparison, placed: Placed | None, 
     print_table(("where", "tokens", "mean KLD", "rms moved"), rows, to)
     if placed is not None:
         print(placed.sentence, file=to)
-    print_verdict(c.decision.verdict, c.decision.reasons, to)
+    print_verdict(c.decision.verdict, c.decision.reasons, to, words=VERDICTS_OF_FILES)
 
 
 def _words(d: Departure) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from verify.judge.words import VERDICTS, next_line
+from verify.judge.words import VERDICTS, VerdictWord, next_line
 from verify.machine.terminal import console_on, on_terminal
 
 _COLOURS = {
@@ -19,26 +19,40 @@ _COLOURS = {
 }
 
 
-def verdict_lines(verdict: str, reasons: Sequence[str], notes: Sequence[str] = ()) -> list[str]:
+def verdict_lines(
+    verdict: str,
+    reasons: Sequence[str],
+    notes: Sequence[str] = (),
+    words: Mapping[str, VerdictWord] = VERDICTS,
+) -> list[str]:
     """`verdict: WORD: first reason`, a line for each further reason and note, and what to do next."""
     first = f": {reasons[0]}" if reasons else ""
     lines = [f"verdict: {verdict}{first}"]
     lines += [f"  and: {reason}" for reason in reasons[1:]]
     lines += [f"  note: {note}" for note in notes]
-    return [*lines, next_line(verdict)] if verdict in VERDICTS else lines
+    return [*lines, next_line(words[verdict])] if verdict in words else lines
 
 
-def print_verdict(verdict: str, reasons: Sequence[str], to: TextIO, notes: Sequence[str] = ()) -> None:
-    """Reasons and notes, then the verdict's next step. Colours follow NO_COLOR and TERM, as rich has them."""
+def print_verdict(
+    verdict: str,
+    reasons: Sequence[str],
+    to: TextIO,
+    notes: Sequence[str] = (),
+    words: Mapping[str, VerdictWord] = VERDICTS,
+) -> None:
+    """Reasons and notes, then the verdict's next step; words: what a verdict means there.
+
+    Colours follow NO_COLOR and TERM, as rich has them.
+    """
     console = console_on(to)
-    if not on_terminal(to) or verdict not in VERDICTS:
-        for line in verdict_lines(verdict, reasons, notes):
+    if not on_terminal(to) or verdict not in words:
+        for line in verdict_lines(verdict, reasons, notes, words):
             console.print(line, soft_wrap=True)
         return
     from rich.panel import Panel
     from rich.text import Text
 
-    word = VERDICTS[verdict]
+    word = words[verdict]
     body = Text("; and ".join(reasons))
     for note in notes:
         body.append(f"\nnote: {note}")

@@ -303,6 +303,33 @@ def test_the_error_of_a_percentile_covers_it() -> None:
     assert 0.85 < np.std(z) < 1.2
 
 
+def test_a_table_is_not_written_over_what_is_read(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.kld", tmp_path / "b.kld"
+    for path in (a, b):
+        write_file(path)
+    content = b.read_bytes()
+    (tmp_path / "link.csv").symlink_to(b)
+    for option in ("--csv", "--markdown"):
+        for name in (str(b), str(tmp_path / "link.csv"), str(tmp_path / "." / "a.kld")):
+            done = verify("kld", str(a), str(b), option, name)
+            assert_refused(done, f"{option} {name}: is ", "which the command reads: expected another name")
+    both = str(tmp_path / "table")
+    assert_refused(verify("kld", str(a), str(b), "--csv", both, "--markdown", both), "--csv", "another name")
+    assert b.read_bytes() == content
+    text = str(tmp_path / "text.txt")
+    Path(text).write_text("a text")
+    assert_refused(verify("ladder", "-f", text, "--out", text), "--out", "another name")
+    assert Path(text).read_text() == "a text"
+
+
+def test_the_next_step_is_one_of_files(tmp_path: Path) -> None:
+    a, b = str(tmp_path / "a.kld"), str(tmp_path / "b.kld")
+    write_file(Path(a))
+    write_file(Path(b), noise=0.5)
+    assert "verify explain" in verify("kld", a, b).stdout.splitlines()[-1]
+    assert "distance ratio" not in verify("kld", a, a).stdout
+
+
 def test_torch_is_not_loaded(tmp_path: Path) -> None:
     base = tmp_path / "base.kld"
     write_file(base)
