@@ -32,7 +32,7 @@ def test_a_page_on_verdicts_and_their_exit_codes() -> None:
     for name, code in {**EXIT_CODES, "void": EXIT_VOID}.items():
         assert VERDICTS[name].code == code
         assert f"{name} (exit code {code})" in page.stdout
-        assert VERDICTS[name].next_step in next_line(name)
+        assert VERDICTS[name].next_step in next_line(VERDICTS[name])
     assert set(VERDICTS) == {*EXIT_CODES, "void"}
     assert max(map(len, page.stdout.splitlines())) <= 80
 
