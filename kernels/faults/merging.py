@@ -116,8 +116,10 @@ class PartOfOtherBatch(TileKernel):
 
     def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         if len(parts) > 1:
-            if row.b and self.kept[row.n].out.shape == parts[0].out.shape:
-                parts[0] = self.kept[row.n]
+            # Sequences may have rows of other lengths, which no other's lie beside.
+            other = self.kept.get(row.n)
+            if row.b and other is not None and other.out.shape == parts[0].out.shape:
+                parts[0] = other
             self.kept[row.n] = parts[0]
         return parts
 

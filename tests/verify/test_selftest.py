@@ -12,6 +12,7 @@ from support.cli import assert_refused, verify
 from verify import selftest
 from verify.commands import selftest as command
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
+from verify.kernels.judging.families import draw
 from verify.reports.selftest import summary
 from verify.selftest import run_selftest
 
@@ -101,6 +102,15 @@ def test_bad_seeds_are_refused_in_one_line() -> None:
 def test_every_known_fault_is_run() -> None:
     asked = [trial.subject.name for trial in selftest._trials()]
     assert asked == [subject.name for subject in (*FAULTS, *PLAN_FAULTS, *VARIANTS)]
+
+
+@pytest.mark.parametrize("family", selftest.SELFTEST_CALLS)
+def test_every_subject_takes_every_kind_of_call(family: str) -> None:
+    """One that does not is an internal error of the whole command."""
+    call = draw(family, selftest.SIZES, 0)
+    for trial in selftest._trials():
+        if trial.needs != "cuda":
+            assert trial.build().run(call).out.shape == call.q.shape, trial.subject.name
 
 
 @pytest.mark.slow

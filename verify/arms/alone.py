@@ -150,6 +150,22 @@ def single_call(call: Call, asked: AskedRow) -> Call:
     )
 
 
+def rows_as_sequences(call: Call) -> Call:
+    """The rows of a call of one sequence as sequences of one query token each, all on its keys."""
+    rows = call.shape.rows
+    mask, listed = call.mask, call.keys
+    k, columns = call.k.expand(rows, *call.k.shape[1:]), call.v_in_k
+    return replace(
+        call,
+        q=call.q.transpose(0, 1),
+        k=k,
+        v=call.v.expand(rows, *call.v.shape[1:]) if columns is None else k[..., slice(*columns)],
+        kv_len=call.kv_len.transpose(0, 1),
+        mask=None if mask is None else mask.expand(-1, -1, rows, -1).transpose(0, 2),
+        keys=None if listed is None else listed.transpose(0, 1),
+    )
+
+
 class TimeShare:
     """Whether single tokens may still be asked: at most MOST_OF_TIME of a run's time goes into them.
 

@@ -143,9 +143,17 @@ def _stratum_alone(inputs: CellInputs, baseline: KernelEvidence, candidate: Kern
     return _stratum_of(inputs, baseline, candidate, alone_family(inputs.family), (mine, its))
 
 
+_ALONE = ", one query token"
+
+
 def alone_family(family: str) -> str:
     """A family of inputs, asked one query token a call."""
-    return f"{family}, one query token"
+    return family + _ALONE
+
+
+def family_of(stratum_family: str) -> str:
+    """The family whose inputs a stratum's are, those of single tokens too."""
+    return stratum_family.removesuffix(_ALONE)
 
 
 def _energy_name(baseline: KernelEvidence, candidate: KernelEvidence) -> str:
@@ -195,9 +203,9 @@ def judge_cells(cells: Sequence[Cell], margin: float, looks: int = 1) -> Judgeme
     return judge_strata(strata_of(cells, looks), margin)
 
 
-def judge_alone(cells: Sequence[Cell], margin: float) -> Judgement | None:
+def judge_alone(cells: Sequence[Cell], margin: float, looks: int = 1) -> Judgement | None:
     """The strata of single tokens of one candidate's cells; None where none were asked."""
-    strata = strata_of(cells, alone=True)
+    strata = strata_of(cells, looks, alone=True)
     return judge_strata(strata, margin) if strata else None
 
 

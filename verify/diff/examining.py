@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from verify.arms.alone import AskedRow, TimeShare, is_asked_alone, single_call
+from verify.arms.alone import AskedRow, TimeShare, is_asked_alone, rows_as_sequences, single_call
 from verify.arms.attempt import attempt
 from verify.kernels.bits import different, digest_of
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.budget.bound import Budget, error_budgets
+from verify.kernels.budget.bound import Budget, error_budgets, rounding_key
 from verify.kernels.cache_types import CacheSpec
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
@@ -54,6 +54,7 @@ class CellInputs:
     known: Call | None = None  # the same call, hidden keys finite: exact results are derived of it
     said_only: bool = False  # what is wrong in it is said, and no fault
     look: int = 1  # that it was drawn for, of those at its kind of input
+    alone: bool = True  # single tokens are asked too, of kernels that are asked any
 
     @property
     def exact_call(self) -> Call:
@@ -233,7 +234,8 @@ def examine(
             # A sequence's rows, one by one; kinds of calls are asked as they are.
             side_by_side = call.block_table is None and call.cu_seqlens is None and call.shape.batch == 1
             one_by_one = side_by_side and inputs.before is None and inputs.known is None
-            if share is not None and one_by_one and is_asked_alone(kernel, call.path):
+            asked = share is not None and inputs.alone and one_by_one
+            if share is not None and asked and is_asked_alone(kernel, call.path):
                 with clock.stage("one query token a call", inputs.n_kv):
                     _ask_alone(evidence, kernel, inputs, due[i], share)
         found.append(evidence)
@@ -379,7 +381,8 @@ def _ask_alone(
     """Ask the checked rows one query token a call, and hold them against the budgets that they have."""
     assert found.output is not None
     rows, many = due.held.shape.rows, found.output
-    if not share.allows():
+    # A look that is taken for them takes the time that it takes: what it decides is no matter of load.
+    if inputs.look == 1 and not share.allows():
         share.left_out += rows
         return
     began = time.monotonic()
@@ -401,23 +404,34 @@ def _ask_alone(
     alone.out = out = torch.cat([each.out for each in results], 1)
     lse = torch.cat([each.lse for each in results], 1) if kernel.capabilities().lse else due.budget.lse
     family = ALL_FAMILIES.get(inputs.family)
+    arithmetic, budget = _due_alone(kernel, due)
     alone.measures = measure(
         due.held,
         AttentionOutput(out, lse),
-        due.arithmetic,
+        arithmetic,
         distinct=family is None or family.distinct,
-        budget=due.budget,
+        budget=budget,
     )
     alone.findings = findings(alone.measures)
     exact = due.exact_held[:, :rows]
     if family is not None:
-        alone.findings = _excused(alone.findings, due.held, out, exact, due.arithmetic)
+        alone.findings = _excused(alone.findings, due.held, out, exact, arithmetic)
     alone.energy, alone.given_energy = (row_energy(out, x) for x in (exact, due.exact[:, :rows]))
     alone.other_bits = int(different(out, many.out[:, :rows]).flatten(2).any(-1).sum())
     of_many = row_energy(many.out[:, :rows], exact)
     if of_many.any():
         alone.against_many = math.sqrt(float(alone.energy.sum() / of_many.sum()))
     share.add(time.monotonic() - began)
+
+
+def _due_alone(kernel: Kernel, due: _Due) -> tuple[Arithmetic, Budget]:
+    """What rows that are asked alone are held against: where it was read off a kernel, its arithmetic of one
+    query token."""
+    lengths = due.held.kv_len.unique().tolist()
+    arithmetic = kernel.arithmetic_of(rows_as_sequences(due.held))
+    if rounding_key(arithmetic, lengths) == rounding_key(due.arithmetic, lengths):
+        return due.arithmetic, due.budget
+    return arithmetic, error_budgets(due.held, [arithmetic])[0]
 
 
 def _excused(

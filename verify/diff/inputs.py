@@ -169,6 +169,7 @@ class Look(NamedTuple):
     kind: InputKind
     look: int  # its number, from 2
     candidates: tuple[int, ...]  # numbers of those that it cannot decide about
+    alone: bool  # single tokens are what it is for, or among that
 
 
 def more_inputs(
@@ -176,7 +177,7 @@ def more_inputs(
 ) -> Iterator[CellInputs]:
     """As many inputs again as kinds have so far, by the seeds that follow theirs: what is drawn depends on
     the kind and the number of the look alone."""
-    for of, look, undecided in wanted:
+    for of, look, undecided, alone in wanted:
         shape = shape_named(of.shape)
         by_edges = _by_edges(settings, shape, of.n_kv)
         groups = by_edges if _edged(of.family) else {(): range(len(settings.candidates))}
@@ -189,7 +190,14 @@ def more_inputs(
             for seed in range(settings.first_seed + before, settings.first_seed + 2 * before):
                 with clock.stage("inputs drawn", of.n_kv):
                     drawn = _drawn(of.family, sizes, seed, device, strict=settings.strict)
-                yield CellInputs(**of._asdict(), seed=seed, candidates=candidates, look=look, **drawn)
+                yield CellInputs(
+                    **of._asdict(),
+                    seed=seed,
+                    candidates=candidates,
+                    look=look,
+                    alone=alone,
+                    **drawn,
+                )
 
 
 def _drawn(

@@ -49,7 +49,7 @@ class CandidateResult:
         """What can be judged again; None where nothing was compared."""
         if self.evidence is None:
             return None
-        alone = strata_of(self.cells, alone=True) if self.alone is not None else None
+        alone = strata_of(self.cells, self.looks, alone=True) if self.alone is not None else None
         strata = strata_of(self.cells, self.looks)
         return StoredPair(
             spec=self.spec,

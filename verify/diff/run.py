@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from verify.arms.alone import TimeShare
+from verify.arms.alone import TimeShare, is_asked_alone
 from verify.arms.result_type import matched, shows_its_type
 from verify.diff.cells import (
     Cell,
@@ -199,8 +199,7 @@ class _Bench:
             probed = probe_kernels(kernels, each, self.device, self.clock, strict=self.settings.strict)
             found = [None if one.refused else one for one in probed]
         else:
-            # Single tokens are samples of the first look.
-            found = examine(kernels, each, self.clock, self.share if each.look == 1 else None)
+            found = examine(kernels, each, self.clock, self.share)
             say_what_is_hidden(each, found)
         self._contract |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
         family = PROBES if isinstance(each, Probing) else each.family
@@ -263,6 +262,7 @@ def _learn(settings: DiffSettings, kernel: Kernel, device: torch.device, clock: 
             path=settings.path,
             dtype=FLOAT_TYPES[settings.dtype].dtype,
             device=str(device),
+            rows=(1, 2) if is_asked_alone(kernel, settings.path) else (),
         )
 
 
@@ -296,7 +296,7 @@ def _judge(
 ) -> CandidateResult:
     """The verdict over all cells, and where it is broken: at which shapes, lengths and inputs."""
     strata = judge_cells(cells, settings.margin, settings.looks)
-    alone = judge_alone(cells, settings.margin)
+    alone = judge_alone(cells, settings.margin, settings.looks)
     if not cells:
         reasons = ["it takes none of the inputs"]
         return CandidateResult(

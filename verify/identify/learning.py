@@ -152,6 +152,9 @@ def _said(
         words = [f"P {WORDS[each.p]}", f"sums {WORDS[each.accumulator]}", f"result {WORDS[each.result]}"]
         words.append(f"tiles of {each.tile}" if each.tile else "no tile seen")
         words.append(f"{each.parts} part{'s' if each.parts > 1 else ''} at {each.n_kv} keys")
+        if each.n_q == 1:
+            # And of more tokens it is another kind, or was not read.
+            words[-1] += " in calls of one query token"
         said.append(f"{kernel.spec}: read off it: {', '.join(words)}; its budget follows from that")
     said += [f"{kernel.spec}: {each}" for each in coarser(readings)]
     said += [f"finding: {kernel.spec} {odd}" for odd in acc_contradictions(kernel.spec, readings)]

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from verify.judge.regimes import sentence
 from verify.judge.statistics import DistanceRatio
-from verify.judge.strata import FEWEST_SAMPLES, IMPROVEMENT, Judgement, improvement_of
+from verify.judge.strata import FEWEST_SAMPLES, IMPROVEMENT, Judgement, StratumResult, improvement_of
 from verify.machine.errors import UsageError
 
 Verdict = Literal["broken", "inconclusive", "identical", "degraded", "improved", "round-off"]
@@ -127,13 +127,19 @@ def _by_what_was_measured(e: PairEvidence) -> Decision:
     return _by_distance(e, e.distance)
 
 
+def hints_of_harm(alone: Judgement | None, margin: float) -> list[StratumResult]:
+    """Strata of single tokens that lie beyond the margin and cannot tell whether by chance."""
+    return [] if alone is None else [s for s in alone.of("inconclusive") if s.ratio > margin]
+
+
 def _with_single_tokens(e: PairEvidence, decision: Decision) -> Decision:
     """What single tokens add. Few are asked, so they decide about harm alone: where it is significant, and
-    where many show it and cannot yet tell."""
+    where many show it and cannot yet tell. They never improve a verdict, nor does what few cannot rule out
+    take one away."""
     found = e.alone
     if found is None:
         return decision
-    undecided = [s for s in found.of("inconclusive") if s.samples >= FEWEST_SAMPLES and s.ratio > e.margin]
+    undecided = [s for s in hints_of_harm(found, e.margin) if s.samples >= FEWEST_SAMPLES]
     if found.word == "degraded":
         verdict: Verdict = "degraded"
     elif undecided and decision.verdict not in ("degraded", "inconclusive"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from verify.arms.alone import TimeShare
 from verify.diff.inputs import DiffSettings, all_inputs
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
@@ -18,6 +19,24 @@ from verify.judge.strata import judge_strata
 from verify.machine.errors import UsageError
 from verify.machine.stages import StageClock
 
+# P in float16; for one query token 1.4 times as far off, in no direction.
+KERNELS = """
+import torch
+
+def good(q, k, v, *, kv_len, scale):
+    ratio = q.shape[2] // k.shape[2]
+    s = scale * torch.einsum("bthd,bshd->bhts", q.float(), k.float().repeat_interleave(ratio, 2))
+    s = s.masked_fill(torch.arange(k.shape[1]) >= kv_len[:, None, :, None], -torch.inf)
+    p = torch.exp(s - s.amax(-1, keepdim=True))
+    weights = p.half().float() / p.sum(-1, keepdim=True)
+    return torch.einsum("bhts,bshd->bthd", weights, v.float().repeat_interleave(ratio, 2))
+
+def noisy_alone(q, k, v, *, kv_len, scale):
+    out = good(q, k, v, kv_len=kv_len, scale=scale)
+    if q.shape[1] > 1:
+        return out
+    return out + 2.2e-4 * out.square().mean(-1, keepdim=True).sqrt() * (1e6 * out).sin()
+"""
 CPU = torch.device("cpu")
 SETTINGS = DiffSettings(
     shapes=("6/3x32",),
@@ -75,6 +94,31 @@ def test_a_pair_that_was_looked_at_again_is_stored_with_its_looks(tmp_path: Path
     for now, was in zip(found, right.strata.strata, strict=True):
         assert (now.look, now.word) == (was.look, was.word)
         assert (now.low, now.high) == pytest.approx((was.low, was.high), rel=1e-4)
+
+
+def test_single_tokens_that_hint_at_harm_are_asked_until_they_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight a cell cannot tell 1.4 times from chance: that passed as round-off. Time keeps nobody from it."""
+    (tmp_path / "mine.py").write_text(KERNELS)
+    settings = replace(
+        SETTINGS,
+        shapes=("4/1x64",),
+        n_kvs=(300,),
+        families=("rising",),
+        rows=64,
+        candidates=(f"py:{tmp_path}/mine.py::noisy_alone",),
+    )
+    monkeypatch.setattr(TimeShare, "allows", lambda self: True)
+    (once,) = diffed(replace(settings, most_rows=64)).candidates
+    assert once.verdict == "round-off" and once.alone is not None
+    assert {s.word for s in once.alone.strata} == {"inconclusive"}
+    first = iter([True])
+    monkeypatch.setattr(TimeShare, "allows", lambda self: next(first, False))
+    (again,) = diffed(settings).candidates
+    assert again.verdict == "degraded", again.reasons
+    assert again.reasons[0].startswith("one query token a call: degraded")
+    assert len({c.inputs.seed for c in again.cells}) == len(again.cells) > 1
 
 
 def test_what_stays_undecided_says_so_after_its_last_look() -> None:
