@@ -33,7 +33,7 @@ from verify.kernels.timing import input_sets, time_calls
 
 LENGTHS = (8192, 32_768, 131_072, 16_384, 65_536)
 CACHES = ("q8_0", "q4_0", "e4m3")
-READERS = ("wide", "swapped", "chunks")
+READERS = ("cuda", "wide", "swapped", "chunks")
 
 
 class Variant(NamedTuple):
@@ -129,7 +129,7 @@ def plan() -> list[tuple[Variant, int]]:
     return (
         todo
         + [(Variant("f16"), n) for n in LENGTHS[3:]]
-        + [(Variant(cache, reader), n) for reader in READERS[:2] for cache in CACHES for n in LENGTHS[3:]]
+        + [(Variant(cache, reader), n) for reader in READERS[:3] for cache in CACHES for n in LENGTHS[3:]]
     )
 
 

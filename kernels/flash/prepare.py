@@ -48,7 +48,7 @@ def check_supported(call: Call) -> None:
 
 # Those that are read a whole row at a time, too: fp8, with a scale a KV head or one alone.
 WIDE_TYPES = {**FUSED_TYPES, "e4m3": 8}
-READERS = ("chunks", "wide", "swapped")
+READERS = ("chunks", "wide", "swapped", "cuda")
 
 
 def planes_of(k: Quantised, v: Quantised, reader: str = "chunks") -> Planes:

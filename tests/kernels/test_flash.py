@@ -19,6 +19,7 @@ import torch
 from support import flash_counting as counting
 from support import flash_forms as forms
 from support import flash_laws as laws
+from support import reader_on_host
 from support.subjects import flash_subject
 from verify.kernels.call import checked_call
 from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel
@@ -68,6 +69,19 @@ def _product(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ig
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _product)
+
+
+@pytest.mark.skipif(not reader_on_host.HAS_COMPILER, reason="no g++ to compile the reader with")
+@pytest.mark.parametrize(
+    ("late", "caches"),
+    [(False, ["q8_0", "q4_0+rotate=mainline"]), (True, ["q8_0", "q4_0", "e4m3+scale=head"])],
+    ids=["copies at once", "copies late"],
+)
+def test_the_compiled_reader(late: bool, caches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own source, over stand-ins for a GPU's instructions."""
+    reader_on_host.stand_in(monkeypatch, late=late)
+    laws.the_compiled_reader_keeps_its_budget_and_its_plan(CPU, caches, laws.COMPILED_PLANS[1:])
+    assert {grid[2] for grid in reader_on_host.OnHost.grids} == {2}
 
 
 @pytest.mark.parametrize("case", laws.CASES, ids=lambda case: case.name)
