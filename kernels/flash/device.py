@@ -132,13 +132,17 @@ def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
     """First key, end and number of parts of rows with n_kv keys: `KVCuts.cuts`, in the same integers.
 
     A part beyond the row's last is empty: its first key and its end are n_kv. tiles_a_part: of parts of a
-    given size; below 0 a part has at least so many tiles.
+    given size; below 0 of `auto`: `tiles_to_fill`.
     """
     tiles = (n_kv + BLOCK - 1) // BLOCK
-    most = tiles
+    count = tl.minimum(parts, tiles)
     if tiles_a_part < 0:
-        most = tiles // -tiles_a_part
-    count = tl.maximum(tl.minimum(parts, most), 1)
+        full = tiles // -tiles_a_part
+        cheap = tl.minimum(parts // 2, 32)
+        most = tl.maximum(tl.maximum(cheap, tl.minimum(full, 64)), full // 2)
+        count = tl.minimum(tl.minimum(parts, tiles // 2), most)
+        count = tl.where(count > 32, count // 16 * 16, count)
+    count = tl.maximum(count, 1)
     first, end = part * tiles // count, (part + 1) * tiles // count
     if tiles_a_part > 0:
         count = tl.maximum((tiles + tiles_a_part - 1) // tiles_a_part, 1)

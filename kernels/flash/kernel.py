@@ -51,23 +51,26 @@ _OVERLAP_FROM = (9, 0)
 
 class Filling(NamedTuple):
     """Programs of a kernel over quantised caches that one multiprocessor runs at once, by its registers and
-    shared memory; and tiles that a part has at least, below which starting it costs more than it gains."""
+    shared memory; and its `KVCuts.tiles_to_fill`: the faster it is, the more."""
 
     programs_a_sm: int
-    fewest_tiles: int
+    tiles_to_fill: int
 
 
 # Of Triton's, on an H200: at 8,192 keys and 8 KV heads 32 parts are best, from 32,768 on 49, of 8 to 64.
 FILLING = Filling(3, 4)
-FILLING_COMPILED = Filling(compiled.BLOCKS_A_SM, 1)
+# A block alone takes 0.67 us for 64 keys of float16, 0.4 of q8_0 and q4_0, 0.27 of e4m3.
+FILLING_COMPILED, FILLING_COMPILED_FP8 = Filling(compiled.BLOCKS_A_SM, 10), Filling(compiled.BLOCKS_A_SM, 20)
 
 
-def filling(plan: Plan, reader: str) -> Plan:
+def filling(plan: Plan, reader: str, cache_type: str) -> Plan:
     """The plan with `kv=auto` by the programs of the kernel over quantised caches that run at once."""
     if plan.kv.mode != "auto":
         return plan
-    of = FILLING_COMPILED if reader == "cuda" else FILLING
-    return replace(plan, kv=KVCuts("auto", of.fewest_tiles), sms=plan.sms * of.programs_a_sm)
+    of = FILLING
+    if reader == "cuda":
+        of = FILLING_COMPILED_FP8 if cache_type in FP8_TYPES else FILLING_COMPILED
+    return replace(plan, kv=KVCuts("auto", of.tiles_to_fill), sms=plan.sms * of.programs_a_sm)
 
 
 def reads_planes(call: Call, options: TileOptions) -> bool:
@@ -108,7 +111,7 @@ COUNTED_EVERY = 64
 # keys on an H200, where chunks reach 0.98; for 4 bits chunks are faster (h200-quantised-readers.json).
 WIDE_TYPES = ("q8_0", "e4m3")
 # Those that the reader in CUDA C++ reads faster still, where it has what a call asks for.
-COMPILED_TYPES = ("q8_0", "q4_0")
+COMPILED_TYPES = ("q8_0", "q4_0", "e4m3")
 # Kinds of calls that are told apart; beyond, all are counted anew.
 _MOST_TALLIES = 256
 NOT_THE_PLAN = "the device did not run the plan of a call: what it wrote was counted, and is in the coverage"
@@ -171,7 +174,7 @@ class FlashKernel(Kernel):
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         if fused:
             assert planes is not None
-            options = replace(options, plan=filling(options.plan, planes.reader))
+            options = replace(options, plan=filling(options.plan, planes.reader, cache.k))
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
@@ -309,7 +312,7 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         cache = self.cache.at(call.layer)
         if self._fuses(call, cache, options):
-            options = replace(options, plan=filling(options.plan, self._reader(call, cache)))
+            options = replace(options, plan=filling(options.plan, self._reader(call, cache), cache.k))
         return self._arithmetic(options, call.shape, call.asked(cache.k), tiles, call.q.dtype, cache)
 
     def _arithmetic(

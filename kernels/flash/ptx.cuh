@@ -85,20 +85,15 @@ DEVICE float log_of_two(float x) {
   return y;
 }
 
-#ifndef L2
-#define L2
-#endif
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
 // Copies to shared memory that run on by themselves; of `some` bytes, what is left of the place becomes 0.
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 DEVICE void copy16(u8* to, const u8* from) {
-  asm volatile("cp.async.cg.shared.global" TEXT(L2) " [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 DEVICE void copy16(u8* to, const u8* from, int some) {
-  asm volatile("cp.async.cg.shared.global" TEXT(L2) " [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(some)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(some)
                : "memory");
 }
 

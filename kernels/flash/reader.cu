@@ -4,7 +4,7 @@
 //
 //   BITS     8 or 4, of a code          FP8      codes are e4m3
 //   BLOCK    keys a tile of the plan    STAGES   tiles that a warp has under way, and the one it computes
-//   WARPS    of a block, 4, 8 or 12          OVERLAP  1: launched before the launch in front has ended
+//   WARPS    of a block                 OVERLAP  1: launched before the launch in front has ended
 //
 // A block has one KV part of one head group of at most 16 heads, of size 128. Its warps take turns at tiles of
 // 16 keys, and each reads by itself: its own copies to shared memory, maximum m, denominator l and numerator
@@ -79,7 +79,7 @@ DEVICE int placed_8(int key, int piece) { return key * 128 + (piece ^ (key & 3) 
 DEVICE int placed_k4(int key, int piece) { return key / 2 * 128 + ((key & 1) * 4 + piece ^ (key & 4)) * 16; }
 DEVICE int placed_v4(int key, int piece) { return key * 64 + (piece ^ (key & 2)) * 16; }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS) attend(const Asked a) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a) {
   extern __shared__ __align__(16) u8 shared[];
   const int row_id = blockIdx.x;
   int sequence = 0;
@@ -114,7 +114,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 12 / WARPS) attend(cons
     begin = part * a.tiles_a_part;
     end = begin + a.tiles_a_part;
   } else {
-    count = max(min(a.parts, a.tiles_a_part < 0 ? tiles / -a.tiles_a_part : tiles), 1);
+    count = min(a.parts, tiles);
+    if (a.tiles_a_part < 0) {
+      const int full = tiles / -a.tiles_a_part;
+      const int most = max(max(min(a.parts / 2, 32), min(full, 64)), full / 2);
+      count = min(min(a.parts, tiles / 2), most);
+      if (count > 32) count = count / 16 * 16;
+    }
+    count = max(count, 1);
     if ((i64)(part + 1) * tiles >> 32 == 0) {  // a division of 64 bits takes a tenth of a microsecond
       begin = (int)((u32)part * (u32)tiles / (u32)count);
       end = (int)((u32)(part + 1) * (u32)tiles / (u32)count);
