@@ -22,7 +22,7 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("ptx.cuh", "reader.c
 KEYS_A_TILE = 16
 # Of a block, of which a multiprocessor runs one. With 12 warps its registers leave no room for the combining
 # launch beside it; of 12 warps in three blocks the third of a KV range would be a part of its own, and that
-# launch would have three times as much to read. Both are slower at every length (H200, 1,024 to 131,072 keys).
+# launch would have three times as much to read. Both are no faster at any length but 131,072 (q4_0, 3 %).
 WARPS, BLOCKS_A_SM = 8, 1
 HEAD_SIZE, LARGEST_GROUP = 128, 16
 # The families that have this much: H100 and H200, B100 to B300.
@@ -47,8 +47,10 @@ class ReaderKind(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """Tiles that a warp has under way, and the one it computes. Of 4 bits one under way is enough; of 8 it
-        is 3 % slower from 16,384 keys on, though 6 % faster at 4,096."""
+        """Tiles that a warp has under way, and the one it computes.
+
+        Of 4 bits one under way is enough; of 8 it is 3 % slower from 16,384 keys on, 6 % faster at 4,096.
+        """
         return 3 if self.bits == 8 else 2
 
     @property

@@ -29,8 +29,8 @@ from verify.kernels.plans.policy import Launch, Policy
 
 # Without a GPU `kv=auto` counts on this many multiprocessors (an H100's), so that it can be studied on a CPU.
 NOMINAL_SMS = 132
-# Of `kv=auto`, on an H200. A launch that fills the multiprocessors leaves no room for the launches behind it to
-# come forward, which costs what so many tiles a part take; up to half of them costs nothing.
+# Of `kv=auto`, on an H200. A launch that fills the multiprocessors leaves no room for the launches behind it
+# to come forward, which costs what so many tiles a part take; up to half of them costs nothing.
 TILES_A_PART_TO_FILL = 4
 # The combining launch reads so many parts at once; beyond, each further 16 are as slow as one of them.
 PARTS_AT_ONCE, PARTS_TOGETHER = 32, 16

@@ -212,13 +212,13 @@ def test_tanh_is_as_exact_as_the_arithmetic_says() -> None:
 def test_cuts_on_the_device_are_those_of_the_plan(kv: str, block: int) -> None:
     write_bounds = triton.jit(_write_bounds)
     cuts = KVCuts.parse(kv)
-    parts = cuts.parts_wanted(2, 132) if cuts.mode != "size" else 0
+    parts = cuts.parts_wanted(1, 132) if cuts.mode != "size" else 0
     tiles_a_part = -(-cuts.value // block) if cuts.mode == "size" else 0
     lengths = (0, 1, block - 1, block, block + 1, 3 * block, 1000)
     if cuts.mode == "auto":
-        tiles_a_part, lengths = -cuts.tiles_to_fill, (*lengths, 70 * block, 200 * block, 519 * block)
+        tiles_a_part, lengths = -cuts.tiles_to_fill, (*lengths, 70 * block, 200 * block, 700 * block)
     for n_kv in lengths:
-        expected = cuts.cuts(n_kv, block, 2, 132)
+        expected = cuts.cuts(n_kv, block, 1, 132)
         n_parts = max(len(expected) - 1, 1)
         found = torch.full((n_parts, 3), -1, dtype=torch.int32)
         write_bounds[(n_parts,)](found, n_kv, parts, tiles_a_part, BLOCK=block)
