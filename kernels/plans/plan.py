@@ -68,7 +68,7 @@ class KVCuts:
 
     mode: Literal["parts", "size", "auto"] = "parts"
     # Parts, or keys; of auto the tiles that a part has at least where more than half of the multiprocessors
-    # have one, 0 for those of float16.
+    # have one, 0 or 1 for those of float16.
     value: int = 1
 
     @classmethod
@@ -90,7 +90,7 @@ class KVCuts:
 
     @property
     def tiles_to_fill(self) -> int:
-        return self.value or TILES_A_PART_TO_FILL
+        return self.value if self.value > 1 else TILES_A_PART_TO_FILL
 
     def _parts(self, tiles: int, programs: int, sms: int) -> int:
         """Parts that so many tiles are cut into (modes `parts` and `auto`); `device.part_bounds` is the same.
