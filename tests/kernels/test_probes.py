@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from verify.kernels.judging.probes import (
     tags,
     window_edge,
 )
+from verify.kernels.judging.probes.level_probes import constant_bound
 from verify.kernels.judging.probes.one_hot_probes import GAP
 from verify.kernels.registry import build_kernel
 
@@ -187,3 +189,19 @@ def test_a_failing_kernel_is_a_failure_and_no_error() -> None:
 
     (failure,) = check(last_key_edge(SIZES), Dies("dies", build_kernel("eager").options))  # type: ignore[attr-defined]
     assert "it died" in str(failure) and math.isnan(failure.got)
+
+
+def test_what_the_denominator_sums_is_relied_on_only_where_it_is_stated() -> None:
+    """Elsewhere it is the looser of both that is taken, and beside a constant V that one is the other."""
+    call = constant_v(InputSizes(n_kv=(1101,))).call
+    stated, unstated = Arithmetic(l_from_rounded_p=True), Arithmetic()
+    size = call.v[:, 0, :1].double().abs()[:, None]
+    rounding = 2.0**-11 * size
+    assert bool((constant_bound(call, stated) < rounding).all())
+    for arithmetic in (
+        unstated,
+        replace(stated, identified=True),
+        replace(stated, stated=False),
+        replace(stated, stated=False, identified=True),
+    ):
+        assert bool((constant_bound(call, arithmetic) >= rounding).all())

@@ -64,7 +64,8 @@ def constant_v(sizes: InputSizes, *, seed: int = 0, device: torch.device | str =
 def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
     """The budget where v_j = o for every key: eta drops out, since sum_j p_j (v_j - o) = 0.
 
-    |err| <= |o| (x + g (1 + x)), x = max(u_p, n tau_p) (0 if l sums rounded P),
+    |err| <= |o| (x + g (1 + x)), x = max(u_p, n tau_p) (0 if the kernel states that l sums
+    rounded P; where that is only assumed, as the looser elsewhere, it is not relied on),
     g = gamma_dn + gamma_dl + 2 gamma_dm + 3u + u_v + u_part, then the rounding of the result.
     """
     depths = [[a.depths(n) for n in row] for row in call.n_kv.tolist()]
@@ -75,7 +76,7 @@ def constant_bound(call: Call, a: Arithmetic) -> torch.Tensor:
 
     n = call.n_kv[..., None, None].double()
     lost = torch.clamp(n * a.tau_p, min=NUMBER_TYPES[a.p].u)
-    if a.l_from_rounded_p:
+    if a.l_from_rounded_p and a.stated and not a.identified:
         lost = torch.zeros_like(lost)
     deep = gamma(per_row("d_n"), a.u_acc) + gamma(per_row("d_l"), a.u) + 2 * gamma(per_row("d_m"), a.u)
     relative = lost + (deep + 3 * a.u + a.u_v + a.u_part) * (1 + lost)

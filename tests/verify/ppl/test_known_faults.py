@@ -42,8 +42,10 @@ NO_EFFECT = {
     "f16 overflow": "no sum near 65504, and the correct kernel has the same accumulators",
 }
 # Right here: one is a right kernel that runs another plan, which the trace shows; the other's weights
-# overflow only where logits are large.
-RIGHT_HERE = {"never ran", "no common maximum"}
+# overflow only where logits are large, so that it only rounds.
+RIGHT_HERE = {"never ran": ("inconclusive",), "no common maximum": ("round-off", "inconclusive")}
+# Calls of all rows have the same lengths; those of one query token, which a run asks beside, do not.
+SHOWN_ALONE = {"first call's lengths"}
 # Of each kind one in the fast tests: one row in a hundred, all rows a little, rows that come last.
 FAST = {"lone key dropped", "wrong by 2 %", "late maximum"}
 
@@ -85,7 +87,9 @@ HERE = [fault for fault in FAULTS if not fault.needs and fault.name != NOT_REPEA
 
 def test_the_ledger_is_of_known_faults() -> None:
     names = {fault.name for fault in HERE}
-    assert NO_EFFECT.keys() | RIGHT_HERE | FAST <= names and not NO_EFFECT.keys() & (RIGHT_HERE | FAST)
+    right = set(RIGHT_HERE)
+    assert NO_EFFECT.keys() | right | FAST <= names and not NO_EFFECT.keys() & (right | FAST)
+    assert NO_EFFECT.keys() >= SHOWN_ALONE
 
 
 @pytest.mark.parametrize("fault", HERE, ids=lambda fault: fault.name)
@@ -108,7 +112,7 @@ def test_no_fault_that_changes_this_path_passes(
 ) -> None:
     report = judged(six, tmp_path / "run", fault, monkeypatch)
     (pair,) = report["pairs"]
-    assert pair["bitwise_equal"] == (fault.name in NO_EFFECT), NO_EFFECT.get(fault.name, report["reasons"])
-    if fault.name not in NO_EFFECT:
-        due = ("broken", "inconclusive") if fault.name in RIGHT_HERE else ("broken",)
-        assert report["verdict"] in due, report["reasons"]
+    hidden = fault.name in NO_EFFECT and fault.name not in SHOWN_ALONE
+    assert pair["bitwise_equal"] == hidden, NO_EFFECT.get(fault.name, report["reasons"])
+    if not hidden:
+        assert report["verdict"] in RIGHT_HERE.get(fault.name, ("broken",)), report["reasons"]
