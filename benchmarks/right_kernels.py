@@ -45,6 +45,7 @@ ON_CPU = {
     **OPTIONS,
     "ppl": ["-c", "128", "--chunks", "2"],
     "diff": ["--shape", "4/2x64", "--n-kv", "300,1101"],
+    "props": ["--examples", "6", "--seed", "1"],
     "gen": ["-p", "The history of the city begins with", "-n", "12"],
 }
 
@@ -266,7 +267,7 @@ def main() -> int:
                 found, stored = done.result()
                 if stored:
                     pairs |= dict(stored)
-                    strata.write_bytes(packed(sorted(pairs.items()), digits=10))
+                    strata.write_bytes(packed(sorted(pairs.items()), digits=8))
                 for row in found:
                     key = (row["name"], row["command"], row["device"])
                     kept = [r for r in rows if (r["name"], r["command"], r["device"]) != key]
