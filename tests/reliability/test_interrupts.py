@@ -67,3 +67,32 @@ def test_a_hangup_that_is_ignored_ends_nothing() -> None:
     finally:
         signal.signal(signal.SIGHUP, before)
     assert done.returncode == 2 and "/no such" in done.stderr, done.stderr
+
+
+SWALLOWED = """
+import os, signal, time, weakref
+from verify.machine.standing import Ended
+class Held: pass
+def callback(_):
+    os.kill(os.getpid(), signal.{name})
+    for _ in range(1000): pass
+with Ended() as ended:
+    held = Held()
+    kept = weakref.ref(held, callback)
+    try:
+        del held
+        time.sleep(20)
+        print("went on")
+    except KeyboardInterrupt:
+        print("ended by", ended.came)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_a_callback_swallows_comes_again(name: str) -> None:
+    """A weak reference's callback cannot raise: the run went on, and was killed a minute later."""
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED.format(name=name)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["ended", "by", str(int(getattr(signal, name)))], done.stderr
+    assert done.stderr == ""

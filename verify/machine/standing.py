@@ -10,10 +10,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 # A library that swallows the interrupt, while it is imported say, does not keep the process longer than this.
 GRACE_S = 60
+# An interrupt inside a callback of the interpreter (of a weak reference, say) is lost there; it comes again.
+_AGAIN_S = 0.05
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -37,6 +40,8 @@ class Ended:
     def __init__(self) -> None:
         self.came = 0
         self._before: dict[int, Any] = {}
+        self._hook: Callable[[Any], object] | None = None
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> Ended:
         if threading.current_thread() is threading.main_thread():
@@ -46,9 +51,15 @@ class Ended:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._interrupt)
             self._before[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
+            if signal.SIGINT in self._before:
+                self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._hook is not None:
+            sys.unraisablehook = self._hook
+        if self._again is not None:
+            self._again.cancel()
         if self.came:
             signal.alarm(0)
         for number, handler in self._before.items():
@@ -57,6 +68,18 @@ class Ended:
     def code(self, interrupted: int) -> int:
         """The exit code of a run that was ended: 128 + the signal's number; `interrupted` where none came."""
         return 128 + self.came if self.came else interrupted
+
+    def _lost(self, unraisable: Any) -> None:
+        """Where nothing can be raised: an interrupt is sent again for when that is over."""
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            assert self._hook is not None
+            self._hook(unraisable)
+            return
+        main = threading.main_thread().ident
+        assert main is not None
+        self._again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT))
+        self._again.daemon = True
+        self._again.start()
 
     def _keyboard(self, number: int, _frame: Any) -> None:
         # Every one of them: who types it again wants it sooner.
