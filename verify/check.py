@@ -334,7 +334,7 @@ def check_attention(
                 check_settings(own, [] if own.baseline in built else [own.baseline])
                 inputs = _remembered(all_inputs(own, on, clock := StageClock(on)), probings)
                 outcomes[path] = run_diff(
-                    own, on, inputs, clock, build=kept, store=kept_of_baseline, stored=stored
+                    own, on, inputs, clock, build=kept, store=kept_of_baseline, stored=stored, name_bugs=False
                 )
             if kept_of_baseline is not None and store is not None:
                 write_whole(Path(store), kept_of_baseline.packed(str(on)))

@@ -32,8 +32,11 @@ from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.judging.probes import strided_one_hot
 from verify.kernels.kernel import Kernel
 
-# Likeness from which on a fault is named; how many are.
-LIKE, MOST = 0.5, 3
+# Likeness from which on a fault is named; how many are. 0.48 is the most at which, under plans that the
+# library does not hold, the right fault is among three in 95 %: 96.2 % of results in float32, 95.5 % in
+# float16 (94.0 % at 0.5). Of kinds that are held out 77 and 81 % get no name there (61 % at 0.4). Measured by
+# tests/verify/diff/test_naming.py.
+LIKE, MOST = 0.48, 3
 # A kernel whose errors are all tiny looks like many.
 LIKE_IF_TINY = 0.8
 # What is no sign, in median errors of the kernel: its rounding errs that much somewhere.
@@ -42,10 +45,11 @@ NOISE = 32
 _STEPS = (2.0**-11, 2.0**-7, 2.0**-3)
 # A share of an error that one explanation must have, squared.
 _EXPLAINED = 0.9
-# Plans under which each fault is run: KV parts, tiles.
+# Plans under which each fault is run: KV parts, tiles, types of the result.
 _PLANS: tuple[dict[str, int], ...] = (
     {"kv": 1}, {"kv": 2}, {"kv": 3}, {"kv": 4}, {"kv": 6}, {"block": 16}, {"block": 32}, {"block": 128},
-    {"kv": 5}, {"block": 48}, {"kv": 3, "block": 32},
+    {"kv": 5}, {"block": 48}, {"kv": 3, "block": 32}, {"out": "f16"}, {"out": "f16", "kv": 2},
+    {"out": "f16", "block": 32}, {"out": "bf16"}, {"out": "bf16", "kv": 2},
 )  # fmt: skip
 # What `benchmarks/fault_signs.py` writes.
 STORED = "fault_signs.json"

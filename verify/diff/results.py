@@ -44,6 +44,7 @@ class CandidateResult:
     alone: Judgement | None = None  # of single tokens; None: it was asked none
     looks: int = 1  # that a kind of input may be given
     evidence: PairEvidence | None = None  # what decided, None where it takes none of the inputs
+    looks_like: Sequence[str] = ()  # of a broken one: known bugs that it is most like, sentences
 
     def stored(self) -> StoredPair | None:
         """What can be judged again; None where nothing was compared."""
@@ -178,6 +179,7 @@ def run_json(
                 "alone": [_stratum_json(s) for s in (r.alone.strata if r.alone is not None else ())],
                 "bitwise_equal": all(c.bitwise_equal for c in r.cells if c.compared)
                 and any(c.compared for c in r.cells),
+                "looks_like": list(r.looks_like),
             }
             for r in results
         ],

@@ -22,6 +22,7 @@ from verify.diff.cells import (
 from verify.diff.examining import CellInputs, KernelEvidence, examine
 from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_inputs
 from verify.diff.looks import looks_sentence, undecided
+from verify.diff.naming import looks_like
 from verify.diff.probing import PROBES, Probing, probe_kernels
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
 from verify.diff.stored_baseline import BaselineStore, StoredBaseline
@@ -60,6 +61,7 @@ def run_diff(
     show: Show = _unshown,
     store: BaselineStore | None = None,
     stored: StoredBaseline | None = None,
+    name_bugs: bool = True,
 ) -> DiffOutcome:
     """Examine every kernel on every input, and judge every candidate; kinds of input that cannot decide are
     drawn again until they do, or have had all their looks.
@@ -67,7 +69,7 @@ def run_diff(
     build: the kernel of a specification; the library's caller has functions that none can name, and closes
     what it built. show: passes on the inputs of another look, and shows how far it is, with what it is.
     store: keeps what baselines do. stored: what they did, in the place of running them; there are no more
-    looks than it has.
+    looks than it has. name_bugs: broken candidates are asked a few small calls more, for what they look like.
 
     An interruption, or too little memory, ends it: what was examined by then is judged, and the outcome says
     what stopped it. Raises UsageError for too little memory where nothing was.
@@ -119,6 +121,10 @@ def run_diff(
         if faults_of(evidence, "candidate") and not any(cell.faults for cell in bench.cells[i]):
             bench.cells[i].append(compare(of_first, KernelEvidence(matches[i].baseline), evidence))
     results = bench.judged()
+    if name_bugs and not stopped:
+        for result in results:
+            if result.verdict == "broken":
+                result.looks_like = _alike(result.spec, device, build)
     verdict = overall([Decision(r.verdict, r.reasons) for r in results])
     notes = sorted({note for kernel in (*baselines.values(), *candidates) for note in kernel.notes})
     notes += learnt
@@ -146,6 +152,16 @@ def run_diff(
         stopped=stopped,
         interrupted=interrupted,
     )
+
+
+def _alike(spec: str, device: torch.device, build: Callable[[str], Kernel]) -> list[str]:
+    """Known bugs that a broken kernel looks like, sentences."""
+    kernel = build(spec)
+    try:
+        return [str(each) for each in looks_like(kernel, device)]
+    finally:
+        if build is build_kernel:
+            kernel.close()
 
 
 class _Bench:

@@ -92,6 +92,8 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
         print_table_on(console, table_of(_COLUMNS, rows))
         if len(outcome.candidates) > 1:
             console.print(f"verdict: {result.verdict}: {'; '.join(result.reasons)}", soft_wrap=True)
+        for alike in result.looks_like[:1]:
+            console.print(alike, soft_wrap=True)
         if (worst := result.worst) is not None:
             again = command_of(outcome.settings, worst)
             console.print(f"worst element again: {again}", soft_wrap=True)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import verify
-from verify.diff import naming
+from support.cli import verify as run
 from verify.diff.naming import Known, asked_of, computed_library, library, named, signs_of, under_plans
 from verify.kernels.faults import FAULTS, VARIANTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.kernel import Kernel
 
-# Plans and types of which the library has no signs.
-OTHERS: tuple[dict[str, Any], ...] = ({"kv": 7}, {"block": 96}, {"kv": 3, "block": 48}, {"out": "f16"})
+# Plans of which the library has no signs, with results of either type.
+OTHERS: tuple[dict[str, Any], ...] = ({"kv": 7}, {"block": 96}, {"kv": 3, "block": 48})
+IN_FLOAT16 = tuple({**plan, "out": "f16"} for plan in OTHERS)
 SHOWN = {each.fault for each in library()}
 EVERYTHING = asked_of(TileKernel("right").capabilities())
 
@@ -52,17 +55,40 @@ def wrong(confused: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:
 
 @pytest.mark.slow
 def test_faults_under_other_plans_are_named() -> None:
-    """A sixth of the trials of the test below, spread over faults and plans."""
-    confused, first, three = matrix(islice(trials(OTHERS), 0, None, 6))
+    """An eleventh of the trials of the test below, spread over faults and plans."""
+    confused, first, three = matrix(islice(trials((*OTHERS, *IN_FLOAT16)), 0, None, 11))
     assert sum(confused.values()) > 20
     assert first >= 0.8 and three >= 0.9, wrong(confused)
 
 
 @pytest.mark.slow
-def test_the_confusion_matrix() -> None:
-    confused, first, three = matrix(trials(OTHERS))
-    assert sum(confused.values()) > 150
+@pytest.mark.parametrize("plans", [OTHERS, IN_FLOAT16], ids=["float32", "float16"])
+def test_the_confusion_matrix(plans: Sequence[dict[str, Any]]) -> None:
+    """At the likeness that is shipped. 92.5 and 96.2 % in float32, 91.8 and 95.5 % in float16."""
+    confused, first, three = matrix(trials(plans))
+    assert sum(confused.values()) > 120
     assert first >= 0.8 and three >= 0.95, wrong(confused)
+
+
+@pytest.mark.slow
+def test_results_in_bfloat16() -> None:
+    """85 % first: a result's own rounding hides what is small."""
+    confused, first, three = matrix(trials([{**plan, "out": "bf16"} for plan in OTHERS]))
+    assert first >= 0.8, wrong(confused)
+    assert three >= 0.9, wrong(confused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plans", [OTHERS, IN_FLOAT16], ids=["float32", "float16"])
+def test_held_out_kinds_under_other_plans_are_mostly_not_known(plans: Sequence[dict[str, Any]]) -> None:
+    """77 and 81 %."""
+    kind = {fault.name: type(fault.build()).__module__ for fault in FAULTS}
+    unknown = total = 0
+    for name, kernel in trials(plans):
+        if signs := signs_of(kernel):
+            rest = [known for known in library() if kind[known.fault] != kind[name]]
+            total, unknown = total + 1, unknown + (not named(signs, EVERYTHING, rest))
+    assert unknown / total >= 0.7, (unknown, total)
 
 
 @pytest.mark.slow
@@ -131,4 +157,17 @@ def test_a_broken_verdict_says_what_it_looks_like() -> None:
     assert "looks like: the newest key is not seen (fault last key dropped," in report.text()
     other = verify.check_attention(heads_rotated, n_kv=65, paths="decode", families=["probes"])
     assert not any("last key dropped" in x for x in other.looks_like)
-    assert naming.LIKE >= 0.4
+
+
+def test_a_diff_says_it_too(tmp_path: Path) -> None:
+    kernels = Path(__file__).parents[2] / "support/user_kernels.py"
+    done = run(
+        "diff", "--shape", "2/1x32", "--n-kv", "65", "--inputs", "probes,gaussian", "--rows", "8", "--json",
+        "--candidate", f"py:{kernels}::last_key_dropped", "--candidate", "eager:kv=2", "--device", "cpu",
+        "--out", str(tmp_path / "run"),
+    )  # fmt: skip
+    broken, right = json.loads(done.stdout)["pairs"]
+    said = "looks like: the newest key is not seen (fault last key dropped,"
+    assert broken["looks_like"][0].startswith(said) and right["looks_like"] == []
+    assert said in done.stderr and said in (tmp_path / "run/report.md").read_text()
+    assert said in (tmp_path / "run/report.html").read_text()
