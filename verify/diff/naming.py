@@ -46,7 +46,7 @@ _STEPS = (2.0**-11, 2.0**-7, 2.0**-3)
 # A share of an error that one explanation must have, squared.
 _EXPLAINED = 0.9
 # Plans under which each fault is run: KV parts, tiles, types of the result.
-_PLANS: tuple[dict[str, int], ...] = (
+_PLANS: tuple[dict[str, int | str], ...] = (
     {"kv": 1}, {"kv": 2}, {"kv": 3}, {"kv": 4}, {"kv": 6}, {"block": 16}, {"block": 32}, {"block": 128},
     {"kv": 5}, {"block": 48}, {"kv": 3, "block": 32}, {"out": "f16"}, {"out": "f16", "kv": 2},
     {"out": "f16", "block": 32}, {"out": "bf16"}, {"out": "bf16", "kv": 2},
