@@ -94,7 +94,7 @@ def _pair(
         for which, words in ((arm, name), (alone_name(arm), f"{name}, {ONE_TOKEN}"))
         for fault in faults_in_place(layers, which, words)
     ]
-    found = unexplained(scores, pair.candidate, pair.reference, floor)
+    found = unexplained(scores, pair.candidate, pair.reference, floor, run.free_noise)
     margin = float(run.settings.get("margin", 1.25))
     single_tokens = None
     if alone is not None:

@@ -54,7 +54,7 @@ from verify.ppl.evidence import (
 from verify.ppl.evidence.alone import SingleTokensBeside, alone_record
 from verify.ppl.evidence.caches import cache_proofs, cache_records
 from verify.ppl.evidence.foresight import deviation_so_far, foresight
-from verify.ppl.evidence.steadiness import unexplained
+from verify.ppl.evidence.steadiness import NOISE_ARMS, Unexplained, unexplained
 from verify.ppl.grouping import Grouping, group_windows
 from verify.ppl.groups import GroupJob, GroupResult, join_groups
 from verify.ppl.listener import Listener
@@ -62,8 +62,8 @@ from verify.ppl.measuring import is_measured
 from verify.ppl.noise_plans import noise_specs
 from verify.ppl.perplexity import running_perplexity
 from verify.ppl.planted import planted_faults
-from verify.ppl.reasking import reask
-from verify.ppl.record import CorpusRecord, PplRun, SpeedRecord
+from verify.ppl.reasking import NOISE_WINDOWS, noise_levels, reask
+from verify.ppl.record import CorpusRecord, FreeLevel, PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
 from verify.ppl.settings import PplSettings
@@ -110,6 +110,7 @@ class Experiment:
         self._corrected = False
         # Of a candidate whose free-running pass nothing explains: that, in words.
         self._unsteady: dict[str, str] = {}
+        self._free_noise: list[FreeLevel] = []
         self.sample = Sample(0)
         self.grouping = Grouping(1, 0)
         # Shapes of products that depend on where a row lies.
@@ -273,6 +274,10 @@ class Experiment:
             found = unexplained(scores, arm.name, arm.reference, floor)
             if found is None:
                 continue
+            if self.ranks.size == 1:
+                found = self._beyond_noise(runner, scores, arm, found, floor)
+                if found is None:
+                    continue
             self._unsteady[arm.name] = str(found)
             if self.ranks.size > 1 or of_arm.unsteady is not None:
                 continue
@@ -282,6 +287,27 @@ class Experiment:
             self._unsteady[arm.name] += (
                 f"; {asked.calls} calls of window {found.window + 1}, asked again, were steady"
             )
+
+    def _beyond_noise(
+        self, runner: Runner, scores: Scores, arm: Arm, found: Unexplained, floor: str | None
+    ) -> Unexplained | None:
+        """What is left of it beside arms with noise, which run for the first candidate that needs them."""
+        if not self._free_noise:
+            self.listener.notice(f"{arm.spec} is {found}: {NOISE_ARMS} arms with noise are run beside it")
+            measured = [w for w in range(self.windows.n_windows) if w in self.sample]
+            self._free_noise = noise_levels(
+                runner,
+                self.windows,
+                measured[:: -(-len(measured) // NOISE_WINDOWS)],
+                exact=next(one for one in self.arms if one.role == "exact"),
+                prompt=self.prompt,
+                arms=NOISE_ARMS,
+                seed=self.settings.seed,
+            )
+        left = unexplained(scores, arm.name, arm.reference or "", floor, self._free_noise)
+        if left is None:
+            self.listener.notice(f"{arm.spec}: arms with noise explain what it is running freely")
+        return left
 
     def _correct_foresight(self, result: GroupResult) -> None:
         """Say once what the first group's spread makes of it, where more groups follow."""
@@ -421,6 +447,7 @@ class Experiment:
             drift=drift_record(joined.drift),
             top1_changes=changed_token_records(joined.top1, self.windows, self.tokenizer),
             noise=noise,
+            free_noise=self._free_noise,
             power=power,
             detectable={pair.candidate: detectable_record(pair, joined, power) for pair in pairs},
             speed=self._speed_record(joined),

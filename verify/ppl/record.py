@@ -139,6 +139,15 @@ class LengthRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FreeLevel:
+    """How far an arm that runs freely is from exact, in nats a token."""
+
+    mean: float
+    trimmed: float  # the mean without the largest of each window's tokens
+    largest: float  # of any token
+
+
+@dataclass(frozen=True, kw_only=True)
 class DriftLayer:
     """How far a pass was from exact when it entered a layer, relative to exact's own size."""
 
@@ -347,6 +356,8 @@ class PplRun(RunRecord):
     drift: DriftRecord = DriftRecord()  # distance to exact, layer by layer
     top1_changes: list[Top1Record] = field(default_factory=list)  # the first of them
     noise: list[NoiseRecord] = field(default_factory=list)  # with --noise
+    # Arms with a rounding of noise, where a candidate's free-running divergence was held against them.
+    free_noise: list[FreeLevel] = field(default_factory=list)
     power: PowerRecord | None = None  # with --power
     detectable: dict[str, DetectableRecord]  # by candidate
     speed: SpeedRecord = SpeedRecord()  # where the time went
