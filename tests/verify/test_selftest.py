@@ -120,7 +120,7 @@ def test_the_whole_corpus_over_20_seeds() -> None:
     assert [s.name for s in found.missed] == []
     assert [s.name for s in found.false_alarms] == []
     assert [s.name for s in found.false_alarms_unstated] == []
-    assert {s.name for s in found.missed_unstated} <= HIDDEN_UNSTATED
+    assert [s.name for s in found.missed_unstated] == []
 
 
 # What a float16 kernel of which nothing is stated may do as well: P of the largest key rounded the same way
@@ -131,14 +131,18 @@ HIDDEN_UNSTATED = {"wrong by 2e-4"}
 def test_clean_offsets_are_clean_and_faults_are_caught_though_nothing_is_stated(
     result: selftest.SelftestResult,
 ) -> None:
-    assert {s.name for s in result.missed_unstated} <= HIDDEN_UNSTATED
+    assert [s.name for s in result.missed_unstated] == []
+    assert {s.name for s in result.faults if s.read} == HIDDEN_UNSTATED
     assert [s.name for s in result.false_alarms_unstated] == []
+    said = "\n".join(summary(result))
+    assert f"{len(result.faults)} of {len(result.faults)} (by what is read off it: wrong by 2e-4)" in said
 
 
-@pytest.mark.parametrize("name", sorted(HIDDEN_UNSTATED))
-def test_what_hides_in_the_loosest_arithmetic_is_caught_by_what_is_read_off_the_kernel(name: str) -> None:
-    (subject,) = run_selftest(1, only=lambda each: each == name, identified=True).subjects
-    assert subject.unstated == 1
+def test_what_no_arithmetic_that_is_read_shows_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_read", lambda *_: selftest.KnownReadings(()))
+    found = run_selftest(1, only=lambda name: name in HIDDEN_UNSTATED)
+    assert {s.name for s in found.missed_unstated} == HIDDEN_UNSTATED
+    assert found.missed == [] and found.exit_code == 1
 
 
 @pytest.mark.slow

@@ -56,8 +56,10 @@ def summary(result: SelftestResult) -> list[str]:
         f" ({result.score:.1%}), {result.seeds} seeds, {result.seconds:.0f} s",
     ]
     missed = result.missed_unstated
+    read = [s.name for s in result.faults if s.read and s not in missed]
     lines.append(
         f"  of a kernel that states no arithmetic, as py: by default: {faults - len(missed)} of {faults}"
+        + (f" (by what is read off it: {', '.join(read)})" if read else "")
         + (f"; not {', '.join(s.name for s in missed)}" if missed else "")
     )
     for gate in GATES:
