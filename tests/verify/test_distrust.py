@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from support import right_kernels
 from support.cheats import planted
 from support.mypkg import ops
 from support.named import named
@@ -93,6 +95,28 @@ def test_every_check_has_a_cheat_that_it_catches() -> None:
 )
 def test_right_kernels_pass_every_check(function: Any, wanted: Wanted, dtype: str) -> None:
     assert caught_here(function, wanted, dtype) == {}
+
+
+RIGHT = [
+    name
+    for name, x in vars(right_kernels).items()
+    if inspect.isfunction(x) and list(inspect.signature(x).parameters)[:4] == ["q", "k", "v", "kv_len"]
+    if name != "tiled" and not name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_no_right_kernel_of_the_table_is_called_a_cheat(name: str, dtype: str) -> None:
+    """Those of docs/right-kernels.md, each rounding in its own way."""
+    assert caught_here(getattr(right_kernels, name), None, dtype) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_kernels_of_the_table_pass_all_of_it(name: str) -> None:
+    found = whole(f"{CHEATS_DIR.parent / 'right_kernels.py'}::{name}")
+    assert (found.outcome, found.exit_code) == ("passed", 0), found.reasons
 
 
 @pytest.mark.parametrize(

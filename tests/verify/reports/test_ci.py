@@ -87,3 +87,34 @@ def test_ppl_and_props_hand_over_too(tmp_path: Path) -> None:
     done = verify("props", f"py:{KERNELS}::last_key_dropped", "--law", "within-budget", "--examples", "30",
                   "--seed", "1", "--format", "github", "--device", "cpu")  # fmt: skip
     assert done.returncode == 1 and "::error title=law.attention%3A within-budget::" in done.stderr
+
+
+def test_gen_and_judge_hand_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    model = write_tiny_model(tmp_path / "tiny.gguf")
+    done = verify(
+        "gen", "-m", str(model), "-p", "The river", "-n", "8", "--device", "cpu", "--baseline", "eager",
+        "--candidate", f"py:{KERNELS}::last_key_dropped", "--out", str(tmp_path / "run"),
+        "--junit", str(tmp_path / "gen.xml"), "--format", "github",
+    )  # fmt: skip
+    assert done.returncode == 1 and "::error " in done.stderr, done.stderr
+    suite = ElementTree.parse(tmp_path / "gen.xml").getroot()
+    (case,) = suite.iter("testcase")
+    failure = case.find("failure")
+    assert failure is not None and "candidate" in (failure.get("message") or "")
+    assert "broken" in page.read_text()
+    page.unlink()
+    planted = KERNELS.with_name("cheats") / "planted.py"
+    done = verify(
+        "judge", f"{planted}::zeros", "--n-kv", "33", "--examples", "1", "--device", "cpu",
+        "--junit", str(tmp_path / "judge.xml"), "--format", "github",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert any(line.startswith(f"::error file={planted}") for line in done.stderr.splitlines()), done.stderr
+    failed = {
+        case.get("name")
+        for case in ElementTree.parse(tmp_path / "judge.xml").getroot().iter("testcase")
+        if case.find("failure") is not None
+    }
+    assert "zeros" in " ".join(filter(None, failed)) and "zeros" in page.read_text()
