@@ -18,6 +18,8 @@ MODELS = {
     "gpt-oss": [0, 1, 2],
     "qwen35moe": [3],
     "gemma4-inputs-a-layer": [0, 1, 2, 3, 4, 5],
+    # More heads in the layers with a window.
+    "step35": [0, 1, 2, 3],
     "deepseek32-chosen": [0, 1],
 }
 KERNELS = ("--baseline", "eager", "--candidate", "eager:block=16,kv=2", "--device", "cpu")

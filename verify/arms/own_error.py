@@ -181,14 +181,14 @@ class InPlace:
         """Everything so far as rows of LAYER_SCHEMA."""
         if not self._checks:
             return LAYER_SCHEMA.empty_table()
-        heads = self._figures[0].shape[2]
-        counts = [figures.shape[1] for figures in self._figures]
-        found = torch.cat(self._figures, 1).cpu().numpy()  # [figures, checks and windows, heads]
-        offsets = np.concatenate([np.arange(count) for count in counts])
-        windows, *others = (np.repeat(np.array(x), counts) for x in zip(*self._checks, strict=True))
-        columns: list[Any] = [np.repeat(x, heads) for x in (windows + offsets, *others)]
-        columns.append(np.tile(np.arange(heads), len(offsets)))
-        columns += [x.ravel() for x in found]
+        # Layers may have unlike numbers of heads.
+        sizes = [figures.shape[1:] for figures in self._figures]  # windows and heads of each check
+        found = torch.cat([figures.flatten(1) for figures in self._figures], 1).cpu().numpy()
+        offsets = np.concatenate([np.repeat(np.arange(count), heads) for count, heads in sizes])
+        head = np.concatenate([np.tile(np.arange(heads), count) for count, heads in sizes])
+        rows = [count * heads for count, heads in sizes]
+        windows, *others = (np.repeat(np.array(x), rows) for x in zip(*self._checks, strict=True))
+        columns: list[Any] = [windows + offsets, *others, head, *found]
         arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, LAYER_SCHEMA, strict=True)]
         return pa.Table.from_arrays(arrays, schema=LAYER_SCHEMA)
 

@@ -62,6 +62,8 @@ class Setting(NamedTuple):
     # Query tokens a call.
     n_q: int = 1
     generation: Generation = "ada"  # of the GPUs
+    # Of the windowed layers, where their heads are others than those of `shape`'s layers.
+    windowed: ModelShape | None = None
 
     @property
     def kv_heads_a_gpu(self) -> int:
@@ -83,6 +85,9 @@ class Setting(NamedTuple):
     @property
     def layer_kinds(self) -> dict[str, Setting]:
         """Windowed layers and others of a model that has both; one entry without a name elsewhere."""
+        if self.windowed is not None:
+            own = self._replace(windowed=None)
+            return {"windowed layers": own._replace(shape=self.windowed), "other layers": own}
         if self.shape.sliding_window is None:
             return {"": self}
         full = self._replace(shape=self.shape._replace(sliding_window=None))
@@ -191,13 +196,45 @@ def find_shape(text: str) -> ModelShape:
         ) from None
 
 
+def find_windowed(text: str, shape: ModelShape) -> ModelShape | None:
+    """The shape of a model's windowed layers, where it has both kinds and their heads are not those of
+    `shape`, which `find_shape` gave; else None."""
+    if text.endswith(".gguf") or Path(text).is_file():
+        return _windowed_of_file(text, shape)
+    return SHAPES.get(f"{ARCHITECTURE_SHAPES.get(text, text)}-window")
+
+
+def _windowed_of_file(text: str, shape: ModelShape) -> ModelShape | None:
+    file = GGUFFile.open(locate_model(text))
+    name = file.architecture
+    window = file.get(f"{name}.attention.sliding_window") if name in WINDOWED_ARCHITECTURES else None
+    pattern = file.get(f"{name}.attention.sliding_window_pattern")
+    if not window or not isinstance(pattern, list) or not any(pattern) or all(pattern):
+        return None
+    counts = [
+        [int(x) for x, windowed in zip(listed, pattern, strict=False) if windowed]
+        if isinstance(listed := file.get(f"{name}.attention.{key}"), list)
+        else []
+        for key in ("head_count", "head_count_kv")
+    ]
+    q, kv = (max(of, default=own) for of, own in zip(counts, shape.heads[:2], strict=True))
+    k_size = file.get(f"{name}.attention.key_length_swa", shape.k_size)
+    v_size = file.get(f"{name}.attention.value_length_swa", shape.v_size)
+    heads = Heads(q, kv, k_size, v_size)
+    if min(heads) < 1 or q % kv or heads == shape.heads:
+        return None
+    return shape._replace(heads=heads, sliding_window=int(window))
+
+
 def _shape_of_file(text: str) -> ModelShape:
     """Heads and sizes from a file's metadata alone: an architecture that cannot be run has a plan too."""
 
     file = GGUFFile.open(locate_model(text))
     name = file.architecture
-    heads = _one_number(file.require(f"{name}.attention.head_count", object))
-    kv_heads = _one_number(file.get(f"{name}.attention.head_count_kv", heads))
+    pattern = file.get(f"{name}.attention.sliding_window_pattern")
+    seeing_all = [not x for x in pattern] if isinstance(pattern, list) else None
+    heads = _one_number(file.require(f"{name}.attention.head_count", object), seeing_all)
+    kv_heads = _one_number(file.get(f"{name}.attention.head_count_kv", heads), seeing_all)
     width = file.get(f"{name}.embedding_length", 0)
     k_size = file.get(f"{name}.attention.key_length", width // heads if heads else 0)
     v_size = file.get(f"{name}.attention.value_length", k_size)
@@ -218,9 +255,12 @@ def _shape_of_file(text: str) -> ModelShape:
     )
 
 
-def _one_number(value: Any) -> int:
-    """A number a model, or the largest of one a layer."""
-    return int(value) if isinstance(value, int) else max((int(x) for x in value), default=0)
+def _one_number(value: Any, of: Sequence[bool] | None = None) -> int:
+    """A number a model, or the largest of one a layer; of: the layers that count, where there are such."""
+    if isinstance(value, int):
+        return value
+    counted = [int(x) for x, yes in zip(value, of, strict=False) if yes] if of is not None else []
+    return max(counted or map(int, value), default=0)
 
 
 def plan_at(policy: Policy, setting: Setting, n_kv: int) -> PlanAt:
@@ -286,6 +326,7 @@ def plans_json(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int
         "schema": 1,
         "command": "plan",
         "shape": s.to_json(),
+        "windowed_shape": setting.windowed.to_json() if setting.windowed is not None else None,
         "cache_type": setting.cache_type,
         "gpus": setting.gpus,
         "split_mode": setting.split_mode,
@@ -348,7 +389,16 @@ def setting_of(
     if gpu not in GENERATIONS:
         raise UsageError(f"--gpu {gpu}: expected one of {', '.join(GENERATIONS)}")
     mode: SplitMode = "graph" if split_mode == "graph" else "layer"
-    return Setting(shape=shape, cache_type=cache_type, gpus=gpus, split_mode=mode, n_q=n_q, generation=gpu)
+    windowed = find_windowed(arch, shape)
+    return Setting(
+        shape=shape if windowed is None else shape._replace(sliding_window=None),
+        cache_type=cache_type,
+        gpus=gpus,
+        split_mode=mode,
+        n_q=n_q,
+        generation=gpu,
+        windowed=windowed,
+    )
 
 
 def chosen_policies(names: Sequence[str] | None) -> list[Policy]:

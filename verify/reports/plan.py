@@ -68,6 +68,8 @@ def print_setting(setting: Setting, to: TextIO) -> None:
         " call, one layer",
         file=to,
     )
+    if (windowed := setting.windowed) is not None:
+        print(f"windowed layers: {windowed}, the last {windowed.sliding_window} keys", file=to)
 
 
 def print_plans(setting: Setting, policies: Sequence[Policy], n_kvs: Sequence[int], to: TextIO) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from support.cli import assert_refused, verify
 from support.tiny_model import write_tiny_model
+from support.tiny_models import TINY
 from verify.engines.plans import Setting, find_shape, plan_at, stretches
 from verify.kernels.plans.policy import POLICIES
 from verify.kernels.plans.shapes import shape_named
@@ -109,6 +110,26 @@ def test_windowed_layers_and_others_are_told_apart() -> None:
     found = versions("--arch", "gemma-3")["ik-1193 -> ik-2026-08"]
     assert "windowed layers: at every length: 2, one launch (mma kernel, float16 sums) becomes" in found
     assert found.endswith("other layers are not")
+
+
+def test_windowed_layers_have_heads_of_their_own(tmp_path: Path) -> None:
+    """gemma4 and step35 have other sizes or more heads there than in the layers that see all keys."""
+    path = str(TINY["gemma4"].write(tmp_path / "tiny.gguf"))
+    done = verify("plan", "-m", path, "--json")
+    found = json.loads(done.stdout)
+    assert [found["shape"][k] for k in ("q_heads", "kv_heads", "k_size", "sliding_window")] == [
+        4,
+        1,
+        24,
+        None,
+    ]
+    windowed = found["windowed_shape"]
+    assert [windowed[k] for k in ("q_heads", "kv_heads", "k_size", "sliding_window")] == [4, 2, 16, 6]
+    assert "windowed layers: tiny.gguf (4/2 heads, r = 2, size 16), the last 6 keys" in done.stderr
+    named = json.loads(verify("plan", "--arch", "gemma4", "--json").stdout)
+    assert (named["shape"]["k_size"], named["windowed_shape"]["k_size"]) == (512, 256)
+    assert {v["layers"] for v in named["versions"]} == {"windowed layers", "other layers"}
+    assert json.loads(verify("plan", "--arch", "glm4moe", "--json").stdout)["windowed_shape"] is None
 
 
 def test_the_table_comes_where_it_is_asked_for() -> None:
