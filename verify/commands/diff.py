@@ -82,6 +82,9 @@ def command(
             " (--strict: a fault)",
         ),
     ] = False,
+    headroom: Annotated[
+        bool, typer.Option("--headroom", help="how near are float16 sums to overflow on these inputs?")
+    ] = False,
     margin: options.Margin = DEFAULT_MARGIN,
     allow_same: options.AllowSame = False,
     store: Annotated[
@@ -147,6 +150,7 @@ def command(
         strict=strict,
         sequences=sequences,
         n_q=n_q,
+        headroom=headroom,
     )
     check_settings(settings)
     stored = StoredBaseline(against_stored) if against_stored is not None else None

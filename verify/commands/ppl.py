@@ -92,6 +92,9 @@ def command(
     power: Annotated[
         bool, typer.Option("--power", help="plant faults of graded size: which of them does this run see?")
     ] = False,
+    headroom: Annotated[
+        bool, typer.Option("--headroom", help="how near are float16 sums to overflow on this model and text?")
+    ] = False,
     compute: Annotated[
         str, typer.Option("--compute", help="type of everything but attention: f32, f64 (small models)")
     ] = "f32",
@@ -165,6 +168,7 @@ def command(
             score_last=score_last,
             measured_windows=measured_windows,
             power=power,
+            headroom=headroom,
             checkpoint_minutes=checkpoint_minutes,
             split_mode=split_mode,
             gpus=gpus,

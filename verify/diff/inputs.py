@@ -73,6 +73,7 @@ class DiffSettings:
     rows: int = DEFAULT_ROWS  # query tokens of a cell
     most_rows: int = 0  # that a kind which cannot decide may come to; 0: MOST_TIMES those of a cell
     allow_same: bool = False  # a candidate may be its baseline's specification
+    headroom: bool = False  # how near float16 sums are to overflow is told
     dtype: str = "f16"  # of q, k and v: f16, bf16, f32
     sequences: int = 1  # in a call: every second one is shorter than the cell's length
     # Query tokens a call on the paths prefill and several; 0: all of a cell's rows, of `several` four.

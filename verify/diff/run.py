@@ -20,6 +20,7 @@ from verify.diff.cells import (
     say_what_is_hidden,
 )
 from verify.diff.examining import CellInputs, KernelEvidence, examine
+from verify.diff.headroom import DiffHeadroom
 from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_inputs
 from verify.diff.looks import looks_sentence, undecided
 from verify.diff.naming import looks_like
@@ -129,6 +130,7 @@ def run_diff(
     notes = sorted({note for kernel in (*baselines.values(), *candidates) for note in kernel.notes})
     notes += learnt
     notes += [match.said for match in matches if match.said]
+    notes += [line for room in bench.rooms for line in room.sentences()]
     notes += [*bench.said(), *([stopped] if stopped else [])]
     if stored is not None:
         notes.append(f"the baseline did not run: its figures are those of {stored.path} ({stored.device})")
@@ -140,6 +142,7 @@ def run_diff(
     single = [alone_sentence(result.spec, result.cells, bench.share) for result in results]
     notes += [sentence for sentence in single if sentence is not None]
     run = run_json(settings, results, bench.base_traces, verdict, notes, str(device))
+    run["headroom"] = [room.to_json() for room in bench.rooms if room.cells]
     run["seconds"] = clock.to_json()
     return DiffOutcome(
         settings=settings,
@@ -188,6 +191,7 @@ class _Bench:
         # Families of inputs that a kernel does not take.
         self.left_out: dict[str, set[str]] = {}
         self.share = TimeShare()
+        self.rooms = [DiffHeadroom(kernel) for kernel in candidates] if settings.headroom else []
         self._few_words: list[str] = []
         # Findings that are no faults, in the order in which they came.
         self._contract: dict[str, None] = {}
@@ -217,6 +221,10 @@ class _Bench:
         else:
             found = examine(kernels, each, self.clock, self.share)
             say_what_is_hidden(each, found)
+            if self.rooms and each.look == 1:
+                with self.clock.stage("headroom", each.n_kv):
+                    for i in asked:
+                        self.rooms[i].add(each)
         self._contract |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
         family = PROBES if isinstance(each, Probing) else each.family
         for kernel, one in zip(kernels, found, strict=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ from verify.machine.ranks import Ranks, local_device
 from verify.model.architectures import architecture_of
 from verify.model.architectures.architecture import Architecture
 from verify.model.gguf.file import GGUFFile
+from verify.model.layer_call import LayerCall
 from verify.model.locate import locate_model
 from verify.model.runner import COMPUTE_TYPES, Runner
 from verify.model.text_cuts import PIECE
@@ -57,6 +60,7 @@ from verify.ppl.evidence.foresight import deviation_so_far, foresight
 from verify.ppl.evidence.steadiness import NOISE_ARMS, Unexplained, unexplained
 from verify.ppl.grouping import Grouping, group_windows
 from verify.ppl.groups import GroupJob, GroupResult, join_groups
+from verify.ppl.headroom import headroom_notes, headroom_record, headroom_to
 from verify.ppl.listener import Listener
 from verify.ppl.measuring import is_measured
 from verify.ppl.noise_plans import noise_specs
@@ -102,6 +106,8 @@ class Experiment:
         self.arms = _arms_of(settings, self.architecture.sizes.ratio)
         # What was read off kernels that state nothing, in sentences.
         self.learnt: list[str] = []
+        # The folder that holds what was seen of the headroom.
+        self._rooms: Path | None = None
         self.faults = planted_faults() if settings.power else []
         self.prompt: Arm | None = None
         if settings.score_last is not None:
@@ -213,7 +219,10 @@ class Experiment:
         are in the folder then.
         """
         leads = self.ranks.leads
-        capture = capture_to(folder.path, self.captured) if self.captured and folder else None
+        hooks = [capture_to(folder.path, self.captured)] if self.captured and folder else []
+        if self.settings.headroom and folder is not None:
+            self._rooms = folder.path
+            hooks.append(headroom_to(folder.path, self._ordering))
         runner = Runner(
             self.architecture,
             device=self.device,
@@ -240,7 +249,7 @@ class Experiment:
             seed=self.settings.seed,
             prompt=self.prompt,
             faults={fault.name: fault.fault for fault in self.faults},
-            capture=capture,
+            capture=_each_of(hooks) if hooks else None,
             logits_files=self.logits_files or None,
             measured=self.settings.measured,
         )
@@ -419,6 +428,7 @@ class Experiment:
             for arm in self.arms
             if arm.kernel is not None
         ]
+        room = None if self._rooms is None else headroom_record(self._rooms, self._ordering)
         run = PplRun(
             schema=SCHEMA,
             command="ppl",
@@ -429,6 +439,7 @@ class Experiment:
                 *self.notes,
                 *said_in_common(joined.layers, self.arms, any_call(self.architecture)),
                 *noise_notes(noise),
+                *headroom_notes(room, self._ordering, settings.cache_type),
                 *(engine.said for engine in engines),
             ],
             engines=engines,
@@ -441,6 +452,7 @@ class Experiment:
             pairs=pairs,
             coverage=coverage_records(launching, joined.traces),
             in_place=[record for record in in_place if record is not None],
+            headroom=room,
             caches=cache_records(self.arms, self.architecture, proofs, joined.layers),
             alone=[record for record in alone if record is not None],
             by_n_kv=lengths,
@@ -453,6 +465,11 @@ class Experiment:
             speed=self._speed_record(joined),
         )
         return Outcome(run, joined)
+
+    @property
+    def _ordering(self) -> Kernel:
+        """In whose order of summation the headroom is told."""
+        return next(arm.kernel for arm in self.arms if arm.role == "candidate" and arm.kernel is not None)
 
     def _corpus_record(self) -> CorpusRecord:
         corpus, windows = self.corpus, self.windows
@@ -528,6 +545,14 @@ def _arms_of(settings: PplSettings, ratio: int) -> list[Arm]:
         noise=noise,
         engines=settings.against,
     )
+
+
+def _each_of(hooks: Sequence[Callable[[LayerCall], None]]) -> Callable[[LayerCall], None]:
+    def call_each(call: LayerCall) -> None:
+        for hook in hooks:
+            hook(call)
+
+    return call_each
 
 
 def _binary(kernel: Kernel) -> str:

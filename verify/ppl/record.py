@@ -19,6 +19,7 @@ from verify.arms.records import (
     SeenLayers,
 )
 from verify.machine.records import record_from_json
+from verify.ppl.headroom import HeadroomRecord
 from verify.ppl.perplexity import Perplexity
 
 # Ends the name of an arm's pass with frozen casts (`verify.ppl.frozen`).
@@ -351,6 +352,7 @@ class PplRun(RunRecord):
     coverage: list[CoverageRecord]  # what every kernel launched
     in_place: list[InPlaceRecord]  # each kernel's own error
     caches: list[CacheRecord] = field(default_factory=list)  # of candidates with a cache of their own
+    headroom: HeadroomRecord | None = None  # with --headroom
     alone: list[AloneRecord] = field(default_factory=list)  # single tokens, of kernels that were asked them
     by_n_kv: list[LengthRecord] = field(default_factory=list)  # divergences by context length
     drift: DriftRecord = DriftRecord()  # distance to exact, layer by layer

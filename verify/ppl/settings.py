@@ -52,6 +52,7 @@ class PplSettings:
     against: tuple[str, ...] = ()  # engines' logits files
     noise: int = 0  # noise arms a path
     power: bool = False  # whether faults are planted
+    headroom: bool = False  # whether it is told how near float16 sums are to overflow
     score_last: int | None = None  # positions scored at the end of a window, None for the second half
     measured_windows: int | None = None  # see `verify.arms.sample`; None for its default, 0 for all
     checkpoint_minutes: float = DEFAULT_CHECKPOINT_MINUTES  # between two checkpoints of a group

@@ -18,6 +18,7 @@ from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.model.architectures.architecture import AttentionInputs, AttentionSettings
 from verify.model.layer_call import LayerCall
+from verify.ppl import experiment
 from verify.ppl.frozen import FrozenRunner
 from verify.ppl.measuring import KernelMeasurer
 
@@ -68,7 +69,11 @@ def test_drift_is_of_the_size_of_the_error(five: tuple[dict[str, Any], Path]) ->
     assert "control" not in drift
 
 
-def test_a_common_factor_is_broken_though_no_element_shows_it(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_common_factor_is_broken_though_no_element_shows_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a kernel that is not read: what is read leaves an element no such room."""
+    monkeypatch.setattr(experiment, "learn_arms", lambda *_, **__: [])
     kernel = tmp_path / "scaled.py"
     kernel.write_text(
         KERNELS.read_text()
@@ -90,6 +95,26 @@ def test_a_common_factor_is_broken_though_no_element_shows_it(tiny: Tiny, tmp_pa
     assert "slightly: biased by +0.0001, on the exact arm's own q, k and v, below half a step" in " ".join(
         report["notes"]
     )
+
+
+def test_a_common_factor_of_a_ten_thousandth_is_broken_by_what_is_read_off_the_kernel(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    kernel = tmp_path / "scaled.py"
+    kernel.write_text(
+        KERNELS.read_text()
+        + "\ndef slightly(q, k, v, *, kv_len, scale):\n"
+        + "    return good(q, k, v, kv_len=kv_len, scale=scale)[0] * (1 + 1e-4)\n"
+    )
+    more = ("--candidate", f"py:{kernel}::slightly", "--candidate", f"py:{kernel}::good,acc=f16")
+    done, report = run(tiny, tmp_path / "run", *more)
+    assert done.returncode == 1
+    slightly, good = (pair["verdict"] for pair in report["pairs"])
+    assert slightly == "broken" and good != "broken"
+    notes = " ".join(report["notes"])
+    assert "slightly: read off it: P float32, sums float32" in notes
+    assert "good,acc=f16 says acc=f16, sums in float32 at 64 keys" in notes
+    assert "nothing is stated of its sums" not in notes
 
 
 def test_layers_have_a_line_a_head_and_places_in_the_text(five: tuple[dict[str, Any], Path]) -> None:
