@@ -30,6 +30,8 @@ from verify.kernels.identify.weights import Weights, weights_seen
 LEAST_KEYS = 16
 # Results whose bits tell their type.
 _RESULTS = 1000
+# Keys that are drawn; longer rows repeat them.
+_DRAWN = 2048
 # The error of a kernel, relative to sum p|v|, from which on it is wrong, whatever its arithmetic.
 _WRONG = 1.0 / 8.0
 # More than a result of 8 bits, and P of 11, round a value.
@@ -212,12 +214,13 @@ def _sound(ask: Asking, generator: torch.Generator) -> str | None:
 
 
 def _drawn(ask: Asking, batch: int, which: str, generator: torch.Generator) -> torch.Tensor:
-    """Gaussian q, k or v, as numbers of the inputs' type."""
+    """Gaussian q, k or v of the regime, in its type and on its device; long rows repeat their keys."""
     r = ask.regime
     rows, heads = (r.n_q, r.kv_heads * r.ratio) if which == "q" else (r.n_kv, r.kv_heads)
     size = r.size if which == "v" else r.k_size
-    x = torch.randn(batch, rows, heads, size, generator=generator, dtype=torch.float64)
-    return x.to(r.dtype).double()
+    drawn = torch.randn(batch, min(rows, _DRAWN), heads, size, generator=generator, dtype=torch.float32)
+    x = drawn.to(r.dtype).to(r.device)
+    return x.repeat(1, -(-rows // x.shape[1]), 1, 1)[:, :rows]
 
 
 def _bits_used(mantissa: torch.Tensor) -> torch.Tensor:
@@ -240,16 +243,23 @@ def _has_steps_of_float16(ask: Asking) -> bool:
 
 def _check_right(ask: Asking, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
     """Whether drawn inputs come out as attention, as far as every arithmetic agrees: their last rows."""
-    k_all, v_all = (x.repeat_interleave(ask.regime.ratio, 2) for x in (k, v))
-    p = torch.softmax(SCALE * torch.einsum("bhd,bshd->bhs", q[:, -1], k_all), -1)
-    exact = torch.einsum("bhs,bshd->bhd", p, v_all)
-    size = torch.einsum("bhs,bshd->bhd", p, v_all.abs())
-    off = (out[:, -1] - exact).norm(dim=-1) / size.norm(dim=-1)
+    off = torch.cat([_off_of_head(ask, q, k, v, out, head) for head in range(ask.regime.kv_heads)])
     if not bool((off < _WRONG).all()):
         raise NotIdentifiable(
             f"it is not attention: drawn inputs come out {float(off.nan_to_num(math.inf).max()):.0%} off,"
             " and no arithmetic explains more than an eighth"
         )
+
+
+def _off_of_head(
+    ask: Asking, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, head: int
+) -> torch.Tensor:
+    """How far the last row is off, relative, for the query heads of a KV head: [B * r]."""
+    heads = slice(head * ask.regime.ratio, (head + 1) * ask.regime.ratio)
+    its_k, its_v = k[:, :, head].double(), v[:, :, head].double()
+    p = torch.softmax(SCALE * torch.einsum("brd,bsd->brs", q[:, -1, heads].double(), its_k), -1)
+    exact, size = torch.bmm(p, its_v).cpu(), torch.bmm(p, its_v.abs()).cpu()
+    return ((out[:, -1, heads] - exact).norm(dim=-1) / size.norm(dim=-1)).flatten()
 
 
 def _check_range(ask: Asking) -> None:

@@ -147,7 +147,8 @@ def _power_of_two(keys: list[int], n_kv: int) -> list[int]:
     """These keys and others, to a power of two, if there are so many: P is exact then, though it be divided
     by l."""
     wanted = 1 << (len(keys) - 1).bit_length()
-    others = (key for key in range(n_kv - 1, -1, -1) if key not in set(keys))
+    taken = set(keys)
+    others = (key for key in range(n_kv - 1, -1, -1) if key not in taken)
     return [*keys, *itertools.islice(others, wanted - len(keys))]
 
 

@@ -34,6 +34,13 @@ class LengthSeen:
     n_q: int
     reading: Reading | None
     reason: str = ""
+    ratio: int = 1  # query heads a KV head
+    batch: int = 1  # sequences a call
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What lengths are neighbours within."""
+        return (self.ratio, self.batch, self.n_q)
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -56,6 +63,8 @@ class RegimeSeen:
             "n_kv_max": self.high,
             "n_q_min": self.last.n_q,
             "n_q_max": self.last.n_q,
+            "ratio": self.last.ratio,
+            "batch": self.last.batch,
         }
         if self.last.reading is None:
             return {**ends, "identifiable": False, "reason": self.last.reason}
@@ -75,11 +84,12 @@ class Identified:
 
     @property
     def stretches(self) -> list[RegimeSeen]:
-        """By query tokens, then by length."""
+        """By query tokens, then by length; those that were asked for first."""
         found: list[RegimeSeen] = []
-        for each in sorted(self.seen, key=lambda s: (s.n_q, s.n_kv)):
+        asked = self.seen[0].place[:2] if self.seen else ()
+        for each in sorted(self.seen, key=lambda s: (s.place[:2] != asked, s.place, s.n_kv)):
             last = found[-1] if found else None
-            if last is not None and last.last.n_q == each.n_q and last.last.kind == each.kind:
+            if last is not None and last.last.place == each.place and last.last.kind == each.kind:
                 found[-1] = RegimeSeen(last.low, each.n_kv, each)
             else:
                 found.append(RegimeSeen(each.n_kv, each.n_kv, each))
@@ -110,23 +120,25 @@ def identify(
     device: str = "cpu",
     seconds: float = DEFAULT_SECONDS,
     bisect: bool = True,
+    full: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Identified:
     """Read a kernel at these lengths, and halve the way to every change, as long as the time allows.
 
-    seconds: of processor time; of a kernel in a process of its own, by the clock.
+    seconds: of processor time; of a kernel in a process of its own, by the clock. full: at the shortest and
+    the longest length other ratios and numbers of sequences are tried as well.
     """
     # Of a kernel in a process of its own only the wall clock knows.
     clock = time.monotonic if parse_spec(kernel.spec).name in UNTOLD else time.process_time
     began = clock()
     found = Identified(kernel.spec)
 
-    def look(n_kv: int, n_q: int) -> LengthSeen:
+    def look(n_kv: int, n_q: int, ratio: int = heads.ratio, batch: int = batch) -> LengthSeen:
         regime = Regime(
             n_kv=n_kv,
             n_q=n_q,
             batch=batch,
-            ratio=heads.ratio,
+            ratio=ratio,
             kv_heads=heads.kv,
             size=heads.v_size,
             k_size=heads.k_size,
@@ -134,10 +146,12 @@ def identify(
             device=device,
         )
         tell(f"{n_kv} keys, {n_q} query token{'s' if n_q > 1 else ''}")
+        path = path_of(n_q, kernel)
+        assert path is not None
         try:
-            one = LengthSeen(n_kv, n_q, read(bare(kernel, path_of(n_q)), regime))
+            one = LengthSeen(n_kv, n_q, read(bare(kernel, path), regime), "", ratio, batch)
         except NotIdentifiable as error:
-            one = LengthSeen(n_kv, n_q, None, str(error))
+            one = LengthSeen(n_kv, n_q, None, str(error), ratio, batch)
         found.seen.append(one)
         return one
 
@@ -145,8 +159,7 @@ def identify(
         return clock() - began > seconds
 
     for n_q in n_qs:
-        lacks = path_of(n_q) not in kernel.capabilities().paths
-        if lacks:
+        if path_of(n_q, kernel) is None:
             found.not_looked_at.append(f"{n_q} query tokens: it has no path {path_of(n_q)}")
             continue
         for n_kv in lengths:
@@ -156,12 +169,20 @@ def identify(
                 found.not_looked_at.append(f"{n_kv} keys, {n_q} query tokens: the time was spent")
             else:
                 look(n_kv, n_q)
+    for ratio, sequences in others_than(heads.ratio, batch) if full else ():
+        ratios = kernel.capabilities().ratios
+        if ratios is not None and ratio not in ratios:
+            found.not_looked_at.append(f"{ratio} query heads a KV head: it does not take them")
+            continue
+        for n_kv in sorted({min(lengths), max(lengths)}):
+            if n_kv >= LEAST_KEYS and path_of(n_qs[0], kernel) is not None:
+                look(n_kv, n_qs[0], ratio, sequences)
     while bisect and not spent():
         gap = next(_changes(found), None)
         if gap is None:
             break
         below, above = gap
-        look((below.n_kv + above.n_kv) // 2, below.n_q)
+        look((below.n_kv + above.n_kv) // 2, below.n_q, below.ratio, below.batch)
     for below, above in _changes(found):
         found.not_looked_at.append(
             f"{below.n_kv + 1} to {above.n_kv - 1} keys, {below.n_q} query tokens: a change lies between"
@@ -172,17 +193,25 @@ def identify(
 
 def _changes(found: Identified) -> Iterator[tuple[LengthSeen, LengthSeen]]:
     """Neighbouring lengths that are not alike, and have others between them."""
-    in_order = sorted(found.seen, key=lambda s: (s.n_q, s.n_kv))
+    in_order = sorted(found.seen, key=lambda s: (s.place, s.n_kv))
     for below, above in pairwise(in_order):
-        if below.n_q == above.n_q and below.kind != above.kind and above.n_kv > below.n_kv + 1:
+        if below.place == above.place and below.kind != above.kind and above.n_kv > below.n_kv + 1:
             yield below, above
 
 
-def path_of(n_q: int) -> AttentionPath:
-    """The path that calls of so many query tokens take."""
-    if n_q == 1:
-        return "decode"
-    return "several" if n_q <= MOST_SEVERAL else "prefill"
+def path_of(n_q: int, kernel: Kernel | None = None) -> AttentionPath | None:
+    """The path that calls of so many query tokens take; of a kernel the one that it has for them, or None."""
+    due: AttentionPath = "decode" if n_q == 1 else "several" if n_q <= MOST_SEVERAL else "prefill"
+    if kernel is None or due in (paths := kernel.capabilities().paths):
+        return due
+    # A few tokens are a short prompt where there is nothing else.
+    return "prefill" if n_q > 1 and "prefill" in paths else None
+
+
+def others_than(ratio: int, batch: int) -> list[tuple[int, int]]:
+    """Ratios and numbers of sequences beside those of a run, one of them changed at a time."""
+    ratios, batches = (1, 4, 8, 12, 16), (1, 4, 16)
+    return [*((r, batch) for r in ratios if r != ratio), *((ratio, b) for b in batches if b != batch)]
 
 
 def input_type(kernel: Kernel) -> torch.dtype:

@@ -75,6 +75,7 @@ def run_identify(
             batch=sequences,
             device=str(device),
             seconds=math.inf if regimes == "full" else seconds,
+            full=regimes == "full",
             tell=tell,
         )
         odd = contradictions(kernel, found, named.heads)

@@ -43,7 +43,8 @@ def acc_contradictions(spec: str, readings: Sequence[Reading]) -> list[str]:
 
 
 def _arithmetic(kernel: Kernel, reading: Reading, heads: Heads) -> Arithmetic:
-    return kernel.arithmetic(Shape(1, reading.n_q, reading.n_kv, heads), path_of(reading.n_q))
+    path = path_of(reading.n_q, kernel) or "decode"
+    return kernel.arithmetic(Shape(1, reading.n_q, reading.n_kv, heads), path)
 
 
 def _of_one(kernel: Kernel, reading: Reading, heads: Heads) -> dict[str, str]:

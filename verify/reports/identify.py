@@ -35,9 +35,13 @@ def identify_lines(outcome: IdentifyOutcome) -> list[str]:
     """The screen."""
     found = outcome.found
     lines = [f"{found.spec}: as seen from q, k, v and out alone"]
+    first = found.stretches[0].last.place[:2] if found.stretches else ()
     for each in found.stretches:
         span = f"n_kv {each.low}" + (f" to {each.high}" if each.high > each.low else "")
-        lines.append(f"{span}, n_q {each.last.n_q}: {sentence(each)}")
+        where = f"{span}, n_q {each.last.n_q}"
+        if each.last.place[:2] != first:
+            where += f", ratio {each.last.ratio}, {each.last.batch} sequences"
+        lines.append(f"{where}: {sentence(each)}")
         if (reading := each.last.reading) is not None:
             lines.append(f"  order at {reading.n_kv} keys: {order_of(reading)}")
             lines += [f"  cannot be told: {', '.join(unknown)}"] if (unknown := untold(reading)) else []

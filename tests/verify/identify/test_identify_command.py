@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from support.cli import assert_refused, verify
-from verify.identify.regimes import identify
+from verify.identify.regimes import identify, path_of
 from verify.identify.run import run_identify
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.eager import EagerKernel
 from verify.kernels.heads import Heads
+from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.registry import build_kernel
 from verify.reports.identify import identify_json, identify_lines
 
@@ -49,8 +53,8 @@ def switches(tmp_path: Path) -> str:
 
 def test_a_change_with_length_is_found_to_the_key_and_a_false_statement_is_said(switches: str) -> None:
     outcome = run_identify(
-        f"{switches}::attend,acc=f16", shape="4/2x64", n_kv="256,320", n_q="1", sequences=1, regimes="full",
-        seconds=1.0, device=torch.device("cpu"), tell=lambda line: None,
+        f"{switches}::attend,acc=f16", shape="4/2x64", n_kv="256,320", n_q="1", sequences=1, regimes="quick",
+        seconds=300.0, device=torch.device("cpu"), tell=lambda line: None,
     )  # fmt: skip
     found = identify_json(outcome)
     first, second = found["regimes"]
@@ -60,6 +64,37 @@ def test_a_change_with_length_is_found_to_the_key_and_a_false_statement_is_said(
     assert found["contradictions"] == ["says acc=f16, sums in float32 at 256 keys"]
     text = "\n".join(identify_lines(outcome))
     assert "n_kv 300 to 320, n_q 1: P float16" in text and "head groups are not observable" in text
+
+
+def test_full_tries_other_ratios_and_numbers_of_sequences(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(SWITCHES.replace("k.shape[1] >= 300", "(q.shape[2] // k.shape[2] > 8 or q.shape[0] > 4)"))
+    outcome = run_identify(
+        f"py:{file}::attend", shape="4/1x64", n_kv="64", n_q="1", sequences=1, regimes="full", seconds=1.0,
+        device=torch.device("cpu"), tell=lambda line: None,
+    )  # fmt: skip
+    found = {(r["ratio"], r["batch"]): r["p"] for r in identify_json(outcome)["regimes"]}
+    assert found == {
+        (4, 1): "f32", (1, 1): "f32", (8, 1): "f32", (12, 1): "f16", (16, 1): "f16", (4, 4): "f32",
+        (4, 16): "f16",
+    }  # fmt: skip
+    text = "\n".join(identify_lines(outcome))
+    assert "n_q 1, ratio 12, 1 sequences: P float16" in text and "n_q 1: P float32" in text
+
+
+def test_a_few_tokens_are_a_prompt_where_there_is_no_other_path() -> None:
+    kernel = build_kernel("eager")
+    assert path_of(4, kernel) == "several" and path_of(1, kernel) == "decode"
+
+    class Prefills(EagerKernel):
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), paths=("prefill",))
+
+    only = Prefills("eager", TileOptions())
+    assert path_of(4, only) == "prefill" and path_of(1, only) is None
+    found = identify(only, [64], heads=Heads(4, 1, 64, 64), n_qs=(1, 4))
+    assert [(s.n_q, s.reading.p) for s in found.seen if s.reading is not None] == [(4, "f16")]
+    assert found.not_looked_at == ["1 query tokens: it has no path decode"]
 
 
 def test_what_was_not_tried_is_said() -> None:
