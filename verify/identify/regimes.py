@@ -30,10 +30,10 @@ DEFAULT_SECONDS = 20.0
 class LengthSeen:
     """One length: what was read, or why nothing could be."""
 
-    n_kv: int
-    n_q: int
-    reading: Reading | None
-    reason: str = ""
+    n_kv: int  # keys of the last row
+    n_q: int  # query tokens a call
+    reading: Reading | None  # None where nothing could be read
+    reason: str = ""  # why not
     ratio: int = 1  # query heads a KV head
     batch: int = 1  # sequences a call
 
@@ -148,10 +148,12 @@ def identify(
         tell(f"{n_kv} keys, {n_q} query token{'s' if n_q > 1 else ''}")
         path = path_of(n_q, kernel)
         assert path is not None
+        reading, reason = None, ""
         try:
-            one = LengthSeen(n_kv, n_q, read(bare(kernel, path), regime), "", ratio, batch)
+            reading = read(bare(kernel, path), regime)
         except NotIdentifiable as error:
-            one = LengthSeen(n_kv, n_q, None, str(error), ratio, batch)
+            reason = str(error)
+        one = LengthSeen(n_kv=n_kv, n_q=n_q, reading=reading, reason=reason, ratio=ratio, batch=batch)
         found.seen.append(one)
         return one
 
