@@ -153,7 +153,7 @@ class Form:
             form["keys"] = torch.where(places < kv_len[..., None], places, -1)
         if "block_table" in self.needs and "block_table" not in form:
             form["block_table"] = table_of(len(k), keys, q.device)
-            k, v = in_pages(k), in_pages(v)
+            k, v = in_pages(k, behind=0.0), in_pages(v, behind=BEHIND)
             if "mask" in form:
                 room = form["block_table"].shape[1] * PAGE
                 form["mask"] = torch.nn.functional.pad(form["mask"], (0, room - keys))
@@ -676,9 +676,9 @@ def table_of(sequences: int, keys: int, device: torch.device) -> torch.Tensor:
     return ids.flip(1)
 
 
-def in_pages(x: torch.Tensor) -> torch.Tensor:
-    """[B, S, H, D] as pages [B * ceil(S / PAGE), PAGE, H, D] in the order of `table_of`."""
-    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % PAGE), value=BEHIND)
+def in_pages(x: torch.Tensor, *, behind: float) -> torch.Tensor:
+    """[B, S, H, D] as pages [B * ceil(S / PAGE), PAGE, H, D] in the order of `table_of`; `behind` fills."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % PAGE), value=behind)
     return padded.unflatten(1, (-1, PAGE)).flip(1).flatten(0, 1).contiguous()
 
 

@@ -28,11 +28,21 @@ def empty_row_sentence(spec: str, got: str) -> str:
     )
 
 
-def hidden_sentence(spec: str, got: str) -> str:
-    """What is said of a kernel whose result shows NaN that hidden keys hold, and nothing finite of theirs."""
+def hidden_sentence(spec: str, family: str, got: str) -> str:
+    """What is said of a kernel whose result shows what hidden keys hold, of a family of `HIDDEN`."""
+    what = (
+        "keys of 60,000 that no row sees"
+        if family == "hidden-far"
+        else "NaN and Inf in keys that no row sees"
+    )
+    promise = (
+        "it hides keys by adding a finite number, which is more than any logit of other keys"
+        if family == "hidden-far"
+        else "finite numbers are all that it promises to bear there"
+    )
     return (
-        f"{spec}: contract: NaN and Inf in keys that no row sees reach its result{got}; finite numbers are"
-        " all that it promises to bear there, so it is no fault here (--strict makes it one)"
+        f"{spec}: contract: {what} reach its result{got}; {promise}, so it is no fault here"
+        " (--strict makes it one)"
     )
 
 

@@ -2,7 +2,8 @@
 
 Random Gaussian inputs give every key 1/n_kv of the weight and hide almost every fault. A family puts the
 weight, the running maximum, the magnitudes or an option of the call where kernels go wrong. Keys that no row
-of their sequence sees (`InputSizes.spare`, `fewer`) always hold `POISON`.
+of their sequence sees (`InputSizes.spare`, `fewer`) always hold a likely key (`likeliest`) of value `POISON`:
+seen, it shows; hidden by a mask of -10,000, as in many right kernels, it does not.
 
 `FAMILIES` are kinds of numbers, at any sizes; `CALLS` are kinds of calls, which choose sizes of their own;
 `FORMS` and `HIDDEN` are asked for by name alone.
@@ -11,7 +12,7 @@ of their sequence sees (`InputSizes.spare`, `fewer`) always hold `POISON`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -399,11 +400,13 @@ FORMS: dict[str, Family] = {
         Family("key-list", "each row lists the keys that it sees", gaussian, sized=_unlike, formed=_listed),
     )
 }
-# Keys that no row sees hold NaN and Inf: opt-in, since most kernels promise to bear finite garbage alone.
+# Keys that no row sees hold NaN and Inf, or are so large that a mask of -65,504 does not hide them: opt-in,
+# since most kernels promise to bear other keys' finite numbers alone.
 HIDDEN: dict[str, Family] = {
     family.name: family
     for family in (
         Family("hidden-nan", "NaN and Inf beyond the rows' last keys", gaussian),
+        Family("hidden-far", "keys of 60,000 beyond the rows' last keys", gaussian),
         Family("hidden-nan+window", "NaN and Inf before a window too", window),
     )
 }
@@ -426,9 +429,9 @@ def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str 
 
 def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu") -> Call:
     """A draft as a call: rounded to its type, POISON beyond the longest row of each sequence."""
+    likely = likeliest(draft.q, draft.k, [max(rows) for rows in sizes.lengths])
     for b, rows in enumerate(sizes.lengths):
-        for x in (draft.k, draft.v):
-            x[b, max(rows) :] = POISON
+        draft.k[b, max(rows) :], draft.v[b, max(rows) :] = likely[b], POISON
     if sizes.v_in_k:
         # Families that draw another V leave their mark in K.
         draft.k[..., : sizes.heads.v_size] = draft.v
@@ -446,6 +449,32 @@ def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu
         path=sizes.path,
         **options,
     )
+
+
+def likeliest(q: torch.Tensor, k: torch.Tensor, longest: Sequence[int]) -> torch.Tensor:
+    """For each sequence and KV head the key with the largest product with any of its queries.
+
+    q [B, T, Hkv, r, D], k [B, S, Hkv, D] -> [B, Hkv, D]. longest: seen keys; zeros where none is.
+
+    A hidden key that is a copy of it is worth seeing for a kernel that forgets to hide it, and its logit is
+    one of the call's: no mask that adds a finite number is overcome by it.
+    """
+    found = torch.zeros_like(k[:, 0])
+    for b, n in enumerate(longest):
+        if n:
+            logits = torch.einsum("thrd,shd->hstr", q[b].float(), k[b, :n].float()).flatten(2).amax(-1)
+            best = logits.argmax(1)
+            found[b] = k[b, best, torch.arange(len(best), device=best.device)]
+    return found
+
+
+def with_hidden_far(call: Call) -> Call:
+    """The call whose hidden keys are `POISON` as well as their values: their logits may be 100,000."""
+    k, v = call.k.clone(), call.v.clone()
+    for b, rows in enumerate(call.kv_len.tolist()):
+        for unseen in unseen_keys(rows, call.shape.keys, call.sliding_window):
+            k[b, unseen], v[b, unseen] = POISON, POISON
+    return replace(call, k=k, v=v)
 
 
 def with_hidden_nan(call: Call) -> Call:

@@ -186,3 +186,15 @@ def neighbours_scale(q, k, v, *, kv_len, scale):
     """kekzl/imp #1314: one step of rounding for all rows and sequences of a call."""
     step = q.float().abs().amax().clamp(min=1e-6) * 2.0**-11
     return right(torch.round(q.float() / step) * step, k, v, kv_len=kv_len, scale=scale)
+
+
+def masks_by_adding(q, k, v, *, kv_len, scale):
+    """Right: torch.finfo(torch.float16).min on what is hidden, as in many models' code."""
+    s = logits(q, k, scale) + torch.where(visible(q, k, kv_len), 0.0, -65504.0)
+    return weighted(s, torch.ones_like(s, dtype=torch.bool), v)
+
+
+def hides_nothing(q, k, v, *, kv_len, scale):
+    """Keys beyond kv_len are seen."""
+    s = logits(q, k, scale)
+    return weighted(s, torch.ones_like(s, dtype=torch.bool), v)

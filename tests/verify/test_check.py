@@ -308,7 +308,7 @@ def test_families_are_tensors_and_strategies() -> None:
 
     inputs = verify.families.draw("needles", "4/2x32", n_kv=70, rows=4)
     assert inputs.q.shape == (1, 4, 4, 32) and inputs.kv_len.tolist() == [[70, 33, 70, 7]]
-    assert float(inputs.k[0, 70:].float().min()) == torch.tensor(POISON).half().float()
+    assert float(inputs.v[0, 70:].float().min()) == torch.tensor(POISON).half().float()
     drawn = []
 
     @settings(max_examples=20, database=None, deadline=None)

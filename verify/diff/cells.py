@@ -301,7 +301,7 @@ def say_what_is_hidden(inputs: CellInputs, found: Sequence[KernelEvidence | None
     """Make what is wrong a finding of the contract, where a cell's inputs ask for no more (`said_only`)."""
     for one in found:
         if inputs.said_only and one is not None and (wrong := faults_of(one, "")):
-            one.contract = hidden_sentence(one.spec, wrong[0])
+            one.contract = hidden_sentence(one.spec, inputs.family, wrong[0])
             one.findings, one.measures = [], None
 
 

@@ -22,6 +22,7 @@ from verify.kernels.judging.families import (
     HIDDEN,
     InputSizes,
     draw,
+    with_hidden_far,
     with_hidden_nan,
 )
 from verify.kernels.numbers import FLOAT_TYPES
@@ -207,7 +208,8 @@ def _drawn(
     """The call of a cell, and what else the cell says of it (`CellInputs`)."""
     call = draw(family, sizes, seed, device=device)
     if family in HIDDEN:
-        return {"call": with_hidden_nan(call), "known": call, "said_only": not strict}
+        spoilt = with_hidden_far(call) if family == "hidden-far" else with_hidden_nan(call)
+        return {"call": spoilt, "known": call, "said_only": not strict}
     before = draw("gaussian", sizes, seed, device=device) if ALL_FAMILIES[family].after else None
     return {"call": call, "before": before}
 

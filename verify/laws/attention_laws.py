@@ -226,11 +226,12 @@ def masked_keys(subject: Subject, problem: Problem) -> float:
         else:
             pair = seen(subject.kernel, call), seen(subject.kernel, other)
             margin = agree("other masked keys", *pair, lse=has.lse)
-    more = [
-        torch.cat((x, x.new_full((x.shape[0], problem.twist, *x.shape[2:]), POISON)), 1)
-        for x in (call.k, call.v)
-    ]
-    longer = replace(call, k=more[0], v=more[1])
+    behind = call.v.new_full((call.v.shape[0], problem.twist, *call.v.shape[2:]), POISON)
+    longer = replace(
+        call,
+        k=torch.cat((call.k, call.k[:, :1].expand(-1, problem.twist, -1, -1)), 1),
+        v=torch.cat((call.v, behind), 1),
+    )
     if has.row_alone and call.path == "decode":
         no_bit_moves("more masked keys", subject.kernel.run(call), subject.kernel.run(longer), lse=has.lse)
     else:

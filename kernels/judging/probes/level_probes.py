@@ -16,7 +16,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.sums import gamma
 from verify.kernels.call import Call, checked_call
 from verify.kernels.judging.counter_random import CounterRandom
-from verify.kernels.judging.families import POISON, InputSizes
+from verify.kernels.judging.families import POISON, InputSizes, likeliest
 from verify.kernels.judging.probes.one_hot_probes import one_hot_edges, tags
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Demand, Probe, call_of
 from verify.kernels.numbers import FLOAT_TYPES, NUMBER_TYPES
@@ -51,7 +51,9 @@ def constant_v(sizes: InputSizes, *, seed: int = 0, device: torch.device | str =
     column = (torch.arange(sizes.heads.v_size, device=device) % 16 - 7.5) / 4
     v = column.expand(sizes.batch, sizes.keys, sizes.heads.kv, -1).clone()
     longest = max(sizes.n_kv)
-    k[:, longest:], v[:, longest:] = POISON, POISON
+    grouped = q.unflatten(2, (sizes.heads.kv, -1))
+    k[:, longest:] = likeliest(grouped, k, [longest] * sizes.batch)[:, None]
+    v[:, longest:] = POISON
     lengths = torch.tensor(sizes.n_kv).expand(sizes.batch, -1)
     call = call_of(q, k, v, lengths, sizes, device)
     seen = (call.kv_len > 0)[..., None, None].double()

@@ -96,7 +96,7 @@ def test_right_kernels_show_nothing_there(_: str, family: str, settings: dict[st
 
 def test_what_hidden_nan_does_is_said_and_is_a_fault_where_that_is_asked_for() -> None:
     kernel = user("right")
-    for family in HIDDEN:
+    for family in ("hidden-nan", "hidden-nan+window"):
         (said,) = found(kernel, asked(family))
         assert (
             faults_of(said, "") == []
@@ -152,3 +152,14 @@ def test_all_means_probes_and_every_kind_that_the_path_has() -> None:
 def test_settings_that_are_none(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said.replace("(", r"\(")):
         asked(settings.pop("family", "gaussian"), **settings)
+
+
+def test_a_finite_mask_is_right_and_what_overcomes_it_is_said() -> None:
+    """A mask of -65,504 hides any key of a real cache, and not one that is 60,000 in every number."""
+    kernel = user("masks_by_adding")
+    assert faults(kernel, asked("gaussian")) == []
+    said = found(kernel, asked("hidden-far"))[0]
+    assert faults_of(said, "") == [] and "adding a finite number" in said.contract
+    assert faults(kernel, asked("hidden-far", strict=True))
+    # Not hidden at all shows in anything that is drawn.
+    assert faults(user("hides_nothing"), asked("gaussian"))
