@@ -429,7 +429,7 @@ def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str 
 
 def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu") -> Call:
     """A draft as a call: rounded to its type, POISON beyond the longest row of each sequence."""
-    likely = likeliest(draft.q, draft.k, [max(rows) for rows in sizes.lengths])
+    likely = likeliest(draft.q, draft.k, sizes.lengths)
     for b, rows in enumerate(sizes.lengths):
         draft.k[b, max(rows) :], draft.v[b, max(rows) :] = likely[b], POISON
     if sizes.v_in_k:
@@ -451,20 +451,25 @@ def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu
     )
 
 
-def likeliest(q: torch.Tensor, k: torch.Tensor, longest: Sequence[int]) -> torch.Tensor:
-    """For each sequence and KV head the key with the largest product with any of its queries.
+def likeliest(q: torch.Tensor, k: torch.Tensor, lengths: Sequence[Sequence[int]]) -> torch.Tensor:
+    """For each sequence and KV head the key that its longest row's queries like best.
 
-    q [B, T, Hkv, r, D], k [B, S, Hkv, D] -> [B, Hkv, D]. longest: seen keys; zeros where none is.
+    q [B, T, Hkv, r, D], k [B, S, Hkv, D] -> [B, Hkv, D], where k lies. lengths: of each sequence's rows;
+    zeros where one sees no key.
 
     A hidden key that is a copy of it is worth seeing for a kernel that forgets to hide it, and its logit is
     one of the call's: no mask that adds a finite number is overcome by it.
     """
     found = torch.zeros_like(k[:, 0])
-    for b, n in enumerate(longest):
-        if n:
-            logits = torch.einsum("thrd,shd->hstr", q[b].float(), k[b, :n].float()).flatten(2).amax(-1)
-            best = logits.argmax(1)
-            found[b] = k[b, best, torch.arange(len(best), device=best.device)]
+    for b, rows in enumerate(lengths):
+        if not (n := max(rows)):
+            continue
+        row = q[b, list(rows).index(n)].to(k.device)
+        for h in range(k.shape[2]):
+            keys = k[b, :n, h]
+            few = (keys.float() @ row[h].float().T).amax(1).topk(min(n, 8)).indices.sort().values
+            # Of those nearly alike every device finds the same in float64.
+            found[b, h] = keys[few[(keys[few].double() @ row[h].double().T).amax(1).argmax()]]
     return found
 
 

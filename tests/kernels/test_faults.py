@@ -12,7 +12,7 @@ from support.other_device import other_device
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.faults import FAULTS, VARIANTS, Fault, Variant
 from verify.kernels.faults.tile_kernel import TileKernel
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, InputSizes, draw
 from verify.kernels.judging.figures import budget_ratio
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import LaunchTrace
@@ -66,6 +66,13 @@ def test_they_run_where_the_call_lies() -> None:
         for subject in (*FAULTS, *VARIANTS):
             result = subject.build().run(call)
             assert result.out.device == result.lse.device == device, subject.name
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_inputs_are_drawn_where_they_are_asked_for(family: str) -> None:
+    with other_device() as device:
+        call = draw(family, InputSizes(n_kv=(65, 0, 33)), seed=0, device=device)
+        assert {x.device for x in (call.q, call.k, call.v, call.kv_len)} == {device}
 
 
 def test_a_tensor_on_another_device_is_refused() -> None:

@@ -52,7 +52,7 @@ def constant_v(sizes: InputSizes, *, seed: int = 0, device: torch.device | str =
     v = column.expand(sizes.batch, sizes.keys, sizes.heads.kv, -1).clone()
     longest = max(sizes.n_kv)
     grouped = q.unflatten(2, (sizes.heads.kv, -1))
-    k[:, longest:] = likeliest(grouped, k, [longest] * sizes.batch)[:, None]
+    k[:, longest:] = likeliest(grouped, k, [sizes.n_kv] * sizes.batch)[:, None]
     v[:, longest:] = POISON
     lengths = torch.tensor(sizes.n_kv).expand(sizes.batch, -1)
     call = call_of(q, k, v, lengths, sizes, device)
