@@ -6,7 +6,7 @@ A kernel that lacks something is not wrong; it is only not judged by what needs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     # What kernels have is listed without torch.
@@ -40,6 +40,11 @@ WORDS: dict[Promise, str] = {
 }
 # What few kernels have: a kernel that has one of them says so, none is said to lack it.
 FORMS: tuple[Promise, ...] = ("paged", "packed", "mask", "key_list")
+
+# Of a kernel that takes all of them.
+ALL_FORMS: dict[str, Any] = {
+    "paths": ("decode", "several", "prefill"), "paged": True, "packed": True, "mask": True, "key_list": True
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

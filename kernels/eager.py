@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.cache import round_to, through_cache
 from verify.kernels.cache_types import AS_GIVEN, LAW_CACHES, CacheSpec
-from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
-from verify.kernels.capabilities import Capabilities
+from verify.kernels.call import AttentionPath, Call, Result, Shape
+from verify.kernels.capabilities import ALL_FORMS, Capabilities
 from verify.kernels.exact import finish_logits
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import unseen_keys
@@ -50,10 +50,6 @@ from verify.kernels.trace import Launched, RowKind, Signature
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
 QUERY_TILE = 64
-# Forms of a call that it takes.
-ALL_FORMS: dict[str, Any] = {
-    "paths": PATHS, "paged": True, "packed": True, "mask": True, "key_list": True
-}  # fmt: skip
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
 _PARTIALS_AT_ONCE = 1 << 24
 

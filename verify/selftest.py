@@ -2,7 +2,8 @@
 
 Every fault of `verify.kernels.faults` and every clean variant runs over every input family and every probe,
 with as many seeds as asked for; of a fault of plans the laws of plans are asked too, and of a kernel that has
-a merge of its own those of merges. A fault is caught if some detector that is sure by itself objects with
+a merge of its own those of merges. A fault of how calls are made is shown those that show it, and clean
+variants those of every form. A fault is caught if some detector that is sure by itself objects with
 every seed; a clean variant must make none of them object.
 The same results are judged once more as those of a kernel of which nothing is stated, as a `py:` kernel is by
 default: by the loosest arithmetic, and where that hides a fault by what is read off the kernel, as every
@@ -27,7 +28,7 @@ from verify.kernels.budget.bound import Budget, error_budget, rounding_key
 from verify.kernels.call import Call
 from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import KernelFailure
-from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
+from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS, Fault
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.heads import Heads
 from verify.kernels.identify.arithmetics import KnownReadings, coarser
@@ -43,7 +44,7 @@ from verify.kernels.judging.detectors import (
     measure,
     trace_finding,
 )
-from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, FORMS, InputSizes, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
 from verify.kernels.judging.probes import Probe, far_offsets, judge, standard_probes
 from verify.kernels.kernel import Kernel
@@ -69,6 +70,9 @@ PREFILL_SIZES = dataclasses.replace(OTHER_SIZES, path="prefill")
 OTHER_FAMILIES = ("gaussian", "needles")
 # Kinds of calls, after the families of the same sizes.
 SELFTEST_CALLS = ("sequences", "shorter")
+# Of a fault of how calls are made, and of every form of a call: sequences have 50 keys and more.
+CALL_SIZES = InputSizes(n_kv=(257, 200, 64, 50), batch=2)
+FORM_SIZES = dataclasses.replace(CALL_SIZES, n_kv=(130, 64, 65, 50), path="several")
 # Plans to draw for each law of plans.
 PLAN_CASES = 200
 # Lists of parts to draw for each law of merges.
@@ -236,12 +240,25 @@ def _run(
     }
     for seed in range(seeds):
         inputs = list(_inputs(seed, device))
+        formed = [_Input(family, FORM_SIZES, seed, device) for family in FORMS]
         for trial in trials:
             if trial.needs == "cuda" and not on_gpu:
                 trial.subject.skipped = "needs a GPU"
                 continue
             progress(f"seed {seed + 1} of {seeds}: {trial.subject.name}")
             used = [x for x in inputs if x.family not in trial.without]
+            if seed == 0 and trial.subject.kind == "clean" and _takes_forms(trial.build()):
+                used += formed
+            if trial.shown is not None:
+                used = [
+                    _Input(
+                        family, dataclasses.replace(CALL_SIZES, path=path, **trial.shown.sizes), seed, device
+                    )
+                    for path in trial.shown.paths
+                    for family in trial.shown.families
+                ]
+                _one_seed(trial, used, [], seed, known[trial.subject.name])
+                continue
             chosen = [far_offsets(SIZES, device=device)] if trial.probes == "far offsets" else probes
             _one_seed(trial, used, chosen, seed, known[trial.subject.name])
     hidden = [t for t in trials if t.subject.kind == "fault" and t.subject.unstated < seeds]
@@ -277,13 +294,15 @@ class _Trial(NamedTuple):
     without: tuple[str, ...] = ()
     # What the laws of plans are asked of, where plans are what is wrong.
     plans: Subject | None = None
+    shown: Fault | None = None  # a fault of how calls are made, which says what shows it
 
 
 def _trials() -> Iterator[_Trial]:
     """Every fault, every fault of plans in an `eager` that is otherwise right, and every clean variant."""
     for fault in FAULTS:
         subject = SelftestSubject(fault.name, "fault", fault.what, fault.references, fault.plan)
-        yield _Trial(subject, fault.build, needs=fault.needs, probes=fault.probes)
+        shown = fault if fault.families else None
+        yield _Trial(subject, fault.build, needs=fault.needs, probes=fault.probes, shown=shown)
     for broken in PLAN_FAULTS:
         subject = SelftestSubject(broken.name, "fault", broken.what, broken.references, broken.plan)
         spec = f"eager:{broken.plan}"
@@ -293,6 +312,10 @@ def _trials() -> Iterator[_Trial]:
         )
     for v in VARIANTS:
         yield _Trial(SelftestSubject(v.name, "clean", v.what), v.build, without=v.without)
+
+
+def _takes_forms(kernel: Kernel) -> bool:
+    return kernel.capabilities().lacks("paged", "packed", "mask", "key_list") is None
 
 
 def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:

@@ -11,7 +11,7 @@ from verify.kernels.faults.plans import PLAN_FAULTS
 from verify.kernels.faults.record import CacheFault, Fault, PlanFault, Variant, declared
 
 # Importing a module of faults declares them. In the order in which they are listed.
-from verify.kernels.faults import merging, keys, heads, softmax, rounding, dispatch  # isort: skip
+from verify.kernels.faults import merging, keys, heads, softmax, rounding, dispatch, forms  # isort: skip
 
 FAULTS: tuple[Fault, ...] = tuple(declared)
 
@@ -26,4 +26,4 @@ __all__ = [
     "Variant",
 ]
 
-del merging, keys, heads, softmax, rounding, dispatch
+del merging, keys, heads, softmax, rounding, dispatch, forms

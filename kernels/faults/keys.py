@@ -109,6 +109,8 @@ class OffsetWraps(TileKernel):
     bits = 16
 
     def load(self, x: torch.Tensor, row: TileRow, first: int, last: int) -> torch.Tensor:
+        if row.call.block_table is not None or row.listed is not None:
+            return super().load(x, row, first, last)
         key = x.shape[2] * x.shape[3]
         positions = torch.arange(first, last, device=x.device)
         half = 1 << (self.bits - 1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+from verify.kernels.call import AttentionPath
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import Plan
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from verify.kernels.faults.tile_kernel import TileKernel
 
 Build = Callable[[], Kernel]
+_NO_SIZES: Mapping[str, Any] = {}
 
 
 class Fault(NamedTuple):
@@ -30,6 +32,11 @@ class Fault(NamedTuple):
     needs: Literal["", "cuda"] = ""
     # The probes that show it: the standard ones, or the one beyond 2^31 elements alone.
     probes: Literal["standard", "far offsets"] = "standard"
+    # Of a fault of how a call is made: families that show it, the paths on which they do, and what of their
+    # sizes (`InputSizes`) it takes. Empty: any input shows it.
+    families: tuple[str, ...] = ()
+    paths: tuple[AttentionPath, ...] = ("decode",)
+    sizes: Mapping[str, Any] = _NO_SIZES
 
 
 class PlanFault(NamedTuple):
@@ -75,6 +82,9 @@ def fault(
     *references: str,
     needs: Literal["", "cuda"] = "",
     probes: Literal["standard", "far offsets"] = "standard",
+    families: tuple[str, ...] = (),
+    paths: tuple[AttentionPath, ...] = ("decode",),
+    sizes: Mapping[str, Any] = _NO_SIZES,
     **options: int | tuple[int, ...],
 ) -> Callable[[Kind], Kind]:
     """Declares a subclass of `TileKernel`, built with these options, as a known fault."""
@@ -94,6 +104,9 @@ def fault(
                 build=build,
                 needs=needs,
                 probes=probes,
+                families=families,
+                paths=paths,
+                sizes=sizes,
             )
         )
         return kind

@@ -16,7 +16,7 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Result, Shape
-from verify.kernels.capabilities import Capabilities
+from verify.kernels.capabilities import ALL_FORMS, Capabilities
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS
@@ -30,10 +30,13 @@ class TileRow:
 
     call: Call  # that they are rows of
     b: int  # number of the sequence
-    t: torch.Tensor  # numbers of the rows, [t]
-    n: int  # they see keys 0 .. n-1
+    batch: int  # where in q it lies
+    t: torch.Tensor  # numbers of the rows there, [t]
+    n: int  # they see keys 0 .. n-1, or the first n of what they list
+    length: int  # kv_len, by which windows and ALiBi go
     q: torch.Tensor  # [t, Hq, Dk] float32
     kv_head: torch.Tensor  # of every query head, [Hq]
+    listed: torch.Tensor | None = None  # [n], the keys of a row that lists them
     # First key and end of each part, counted where it is closed.
     closed: list[tuple[int, int]] = field(default_factory=list)
 
@@ -87,7 +90,7 @@ class TileKernel(Kernel):
 
     def capabilities(self) -> Capabilities:
         # Rows of one n_kv are computed together: other products, other bits.
-        return Capabilities(row_alone=False)
+        return Capabilities(row_alone=False, **ALL_FORMS)
 
     def merger(self) -> Merge:
         return lambda parts: self.merge(list(parts))
@@ -98,27 +101,47 @@ class TileKernel(Kernel):
         ran: Counter[RowKind] = Counter()
         out = call.q.new_zeros((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
         lse = call.q.new_zeros((shape.batch, shape.rows, shape.q_heads), dtype=torch.float32)
-        for b in range(shape.batch):
-            for n_kv in call.kv_len[b].unique().tolist():
-                t = (call.kv_len[b] == n_kv).nonzero()[:, 0]
+        for b, (batch, rows) in enumerate(call.rows_of_sequences()):
+            for t in self.like_rows(call, batch, rows):
+                listed = None if call.keys is None else self.listed(call.keys[batch, t[0]])
+                n_kv = int(call.kv_len[batch, t[0]]) if listed is None else len(listed)
                 n = self.visible(call, n_kv)
                 plan = self.plan_of(shape, n)
                 row = TileRow(
                     call=call,
-                    b=b,
+                    b=self.sequence(call, b),
+                    batch=batch,
                     t=t,
                     n=n,
-                    q=self.query(call, b, t),
+                    length=n if listed is None else int(call.kv_len[batch, t[0]]),
+                    q=self.query(call, batch, t),
                     kv_head=self.kv_heads(shape, plan.head_groups),
+                    listed=listed,
                 )
                 result = self.row(row, plan)
-                out[b, t], lse[b, t] = self.store(result)
+                out[batch, t], lse[batch, t] = self.store(result)
                 # All heads are computed together: their groups are those that `kv_heads` was given.
                 signature = Signature(f"tile[{self.spec}]", "torch", plan.head_groups, row.cuts, "one")
                 ran[call.path, n_kv, signature] += len(t)
         return Result(out, lse, Launched(ran))
 
     # The steps, in the order in which they run.
+
+    def like_rows(self, call: Call, batch: int, rows: slice) -> list[torch.Tensor]:
+        """Rows of a sequence that see the same keys, which are computed together."""
+        numbers = torch.arange(rows.start, rows.stop)
+        if call.keys is not None:
+            return list(numbers[:, None])
+        lengths = call.kv_len[batch, rows].cpu()
+        return [numbers[lengths == n] for n in lengths.unique()]
+
+    def listed(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys of a row that lists them, without holes."""
+        return keys[keys >= 0].long()
+
+    def sequence(self, call: Call, b: int) -> int:
+        """The number of the sequence whose keys are read."""
+        return b
 
     def visible(self, call: Call, n_kv: int) -> int:
         return n_kv
@@ -165,7 +188,33 @@ class TileKernel(Kernel):
 
     def load(self, x: torch.Tensor, row: TileRow, first: int, last: int) -> torch.Tensor:
         """Keys or values first .. last-1 as every query head reads them: [n, Hq, D] float32."""
-        return x[row.b, first:last].float().index_select(1, row.kv_head.to(x.device))
+        if row.call.block_table is None and row.listed is None:
+            found = x[row.b, first:last]
+        else:
+            found = self.looked_up(x, row, self.places(row, first, last))
+        return found.float().index_select(1, row.kv_head.to(x.device))
+
+    def places(self, row: TileRow, first: int, last: int) -> torch.Tensor:
+        """Where in its sequence keys first .. last-1 of a row lie; beyond all of its list, nowhere."""
+        if row.listed is None:
+            return torch.arange(first, last, device=row.q.device)
+        beyond = max(last - len(row.listed), 0)
+        return torch.nn.functional.pad(row.listed, (0, beyond), value=2**31 - 1)[first:last]
+
+    def looked_up(self, x: torch.Tensor, row: TileRow, places: torch.Tensor) -> torch.Tensor:
+        """Keys or values at these places, [n, Hkv, D]."""
+        if row.call.block_table is None:
+            return x[row.b, places]
+        page = x.shape[1]
+        return self.in_page(x, self.pages(row, places // page), places % page)
+
+    def pages(self, row: TileRow, entries: torch.Tensor) -> torch.Tensor:
+        """The numbers of pages in these places of the row's table."""
+        assert row.call.block_table is not None
+        return row.call.block_table[row.b, entries].long()
+
+    def in_page(self, x: torch.Tensor, pages: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        return x[pages, inside]
 
     def keys(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         return self.load(row.call.k, row, first, last)
@@ -184,15 +233,22 @@ class TileKernel(Kernel):
     def bias(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         if row.call.alibi_slopes is None:
             return s
-        distance = torch.arange(first, first + s.shape[-1], device=s.device) - (row.n - 1)
+        distance = self.places(row, first, first + s.shape[-1]) - (row.length - 1)
         return s + row.call.alibi_slopes.float()[:, None] * distance
 
     def mask(self, row: TileRow, s: torch.Tensor, first: int) -> torch.Tensor:
         positions = torch.arange(first, first + s.shape[-1], device=s.device)
-        hidden = positions >= row.n
+        hidden, places = positions >= row.n, self.places(row, first, first + s.shape[-1])
         if row.call.sliding_window is not None:
-            hidden = hidden | (positions < row.n - row.call.sliding_window)
+            hidden = hidden | (places < row.length - row.call.sliding_window)
+        if row.call.mask is not None:
+            mask = self.mask_of(row, row.call.mask)[..., places.clamp(max=row.call.mask.shape[-1] - 1)]
+            s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask.float()
         return s.masked_fill(hidden, -math.inf)
+
+    def mask_of(self, row: TileRow, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of a row's tokens, [t, Hq or 1, S]."""
+        return mask[row.batch if len(mask) > 1 else 0][:, row.t].transpose(0, 1)
 
     def exp(self, x: torch.Tensor) -> torch.Tensor:
         return torch.exp(x)

@@ -16,9 +16,8 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.cache_types import AS_GIVEN, CacheSpec
 from verify.kernels.call import AttentionPath, Call, Result, Shape
-from verify.kernels.capabilities import Capabilities
+from verify.kernels.capabilities import ALL_FORMS, Capabilities
 from verify.kernels.eager import (
-    ALL_FORMS,
     EagerKernel,
     over_cache,
     over_rotation,

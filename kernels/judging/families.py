@@ -22,7 +22,7 @@ import torch
 from verify.kernels.call import PATHS, AttentionPath, Call, checked_call
 from verify.kernels.heads import Heads
 from verify.kernels.judging.counter_random import CounterRandom
-from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
+from verify.kernels.judging.other_forms import in_pages, listed, masked, packed, with_tree
 from verify.kernels.lengths import unseen_keys
 
 # Finite in float16, so that a zero weight hides it; NaN would show in kernels that are right (0 * NaN).
@@ -30,6 +30,8 @@ POISON = 6e4
 SIX_A_KV_HEAD = Heads(12, 2, 64, 64)
 # Keys a page.
 PAGE = 16
+# Pages before those that are used: numbers from here on do not fit 16 bits.
+FAR_PAGES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -364,6 +366,18 @@ CALLS: dict[str, Family] = {
 }
 
 
+def _unlike_rows(g: CounterRandom, sizes: InputSizes) -> Draft:
+    """Every second sequence, and every second row of the others, has q a thousand times smaller: logits stay
+    ordinary in rows of large keys, as sinks of attention have them."""
+    draft = gaussian(g, sizes)
+    small = torch.zeros(draft.q.shape[:2], dtype=torch.bool)
+    small[1::2] = True
+    small[:, 1::2] = True
+    draft.q[small] *= 2.0**-10
+    draft.k *= 2.0**5
+    return draft
+
+
 def _in_pages(call: Call, seed: int) -> Call:
     return in_pages(call, PAGE, seed=seed)
 
@@ -382,6 +396,27 @@ def _masked(call: Call, seed: int) -> Call:
     return masked(call)
 
 
+def _far_pages(call: Call, seed: int) -> Call:
+    """Pages of one key, whose numbers do not fit 16 bits."""
+    return in_pages(call, 1, seed=seed, above=FAR_PAGES)
+
+
+def _no_tokens(call: Call, seed: int) -> Call:
+    """The second sequence has no token."""
+    return packed(_in_pages(call, seed), [0 if b == 1 else call.shape.rows for b in range(call.shape.batch)])
+
+
+def _tree(call: Call, seed: int) -> Call:
+    """Two branches: each row follows the one before the last."""
+    return with_tree(call, [t - 2 for t in range(call.shape.rows)])
+
+
+def _drafts(sizes: InputSizes) -> InputSizes:
+    """Four rows of four sequences, of at least 16 keys."""
+    n = max(*sizes.n_kv, 32)
+    return replace(sizes, batch=4, n_kv=(n, n, n, n), fewer=(0, n // 3, 5, n // 2))
+
+
 def _listed(call: Call, seed: int) -> Call:
     """Every second key, in a drawn order: each row keeps its first."""
     found = listed(call, order=seed)
@@ -397,6 +432,10 @@ FORMS: dict[str, Family] = {
         Family("packed", "tokens of sequences one after another", gaussian, sized=_unlike, formed=_packed),
         Family("packed+pages", "both", gaussian, sized=_unlike, formed=_packed_in_pages),
         Family("mask", "lengths said by a mask", gaussian, sized=_unlike, formed=_masked),
+        Family("far-pages", "numbers of pages beyond 65,536", gaussian, sized=_unlike, formed=_far_pages),
+        Family("no-tokens", "a sequence without a token", gaussian, sized=_unlike, formed=_no_tokens),
+        Family("tree", "drafts of a tree", gaussian, sized=_drafts, formed=_tree),
+        Family("unlike-rows", "rows whose q differ a thousandfold", _unlike_rows, sized=_unlike),
         Family("key-list", "each row lists the keys that it sees", gaussian, sized=_unlike, formed=_listed),
     )
 }

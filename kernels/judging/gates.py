@@ -76,7 +76,7 @@ def plain_attention(call: Call) -> torch.Tensor:
         rows, keys = len(sequence.q), len(sequence.k)
         positions = torch.arange(keys, device=call.q.device)
         scaled = (sequence.q.float() * call.scale).to(dtype).float()
-        q = scaled.view(rows, shape.kv_heads, shape.ratio, -1).permute(1, 0, 2, 3)
+        q = scaled.view(rows, shape.kv_heads, shape.ratio, shape.k_size).permute(1, 0, 2, 3)
         s = torch.einsum("htrd,shd->htrs", q, sequence.k.float()).to(dtype)
         mask = sequence.mask_of(slice(None), slice(0, keys), heads, kv_heads=shape.kv_heads)
         s = finish_logits(s.float(), sequence.kv_len.long(), positions, call, mask).to(dtype).float()

@@ -19,11 +19,25 @@ from verify.kernels.lengths import lengths_of
 STALE = (-1, 2**31 - 1, 0)
 
 
-def in_pages(call: Call, page: int, *, seed: int = 0, shared: int = 0, spare: int = 3) -> Call:
+def in_pages(
+    call: Call,
+    page: int,
+    *,
+    seed: int = 0,
+    shared: int = 0,
+    spare: int = 3,
+    above: int = 0,
+    stale: Sequence[int] = STALE,
+    unnamed: float = math.nan,
+    rest: float = math.nan,
+) -> Call:
     """Keys and values in pages of `page` keys, in a drawn order among `spare` pages that no table names.
 
     shared: so many pages of the first sequence stand in the table of each: whoever asks vouches that their
-    keys are the same. Raises ValueError for a call that has pages.
+    keys are the same; above: pages before the first that is used, which hold 0 and, untouched, take no memory
+    on a CPU; stale: entries of a table beyond its sequence's last page, in turn; unnamed, rest: what pages
+    hold that no table names, and what keys in a last page hold that no row sees. Raises ValueError for a call
+    that has pages.
     """
     if call.block_table is not None:
         raise ValueError("block_table: expected a call without pages")
@@ -31,10 +45,14 @@ def in_pages(call: Call, page: int, *, seed: int = 0, shared: int = 0, spare: in
     longest = [max(n, default=0) for n in _lengths(call)]
     needed = [-(-n // page) for n in longest]
     width = max(-(-call.shape.keys // page), *needed, 1) + 1
-    ids = torch.randperm(sum(needed) + max(spare, 1), generator=generator).tolist()
-    k = call.k.new_full((len(ids), page, *call.k.shape[2:]), math.nan)
+    count = sum(needed) + max(spare, 1)
+    ids = (torch.randperm(count, generator=generator) + above).tolist()
     columns = call.v_in_k
-    v = call.v.new_full((len(ids), page, *call.v.shape[2:]), math.nan)
+    k, v = (x.new_zeros((above + count, page, *x.shape[2:])) for x in (call.k, call.v))
+    if columns is not None:
+        v = k[..., slice(*columns)]
+    for pool in (k, v):
+        pool[above:] = unnamed
     if columns is not None:
         v = k[..., slice(*columns)]
     tables: list[list[int]] = []
@@ -46,8 +64,8 @@ def in_pages(call: Call, page: int, *, seed: int = 0, shared: int = 0, spare: in
             held = slice(i * page, min((i + 1) * page, n))
             for pool, x in ((k, call.k), (v, call.v)):
                 pool[name, : held.stop - held.start] = x[b, held]
-        stale = [STALE[(b + i) % len(STALE)] for i in range(width - len(own))]
-        tables.append(own + stale)
+                pool[name, held.stop - held.start :] = rest
+        tables.append(own + [stale[(b + i) % len(stale)] for i in range(width - len(own))])
     mask = call.mask
     if mask is not None:
         mask = torch.nn.functional.pad(mask, (0, width * page - mask.shape[-1]))
@@ -142,6 +160,29 @@ def several(call: Call, n_q: int) -> Call:
         mask=mask,
         path="several",
     ).checked()
+
+
+def with_tree(call: Call, parents: Sequence[int]) -> Call:
+    """A call whose rows are drafts of a tree: row t has the key `kv_len - T + t` and sees it, those of its
+    ancestors, and all keys before the drafts.
+
+    parents [T]: of each row the row that it follows, or -1; kv_len of every row is that of its sequence with
+    all drafts. Raises ValueError for a call that has a mask, or rows that do not fit.
+    """
+    rows, longest = len(parents), call.kv_len.amax(1)
+    if call.mask is not None or call.q.shape[1] != rows or int(longest.min()) < rows:
+        raise ValueError(f"parents: expected one of each of {call.q.shape[1]} rows, no more than keys")
+    own = torch.zeros((rows, rows), dtype=torch.bool)
+    for t, parent in enumerate(parents):
+        own[t, t] = True
+        if parent >= 0:
+            own[t] |= own[parent]
+    places = torch.arange(call.shape.keys)
+    mask = (places < (longest.cpu() - rows)[:, None, None, None]).repeat(1, 1, rows, 1)
+    for b, n in enumerate(longest.tolist()):
+        mask[b, 0, :, n - rows : n] = own
+    every = longest[:, None].expand(-1, rows).contiguous()
+    return replace(call, kv_len=every, mask=mask.to(call.q.device)).checked()
 
 
 def in_chunks(x: torch.Tensor, n_q: int, fill: float = 0) -> torch.Tensor:

@@ -7,8 +7,7 @@ import torch
 
 from support.problems import problem
 from verify.kernels.cache_types import LAW_CACHES
-from verify.kernels.capabilities import FORMS, WORDS, Capabilities
-from verify.kernels.eager import ALL_FORMS
+from verify.kernels.capabilities import ALL_FORMS, FORMS, WORDS, Capabilities
 from verify.kernels.registry import build_kernel
 
 

@@ -8,8 +8,10 @@ from verify.laws.cases import Parts, Problem, Rule
 from verify.laws.law import GROUPS, LAWS, Law, LawBroken, Subject, subject_of
 
 # Importing a module of laws puts them into LAWS. In the order of `GROUPS`.
-from verify.laws import merge_laws, part_laws, attention_laws, option_laws, cache_laws, plan_laws  # isort: skip
+from verify.laws import (  # isort: skip
+    merge_laws, part_laws, attention_laws, option_laws, form_laws, cache_laws, plan_laws
+)  # fmt: skip
 
 __all__ = ["GROUPS", "LAWS", "Law", "LawBroken", "Parts", "Problem", "Rule", "Subject", "subject_of"]
 
-del merge_laws, part_laws, attention_laws, option_laws, cache_laws, plan_laws
+del merge_laws, part_laws, attention_laws, option_laws, form_laws, cache_laws, plan_laws

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
 
 import torch
 
 from verify.kernels.cache_types import parse_cache
-from verify.kernels.call import AttentionPath, Call
+from verify.kernels.call import PATHS, AttentionPath, Call
 from verify.kernels.errors import SpecError
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.numbers import FLOAT_TYPES
+from verify.kernels.plans.asked import MOST_SEVERAL
 from verify.machine.errors import UsageError
 
 # Of a size that a case names: what is larger is a slip of the pen.
@@ -100,7 +101,8 @@ class Problem(Case):
     v_size: int = 16  # head size of v
     spare: int = 0  # keys held beyond the longest row
     dtype: str = "f16"  # f16, bf16, f32
-    path: str = "decode"  # decode or prefill
+    path: str = "decode"  # decode, several or prefill
+    page: int = 0  # keys of a page, of laws of paged calls
     seed: int = 0  # of what is drawn
     cuts: tuple[int, ...] = ()  # keys at which the KV range is cut
     groups: tuple[int, ...] = ()  # head groups
@@ -115,7 +117,9 @@ class Problem(Case):
 
     @property
     def sizes(self) -> InputSizes:
-        path: AttentionPath = "prefill" if self.path == "prefill" else "decode"
+        path: AttentionPath = "decode"
+        if self.path in PATHS:
+            path = cast(AttentionPath, self.path)
         return InputSizes(
             n_kv=self.n_kv,
             batch=self.batch,
@@ -138,7 +142,7 @@ class Problem(Case):
         return {**found, "heads": "+".join(map(str, self.groups))} if self.groups else found
 
     def check(self) -> None:
-        for name, allowed in (("family", FAMILIES), ("dtype", FLOAT_TYPES), ("path", ("decode", "prefill"))):
+        for name, allowed in (("family", FAMILIES), ("dtype", FLOAT_TYPES), ("path", PATHS)):
             if getattr(self, name) not in allowed:
                 known = ", ".join(allowed)
                 raise UsageError(f"--case: {name}: expected one of {known}, got {getattr(self, name)!r}")
@@ -153,6 +157,10 @@ class Problem(Case):
             )
         if max(self.n_kv) > MOST or not 0 <= self.spare <= MOST:
             raise UsageError(f"--case: n_kv, spare: expected 0 to {MOST}, got {max(self.n_kv)}, {self.spare}")
+        if not 0 <= self.page <= MOST:
+            raise UsageError(f"--case: page: expected 0 to {MOST}, got {self.page}")
+        if self.path == "several" and len(self.n_kv) > MOST_SEVERAL:
+            raise UsageError(f"--case: n_kv: expected at most {MOST_SEVERAL} rows on the path several")
         if self.block % 16:
             raise UsageError(f"--case: block: expected a multiple of 16, got {self.block}")
         if self.groups and (min(self.groups) < 1 or sum(self.groups) != self.ratio):

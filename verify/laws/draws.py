@@ -187,6 +187,43 @@ def _pinned(
     return replace(drawn, **kept, n_kv=n_kv, batch=batch, fewer=() if alike else tuple(fewer))
 
 
+# Keys of a page: one, no part of a tile, part of a tile, a tile.
+PAGE_SIZES = (16, 1, 5, 64)
+MOST_DRAFTS = 8
+
+
+@st.composite
+def formed_problems(
+    draw: st.DrawFn,
+    subject: Subject,
+    *,
+    without: Sequence[str] = (),
+    path: str = "",
+    batch: int = 3,
+    twist: int = SEEDS,
+) -> Problem:
+    """Problems on any path that the subject has, with a size of pages; path: that one alone."""
+    has = subject.capabilities
+    plain = "decode" if "decode" in has.paths else "prefill"
+    problem = draw(problems(subject, without=without, path=plain, batch=batch))
+    pages = PAGE_SIZES if has.page_sizes is None else has.page_sizes
+    return replace(
+        problem,
+        path=path or draw(st.sampled_from(has.paths)),
+        page=draw(st.sampled_from(pages)),
+        twist=draw(st.integers(0, twist)),
+    )
+
+
+@st.composite
+def trees(draw: st.DrawFn, subject: Subject) -> Problem:
+    """Problems whose rows are drafts of a tree, drawn by the twist: all have the same number of keys."""
+    problem = draw(formed_problems(subject, without=(*BY_PLACE, "near-overflow"), batch=2))
+    rows = draw(st.integers(2, MOST_DRAFTS))
+    n_kv = max(*problem.n_kv, rows)
+    return replace(problem, n_kv=(n_kv,) * rows, fewer=())
+
+
 def _holds_large(subject: Subject) -> bool:
     """Whether sums of values near 65504 are within the kernel's accumulators."""
     call = subject.simplest.call()

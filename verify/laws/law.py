@@ -17,7 +17,7 @@ from hypothesis.strategies import SearchStrategy
 
 from verify.identify.learning import learn_as_asked, states_nothing
 from verify.kernels.call import AttentionOutput
-from verify.kernels.capabilities import Capabilities, Promise
+from verify.kernels.capabilities import FORMS, Capabilities, Promise
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.contract import empty_merge_finding, empty_row_finding
@@ -29,8 +29,8 @@ from verify.kernels.plans.spec import PLAN_OPTIONS, parse_plan, parse_spec, repl
 from verify.kernels.registry import build_kernel
 from verify.laws.cases import Case, Problem
 
-Group = Literal["merge", "parts", "attention", "options", "cache", "plans"]
-GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "cache", "plans")
+Group = Literal["merge", "parts", "attention", "options", "forms", "cache", "plans"]
+GROUPS: tuple[Group, ...] = ("merge", "parts", "attention", "options", "forms", "cache", "plans")
 Options = Mapping[str, str]
 # Head sizes that problems are drawn with, smallest first.
 HEAD_SIZES = (16, 32, 64, 128)
@@ -199,6 +199,17 @@ def no_plans(subject: Subject) -> str | None:
 def has_one_path(subject: Subject) -> str | None:
     paths = subject.capabilities.paths
     return f"has only the {paths[0]} path" if len(paths) < 2 else None
+
+
+def no_several(subject: Subject) -> str | None:
+    return None if "several" in subject.capabilities.paths else "has no path several"
+
+
+def no_form(subject: Subject) -> str | None:
+    """Of the law of any form of a call."""
+    has = subject.capabilities
+    none = "several" not in has.paths and not any(getattr(has, form) for form in FORMS)
+    return "takes no form of a call" if none else None
 
 
 def reads_no_cache(subject: Subject) -> str | None:
