@@ -12,7 +12,6 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.exact import ExactKernel, exact_attention, reference_attention
-from verify.kernels.faults import FAULTS
 from verify.kernels.judging.detectors import measure
 from verify.kernels.registry import build_kernel
 
@@ -227,7 +226,7 @@ def test_what_no_row_needs_may_be_anything() -> None:
 def test_a_kernel_that_has_not_a_form_says_so(forms: tuple[str, ...]) -> None:
     words = {"pages": "takes no pages", "packed": "takes no packed sequences", "mask": "takes no mask"}
     call = everything_call(*forms, dtype=torch.float16, path="decode")
-    for kernel in (FAULTS[0].build(), build_kernel("sdpa:math")):
+    for kernel in (build_kernel("sdpa:math"), build_kernel("sdpa:flash")):
         with pytest.raises(KernelFailure, match=words.get(forms[0], "takes no list of keys")) as caught:
             kernel.run(call)
         assert caught.value.kind == "unsupported"
@@ -236,7 +235,7 @@ def test_a_kernel_that_has_not_a_form_says_so(forms: tuple[str, ...]) -> None:
 
 def test_a_kernel_that_has_no_path_several_says_so() -> None:
     call = everything_call(path="several", dtype=torch.float16)
-    for kernel in (FAULTS[0].build(), build_kernel("sdpa:math")):
+    for kernel in (build_kernel("sdpa:math"), build_kernel("sdpa:flash")):
         with pytest.raises(KernelFailure, match="has no path several"):
             kernel.run(call)
 

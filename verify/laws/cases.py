@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
@@ -119,7 +119,7 @@ class Problem(Case):
     def sizes(self) -> InputSizes:
         path: AttentionPath = "decode"
         if self.path in PATHS:
-            path = cast(AttentionPath, self.path)
+            path = self.path
         return InputSizes(
             n_kv=self.n_kv,
             batch=self.batch,

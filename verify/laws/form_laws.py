@@ -35,7 +35,7 @@ def _in_pages(call: Call, page: int, **more: object) -> Call:
     return in_pages(call, page, **{"unnamed": POISON, "rest": POISON, **more})  # type: ignore[arg-type]
 
 
-def _same(subject: Subject, what: str, a: Call, b: Call, rows: slice | None = None) -> float:
+def _same(subject: Subject, what: str, a: Call, b: Call, *, rows: slice | None = None) -> float:
     """Two calls of which only that changes which no sum sees. rows: of the batch, those looked at."""
     lse, kernel, its = subject.capabilities.lse, subject.kernel, slice(None) if rows is None else rows
     one, two = kernel.run(a), kernel.run(b)
@@ -166,11 +166,10 @@ def other_pages(subject: Subject, problem: Problem) -> float:
     needed = -(-int(call.kv_len[b].max()) // problem.page)
     own = torch.zeros(len(paged.k), dtype=torch.bool, device=paged.k.device)
     own[paged.block_table[b, :needed].long()] = True
-    changed = {
-        name: torch.where(own[:, None, None, None] | (x.abs() == POISON), x, x * -0.5)
-        for name, x in (("k", paged.k), ("v", paged.v))
-    }
-    return _same(subject, "other sequences' pages", paged, replace(paged, **changed), slice(b, b + 1))
+    k, v = (
+        torch.where(own[:, None, None, None] | (x.abs() == POISON), x, x * -0.5) for x in (paged.k, paged.v)
+    )
+    return _same(subject, "other sequences' pages", paged, replace(paged, k=k, v=v), rows=slice(b, b + 1))
 
 
 @law("no-keys", formed_problems, needs=("ragged", "empty_rows"), unless=no_form)
