@@ -32,11 +32,10 @@ class Fault(NamedTuple):
     needs: Literal["", "cuda"] = ""
     # The probes that show it: the standard ones, or the one beyond 2^31 elements alone.
     probes: Literal["standard", "far offsets"] = "standard"
-    # Of a fault of how a call is made: families that show it, the paths on which they do, and what of their
-    # sizes (`InputSizes`) it takes. Empty: any input shows it.
+    # Of a fault of how calls are made, else empty: families that show it.
     families: tuple[str, ...] = ()
-    paths: tuple[AttentionPath, ...] = ("decode",)
-    sizes: Mapping[str, Any] = _NO_SIZES
+    paths: tuple[AttentionPath, ...] = ("decode",)  # on which they do
+    sizes: Mapping[str, Any] = _NO_SIZES  # what of their sizes (`InputSizes`) it takes
 
 
 class PlanFault(NamedTuple):
