@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS, bits_per_number
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.heads import Heads
@@ -209,11 +211,11 @@ def _windowed_of_file(text: str, shape: ModelShape) -> ModelShape | None:
     name = file.architecture
     window = file.get(f"{name}.attention.sliding_window") if name in WINDOWED_ARCHITECTURES else None
     pattern = file.get(f"{name}.attention.sliding_window_pattern")
-    if not window or not isinstance(pattern, list) or not any(pattern) or all(pattern):
+    if not window or not isinstance(pattern, np.ndarray) or not any(pattern) or all(pattern):
         return None
     counts = [
         [int(x) for x, windowed in zip(listed, pattern, strict=False) if windowed]
-        if isinstance(listed := file.get(f"{name}.attention.{key}"), list)
+        if isinstance(listed := file.get(f"{name}.attention.{key}"), np.ndarray)
         else []
         for key in ("head_count", "head_count_kv")
     ]
@@ -232,7 +234,7 @@ def _shape_of_file(text: str) -> ModelShape:
     file = GGUFFile.open(locate_model(text))
     name = file.architecture
     pattern = file.get(f"{name}.attention.sliding_window_pattern")
-    seeing_all = [not x for x in pattern] if isinstance(pattern, list) else None
+    seeing_all = [not x for x in pattern] if isinstance(pattern, np.ndarray) else None
     heads = _one_number(file.require(f"{name}.attention.head_count", object), seeing_all)
     kv_heads = _one_number(file.get(f"{name}.attention.head_count_kv", heads), seeing_all)
     width = file.get(f"{name}.embedding_length", 0)
