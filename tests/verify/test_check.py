@@ -128,16 +128,16 @@ FORMS: dict[str, Any] = {"n_kv": 65, "paths": "decode", "families": ["probes", "
 @pytest.mark.parametrize(
     ("fn", "forms"),
     [
-        (ops.paged, {"pages"}),
+        (ops.paged, {"pages", "far-pages"}),
         (ops.varlen, {"packed"}),
-        (ops.any_mask, {"mask", "key-list"}),
+        (ops.any_mask, {"mask", "tree", "key-list"}),
         (ops.attend, set()),
     ],
     ids=named,
 )
 def test_forms_that_a_kernel_takes_are_asked(fn: Any, forms: set[str]) -> None:
     """By default those and no others; they show faults, and no baseline need have them."""
-    asked = {"sequences", "shorter", *forms}
+    asked = {"sequences", "shorter", *forms, *({"unlike-rows"} if forms else ())}
     with mock.patch("verify.check.FAMILIES", {"gaussian": FAMILIES["gaussian"]}):
         report = verify.check_attention(fn, n_kv=65, paths="decode")
     assert report.ok, report.text()
