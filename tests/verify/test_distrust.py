@@ -112,8 +112,14 @@ def test_no_right_kernel_of_the_table_is_called_a_cheat(name: str, dtype: str) -
     assert caught_here(getattr(right_kernels, name), None, dtype) == {}
 
 
+# Stating nothing they are called broken at 40 keys: some overflow (docs/right-kernels.md), and what is read off
+# them gives a budget that is too tight for the others. To be mended where arithmetic is read.
+WRONGLY_BROKEN = pytest.mark.xfail(strict=True, reason="float16 sums that state nothing, few keys")
+WHOLE = [pytest.param(name, marks=[WRONGLY_BROKEN] if "float16_sums" in name else []) for name in RIGHT]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", WHOLE)
 def test_right_kernels_of_the_table_pass_all_of_it(name: str) -> None:
     found = whole(f"{CHEATS_DIR.parent / 'right_kernels.py'}::{name}")
     assert (found.outcome, found.exit_code) == ("passed", 0), found.reasons
