@@ -112,8 +112,8 @@ def test_no_right_kernel_of_the_table_is_called_a_cheat(name: str, dtype: str) -
     assert caught_here(getattr(right_kernels, name), None, dtype) == {}
 
 
-# Stating nothing they are called broken at 40 keys: their sums are read as float32, and the budget that follows
-# is too tight. To be mended where arithmetic is read (`verify.kernels.identify`).
+# Stating nothing they are called broken at 40 keys: their sums are read as float32, and the budget that
+# follows is too tight. To be mended where arithmetic is read (`verify.kernels.identify`).
 WRONGLY_BROKEN = pytest.mark.xfail(strict=True, reason="float16 sums are read as float32")
 WHOLE = [pytest.param(name, marks=[WRONGLY_BROKEN] if "float16_sums" in name else []) for name in RIGHT]
 
