@@ -156,6 +156,11 @@ class LaunchTrace:
         )
 
     @property
+    def ran_its_plans(self) -> bool:
+        """Whether the device did, for every row, what the plan says."""
+        return all(signature.as_planned for _, _, signature in self.rows)
+
+    @property
     def total_rows(self) -> int:
         return sum(self.rows.values())
 

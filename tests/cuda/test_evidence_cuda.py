@@ -96,6 +96,7 @@ def test_offsets_that_wrap_at_32_bits_are_seen() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_selftest() -> None:
     found = run_selftest(1, device="cuda")
     assert [s.name for s in found.missed] == []

@@ -54,3 +54,4 @@ def test_a_plan_that_did_not_run_is_no_other_path() -> None:
     assert LaunchTrace.from_json(candidate.to_json()) == candidate
     followed = LaunchTrace([Launched({("decode", 64, ignored._replace(as_planned=True)): 1})])
     assert followed.differs_from(baseline) == {64}
+    assert followed.ran_its_plans and not candidate.ran_its_plans

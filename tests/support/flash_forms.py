@@ -76,9 +76,13 @@ def a_form_changes_no_bit(form: str, path: str, device: torch.device, families: 
 
 
 def a_mask_that_says_causal_is_causal(path: str, device: torch.device) -> None:
-    """With one part; a mask of numbers over pages."""
+    """With one part; a mask of numbers over pages. On a GPU another program is compiled for a mask, which may
+    fuse a product and a sum: within budget, then."""
     call = draw("gaussian", replace(SIZES, path=path), 1, device=device)
     other = in_pages(masked(call, numbers=True), 16)
+    if device.type == "cuda":
+        against_exact(flash(Plan()), other, ran(other, Plan()), lse=True)
+        return
     assert_same(ran(call, Plan()), ran(other, Plan()), path)
 
 

@@ -38,7 +38,7 @@ class Cell:
     candidate: KernelEvidence  # its errors
     faults: list[str]  # what makes it broken, sentences
     compared: bool  # both gave an output; of a probe only what failed is known
-    covered: bool  # its launch trace differs from the baseline's
+    covered: bool  # the candidate ran its plans, and its launch trace differs from the baseline's
     bitwise_equal: bool  # both outputs
     same_spec: bool  # both are of one specification
     # Errors of both by row and head, where neither has a fault and logits are distinct: equal logits are
@@ -75,7 +75,8 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
         candidate=candidate,
         faults=faults,
         compared=candidate.ran and baseline.ran,
-        covered=bool(candidate.trace.differs_from(baseline.trace)),
+        # Rows too short for the plan to matter may have run as planned, beside others that did not.
+        covered=candidate.trace.ran_its_plans and bool(candidate.trace.differs_from(baseline.trace)),
         bitwise_equal=equal,
         same_spec=candidate.spec == baseline.spec,
         stratum=stratum_of(inputs, baseline, candidate) if comparable else None,
