@@ -25,7 +25,7 @@ TILE_OPTIONS: dict[str, str] = {
 }
 FLASH_OPTIONS: dict[str, str] = {
     **TILE_OPTIONS,
-    "reader": "of the fused kernel: chunks, or a tile's row at once: wide, swapped; default the fastest",
+    "reader": "of the fused kernel: chunks, wide, swapped, or cuda (in C++); default the fastest",
     "expand": "a quantised cache: fused (in the kernel, where it can) or f16 (before it); default fused",
 }
 # Of a kernel in a process of its own.

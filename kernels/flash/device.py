@@ -120,17 +120,29 @@ def tanh(x):
 
 
 @triton.jit
+def wait_for_launch_in_front(OVERLAP: tl.constexpr):
+    """Before anything is read that the launch in front may have written, where this one has begun before that
+    has ended. Again it costs nothing."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
     """First key, end and number of parts of rows with n_kv keys: `KVCuts.cuts`, in the same integers.
 
     A part beyond the row's last is empty: its first key and its end are n_kv. tiles_a_part: of parts of a
-    given size; below 0 a part has at least so many tiles.
+    given size; below 0 of `auto`: `tiles_to_fill`.
     """
     tiles = (n_kv + BLOCK - 1) // BLOCK
-    most = tiles
+    count = tl.minimum(parts, tiles)
     if tiles_a_part < 0:
-        most = tiles // -tiles_a_part
-    count = tl.maximum(tl.minimum(parts, most), 1)
+        full = tiles // -tiles_a_part
+        cheap = tl.minimum(parts // 2, 32)
+        most = tl.maximum(tl.maximum(cheap, tl.minimum(full, 64)), full // 2)
+        count = tl.minimum(tl.minimum(parts, tiles // 2), most)
+        count = tl.where(count > 32, count // 16 * 16, count)
+    count = tl.maximum(count, 1)
     first, end = part * tiles // count, (part + 1) * tiles // count
     if tiles_a_part > 0:
         count = tl.maximum((tiles + tiles_a_part - 1) // tiles_a_part, 1)
@@ -274,13 +286,9 @@ def attend_tiles(
     listed_t a row, and last_key [B, T] is what kv_len is elsewhere. MASK: 1 for truth values, 2 for numbers:
     mask with strides mask_b, mask_h, mask_t and last stride 1.
     """
-    if OVERLAP:
-        # Launched before the kernel in front of it has finished: wait for its results, then let the next one
-        # come forward as well.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     tile_id = tl.program_id(0)
     if PACKED:
+        wait_for_launch_in_front(OVERLAP)
         sequence = tl.load(tile_rows + 3 * tile_id)
         first_token = tl.load(tile_rows + 3 * tile_id + 1)
         end_token = first_token + tl.load(tile_rows + 3 * tile_id + 2)
@@ -309,6 +317,7 @@ def attend_tiles(
     first_head = group * group_size
     size = tl.minimum(group_size, ratio - first_head)
     if group_size == 0:
+        wait_for_launch_in_front(OVERLAP)
         first_head = tl.load(groups + 2 * group)
         size = tl.load(groups + 2 * group + 1)
 
@@ -316,6 +325,7 @@ def attend_tiles(
     if DECODE:
         n_kv = same_length
         if same_length < 0:
+            wait_for_launch_in_front(OVERLAP)
             n_kv = tl.load(kv_len + in_batch * tokens + first_token)
         if n_kv < 0:
             return
@@ -329,6 +339,7 @@ def attend_tiles(
         head = i % size
         live = (i < tokens_a_tile * size) & (token < end_token)
         row = in_batch * tokens + token
+        wait_for_launch_in_front(OVERLAP)
         lengths = tl.load(kv_len + row, mask=live, other=0)
         if SEVERAL:
             # Rows of another launch.
@@ -338,6 +349,7 @@ def attend_tiles(
         n_kv = lengths[:, None]
         q_row = q + in_batch * q_b + token.to(tl.int64) * q_t
     if LISTED:
+        wait_for_launch_in_front(OVERLAP)
         # Places, by which a window and ALiBi go; a list has them in any order.
         n_kv = tl.load(last_key + in_batch * tokens + first_token)
     if SEVERAL:
@@ -358,6 +370,10 @@ def attend_tiles(
         if not LISTED:
             begin = tl.maximum(begin, tl.maximum(first_seen, 0) // TILE * TILE)
 
+    wait_for_launch_in_front(OVERLAP)
+    if OVERLAP:
+        # Let the next one come forward as well.
+        tl.extra.cuda.gdc_launch_dependents()
     if PAGE > 0:
         pages = table + sequence64 * table_b
         k_base = k + kv_head.to(tl.int64) * k_h
@@ -550,12 +566,15 @@ def combine_parts(
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    if OVERLAP:
+        # The next launch may come forward at once: it waits for this one, which waits for the one in front.
+        tl.extra.cuda.gdc_launch_dependents()
     # Read before the wait: the kernel in front has waited for whatever wrote it.
     if tl.load(kv_len + row) < 0:
+        # Whoever waits for this launch waits for those in front of it, too.
+        wait_for_launch_in_front(OVERLAP)
         return
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_launch_in_front(OVERLAP)
     d = tl.arange(0, DV1)
     first = row * slots * q_heads + head
     top = -float("inf")
@@ -563,9 +582,10 @@ def combine_parts(
         sink = tl.load(sinks + head)
         top = tl.maximum(top, sink)
     several = tl.arange(0, AT_ONCE)
-    # The first parts are on their way while the maximum is looked for.
     held = _load_parts(part_out, part_lse, first, 0, slots, q_heads, d, DV, AT_ONCE)
-    for i in range(0, slots, AT_ONCE):
+    for u in tl.static_range(AT_ONCE):
+        top = tl.maximum(top, held[2 * u + 1])
+    for i in range(AT_ONCE, slots, AT_ONCE):
         some = tl.load(
             part_lse + first + (i + several) * q_heads, mask=i + several < slots, other=-float("inf")
         )

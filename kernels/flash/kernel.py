@@ -24,6 +24,7 @@ from verify.kernels.eager import (
     rounded_queries,
     with_fp8,
 )
+from verify.kernels.flash import compiled
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory, tokens_wanted
 from verify.kernels.flash.merge import combine
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
@@ -47,17 +48,28 @@ _TENSOR_CORES_FROM = (8, 0)
 _OVERLAP_FROM = (9, 0)
 
 
-# Programs of a kernel over quantised caches that one multiprocessor runs at once, by its registers and shared
-# memory; and tiles that a part has at least, below which starting it costs more than it gains (H200: at 8,192
-# keys and 8 KV heads 32 parts are best, from 32,768 on 49, of 8 to 64 that were tried).
-BLOCKS_A_SM, FEWEST_TILES = 3, 4
+class Filling(NamedTuple):
+    """Programs of a kernel over quantised caches that one multiprocessor runs at once, by its registers and
+    shared memory; and its `KVCuts.tiles_to_fill`: the faster it is, the more."""
+
+    programs_a_sm: int
+    tiles_to_fill: int
 
 
-def filling(plan: Plan) -> Plan:
+# Of Triton's, on an H200: at 8,192 keys and 8 KV heads 32 parts are best, from 32,768 on 49, of 8 to 64.
+FILLING = Filling(3, 4)
+# A block alone takes 0.67 us for 64 keys of float16, 0.4 of q8_0 and q4_0, 0.27 of e4m3.
+FILLING_COMPILED, FILLING_COMPILED_FP8 = Filling(compiled.BLOCKS_A_SM, 10), Filling(compiled.BLOCKS_A_SM, 20)
+
+
+def filling(plan: Plan, reader: str, cache_type: str) -> Plan:
     """The plan with `kv=auto` by the programs of the kernel over quantised caches that run at once."""
     if plan.kv.mode != "auto":
         return plan
-    return replace(plan, kv=KVCuts("auto", FEWEST_TILES), sms=plan.sms * BLOCKS_A_SM)
+    of = FILLING
+    if reader == "cuda":
+        of = FILLING_COMPILED_FP8 if cache_type in FP8_TYPES else FILLING_COMPILED
+    return replace(plan, kv=KVCuts("auto", of.tiles_to_fill), sms=plan.sms * of.programs_a_sm)
 
 
 def reads_planes(call: Call, options: TileOptions) -> bool:
@@ -97,6 +109,8 @@ COUNTED_EVERY = 64
 # Caches that are read a whole row at a time: 1.18 times float16's speed for q8_0 and 1.48 for e4m3 at 131,072
 # keys on an H200, where chunks reach 0.98; for 4 bits chunks are faster (h200-quantised-readers.json).
 WIDE_TYPES = ("q8_0", "e4m3")
+# Those that the reader in CUDA C++ reads faster still, where it has what a call asks for.
+COMPILED_TYPES = ("q8_0", "q4_0", "e4m3")
 # Kinds of calls that are told apart; beyond, all are counted anew.
 _MOST_TALLIES = 256
 NOT_THE_PLAN = "the device did not run the plan of a call: what it wrote was counted, and is in the coverage"
@@ -158,7 +172,8 @@ class FlashKernel(Kernel):
             call = replace(call, q=rounded_queries(call.q, options.q))
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         if fused:
-            options = replace(options, plan=filling(options.plan))
+            assert planes is not None
+            options = replace(options, plan=filling(options.plan, planes.reader, cache.k))
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
@@ -188,10 +203,17 @@ class FlashKernel(Kernel):
 
     def _reader(self, call: Call, cache: CacheSpec) -> str:
         """Which kernel reads the cache: the fastest that has what the call asks for, unless one is named."""
-        if self.reader != "auto":
-            return self.reader if self.expand == "fused" else "chunks"
-        wide = self.expand == "fused" and cache.k in WIDE_TYPES and reads_planes(call, self.options)
-        return "wide" if wide else "chunks"
+        if self.expand != "fused":
+            return "chunks"
+        if self.reader == "cuda" and (reason := compiled.why_not(call)) is not None:
+            self._note(f"reader=cuda did not run, but a reader of Triton: {reason}")
+        elif self.reader != "auto":
+            return self.reader
+        elif (
+            cache.k in COMPILED_TYPES and reads_planes(call, self.options) and compiled.why_not(call) is None
+        ):
+            return "cuda"
+        return "wide" if cache.k in WIDE_TYPES and reads_planes(call, self.options) else "chunks"
 
     def _fuses(self, call: Call, cache: CacheSpec, options: TileOptions) -> bool:
         """Whether the launch reads the cache itself."""
@@ -289,7 +311,7 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         cache = self.cache.at(call.layer)
         if self._fuses(call, cache, options):
-            options = replace(options, plan=filling(options.plan))
+            options = replace(options, plan=filling(options.plan, self._reader(call, cache), cache.k))
         return self._arithmetic(options, call.shape, call.asked(cache.k), tiles, call.q.dtype, cache)
 
     def _arithmetic(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.flash import slots
+from verify.kernels.flash import compiled, slots
 from verify.kernels.flash.forms import PLAIN, Forms, longest_first
 from verify.kernels.flash.rows import RowPlans
 from verify.kernels.flash.tiles import Tiles, next_power_of_two, split_head
@@ -57,7 +57,7 @@ def _groups_on(device: torch.device, head_groups: tuple[int, ...]) -> torch.Tens
 
 def parts_at_once(slots: int) -> int:
     """Parts that the combining kernel loads at once: latency against registers, no matter of arithmetic."""
-    return min(max(next_power_of_two(slots), 4), 64)
+    return min(max(next_power_of_two(slots), 4), 32)
 
 
 def _common_size(head_groups: tuple[int, ...]) -> int:
@@ -81,7 +81,7 @@ class Planes(NamedTuple):
     k_scales: torch.Tensor  # by reader
     v_codes: torch.Tensor  # [B, Hkv, S, bytes]
     v_scales: torch.Tensor  # by reader
-    reader: str = "chunks"  # or wide, swapped: which kernel reads them
+    reader: str = "chunks"  # or wide, swapped, cuda: which kernel reads them
     fp8: bool = False  # codes are e4m3
 
 
@@ -354,6 +354,8 @@ class Prepared:
         assert self.planes is not None
         b = chunk.b
         shape, planes = self.call.shape, self.planes
+        if planes.reader == "cuda":
+            return self._compiled(grid, b, shared)
         if planes.reader == "chunks":
             attend, more = quantised_code().attend_quantised, {}
         else:
@@ -370,6 +372,24 @@ class Prepared:
             **more,
             **shared,
         )
+
+    def _compiled(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
+        """The same by the reader in CUDA C++."""
+        assert self.planes is not None
+        planes, shape = self.planes, self.call.shape
+        kind = compiled.ReaderKind(planes.bits, planes.fp8, shared["BLOCK"], shared["OVERLAP"])
+        reader = compiled.compiled(kind, self.call.q.device.index)
+        asked = compiled.asked_of(
+            k_codes=planes.k_codes[b],
+            k_scales=planes.k_scales[b],
+            v_codes=planes.v_codes[b],
+            v_scales=planes.v_scales[b],
+            keys=shape.keys,
+            kv_heads=shape.kv_heads,
+            **{name: shared[name] for name in compiled.SHARED},
+        )
+        reader.launch(grid, asked)
+        return reader
 
     def launched(self, kernel: str, written: Sequence[torch.Tensor]) -> tuple[Launched, bool]:
         """What `launch` launched, counted by what it wrote, and whether that is the plan.

@@ -48,7 +48,7 @@ def check_supported(call: Call) -> None:
 
 # Those that are read a whole row at a time, too: fp8, with a scale a KV head or one alone.
 WIDE_TYPES = {**FUSED_TYPES, "e4m3": 8}
-READERS = ("chunks", "wide", "swapped")
+READERS = ("chunks", "wide", "swapped", "cuda")
 
 
 def planes_of(k: Quantised, v: Quantised, reader: str = "chunks") -> Planes:
@@ -112,14 +112,16 @@ def prepare(
         if len(rows.kinds) > 1:
             chosen = torch.tensor(rows.kind_of_row, device=kv_len.device).view(kv_len.shape) == index
             mine = torch.where(chosen, kv_len, -1)
+        same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
         parts, tiles_a_part = 0, 0
         if plan.kv.mode == "size":
             tiles_a_part = -(-plan.kv.value // plan.block)
         else:
-            if plan.kv.mode == "auto" and plan.kv.value > 1:
-                tiles_a_part = -plan.kv.value
             parts = plan.kv.parts_wanted(shape.kv_heads * len(kind.head_groups), plan.sms)
-        same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
+            if plan.kv.mode == "auto" and same_length >= 0:
+                parts = kind.slots  # so that the device need not divide
+            elif plan.kv.mode == "auto":
+                tiles_a_part = -plan.kv.tiles_to_fill
         launches.append(
             Launches(
                 head_groups=kind.head_groups,

@@ -29,6 +29,11 @@ from verify.kernels.plans.policy import Launch, Policy
 
 # Without a GPU `kv=auto` counts on this many multiprocessors (an H100's), so that it can be studied on a CPU.
 NOMINAL_SMS = 132
+# Of `kv=auto`, on an H200. A launch that fills the multiprocessors leaves no room for the launches behind it
+# to come forward, which costs what so many tiles a part take; up to half of them costs nothing.
+TILES_A_PART_TO_FILL = 4
+# The combining launch reads so many parts at once; beyond, each further 16 are as slow as one of them.
+PARTS_AT_ONCE, PARTS_TOGETHER = 32, 16
 
 
 class RowPlan(NamedTuple):
@@ -62,7 +67,9 @@ class KVCuts:
     """Where the KV range is cut: a number of `parts`, a `size` in keys, or `auto` by multiprocessors."""
 
     mode: Literal["parts", "size", "auto"] = "parts"
-    value: int = 1  # parts, or keys; of auto the tiles that a part has at least, 0 for 1
+    # Parts, or keys; of auto the tiles that a part has at least where more than half of the multiprocessors
+    # have one, 0 or 1 for those of float16.
+    value: int = 1
 
     @classmethod
     def parse(cls, text: str) -> KVCuts:
@@ -81,11 +88,27 @@ class KVCuts:
         """Parts of a row that is long enough for them (modes `parts` and `auto`; see `cuts`)."""
         return self.value if self.mode == "parts" else max(sms // programs, 1)
 
-    def _most(self, tiles: int) -> int:
-        """The most parts that so many tiles are cut into."""
-        if self.mode != "auto" or self.value < 2:
-            return tiles
-        return max(tiles // self.value, min(tiles, 1))
+    @property
+    def tiles_to_fill(self) -> int:
+        return self.value if self.value > 1 else TILES_A_PART_TO_FILL
+
+    def _parts(self, tiles: int, programs: int, sms: int) -> int:
+        """Parts that so many tiles are cut into (modes `parts` and `auto`); `device.part_bounds` is the same.
+
+        Of `auto` a part has two tiles at least. The fewer there are, the longer each takes, and the more the
+        combining launch takes and the launches that wait for it: where one gains more than the other costs
+        goes by tiles a part, `tiles_to_fill` of them, and twice that beyond 64 parts.
+        """
+        wanted = self.parts_wanted(programs, sms)
+        if self.mode != "auto":
+            return min(wanted, tiles)
+        full = tiles // self.tiles_to_fill
+        cheap = min(wanted // 2, PARTS_AT_ONCE)
+        most = max(cheap, min(full, 2 * PARTS_AT_ONCE), full // 2)
+        parts = min(wanted, tiles // 2, most)
+        if parts > PARTS_AT_ONCE:
+            parts -= parts % PARTS_TOGETHER
+        return max(parts, min(tiles, 1))
 
     def cuts(self, n_kv: int, block: int, programs: int, sms: int) -> tuple[int, ...]:
         """Part bounds 0 < c1 < ... < n_kv, on tile edges; no part is empty; (0,) for n_kv = 0.
@@ -98,7 +121,7 @@ class KVCuts:
             tiles_a_part = -(-self.value // block)
             edges = [*range(0, tiles, tiles_a_part), tiles]
         else:
-            parts = min(self.parts_wanted(programs, sms), self._most(tiles))
+            parts = self._parts(tiles, programs, sms)
             edges = [i * tiles // parts for i in range(parts + 1)] if parts else [0]
         bounds = sorted({min(edge * block, n_kv) for edge in edges})
         return tuple(bounds)

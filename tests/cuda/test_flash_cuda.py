@@ -40,6 +40,7 @@ def test_agrees_with_exact(case: laws.Case) -> None:
         laws.a_latent_cache_is_read_once_or_twice_alike,
         laws.quantised_caches_are_read_as_they_are_expanded,
         laws.every_reader_keeps_its_budget,
+        laws.the_compiled_reader_keeps_its_budget_and_its_plan,
         laws.a_quantised_row_alone_is_the_row_in_its_batch,
     ],
     ids=lambda law: law.__name__,

@@ -19,6 +19,7 @@ import torch
 from support import flash_counting as counting
 from support import flash_forms as forms
 from support import flash_laws as laws
+from support import reader_on_host
 from support.subjects import flash_subject
 from verify.kernels.call import checked_call
 from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel
@@ -68,6 +69,19 @@ def _product(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ig
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _product)
+
+
+@pytest.mark.skipif(not reader_on_host.HAS_COMPILER, reason="no g++ to compile the reader with")
+@pytest.mark.parametrize(
+    ("late", "caches"),
+    [(False, ["q8_0", "q4_0+rotate=mainline"]), (True, ["q8_0", "q4_0", "e4m3+scale=head"])],
+    ids=["copies at once", "copies late"],
+)
+def test_the_compiled_reader(late: bool, caches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own source, over stand-ins for a GPU's instructions."""
+    reader_on_host.stand_in(monkeypatch, late=late)
+    laws.the_compiled_reader_keeps_its_budget_and_its_plan(CPU, caches, laws.COMPILED_PLANS[1:])
+    assert {grid[2] for grid in reader_on_host.OnHost.grids} == {2}
 
 
 @pytest.mark.parametrize("case", laws.CASES, ids=lambda case: case.name)
@@ -194,13 +208,16 @@ def test_tanh_is_as_exact_as_the_arithmetic_says() -> None:
 
 
 @pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("kv", ["1", "4", "33", "size:64", "size:200", "size:4096"])
+@pytest.mark.parametrize("kv", ["1", "4", "33", "size:64", "size:200", "size:4096", "auto"])
 def test_cuts_on_the_device_are_those_of_the_plan(kv: str, block: int) -> None:
     write_bounds = triton.jit(_write_bounds)
     cuts = KVCuts.parse(kv)
-    parts = cuts.value if cuts.mode == "parts" else 0
+    parts = cuts.parts_wanted(1, 132) if cuts.mode != "size" else 0
     tiles_a_part = -(-cuts.value // block) if cuts.mode == "size" else 0
-    for n_kv in (0, 1, block - 1, block, block + 1, 3 * block, 1000):
+    lengths = (0, 1, block - 1, block, block + 1, 3 * block, 1000)
+    if cuts.mode == "auto":
+        tiles_a_part, lengths = -cuts.tiles_to_fill, (*lengths, 70 * block, 200 * block, 700 * block)
+    for n_kv in lengths:
         expected = cuts.cuts(n_kv, block, 1, 132)
         n_parts = max(len(expected) - 1, 1)
         found = torch.full((n_parts, 3), -1, dtype=torch.int32)

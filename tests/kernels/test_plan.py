@@ -25,6 +25,31 @@ def test_auto_moves_with_the_head_groups() -> None:
     assert len(padded.cuts) > len(split.cuts) > 2
 
 
+# Microseconds by parts, at so many keys and KV heads (H200, 12 query heads a KV head of 128 numbers).
+SWEPT = {
+    (1024, 8): {4: 6.2, 6: 5.93, 8: 5.52, 10: 6.61, 12: 6.57, 14: 6.63, 16: 6.12},
+    (2048, 8): {4: 9.02, 6: 8.02, 8: 6.94, 10: 7.42, 12: 7.18, 14: 7.3, 16: 7.38},
+    (4096, 8): {4: 14.72, 6: 11.62, 8: 9.84, 10: 9.89, 12: 9.61, 14: 9.18, 16: 8.88},
+    (16384, 8): {4: 48.82, 6: 34.38, 8: 27.49, 10: 24.5, 12: 22.71, 14: 21.76, 16: 20.63},
+    (4096, 1): {8: 8.8, 12: 7.59, 16: 6.39, 24: 5.87, 32: 5.3, 48: 6.6, 64: 6.08},
+    (16384, 1): {16: 15.03, 24: 11.76, 32: 9.86, 48: 9.79, 64: 8.9, 66: 9.64, 132: 12.64},
+}
+
+
+@pytest.mark.parametrize(("n_kv", "kv_heads"), SWEPT)
+def test_auto_is_within_5_percent_of_the_best_that_was_measured(n_kv: int, kv_heads: int) -> None:
+    us = SWEPT[n_kv, kv_heads]
+    parts = len(KVCuts("auto", 0).cuts(n_kv, 64, kv_heads, 132)) - 1
+    assert us[parts] <= 1.05 * min(us.values()), parts
+
+
+@given(st.integers(1, 4000), st.integers(1, 140), st.sampled_from((0, 10, 20)))
+def test_auto_never_takes_fewer_parts_of_more_keys(tiles: int, programs: int, to_fill: int) -> None:
+    auto = KVCuts("auto", to_fill)
+    cuts, longer = (auto.cuts(64 * n, 64, programs, 132) for n in (tiles, tiles + 1))
+    assert len(cuts) <= len(longer) <= max(132 // programs, 1) + 1
+
+
 @given(st.integers(1, 64))
 def test_split_is_powers_of_two_that_sum(r: int) -> None:
     groups = powers_of_two(r)
