@@ -199,7 +199,7 @@ def test_diff_of_fewer_digits_and_of_a_right_kernel() -> None:
     assert coarse["verdict"] == "degraded" and "one query token a call: degraded" in coarse["reasons"][0]
     assert good["verdict"] != "broken" and all(s["word"] != "degraded" for s in good["alone"])
     assert all(cell["alone"]["calls"] == 8 for cell in report["cells"])
-    notes = [note for note in report["notes"] if "calls of one query token" in note]
+    notes = [note for note in report["notes"] if "calls of one query token (T" in note]
     assert len(notes) == 2 and "16 calls of one query token (T = 1, B = 1) in 2 cells" in notes[0]
     tokens = {line["tokens_a_call"] for line in report["coverage"] if line["spec"].startswith("py:")}
     assert tokens == {1, 64}
