@@ -210,7 +210,13 @@ def _budgets(measured: Sequence[Measured], rows: torch.Tensor) -> dict[str, Budg
 
 
 def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
-    """Some rows of sequences of equal lengths, which become KV heads of one: q [1, rows, B * H, D]."""
+    """Some rows of sequences of equal lengths, which become KV heads of one: q [1, rows, B * H, D].
+
+    Lists of keys are each sequence's own: of several they become a mask that heads do not share.
+    """
+    keys, mask = call.of_rows(rows).keys, call.of_rows(rows).mask
+    if len(call.q) > 1 and (keys is not None or mask is not None):
+        keys, mask = None, _mask_by_head(call, keys, mask, len(rows))
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q[:, rows], call.k, call.v))
     return replace(
         call,
@@ -218,9 +224,27 @@ def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
         k=k,
         v=v,
         kv_len=call.kv_len[:1, rows],
+        keys=keys,
+        mask=mask,
         sinks=None if call.sinks is None else call.sinks.repeat(len(call.q)),
         alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes.repeat(len(call.q)),
     )
+
+
+def _mask_by_head(
+    call: Call, keys: torch.Tensor | None, mask: torch.Tensor | None, rows: int
+) -> torch.Tensor:
+    """[1, B * H, rows, S] of lists [B, rows, K] and a mask [B or 1, H or 1, rows, S] of some rows."""
+    batch, held, heads = len(call.q), call.k.shape[1], call.q.shape[2]
+    if mask is None:
+        mask = torch.ones((1, 1, rows, held), dtype=torch.bool, device=call.q.device)
+    if keys is not None:
+        # What lists no key goes into a column that is cut off.
+        at = torch.where(keys < 0, held, keys).long()
+        seen = torch.zeros((batch, rows, held + 1), dtype=torch.bool, device=mask.device)
+        seen = seen.scatter_(2, at, True)[:, None, :, :held]
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+    return mask.expand(batch, heads, rows, held).flatten(0, 1)[None]
 
 
 def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) -> dict[str, torch.Tensor]:
