@@ -106,6 +106,9 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
         inside = [(first, first + tile // 2, first + tile - 1), (first, first + 1, first + 2)]
         inside += [(first, first + s, first + 2 * s) for s in (16, 32) if 2 * s < tile]
         tile_bits, _ = _bits(ask, inside)
+    if overflows and not narrow:
+        # One product of all keys in more bits: it is rounded to float16 where it is added.
+        bits, tile_bits = _NARROW, bits
     return SumsSeen(
         bits=bits,
         truncated=truncated,

@@ -35,7 +35,7 @@ from verify.machine.errors import UsageError
 NAMES = ("ModelNew", "attend", "attention", "kernel", "custom_kernel", "forward", "solution", "run")
 # The class that a benchmark's file holds its own kernel against.
 REFERENCE = "Model"
-Outcome = Literal["passed", "broken", "cheats"]
+Outcome = Literal["passed", "degraded", "broken", "cheats"]
 State = Literal["clear", "caught", "not run"]
 # A process that a check hangs is ended after so many seconds.
 CHECK_LIMIT_S = 60
@@ -64,7 +64,7 @@ class Judged:
     """What is known of a kernel after `judge`."""
 
     spec: str  # of the kernel
-    outcome: Outcome  # passed; broken: it is wrong; cheats: it looks right and is not
+    outcome: Outcome  # degraded: it rounds more than the margin; broken: it is wrong; cheats: it looks right
     reasons: list[str]  # each a sentence
     notes: list[str]  # what a reader must know besides
     report: Report  # families, probes and a baseline
@@ -103,11 +103,16 @@ def judge(
     on_step("laws")
     laws = _laws(spec, on, examples)
     reasons = [f"{r.law.name}: {r.reason}" for r in laws if r.state == "broken"]
-    if report.verdict in ("broken", "degraded"):
-        reasons = [*report.reasons[:2], *reasons]
-    if not any(cell.compared for outcome in report.outcomes.values() for cell in outcome.candidates[0].cells):
+    compared = any(cell.compared for found in report.outcomes.values() for cell in found.candidates[0].cells)
+    if not compared:
         reasons = [*report.reasons[:1], "nothing of it could be compared", *reasons]
-    outcome: Outcome = "broken" if reasons else "passed"
+    outcome: Outcome = "passed"
+    if reasons or report.verdict == "broken":
+        outcome = "broken"
+    elif report.verdict == "degraded":
+        outcome = "degraded"
+    if compared and report.verdict in ("broken", "degraded"):
+        reasons = [*report.reasons[:2], *reasons]
     # Whoever is caught cheating is said to, wrong or not: it is why.
     heads = shape_named(shape).heads if shape else DEFAULT_HEADS
     checks, seconds = _checks(
