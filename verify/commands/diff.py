@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from verify.commands import options
+from verify.diff.stored_strata import STRATA, packed
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.plans.shapes import SHAPES
 from verify.machine.command_line import parse_lengths
@@ -106,7 +107,6 @@ def command(
     from verify.diff.inputs import DiffSettings, all_inputs, check_settings, count_inputs, families_of
     from verify.diff.run import run_diff
     from verify.diff.stored_baseline import BaselineStore, StoredBaseline
-    from verify.diff.stored_strata import STRATA, packed
     from verify.kernels.call import PATHS
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.stages import StageClock

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from verify.diff.stored_strata import STRATA, unpacked
 from verify.judge.run_verdict import VOID
 from verify.judge.verdict import EXIT_CODES, Decision, overall
 from verify.kernels.said import visible
@@ -63,7 +64,6 @@ def command(
 
 def _rejudge(runs: list[Path], out: Path | None) -> int:
     """The folder stays as it is: what it would say today is printed."""
-    from verify.diff.stored_strata import STRATA, unpacked
     from verify.rejudge import rejudge_diff, rejudge_gen, rejudge_ppl
 
     if len(runs) != 1 or out is not None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from verify.kernels.call import AttentionOutput, Call, Result
+from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import FAR_PAGES, POISON
 from verify.kernels.judging.other_forms import in_pages, listed, masked, packed, with_tree
 from verify.laws.cases import Problem
@@ -346,8 +347,6 @@ def list_recall(subject: Subject, problem: Problem) -> float:
 
 
 def _exact_lse(call: Call) -> torch.Tensor:
-    from verify.kernels.exact import exact_attention
-
     return exact_attention(call).lse
 
 
