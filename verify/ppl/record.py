@@ -19,7 +19,7 @@ from verify.arms.records import (
     SeenLayers,
 )
 from verify.machine.records import record_from_json
-from verify.ppl.headroom import HeadroomRecord
+from verify.ppl.headroom_record import HeadroomRecord
 from verify.ppl.perplexity import Perplexity
 
 # Ends the name of an arm's pass with frozen casts (`verify.ppl.frozen`).
