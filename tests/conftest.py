@@ -61,6 +61,11 @@ def _blank(figure: object, to: IO[Any], *, format: str = "svg", **how: object) -
         Path(to).write_text("blank")  # type: ignore[arg-type]
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Processes that share the tests must give them the same names: a set's order is each process's own."""
+    return "+".join(sorted(map(str, val))) or "none" if isinstance(val, set | frozenset) else None
+
+
 @pytest.fixture(scope="session")
 def wikitext() -> Path:
     """The WikiText-2 raw test file, where it lies beside the checkout."""
