@@ -203,7 +203,9 @@ def _sound(ask: Asking, generator: torch.Generator) -> str | None:
                 if not same_bits(out, again):
                     raise NotIdentifiable("it is not deterministic: the same call gives other bits")
             _check_right(ask, q, k, v, out)
-        bits = max(bits, int(_bits_used(torch.frexp(out[out != 0]).mantissa).max()))
+        if not bool((some := out[out != 0]).numel()):
+            raise NotIdentifiable("it is not attention: all of a result is 0")
+        bits = max(bits, int(_bits_used(torch.frexp(some).mantissa).max()))
         seen += out.numel()
     _check_range(ask)
     by_bits = ((3, "e5m2"), (4, "e4m3"), (8, "bf16"), (11, "f16"))

@@ -10,12 +10,13 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def hangups_reach_what_is_started() -> Iterator[None]:
-    """Tests under `nohup` have SIGHUP ignored, and what they start inherits that; a handler it does not."""
+def signals_reach_what_is_started() -> Iterator[None]:
+    """Tests under `nohup` have SIGHUP ignored, those in a shell's background SIGINT; what they start inherits
+    that, and no handler."""
     here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGHUP, lambda *_: None)
+    ignored = [n for n in (signal.SIGHUP, signal.SIGINT) if here and signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda *_: None)
     yield
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

@@ -227,6 +227,7 @@ def of_user(tmp_path: Path, function: str, *options: str) -> str:
     return ",".join((f"py:{tmp_path / 'user.py'}::{function}", *options))
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_at_one_length_is_alive_at_the_others(tmp_path: Path) -> None:
     """Each broken law has a case that breaks it when it is tried again, and the reason is the death."""
     laws = ("--law", "within-budget", "--law", "masked-keys")
