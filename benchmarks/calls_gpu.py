@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from commit import commit
+from commit import gpu_run
 from decode import GLM, cache_bytes
 
 from verify.kernels.call import AttentionPath, Call, checked_call
@@ -127,12 +125,7 @@ class Bench:
         self.out, self.seconds, self.begun = out, seconds, time.time()
         self.bandwidth = {name: round(value, 1) for name, value in read_bandwidth().items()}
         self.result: dict[str, Any] = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit(),
-            "device": torch.cuda.get_device_name(0),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "shape": str(GLM),
+            **gpu_run(GLM),
             "bandwidth_gb_s": self.bandwidth,
             "lines": [],
         }

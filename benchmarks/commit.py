@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 
 
 def commit() -> str:
@@ -13,3 +14,18 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def gpu_run(shape: object) -> dict[str, str]:
+    """What a file of results says of the run on a GPU that made it."""
+    import torch
+    import triton
+
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(0),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "shape": str(shape),
+    }

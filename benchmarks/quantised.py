@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from commit import commit
+from commit import gpu_run
 from decode import GLM, cache_bytes, tensors
 
 from verify.kernels.cache_types import AS_GIVEN, parse_cache
@@ -147,12 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "shape": str(GLM),
+        **gpu_run(GLM),
         "lines": [],
         "sweep": [],
     }

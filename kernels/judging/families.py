@@ -449,6 +449,12 @@ HIDDEN: dict[str, Family] = {
         Family("hidden-nan+window", "NaN and Inf before a window too", window),
     )
 }
+# What they hold.
+HELD_UNSEEN: dict[str, tuple[float, ...]] = {
+    "hidden-nan": (math.nan, math.inf, -math.inf),
+    "hidden-nan+window": (math.nan, math.inf, -math.inf),
+    "hidden-far": (POISON,),
+}
 ALL_FAMILIES: dict[str, Family] = FAMILIES | CALLS | FORMS | HIDDEN
 
 
@@ -467,7 +473,8 @@ def draw(name: str, sizes: InputSizes, seed: int, *, device: torch.device | str 
 
 
 def finish(draft: Draft, sizes: InputSizes, *, device: torch.device | str = "cpu") -> Call:
-    """A draft as a call: rounded to its type, POISON beyond the longest row of each sequence."""
+    """A draft as a call: rounded to its type; beyond each sequence's longest row `likeliest` keys of value
+    POISON."""
     likely = likeliest(draft.q, draft.k, sizes.lengths)
     for b, rows in enumerate(sizes.lengths):
         draft.k[b, max(rows) :], draft.v[b, max(rows) :] = likely[b], POISON
@@ -512,23 +519,14 @@ def likeliest(q: torch.Tensor, k: torch.Tensor, lengths: Sequence[Sequence[int]]
     return found
 
 
-def with_hidden_far(call: Call) -> Call:
-    """The call whose hidden keys are `POISON` as well as their values: their logits may be 100,000."""
+def with_hidden(call: Call, held: Sequence[float]) -> Call:
+    """The call whose keys that no row of their sequence sees hold these numbers in turns, and their values
+    the same the other way round: beyond the longest row, and before the window of the shortest."""
     k, v = call.k.clone(), call.v.clone()
-    for b, rows in enumerate(call.kv_len.tolist()):
-        for unseen in unseen_keys(rows, call.shape.keys, call.sliding_window):
-            k[b, unseen], v[b, unseen] = POISON, POISON
-    return replace(call, k=k, v=v)
-
-
-def with_hidden_nan(call: Call) -> Call:
-    """The call whose keys and values that no row of their sequence sees are NaN and Inf, in turns: beyond the
-    longest row, and before the window of the shortest."""
-    k, v = call.k.clone(), call.v.clone()
-    values = torch.tensor([math.nan, math.inf, -math.inf], dtype=k.dtype, device=k.device)
+    numbers = torch.tensor(held, dtype=k.dtype, device=k.device)
     for b, rows in enumerate(call.kv_len.tolist()):
         for unseen in unseen_keys(rows, call.shape.keys, call.sliding_window):
             count = k[b, unseen].shape[0]
-            bad = values.repeat(count // 3 + 1)[:count].view(-1, 1, 1)
+            bad = numbers.repeat(count // len(held) + 1)[:count].view(-1, 1, 1)
             k[b, unseen], v[b, unseen] = bad, bad.flip(0)
     return replace(call, k=k, v=v)

@@ -95,6 +95,11 @@ def function_subject(function: Callable[..., Any]) -> Subject:
     """A function of this process whose sums are stated to be float32."""
     kernel = FunctionKernel(function, acc="f32")
     kernel.run(Problem().call())  # shows whether it returns an lse
+    return kernel_subject(kernel)
+
+
+def kernel_subject(kernel: Kernel) -> Subject:
+    """A kernel that no specification names, and that has no options."""
     return Subject(
         spec=kernel.spec,
         kernel=kernel,

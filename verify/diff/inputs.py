@@ -19,11 +19,11 @@ from verify.kernels.judging.families import (
     ALL_FAMILIES,
     CALLS,
     FAMILIES,
+    HELD_UNSEEN,
     HIDDEN,
     InputSizes,
     draw,
-    with_hidden_far,
-    with_hidden_nan,
+    with_hidden,
 )
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.asked import MOST_SEVERAL
@@ -208,8 +208,7 @@ def _drawn(
     """The call of a cell, and what else the cell says of it (`CellInputs`)."""
     call = draw(family, sizes, seed, device=device)
     if family in HIDDEN:
-        spoilt = with_hidden_far(call) if family == "hidden-far" else with_hidden_nan(call)
-        return {"call": spoilt, "known": call, "said_only": not strict}
+        return {"call": with_hidden(call, HELD_UNSEEN[family]), "known": call, "said_only": not strict}
     before = draw("gaussian", sizes, seed, device=device) if ALL_FAMILIES[family].after else None
     return {"call": call, "before": before}
 

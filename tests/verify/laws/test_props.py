@@ -13,22 +13,20 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis.database import InMemoryExampleDatabase
 
 from support.cli import assert_refused, verify
-from support.subjects import assert_keeps, tile_subject
+from support.subjects import assert_keeps, kernel_subject, tile_subject
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call, Result
 from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import KernelFailure
 from verify.kernels.faults import FAULTS
-from verify.kernels.kernel import Kernel
 from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import Launched
-from verify.laws import LAWS, Subject, subject_of
+from verify.laws import LAWS, subject_of
 from verify.laws.cases import Parts, Problem, Rule
 from verify.laws.draws import part_lists
 from verify.laws.law import Law, LawBroken
@@ -317,19 +315,6 @@ def test_a_trace_must_hold_every_row(told: int, monkeypatch: pytest.MonkeyPatch)
     assert "the trace has rows" in result.reason
 
 
-def alone(kernel: Kernel) -> Subject:
-    """A kernel that no specification names."""
-    return Subject(
-        spec=kernel.spec,
-        kernel=kernel,
-        variant=lambda _: kernel,
-        capabilities=kernel.capabilities(),
-        merge=None,
-        plan=None,
-        device=torch.device("cpu"),
-    )
-
-
 class SpoilsOthers(EagerKernel):
     """Right, but where a row is empty every other row is 7."""
 
@@ -342,7 +327,7 @@ class SpoilsOthers(EagerKernel):
 
 def test_an_empty_row_must_spoil_no_other() -> None:
     kernel = SpoilsOthers("spoils", TileOptions())
-    subject = alone(kernel)
+    subject = kernel_subject(kernel)
     assert run_law(LAWS["empty-rows"], subject, examples=60).state == "broken"
 
 
@@ -353,7 +338,7 @@ class RefusesAll(EagerKernel):
 
 def test_a_law_in_a_test_does_not_hold_of_a_kernel_that_refuses() -> None:
     kernel = RefusesAll("refuses", TileOptions())
-    subject = alone(kernel)
+    subject = kernel_subject(kernel)
     with pytest.raises(AssertionError, match="nothing is taken"):
         assert_keeps(LAWS["within-budget"], subject, examples=5)
 
