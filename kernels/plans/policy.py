@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from verify.kernels.errors import SpecError, nearest
@@ -98,10 +99,18 @@ class Policy:
     fallback: Callable[[int], tuple[int, ...]] = power_of_two_groups
     fallback_columns: int | None = None
 
+    @cached_property
+    def _all_rules(self) -> tuple[PolicyRule, ...]:
+        last = PolicyRule(lambda *_: True, self.fallback, "one", columns=self.fallback_columns)
+        return (*self.rules, last)
+
+    def rule_of(self, call: RowAsked) -> PolicyRule:
+        """The one that decides: what is launched follows from it and r, whatever the length."""
+        return next(r for r in self._all_rules if r.applies(call, r.threshold))
+
     def launched(self, call: RowAsked) -> EngineLaunch:
         """Head groups, launch, kernel and padded columns of a call."""
-        last = PolicyRule(lambda *_: True, self.fallback, "one", columns=self.fallback_columns)
-        rule = next(r for r in (*self.rules, last) if r.applies(call, r.threshold))
+        rule = self.rule_of(call)
         groups = rule.head_groups(call.ratio) if callable(rule.head_groups) else rule.head_groups
         columns = tuple(max(rule.columns or 1, 1 << (g - 1).bit_length()) for g in groups)
         return EngineLaunch(groups, rule.launch, rule.kernel, columns)

@@ -11,6 +11,7 @@ import typer
 
 from verify.commands import options
 from verify.diff.stored_strata import STRATA, packed
+from verify.judge.chances import load_chances
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.plans.shapes import SHAPES
 from verify.machine.command_line import parse_lengths
@@ -117,6 +118,7 @@ def command(
     if store is not None:
         check_writable("--store", store)
     prepare_torch()
+    load_chances()
     chosen = chosen_device(device or default_device())
     on_cuda = chosen.type == "cuda"
     found_path = next((p for p in PATHS if p == path), None)

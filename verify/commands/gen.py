@@ -12,6 +12,7 @@ import typer
 
 from verify.commands import options
 from verify.data import read_text_file
+from verify.judge.chances import load_chances
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.said import visible
 from verify.machine.environment import prepare_torch
@@ -60,6 +61,7 @@ def command(
 
     check_ci_options(format_, junit)
     prepare_torch()
+    load_chances()
     if (prompt is None) == (file is None):
         raise UsageError("-p, -f: expected a prompt, in one of these two ways")
     if file is not None:

@@ -10,6 +10,7 @@ import typer
 
 from verify.commands import options
 from verify.data.corpora import DEFAULT_CORPUS
+from verify.judge.chances import load_chances
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.machine.environment import prepare_torch
 from verify.machine.jsontext import to_json_text
@@ -126,6 +127,7 @@ def command(
 
     check_ci_options(format_, junit)
     prepare_torch()
+    load_chances()
     ranks = ranks_of_environment()
     console = PplConsole(json=json_, silent=not ranks.leads)
     begun = None

@@ -14,11 +14,7 @@ from verify.judge.verdict import EXIT_CODES, Decision, overall
 from verify.kernels.said import visible
 from verify.machine.errors import UsageError
 from verify.machine.files import is_plain_file
-from verify.ppl.runfolder import PAGE, REPORT, RunFolder
-from verify.reports.comparison import comparison_html, comparison_markdown
-from verify.reports.record import StoredPpl, load_run
 from verify.reports.verdict_lines import print_verdict
-from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, write_reports
 
 if TYPE_CHECKING:
     from verify.rejudge import Rejudged
@@ -34,6 +30,12 @@ def command(
     ] = False,
 ) -> int:
     """Run the command; exit 0, or by the verdict with --rejudge."""
+    # They wait for jinja2 and pyarrow, which the help and refused options need not.
+    from verify.ppl.runfolder import PAGE, REPORT, RunFolder
+    from verify.reports.comparison import comparison_html, comparison_markdown
+    from verify.reports.record import StoredPpl, load_run
+    from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, write_reports
+
     if rejudge:
         return _rejudge(runs, out)
     if len(runs) > 2:
@@ -65,6 +67,7 @@ def command(
 def _rejudge(runs: list[Path], out: Path | None) -> int:
     """The folder stays as it is: what it would say today is printed."""
     from verify.rejudge import rejudge_diff, rejudge_gen, rejudge_ppl
+    from verify.reports.record import StoredPpl, load_run
 
     if len(runs) != 1 or out is not None:
         raise UsageError("--rejudge: expected one run, and no --out: it prints what the run is called today")

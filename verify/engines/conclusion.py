@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from verify.engines.divergence import FileScores, PairScores, clip_width
 from verify.engines.kld_table import Table, table_of
+from verify.judge.chances import normal_quantile
 from verify.judge.statistics import CONFIDENCE, Interval, window_interval
 from verify.judge.verdict import Decision
 
@@ -119,7 +119,7 @@ def bounds_text(kld: Interval) -> str:
 
 def resolution_of(pair: PairScores) -> Resolution:
     """The rounding of two files, taken as independent, at CONFIDENCE; second-order terms are step^2 / 12."""
-    z = float(special.ndtri((1 + CONFIDENCE) / 2))
+    z = normal_quantile((1 + CONFIDENCE) / 2)
     n = pair.kld.size
     bias = float((pair.base.step**2 + pair.other.step**2).mean()) / 12
     return Resolution(

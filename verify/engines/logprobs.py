@@ -20,10 +20,10 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from verify.engines.conclusion import bounds_text
 from verify.engines.logprob_files import Columns, LogprobFile
+from verify.judge.chances import student_quantile
 from verify.judge.statistics import BLOCK_WIDENING, CONFIDENCE, WINDOWS_FOR_T, Interval
 from verify.judge.strata import IMPROVEMENT
 from verify.judge.verdict import DEFAULT_MARGIN, Decision, Verdict
@@ -146,7 +146,7 @@ def clustered_interval(values: Sequence[np.ndarray], confidence: float = CONFIDE
         return Interval(mean=mean, low=-math.inf, high=math.inf, se=math.inf, degrees=0, scope=scope)
     errors = np.array([float((x - mean).sum()) for x in clusters])
     se = widening * math.sqrt(n / (n - 1) * float((errors**2).sum())) / total
-    reach = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * se
+    reach = float(student_quantile((1 + confidence) / 2, n - 1)) * se
     return Interval(mean=mean, low=mean - reach, high=mean + reach, se=se, degrees=n - 1, scope=scope)
 
 
@@ -172,7 +172,7 @@ def floor_ratio(
         return FloorRatio(ratio, 0.0, math.inf)
     logs = np.log(left[:, 0] / left[:, 1]) / 2
     se = math.sqrt((n - 1) / n * float(((logs - logs.mean()) ** 2).sum()))
-    reach = float(special.stdtrit(n - 1, (1 + confidence) / 2)) * se
+    reach = float(student_quantile((1 + confidence) / 2, n - 1)) * se
     center = math.log(b / c) / 2
     return FloorRatio(
         math.exp(center), math.exp(min(center - reach, 700)), math.exp(min(center + reach, 700))

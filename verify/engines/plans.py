@@ -9,6 +9,7 @@ conditions compare lengths padded to 256. These are predictions from the engines
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,15 @@ from verify.kernels.cache_types import CACHE_TYPES, PLAIN_BITS, bits_per_number
 from verify.kernels.errors import SpecError, nearest
 from verify.kernels.heads import Heads
 from verify.kernels.plans.asked import GENERATIONS, N_KV_PADDING, Generation, RowAsked, SplitMode
-from verify.kernels.plans.policy import KERNEL_SUMS, POLICIES, EngineKernel, Launch, Policy, policy_named
+from verify.kernels.plans.policy import (
+    KERNEL_SUMS,
+    POLICIES,
+    EngineKernel,
+    Launch,
+    Policy,
+    PolicyRule,
+    policy_named,
+)
 from verify.kernels.plans.shapes import SHAPES, ModelShape, shape_named
 from verify.machine.errors import UsageError
 from verify.model.errors import ModelError
@@ -289,11 +298,16 @@ def plan_at(policy: Policy, setting: Setting, n_kv: int) -> PlanAt:
     )
 
 
-def stretches(policy: Policy, setting: Setting) -> list[Stretch]:
+@cache
+def stretches(policy: Policy, setting: Setting) -> tuple[Stretch, ...]:
     """The plans of a policy from short to long, each with the length from which it runs."""
     found: list[Stretch] = []
+    decides: PolicyRule | None = None
     for padded in range(N_KV_PADDING, LONGEST + 1, N_KV_PADDING):
-        ran = policy.launched(setting.call(padded))
+        call = setting.call(padded)
+        if (rule := policy.rule_of(call)) is decides:
+            continue
+        decides, ran = rule, policy.launched(call)
         here = Stretch(
             from_n_kv=padded - N_KV_PADDING + 1,
             padded=padded,
@@ -304,7 +318,7 @@ def stretches(policy: Policy, setting: Setting) -> list[Stretch]:
         )
         if not found or found[-1].runs != here.runs:
             found.append(here)
-    return found
+    return tuple(found)
 
 
 def changes(before: Policy, after: Policy, setting: Setting) -> list[Change]:

@@ -21,10 +21,10 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from verify.engines.plans import Setting, Stretch, stretches
 from verify.engines.sweep_log import SweepLog
+from verify.judge.chances import normal_quantile, student_quantile
 from verify.kernels.plans.policy import Policy
 from verify.machine.errors import UsageError
 
@@ -150,13 +150,33 @@ def _unlike(first: SweepLog, other: SweepLog) -> str:
     return "" if shared else "N_KV: no depth in common, expected some"
 
 
+def theil_sen(x: np.ndarray, y: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """The median of the slopes of all pairs at different x, and its limits by Kendall's test (Sen 1968).
+
+    Under no slope the pairs' signs add up to a sum whose variance, with ties, is that of Sen's equation 2.6;
+    the limits are the slopes that lie as many ranks from the middle as that sum reaches by chance.
+    """
+    i, j = np.triu_indices(len(x), 1)
+    apart = x[i] != x[j]
+    slopes = np.sort((y[j] - y[i])[apart] / (x[j] - x[i])[apart])
+    n, pairs = len(y), len(slopes)
+    tied = [count for of in (x, y) for count in np.unique(of, return_counts=True)[1]]
+    variance = (_kendall(n) - sum(_kendall(count) for count in tied)) / 18
+    reach = normal_quantile((1 + confidence) / 2) * math.sqrt(max(variance, 0.0))
+    low, high = round((pairs - reach) / 2) - 1, round((pairs + reach) / 2)
+    return float(np.median(slopes)), float(slopes[max(low, 0)]), float(slopes[min(high, pairs - 1)])
+
+
+def _kendall(n: int) -> int:
+    return n * (n - 1) * (2 * n + 5)
+
+
 def fit_line(depths: Sequence[int], times: Sequence[float]) -> FittedLine | None:
     """None for fewer than three depths."""
     if len(depths) < 3:
         return None
     x, y = np.array(depths, float), np.array(times)
-    fit = stats.theilslopes(y, x, LINE_CONFIDENCE)
-    b, low, high = float(fit[0]), float(fit[2]), float(fit[3])
+    b, low, high = theil_sen(x, y, LINE_CONFIDENCE)
     a = float(np.median(y - b * x))
     ends = sorted(float(np.median(y - slope * x)) for slope in (low, high))
     return FittedLine(a=a, a_low=ends[0], a_high=ends[1], b=b, b_low=low, b_high=high)
@@ -172,7 +192,7 @@ def compare(main: SweepLog, other: SweepLog, column: Column) -> ColumnComparison
     mean = float(np.mean(ratios))
     reach = math.inf
     if len(ratios) > 1:
-        t = float(stats.t.ppf((1 + SLOWDOWN_CONFIDENCE) / 2, len(ratios) - 1))
+        t = float(student_quantile((1 + SLOWDOWN_CONFIDENCE) / 2, len(ratios) - 1))
         reach = t * float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios))
     return ColumnComparison(
         label=other.label,

@@ -13,7 +13,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
+
+from verify.judge.chances import shift_that_exceeds, student_quantile
 
 # The one pre-declared test: two-sided, at 99.9 %.
 CONFIDENCE = 0.999
@@ -87,7 +88,7 @@ class PairedDifference(NamedTuple):
         """Whether it differs from 0 by more than chance does once in a million: never on few blocks."""
         if self.blocks < FEWEST_BLOCKS:
             return False
-        return abs(self.mean) > float(special.stdtrit(self.blocks - 1, 1 - DIFFERENCE_CHANCE / 2)) * self.se
+        return abs(self.mean) > float(student_quantile(1 - DIFFERENCE_CHANCE / 2, self.blocks - 1)) * self.se
 
 
 def window_interval(
@@ -147,7 +148,7 @@ def expected_half_width(windows: int, tokens: int, deviation: float = TYPICAL_DE
     if samples < FEWEST_BLOCKS:
         return math.inf
     se = (BLOCK_WIDENING if few else 1.0) * deviation / math.sqrt(tokens)
-    reach = float(special.stdtrit(samples - 1, (1 + CONFIDENCE) / 2)) * se / 2
+    reach = float(student_quantile((1 + CONFIDENCE) / 2, samples - 1)) * se / 2
     return math.expm1(reach) if reach < _LARGEST / 2 else math.inf
 
 
@@ -162,7 +163,7 @@ def windows_to_decide(distance: DistanceRatio, windows: int, bound: float) -> fl
     away = abs(2 * math.log(bound) - distance.theta)
     if not math.isfinite(distance.theta_se) or away < 2e-3:
         return math.inf
-    reach = float(special.stdtrit(max(distance.degrees, 1), (1 + CONFIDENCE) / 2)) * distance.theta_se
+    reach = float(student_quantile((1 + CONFIDENCE) / 2, max(distance.degrees, 1))) * distance.theta_se
     return windows * max(reach / away, 1.0) ** 2
 
 
@@ -194,8 +195,8 @@ def detectable_shift(degrees: int) -> float:
     Solves P(t' > t_crit) = POWER for the noncentrality of Student's t; for many degrees of freedom it is
     z_{(1 + CONFIDENCE) / 2} + z_POWER.
     """
-    critical = special.stdtrit(degrees, (1 + CONFIDENCE) / 2)
-    return float(special.nctdtrinc(degrees, 1 - POWER, critical))
+    critical = student_quantile((1 + CONFIDENCE) / 2, degrees)
+    return shift_that_exceeds(critical, POWER, degrees)
 
 
 def paired_difference(nll: np.ndarray, nll_reference: np.ndarray) -> PairedDifference:
@@ -222,5 +223,5 @@ def _t_interval(
     if len(samples) < FEWEST_BLOCKS:
         return Interval(mean=mean, low=-math.inf, high=math.inf, se=math.inf, degrees=degrees, scope=scope)
     se = widening * float(samples.std(ddof=1)) / math.sqrt(len(samples))
-    reach = float(special.stdtrit(degrees, (1 + confidence) / 2)) * se
+    reach = float(student_quantile((1 + confidence) / 2, degrees)) * se
     return Interval(mean=mean, low=mean - reach, high=mean + reach, se=se, degrees=degrees, scope=scope)

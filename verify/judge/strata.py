@@ -35,7 +35,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import special
+
+from verify.judge.chances import normal_quantile, student_below, student_quantile
 
 # One-sided, of each limit, and of all tests of a run together.
 ALPHA = 0.001
@@ -66,11 +67,11 @@ class LogRatio(NamedTuple):
 
     def limit(self, sign: int, alpha: float = ALPHA) -> np.ndarray:
         """The upper (sign 1) or lower (-1) limit of ln R, one-sided at 1 - alpha."""
-        return np.asarray(self.value + sign * special.stdtrit(self.degrees, 1 - alpha) * self.se)
+        return np.asarray(self.value + sign * student_quantile(1 - alpha, self.degrees) * self.se)
 
     def chance(self, bound: float, sign: int) -> np.ndarray:
         """p of ln R <= bound (sign 1) or ln R >= bound (-1)."""
-        return np.asarray(special.stdtr(self.degrees, -sign * (self.value - bound) / self.se))
+        return np.asarray(student_below(-sign * (self.value - bound) / self.se, self.degrees))
 
 
 def log_ratio(
@@ -266,7 +267,7 @@ def judge_strata(strata: Sequence[Stratum], margin: float) -> Judgement:
         if worse[at]:
             word = "degraded"
         times = _times(ratio, margin, len(tested), alpha) if word == "inconclusive" else 1.0
-        reach = special.stdtrit(ratio.degrees, 1 - alpha / len(tested)) + special.ndtri(POWER)
+        reach = student_quantile(1 - alpha / len(tested), ratio.degrees) + normal_quantile(POWER)
         detectable = margin * math.exp(min(float(reach * ratio.se), 700.0))
         found.append(_result(part, word, (math.exp(float(ratio.value)), low, high), times, detectable))
         at += 1
@@ -326,7 +327,7 @@ def _times(ratio: LogRatio, margin: float, tests: int, alpha: float) -> float:
     """How many times the samples would put the margin outside of the interval, the ratio staying as it is."""
     away = math.log(margin) - float(ratio.value)
     alpha = alpha if away > 0 else alpha / tests
-    reach = float(special.stdtrit(ratio.degrees, 1 - alpha)) * float(ratio.se)
+    reach = float(student_quantile(1 - alpha, ratio.degrees)) * float(ratio.se)
     return (reach / away) ** 2 if abs(away) > 1e-3 else math.inf
 
 
@@ -385,7 +386,7 @@ def head_groups(stratum: Stratum) -> list[list[int]]:
         sides = [log_ratio(c[side].mean(0), b[side].mean(0)) for side in (groups[g][:i], groups[g][i:])]
         apart = float(sides[1].value - sides[0].value) / math.hypot(float(sides[0].se), float(sides[1].se))
         degrees = min(float(side.degrees) for side in sides)
-        if special.stdtr(degrees, -apart) > HEAD_CHANCE:
+        if student_below(-apart, degrees) > HEAD_CHANCE:
             break
         groups[g : g + 1] = [groups[g][:i], groups[g][i:]]
     return [sorted(int(h) for h in group) for group in groups]

@@ -1,4 +1,7 @@
-"""Drawing with matplotlib for a page: small figures, and SVG that can stand inside HTML with others."""
+"""Drawing with matplotlib for a page: small figures, and SVG that can stand inside HTML with others.
+
+matplotlib is loaded by the first figure: a command's help, and what it refuses, need none.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Inches: as wide as a phone, so that 9 points stay 9 points there.
 SIZE = (4.9, 3.1)
@@ -26,6 +27,10 @@ class Picture(NamedTuple):
 
 
 def new_figure(height: float = SIZE[1]) -> tuple[Figure, Any]:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     # Names of arms are text, whatever dollars are in them.
     matplotlib.rcParams["text.parse_math"] = False
     figure = Figure(figsize=(SIZE[0], height))
@@ -57,6 +62,8 @@ def legend(axis: Any, entries: int) -> None:
 
 def plain_powers(axis: Any) -> None:
     """A logarithmic y axis with the powers of ten alone, or, within one power, some numbers between."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     low, high = axis.get_ylim()
     if high / low < 20:
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -85,6 +92,8 @@ def _spread(ticks: list[float], width: float) -> Iterator[float]:
 
 
 def finish(name: str, figure: Figure, caption: str) -> Picture:
+    import matplotlib
+
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     # Text stays text; ids are made from the salt, so that no two pictures of a page share one.

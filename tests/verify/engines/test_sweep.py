@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED
+from scipy import stats
 
 from support.cli import assert_refused, verify
 from verify.engines import sweep
-from verify.engines.sweep import change_point, fit_line
+from verify.engines.sweep import change_point, fit_line, theil_sen
 from verify.engines.sweep_log import SweepRow, read_logs
 
 HEADER = (
@@ -25,6 +26,16 @@ def published() -> tuple[str, str]:
     if not folder.is_dir():
         pytest.skip("the published sweep-bench logs are not beside this checkout")
     return str(folder / "glm47-turing-main.md"), str(folder / "glm47-turing-pr1183.md")
+
+
+def test_the_slope_and_its_limits_are_those_of_scipy_with_ties_too() -> None:
+    draw = np.random.default_rng(3)
+    for _ in range(40):
+        n = int(draw.integers(4, 13))
+        x, y = draw.integers(0, 9, n).astype(float), draw.integers(0, 30, n).astype(float)
+        if np.ptp(x):
+            fit = stats.theilslopes(y, x, 0.95)
+            assert theil_sen(x, y, 0.95) == pytest.approx((fit[0], fit[2], fit[3]), rel=1e-12, abs=1e-12)
 
 
 def table(times: list[tuple[int, float, float]], *, tg: int = 128) -> str:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 from verify.arms.arm import Arm
 from verify.arms.kernel_errors import faults_in_place
+from verify.judge.chances import student_quantile
 from verify.judge.statistics import CONFIDENCE
 from verify.ppl.evidence.pairs import both, difference_of, distance_between
 from verify.ppl.evidence.scores import Scores
@@ -72,7 +72,7 @@ def prediction_interval(samples: Sequence[float]) -> tuple[float, float]:
     """Where one more sample like these lies at CONFIDENCE: mean +/- t_{K-1} s sqrt(1 + 1/K), K >= 2."""
     k = len(samples)
     mean, spread = float(np.mean(samples)), float(np.std(samples, ddof=1))
-    reach = float(special.stdtrit(k - 1, (1 + CONFIDENCE) / 2)) * spread * math.sqrt(1 + 1 / k)
+    reach = float(student_quantile((1 + CONFIDENCE) / 2, k - 1)) * spread * math.sqrt(1 + 1 / k)
     return mean - reach, mean + reach
 
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy import special
-
 from verify.arms.kernel_errors import KernelErrors, kernel_errors, rows_of
+from verify.judge.chances import normal_quantile
 from verify.judge.statistics import CONFIDENCE, POWER, paired_difference
 from verify.kernels.judging.figures import RMS_LIMIT
 from verify.ppl.evidence.pairs import both, difference_of, distance_between
@@ -102,7 +101,7 @@ def _planted(
 def detectable_record(pair: PairRecord, result: GroupResult, power: PowerRecord | None) -> DetectableRecord:
     """What this run would have seen of one candidate, by detector."""
     errors = kernel_errors(rows_of(result.layers, pair.candidate))
-    dnll = (_critical() + float(special.ndtri(POWER))) * pair.dlnppl_se
+    dnll = (_critical() + normal_quantile(POWER)) * pair.dlnppl_se
     slope = _nll_slope(power)
     return DetectableRecord(
         distance_ratio=pair.detectable_distance_ratio,
@@ -114,14 +113,14 @@ def detectable_record(pair: PairRecord, result: GroupResult, power: PowerRecord 
 
 
 def _critical() -> float:
-    return float(special.ndtri((1 + CONFIDENCE) / 2))
+    return normal_quantile((1 + CONFIDENCE) / 2)
 
 
 def _scale_by_gain(errors: KernelErrors | None) -> float | None:
     """The scale error that passes the gain's limit with probability POWER."""
     if errors is None or not math.isfinite(errors.gain_limit):
         return None
-    return errors.gain_limit + float(special.ndtri(POWER)) * errors.gain_se
+    return errors.gain_limit + normal_quantile(POWER) * errors.gain_se
 
 
 def _nll_slope(power: PowerRecord | None) -> float:
