@@ -225,8 +225,10 @@ class Attention:
         k, v = (self._cache(cache, x, i) for i in range(2))
         cache_buffer = self._allocate(cache)
         for tensor, content in ((k, x.k), (v, x.v)):
-            padded = np.zeros((self._padded(len(content)), *content.shape[1:]), content.dtype)
-            padded[: len(content)] = content
+            padded = content
+            if len(content) % KV_PAD or not len(content):
+                padded = np.zeros((self._padded(len(content)), *content.shape[1:]), content.dtype)
+                padded[: len(content)] = content
             self._set(tensor, padded)
         step = ROWS_AT_ONCE if decode else rows
         try:

@@ -204,7 +204,8 @@ class Asking:
             at = slice(None) if same else slice(i, i + 1)
             group = torch.arange(r.ratio, device=r.device)
             q[:, :, at, group, group.clamp(max=len(rows) - 1)] = _QUERY
-            k[:, :, at, : len(rows)] = rows.T.to(r.dtype).to(r.device)[None, :, None]
+            # Narrow before it is turned, and turned where it goes.
+            k[:, :, at, : len(rows)] = rows.to(r.dtype).to(r.device).T[None, :, None]
         return q.flatten(2, 3), k
 
     def _values(self, these: ValueColumns) -> torch.Tensor:

@@ -121,22 +121,26 @@ def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tile: int | N
         return None
     early, late = first, end - 1
     input_bits = 11 if ask.regime.dtype != torch.bfloat16 else 8
-    lagging, c = 0.0, weights.offset or 0.0
+    c = weights.offset or 0.0
+    one = torch.tensor(math.exp(-c), dtype=torch.float64)
+    p_one = float(rounded(one, bits, truncated=weights.truncated) / one) - 1
+    lags, rows, values, terms = [], [], [], []
     for growth in GROWTHS:
         gaps = growth + torch.arange(16, dtype=torch.float64) / 16
         exact = torch.exp(gaps - c)
         off = rounded(exact, bits, truncated=weights.truncated) / exact - 1
-        g = float(gaps[(off.abs() - 0.6 * off.abs().max()).abs().argmin()])
-        lag = float(off[(off.abs() - 0.6 * off.abs().max()).abs().argmin()])
-        e = torch.tensor([math.exp(-g)], dtype=torch.float64)
-        v_a, v_b = (float(v) for v in cancelling(e, input_bits))
-        row = ask.level([late])
-        row[0, early] = -g
-        found = float(ask.weigh(row, columns([{early: v_a, late: v_b}]))[0, 0])
-        x = v_a * math.exp(-g)
-        one = torch.tensor(math.exp(-c), dtype=torch.float64)
-        p_one = float(rounded(one, bits, truncated=weights.truncated) / one) - 1
-        seen = (found * (1 + math.exp(-g)) - (x + v_b)) / x
+        at = (off.abs() - 0.6 * off.abs().max()).abs().argmin()
+        e = torch.exp(-gaps[at])
+        v_a, v_b = (float(v) for v in cancelling(e[None], input_bits))
+        rows.append(ask.level([late]))
+        rows[-1][0, early] = -gaps[at]
+        values.append(columns([{early: v_a, late: v_b}]))
+        lags.append(float(off[at]))
+        terms.append((float(e), v_a * float(e), v_b))
+    lagging = 0.0
+    found = ask.weigh_own(torch.cat(rows), values)
+    for growth, lag, (e_g, x, v_b), out in zip(GROWTHS, lags, terms, found, strict=True):
+        seen = (float(out) * (1 + e_g) - (x + v_b)) / x
         # P of the earlier key and P of the later one: both 1, or the later one exp(g), rounded.
         if abs(seen - (p_one - lag)) < abs(lag) / 2 < abs(seen):
             lagging = growth

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,8 @@ from verify.kernels.identify.asking import (
 )
 from verify.kernels.identify.logits import Logits, logits_seen
 from verify.kernels.identify.parts import Cuts, cuts_seen
-from verify.kernels.identify.sums import SumsSeen, sums_seen
-from verify.kernels.identify.weights import Weights, weights_seen
+from verify.kernels.identify.sums import PROBED_KEYS, SumsSeen, sums_seen
+from verify.kernels.identify.weights import Weights, weights_as, weights_seen
 
 # Fewer keys than these show next to nothing of how they are summed.
 LEAST_KEYS = 16
@@ -99,23 +99,70 @@ class Reading:
         return found
 
 
-def read(asked: BareKernel, regime: Regime, *, seed: int = 0) -> Reading:
-    """Raises NotIdentifiable with the reason: it fails, is not deterministic, clamps, casts, or is wrong."""
+def read(asked: BareKernel, regime: Regime, *, known: Reading | None = None, seed: int = 0) -> Reading:
+    """Everything that is read in a regime.
+
+    known: what was read of the same calls with fewer keys. Where P, its sums and the result are as they were
+    there, the rest is taken from it, at half the calls, and `how` says so.
+
+    Raises NotIdentifiable with the reason: it fails, is not deterministic, clamps, casts, or is wrong.
+    """
     if regime.n_kv < LEAST_KEYS:
         raise ValueError(f"n_kv: expected at least {LEAST_KEYS}, got {regime.n_kv}")
     ask = Asking(asked, regime)
     generator = torch.Generator().manual_seed(seed)
-    result = _sound(ask, generator)
-    seen_cuts = cuts_seen(ask, generator)
-    cuts = seen_cuts.bounds
-    bounds = list(itertools.pairwise(cuts))
-    part = max(bounds, key=lambda each: each[1] - each[0])
+    if known is not None and not _tells(known):
+        known = None
+    sound = _sound(ask, generator, repeats=2 if known is None else 1)
+    if known is None:
+        _check_range(ask)
+    cuts = cuts_seen(ask, generator)
+    part = max(itertools.pairwise(cuts.bounds), key=lambda each: each[1] - each[0])
     if part[1] - part[0] < 3:
         raise NotIdentifiable(f"its parts are of {part[1] - part[0]} keys: no two keys share a sum")
+    if known is not None:
+        if (found := _as_known(ask, known, sound, cuts, part, seed)) is not None:
+            return found
+        _check_range(ask)
     weights = weights_seen(ask, part, generator)
     sums = sums_seen(ask, part, weights)
-    logits = logits_seen(ask, part, weights, sums.tile, generator)
-    return _put_together(ask, seen_cuts, weights, sums, logits, result)
+    before = _Before.of(logits_seen(ask, part, weights, sums.tile, generator), _row_alone(ask, sound))
+    return _put_together(ask, cuts, weights, sums, before, sound.result)
+
+
+def _tells(known: Reading) -> bool:
+    """Whether more keys than it has would show no more of what it is: its probes look at no more."""
+    return max(b - a for a, b in itertools.pairwise(known.cuts)) >= PROBED_KEYS
+
+
+def _as_known(
+    ask: Asking,
+    known: Reading,
+    sound: _Sound,
+    cuts: Cuts,
+    part: tuple[int, int],
+    seed: int,
+) -> Reading | None:
+    """The reading of a length that is of the known one's regime; None of any other."""
+    # Its own: what is read anew after it is what would have been read without it.
+    generator = torch.Generator().manual_seed(seed)
+    weights = weights_as(
+        ask,
+        part,
+        generator,
+        known.p,
+        known.offset,
+        truncated=known.p_truncated,
+        normalised=known.p_normalised,
+    )
+    if weights is None or sound.result != known.result:
+        return None
+    weights = weights._replace(l_of_rounded=known.l_of_rounded_p, flushed=known.p_flushed)
+    sums = sums_seen(ask, part, weights)
+    found = _put_together(ask, cuts, weights, sums, _Before.as_known(known), sound.result)
+    if (found.accumulator, found.tile, found.rounding) != (known.accumulator, known.tile, known.rounding):
+        return None
+    return replace(found, how={**found.how, "regime": f"the rest as at {known.n_kv} keys"})
 
 
 def bits_of(asked: BareKernel, regime: Regime) -> str:
@@ -125,8 +172,26 @@ def bits_of(asked: BareKernel, regime: Regime) -> str:
     return hashlib.sha256(ask.call(q, k, v).contiguous().numpy().tobytes()).hexdigest()
 
 
+class _Before(NamedTuple):
+    """What is read beside the second product, as `Reading` has it."""
+
+    first_product: str | None
+    q_scaled_in: str | None
+    logits: str | None
+    rescale: float | None
+    row_alone: bool | None
+
+    @classmethod
+    def of(cls, seen: Logits, row_alone: bool | None) -> _Before:
+        return cls(*seen, row_alone)
+
+    @classmethod
+    def as_known(cls, known: Reading) -> _Before:
+        return cls(*(getattr(known, name) for name in cls._fields))
+
+
 def _put_together(
-    ask: Asking, cuts: Cuts, weights: Weights, sums: SumsSeen, logits: Logits, result: str | None
+    ask: Asking, cuts: Cuts, weights: Weights, sums: SumsSeen, before: _Before, result: str | None
 ) -> Reading:
     accumulator = _accumulator(sums)
     # Narrow sums within a tile, wide ones across: what is added up there is flushed.
@@ -163,10 +228,10 @@ def _put_together(
         mma_block=block,
         sum_step=sums.product if accumulator not in ("f32", None) else None,
         sum_keys=sums.counted,
-        first_product=logits.first_product,
-        q_scaled_in=logits.q_scaled_in,
-        logits=logits.logits,
-        rescale=logits.rescale,
+        first_product=before.first_product,
+        q_scaled_in=before.q_scaled_in,
+        logits=before.logits,
+        rescale=before.rescale,
         tile=sums.tile,
         cuts=cuts.bounds,
         parts_in=cuts.stored_in,
@@ -174,7 +239,7 @@ def _put_together(
         result=result,
         exponential=weights.exponential,
         deterministic=True,
-        row_alone=_row_alone(ask),
+        row_alone=before.row_alone,
         how=how,
         calls=ask.calls,
     )
@@ -189,30 +254,39 @@ def _accumulator(sums: SumsSeen) -> str | None:
     return {8: "bf16", 4: "e4m3", 3: "e5m2"}.get(bits)
 
 
-def _sound(ask: Asking, generator: torch.Generator) -> str | None:
-    """The type of results; raises NotIdentifiable for a kernel that nothing can be read off."""
+class _Sound(NamedTuple):
+    """A kernel that something can be read off: the type of its results, and a call that it answered."""
+
+    result: str | None
+    inputs: tuple[torch.Tensor, ...]  # q, k, v, drawn
+    out: torch.Tensor
+
+
+def _sound(ask: Asking, generator: torch.Generator, repeats: int) -> _Sound:
+    """repeats: of its first call. Raises NotIdentifiable for a kernel that nothing can be read off."""
     r = ask.regime
     bits = seen = 0
-    while seen < _RESULTS:
+    first: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None
+    while first is None or seen < _RESULTS:
         q, k, v = (_drawn(ask, r.batch, which, generator) for which in "qkv")
         out = ask.call(q, k, v)
-        if not seen:
+        if first is None:
             if list(out.shape) != (due := [*q.shape[:3], r.size]):
                 raise NotIdentifiable(f"its result has shape {list(out.shape)}, expected {due}")
-            for again in (ask.call(q, k, v), ask.call(q, k, v)):
-                if not same_bits(out, again):
+            for _ in range(repeats):
+                if not same_bits(out, ask.call(q, k, v)):
                     raise NotIdentifiable("it is not deterministic: the same call gives other bits")
             _check_right(ask, q, k, v, out)
+            first = (q, k, v), out
         if not bool((some := out[out != 0]).numel()):
             raise NotIdentifiable("it is not attention: all of a result is 0")
         bits = max(bits, int(_bits_used(torch.frexp(some).mantissa).max()))
         seen += out.numel()
-    _check_range(ask)
     by_bits = ((3, "e5m2"), (4, "e4m3"), (8, "bf16"), (11, "f16"))
     name = next((name for most, name in by_bits if bits <= most), "f32" if bits > 16 else None)
     if name == "f16" and not _has_steps_of_float16(ask):
-        return "tf32"
-    return name
+        name = "tf32"
+    return _Sound(name, *first)
 
 
 def _drawn(ask: Asking, batch: int, which: str, generator: torch.Generator) -> torch.Tensor:
@@ -284,13 +358,14 @@ def _check_range(ask: Asking) -> None:
         )
 
 
-def _row_alone(ask: Asking) -> bool | None:
-    """Whether a sequence alone has the bits that it has among three."""
+def _row_alone(ask: Asking, sound: _Sound) -> bool | None:
+    """Whether a sequence has the bits that it has alone between two others."""
     g = torch.Generator().manual_seed(1)
-    q, k, v = (_drawn(ask, 3, which, g) for which in "qkv")
+    alone = [x[:1] for x in sound.inputs]
+    others = [_drawn(ask, 2, which, g) for which in "qkv"]
+    among = [torch.cat([o[:1], x, o[1:]]) for x, o in zip(alone, others, strict=True)]
     try:
-        together = ask.call(q, k, v)
-        alone = torch.cat([ask.call(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(3)])
+        out = sound.out if sound.out.shape[0] == 1 else ask.call(*alone)
+        return same_bits(ask.call(*among)[1:2], out)
     except NotIdentifiable:
         return None
-    return same_bits(together, alone)

@@ -34,8 +34,8 @@ from verify.kernels.identify.weights import AskedPart, Weights, cancelling, rati
 # Exponent of the last place of LARGE at b bits is 16 - b.
 _TOP = 15
 _LEAST_BITS, _MOST_BITS = 3, 39
-# More keys than any tile, from the place where one is looked for.
-_FAR = 1100
+# More keys than any tile: so many are looked at where one is looked for.
+PROBED_KEYS = 1100
 # Sums of so few bits are narrow: how many keys they take decides what they may err by.
 _NARROW = 11
 # Keys of 61,440 of which sums of float16 overflow, whatever the offset.
@@ -126,17 +126,17 @@ def _bits(ask: Asking, places: list[tuple[int, int, int]]) -> tuple[int | None, 
     """The fewest bits of a sum that runs from i over t to j, and whether it truncates."""
     bits: int | None = None
     truncated: bool | None = None
-    for i, t, j in dict.fromkeys(places):
-        if not i < t < j:
-            continue
-        # From the largest that float16 holds beside LARGE.
-        wholes = [2.0 ** (_TOP + 1 - b) for b in range(_LEAST_BITS, _MOST_BITS + 1)]
-        units = [*wholes, *(0.75 * u for u in wholes)]
-        keys = _power_of_two([i, t, j], ask.regime.n_kv)
-        values = columns([{i: LARGE, t: u, j: -LARGE} for u in units])
-        found = ask.weigh(ask.level(keys), values)[0] * len(keys)
-        kept = (found.abs() > 0.25 * torch.tensor(units, dtype=torch.float64)) & torch.isfinite(found)
-        n = len(wholes)
+    places = [place for place in dict.fromkeys(places) if place[0] < place[1] < place[2]]
+    # From the largest that float16 holds beside LARGE.
+    wholes = [2.0 ** (_TOP + 1 - b) for b in range(_LEAST_BITS, _MOST_BITS + 1)]
+    units = [*wholes, *(0.75 * u for u in wholes)]
+    n, units_at = len(wholes), torch.tensor(units, dtype=torch.float64)
+    # All places share their keys' logits, and so a call.
+    keys = _power_of_two(sorted({key for place in places for key in place}), ask.regime.n_kv)
+    values = columns([{i: LARGE, t: u, j: -LARGE} for i, t, j in places for u in units])
+    seen = ask.weigh(ask.level(keys), values)[0] * len(keys) if places else torch.empty(0)
+    for found in seen.split(len(units)):
+        kept = (found.abs() > 0.25 * units_at) & torch.isfinite(found)
         lost = (~kept[:n]).nonzero().flatten().tolist()
         if not lost or lost[0] == 0 or (bits is not None and lost[0] + _LEAST_BITS - 1 >= bits):
             continue
@@ -255,7 +255,7 @@ def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None
     if bits is None:
         return None
     first, end = part
-    last = min(end - 1, first + _FAR)
+    last = min(end - 1, first + PROBED_KEYS)
     u = 2.0 ** (_TOP - bits - 1)
     lost = []
     at = list(range(first + 1, last))
@@ -295,7 +295,7 @@ def _tile(ask: Asking, part: tuple[int, int], test: Earlier, spare: int = 1) -> 
     """
     first, end = part
     low = first + spare
-    x = min(end - 1, first + _FAR)
+    x = min(end - 1, first + PROBED_KEYS)
     starts: list[int] = []
     while len(starts) < 3 and x > low:
         start = _start_of(ask, low, x, test)
@@ -314,17 +314,17 @@ def _tile(ask: Asking, part: tuple[int, int], test: Earlier, spare: int = 1) -> 
 
 def _start_of(ask: Asking, low0: int, x: int, test: Earlier) -> int | None:
     """The first key of the tile that key x lies in, unless key low0 does too."""
-    high = x
-    if low0 >= x or not test(x, [low0])[0]:
-        return None
-    low = low0
+    low, high = low0 - 1, x
     while high - low > 1:
         count = min(high - low - 1, ask.regime.columns)
-        ys = [low + (high - low) * (i + 1) // (count + 1) for i in range(count)]
+        # The first time from low0 on, and that one itself.
+        ys = sorted({low + 1 + (high - low - 1) * i // count for i in range(count)})
         is_earlier = test(x, ys)
         low = max([low, *(y for y, e in zip(ys, is_earlier, strict=True) if e)])
+        if low < low0:
+            return None
         high = min([high, *(y for y, e in zip(ys, is_earlier, strict=True) if not e and y > low)])
-    return high
+    return high if low0 < x else None
 
 
 def _overflowed(ask: Asking, x: int, ys: list[int], weights: Weights) -> list[bool]:

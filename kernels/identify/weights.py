@@ -125,6 +125,63 @@ def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator)
     )
 
 
+def weights_as(
+    ask: Asking,
+    part: tuple[int, int],
+    generator: torch.Generator,
+    p: str | None,
+    offset: float | None,
+    *,
+    truncated: bool,
+    normalised: bool,
+) -> Weights | None:
+    """P, where it is this one; what l sums is not asked. None of another, of one that was divided by l, and
+    where little was told before."""
+    if p is None or normalised or (p != "f32" and offset is None):
+        return None
+    gaps = _gaps(_LEAST_GAP, _LARGEST_GAP, _GAPS, generator)
+    grids = []
+    for newest_first in (False, True):
+        where = AskedPart(*part, newest_first)
+        ratio = ratios(ask, where, gaps)
+        worst = float((ratio / torch.exp(-gaps) - 1).abs().nan_to_num(math.inf).max())
+        grid = _grid(gaps, ratio)
+        if grid is None and worst > 2 * _LOOSE:
+            return None
+        grids.append((grid, worst, where))
+        if grid is not None:
+            break
+    grid, worst, where = grids[-1]
+    if grid is None:
+        same, worst = p == "f32", max(each[1] for each in grids)
+    else:
+        kind, multiple, _ = _range(ask, where, grid, _phase(grid), generator)
+        seen = _phase(grid) + (multiple or 0) * math.log(2)
+        same = kind is not None and (kind.name, grid.truncated) == (p, truncated)
+        same = same and abs(seen - (offset or 0.0)) < 0.01
+    if not same:
+        return None
+    return Weights(
+        p=p,
+        truncated=truncated,
+        offset=offset,
+        offset_sure=offset is not None,
+        normalised=False,
+        l_of_rounded=None,
+        flushed=False,
+        exponential=worst if grid is None else max(grid.gap, 0.0),
+        slope=0.0 if grid is None else grid.slope,
+        error=worst,
+        newest_first=where.newest_first and grid is not None,
+    )
+
+
+def _phase(grid: _Grid) -> float:
+    """The offset up to multiples of ln 2, nearest to 0."""
+    phase = (grid.bits - 1) * math.log(2) - math.log(grid.x)
+    return phase - round(phase / math.log(2)) * math.log(2)
+
+
 def _of_grid(
     ask: Asking,
     part: AskedPart,
@@ -135,9 +192,7 @@ def _of_grid(
 ) -> Weights:
     """What ratios that lie on a grid say."""
     bits, x = grid.bits, grid.x
-    # c up to multiples of ln 2, nearest to 0.
-    phase = (bits - 1) * math.log(2) - math.log(x)
-    phase -= round(phase / math.log(2)) * math.log(2)
+    phase = _phase(grid)
     doubled = _grid(gaps, ratios(ask, part, gaps, extra=0.5))
     found = _seen(grid, float((ratio / torch.exp(-gaps) - 1).abs().max()), part)
     if doubled is None or abs(math.log(doubled.x / x)) > 0.01:

@@ -45,19 +45,21 @@ def folder() -> Path | None:
     return Path(base) / "verify" / "readings"
 
 
-def read_or_known(kernel: Kernel, path: AttentionPath, regime: Regime) -> Reading:
+def read_or_known(
+    kernel: Kernel, path: AttentionPath, regime: Regime, shorter: Reading | None = None
+) -> Reading:
     """`read`, or what it found before, where one call shows that the kernel has not changed.
 
-    Raises NotIdentifiable.
+    shorter: the reading of such calls with fewer keys. Raises NotIdentifiable.
     """
     asked = bare(kernel, path)
     file = _file(kernel, path, regime)
     if file is None:
-        return read(asked, regime)
+        return read(asked, regime, known=shorter)
     known = _loaded(file)
     if known is not None and known[0] == bits_of(asked, regime):
         return known[1]
-    found = read(asked, regime)
+    found = read(asked, regime, known=shorter)
     with suppress(OSError, NotIdentifiable):
         _keep(file, bits_of(asked, regime), found)
     return found

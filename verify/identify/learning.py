@@ -111,11 +111,13 @@ def _regime(heads: Heads, n_kv: int, n_q: int, dtype: torch.dtype, device: str) 
 
 
 def _read(kernel: Kernel, path: AttentionPath, regimes: Sequence[Regime]) -> tuple[list[Reading], list[str]]:
-    """What is read in each regime, up to the first in which nothing can be, and why it cannot."""
+    """What is read in each regime, in order of length, up to the first in which nothing can be, and why it
+    cannot."""
     readings: list[Reading] = []
     for regime in regimes:
         try:
-            readings.append(read_or_known(kernel, path, regime))
+            shorter = readings[-1] if readings else None
+            readings.append(read_or_known(kernel, path, regime, shorter))
         except NotIdentifiable as error:
             # One that hung is asked again: what it is asked next is judged by itself.
             kernel.forgive()

@@ -133,6 +133,11 @@ def identify(
     began = clock()
     found = Identified(kernel.spec)
 
+    def known(n_kv: int, place: tuple[int, int, int]) -> Reading | None:
+        """The reading of the longest calls of the same kind with fewer keys."""
+        of = [s for s in found.seen if s.place == place and s.n_kv < n_kv and s.reading is not None]
+        return max(of, key=lambda s: s.n_kv).reading if of else None
+
     def look(n_kv: int, n_q: int, ratio: int = heads.ratio, batch: int = batch) -> LengthSeen:
         regime = Regime(
             n_kv=n_kv,
@@ -150,7 +155,7 @@ def identify(
         assert path is not None
         reading, reason = None, ""
         try:
-            reading = read(bare(kernel, path), regime)
+            reading = read(bare(kernel, path), regime, known=known(n_kv, (ratio, batch, n_q)))
         except NotIdentifiable as error:
             reason = str(error)
         one = LengthSeen(n_kv=n_kv, n_q=n_q, reading=reading, reason=reason, ratio=ratio, batch=batch)
