@@ -339,7 +339,7 @@ def _layout(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, list[Any]], 
 
 def _bytes_of(x: torch.Tensor) -> memoryview:
     """Its bytes as they lie, not copied: a long cache is half a gigabyte."""
-    return memoryview(x.detach().reshape(-1).view(torch.uint8).numpy())
+    return x.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _shared_file() -> int:

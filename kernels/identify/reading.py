@@ -361,11 +361,11 @@ def _check_range(ask: Asking) -> None:
 def _row_alone(ask: Asking, sound: _Sound) -> bool | None:
     """Whether a sequence has the bits that it has alone between two others."""
     g = torch.Generator().manual_seed(1)
-    alone = [x[:1] for x in sound.inputs]
-    others = [_drawn(ask, 2, which, g) for which in "qkv"]
-    among = [torch.cat([o[:1], x, o[1:]]) for x, o in zip(alone, others, strict=True)]
+    q, k, v = (x[:1] for x in sound.inputs)
+    others = (_drawn(ask, 2, which, g) for which in "qkv")
+    many_q, many_k, many_v = (torch.cat([o[:1], x, o[1:]]) for x, o in zip((q, k, v), others, strict=True))
     try:
-        out = sound.out if sound.out.shape[0] == 1 else ask.call(*alone)
-        return same_bits(ask.call(*among)[1:2], out)
+        alone = sound.out if sound.out.shape[0] == 1 else ask.call(q, k, v)
+        return same_bits(ask.call(many_q, many_k, many_v)[1:2], alone)
     except NotIdentifiable:
         return None
