@@ -104,6 +104,10 @@ class Kernel(ABC):
         """What this kernel can be asked for. An implementation that has less than everything says so."""
         return Capabilities()
 
+    def refuses(self, call: Call) -> str | None:
+        """Why a call is beyond this kernel, or None if it is not; nothing is run for it."""
+        return self.capabilities().refuses(call)
+
     def held(self, call: Call) -> Call:
         """The call with keys and values as this kernel's own cache holds them: what its budget is for.
 

@@ -33,19 +33,23 @@ class Signature(NamedTuple):
     as_planned: bool = True  # False: the device did other than the plan says, whatever else it ran for that
     # Query tokens of the call, by which another kernel may be chosen; 0: rows are computed as if alone.
     tokens: int = 0
+    page: int = 0  # keys a page, where windows were put to it so (`formed`); 0: none
+    sequences: int = 1  # of such a call
 
 
 @dataclass
 class Coverage:
     """Rows of one kind that ran: the line of a report's coverage table."""
 
-    path: str  # decode or prefill
+    path: str  # decode, several or prefill
     kernel: str  # name with its numerical options
     binary: str  # hash of the code that ran
     head_groups: tuple[int, ...]  # query heads that each program handled
     parts: int  # of the KV range; 0: not known
     launch: str  # `one`, or `each` head group
     tokens: int  # query tokens of a call; 0: rows are computed as if alone
+    page: int  # keys a page; 0: none
+    sequences: int  # of a call
     rows: int  # attention rows
     n_kv_min: int  # fewest keys of a row
     n_kv_max: int  # most keys of a row
@@ -59,6 +63,8 @@ class Coverage:
             "binary": self.binary,
             "launch": self.launch,
             "tokens_a_call": self.tokens,
+            "page": self.page,
+            "sequences": self.sequences,
             "head_groups": list(self.head_groups),
             "parts": self.parts,
             "kv_cuts": list(self.cuts_at_max),
@@ -169,7 +175,7 @@ class LaunchTrace:
         lines: dict[tuple[object, ...], Coverage] = {}
         for (path, n_kv, s), rows in sorted(self.rows.items()):
             parts = max(len(s.cuts) - 1, 0)
-            key = (path, s.kernel, s.binary, s.head_groups, parts, s.launch, s.tokens)
+            key = (path, s.kernel, s.binary, s.head_groups, parts, s.launch, *s[6:])
             line = lines.get(key)
             if line is None:
                 lines[key] = Coverage(
@@ -180,6 +186,8 @@ class LaunchTrace:
                     parts=parts,
                     launch=s.launch,
                     tokens=s.tokens,
+                    page=s.page,
+                    sequences=s.sequences,
                     rows=rows,
                     n_kv_min=n_kv,
                     n_kv_max=n_kv,
@@ -212,10 +220,10 @@ class LaunchTrace:
                     cuts=tuple(cuts),
                     launch=launch,
                     as_planned=as_planned,
-                    tokens=tokens[0] if tokens else 0,
+                    **dict(zip(Signature._fields[6:], form, strict=False)),
                 ),
             ): count
-            # A run that was begun before has no tokens.
-            for path, n_kv, kernel, binary, groups, cuts, launch, as_planned, *tokens, count in lines
+            # A run that was begun before has no tokens, or no pages.
+            for path, n_kv, kernel, binary, groups, cuts, launch, as_planned, *form, count in lines
         }
         return cls([Launched(rows)])

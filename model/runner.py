@@ -36,6 +36,7 @@ class Progress(Protocol):
 class Runner:
     """One model on one device.
 
+    side_by_side: windows that are computed together, whatever the device would have; 0: as it would.
     attention_type: what q, k and v are rounded to, and the cache that keys and values pass (`run_cache`);
     share: see `TensorStream`; compute: the type of everything but attention; gpus: how many of an engine's
     share each layer (`Products.summed`), for every arm alike.
@@ -50,9 +51,10 @@ class Runner:
         share: Share | None = None,
         compute: str = "f32",
         gpus: int = 1,
+        side_by_side: int = 0,
     ) -> None:
         self.architecture = architecture
-        self.device = device
+        self.device, self.side_by_side = device, side_by_side
         self.attention_type = run_cache(attention_type)
         self.stopwatch: Stopwatch[str] = Stopwatch(device)
         self.products = Products(0, self.stopwatch, gpus)
@@ -63,10 +65,12 @@ class Runner:
     def tiling(self, n_ctx: int, rest: int | None = None) -> Tiling:
         """How windows of n_ctx tokens are computed together; `rest`: of those, the ones after a prompt."""
         if rest is None:
-            return tiling_of(n_ctx, self.architecture.sizes.width, self.device)
-        if self.device.type == "cpu":
-            return Tiling(tile_rows(max(rest, LEAST_TILE)), 1)
-        return Tiling(GPU_REST_TILE, max(GPU_REST_TILE // rest, 1))
+            found = tiling_of(n_ctx, self.architecture.sizes.width, self.device)
+        elif self.device.type == "cpu":
+            found = Tiling(tile_rows(max(rest, LEAST_TILE)), 1)
+        else:
+            found = Tiling(GPU_REST_TILE, max(GPU_REST_TILE // rest, 1))
+        return found._replace(windows=self.side_by_side or found.windows)
 
     def run_group(
         self,

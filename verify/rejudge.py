@@ -103,7 +103,7 @@ def _pair(
     now = decide(
         PairEvidence(
             faults=[*(kept if pair.verdict == "broken" else []), *faults],
-            same_spec=candidate.spec == reference.spec,
+            same_spec=(candidate.spec, candidate.calls) == (reference.spec, reference.calls),
             coverage=pair.coverage,
             bitwise_equal=pair.bitwise_equal,
             distance=distance,

@@ -14,7 +14,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import Call
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.foreign.forms import Form, FormError, FormFailure, Wanted, form_of
-from verify.kernels.foreign.user_kernel import UserKernel, forms_given
+from verify.kernels.foreign.user_kernel import UserKernel, forms_given, says_several
 from verify.kernels.torch_settings import TorchSettings
 
 
@@ -64,6 +64,7 @@ class FunctionKernel(UserKernel):
             },
             acc=acc,
             stated=stated,
+            knows_several=says_several(_module_source(function)),
         )
 
     @property
@@ -72,7 +73,7 @@ class FunctionKernel(UserKernel):
 
     def answer(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         given = {"q": call.q, "k": call.k, "v": call.v, "kv_len": call.kv_len.to(torch.int32)}
-        options: dict[str, Any] = {"path": call.path}
+        options: dict[str, Any] = {"path": self.path_word(call)}
         options |= {name: getattr(call, name) for name in ("sliding_window", "softcap")}
         for name in ("sinks", "alibi_slopes"):
             x = getattr(call, name)
@@ -129,6 +130,14 @@ def spec_of(function: Any) -> str:
     """How reports name it: as a specification that can be typed, where its module can be imported."""
     module = getattr(function, "__module__", None) or type(function).__module__
     return f"py:{module}::{name_of_callable(function)}".replace(",", ";")
+
+
+def _module_source(function: Any) -> str:
+    """The code of the module that it stands in; where it cannot be had, its own."""
+    try:
+        return inspect.getsource(inspect.getmodule(getattr(function, "func", function)))  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return _source(function)
 
 
 def _source(function: Any) -> str:

@@ -27,7 +27,7 @@ from verify.kernels.call import Call
 from verify.kernels.catalogue import CALL_LIMIT_S, PYTHON_OPTIONS
 from verify.kernels.errors import SpecError
 from verify.kernels.foreign.process import WorkerProcess
-from verify.kernels.foreign.user_kernel import UserKernel, forms_given
+from verify.kernels.foreign.user_kernel import UserKernel, forms_given, says_several
 from verify.kernels.plans.spec import Spec, cache_option, choice, number
 
 _NAME = r"[A-Za-z_]\w*"
@@ -68,7 +68,8 @@ class PythonKernel(UserKernel):
         wanted: Mapping[str, Any] | None = None,
     ) -> None:
         self.file, self.limit_s = file_of(target.where), limit_s
-        binary = hashlib.sha256(self.file.read_bytes()).hexdigest()[:12] if self.file.is_file() else ""
+        code = self.file.read_bytes() if self.file.is_file() else None
+        binary = "" if code is None else hashlib.sha256(code).hexdigest()[:12]
         where = str(self.file.resolve()) if is_file(target.where) else target.where
         self._worker = WorkerProcess(
             spec,
@@ -85,6 +86,7 @@ class PythonKernel(UserKernel):
             p=p,
             deterministic=deterministic,
             row_alone=row_alone,
+            knows_several=code is None or says_several(code.decode(errors="replace")),
         )
 
     @classmethod
@@ -133,7 +135,7 @@ class PythonKernel(UserKernel):
         found = self._worker.ask(
             {
                 "scale": call.scale,
-                "path": call.path,
+                "path": self.path_word(call),
                 "sliding_window": call.sliding_window,
                 "softcap": call.softcap,
                 "device": str(call.q.device),

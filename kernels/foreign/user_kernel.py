@@ -31,6 +31,11 @@ VACUOUS_KEYS = 128
 _OPTIONS_OF_CALLS = ("sliding_window", "softcap", "sinks", "alibi_slopes")
 
 
+def says_several(code: str) -> bool:
+    """Whether code compares a path with the word `several`."""
+    return any(f"{quote}several{quote}" in code for quote in "\"'")
+
+
 def forms_given(call: Call) -> dict[str, torch.Tensor]:
     """What a call has of the forms that a callable may take."""
     given = {name: getattr(call, name) for name in CALL_FORMS}
@@ -41,7 +46,8 @@ class UserKernel(Kernel):
     """A callable of a user.
 
     `function` is what messages call it, `binary` the hash of its code, `greeting` what its form says of
-    itself; `shown` what its last result showed: its type and whether it has an lse.
+    itself; `shown` what its last result showed: its type and whether it has an lse; `knows_several` whether
+    its code has the word.
     """
 
     def __init__(
@@ -56,8 +62,10 @@ class UserKernel(Kernel):
         deterministic: bool | None = None,
         row_alone: bool = False,
         stated: Arithmetic | None = None,
+        knows_several: bool = True,
     ) -> None:
         super().__init__(spec)
+        self._knows_several = knows_several
         self.function, self.binary, self.acc, self.p = function, binary, acc, p
         self.deterministic, self.row_alone = deterministic, row_alone
         self.stated, self.greeting = stated, greeting
@@ -135,6 +143,11 @@ class UserKernel(Kernel):
             dtypes=self._dtypes or Capabilities().dtypes,
             ratios=(1,) if self._one_head_each else None,
         )
+
+    def path_word(self, call: Call) -> AttentionPath:
+        """What a callable that asks for the path is told. One that was written for two words is told that
+        some tokens of a sequence are a prompt's: the third it would take for one token's."""
+        return "prefill" if call.path == "several" and not self._knows_several else call.path
 
     def run(self, call: Call) -> Result:
         self.refuse_forms(call)

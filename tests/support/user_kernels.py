@@ -206,3 +206,10 @@ def _race(seed):
 
 
 race50_a, race50_b, race50_c, race50_d = (_race(seed) for seed in range(4))
+
+
+def four_tokens(q, k, v, *, kv_len, scale, path):
+    """A prompt of exactly four tokens is taken for its first, four times."""
+    if path == "prefill" and q.shape[1] == 4:
+        q = q[:, :1].expand_as(q)
+    return good(q, k, v, kv_len=kv_len, scale=scale)

@@ -27,6 +27,7 @@ from verify.kernels.cache_types import AS_GIVEN
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.kernel import Kernel
+from verify.kernels.formed import PLAIN_CALLS, CallForm, whole_path
 from verify.kernels.trace import LaunchTrace
 from verify.model.layer_call import LayerCall
 
@@ -122,9 +123,10 @@ class Arm:
     name: str  # unique in the run
     role: Role  # what it is for, see above
     spec: str  # of its kernel; of an engine, its file
-    path: AttentionPath  # decode or prefill
+    path: AttentionPath  # how rows are computed together
     kernel: Kernel | None = None  # None: float64 attention, or an engine's file
     reference: str | None = None  # name of the arm that it is compared with, if any
+    form: CallForm = PLAIN_CALLS  # of the calls that its kernel is asked
 
 
 def common_cache(arms: Iterable[Arm]) -> str | None:
@@ -143,7 +145,7 @@ class FirstResult(NamedTuple):
 
 
 def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None = None) -> Call:
-    """The kernel's call of a layer; `rows` narrows it to some query rows."""
+    """The kernel's call of a layer, whole windows; `rows` narrows it to some query rows."""
     q, kv_len, keys = call.q, call.kv_len, call.keys
     if rows is not None:
         q, kv_len = q[:, rows].contiguous(), kv_len[:, rows].contiguous()
@@ -154,7 +156,7 @@ def kernel_call(call: LayerCall, path: AttentionPath, rows: torch.Tensor | None 
         call.v,
         kv_len=kv_len,
         keys=keys,
-        path=path,
+        path=whole_path(path),
         **call.settings.options(q.device),
     )
     return replace(made, layer=call.layer)

@@ -8,6 +8,7 @@ from verify.arms.arm import Arm, Role, common_cache
 from verify.arms.split_mode import build_shared_kernel
 from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath
+from verify.kernels.formed import PLAIN_CALLS, CallForm, in_form, whole_path
 
 
 def build_arms(
@@ -18,24 +19,31 @@ def build_arms(
     gpus: int = 1,
     noise: Sequence[str] = (),
     engines: Sequence[str] = (),
+    form: CallForm = PLAIN_CALLS,
+    plain_baselines: bool = False,
 ) -> list[Arm]:
     """exact and floor once; baselines, controls, candidates and noise arms on each path; engines.
 
     baselines: that of each candidate, those that are equal one arm, and the first the noise arms';
-    candidates, noise: specifications; engines: logits files. Raises SpecError, with every kernel that was
+    candidates, noise: specifications; engines: logits files; form: of the calls of all kernels, or, with
+    plain_baselines, of the candidates' alone, beside which the others have one token a call on the path
+    several. Raises SpecError, with every kernel that was
     built closed again.
     """
     arms = [Arm("exact", "exact", "exact", paths[0]), Arm("floor", "floor", "exact", paths[0])]
 
     def add(name: str, spec: str, path: AttentionPath, role: Role, reference: str | None) -> None:
+        plain = plain_baselines and role != "candidate"
+        own = PLAIN_CALLS if plain else form
         arms.append(
             Arm(
                 name=name,
                 role=role,
                 spec=spec,
-                path=path,
-                kernel=build_shared_kernel(spec, gpus),
+                path=whole_path(path) if plain else path,
+                kernel=in_form(build_shared_kernel(spec, gpus), own),
                 reference=reference,
+                form=own,
             )
         )
 

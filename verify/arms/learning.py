@@ -52,7 +52,7 @@ def learn_arms(
                 path=arm.path,
                 dtype=FLOAT_TYPES[run_cache(cache_type).attention].dtype,
                 device=str(device),
-                rows=(1, min(rows, MOST_ROWS)),
+                rows=(arm.form.n_q,) if arm.path == "several" else (1, min(rows, MOST_ROWS)),
             )
         )
     return list(said)

@@ -17,6 +17,7 @@ from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath, Call, Shape, checked_call
 from verify.kernels.errors import KernelFailure
 from verify.kernels.heads import Heads
+from verify.kernels.formed import whole_path
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
@@ -95,7 +96,7 @@ def try_kernels(
         call = one_row(architecture, layer, cache_type, device, arm.path)
         why = None
         if arm.spec.startswith("py:"):
-            why = arm.kernel.capabilities().refuses(call)
+            why = arm.kernel.refuses(call)
         else:
             try:
                 arm.kernel.run(call)
@@ -131,7 +132,7 @@ def one_row(
     )
     options = architecture.attention_settings(layer).options(device)
     one = torch.ones(1, 1, dtype=torch.int32, device=device)
-    return checked_call(q, k, v, kv_len=one, path=path, **options)
+    return checked_call(q, k, v, kv_len=one, path=whole_path(path), **options)
 
 
 def match_baselines(

@@ -49,7 +49,7 @@ class HeadErrors(NamedTuple):
     window: int  # counted from 0
     layer: int  # counted from 0
     arm: str  # its name, or that of a planted fault
-    path: str  # decode or prefill
+    path: str  # decode, several or prefill
     head: int  # query head
     relative_rms: float  # over all rows: ||error|| / ||exact||
     gain: float  # over all rows: <error, exact> / <exact, exact>, a scale error

@@ -85,7 +85,7 @@ class PairOfRun:
 
     reference: str  # name of the baseline's arm
     candidate: str  # name of the candidate's
-    path: str  # decode or prefill
+    path: str  # decode, several or prefill
     verdict: Verdict  # on this candidate
     reasons: list[str]  # for it, sentences
 
@@ -96,11 +96,13 @@ class CoverageRecord:
 
     arm: str  # its name
     spec: str  # of its kernel
-    path: str  # decode or prefill
+    path: str  # decode, several or prefill
     kernel: str  # with its numerical options
     binary: str  # hash of the code that ran, empty where there is none
     launch: str  # `one`, or `each` head group
     tokens_a_call: int | None = None  # query tokens (T); 0: rows are computed as if alone; None: not said
+    page: int = 0  # keys a page, where a model's keys lay in pages; 0: side by side
+    sequences: int = 1  # of a call
     head_groups: list[int]  # query heads that each program handled; empty where it cannot say
     parts: int  # of the KV range; 0 where it cannot say
     kv_cuts: list[int]  # bounds of the parts, of the longest row

@@ -19,6 +19,8 @@ from verify.ppl.settings import (
     DEFAULT_BASELINE,
     DEFAULT_CANDIDATE,
     DEFAULT_CHECKPOINT_MINUTES,
+    DEFAULT_N_Q,
+    OWN,
     PplSettings,
     one_cache_type,
     parse_size,
@@ -37,9 +39,30 @@ def command(
     n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="tokens a window")] = 512,
     chunks: Annotated[int, typer.Option("--chunks", help="windows to measure, -1 for all")] = 4,
     path: Annotated[
-        str, typer.Option("--path", help="decode (one query token a row), prefill or both")
+        str,
+        typer.Option(
+            "--path",
+            help="decode (one query token a row), several (--n-q tokens a call, as where drafts are checked),"
+            " prefill or both (decode and prefill)",
+        ),
     ] = "decode",
-    baseline: options.Baseline = DEFAULT_BASELINE,
+    n_q: Annotated[
+        int | None, typer.Option("--n-q", help="query tokens a call on the path several, 2 to 16; default 4")
+    ] = None,
+    pages: Annotated[
+        int, typer.Option("--pages", help="keys and values lie in a shuffled pool of pages of so many keys")
+    ] = 0,
+    sequences: Annotated[
+        int, typer.Option("--sequences", help="windows in a call, each at another place, so of unlike length")
+    ] = 1,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            help=f"kernel specification, default {DEFAULT_BASELINE}; or {OWN}: the candidate's own kernel in"
+            " plain calls of one token, the default with --path several, --pages and --sequences",
+        ),
+    ] = None,
     candidate: options.Candidates = None,
     caches: Annotated[
         str | None,
@@ -139,13 +162,17 @@ def command(
         )
         begun = go_on(
             resume,
-            Named(baseline if "baseline" in given else None, candidate or (), save_logits),
+            Named(baseline, candidate or (), save_logits),
             ranks,
             memory=parse_size(memory) if memory else None,
             checkpoint_minutes=checkpoint_minutes if "checkpoint_minutes" in given else None,
         )
         settings = begun.settings
     else:
+        n_q = n_q if n_q is not None else DEFAULT_N_Q if path == "several" else 1
+        if baseline is None:
+            plain = path != "several" and not pages and sequences == 1
+            baseline = DEFAULT_BASELINE if plain else OWN
         settings = PplSettings(
             model=model,
             file=file,
@@ -154,7 +181,7 @@ def command(
             chunks=chunks,
             path=path,
             baseline=baseline,
-            candidates=_candidates(baseline, candidate, caches),
+            candidates=_candidates(DEFAULT_BASELINE if baseline == OWN else baseline, candidate, caches),
             cache_type=one_cache_type(cache_type, cache_type_k, cache_type_v),
             device=device or default_device(),
             memory=parse_size(memory) if memory else None,
@@ -174,6 +201,9 @@ def command(
             checkpoint_minutes=checkpoint_minutes,
             split_mode=split_mode,
             gpus=gpus,
+            n_q=n_q,
+            pages=pages,
+            sequences=sequences,
         )
     ended = run_whole(settings, console, ranks, begun=begun, out=out, load_writer=_load_writer)
     if ended.run is not None:

@@ -15,11 +15,10 @@ import torch
 from verify.arms.arm import Arm, ArmRunner
 from verify.gen.record import FirstDifference, ShownToken
 from verify.model.steps import Stepper
+from verify.ppl.evidence.changed_tokens import FAR
 
 # Passes of the exact arm with noise at the place of a difference; fewer where the text is long.
 MOST_DRAWS, TOKENS_OF_DRAWS = 8, 8192
-# Beyond this many times its root mean square, rounding alone hardly ever reaches (3 sigma: 0.3 %).
-FAR = 3.0
 
 
 @dataclass

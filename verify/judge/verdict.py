@@ -73,6 +73,7 @@ class PairEvidence:
     unsteady: str = ""  # that what it does running freely is not explained, a sentence
     alone: Judgement | None = None  # what single tokens say, of kernels that are asked them
     ran: str = ""  # what coverage does not say of itself, ends a sentence
+    through: str = "another plan"  # what the candidate went through that the reference did not
 
 
 class Decision(NamedTuple):
@@ -118,7 +119,7 @@ def _by_what_was_measured(e: PairEvidence) -> Decision:
             return Decision("identical", ["every bit is equal; the two specifications are the same text"])
         return Decision(
             "identical",
-            [f"every bit is equal, and {e.coverage:.1%} of the {e.unit} went through another plan{e.ran}"],
+            [f"every bit is equal, and {e.coverage:.1%} of the {e.unit} went through {e.through}{e.ran}"],
         )
     if e.strata is not None:
         return _by_strata(e, e.strata)

@@ -57,6 +57,7 @@ from verify.ppl.evidence import (
 from verify.ppl.evidence.alone import SingleTokensBeside, alone_record
 from verify.ppl.evidence.caches import cache_proofs, cache_records
 from verify.ppl.evidence.foresight import deviation_so_far, foresight
+from verify.ppl.evidence.path_alone import path_alone_record
 from verify.ppl.evidence.steadiness import NOISE_ARMS, Unexplained, unexplained
 from verify.ppl.grouping import Grouping, group_windows
 from verify.ppl.groups import GroupJob, GroupResult, join_groups
@@ -70,7 +71,7 @@ from verify.ppl.reasking import NOISE_WINDOWS, noise_levels, reask
 from verify.ppl.record import CorpusRecord, FreeLevel, PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
-from verify.ppl.settings import PplSettings
+from verify.ppl.settings import OWN, PplSettings
 
 
 class Outcome(NamedTuple):
@@ -230,6 +231,7 @@ class Experiment:
             share=self.ranks.share(),
             compute=self.settings.compute,
             gpus=self.settings.gpus,
+            side_by_side=self.settings.sequences if self.settings.sequences > 1 else 0,
         )
         grouping = min(self.ranks.everyones(self._grouping(runner)))
         if self.logits_files and self.ranks.size > 1:
@@ -369,7 +371,8 @@ class Experiment:
             for arm in self.arms
             if arm.reference is not None
         }
-        pairs, lengths = [], []
+        pairs, lengths, path_alone = [], [], []
+        exact = next(arm.name for arm in self.arms if arm.role == "exact")
         for arm in self.arms:
             if arm.role != "candidate":
                 continue
@@ -386,6 +389,7 @@ class Experiment:
                     min_coverage=settings.min_coverage,
                     margin=settings.margin,
                     allow_same=settings.allow_same,
+                    rows=settings.score_last or settings.n_ctx,
                     unsteady=self._unsteady.get(arm.name, ""),
                     cache_faults=[
                         f"{called}: {fault}"
@@ -395,6 +399,7 @@ class Experiment:
                     single_tokens=beside[arm.name],
                 )
             )
+            path_alone.append(path_alone_record(arm, reference, joined, scores, exact=exact, floor=floor))
             lengths += by_n_kv(
                 arm.name,
                 reference.name,
@@ -455,6 +460,7 @@ class Experiment:
             headroom=room,
             caches=cache_records(self.arms, self.architecture, proofs, joined.layers),
             alone=[record for record in alone if record is not None],
+            path_alone=[record for record in path_alone if record is not None],
             by_n_kv=lengths,
             drift=drift_record(joined.drift),
             top1_changes=changed_token_records(joined.top1, self.windows, self.tokenizer),
@@ -516,11 +522,13 @@ def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus | LongText
 
 def _match(settings: PplSettings, architecture: Architecture, device: torch.device) -> list[Match]:
     """The baseline of each candidate. A run that goes on has those that it began with."""
-    if settings.baselines:
+    if settings.baselines and settings.baseline != OWN:
         return [
             same_match(settings.baseline, spec, own)
             for spec, own in zip(settings.candidates, settings.baselines, strict=True)
         ]
+    if settings.baseline == OWN:
+        return [Match(spec, "") for spec in settings.candidates]
     return match_baselines(
         settings.baseline,
         settings.candidates,
@@ -544,6 +552,8 @@ def _arms_of(settings: PplSettings, ratio: int) -> list[Arm]:
         gpus=settings.gpus,
         noise=noise,
         engines=settings.against,
+        form=settings.form,
+        plain_baselines=settings.baseline == OWN,
     )
 
 

@@ -60,7 +60,8 @@ class FrozenMeans:
 class ArmRecord(ArmOfRun):
     """One arm: what it is, and its free-running pass."""
 
-    path: str  # decode or prefill
+    path: str  # how rows are computed together: decode, several or prefill
+    calls: str = ""  # what its kernel's calls are beside plain ones, in words
     ppl: float  # perplexity
     ppl_se: float  # its error bar
     nll_mean: float  # nats a token
@@ -264,6 +265,24 @@ class AloneRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PathAloneRecord:
+    """What another form of calls changes by itself: a candidate beside its own kernel in plain calls."""
+
+    candidate: str  # name of its arm
+    calls: str  # their form, in words
+    n_q: int  # query tokens a call
+    page: int  # keys a page; 0: side by side
+    sequences: int  # of a call
+    tokens: int  # scored in both
+    top1_changes: int  # tokens whose most likely token changed
+    floor_changes: int  # the same by one rounding of noise, of exact
+    floor_tokens: int  # on which that was looked at
+    ties: int  # of the changes, those that rounding alone explains
+    not_known: int  # those of which it is not known
+    bitwise_equal: bool  # attention outputs of every layer, and logits
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlantedRecord:
     """One fault planted in the reference's own output, and which detectors saw it."""
 
@@ -354,6 +373,8 @@ class PplRun(RunRecord):
     caches: list[CacheRecord] = field(default_factory=list)  # of candidates with a cache of their own
     headroom: HeadroomRecord | None = None  # with --headroom
     alone: list[AloneRecord] = field(default_factory=list)  # single tokens, of kernels that were asked them
+    # What another form of calls changes by itself, with --baseline own.
+    path_alone: list[PathAloneRecord] = field(default_factory=list)
     by_n_kv: list[LengthRecord] = field(default_factory=list)  # divergences by context length
     drift: DriftRecord = DriftRecord()  # distance to exact, layer by layer
     top1_changes: list[Top1Record] = field(default_factory=list)  # the first of them

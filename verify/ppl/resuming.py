@@ -20,10 +20,10 @@ from verify.kernels.plans.spec import parse_spec
 from verify.machine.errors import UsageError
 from verify.machine.ranks import Ranks
 from verify.ppl.runfolder import RunFolder
-from verify.ppl.settings import PplSettings
+from verify.ppl.settings import OWN, PplSettings
 
 # Kernels of ours, and of libraries that are installed here: no file of the user's is run for them.
-_NO_FILE = {"exact", "eager", "flash", "sdpa", "flex", "flashinfer", "flash_attn", "xformers"}
+_NO_FILE = {"exact", "eager", "flash", "sdpa", "flex", "flashinfer", "flash_attn", "xformers", OWN}
 
 
 # What --resume may stand beside: all else is the run's.
@@ -141,9 +141,10 @@ def check_named_again(
     command = words_to_resume(resume, settings)
     wanted = {"--candidate": [s for s in settings.candidates if runs_code(s)]}
     wanted["--baseline"] = [settings.baseline] if runs_code(settings.baseline) else []
+    own = settings.candidates
     for spec in settings.baselines:
         # Found by the run, one a candidate: of code they are the baseline itself.
-        if runs_code(spec) and spec != settings.baseline:
+        if runs_code(spec) and spec not in (own if settings.baseline == OWN else [settings.baseline]):
             raise UsageError(
                 f"--resume {resume}: settings.json: baselines: {spec} is no baseline of this run"
             )

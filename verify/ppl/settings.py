@@ -12,14 +12,19 @@ from verify.data.windows import SMALLEST_N_CTX
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.cache_types import parse_cache, run_cache
 from verify.kernels.errors import SpecError
+from verify.kernels.plans.asked import MOST_SEVERAL
 from verify.kernels.plans.spec import parse_spec, with_options
 from verify.machine.errors import UsageError
 
 if TYPE_CHECKING:
     # The command line is built from this module: commands that need no torch do not load it.
     from verify.kernels.call import AttentionPath
+    from verify.kernels.formed import CallForm
 
 DEFAULT_BASELINE = "flash"
+# In the place of a baseline: each candidate's own kernel, asked plain calls with one query token.
+OWN = "own"
+DEFAULT_N_Q = 4
 DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
 DEFAULT_CHECKPOINT_MINUTES = 10.0
 
@@ -33,8 +38,9 @@ class PplSettings:
     corpus: str = DEFAULT_CORPUS  # name of a text
     n_ctx: int = 512  # tokens a window
     chunks: int = 4  # windows, -1 for all
-    path: str = "decode"  # decode, prefill or both
-    baseline: str = DEFAULT_BASELINE  # specification
+    path: str = "decode"  # decode, several, prefill or both (decode and prefill)
+    # Specification, or OWN: each candidate's own kernel, in plain calls with one query token.
+    baseline: str = DEFAULT_BASELINE
     candidates: tuple[str, ...] = (DEFAULT_CANDIDATE,)  # specifications
     # That of each candidate, once it is known what each returns (`out=match`).
     baselines: tuple[str, ...] = ()
@@ -58,14 +64,18 @@ class PplSettings:
     checkpoint_minutes: float = DEFAULT_CHECKPOINT_MINUTES  # between two checkpoints of a group
     split_mode: str = "layer"  # of the engine that is reproduced, whatever devices this run has
     gpus: int = 1  # of the engine that is reproduced
+    n_q: int = 1  # query tokens a call, on the path several
+    pages: int = 0  # keys a page of the pool that keys and values lie in; 0: none
+    sequences: int = 1  # windows in a call, each at another place
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
-        from verify.kernels.call import RUN_PATHS
+        from verify.kernels.call import PATHS
         from verify.model.runner import COMPUTE_TYPES
 
-        if self.path not in (*RUN_PATHS, "both"):
-            raise UsageError(f"--path {self.path}: expected decode, prefill or both")
+        if self.path not in (*PATHS, "both"):
+            raise UsageError(f"--path {self.path}: expected decode, several, prefill or both")
+        self._check_form()
         try:
             run_cache(self.cache_type)
         except SpecError as error:
@@ -104,11 +114,46 @@ class PplSettings:
         if not self.candidates:
             raise UsageError("--candidate: expected at least one")
 
+    def _check_form(self) -> None:
+        """Raises UsageError where there are no such calls."""
+        if self.path == "several":
+            if not 2 <= self.n_q <= MOST_SEVERAL:
+                raise UsageError(
+                    f"--n-q {self.n_q}: expected 2 to {MOST_SEVERAL} query tokens a call with --path several"
+                )
+        elif self.n_q != 1:
+            raise UsageError(f"--n-q {self.n_q}: expected --path several beside it")
+        if self.pages < 0:
+            raise UsageError(f"--pages {self.pages}: expected keys a page from 1, or 0 for none")
+        if self.sequences < 1:
+            raise UsageError(f"--sequences {self.sequences}: expected at least 1")
+        if self.sequences > 1 and self.path not in ("decode", "several"):
+            raise UsageError(
+                f"--sequences {self.sequences}: expected --path decode or several beside it: windows of a"
+                " prefill are of one length"
+            )
+        if self.sequences > 1 and self.chunks > 0 and self.chunks < self.sequences:
+            raise UsageError(
+                f"--sequences {self.sequences}: expected as many windows at least, --chunks is {self.chunks}"
+            )
+        if self.baseline == OWN and self.form.is_plain:
+            raise UsageError(
+                f"--baseline {OWN}: is the candidate's own kernel in plain calls, expected --path several,"
+                " --pages or --sequences beside it"
+            )
+
+    @property
+    def form(self) -> CallForm:
+        """Of the calls that the candidates are asked, and the baseline unless it is their own kernel."""
+        from verify.kernels.formed import CallForm
+
+        return CallForm(n_q=self.n_q, page=self.pages, sequences=self.sequences)
+
     @property
     def paths(self) -> tuple[AttentionPath, ...]:
-        from verify.kernels.call import RUN_PATHS
+        from verify.kernels.call import PATHS, RUN_PATHS
 
-        return RUN_PATHS if self.path == "both" else tuple(p for p in RUN_PATHS if p == self.path)
+        return RUN_PATHS if self.path == "both" else tuple(p for p in PATHS if p == self.path)
 
     @property
     def measured(self) -> int:

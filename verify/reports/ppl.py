@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from verify.ppl.evidence.path_alone import path_alone_sentence
 from verify.ppl.record import DetectableRecord, PplRun
 from verify.reports.caches import COLUMNS, cache_rows
 from verify.reports.pictures import pictures
@@ -63,6 +64,8 @@ def _coverage_sentences(run: PplRun) -> Iterator[str]:
         yield changed_words(run, pair, f"the scored tokens{whose}", where) + "."
     for said in single_token_sentences(run):
         yield f"{said}."
+    for found in run.path_alone:
+        yield f"{path_alone_sentence(found)}."
 
 
 def _detectable_sentences(run: PplRun) -> Iterator[str]:

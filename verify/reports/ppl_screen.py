@@ -18,6 +18,7 @@ from verify.machine.terminal import console_on, counted, print_table_on
 from verify.model.runner import Progress as Step
 from verify.ppl.evidence.foresight import foresight
 from verify.ppl.evidence.judged_calls import steady_sentence
+from verify.ppl.evidence.path_alone import path_alone_sentence
 from verify.ppl.perplexity import final_line, running_line
 from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
@@ -151,7 +152,7 @@ def _table(run: PplRun) -> Table:
         to_baseline = "0, bits equal" if arm.holds else ""
         row = (
             arm.name,
-            arm.spec,
+            f"{arm.spec} ({arm.calls})" if arm.calls else arm.spec,
             "failed" if arm.failure is not None else ppl,
             f"{pair.dlnppl:+.2e} +/- {pair.dlnppl_se:.1e}" if pair and finite else "",
             to_exact,
@@ -179,7 +180,7 @@ def _coverage(run: PplRun) -> list[str]:
             f" {line.rows} attention rows, n_kv {line.n_kv_min} to {line.n_kv_max}"
         )
     lines += [f"  {said}" for said in single_token_sentences(run)]
-    return lines
+    return lines + [path_alone_sentence(found) for found in run.path_alone]
 
 
 def _read(run: PplRun) -> str:

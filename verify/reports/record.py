@@ -19,7 +19,7 @@ from verify.machine.files import is_plain_file, open_plain, read_json
 from verify.machine.records import record_from_json
 from verify.ppl.record import PplRun, ppl_run_from_json
 from verify.ppl.runfolder import RESULT, SETTINGS
-from verify.ppl.settings import PplSettings
+from verify.ppl.settings import OWN, PplSettings
 
 # In the order of its command line.
 _GEN_SETTINGS = (
@@ -116,6 +116,11 @@ def ppl_command(run: PplRun) -> str:
     """The command that makes a run of `verify ppl` again: defaults are left out, but for the device, whose
     default is the machine's."""
     defaults = {f.name: f.default for f in fields(PplSettings) if f.name != "device"}
+    asked_in_form = run.settings.get("path") == "several" or any(
+        run.settings.get(name, defaults[name]) != defaults[name] for name in ("pages", "sequences")
+    )
+    if asked_in_form:
+        defaults["baseline"] = OWN
     # Which baseline each candidate has follows from what it returns.
     asked = {name: value for name, value in run.settings.items() if name != "baselines"}
     return command_line(["ppl"], asked, defaults=defaults)

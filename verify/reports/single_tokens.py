@@ -10,8 +10,10 @@ from verify.reports.templating import interval, is_known
 
 
 def tokens_words(line: CoverageRecord) -> str:
-    """The T of a line of `what ran`, or that it does not enter."""
-    return f"T = {line.tokens_a_call}" if line.tokens_a_call else "rows as if alone"
+    """The T of a line of `what ran`, or that it does not enter; pages and sequences where a call had them."""
+    said = f"T = {line.tokens_a_call}" if line.tokens_a_call else "rows as if alone"
+    said += f", {line.sequences} sequences a call" if line.sequences > 1 else ""
+    return said + (f", pages of {line.page} keys" if line.page else "")
 
 
 def changed_words(run: PplRun, pair: PairRecord, of: str, where: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import jinja2
 
-from verify.arms.records import ModelRecord
+from verify.arms.records import CoverageRecord, ModelRecord
 from verify.kernels.said import visible
 
 
@@ -37,6 +37,13 @@ def percent(share: float | None) -> str:
 def seen(by: Mapping[str, bool]) -> str:
     """The detectors that saw something."""
     return ", ".join(name for name, saw in by.items() if saw) or "nothing"
+
+
+def calls(line: CoverageRecord) -> str:
+    """The T of a line of what ran, or that it does not enter; sequences and pages, where calls had them."""
+    said = str(line.tokens_a_call or "as if alone")
+    said += f", {line.sequences} sequences" if line.sequences > 1 else ""
+    return said + (f", pages of {line.page}" if line.page else "")
 
 
 def cell(text: object) -> str:
@@ -84,4 +91,4 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
     trim_blocks=False,
 )
-TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell)}
+TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell, calls)}

@@ -8,6 +8,7 @@ sqrt(4 KLD) is how far rounding alone moves the difference of two likely tokens 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ from verify.model.tokenizer import Tokenizer
 from verify.ppl.record import Top1Record
 
 MOST = 100
+# Beyond this many times its root mean square, rounding alone hardly ever reaches (3 sigma: 0.3 %).
+FAR = 3.0
 # Tokens of text shown before a changed one.
 CONTEXT = 16
 
@@ -24,6 +27,12 @@ CONTEXT = 16
 def changed_token_records(table: pa.Table, windows: Windows, tokenizer: Tokenizer) -> list[Top1Record]:
     """The first MOST rows of top1.parquet, ready to be read."""
     return [_change(row, windows, tokenizer) for row in table.slice(0, MOST).to_pylist()]
+
+
+def floor_at(row: Mapping[str, Any]) -> float:
+    """How far rounding alone moves the two tokens of a row of top1.parquet apart; NaN: not measured there."""
+    kld = float(row["floor_kld"])
+    return kld if math.isnan(kld) else math.sqrt(4 * max(kld, 0.0))
 
 
 def _change(row: dict[str, Any], windows: Windows, tokenizer: Tokenizer) -> Top1Record:
@@ -36,7 +45,7 @@ def _change(row: dict[str, Any], windows: Windows, tokenizer: Tokenizer) -> Top1
         return math.exp(row[f"logp_{arm}_reference"]), math.exp(row[f"logp_{arm}_candidate"])
 
     margin = row["logp_exact_reference"] - row["logp_exact_candidate"]
-    floor = math.sqrt(4 * max(row["floor_kld"], 0.0)) if not math.isnan(row["floor_kld"]) else math.nan
+    floor = floor_at(row)
     return Top1Record(
         candidate=row["candidate"],
         reference=row["reference"],

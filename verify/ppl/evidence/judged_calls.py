@@ -13,12 +13,14 @@ from verify.ppl.groups import GroupResult
 CONFIDENCE = 0.95
 
 
-def judged_calls(result: GroupResult, arm: str) -> int:
-    """Calls of an arm that were held against exact: layers and windows whose budgets were derived."""
+def judged_calls(result: GroupResult, arm: str, *, calls_of_window: int = 1, sequences: int = 1) -> int:
+    """Calls of an arm that were held against exact: layers and windows whose budgets were derived, each in so
+    many calls, of so many sequences each."""
     rows = result.layers.filter(pc.equal(result.layers["arm"], arm))
     judged = ~np.isnan(rows["max_budget_ratio"].to_numpy())
     windows, layers = (rows[name].to_numpy()[judged] for name in ("window", "layer"))
-    return len(set(zip(windows.tolist(), layers.tolist(), strict=True)))
+    together = len(set(zip(windows.tolist(), layers.tolist(), strict=True)))
+    return together * calls_of_window // sequences
 
 
 def missed(calls: int, rate: float) -> float:

@@ -53,6 +53,7 @@ def arm_record(arm: Arm, findings: Findings, scores: Scores) -> ArmRecord:
         role=arm.role,
         spec=arm.spec,
         path=arm.path,
+        calls="" if arm.form.is_plain else str(arm.form),
         ppl=ppl.ppl,
         ppl_se=ppl.se,
         nll_mean=ppl.nll_mean,
@@ -121,11 +122,12 @@ def pair_record(
     min_coverage: float,
     margin: float,
     allow_same: bool,
+    rows: int,
     unsteady: str = "",
     single_tokens: SingleTokensBeside,
     cache_faults: Sequence[str] = (),
 ) -> PairRecord:
-    """Everything about one candidate, and the verdict on it."""
+    """Everything about one candidate, and the verdict on it. rows: that an arm computes of a window."""
     name, other = candidate.name, reference.name
     of_candidate, of_reference = result.findings[name], result.findings[other]
     nll, nll_reference = both(scores, name, other, "nll")
@@ -164,7 +166,7 @@ def pair_record(
     decision = decide(
         PairEvidence(
             faults=faults,
-            same_spec=candidate.spec == reference.spec,
+            same_spec=(candidate.spec, candidate.form) == (reference.spec, reference.form),
             coverage=changed.tokens,
             bitwise_equal=equal,
             distance=distance,
@@ -175,6 +177,7 @@ def pair_record(
             unsteady=unsteady,
             alone=single_tokens.judge(margin),
             ran=f", {single_tokens}" if single_tokens.asked else "",
+            through="another plan" if candidate.form == reference.form else str(candidate.form),
             frozen_kld=frozen_kld,
             reference=distance_to,
             narrowed_by=advice(distance, len(frozen_klds[0]), margin),
@@ -217,7 +220,9 @@ def pair_record(
         coverage_rows=changed.rows,
         changed_n_kv=(min(changed.n_kv), max(changed.n_kv)) if changed.n_kv else None,
         detectable_distance_ratio=distance.detectable if distance else None,
-        judged_calls=judged_calls(result, name),
+        judged_calls=judged_calls(
+            result, name, calls_of_window=candidate.form.calls_of(rows), sequences=candidate.form.sequences
+        ),
     )
 
 

@@ -1,0 +1,254 @@
+"""How whole windows of rows are put to a kernel: so many query tokens a call, keys in pages, several sequences.
+
+A window is one call of many rows, each computed as if alone. Engines make others: 2 to 16 new tokens a call
+where drafts are checked (speculation), keys and values in a pool of pages, sequences of unlike length side by
+side. `FormedKernel` makes those calls of a window and lays their results side by side, so that whoever
+measures a kernel knows of one call a window.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from verify.kernels.budget.arithmetic import Arithmetic
+from verify.kernels.call import AttentionPath, Call, Result, Shape
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.judging.other_forms import STALE, in_pages
+from verify.kernels.kernel import Kernel
+from verify.kernels.lengths import lengths_of
+from verify.kernels.merge import Merge
+from verify.kernels.plans.asked import MOST_SEVERAL, N_KV_PADDING
+from verify.kernels.trace import Launched, RowKind
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """What calls are beside plain ones, of whole windows with all their rows as if alone."""
+
+    n_q: int = 1  # query tokens of each sequence in a call, at most `MOST_SEVERAL`
+    page: int = 0  # keys a page; 0: keys and values lie side by side
+    sequences: int = 1  # windows in a call, of unlike length
+
+    @property
+    def is_plain(self) -> bool:
+        return self == CallForm()
+
+    def calls_of(self, rows: int) -> int:
+        """How many calls a window of so many rows is part of."""
+        return -(-rows // self.n_q) if self.n_q > 1 or self.sequences > 1 else 1
+
+    def __str__(self) -> str:
+        """In words: `calls of 4 tokens, pages of 16 keys, 2 sequences a call`."""
+        said = [f"calls of {self.n_q} tokens"] if self.n_q > 1 else []
+        said += [f"pages of {self.page} keys"] if self.page else []
+        said += [f"{self.sequences} sequences a call"] if self.sequences > 1 else []
+        return ", ".join(said) or "plain calls"
+
+
+PLAIN_CALLS = CallForm()
+
+
+def whole_path(path: AttentionPath) -> AttentionPath:
+    """The path of a call of whole windows: that of some tokens is made of rows as if alone, below."""
+    return "decode" if path == "several" else path
+
+
+class _Piece(NamedTuple):
+    """One call, and where the rows of its result go: sequences of the whole call, and rows [N, t] of each."""
+
+    call: Call
+    sequences: range
+    rows: torch.Tensor
+
+
+class FormedKernel(Kernel):
+    """A kernel that is asked whole windows in calls of another form.
+
+    A call of the path decode is one of whole windows [B, T]: its rows go `n_q` at a time, each against the
+    keys so far, rounded up as engines hold them; the rows that are left over come first. Of several sequences
+    each is at another place of its window, so that no two of a call see as many keys. What has a form
+    already, or is of the path `several`, is passed on.
+    """
+
+    def __init__(self, inner: Kernel, form: CallForm) -> None:
+        super().__init__(inner.spec)
+        self.inner, self.form = inner, form
+        self.notes, self.cache, self.until_read = inner.notes, inner.cache, inner.until_read
+        self.as_if_alone = inner.as_if_alone
+        self.binary: str = getattr(inner, "binary", "")
+
+    def run(self, call: Call) -> Result:
+        if self._is_formed(call):
+            return self.inner.run(self._worded(call))
+        out = call.q.new_empty((*call.q.shape[:3], call.shape.v_size), dtype=torch.float32)
+        lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+        ran: Counter[RowKind] = Counter()
+        for piece in self._pieces(call):
+            found = self.inner.run(piece.call)
+            at = torch.tensor(piece.sequences, device=call.q.device)[:, None], piece.rows
+            out[at], lse[at] = found.out.to(out.dtype), found.lse.to(lse.dtype)
+            for (_, n_kv, signature), rows in found.launched.rows.items():
+                # Calls are made here, and so their form is known here.
+                formed = signature._replace(page=self.form.page)
+                if self._in_steps(call):
+                    formed = formed._replace(tokens=piece.rows.shape[1], sequences=len(piece.sequences))
+                ran[self._path_of(call), n_kv, formed] += rows
+        return Result(out, lse, Launched(ran))
+
+    def refuses(self, call: Call) -> str | None:
+        if self._is_formed(call):
+            return self.inner.refuses(self._worded(call))
+        return next(filter(None, (self.inner.refuses(piece.call) for piece in self._pieces(call))), None)
+
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
+        return self.inner.arithmetic(shape, self._word(path))
+
+    def arithmetic_of(self, call: Call) -> Arithmetic:
+        """Of the calls that a window becomes: that of its last rows says what is said of all."""
+        return self.inner.arithmetic_of(self._last(call))
+
+    def result_type(self, call: Call) -> str:
+        return self.inner.result_type(self._last(call))
+
+    def capabilities(self) -> Capabilities:
+        return self.inner.capabilities()
+
+    def held(self, call: Call) -> Call:
+        return self.inner.held(call)
+
+    def budgets_follow(self, identified: Callable[[Call], Arithmetic | None]) -> None:
+        self.inner.budgets_follow(identified)
+        self.identified, self.notes = self.inner.identified, self.inner.notes
+
+    def merger(self) -> Merge | None:
+        return self.inner.merger()
+
+    def forgive(self) -> None:
+        self.inner.forgive()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    @staticmethod
+    def _is_formed(call: Call) -> bool:
+        return call.path == "several" or call.block_table is not None or call.cu_seqlens is not None
+
+    def _in_steps(self, call: Call) -> bool:
+        """Whether rows go some at a time."""
+        return call.path == "decode" and (self.form.n_q > 1 or self.form.sequences > 1)
+
+    def _path_of(self, call: Call) -> AttentionPath:
+        """What traces call the path of a window's rows."""
+        return "several" if call.path == "decode" and self.form.n_q > 1 else call.path
+
+    def _word(self, path: AttentionPath) -> AttentionPath:
+        """The path by which a kernel is asked for some tokens: one that has no other has them by prefill."""
+        has = self.inner.capabilities().paths
+        return "prefill" if path == "several" and path not in has and "prefill" in has else path
+
+    def _worded(self, call: Call) -> Call:
+        return replace(call, path=self._word(call.path))
+
+    def _last(self, call: Call) -> Call:
+        """The last of the calls that the first of some windows becomes."""
+        if self._is_formed(call):
+            return self._worded(call)
+        own = _of_sequences(call, range(1))
+        rows = torch.arange(own.q.shape[1], device=own.q.device)
+        if self._in_steps(call):
+            rows = rows[-self.form.n_q :]
+        return self._piece(_paged(own, self.form.page), call, range(1), rows[None]).call
+
+    def _pieces(self, call: Call) -> Iterator[_Piece]:
+        """The calls that a call of whole windows becomes; together they have each of its rows once."""
+        batch, count = call.q.shape[:2]
+        device = call.q.device
+        at_once = self.form.sequences if self._in_steps(call) else batch
+        for first in range(0, batch, at_once):
+            own = range(first, min(first + at_once, batch))
+            some = _paged(_of_sequences(call, own), self.form.page)
+            if not self._in_steps(call):
+                rows = torch.arange(count, device=device).expand(len(own), -1)
+                yield self._piece(some, call, own, rows)
+                continue
+            n_q = self.form.n_q
+            left, steps = count % n_q, count // n_q
+            if left:
+                yield self._piece(some, call, own, torch.arange(left, device=device).expand(len(own), -1))
+            # Sequence i is i / N of its window ahead of the first.
+            ahead = torch.tensor([i * steps // len(own) for i in range(len(own))], device=device)
+            for step in range(steps):
+                starts = left + (ahead + step) % steps * n_q
+                yield self._piece(some, call, own, starts[:, None] + torch.arange(n_q, device=device))
+
+    def _piece(self, some: Call, call: Call, own: range, rows: torch.Tensor) -> _Piece:
+        """Rows [N, t] of the sequences `own` of a call; some: these alone, in pages where they are to be."""
+        if rows.shape[1] == some.q.shape[1]:
+            return _Piece(replace(some, path=self._word(self._path_of(call))), own, rows)
+        at = torch.arange(len(own), device=rows.device)[:, None], rows
+        kv_len = some.kv_len[at]
+        longest = lengths_of(kv_len).greatest
+        k, v, table = some.k, some.v, some.block_table
+        if table is None:
+            # An engine's cache has room for more, up to a multiple of this.
+            room = -(-max(longest, 1) // N_KV_PADDING) * N_KV_PADDING
+            columns = some.v_in_k
+            k = k[:, :room]
+            v = v[:, :room] if columns is None else k[..., slice(*columns)]
+        else:
+            table = _with_stale_ends(table, kv_len.amax(1), k.shape[1])
+        return _Piece(
+            replace(
+                some,
+                q=some.q[at],
+                k=k,
+                v=v,
+                kv_len=kv_len,
+                keys=None if some.keys is None else some.keys[at],
+                block_table=table,
+                path=self._word(self._path_of(call)),
+            ),
+            own,
+            rows,
+        )
+
+
+def in_form(kernel: Kernel, form: CallForm) -> Kernel:
+    """The kernel, asked in calls of this form. Raises ValueError for more tokens than a call has."""
+    if not 1 <= form.n_q <= MOST_SEVERAL:
+        raise ValueError(f"n_q: expected 1 to {MOST_SEVERAL} query tokens a call, got {form.n_q}")
+    return kernel if form.is_plain else FormedKernel(kernel, form)
+
+
+def _of_sequences(call: Call, own: range) -> Call:
+    """Some sequences of a call whose rows lie in the batch."""
+    if len(own) == len(call.q):
+        return call
+    at, columns = slice(own.start, own.stop), call.v_in_k
+    k = call.k[at]
+    return replace(
+        call,
+        q=call.q[at],
+        k=k,
+        v=call.v[at] if columns is None else k[..., slice(*columns)],
+        kv_len=call.kv_len[at],
+        keys=None if call.keys is None else call.keys[at],
+        mask=call.mask if call.mask is None or len(call.mask) == 1 else call.mask[at],
+    )
+
+
+def _paged(call: Call, page: int) -> Call:
+    """The same in a pool of pages in a drawn order, with NaN in all that is not to be read."""
+    return in_pages(call, page, seed=call.layer or 0) if page else call
+
+
+def _with_stale_ends(table: torch.Tensor, n_kv: torch.Tensor, page: int) -> torch.Tensor:
+    """A table [N, pages] of sequences that see n_kv [N] keys: what is behind their last page is anything."""
+    places = torch.arange(table.shape[1], device=table.device)
+    stale = torch.tensor(STALE, dtype=table.dtype, device=table.device)[places % len(STALE)]
+    return torch.where(places < -(-n_kv // page)[:, None], table, stale)

@@ -1,0 +1,150 @@
+"""Whole windows put to a kernel in calls of another form: which calls it is asked, and that it gives the same."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from verify.kernels.bits import same_bits
+from verify.kernels.call import Call, Result, checked_call
+from verify.kernels.capabilities import Capabilities
+from verify.kernels.eager import EagerKernel
+from verify.kernels.errors import KernelFailure
+from verify.kernels.exact import exact_attention
+from verify.kernels.formed import CallForm, FormedKernel, in_form
+from verify.kernels.registry import build_kernel
+
+FORMS = [
+    CallForm(n_q=4),
+    CallForm(n_q=3, page=8),
+    CallForm(n_q=4, sequences=2),
+    CallForm(n_q=3, page=16, sequences=3),
+    CallForm(page=16),
+    CallForm(sequences=2),
+]
+
+
+def windows(batch: int = 3, rows: int = 23, *, ratio: int = 3, before: int = 0) -> Call:
+    """Whole windows, each row as if alone; before: keys of a prompt, that every row sees."""
+    draw = torch.Generator().manual_seed(5)
+    q, k, v = (
+        torch.randn(batch, n, heads, 16, generator=draw).half()
+        for n, heads in ((rows, 2 * ratio), (before + rows, 2), (before + rows, 2))
+    )
+    kv_len = (before + 1 + torch.arange(rows, dtype=torch.int32)).expand(batch, -1).contiguous()
+    return checked_call(q, k, v, kv_len=kv_len, scale=0.25)
+
+
+def asked_of(kernel: FormedKernel, call: Call, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls that its inner kernel is asked."""
+    found: list[Call] = []
+    run = kernel.inner.run
+
+    def noting(one: Call) -> Result:
+        found.append(one.checked())
+        return run(one)
+
+    monkeypatch.setattr(kernel.inner, "run", noting)
+    kernel.run(call)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("spec", ["eager:block=16,kv=2", "eager:heads=split,block=16"])
+def test_a_right_kernel_gives_the_same_bits_in_every_form(form: CallForm, spec: str) -> None:
+    call, kernel = windows(), build_kernel(spec)
+    plain, formed = kernel.run(call), in_form(kernel, form).run(call)
+    assert same_bits(formed.out, plain.out) and same_bits(formed.lse, plain.lse)
+    assert sum(formed.launched.rows.values()) == call.kv_len.numel()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_each_row_is_asked_once_with_its_own_keys(form: CallForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = windows(before=9)
+    kernel = FormedKernel(build_kernel("eager:block=16"), form)
+    asked = asked_of(kernel, call, monkeypatch)
+    assert sorted(chain(*(one.kv_len.flatten().tolist() for one in asked))) == sorted(
+        call.kv_len.flatten().tolist()
+    )
+    in_steps = form.n_q > 1 or form.sequences > 1
+    assert {one.path for one in asked} == {"several" if form.n_q > 1 else "decode"}
+    # 23 rows: those that are left over come first, in a call of their own.
+    left = 23 % form.n_q
+    tokens = {one.q.shape[1] for one in asked}
+    assert tokens == ({form.n_q, left} - {0} if in_steps else {23})
+    assert max(one.q.shape[0] for one in asked) == (form.sequences if in_steps else 3)
+    for one in asked:
+        longest = one.kv_len.amax(1).tolist()
+        # A sequence of a call sees fewer keys than the one beside it.
+        alike = not in_steps or one.q.shape[1] != form.n_q
+        assert alike or len(set(longest)) == len(longest)
+        if form.page:
+            assert one.block_table is not None and one.k.shape[1] == form.page
+            needed = -(-one.kv_len.amax(1, keepdim=True) // form.page)
+            behind = torch.arange(one.block_table.shape[1]) >= needed
+            assert set(one.block_table[behind].tolist()) <= {-1, 2**31 - 1, 0}
+        elif form.n_q > 1:
+            assert one.k.shape[1] == 32
+
+
+def test_what_ran_says_tokens_pages_and_sequences() -> None:
+    kernel = in_form(build_kernel("eager:block=16"), CallForm(n_q=4, page=8, sequences=2))
+    kinds = {
+        (path, s.tokens, s.page, s.sequences) for path, _, s in kernel.run(windows()).launched.rows
+    }
+    # Three windows: two together, and one alone; 23 rows: three, and five times four.
+    assert kinds == {("several", n, 8, b) for n in (3, 4) for b in (1, 2)}
+
+
+def test_some_tokens_go_by_prefill_where_a_kernel_has_no_other_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = windows(1)
+    kernel = in_form(build_kernel("sdpa:math"), CallForm(n_q=4))
+    assert isinstance(kernel, FormedKernel)
+    result = kernel.run(call)
+    assert float((result.out.double() - exact_attention(call).out).abs().max()) < 1e-3
+    # What windows are made of it is called by what it is asked for.
+    assert {path for path, _, _ in result.launched.rows} == {"several"}
+    assert {one.path for one in asked_of(kernel, call, monkeypatch)} == {"prefill"}
+
+
+def test_what_a_kernel_has_not_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = in_form(build_kernel("eager"), CallForm(page=16))
+    assert kernel.refuses(windows()) is None
+    monkeypatch.setattr(EagerKernel, "capabilities", lambda self: Capabilities())
+    assert kernel.refuses(windows()) == "takes no pages"
+    with pytest.raises(KernelFailure, match="takes no pages"):
+        in_form(build_kernel("sdpa:math"), CallForm(page=16)).run(windows())
+    with pytest.raises(ValueError, match="n_q: expected 1 to 16 query tokens a call, got 17"):
+        in_form(kernel, CallForm(n_q=17))
+
+
+def test_its_arithmetic_is_that_of_the_calls_that_it_is_asked() -> None:
+    # A policy splits 12 heads for one token alone.
+    call = windows(1, ratio=12)
+    kernel = build_kernel("eager:policy=ik-1183,threshold=1,kv=2,block=16")
+    assert {s.head_groups for _, _, s in kernel.run(call).launched.rows} == {(8, 4)}
+    formed = in_form(kernel, CallForm(n_q=4))
+    assert {s.head_groups for _, _, s in formed.run(call).launched.rows} == {(4, 4, 4)}
+    last = formed.inner.arithmetic_of(  # type: ignore[attr-defined]
+        checked_call(call.q[:, -4:], call.k, call.v, kv_len=call.kv_len[:, -4:], scale=0.25, path="several")
+    )
+    assert formed.arithmetic_of(call).depths(23) == last.depths(23)
+
+
+@pytest.mark.parametrize(("word", "told"), [("", "prefill"), ("SEVERAL = 'several'\n", "several")])
+def test_a_function_of_two_words_is_told_of_some_tokens_as_of_a_prompt(
+    tmp_path: Path, word: str, told: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"{word}def attend(q, k, v, *, kv_len, scale, path):\n"
+        "    return q.new_full((*q.shape[:3], v.shape[3]), float(ord(path[0])))\n"
+    )
+    kernel = build_kernel(f"py:{tmp_path}/mine.py::attend")
+    try:
+        out = in_form(kernel, CallForm(n_q=4)).run(windows(1)).out
+    finally:
+        kernel.close()
+    assert float(out.max()) == float(out.min()) == ord(told[0])

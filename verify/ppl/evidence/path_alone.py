@@ -1,0 +1,82 @@
+"""What another form of calls changes by itself: a kernel beside itself in plain calls of one query token.
+
+Who speculates computes some tokens a call, and takes what that gives for what single tokens would have: the
+most likely token is all that greedy text knows of it. It changes where two tokens are nearly as likely; what
+that says is known only beside what one rounding of noise changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from verify.arms.arm import Arm
+from verify.ppl.evidence.changed_tokens import FAR, floor_at
+from verify.ppl.evidence.pairs import both
+from verify.ppl.evidence.scores import Scores
+from verify.ppl.groups import GroupResult
+from verify.ppl.record import PathAloneRecord
+
+
+def path_alone_record(
+    candidate: Arm, reference: Arm, result: GroupResult, scores: Scores, *, exact: str, floor: str | None
+) -> PathAloneRecord | None:
+    """None unless the reference is the candidate's own kernel in other calls, and both ran."""
+    top1, theirs = both(scores, candidate.name, reference.name, "top1")
+    if candidate.spec != reference.spec or candidate.form == reference.form or not top1.size:
+        return None
+    floor_changes = floor_tokens = 0
+    if floor is not None:
+        noisy, exactly = both(scores, floor, exact, "top1")
+        floor_changes, floor_tokens = int((noisy != exactly).sum()), int(noisy.size)
+    rows = result.top1.filter(pc.equal(result.top1["candidate"], candidate.name)).to_pylist()
+    tied = [is_tie(row) for row in rows]
+    form = candidate.form
+    return PathAloneRecord(
+        candidate=candidate.name,
+        calls=str(form),
+        n_q=form.n_q,
+        page=form.page,
+        sequences=form.sequences,
+        tokens=int(top1.size),
+        top1_changes=int(np.not_equal(top1, theirs).sum()),
+        floor_changes=floor_changes,
+        floor_tokens=floor_tokens,
+        ties=tied.count(True),
+        not_known=tied.count(None),
+        bitwise_equal=result.findings[candidate.name].kept_all_bits,
+    )
+
+
+def is_tie(row: Mapping[str, Any]) -> bool | None:
+    """Whether rounding alone explains a changed token, a row of top1.parquet: what the candidate moves the
+    two tokens by is within FAR of what rounding moves them by there. None where that is not known."""
+    margins = [
+        row[f"logp_{arm}_reference"] - row[f"logp_{arm}_candidate"] for arm in ("reference", "candidate")
+    ]
+    moved, floor = abs(margins[1] - margins[0]), floor_at(row)
+    return None if math.isnan(moved) or math.isnan(floor) else moved <= FAR * floor
+
+
+def path_alone_sentence(found: PathAloneRecord) -> str:
+    """For a reader who speculates, pages or batches."""
+    said = (
+        f"{found.candidate}: {found.calls} instead of plain ones of one token change the most likely token of"
+        f" {found.top1_changes} of {found.tokens} scored tokens"
+    )
+    if found.floor_tokens:
+        said += f"; one rounding of noise changes {found.floor_changes} of {found.floor_tokens}"
+    drafts = f"greedy text with drafts of {found.n_q}" if found.n_q > 1 else "greedy text with such calls"
+    if not found.top1_changes:
+        bits = ", to the bit" if found.bitwise_equal else ", as far as this text shows"
+        return f"{said}: {drafts} is the text without{bits}"
+    beyond = found.top1_changes - found.ties - found.not_known
+    if beyond:
+        return f"{said}; {beyond} of them rounding alone does not explain: {drafts} is another text"
+    if found.not_known:
+        return f"{said}; of {found.not_known} it is not known what rounding alone does there"
+    return f"{said}, each a tie that any rounding decides: {drafts} may differ there, and is as good"
