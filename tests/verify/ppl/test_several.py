@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from support.cli import verify
@@ -52,6 +53,17 @@ def test_a_kernel_that_is_wrong_for_four_tokens_alone_is_broken(tiny: Tiny, tmp_
     done, report = run(tiny, tmp_path / "four", *SMALL, "--path", "several", "--candidate", spec)
     assert (done.returncode, report["verdict"]) == (1, "broken")
     assert all(reason.startswith("candidate: ") for reason in report["reasons"])
+
+
+def test_single_tokens_are_not_laid_beside_calls_of_some(tiny: Tiny, tmp_path: Path) -> None:
+    """One row alone has other sums than four together have, and less error."""
+    more = ("--path", "several", "--candidate", f"py:{KERNELS}::good")
+    _, report = run(tiny, tmp_path / "run", *SMALL, *more)
+    (line,) = report["alone"]
+    assert (line["arm"], line["calls"] > 0, line["regimes"]) == ("baseline", True, [])
+    assert not any("one query token" in reason for reason in report["reasons"])
+    alone = pq.read_table(tmp_path / "run/alone.parquet")
+    assert set(alone["arm"].to_pylist()) == {"baseline"}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +180,7 @@ def test_a_change_is_a_tie_where_rounding_moves_as_much() -> None:
     assert is_tie(row | {"floor_kld": 2.5e-7 * 1.01}) is True
     assert is_tie(row | {"floor_kld": 2.5e-7 * 0.99}) is False
     assert is_tie(row | {"floor_kld": float("nan")}) is None
+    assert is_tie(row | {"logp_reference_candidate": float("nan"), "floor_kld": 1.0}) is False
 
 
 def test_settings_of_before_are_of_plain_calls() -> None:

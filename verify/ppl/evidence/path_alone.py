@@ -54,12 +54,13 @@ def path_alone_record(
 
 def is_tie(row: Mapping[str, Any]) -> bool | None:
     """Whether rounding alone explains a changed token, a row of top1.parquet: what the candidate moves the
-    two tokens by is within FAR of what rounding moves them by there. None where that is not known."""
+    two tokens by is within FAR of what rounding moves them by there. A token that is not among the two most
+    likely of both is none. None where the floor did not run."""
     margins = [
         row[f"logp_{arm}_reference"] - row[f"logp_{arm}_candidate"] for arm in ("reference", "candidate")
     ]
     moved, floor = abs(margins[1] - margins[0]), floor_at(row)
-    return None if math.isnan(moved) or math.isnan(floor) else moved <= FAR * floor
+    return None if math.isnan(floor) else moved <= FAR * floor
 
 
 def path_alone_sentence(found: PathAloneRecord) -> str:
