@@ -1,4 +1,4 @@
-"""How whole windows of rows are put to a kernel: so many query tokens a call, keys in pages, several sequences.
+"""How whole windows are put to a kernel: so many query tokens a call, keys in pages, several sequences.
 
 A window is one call of many rows, each computed as if alone. Engines make others: 2 to 16 new tokens a call
 where drafts are checked (speculation), keys and values in a pool of pages, sequences of unlike length side by

@@ -1,4 +1,4 @@
-"""Whole windows put to a kernel in calls of another form: which calls it is asked, and that it gives the same."""
+"""Whole windows put to a kernel in calls of another form: which these are, and that it gives the same."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def test_each_row_is_asked_once_with_its_own_keys(form: CallForm, monkeypatch: p
 
 def test_what_ran_says_tokens_pages_and_sequences() -> None:
     kernel = in_form(build_kernel("eager:block=16"), CallForm(n_q=4, page=8, sequences=2))
-    kinds = {
-        (path, s.tokens, s.page, s.sequences) for path, _, s in kernel.run(windows()).launched.rows
-    }
+    kinds = {(path, s.tokens, s.page, s.sequences) for path, _, s in kernel.run(windows()).launched.rows}
     # Three windows: two together, and one alone; 23 rows: three, and five times four.
     assert kinds == {("several", n, 8, b) for n in (3, 4) for b in (1, 2)}
 

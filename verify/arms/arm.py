@@ -26,8 +26,8 @@ from verify.kernels.bits import different, same_bits
 from verify.kernels.cache_types import AS_GIVEN
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
-from verify.kernels.kernel import Kernel
 from verify.kernels.formed import PLAIN_CALLS, CallForm, whole_path
+from verify.kernels.kernel import Kernel
 from verify.kernels.trace import LaunchTrace
 from verify.model.layer_call import LayerCall
 

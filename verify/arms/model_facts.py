@@ -16,8 +16,8 @@ from verify.arms.result_type import Match, is_matched, matched, shows_its_type
 from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath, Call, Shape, checked_call
 from verify.kernels.errors import KernelFailure
-from verify.kernels.heads import Heads
 from verify.kernels.formed import whole_path
+from verify.kernels.heads import Heads
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.shapes import ModelShape
 from verify.kernels.registry import build_kernel
