@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from verify.ppl.evidence.path_alone import path_alone_sentence
 from verify.ppl.record import DetectableRecord, PplRun
 from verify.reports.caches import COLUMNS, cache_rows
+from verify.reports.path_alone import path_alone_sentence
 from verify.reports.pictures import pictures
 from verify.reports.record import StoredPpl, ppl_command
 from verify.reports.single_tokens import changed_words, single_token_sentences

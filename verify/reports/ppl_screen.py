@@ -18,11 +18,11 @@ from verify.machine.terminal import console_on, counted, print_table_on
 from verify.model.runner import Progress as Step
 from verify.ppl.evidence.foresight import foresight
 from verify.ppl.evidence.judged_calls import steady_sentence
-from verify.ppl.evidence.path_alone import path_alone_sentence
 from verify.ppl.perplexity import final_line, running_line
 from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
 from verify.reports.caches import COLUMNS, cache_rows
+from verify.reports.path_alone import path_alone_sentence
 from verify.reports.progress import progress_bar
 from verify.reports.single_tokens import changed_words, single_token_sentences, tokens_words
 from verify.reports.split_mode import split_mode_sentence

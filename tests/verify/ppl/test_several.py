@@ -12,9 +12,10 @@ import pytest
 
 from support.cli import verify
 from support.ppl_runs import Tiny, run
-from verify.ppl.evidence.path_alone import is_tie, path_alone_sentence
+from verify.ppl.evidence.path_alone import is_tie
 from verify.ppl.record import PathAloneRecord
 from verify.ppl.settings import PplSettings
+from verify.reports.path_alone import path_alone_sentence
 from verify.reports.record import StoredPpl, load_run, ppl_command
 
 KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
