@@ -131,7 +131,7 @@ class TreeMaskShort(TileKernel):
         before = mask[row.batch if len(mask) > 1 else 0][:, (row.t - 1).clamp(min=0)].transpose(0, 1)
         # Its own key, the newest that it sees.
         newest = own & (own.flip(-1).cumsum(-1).flip(-1) == 1)
-        return torch.where((row.t > 0)[:, None, None], own & before | newest, own)
+        return torch.where((row.t > 0).to(own.device)[:, None, None], own & before | newest, own)
 
 
 @fault("hole of a list read", "-1 in a list of keys is taken for key 0", families=("key-list",))

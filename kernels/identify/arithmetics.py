@@ -136,23 +136,38 @@ class KnownReadings(NamedTuple):
 
     def at(self, call: Call) -> Arithmetic | None:
         """The arithmetic of a call; None for one that nothing was read of."""
+        return loosest_of([self], call)
+
+    def around(self, call: Call) -> tuple[Reading, ...]:
+        """The readings by whose lengths a call is judged; none where its lengths were not read."""
         options = (call.sliding_window, call.softcap, call.sinks, call.alibi_slopes)
-        kind = type_of(call.q.dtype)
-        if any(option is not None for option in options) or kind is None or not call.kv_len.numel():
-            return None
+        if any(option is not None for option in options) or not call.kv_len.numel():
+            return ()
         lengths = lengths_of(call.kv_len)
         # Rows of a call that are much shorter may be another regime's.
         least, most = lengths.least, lengths.greatest
         known = sorted(self.readings, key=lambda each: each.n_kv)
         if not known or most > known[-1].n_kv:
-            return None
+            return ()
         # What few keys do alone, fewer do as well.
         if 2 * least < known[0].n_kv and known[0].n_kv > _FEW:
-            return None
+            return ()
         above = next(i for i, each in enumerate(known) if each.n_kv >= most)
         below = max((i for i, each in enumerate(known) if each.n_kv <= least), default=0)
         if 2 * least >= most:
             # Rows of nearly the same length are the longest one's.
             exact = known[above].n_kv == most
             below = above if exact else max(above - 1, 0)
-        return arithmetic_of(known[below : above + 1], kind.name)
+        return tuple(known[below : above + 1])
+
+
+def loosest_of(known: Sequence[KnownReadings], call: Call) -> Arithmetic | None:
+    """The arithmetic of a call to which each of these may apply, as those of fewer and of more tokens do.
+
+    None where one of them says nothing of it, or where they do not agree.
+    """
+    readings = [each.around(call) for each in known]
+    kind = type_of(call.q.dtype)
+    if kind is None or not all(readings):
+        return None
+    return arithmetic_of([one for each in readings for one in each], kind.name)

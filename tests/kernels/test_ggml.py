@@ -31,6 +31,7 @@ from verify.kernels.judging.detectors import measure
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.plans.plan import Plan
 from verify.kernels.registry import build_kernel
+from verify.laws import subject_of
 
 # The shape of GLM on one GPU of eight: 12 query heads over one KV head.
 GLM = InputSizes(n_kv=(300, 256, 1), heads=Heads.grouped(kv=1, ratio=12, k_size=128, v_size=128))
@@ -297,3 +298,10 @@ def test_backends_that_are_loaded_at_run_time(servant: Any) -> None:
     attention = servant.Attention(lib, lib.backend("cpu", 1), "f32")
     servant.check_it_attends(attention)
     assert math.isfinite(float(attention.precision))
+
+
+def test_head_groups_of_their_own_are_a_subject_of_laws() -> None:
+    """It is asked what it states at a ratio that its groups are for."""
+    subject = subject_of(f"ggml:lib={ggml_library('A')},heads=2+1", identify=True)
+    assert subject.capabilities.ratios == (3,)
+    assert not isinstance(subject.first, Exception)

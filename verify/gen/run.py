@@ -141,7 +141,8 @@ class Generation:
                 self.architecture,
                 settings.cache_type,
                 longest=len(ids) + settings.n_predict,
-                rows=len(ids),
+                # What goes through in one call is the prompt but for its last token.
+                rows=max(len(ids) - 1, 1),
                 device=self.device,
             )
         except BaseException:

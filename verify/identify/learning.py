@@ -14,7 +14,7 @@ from verify.identify.told import WORDS, acc_contradictions
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Shape
 from verify.kernels.heads import Heads
-from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser
+from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser, loosest_of
 from verify.kernels.identify.asking import NotIdentifiable, Regime
 from verify.kernels.identify.reading import LEAST_KEYS, Reading
 from verify.kernels.kernel import Kernel
@@ -23,7 +23,7 @@ from verify.kernels.numbers import type_of
 # Query tokens of the calls: on the decode path two rows, as runs give several at once.
 _ROWS: dict[AttentionPath, int] = {"decode": 2, "several": 4, "prefill": 4}
 # Of calls of many sizes: lengths that are read, and of how many kinds of calls.
-_ASKED_LENGTHS, _MOST_ASKED = (64, 2048), 6
+_ASKED_LENGTHS, _MOST_ASKED = (64, 2048), 9
 # As many query tokens as stand for any more.
 MOST_ROWS = 64
 
@@ -51,7 +51,7 @@ def learn(
     """Read a kernel that states nothing at these lengths, and let its budgets follow from that.
 
     rows: query tokens a call, at most `MOST_ROWS`, each a reading of its own; default two, four of prefill. A
-    call is judged by that of the most that it has itself.
+    call of another number is judged by the looser of the two around it, one of more by that of the most.
 
     Returns what a reader of the verdict must know; nothing for a kernel that states its arithmetic.
     """
@@ -77,21 +77,24 @@ def learn_as_asked(kernel: Kernel, device: str) -> None:
     """Read a kernel that states nothing where a call of other heads, path or type first needs its budget, for
     the first few of these; what a reader must know becomes a note of the kernel. All other calls, and such of
     more keys than were read, keep the loosest budget."""
-    known: dict[tuple[Heads, AttentionPath, torch.dtype], KnownReadings] = {}
+    known: dict[tuple[Heads, AttentionPath, torch.dtype, int], KnownReadings] = {}
 
     def identified(call: Call) -> Arithmetic | None:
         heads, path, dtype = call.shape.heads, call.path, call.q.dtype
         if call.v_in_k is not None:
             return None
-        if (heads, path, dtype) not in known and len(known) < _MOST_ASKED:
+        # Many kernels are another one for a single query token.
+        n_q = 1 if call.shape.rows == 1 else _ROWS[path]
+        kind = (heads, path, dtype, n_q)
+        if kind not in known and len(known) < _MOST_ASKED:
             # What is asked meanwhile is not asked for its budget.
-            known[heads, path, dtype] = KnownReadings(())
-            regimes = [_regime(heads, n_kv, _ROWS[path], dtype, device) for n_kv in _ASKED_LENGTHS]
+            known[kind] = KnownReadings(())
+            regimes = [_regime(heads, n_kv, n_q, dtype, device) for n_kv in _ASKED_LENGTHS]
             readings, why = _read(kernel, path, regimes)
-            known[heads, path, dtype] = KnownReadings(tuple(readings))
+            known[kind] = KnownReadings(tuple(readings))
             new = dict.fromkeys(_said(kernel, readings, why, dtype))
             kernel.notes.extend(said for said in new if said not in kernel.notes)
-        found = known.get((heads, path, dtype))
+        found = known.get(kind)
         return None if found is None else found.at(call)
 
     kernel.budgets_follow(identified)
@@ -127,11 +130,14 @@ def _read(kernel: Kernel, path: AttentionPath, regimes: Sequence[Regime]) -> tup
 
 def _chooser(known: Mapping[tuple[Heads, int], KnownReadings]) -> Callable[[Call], Arithmetic | None]:
     def identified(call: Call) -> Arithmetic | None:
-        tokens = [n_q for heads, n_q in known if heads == call.shape.heads]
+        tokens = {n_q for heads, n_q in known if heads == call.shape.heads}
         if not tokens:
             return None
-        n_q = max((n for n in tokens if n <= call.shape.rows), default=min(tokens))
-        return known[call.shape.heads, n_q].at(call)
+        rows = min(call.shape.rows, max(tokens))
+        # A kernel may change at any number of tokens between two that were read: both must allow for it.
+        around = {max((n for n in tokens if n <= rows), default=min(tokens))}
+        around.add(min(n for n in tokens if n >= rows))
+        return loosest_of([known[call.shape.heads, n] for n in sorted(around)], call)
 
     return identified
 

@@ -141,8 +141,9 @@ def subject_of(
         return built[text]
 
     capabilities = kernel.capabilities()
-    size = head_sizes(capabilities)[0]
-    if identify and states_nothing(kernel, "decode", Heads(1, 1, size, size)):
+    size, ratio = head_sizes(capabilities)[0], (capabilities.ratios or (1,))[0]
+    heads = Heads.grouped(kv=1, ratio=ratio, k_size=size, v_size=size)
+    if identify and states_nothing(kernel, "decode", heads):
         learn_as_asked(kernel, str(device))
     plan = _plan_of(spec) if capabilities.plans else None
     subject = Subject(

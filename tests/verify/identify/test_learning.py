@@ -11,6 +11,7 @@ import torch
 from support.cli import verify
 from verify.diff.inputs import DiffSettings, all_inputs, lengths_to_read
 from verify.identify.learning import learn
+from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.plans.shapes import shape_named
 from verify.kernels.registry import build_kernel
 from verify.machine.stages import StageClock
@@ -18,15 +19,18 @@ from verify.machine.stages import StageClock
 KERNELS = """
 import torch
 
-def good(q, k, v, *, kv_len, scale, by=1.0):
+def good(q, k, v, *, kv_len, scale, by=1.0, exact=False):
     ratio = q.shape[2] // k.shape[2]
     s = scale * torch.einsum("bthd,bshd->bhts", q.float(), k.float().repeat_interleave(ratio, 2))
     s = s.masked_fill(torch.arange(k.shape[1]) >= kv_len[:, None, :, None], -torch.inf)
     p = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=-1e30))
     l = p.sum(-1, keepdim=True).clamp(min=1e-30)
-    p = p.half().float()
+    p = p if exact else p.half().float()
     o = torch.einsum("bhts,bshd->bhtd", p, v.float().repeat_interleave(ratio, 2)) / l
     return by * o.transpose(1, 2)
+
+def two_kernels(q, k, v, *, kv_len, scale):
+    return good(q, k, v, kv_len=kv_len, scale=scale, exact=q.shape[1] == 1)
 
 def off_by_a_little(q, k, v, *, kv_len, scale):
     return good(q, k, v, kv_len=kv_len, scale=scale, by=1 + 2e-4)
@@ -49,6 +53,26 @@ def test_a_small_factor_in_a_kernel_that_states_nothing_is_broken(tmp_path: Path
     said = done.stderr
     assert "good: read off it: P float16, sums float32, result float32" in said
     assert "unsteady: nothing could be read off it: it is not deterministic" in said
+
+
+def test_a_call_of_tokens_between_two_readings_is_allowed_both(tmp_path: Path) -> None:
+    """A kernel in float32 for one token and with P in float16 from two on changes between 1 and 7."""
+    file = tmp_path / "mine.py"
+    file.write_text(KERNELS)
+    heads = shape_named("2/1x32").heads
+    known = {}
+    for most in (6, 7):
+        kernel = build_kernel(f"py:{file}::two_kernels")
+        learn(kernel, [heads], [64], path="decode", dtype=torch.float16, device="cpu", rows=(1, most))
+        assert kernel.identified is not None
+        for tokens in (1, 6, 7, 40):
+            sizes = InputSizes(n_kv=(30,) * tokens, heads=heads, path="prefill")
+            found = kernel.identified(draw("gaussian", sizes, 1))
+            known[most, tokens] = found and found.p
+    assert known == {
+        (6, 1): "f32", (6, 6): "f16", (6, 7): "f16", (6, 40): "f16",
+        (7, 1): "f32", (7, 6): None, (7, 7): "f16", (7, 40): "f16",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("sequences", [1, 3])

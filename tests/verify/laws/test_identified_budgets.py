@@ -42,6 +42,27 @@ def test_a_head_that_is_off_breaks_the_budget_that_is_read_off_the_kernel() -> N
     assert known.identified and known.p == "f32"
 
 
+def single_in_float16(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> torch.Tensor:
+    """As engines that take another kernel for a single query token: only there is P in float16."""
+    if q.shape[1] > 1:
+        return attend(q, k, v, kv_len=kv_len, scale=scale)
+    s = scale * torch.einsum("bthd,bshd->bhts", q.float(), k.float().repeat_interleave(q.shape[2], 2))
+    s = s.masked_fill(torch.arange(k.shape[1]) >= kv_len[:, None, :, None], -torch.inf)
+    p = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=-1e30)).half().float()
+    out = torch.einsum("bhts,bshd->bthd", p, v.float().repeat_interleave(q.shape[2], 2))
+    return out / p.sum(-1).clamp(min=1e-30).transpose(1, 2)[..., None]
+
+
+def test_a_single_query_token_has_a_reading_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "_ASKED_LENGTHS", (64,))
+    subject = subject_of(FunctionKernel(single_in_float16), identify=True)
+    problem = Problem(n_kv=(64, 45), kv_heads=1, ratio=2, k_size=32, v_size=32, dtype="bf16")
+    assert LAWS["row-alone"].check(subject, problem) <= 1
+    together = problem.call("cpu")
+    alone = together.of_rows(torch.tensor([0]))
+    assert [subject.kernel.arithmetic_of(call).p for call in (together, alone)] == ["f32", "f16"]
+
+
 def test_only_a_few_kinds_of_calls_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "_MOST_ASKED", 2)
     monkeypatch.setattr(learning, "_ASKED_LENGTHS", (64,))
