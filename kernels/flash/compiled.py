@@ -31,19 +31,26 @@ CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 NVRTC_VERSIONS = (13, 12)
 
 
-class ReaderKind(NamedTuple):
-    """What is compiled for: bits of a code, whether codes are e4m3, keys a tile of the plan, and whether the
-    launch may begin before the one in front has ended."""
+class CodeType(NamedTuple):
+    """How numbers are kept: bits of a code, and whether codes are e4m3."""
 
     bits: int
-    fp8: bool
+    fp8: bool = False
+
+
+class ReaderKind(NamedTuple):
+    """What is compiled for: types of K and V, keys a tile of the plan, and whether the launch may begin
+    before the one in front has ended."""
+
+    k: CodeType
+    v: CodeType
     block: int
     overlap: bool
 
     @property
     def tile_bytes(self) -> int:
         """Of a warp's tile of K and V, with scales."""
-        return KEYS_A_TILE * (2 * HEAD_SIZE * self.bits // 8 + (0 if self.fp8 else 16))
+        return KEYS_A_TILE * sum(HEAD_SIZE * x.bits // 8 + (0 if x.fp8 else 8) for x in (self.k, self.v))
 
     @property
     def stages(self) -> int:
@@ -51,7 +58,7 @@ class ReaderKind(NamedTuple):
 
         Of 4 bits one under way is enough; of 8 it is 3 % slower from 16,384 keys on, 6 % faster at 4,096.
         """
-        return 3 if self.bits == 8 else 2
+        return 3 if 8 in (self.k.bits, self.v.bits) else 2
 
     @property
     def shared_bytes(self) -> int:
@@ -62,8 +69,10 @@ class ReaderKind(NamedTuple):
     @property
     def macros(self) -> dict[str, int]:
         return {
-            "BITS": self.bits,
-            "FP8": int(self.fp8),
+            "K_BITS": self.k.bits,
+            "K_FP8": int(self.k.fp8),
+            "V_BITS": self.v.bits,
+            "V_FP8": int(self.v.fp8),
             "BLOCK": self.block,
             "STAGES": self.stages,
             "WARPS": WARPS,

@@ -62,13 +62,13 @@ FILLING = Filling(3, 4)
 FILLING_COMPILED, FILLING_COMPILED_FP8 = Filling(compiled.BLOCKS_A_SM, 10), Filling(compiled.BLOCKS_A_SM, 20)
 
 
-def filling(plan: Plan, reader: str, cache_type: str) -> Plan:
+def filling(plan: Plan, reader: str, cache: CacheSpec) -> Plan:
     """The plan with `kv=auto` by the programs of the kernel over quantised caches that run at once."""
     if plan.kv.mode != "auto":
         return plan
     of = FILLING
     if reader == "cuda":
-        of = FILLING_COMPILED_FP8 if cache_type in FP8_TYPES else FILLING_COMPILED
+        of = FILLING_COMPILED_FP8 if {cache.k, cache.v} <= set(FP8_TYPES) else FILLING_COMPILED
     return replace(plan, kv=KVCuts("auto", of.tiles_to_fill), sms=plan.sms * of.programs_a_sm)
 
 
@@ -173,7 +173,7 @@ class FlashKernel(Kernel):
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         if fused:
             assert planes is not None
-            options = replace(options, plan=filling(options.plan, planes.reader, cache.k))
+            options = replace(options, plan=filling(options.plan, planes.reader, cache))
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
@@ -186,20 +186,16 @@ class FlashKernel(Kernel):
     def _has_planes(self, call: Call, cache: CacheSpec) -> bool:
         """Whether there is a kernel that reads this cache itself."""
         shape = call.shape
-        if (
-            call.has_forms
-            or cache.k != cache.v
-            or call.q.dtype != torch.float16
-            or shape.k_size % 64
-            or shape.v_size % 64
-        ):
+        if call.has_forms or call.q.dtype != torch.float16 or shape.k_size % 64 or shape.v_size % 64:
             return False
-        if cache.k == "e4m3":
-            wide = self._reader(call, cache) != "chunks" and cache.scale != "token"
-            return wide and reads_planes(call, self.options)
+        reader = self._reader(call, cache)
+        kept = {cache.k, cache.v}
+        if len(kept) > 1 and not (reader == "cuda" and kept <= set(COMPILED_TYPES)):
+            return False
+        if "e4m3" in kept:
+            return reader != "chunks" and cache.scale != "token" and reads_planes(call, self.options)
         # Expanding reads scales as the chunks' kernel does.
-        chunks = self._reader(call, cache) == "chunks"
-        return cache.k in FUSED_TYPES and (chunks or reads_planes(call, self.options))
+        return cache.k in FUSED_TYPES and (reader == "chunks" or reads_planes(call, self.options))
 
     def _reader(self, call: Call, cache: CacheSpec) -> str:
         """Which kernel reads the cache: the fastest that has what the call asks for, unless one is named."""
@@ -209,9 +205,9 @@ class FlashKernel(Kernel):
             self._note(f"reader=cuda did not run, but a reader of Triton: {reason}")
         elif self.reader != "auto":
             return self.reader
-        elif (
-            cache.k in COMPILED_TYPES and reads_planes(call, self.options) and compiled.why_not(call) is None
-        ):
+        elif not reads_planes(call, self.options):
+            return "chunks"
+        elif {cache.k, cache.v} <= set(COMPILED_TYPES) and compiled.why_not(call) is None:
             return "cuda"
         return "wide" if cache.k in WIDE_TYPES and reads_planes(call, self.options) else "chunks"
 
@@ -311,7 +307,7 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         cache = self.cache.at(call.layer)
         if self._fuses(call, cache, options):
-            options = replace(options, plan=filling(options.plan, self._reader(call, cache), cache.k))
+            options = replace(options, plan=filling(options.plan, self._reader(call, cache), cache))
         return self._arithmetic(options, call.shape, call.asked(cache.k), tiles, call.q.dtype, cache)
 
     def _arithmetic(

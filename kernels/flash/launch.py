@@ -76,13 +76,13 @@ def shares_memory(call: Call) -> bool:
 class Planes(NamedTuple):
     """A quantised k and v as `quantised`, or `wide`, reads them (the modules' texts have the layouts)."""
 
-    bits: int  # of a code
+    k: compiled.CodeType  # of keys
     k_codes: torch.Tensor  # [B, Hkv, S, bytes]
     k_scales: torch.Tensor  # by reader
+    v: compiled.CodeType  # that of k, but for `reader=cuda`
     v_codes: torch.Tensor  # [B, Hkv, S, bytes]
     v_scales: torch.Tensor  # by reader
     reader: str = "chunks"  # or wide, swapped, cuda: which kernel reads them
-    fp8: bool = False  # codes are e4m3
 
 
 @functools.cache
@@ -170,7 +170,7 @@ class Prepared:
             return AttentionOutput(self.out, self.lse)
         if self.planes is not None and self.expand:
             # As engines do it: the whole cache becomes float16 at every call.
-            of, bits = self.planes, self.planes.bits
+            of, bits = self.planes, self.planes.k.bits
             k, v = expanded(of.k_codes, of.k_scales, bits), expanded(of.v_codes, of.v_scales, bits)
             self.call = replace(call, k=k, v=v)
         if written is not None:
@@ -359,7 +359,8 @@ class Prepared:
         if planes.reader == "chunks":
             attend, more = quantised_code().attend_quantised, {}
         else:
-            attend, more = wide_code().attend_wide, {"FP8": planes.fp8, "SWAPPED": planes.reader == "swapped"}
+            attend = wide_code().attend_wide
+            more = {"FP8": planes.k.fp8, "SWAPPED": planes.reader == "swapped"}
         return attend[grid](
             k_codes=planes.k_codes[b],
             k_scales=planes.k_scales[b],
@@ -368,7 +369,7 @@ class Prepared:
             keys=shape.keys,
             kv_heads=shape.kv_heads,
             D=shape.k_size,
-            BITS=planes.bits,
+            BITS=planes.k.bits,
             **more,
             **shared,
         )
@@ -377,7 +378,7 @@ class Prepared:
         """The same by the reader in CUDA C++."""
         assert self.planes is not None
         planes, shape = self.planes, self.call.shape
-        kind = compiled.ReaderKind(planes.bits, planes.fp8, shared["BLOCK"], shared["OVERLAP"])
+        kind = compiled.ReaderKind(planes.k, planes.v, shared["BLOCK"], shared["OVERLAP"])
         reader = compiled.compiled(kind, self.call.q.device.index)
         asked = compiled.asked_of(
             k_codes=planes.k_codes[b],

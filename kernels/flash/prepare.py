@@ -12,6 +12,7 @@ import torch
 
 from verify.kernels.cache import Quantised
 from verify.kernels.call import Call
+from verify.kernels.flash.compiled import CodeType
 from verify.kernels.flash.forms import forms_of
 from verify.kernels.flash.launch import (
     Launches,
@@ -54,7 +55,6 @@ READERS = ("chunks", "wide", "swapped", "cuda")
 def planes_of(k: Quantised, v: Quantised, reader: str = "chunks") -> Planes:
     """Planes of codes [B, Hkv, S, D] (4 bits: half as wide) and of scales [B, Hkv, D / 32, S]; for the other
     readers [B, Hkv, S, D / 32], of e4m3 [B, Hkv]."""
-    bits = WIDE_TYPES[k.type]
     planes = []
     for x in (k, v):
         assert x.scale is not None
@@ -63,19 +63,19 @@ def planes_of(k: Quantised, v: Quantised, reader: str = "chunks") -> Planes:
             planes += [codes, x.scale.expand(len(codes), 1, codes.shape[1], 1).flatten(1).contiguous()]
             continue
         codes = x.codes.permute(0, 2, 1, 3)
-        if bits == 4:
+        if WIDE_TYPES[x.type] == 4:
             half = codes.shape[-1] // 2
             codes = codes[..., :half] | codes[..., half:] << 4
         order = (0, 2, 3, 1) if reader == "chunks" else (0, 2, 1, 3)
         planes += [codes.contiguous(), x.scale.permute(*order).contiguous()]
     return Planes(
-        bits=bits,
+        k=CodeType(WIDE_TYPES[k.type], k.type == "e4m3"),
         k_codes=planes[0],
         k_scales=planes[1],
+        v=CodeType(WIDE_TYPES[v.type], v.type == "e4m3"),
         v_codes=planes[2],
         v_scales=planes[3],
         reader=reader,
-        fp8=k.type == "e4m3",
     )
 
 

@@ -61,7 +61,6 @@ DEVICE u32 masked(u32 x, u32 mask, u32 flips) {
   return y;
 }
 
-#if FP8
 // The two e4m3 numbers in the low (half = 0) or the high half of a word.
 DEVICE u32 from_e4m3(u32 a, int half) {
   u32 x;
@@ -71,7 +70,6 @@ DEVICE u32 from_e4m3(u32 a, int half) {
     asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(x) : "r"(a));
   return x;
 }
-#endif
 
 DEVICE float power_of_two(float x) {
   float y;

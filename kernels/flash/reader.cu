@@ -2,9 +2,9 @@
 // readers follow (`wide` has the planes, `device.part_bounds` the parts), fills the same slots, and is held
 // against them. Compiled at run time (`compiled.py`) with
 //
-//   BITS     8 or 4, of a code          FP8      codes are e4m3
-//   BLOCK    keys a tile of the plan    STAGES   tiles that a warp has under way, and the one it computes
-//   WARPS    of a block                 OVERLAP  1: launched before the launch in front has ended
+//   K_BITS, V_BITS  8 or 4, of a code         K_FP8, V_FP8  codes are e4m3
+//   BLOCK           keys a tile of the plan   STAGES        tiles that a warp has under way, and the one it computes
+//   WARPS           of a block                OVERLAP       1: launched before the launch in front has ended
 //
 // A block has one KV part of one head group of at most 16 heads, of size 128. Its warps take turns at tiles of
 // 16 keys, and each reads by itself: its own copies to shared memory, maximum m, denominator l and numerator
@@ -26,12 +26,11 @@
 // float16 as P up to 1, and O is rarely rescaled.
 
 constexpr int D = 128;
-constexpr int W = D * BITS / 8;            // bytes of a key
+constexpr int KW = D * K_BITS / 8, VW = D * V_BITS / 8;  // bytes of a key, of a value
 constexpr int KEYS = 16;                   // of a warp's tile
-constexpr int K_BYTES = KEYS * W;
-constexpr int SCALE_BYTES = FP8 ? 0 : KEYS * 8;
-constexpr int TILE_BYTES = 2 * K_BYTES + 2 * SCALE_BYTES;
-constexpr int V_AT = K_BYTES, K_SCALES_AT = 2 * K_BYTES, V_SCALES_AT = K_SCALES_AT + SCALE_BYTES;
+constexpr int V_AT = KEYS * KW, K_SCALES_AT = V_AT + KEYS * VW;
+constexpr int V_SCALES_AT = K_SCALES_AT + (K_FP8 ? 0 : KEYS * 8);
+constexpr int TILE_BYTES = V_SCALES_AT + (V_FP8 ? 0 : KEYS * 8);
 constexpr int GROUPS = D / 32 * 36;        // floats a row of O in shared memory: 4 more for every 32
 constexpr float NO_LOGIT = -1.7e38f;       // below every logit, and finite
 constexpr float ROOM = 8.0f;               // binary orders by which P may exceed 1
@@ -39,12 +38,10 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 // The two numbers 2 i and 2 i + 1 of four codes in a word: at 8 bits i = 0 is bytes 0, 2 and i = 1 bytes 1, 3;
 // of e4m3 bytes 0, 1 and 2, 3.
+template <bool FP8>
 DEVICE u32 code_pair(u32 x, int i) {
-#if FP8
-  return from_e4m3(x, i);
-#else
+  if constexpr (FP8) return from_e4m3(x, i);
   return sub2(masked(i ? x >> 8 : x, 0x00FF00FF, 0x64806480), 0x64806480);
-#endif
 }
 
 // At 4 bits the same of the low (h = 0) or high halves of the bytes: 1024 + c, or 1024 + 16 c.
@@ -141,16 +138,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
   const int tiles_of_warp = first_key < end ? (end - first_key + WARPS * KEYS - 1) / (WARPS * KEYS) : 0;
 
   // Where this lane copies from, of its warp's first tile, and the first of its places in shared memory.
-  const u8* k_from = a.k_codes + (head + first_key) * W + 16 * lane;
-  const u8* v_from = a.v_codes + (head + first_key) * W + 16 * lane;
+  const u8* k_from = a.k_codes + (head + first_key) * KW + 16 * lane;
+  const u8* v_from = a.v_codes + (head + first_key) * VW + 16 * lane;
   const u8* scale_from = (lane < 16 ? a.k_scales : a.v_scales) + (head + first_key + lane % 16) * 8;
   int copied = 0, key_copied = first_key;
-  constexpr int COPIES = BITS / 2, KEYS_A_COPY = KEYS / COPIES, PIECES = W / 16;
-  const int key_of_lane = lane / PIECES, piece = lane % PIECES;
-  const int k_place = BITS == 8 ? placed_8(key_of_lane, piece) : placed_k4(key_of_lane, piece);
-  const int v_place = BITS == 8 ? k_place : placed_v4(key_of_lane, piece);
+  // Of K and of V: copies a lane makes, keys of a copy, and which key and piece of it are this lane's.
+  constexpr int K_COPIES = K_BITS / 2, V_COPIES = V_BITS / 2;
+  constexpr int K_PIECES = KW / 16, V_PIECES = VW / 16;
+  const int k_key = lane / K_PIECES, v_key = lane / V_PIECES;
+  const int k_place = K_BITS == 8 ? placed_8(k_key, lane % K_PIECES) : placed_k4(k_key, lane % K_PIECES);
+  const int v_place = V_BITS == 8 ? placed_8(v_key, lane % V_PIECES) : placed_v4(v_key, lane % V_PIECES);
   // Of copy j at 8 bits: four keys on, pieces change by 4 more.
-  auto step = [](int j) { return BITS == 8 ? 64 * (j & 1) : 0; };
+  auto k_step = [](int j) { return K_BITS == 8 ? 64 * (j & 1) : 0; };
+  auto v_step = [](int j) { return V_BITS == 8 ? 64 * (j & 1) : 0; };
+  const bool has_scale = lane < 16 ? !K_FP8 : !V_FP8;
+  const int scale_place = lane < 16 ? K_SCALES_AT + 8 * lane : V_SCALES_AT + 8 * (lane - 16);
 
   begin_reading();
 #if OVERLAP
@@ -161,26 +163,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
       u8* const to = mine + copied % STAGES * TILE_BYTES;
       if (key_copied + KEYS <= end) {
 #pragma unroll
-        for (int j = 0; j < COPIES; ++j) copy16(to + j * 512 + (k_place ^ step(j)), k_from + j * 512);
+        for (int j = 0; j < K_COPIES; ++j) copy16(to + j * 512 + (k_place ^ k_step(j)), k_from + j * 512);
 #pragma unroll
-        for (int j = 0; j < COPIES; ++j) copy16(to + V_AT + j * 512 + (v_place ^ step(j)), v_from + j * 512);
-        if (!FP8) copy8(to + K_SCALES_AT + 8 * lane, scale_from);
+        for (int j = 0; j < V_COPIES; ++j)
+          copy16(to + V_AT + j * 512 + (v_place ^ v_step(j)), v_from + j * 512);
+        if (has_scale) copy8(to + scale_place, scale_from);
       } else {
         // What lies behind the last key becomes 0: it may be NaN, and 0 * NaN is NaN.
         const int left = end - key_copied;
 #pragma unroll
-        for (int j = 0; j < COPIES; ++j) {
-          const bool in = KEYS_A_COPY * j + key_of_lane < left;
-          copy16(to + j * 512 + (k_place ^ step(j)), in ? k_from + j * 512 : a.k_codes, in ? 16 : 0);
-          copy16(to + V_AT + j * 512 + (v_place ^ step(j)), in ? v_from + j * 512 : a.v_codes, in ? 16 : 0);
+        for (int j = 0; j < K_COPIES; ++j) {
+          const bool in = KEYS / K_COPIES * j + k_key < left;
+          copy16(to + j * 512 + (k_place ^ k_step(j)), in ? k_from + j * 512 : a.k_codes, in ? 16 : 0);
         }
-        if (!FP8) {
+#pragma unroll
+        for (int j = 0; j < V_COPIES; ++j) {
+          const bool in = KEYS / V_COPIES * j + v_key < left;
+          copy16(to + V_AT + j * 512 + (v_place ^ v_step(j)), in ? v_from + j * 512 : a.v_codes, in ? 16 : 0);
+        }
+        if (has_scale) {
           const bool in = lane % 16 < left;
-          copy8(to + K_SCALES_AT + 8 * lane, in ? scale_from : a.k_scales, in ? 8 : 0);
+          copy8(to + scale_place, in ? scale_from : lane < 16 ? a.k_scales : a.v_scales, in ? 8 : 0);
         }
       }
-      k_from += WARPS * KEYS * W;
-      v_from += WARPS * KEYS * W;
+      k_from += WARPS * KEYS * KW;
+      v_from += WARPS * KEYS * VW;
       scale_from += WARPS * KEYS * 8;
       key_copied += WARPS * KEYS;
       ++copied;
@@ -205,16 +212,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
       }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        q[4 * h + w][r] = FP8 ? x[2 * w] : bytes(x[2 * w], x[2 * w + 1], 0x5410);
-        q[4 * h + w][2 + r] = FP8 ? x[2 * w + 1] : bytes(x[2 * w], x[2 * w + 1], 0x7632);
+        q[4 * h + w][r] = K_FP8 ? x[2 * w] : bytes(x[2 * w], x[2 * w + 1], 0x5410);
+        q[4 * h + w][2 + r] = K_FP8 ? x[2 * w + 1] : bytes(x[2 * w], x[2 * w + 1], 0x7632);
       }
     }
   }
   float scale = a.logit_scale, v_scale = 1.0f;
-  if (FP8) {
-    scale *= ((const float*)a.k_scales)[sequence * a.kv_heads + kv_head];
-    v_scale = ((const float*)a.v_scales)[sequence * a.kv_heads + kv_head];
-  }
+  if (K_FP8) scale *= ((const float*)a.k_scales)[sequence * a.kv_heads + kv_head];
+  if (V_FP8) v_scale = ((const float*)a.v_scales)[sequence * a.kv_heads + kv_head];
 
   float m[2] = {NO_LOGIT, NO_LOGIT}, l[2] = {0, 0};  // of rows g and g + 8
   float o[16][4];
@@ -222,10 +227,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
   for (int i = 0; i < 16; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
   // Of two scales in a word the one of this lane's block: twice, or one of each of two words.
   const u32 k_half = t >> 1 ? 0x3232 : 0x1010;
-  const u32 v_half = (BITS == 8 ? g >> 1 & 1 : g >> 2) ? 0x7632 : 0x5410;
+  const u32 v_half = (V_BITS == 8 ? g >> 1 & 1 : g >> 2) ? 0x7632 : 0x5410;
   // Of K piece t of key pi(g) (8 bits: and 4 more), of V the bytes of dimensions 16 g (4 bits: 8 g) of key t.
-  const int k_at = BITS == 8 ? placed_8(pi_g, t) : placed_k4(pi_g, t);
-  const int v_at = BITS == 8 ? placed_8(t, g) : placed_v4(t, g / 2) + g % 2 * 8;
+  const int k_at = K_BITS == 8 ? placed_8(pi_g, t) : placed_k4(pi_g, t);
+  const int v_at = V_BITS == 8 ? placed_8(t, g) : placed_v4(t, g / 2) + g % 2 * 8;
 
 #pragma unroll 1
   for (int i = 0; i < tiles_of_warp; ++i) {
@@ -240,14 +245,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       y[s][0] = y[s][1] = y[s][2] = y[s][3] = 0;
-      u32 x[4 * (BITS / 4)];
+      u32 x[4 * (K_BITS / 4)];
 #pragma unroll
-      for (int h = 0; h < BITS / 4; ++h) {
-        const Words4 z = *(const Words4*)(tile + s * 8 * W + (k_at ^ 64 * h));
+      for (int h = 0; h < K_BITS / 4; ++h) {
+        const Words4 z = *(const Words4*)(tile + s * 8 * KW + (k_at ^ 64 * h));
         x[4 * h] = z.x, x[4 * h + 1] = z.y, x[4 * h + 2] = z.z, x[4 * h + 3] = z.w;
       }
       u32 d[2] = {0, 0};
-      if (!FP8) {
+      if (!K_FP8) {
         const Words2 z = *(const Words2*)(tile + K_SCALES_AT + (8 * s + pi_g) * 8);
         d[0] = bytes(z.x, z.x, k_half);
         d[1] = bytes(z.y, z.y, k_half);
@@ -259,9 +264,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
           u32 b[2];
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
-            if (BITS == 8) b[u] = code_pair(x[(4 * h + w) % (BITS / 4 * 4)], u);
+            if (K_BITS == 8) b[u] = code_pair<K_FP8>(x[(4 * h + w) % (K_BITS / 4 * 4)], u);
             else b[u] = half_pair(x[w], u, h);
-            if (!FP8) b[u] = mul2(b[u], d[h]);
+            if (!K_FP8) b[u] = mul2(b[u], d[h]);
           }
           mma(y[s], q[4 * h + w], b[0], b[1]);
         }
@@ -311,23 +316,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
       }
 
     // O: keys a = 8 s + t and b = a + 4.
-    u32 x[2][2][BITS / 2], d[2][2];
+    u32 x[2][2][V_BITS / 2], d[2][2];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (BITS == 8) {
+        if (V_BITS == 8) {
           const Words4 z = *(const Words4*)(tile + V_AT + (2 * s + e) * 512 + (v_at ^ 64 * e));
-          x[s][e][0] = z.x, x[s][e][1] = z.y, x[s][e][BITS / 2 - 2] = z.z, x[s][e][BITS / 2 - 1] = z.w;
+          x[s][e][0] = z.x, x[s][e][1] = z.y, x[s][e][V_BITS / 2 - 2] = z.z, x[s][e][V_BITS / 2 - 1] = z.w;
         } else {
           const Words2 z =
               *(const Words2*)(tile + V_AT + (2 * s + e) * 256 + v_at);
           x[s][e][0] = z.x, x[s][e][1] = z.y;
         }
       }
-      if (!FP8) {
+      if (!V_FP8) {
         const u8* const at = tile + V_SCALES_AT + (8 * s + t) * 8;
-        if (BITS == 8) {
+        if (V_BITS == 8) {
           const u32 first = *(const u32*)(at + 4 * (g >> 2)), second = *(const u32*)(at + 32 + 4 * (g >> 2));
           d[s][0] = bytes(first, second, v_half);
         } else {
@@ -338,23 +343,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
       }
     }
 #pragma unroll
-    for (int w = 0; w < BITS / 2; ++w)
+    for (int w = 0; w < V_BITS / 2; ++w)
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         // Numbers 4 w + 2 pair and the next one, of both keys: of e4m3 in turn, else two of each key.
         u32 z[2];
 #pragma unroll
         for (int s = 0; s < 2; ++s)
-          z[s] = bytes(x[s][0][w], x[s][1][w], FP8 ? (pair ? 0x7362 : 0x5140) : (pair ? 0x7632 : 0x5410));
+          z[s] = bytes(x[s][0][w], x[s][1][w], V_FP8 ? (pair ? 0x7362 : 0x5140) : (pair ? 0x7632 : 0x5410));
 #pragma unroll
         for (int u = 0; u < 2; ++u)
 #pragma unroll
-          for (int h = 0; h < 8 / BITS; ++h) {
+          for (int h = 0; h < 8 / V_BITS; ++h) {
             u32 b[2];
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-              b[s] = BITS == 8 ? code_pair(z[s], u) : half_pair(z[s], u, h);
-              if (!FP8) b[s] = mul2(b[s], d[s][h]);
+              b[s] = V_BITS == 8 ? code_pair<V_FP8>(z[s], u) : half_pair(z[s], u, h);
+              if (!V_FP8) b[s] = mul2(b[s], d[s][h]);
             }
             mma(o[8 * h + 4 * w + 2 * pair + u], p, b[0], b[1]);
           }
@@ -381,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int j = 0; j < 16; j += 4) {
-          const int dim = BITS == 8 ? 16 * (2 * t + c) + j : 64 * (j / 8) + 8 * (2 * t + c) + j % 8;
+          const int dim = V_BITS == 8 ? 16 * (2 * t + c) + j : 64 * (j / 8) + 8 * (2 * t + c) + j % 8;
           *(float4*)(at + dim + dim / 32 * 4) =
               make_float4(o[j][2 * r + c], o[j + 1][2 * r + c], o[j + 2][2 * r + c], o[j + 3][2 * r + c]);
         }

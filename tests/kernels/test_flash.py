@@ -74,7 +74,7 @@ def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not reader_on_host.HAS_COMPILER, reason="no g++ to compile the reader with")
 @pytest.mark.parametrize(
     ("late", "caches"),
-    [(False, ["q8_0", "q4_0+rotate=mainline"]), (True, ["q8_0", "q4_0", "e4m3+scale=head"])],
+    [(False, ["q8_0", "q4_0+rotate=mainline"]), (True, ["q8_0/q4_0", "e4m3+scale=head"])],
     ids=["copies at once", "copies late"],
 )
 def test_the_compiled_reader(late: bool, caches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
