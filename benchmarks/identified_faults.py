@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, out in (("right", result.out), ("key dropped", dropped.float()), ("head off", off)):
                 measured = measure(
                     call, Result(out, result.lse, result.launched), arithmetic,
-                    distinct=ALL_FAMILIES[family].distinct, budget=budget,
+                    distinct=ALL_FAMILIES[family].distinct, budget=budget, heads_alike=True,
                 )  # fmt: skip
                 one[name] = [f"{each.detector}: {each.said}" for each in findings(measured)
                              if each.detector != "lse"]  # fmt: skip

@@ -104,6 +104,12 @@ class Launched:
 NOTHING = Launched({})
 
 
+def heads_launched_alike(rows: Iterable[RowKind]) -> bool:
+    """Whether no head had a launch to itself while others shared theirs: its arithmetic may be another."""
+    groups = (signature.head_groups for _, _, signature in rows)
+    return all(1 not in group or set(group) == {1} for group in groups)
+
+
 class LaunchTrace:
     """Rows that ran, by path, n_kv and signature. Rows count attention rows: tokens times layers."""
 

@@ -51,6 +51,7 @@ from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan
 from verify.kernels.plans.spec import parse_plan, parse_spec
 from verify.kernels.plans.tile_options import TileOptions
+from verify.kernels.trace import heads_launched_alike
 from verify.laws import LAWS, Subject, subject_of
 from verify.laws.run import run_law
 
@@ -374,7 +375,14 @@ def _one_seed(
     for x in inputs:
         result = kernel.run(x.call)
         for stated, arithmetic in _arithmetics(kernel, x.call, known):
-            measured = measure(x.call, result, arithmetic, distinct=x.distinct, budget=x.budget(arithmetic))
+            measured = measure(
+                x.call,
+                result,
+                arithmetic,
+                distinct=x.distinct,
+                budget=x.budget(arithmetic),
+                heads_alike=heads_launched_alike(result.launched.rows),
+            )
             for finding in findings(measured):
                 object_to(finding, x.name, stated=stated, assumed=not stated)
         if x.family == "gaussian":

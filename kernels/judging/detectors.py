@@ -8,7 +8,8 @@ Each sees what the others miss (`docs/numerics.md`):
   within the bound; needs distinct logits, since equal ones round alike.
 - quadrature: the largest |err| / Q above sqrt(2 ln(2N / alpha)). A suspicion only.
 - gain: <err, o> / <o, o>, a common factor, many times smaller than any single element shows, beyond what
-  roundings that all go one way can make of it; of all rows together, and of each head's.
+  roundings that all go one way can make of it; of all rows together, and of each head's; and of one head,
+  beyond what chance makes of it, where no other has it (`apart`).
 - bias: a gain that they can make, of an arithmetic that is not stated. Said, no fault.
 - lse: |lse error| / its bound above 1.
 - contract: an lse of ALiBi slopes that count from another key. Said, no fault.
@@ -21,7 +22,7 @@ Each sees what the others miss (`docs/numerics.md`):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,10 +31,13 @@ from verify.kernels.bits import same_bits
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.judging.apart import HeadApart, head_apart
 from verify.kernels.judging.figures import (
+    GAIN_UNITS,
     LARGEST_RELATIVE_ERROR,
     RowFigures,
     another_origin,
+    apart_fault,
     bias_said,
     budget_fault,
     budget_ratio,
@@ -90,6 +94,9 @@ class Measures(NamedTuple):
     # The lse is off as ALiBi slopes that count from another key make it, and no more.
     another_origin: bool = False
     zeroed: int = 0  # rows of heads that are exact zeros where numbers are due
+    apart: float = math.nan  # the gain, less the others', of the head that is farthest from them
+    apart_limit: float = math.nan  # what it does not exceed; NaN where heads are not alike
+    apart_head: int = 0  # which head that is
 
 
 class Finding(NamedTuple):
@@ -106,8 +113,10 @@ def measure(
     *,
     distinct: bool,
     budget: Budget | None = None,
+    heads_alike: bool = False,
 ) -> Measures:
-    """The figures of a result. distinct: no two logits of a row are equal; budget: if it is known already."""
+    """The figures of a result. distinct: no two logits of a row are equal; budget: if it is known already;
+    heads_alike: the heads' numbers were drawn alike, and one launch or launches of one kind computed all."""
     b = budget or error_budget(call, arithmetic)
     error = result.out.double() - b.out
     rows, ratio = row_figures(error, b), element_ratios(error, b)
@@ -120,8 +129,12 @@ def measure(
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
     quadrature = budget_ratio(error, b.quadrature)[(b.quadrature > 0) & ~b.vacuous[..., None]]
     measured = int((~torch.isnan(rows.rms)).sum())
-    gain = _gain(error, rows, b, arithmetic) if distinct else _Gain(*[math.nan] * 3)
-    of_head, head = _head_gain(error, rows, b, arithmetic) if distinct else (gain, 0)
+    gain = _gain(error, rows, b, arithmetic) if distinct else _UNTOLD
+    of_heads = [_gain(error, rows, b, arithmetic, h) for h in range(error.shape[2])] if distinct else [gain]
+    head = _farthest(of_heads)
+    apart = None
+    if heads_alike and distinct and not bool(rows.nonfinite.any()):
+        apart = _apart(call, of_heads, arithmetic)
     lse_error = torch.where(result.lse.double() == b.lse, 0.0, result.lse.double() - b.lse)
     return Measures(
         budget=float(ratio.max()),
@@ -133,8 +146,8 @@ def measure(
         gain=gain.gain,
         gain_limit=gain.limit,
         gain_stated=gain.stated,
-        head_gain=of_head.gain,
-        head_gain_limit=of_head.limit,
+        head_gain=of_heads[head].gain,
+        head_gain_limit=of_heads[head].limit,
         head=head,
         lse=float(budget_ratio(lse_error, b.lse_bound).max()),
         nonfinite=int(rows.nonfinite.sum()),
@@ -143,38 +156,54 @@ def measure(
         u_out=FLOAT_TYPES[arithmetic.out].u,
         another_origin=another_origin(call, result.lse, b),
         zeroed=int(zeroed_rows(result.out.double() - b.out, b, call, arithmetic).sum()),
+        apart=math.nan if apart is None else apart.shift,
+        apart_limit=math.nan if apart is None else apart.limit,
+        apart_head=0 if apart is None else apart.head,
     )
 
 
 class _Gain(NamedTuple):
-    """A gain, what rounding does not exceed, and what it does not as is stated; NaN where it is not told."""
+    """A gain, the deviation that chance gives it, what rounding does not exceed, and what it does not as is
+    stated; NaN where it is not told."""
 
     gain: float
+    deviation: float
     limit: float
     stated: float
 
 
-def _head_gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[_Gain, int]:
-    """Of the heads' gains the one that is farthest beyond its limit, and its head."""
-    found = []
-    for head in range(error.shape[2]):
-        here = torch.zeros_like(rows.bias, dtype=torch.bool)
-        here[:, :, head] = True
-        found.append((_gain(error, rows, b, a, here), head))
-    told = [each for each in found if not math.isnan(each[0].gain)]
-    return max(told, key=lambda each: abs(each[0].gain) / each[0].limit, default=found[0])
+_UNTOLD = _Gain(*[math.nan] * 4)
 
 
-def _gain(
-    error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic, of: torch.Tensor | None = None
-) -> _Gain:
-    """The gain of all rows, or those of `of` [B, T, Hq], of which one can be told."""
+def _farthest(of_heads: Sequence[_Gain]) -> int:
+    """The head whose gain is farthest beyond its limit."""
+    told = [h for h, each in enumerate(of_heads) if not math.isnan(each.gain)]
+    return max(told, key=lambda h: abs(of_heads[h].gain) / of_heads[h].limit, default=0)
+
+
+def _apart(call: Call, of_heads: Sequence[_Gain], a: Arithmetic) -> HeadApart | None:
+    """The head that is farthest from the others; its limit allows for what they all share, and for steps of
+    the result. None where heads have sinks or slopes of their own."""
+    if call.sinks is not None or call.alibi_slopes is not None:
+        return None
+    gains, deviations = (torch.tensor([each[i] for each in of_heads], dtype=torch.float64) for i in range(2))
+    found = head_apart(gains, deviations)
+    if found is None:
+        return None
+    least = max(abs(found.centre), FLOAT_TYPES[a.out].u / 2, GAIN_UNITS * a.u)
+    return found._replace(limit=max(found.limit, least))
+
+
+def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic, head: int | None = None) -> _Gain:
+    """The gain of all rows, or those of one head, of which one can be told."""
     used = torch.isfinite(rows.bias) & (rows.power > 0)
-    if of is not None:
-        used &= of
+    if head is not None:
+        here = torch.zeros_like(used)
+        here[:, :, head] = True
+        used &= here
     power = float(rows.power[used].sum())
     if power == 0:
-        return _Gain(math.nan, math.nan, math.nan)
+        return _UNTOLD
     out, expected = b.out[used], b.expected[used]
     # <err, o> of a row has the standard deviation |o| |E| if its columns err alike, and that over
     # sqrt(columns) if they do not. They do where values agree: by rho = |o|^2 / |sum p |v||^2.
@@ -187,7 +216,12 @@ def _gain(
 
     gain = pooled(rows.gain)
     most = pooled(rows.rises if gain > 0 else rows.falls)
-    return _Gain(gain, gain_limit(deviation, most, a.u), gain_limit(deviation, pooled(rows.bias), a.u))
+    return _Gain(
+        gain=gain,
+        deviation=deviation,
+        limit=gain_limit(deviation, most, a.u),
+        stated=gain_limit(deviation, pooled(rows.bias), a.u),
+    )
 
 
 def findings(m: Measures) -> list[Finding]:
@@ -197,7 +231,8 @@ def findings(m: Measures) -> list[Finding]:
         "budget": budget_fault(m.nonfinite, m.budget, m.relative) or zero_fault(m.zeroed),
         "rms": rms_fault(m.rms, m.rms_limit),
         "gain": gain_fault(m.gain, m.gain_limit)
-        or gain_fault(m.head_gain, m.head_gain_limit, where=f", on head {m.head}"),
+        or gain_fault(m.head_gain, m.head_gain_limit, where=f", on head {m.head}")
+        or apart_fault(m.apart, m.apart_limit, m.apart_head),
         "bias": bias_said(m.gain, m.gain_stated, m.gain_limit, m.u_out),
     }
     if m.quadrature > m.quadrature_limit:

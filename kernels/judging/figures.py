@@ -274,6 +274,16 @@ def gain_fault(
     return f"{said} of 1 {gain:+.3g}{where} ({chance}rounding explains {limit:.1g})"
 
 
+def apart_fault(shift: float, limit: float, head: int) -> str | None:
+    """A common factor of one head's results that no other head has. shift: its gain less theirs."""
+    if not abs(shift) > limit:
+        return None
+    return (
+        f"head {head} is off by a common factor of 1 {shift:+.3g} that no other head has"
+        f" (chance and rounding explain {limit:.1g})"
+    )
+
+
 def bias_said(gain: float, stated_limit: float, limit: float, u_out: float, where: str = "") -> str | None:
     """A gain that is no fault: beyond chance and what is stated, within what an assumed arithmetic may do.
 

@@ -32,7 +32,7 @@ from verify.kernels.judging.figures import (
 )
 from verify.kernels.judging.gates import compared, nmse, plain_attention, verdicts
 from verify.kernels.kernel import Kernel
-from verify.kernels.trace import LaunchTrace
+from verify.kernels.trace import LaunchTrace, heads_launched_alike
 from verify.machine.stages import StageClock
 
 # Rows of a cell, from the first, whose budgets are derived: a budget costs ten times its exact result.
@@ -332,7 +332,8 @@ def _hold(
     judged = head if has_lse else AttentionOutput(head.out, budget.lse)
     family = ALL_FAMILIES.get(inputs.family)
     distinct = family is None or family.distinct
-    measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget)
+    alike = family is not None and heads_launched_alike(found.trace.rows)
+    measures = measure(due.held, judged, due.arithmetic, distinct=distinct, budget=budget, heads_alike=alike)
     place = measures.worst
     found.worst_values = float(head.out[place]), float(budget.out[place])
     if due.worst is not None and due.worst_budget is not None:
@@ -411,6 +412,7 @@ def _ask_alone(
         arithmetic,
         distinct=family is None or family.distinct,
         budget=budget,
+        heads_alike=family is not None and heads_launched_alike(found.trace.rows),
     )
     alone.findings = findings(alone.measures)
     exact = due.exact_held[:, :rows]
