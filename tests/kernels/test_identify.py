@@ -290,6 +290,20 @@ def test_what_cannot_be_identified_is_said_and_not_guessed(kernel: BareKernel, w
         read(kernel, Regime(100))
 
 
+def test_a_kernel_whose_first_call_alone_differs_is_read_and_said_to() -> None:
+    calls: list[int] = []
+
+    def chooses(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
+        calls.append(1)
+        return textbook(q, k, v, **more) * (1 if len(calls) > 1 else 1 + 1e-6)
+
+    found = read(chooses, Regime(300))
+    assert found.parts == 1 and not found.deterministic
+    assert found.how["deterministic"] == "the first call gave other bits than the 8 after it"
+    with pytest.raises(NotIdentifiable, match=r"[1-8] of 8 repetitions .* by up to [1-9]e-07 of the result"):
+        read(unsteady, Regime(300))
+
+
 def test_weights_that_are_divided_before_they_are_rounded() -> None:
     def attend(q: Any, k: Any, v: Any, **more: Any) -> torch.Tensor:
         return textbook(q, k, v, p=torch.float16, **more)

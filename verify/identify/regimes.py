@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ class LengthSeen:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Equal for lengths of one regime."""
-        return (self.reason,) if self.reading is None else self.reading.same_as
+        """Equal for lengths of one regime; numbers in a reason make none."""
+        return (re.sub(r"[0-9.e%+-]+", "#", self.reason),) if self.reading is None else self.reading.same_as
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def identify(
         for n_kv in sorted({min(lengths), max(lengths)}):
             if n_kv >= LEAST_KEYS and path_of(n_qs[0], kernel) is not None:
                 look(n_kv, n_qs[0], ratio, sequences)
+    found.not_looked_at += _options_of(kernel)
     while bisect and not spent():
         gap = next(_changes(found), None)
         if gap is None:
@@ -196,6 +198,19 @@ def identify(
         )
     found.seconds = clock() - began
     return found
+
+
+def _options_of(kernel: Kernel) -> list[str]:
+    """Options of calls that a kernel takes, and that nothing is read with."""
+    has = kernel.capabilities()
+    words = {
+        "windows": has.sliding_window,
+        "sinks": has.sinks,
+        "softcaps": has.softcap,
+        "ALiBi": has.alibi,
+    }
+    named = [word for word, taken in words.items() if taken]
+    return [f"calls with {', '.join(named)}: their budget is the loosest"] if named else []
 
 
 def _changes(found: Identified) -> Iterator[tuple[LengthSeen, LengthSeen]]:

@@ -81,6 +81,8 @@ def sentence(each: RegimeSeen) -> str:
     words.append(f"tiles of {r.tile}" if r.tile else "no tile seen")
     words.append(f"{r.parts} part{'s' if r.parts > 1 else ''}")
     words.append(f"result {_type(r.result)}")
+    if not r.deterministic:
+        words.append("its first call gave other bits than those after it")
     if not r.row_alone:
         words.append("a row alone has other bits than in a batch" if r.row_alone is False else "")
     return "; ".join(word for word in words if word)

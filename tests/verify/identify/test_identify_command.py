@@ -94,7 +94,7 @@ def test_a_few_tokens_are_a_prompt_where_there_is_no_other_path() -> None:
     assert path_of(4, only) == "prefill" and path_of(1, only) is None
     found = identify(only, [64], heads=Heads(4, 1, 64, 64), n_qs=(1, 4))
     assert [(s.n_q, s.reading.p) for s in found.seen if s.reading is not None] == [(4, "f16")]
-    assert found.not_looked_at == ["1 query tokens: it has no path decode"]
+    assert found.not_looked_at[0] == "1 query tokens: it has no path decode"
 
 
 def test_what_was_not_tried_is_said() -> None:
@@ -102,6 +102,8 @@ def test_what_was_not_tried_is_said() -> None:
     found = identify(kernel, [8, 64, 128], heads=Heads(4, 1, 64, 64), n_qs=(1,), seconds=1e-9)
     assert found.seen == [] and "8 keys: fewer than 16 show nothing" in found.not_looked_at
     assert "128 keys, 1 query tokens: the time was spent" in found.not_looked_at
+    options = "calls with windows, sinks, softcaps, ALiBi: their budget is the loosest"
+    assert options in found.not_looked_at
     found = identify(kernel, [150], heads=Heads(4, 1, 64, 64), n_qs=(1, 2))
     assert [(s.n_q, s.reading.parts) for s in found.seen if s.reading is not None] == [(1, 2), (2, 2)]
 
@@ -111,6 +113,8 @@ def test_a_kernel_that_is_not_deterministic_ends_with_exit_3(switches: str) -> N
     said = json.loads(done.stdout)
     assert done.returncode == said["exit_code"] == 3 and not said["identifiable"]
     assert "not deterministic" in said["reasons"][0] and "not deterministic" in done.stderr
+    # A function that takes no options is asked for none.
+    assert not any("sinks" in each for each in said["not_looked_at"])
 
 
 @pytest.mark.parametrize(
