@@ -97,7 +97,7 @@ def test_what_is_stated_is_denied_from_the_length_on_where_it_is_not_so(kept: Pa
 
 
 def test_calls_of_one_token_and_of_many_are_readings_of_their_own(kept: Path) -> None:
-    """P is bfloat16 where there are several query tokens; between the numbers that were read it may be either."""
+    """P is bfloat16 of several query tokens; between the numbers that were read it may be either."""
     counted = Counted()
 
     def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> torch.Tensor:
