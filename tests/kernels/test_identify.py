@@ -305,7 +305,7 @@ def test_a_kernel_whose_first_call_alone_differs_is_read_and_said_to() -> None:
         calls.append(1)
         return textbook(q, k, v, **more) * (1 + 1e-6 * (len(calls) % 2))
 
-    with pytest.raises(NotIdentifiable, match="8 of 8 repetitions .* by up to 1e-06 of the result"):
+    with pytest.raises(NotIdentifiable, match=r"8 of 8 repetitions .* by up to 1e-06 of the result"):
         read(alternates, Regime(300))
 
 
