@@ -20,7 +20,7 @@ from verify.diff.examining import CellInputs
 from verify.diff.inputs import DiffSettings, all_inputs, check_settings
 from verify.diff.naming import looks_like
 from verify.diff.probing import PROBES, Probing
-from verify.diff.results import DiffOutcome
+from verify.diff.results import DiffOutcome, summary_lines
 from verify.diff.run import run_diff
 from verify.diff.shrinking import Shrinker
 from verify.diff.stored_baseline import BaselineStore, StoredBaseline
@@ -41,7 +41,7 @@ from verify.machine.devices import chosen_device, default_device
 from verify.machine.files import write_whole
 from verify.machine.jsontext import to_json_text
 from verify.machine.stages import StageClock
-from verify.reports.diff import picture, summary_lines
+from verify.reports.diff_pictures import diff_pictures
 from verify.reports.templating import TEMPLATES, figure
 from verify.stated import stated_arithmetic
 
@@ -205,7 +205,11 @@ class Report:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the verdict, why, a table, and a picture of the errors."""
-        pictures = {path: picture(outcome.candidates[0]) for path, outcome in self.outcomes.items()}
+        pictures = [
+            picture
+            for path, outcome in self.outcomes.items()
+            for picture in diff_pictures(outcome.run["cells"], prefix=f"{path}-")
+        ]
         return TEMPLATES.get_template("check.html.j2").render(report=self, pictures=pictures, figure=figure)
 
 

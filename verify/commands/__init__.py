@@ -98,7 +98,7 @@ COMMANDS = {
         "Which attention plan each version of an engine runs, by shape, cache, GPUs, split mode and n_kv.",
     ),
     "report": Listed(
-        "report", "Makes report.md and report.html again from a run's folder; two folders: side by side."
+        "report", "Makes report.md and report.html again from a run's folder; several folders: side by side."
     ),
     "list": Listed("kernel_list", "The kernels that can be named, their options, and the policies."),
     "doctor": Listed("doctor", "Versions, devices, which kernels can run here and why not."),

@@ -111,8 +111,9 @@ def command(
     from verify.kernels.call import PATHS
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.stages import StageClock
-    from verify.ppl.runfolder import RunFolder
-    from verify.reports.diff import diff_html, diff_markdown, print_outcome
+    from verify.ppl.runfolder import REPORT, RunFolder
+    from verify.reports.diff import print_outcome
+    from verify.reports.writing import write_reports
 
     check_ci_options(format_, junit)
     if store is not None:
@@ -169,12 +170,17 @@ def command(
     folder.write_json("run.json", outcome.run)
     judged = [(one.spec, pair) for one in outcome.candidates if (pair := one.stored()) is not None]
     folder.write_bytes(STRATA, packed(judged))
-    folder.write_text("report.md", diff_markdown(outcome))
-    folder.write_text("report.html", diff_html(outcome))
+    write_reports(folder.path)
     print_outcome(outcome, screen)
     print(outcome.seconds, file=screen)
     print(f"report: {folder.path / 'report.html'}", file=screen, flush=True)
-    hand_over(cases_of_run(outcome.run), "verify diff", format_, junit, summary=diff_markdown(outcome))
+    hand_over(
+        cases_of_run(outcome.run),
+        "verify diff",
+        format_,
+        junit,
+        summary=(folder.path / REPORT).read_text("utf-8"),
+    )
     if json_:
         print(to_json_text(outcome.run), end="")
     if outcome.interrupted:

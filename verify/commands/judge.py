@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.machine.command_line import parse_lengths
+from verify.machine.command_line import parse_lengths, typed_again
 from verify.machine.environment import describe, prepare_torch
 from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import check_new_folder
 from verify.reports.ci import check_ci_options, hand_over
 
 
 def command(
+    context: typer.Context,
     file: Annotated[
         str, typer.Argument(help="FILE.py, FILE.py::NAME, options as of py: after a comma; KernelBench files")
     ],
@@ -34,13 +36,16 @@ def command(
     junit: options.JUnit = None,
     format_: options.Format = "text",
     device: options.Device = None,
+    out: options.Out = None,
     json_: options.Json = False,
 ) -> int:
     """Run the command. Exit 0 if it is right and no cheat was caught, 1 if not."""
     from verify.distrust.judging import judge
     from verify.distrust.told import cases_of, judged_json, print_judged
+    from verify.reports.writing import write_run
 
     check_ci_options(format_, junit)
+    check_new_folder(out)
     prepare_torch()
     judged = judge(
         file,
@@ -52,7 +57,10 @@ def command(
         examples=examples,
         on_step=lambda name: print(f"  {name}", file=sys.stderr, flush=True),
     )
-    print_judged(judged, sys.stderr if json_ else sys.stdout)
+    screen = sys.stderr if json_ else sys.stdout
+    print_judged(judged, screen)
+    if out is not None:
+        write_run(out, judged_json(judged, describe(device or "cpu")), typed_again(context), screen)
     hand_over(
         cases_of(judged), f"verify judge {judged.spec}", format_, junit, file=Path(file.partition("::")[0])
     )

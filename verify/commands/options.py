@@ -56,4 +56,10 @@ JUnit = Annotated[Path | None, typer.Option("--junit", help="write JUnit XML to 
 Format = Annotated[
     str, typer.Option("--format", help="github: annotations to stderr, and the job's summary; default text")
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="new folder for run.json, report.md and report.html; default: none is written"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON alone to stdout, all else to stderr")]

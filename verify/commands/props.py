@@ -6,17 +6,18 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from verify.commands import options
 from verify.kernels.errors import nearest
+from verify.machine.command_line import typed_again
 from verify.machine.environment import describe, prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
-from verify.machine.outfile import check_writable
+from verify.machine.outfile import check_new_folder, check_writable
 from verify.reports.ci import cases_of_laws, check_ci_options, hand_over
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ DEFAULT_SPEC, DEFAULT_EXAMPLES = "flash", 100
 
 
 def command(
+    context: typer.Context,
     spec: Annotated[str, typer.Argument(help="kernel specification")] = DEFAULT_SPEC,
     law: Annotated[
         list[str] | None, typer.Option("--law", help="this law, or group of laws; may be repeated")
@@ -48,6 +50,7 @@ def command(
     format_: options.Format = "text",
     strict: options.Strict = False,
     device: options.Device = None,
+    out: options.Out = None,
     json_: options.Json = False,
 ) -> int:
     """Run the command. Exit 0 if every law holds that applies, 1 if one is broken, 3 if none applies."""
@@ -56,15 +59,21 @@ def command(
     from verify.laws import subject_of
     from verify.machine.devices import chosen_device, default_device
     from verify.reports.props import exit_code, print_results, to_json, write_junit
+    from verify.reports.writing import write_run
+
+    screen = sys.stderr if json_ else sys.stdout
 
     check_ci_options(format_, junit)
+    check_new_folder(out)
     prepare_torch()
     if profile is not None:
         if profile != "engine":
             raise UsageError(f"--profile {profile}: expected engine")
         if law or case is not None:
             raise UsageError("--profile engine: has its own law and cases, expected no --law or --case")
-        return _engine_profile(spec, junit, device, json_)
+        found, code = _engine_profile(spec, junit, device, json_)
+        write_run(out, found, typed_again(context), screen)
+        return code
     laws = chosen_laws(law or [])
     if case is not None and len(laws) != 1:
         raise UsageError("--case: needs the --law that it is a case of")
@@ -84,7 +93,7 @@ def command(
     finally:
         torch.set_num_threads(threads)
         subject.close()
-    print_results(results, spec, str(on), sys.stderr if json_ else sys.stdout)
+    print_results(results, spec, str(on), screen)
     for note in notes:
         print(f"verify: {note}", file=sys.stderr)
     if junit is not None:
@@ -93,16 +102,20 @@ def command(
         except OSError as error:
             raise UsageError(f"--junit {junit}: cannot be written: {error.strerror or error}") from None
     hand_over(cases_of_laws(results), f"verify props {spec}", format_, None)
+    content = to_json(results, spec, str(on), describe(str(on))) if json_ or out is not None else {}
+    write_run(out, content, typed_again(context), screen)
     if json_:
-        print(to_json_text(to_json(results, spec, str(on), describe(str(on)))), end="")
+        print(to_json_text(content), end="")
     if len(results) < len(laws):
         print(f"verify: interrupted after {len(results)} of {len(laws)} laws", file=sys.stderr)
         return EXIT_INTERRUPTED
     return exit_code(results)
 
 
-def _engine_profile(spec: str, junit: Path | None, device: str | None, json_: bool) -> int:
-    """The operator test: every cell of the grid. Exit codes as for laws."""
+def _engine_profile(
+    spec: str, junit: Path | None, device: str | None, json_: bool
+) -> tuple[dict[str, Any], int]:
+    """The operator test: every cell of the grid, as JSON, and the exit code, as for laws."""
     import torch
 
     from verify.laws import subject_of
@@ -127,9 +140,10 @@ def _engine_profile(spec: str, junit: Path | None, device: str | None, json_: bo
     print_grid(found, spec, on, sys.stderr if json_ else sys.stdout)
     if junit is not None:
         write_grid_junit(found, spec, on, junit)
+    content = grid_json(found, spec, on, describe(on))
     if json_:
-        print(to_json_text(grid_json(found, spec, on, describe(on))), end="")
-    return exit_code([result for _, result in found])
+        print(to_json_text(content), end="")
+    return content, exit_code([result for _, result in found])
 
 
 def chosen_laws(names: Sequence[str]) -> list[Law]:

@@ -1,4 +1,4 @@
-"""`verify report`: the reports of a run again, or two runs side by side."""
+"""`verify report`: the reports of a run again, or runs of one command side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]", help="folder of a run")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the comparison; default runs/report-TIME")
     ] = None,
@@ -32,31 +32,26 @@ def command(
     """Run the command; exit 0, or by the verdict with --rejudge."""
     # They wait for jinja2 and pyarrow, which the help and refused options need not.
     from verify.ppl.runfolder import PAGE, REPORT, RunFolder
-    from verify.reports.comparison import comparison_html, comparison_markdown
-    from verify.reports.record import StoredPpl, load_run
-    from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, write_reports
+    from verify.reports.comparison import comparison_page
+    from verify.reports.page import page_html, page_markdown
+    from verify.reports.record import load_run
+    from verify.reports.writing import NOT_OF_A_RUN, not_of_a_run, said_by, write_reports
 
     if rejudge:
         return _rejudge(runs, out)
-    if len(runs) > 2:
-        raise UsageError(f"report: expected one run or two, got {len(runs)}")
     if len(runs) == 1:
         if out is not None:
-            raise UsageError(f"--out {out}: is for two runs; the reports of one go into its folder")
-        run = write_reports(runs[0], foreign=True).run
-        print_verdict(run.verdict, run.reasons, sys.stdout, run.notes)
+            raise UsageError(f"--out {out}: is for several runs; the reports of one go into its folder")
+        verdict, reasons, notes, words = said_by(write_reports(runs[0], foreign=True))
+        print_verdict(verdict, reasons, sys.stdout, notes, words)
         print(f"report: {visible(str(runs[0] / PAGE))}", file=sys.stdout)
         return 0
     stored = [load_run(run) for run in runs]
-    of_ppl = [one for one in stored if isinstance(one, StoredPpl)]
-    if other := next((one for one in stored if not isinstance(one, StoredPpl)), None):
-        raise UsageError(f"{other.folder}: a run of verify {other.run.command}, expected verify ppl")
-    first, second = of_ppl
     try:
-        text = comparison_markdown(first, second)
-        page = comparison_html(first, second)
+        text = page_markdown(comparison_page(stored, drawn=False))
+        page = page_html(comparison_page(stored))
     except NOT_OF_A_RUN as error:
-        raise not_of_a_run(runs[1], error) from None
+        raise not_of_a_run(runs[-1], error) from None
     folder = RunFolder.begin(out, "report", groups=False)
     folder.write_text(REPORT, text)
     folder.write_text(PAGE, page)
@@ -67,7 +62,7 @@ def command(
 def _rejudge(runs: list[Path], out: Path | None) -> int:
     """The folder stays as it is: what it would say today is printed."""
     from verify.rejudge import rejudge_diff, rejudge_gen, rejudge_ppl
-    from verify.reports.record import StoredPpl, load_run
+    from verify.reports.record import StoredPage, StoredPpl, load_run
 
     if len(runs) != 1 or out is not None:
         raise UsageError("--rejudge: expected one run, and no --out: it prints what the run is called today")
@@ -78,6 +73,8 @@ def _rejudge(runs: list[Path], out: Path | None) -> int:
         margin = kept[0].evidence.margin
         return _say(margin, rejudge_diff(kept), overall([Decision(p.verdict, []) for p in kept]))
     stored = load_run(runs[0])
+    if isinstance(stored, StoredPage):
+        raise UsageError(f"--rejudge {runs[0]}: expected a run of verify ppl, gen or diff")
     if stored.run.verdict == VOID:
         raise UsageError(f"{runs[0]}: the run is void, there is nothing to judge again")
     if isinstance(stored, StoredPpl):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from verify.arms.alone import TimeShare
 from verify.diff.cells import Cell, alone_family, evidence_of, strata_of, suspicions
-from verify.diff.inputs import DEFAULT_ROWS, DiffSettings
+from verify.diff.inputs import DEFAULT_ROWS, DiffSettings, families_of
 from verify.diff.stored_strata import StoredPair
 from verify.judge.strata import Judgement, StratumResult
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, Verdict, decide
@@ -19,6 +21,14 @@ from verify.machine.command_line import command_line
 
 # 2: `gain` is that of `verify ppl` and `gen`, over all rows, unweighted. 3: `pairs[].strata`.
 SCHEMA = 3
+# Decades a bin of `cells[].elements`, and the first and the last bin.
+BIN, _BINS = 0.25, (-48, 24)
+
+# Settings that the command line leaves out where they are as always.
+_WITH_DEFAULT = (
+    *("path", "seeds", "first_seed", "rows", "most_rows", "n_q", "sequences", "dtype", "margin"),
+    *("allow_same", "strict", "headroom"),
+)
 
 
 class LengthLine(NamedTuple):
@@ -133,6 +143,20 @@ def command_of(settings: DiffSettings, cell: Cell) -> str:
     return command_line(["diff"], {**inputs, **asked, "candidates": [cell.candidate.spec]})
 
 
+def command_of_all(settings: DiffSettings) -> str:
+    """The command that makes the whole diff again."""
+    s = settings
+    drawn: dict[str, Any] = {"captured_from": s.captured_from}
+    if s.captured_from is None:
+        drawn = {"shape": ",".join(s.shapes), "n_kv": ",".join(map(str, s.n_kvs))}
+        every = families_of("all", s.path), families_of("all", s.path, hidden=True)
+        drawn |= {} if s.families in every else {"inputs": ",".join(s.families)}
+        drawn |= {"hidden_nan": True} if s.families == every[1] else {}
+    names = ("baseline", "candidates", "device", *_WITH_DEFAULT)
+    defaults = {f.name: f.default for f in fields(DiffSettings) if f.name in _WITH_DEFAULT}
+    return command_line(["diff"], {**drawn, **{name: getattr(s, name) for name in names}}, defaults=defaults)
+
+
 def run_json(
     settings: DiffSettings,
     results: Sequence[CandidateResult],
@@ -167,6 +191,7 @@ def run_json(
             "n_q": settings.n_q,
         },
         "environment": environment.describe(device),
+        "again": command_of_all(settings),
         "pairs": [
             {
                 "reference": r.baseline,
@@ -180,6 +205,8 @@ def run_json(
                 "bitwise_equal": all(c.bitwise_equal for c in r.cells if c.compared)
                 and any(c.compared for c in r.cells),
                 "looks_like": list(r.looks_like),
+                "lines": summary_lines(r),
+                "again": command_of(settings, r.worst) if r.worst is not None else None,
             }
             for r in results
         ],
@@ -196,6 +223,74 @@ def run_json(
 def detectable(strata: Judgement) -> float | None:
     """A ratio from here on would have been `degraded` in any stratum, nine times of ten. None: no strata."""
     return max((s.detectable for s in strata.strata), default=None)
+
+
+def summary_lines(result: CandidateResult) -> list[dict[str, Any]]:
+    """One row a shape and length, in the order they ran: the worst of each figure over the inputs."""
+    return [_row(line) for line in result.lines]
+
+
+def _row(line: LengthLine) -> dict[str, Any]:
+    cells = [c.candidate for c in line.cells]
+    worst = max(line.cells, key=lambda c: c.candidate.severity)
+    # Where every budget is vacuous none says anything, and no inputs are the worst.
+    measured = [c.measures for c in cells if c.measures is not None]
+    says = worst.candidate.severity > 0 or not measured or any(m.vacuous < 1 for m in measured)
+    return {
+        "shape": worst.inputs.shape,
+        "n_kv": worst.inputs.n_kv,
+        "verdict": line.decision.verdict,
+        "budget": worst.candidate.figure("budget") if says else math.nan,
+        "budget_family": worst.inputs.family if says else "no budget says anything",
+        "lse": _largest([c.figure("lse") for c in cells]),
+        "rms": _largest([c.figure("rms") for c in cells]),
+        "gain": _largest([abs(c.figure("gain")) for c in cells]),
+        "nmse": _largest([c.nmse for c in cells]),
+        "ratio": _ratio(line),
+        "cells": len(cells),
+        "covered": sum(c.covered for c in line.cells),
+    }
+
+
+def _ratio(line: LengthLine) -> str:
+    """R of the stratum that tells, with its own limits; or that errors are equal."""
+    telling = line.strata.telling
+    if telling is None:
+        return "-"
+    if telling.word == "equal":
+        return "equal"
+    return f"{telling.ratio:.3g} ({telling.low:.3g} to {telling.high:.3g})"
+
+
+def _largest(values: Sequence[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return max(known) if known else math.nan
+
+
+def _by_head(cell: Cell) -> dict[str, list[float]]:
+    """Of each query head: largest |error| / budget, and rms error over the baseline's; what is known."""
+    found: dict[str, list[float]] = {}
+    if (heat := cell.candidate.heat).size:
+        found["budget"] = [_short(x) for x in heat.max(0)]
+    if (s := cell.stratum) is not None and len(s.candidate):
+        with np.errstate(all="ignore"):
+            found["ratio"] = [_short(x) for x in np.sqrt(s.candidate.sum(0) / s.reference.sum(0))]
+    return found
+
+
+def _elements(ratios: np.ndarray) -> dict[str, Any] | None:
+    """How many checked elements have which |error| / budget; None where none has one above 0."""
+    known = ratios[np.isfinite(ratios) & (ratios > 0)]
+    if not known.size:
+        return None
+    bins = np.clip(np.floor(np.log10(known) / BIN).astype(int), *_BINS)
+    first = int(bins.min())
+    return {"first": first * BIN, "step": BIN, "counts": np.bincount(bins - first).tolist()}
+
+
+def _short(x: float) -> float:
+    """Of four digits: what a colour shows."""
+    return float(f"{x:.4g}")
 
 
 def _ratio_json(telling: StratumResult | None) -> dict[str, Any]:
@@ -251,6 +346,8 @@ def _cell_json(settings: DiffSettings, result: CandidateResult, cell: Cell) -> d
         "covered": cell.covered,
         "bitwise_equal": cell.bitwise_equal,
         "again": command_of(settings, cell),
+        "by_head": _by_head(cell),
+        "elements": _elements(cell.candidate.ratios),
         **cell.candidate.to_json(),
         "baseline": cell.baseline.to_json(),
     }

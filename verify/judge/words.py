@@ -99,6 +99,96 @@ VERDICTS_OF_FILES: dict[str, VerdictWord] = VERDICTS | {
     ),
 }
 
+# Of laws: whether they hold for a kernel.
+LAW_WORDS: dict[str, VerdictWord] = {
+    "holds": VerdictWord(
+        0,
+        "no case that was tried breaks a law of attention",
+        "that none does: cases are drawn at random, and rows are short",
+        "verify diff, for errors at the lengths that matter",
+    ),
+    "broken": VerdictWord(
+        1,
+        "a law of attention does not hold: the kernel computes something else",
+        "which line of the kernel: the smallest case that still breaks the law is below",
+        "run the command below the law, or keep its test",
+    ),
+    "nothing shown": VerdictWord(
+        3,
+        "no law applies to this kernel",
+        "that the kernel is right",
+        "read why each law does not apply",
+    ),
+}
+
+# Of a kernel nobody trusts.
+JUDGE_WORDS: dict[str, VerdictWord] = VERDICTS | {
+    "passed": VerdictWord(
+        0,
+        "errors are within their budgets, laws hold, and no way to look right without being it was caught",
+        "that it is fast, or right for calls that were not tried",
+        "verify ppl, for what it does to a model",
+    ),
+    "cheats": VerdictWord(
+        1,
+        "it looks right without being it: its results do not follow from its inputs as attention's do",
+        "that this is on purpose",
+        "read the check that caught it",
+    ),
+}
+
+# Of an arithmetic that is read off a kernel.
+IDENTIFY_WORDS: dict[str, VerdictWord] = {
+    "identified": VerdictWord(
+        0,
+        "the arithmetic was read off the kernel's results, at the lengths that were asked",
+        "that it is right: verify diff holds its errors against the budget of this arithmetic",
+        "verify diff; a kernel that states nothing is held to what is read here",
+    ),
+    "contradicts itself": VerdictWord(
+        0,
+        "the kernel states another arithmetic than its results show",
+        "which of the two was meant",
+        "correct what is stated, or the kernel",
+    ),
+    "not identifiable": VerdictWord(
+        3,
+        "its results do not answer the questions that tell arithmetics apart",
+        "that it is wrong",
+        "verify props and verify diff, with its arithmetic stated by hand",
+    ),
+}
+
+# Of speed logs.
+SWEEP_WORDS: dict[str, VerdictWord] = {
+    "slower": VerdictWord(
+        1,
+        "a file is significantly slower than the one it is compared with",
+        "why: a change of plan shows as a change point at the length where it begins",
+        "verify plan, for where each version changes its plan",
+    ),
+    "not slower": VerdictWord(
+        0,
+        "no file is significantly slower than the one it is compared with",
+        "that the outputs are alike: speed says nothing of them",
+        "verify engines, for what the outputs do",
+    ),
+}
+
+_OF_COMMANDS = {
+    "props": LAW_WORDS,
+    "judge": JUDGE_WORDS,
+    "identify": IDENTIFY_WORDS,
+    "sweep": SWEEP_WORDS,
+    "kld": VERDICTS_OF_FILES,
+    "logprobs": VERDICTS_OF_FILES,
+}
+
+
+def words_of(command: str) -> dict[str, VerdictWord]:
+    """What the outcomes of a command mean."""
+    return _OF_COMMANDS.get(command, VERDICTS)
+
 
 def verdict_page(width: int = 80) -> str:
     """Every verdict with its exit code, its meaning and the next step, as text."""

@@ -52,5 +52,26 @@ def command_line(
     return shlex.join(line)
 
 
+# Where results go is no part of what was asked.
+_OUTPUTS = ("out", "json_", "junit", "format_", "markdown", "csv")
+
+
+def typed_again(context: Any) -> str:
+    """The command line of a click context: what was typed, but for where its results go."""
+    words, options = ["verify", context.info_name], []
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name)
+        if source is None or source.name != "COMMANDLINE" or param.name in _OUTPUTS:
+            continue
+        given = [str(one) for one in _several(context.params[param.name])]
+        if param.param_type_name == "argument":
+            words += given
+        elif getattr(param, "is_flag", False):
+            options.append(max(param.opts, key=len))
+        else:
+            options += [word for one in given for word in (max(param.opts, key=len), one)]
+    return shlex.join(words + options)
+
+
 def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -41,3 +41,9 @@ def make_folder(option: str, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_new_folder(out: Path | None) -> None:
+    """Raises UsageError where `write_run` could not write there, before anything is measured."""
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: expected a new or an empty folder")

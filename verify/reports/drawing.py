@@ -8,14 +8,22 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from verify.reports.colours import GRID, HARM, with_variables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Inches: as wide as a phone, so that 9 points stay 9 points there.
 SIZE = (4.9, 3.1)
+# Letters of names of which four stand side by side.
+_SHORT_NAME = 12
+# Inches of a scale of colours and its numbers.
+_SCALE = 0.7
 
 
 class Picture(NamedTuple):
@@ -26,7 +34,8 @@ class Picture(NamedTuple):
     svg: str
 
 
-def new_figure(height: float = SIZE[1]) -> tuple[Figure, Any]:
+def new_figure(height: float = SIZE[1], *, left: float = 0.85, right: float = 0.1) -> tuple[Figure, Any]:
+    """A figure of SIZE's width with one pair of axes; height, and the room beside them, in inches."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -36,7 +45,7 @@ def new_figure(height: float = SIZE[1]) -> tuple[Figure, Any]:
     figure = Figure(figsize=(SIZE[0], height))
     FigureCanvasSVG(figure)
     # Fixed edges in inches: a layout engine would take longer than the drawing.
-    left, right, bottom, top = 0.85, 0.1, 0.5, 0.22
+    bottom, top = 0.5, 0.36
     axis = figure.add_axes(
         (
             left / SIZE[0],
@@ -45,7 +54,7 @@ def new_figure(height: float = SIZE[1]) -> tuple[Figure, Any]:
             (height - bottom - top) / height,
         )
     )
-    axis.grid(True, color="#eeeeee", lw=0.6)
+    axis.grid(True, color=GRID, lw=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -56,20 +65,82 @@ def new_figure(height: float = SIZE[1]) -> tuple[Figure, Any]:
 
 
 def legend(axis: Any, entries: int) -> None:
-    if entries and axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=False, ncols=2 if entries > 3 else 1)
+    """Above the axes, where it hides nothing."""
+    if entries and (names := axis.get_legend_handles_labels()[1]):
+        axis.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0.1,
+            fontsize=8,
+            frameon=False,
+            ncols=2 if max(map(len, names)) > _SHORT_NAME else 4,
+        )
 
 
-def plain_powers(axis: Any) -> None:
-    """A logarithmic y axis with the powers of ten alone, or, within one power, some numbers between."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+def plain_powers(axis: Any, *, along: str = "y") -> None:
+    """A logarithmic axis, y or x: its powers of ten alone, or, within few powers, some numbers between."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    low, high = axis.get_ylim()
-    if high / low < 20:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    # Written as 1e-7: powers set as mathematics take longer than the rest of the picture.
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}".replace("e-0", "e-")))
-    axis.yaxis.set_minor_locator(NullLocator())
+    low, high = axis.get_ylim() if along == "y" else axis.get_xlim()
+    of = axis.yaxis if along == "y" else axis.xaxis
+    if high / low < 3:
+        of.set_major_locator(MaxNLocator(4))
+    elif high / low < 20:
+        of.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    of.set_major_formatter(FuncFormatter(lambda x, _: _plain(x, 2 if high / low < 3 else 1)))
+    of.set_minor_locator(NullLocator())
+
+
+def plain_numbers(axis: Any) -> None:
+    """A linear y axis whose numbers are written out, each with its own power of ten."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _plain(y, 2)))
+
+
+def _plain(x: float, digits: int) -> str:
+    """As 1e-7: powers that are set as mathematics take longer than the rest of the picture."""
+    if x == 0 or 1e-3 < abs(x) < 1e4:
+        return f"{x:.{digits + 1}g}" if abs(x) < 10 else f"{x:.0f}"
+    mantissa, power = f"{x:.{digits - 1}e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(power)}"
+
+
+def heat_map(
+    values: np.ndarray,
+    lengths: Sequence[str],
+    *,
+    ticks: Sequence[float],
+    colours: str,
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """A picture of values [rows, columns] > 0 on a logarithmic scale of colours; NaN stays blank.
+
+    ticks: of the scale, its first and last are its ends; lengths: names of the rows, from below.
+    """
+    import matplotlib
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import NullLocator
+
+    low, high = ticks[0], ticks[-1]
+    height, left = min(1.25 + 0.24 * len(lengths), 3.4), 0.5 + 0.055 * max(map(len, lengths))
+    figure, axis = new_figure(height, left=left, right=_SCALE)
+    axis.grid(visible=False)
+    map_of = matplotlib.colormaps[colours].with_extremes(over=HARM)
+    edges = np.arange(values.shape[1] + 1) - 0.5, np.arange(values.shape[0] + 1) - 0.5
+    image = axis.pcolormesh(*edges, np.ma.masked_invalid(values), norm=LogNorm(low, high), cmap=map_of)
+    axis.set_yticks(range(len(lengths)), lengths)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    place = axis.get_position()
+    beside = figure.add_axes((place.x1 + 0.1 / SIZE[0], place.y0, 0.12 / SIZE[0], place.height))
+    bar = figure.colorbar(image, cax=beside, extend="max")
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.set_ticks(list(ticks), labels=[f"{x:g}" for x in ticks])
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+    return figure
 
 
 def plain_ratios(axis: Any) -> None:
@@ -105,7 +176,7 @@ def finish(name: str, figure: Figure, caption: str) -> Picture:
     svg = re.sub(r'<g id="[a-z0-9.]+_\d+"', "<g", svg)
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*" ?', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?)height="[^"]*" ?', r"\1", svg, count=1)
-    return Picture(name, caption, svg.strip())
+    return Picture(name, caption, with_variables(svg.strip()))
 
 
 def with_prefix(picture: Picture, prefix: str) -> Picture:

@@ -10,6 +10,7 @@ import numpy as np
 from verify.gen.record import GenPairRecord, GenRun
 from verify.kernels.said import visible
 from verify.machine.terminal import counted
+from verify.reports.colours import BASELINE, CANDIDATES, FLOOR
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
 from verify.reports.record import StoredGen, gen_command
 from verify.reports.split_mode import shared_out
@@ -106,6 +107,7 @@ def _content(run: GenRun) -> dict[str, Any]:
             f"{shared_out(run.tensor_parallel)}"
         ),
         "command": gen_command(run),
+        "again": [gen_command(run)],
         "facts": [model_fact(run.model), *flat(run.environment)],
     }
 
@@ -118,13 +120,13 @@ def _margins(stored: StoredGen, pair: GenPairRecord) -> Picture | None:
         return None
     steps = np.arange(1, len(margin) + 1)
     drawn, axis = new_figure()
-    axis.plot(steps, np.maximum(margin, 1e-7), ".-", lw=0.8, color="#1f5fa8", label="margin of the top two")
+    axis.plot(steps, np.maximum(margin, 1e-7), ".-", lw=0.8, color=BASELINE, label="margin of the top two")
     at = [d.step for d in pair.disagreements]
     if at:
-        axis.plot(steps[at], np.maximum(margin[at], 1e-7), "D", color="#c2410c", label="disagrees")
+        axis.plot(steps[at], np.maximum(margin[at], 1e-7), "D", color=CANDIDATES[0], label="disagrees")
     for value, name, colour in (
-        (pair.margin_moved_rms, "moved by the candidate", "#c2410c"),
-        (pair.margin_moved_rms_floor, "moved by rounding", "#9a9a9a"),
+        (pair.margin_moved_rms, "moved by the candidate", CANDIDATES[0]),
+        (pair.margin_moved_rms_floor, "moved by rounding", FLOOR),
     ):
         if is_known(value) and value:
             axis.axhline(value, color=colour, ls="--", lw=1, label=name)

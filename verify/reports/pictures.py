@@ -16,11 +16,22 @@ import numpy as np
 from verify.judge.strata import improvement_of
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.ppl.record import FROZEN_SUFFIX
+from verify.reports.colours import (
+    ARMS,
+    CANDIDATES,
+    HARM,
+    MARGIN_BAND,
+    NOISE,
+    OF_NOISE,
+    OTHER_PLAN_BAND,
+    ZERO,
+)
 from verify.reports.drawing import (
     Picture,
     finish,
     legend,
     new_figure,
+    plain_numbers,
     plain_powers,
     plain_ratios,
     with_prefix,
@@ -28,9 +39,6 @@ from verify.reports.drawing import (
 from verify.reports.record import StoredPpl
 from verify.reports.templating import is_known
 
-COLOURS = {"exact": "#000000", "floor": "#9a9a9a", "baseline": "#1f5fa8", "control": "#1f5fa8"}
-CANDIDATES = ("#c2410c", "#0f766e", "#7e22ce", "#a16207", "#be185d")
-NOISE = "#c9d3df"
 BLOCK_TOKENS = 32
 RANGES = 8
 
@@ -66,9 +74,9 @@ def distance_ratios(stored: StoredPpl) -> Picture | None:
         return None
     margin = stored.run.settings.get("margin", DEFAULT_MARGIN)
     figure, axis = new_figure(height=1.0 + 0.35 * len(pairs))
-    axis.axvspan(improvement_of(margin), margin, color="#e5ecf4", lw=0)
-    axis.axvline(1, color="#666666", lw=0.8)
-    axis.axvline(margin, color="#b00020", lw=0.8, ls="--")
+    axis.axvspan(improvement_of(margin), margin, color=MARGIN_BAND, lw=0)
+    axis.axvline(1, color=ZERO, lw=0.8)
+    axis.axvline(margin, color=HARM, lw=0.8, ls="--")
     for i, (candidate, ratio, limits) in enumerate(pairs):
         # A limit that is not known is one without end.
         low, high = (math.inf if math.isnan(x) else x for x in limits)
@@ -159,7 +167,7 @@ def nll_differences(stored: StoredPpl) -> Picture | None:
     figure, axis = new_figure()
     band = 2 * float(np.sqrt(np.mean(np.square(noise_of_blocks))))
     axis.axhspan(-band, band, color=NOISE, lw=0)
-    axis.axhline(0, color="#666666", lw=0.8)
+    axis.axhline(0, color=ZERO, lw=0.8)
     most = max(len(values) for values in drawn.values())
     for name, values in drawn.items():
         x = (np.arange(len(values)) + 0.5) * BLOCK_TOKENS
@@ -167,7 +175,7 @@ def nll_differences(stored: StoredPpl) -> Picture | None:
             x, values, "." if most > 60 else ".-", color=_colour(stored, name), ms=4, lw=0.8, label=name
         )
     axis.set(xlabel="scored token", ylabel="nats a token")
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    plain_numbers(axis)
     legend(axis, len(drawn))
     return finish(
         "nll",
@@ -189,7 +197,7 @@ def divergence_by_length(stored: StoredPpl) -> Picture | None:
     def shade(axis: Any) -> None:
         low, high = axis.get_xlim()
         for first, last in changed:
-            axis.axvspan(max(first, low), min(last, high), color="#fdf1e3", lw=0, zorder=0)
+            axis.axvspan(max(first, low), min(last, high), color=OTHER_PLAN_BAND, lw=0, zorder=0)
         axis.set_xlim(low, high)
 
     return _lines(
@@ -213,9 +221,9 @@ def noise(stored: StoredPpl) -> Picture | None:
     figure, axis = new_figure(height=1.4 + 0.45 * len(groups))
     for i, group in enumerate(groups):
         thetas = [math.nan if arm.theta is None else arm.theta for arm in group.arms]
-        axis.plot(thetas, [i] * len(thetas), "o", color="#8aa0b8", ms=5)
+        axis.plot(thetas, [i] * len(thetas), "o", color=OF_NOISE, ms=5)
         if group.theta_limits:
-            axis.plot(group.theta_limits, [i, i], "|-", color="#8aa0b8", lw=1, ms=14)
+            axis.plot(group.theta_limits, [i, i], "|-", color=OF_NOISE, lw=1, ms=14)
         for c in group.candidates:
             axis.plot([c.theta], [i], "D", color=_colour(stored, c.candidate), label=c.candidate)
     axis.set_yticks(range(len(groups)), [g.reference for g in groups])
@@ -296,7 +304,7 @@ def _blocks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _colour(stored: StoredPpl, arm: str) -> str:
     role = next((a.role for a in stored.run.arms if a.name == arm), "")
-    if role in COLOURS:
-        return COLOURS[role]
+    if role in ARMS:
+        return ARMS[role]
     names = [a.name for a in stored.run.arms if a.role == "candidate"]
     return CANDIDATES[names.index(arm) % len(CANDIDATES)] if arm in names else NOISE

@@ -41,6 +41,7 @@ def _content(run: PplRun) -> dict[str, Any]:
         "repeats": [arm.name for arm in run.arms if arm.role in ("control", "noise")],
         "pair_of": {pair.candidate: pair for pair in run.pairs},
         "command": ppl_command(run),
+        "again": [ppl_command(run)],
         "cache_columns": COLUMNS,
         "caches": cache_rows(run),
         "facts": _facts(run),

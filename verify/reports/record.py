@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -65,8 +67,20 @@ class StoredGen(StoredRun):
     run: GenRun
 
 
-def load_run(folder: Path) -> StoredPpl | StoredGen:
-    """A finished run of `verify ppl` or `verify gen`, of this schema or an earlier one.
+@dataclass(frozen=True, kw_only=True)
+class StoredPage:
+    """A run of a command whose page is made from run.json alone."""
+
+    folder: Path
+    run: Mapping[str, Any]  # as it was written; a stranger's may hold anything
+
+
+# Commands whose pages are made from run.json alone.
+OF_JSON = ("diff", "props", "judge", "identify", "kld", "sweep")
+
+
+def load_run(folder: Path) -> StoredPpl | StoredGen | StoredPage:
+    """A finished run of any command that leaves a folder, of this schema or an earlier one.
 
     Raises UsageError, naming folder, file and field, where there is no such run to read.
     """
@@ -80,11 +94,15 @@ def load_run(folder: Path) -> StoredPpl | StoredGen:
         stored = all_visible(read_json(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
+    if isinstance(stored, dict) and stored.get("command") in OF_JSON:
+        return StoredPage(folder=folder, run=stored)
     if not isinstance(stored, dict) or not {"command", "verdict", "settings"} <= stored.keys():
         raise UsageError(f"{path}: expected an object with command, verdict and settings")
     tokens, layers = _table(folder / "tokens.parquet"), _table(folder / "layers.parquet")
     if stored["command"] not in ("ppl", "gen"):
-        raise UsageError(f"{folder}: a run of verify {stored['command']}, expected one of: ppl, gen")
+        raise UsageError(
+            f"{folder}: a run of verify {stored['command']}, expected one of: ppl, gen, {', '.join(OF_JSON)}"
+        )
     check_schema(stored, str(path))
     if stored["command"] == "ppl":
         run = ppl_run_from_json(stored, str(path))

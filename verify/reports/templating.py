@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import jinja2
 
 from verify.arms.records import CoverageRecord, ModelRecord
+from verify.judge.words import words_of
 from verify.kernels.said import visible
+from verify.reports.colours import DARK, variables
 
 
 def is_known(x: float | None) -> TypeGuard[float]:
@@ -73,13 +78,27 @@ def model_fact(model: ModelRecord) -> tuple[str, str]:
     return "model", f"{model.path} ({model.bytes} bytes, fingerprint {model.fingerprint[:16]})"
 
 
+# A person's folder, wherever a report was made from a run.
+_HOMES = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]Users[\\/])[^/\\\s'\"<>:]+|(?<![\w.~/-])/root\b")
+
+
+def without_home(text: str) -> str:
+    """The text without home folders (`~` is there in their place) and without the user's name in a path."""
+    home = os.environ.get("HOME", "").rstrip("/")
+    if home:
+        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+    text = _HOMES.sub("~", text)
+    user = os.environ.get("USER") or Path(home).name
+    return re.sub(rf"(?<=/){re.escape(user)}(?=/)", "$USER", text) if user else text
+
+
 def _is_page(name: str | None) -> bool:
     return name is not None and name.endswith(".html.j2")
 
 
 def _shown(value: object) -> object:
-    """What a model or a kernel said, without control characters; markup stays markup."""
-    return type(value)(visible(value)) if isinstance(value, str) else value
+    """What a model or a kernel said, without control characters and homes; markup stays markup."""
+    return type(value)(without_home(visible(value))) if isinstance(value, str) else value
 
 
 # Values are escaped in pages, and only there.
@@ -91,4 +110,5 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
     trim_blocks=False,
 )
+TEMPLATES.globals |= {"dark": variables(DARK), "words_of": words_of}
 TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell, calls)}

@@ -8,15 +8,8 @@ from typing import TextIO
 from verify.judge.words import VERDICTS, VerdictWord, next_line
 from verify.machine.terminal import console_on, on_terminal
 
-_COLOURS = {
-    "identical": "green",
-    "round-off": "green",
-    "improved": "green",
-    "degraded": "red",
-    "broken": "red",
-    "inconclusive": "yellow",
-    "void": "yellow",
-}
+# By exit code: as it should be, not so, and what cannot be told.
+_COLOURS = {0: "green", 1: "red"}
 
 
 def verdict_lines(
@@ -59,5 +52,10 @@ def print_verdict(
     body.append(f"\n\n{verdict} means: {word.means}", style="dim")
     body.append(f"\nnext: {word.next_step} (verify help verdicts)")
     console.print(
-        Panel(body, title=f"verdict: {verdict}", title_align="left", border_style=_COLOURS[verdict])
+        Panel(
+            body,
+            title=f"verdict: {verdict}",
+            title_align="left",
+            border_style=_COLOURS.get(word.code, "yellow"),
+        )
     )

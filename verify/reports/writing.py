@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
-from verify.kernels.said import one_line
+from verify.judge.words import VerdictWord, words_of
+from verify.kernels.said import one_line, visible
 from verify.machine.errors import UsageError
-from verify.ppl.runfolder import PAGE, REPORT, RunFolder
+from verify.ppl.runfolder import PAGE, REPORT, RESULT, RunFolder
 from verify.reports.gen import gen_html, gen_markdown
+from verify.reports.page import page_html, page_markdown
+from verify.reports.pages import page_of
 from verify.reports.ppl import report_html, report_markdown
-from verify.reports.record import StoredGen, StoredPpl, load_run
+from verify.reports.record import StoredGen, StoredPage, StoredPpl, load_run
 
 # What figures that contradict one another, and tables of other columns, make of a report.
 NOT_OF_A_RUN = (
@@ -31,7 +36,18 @@ def not_of_a_run(folder: Path, error: Exception) -> UsageError:
     return UsageError(f"{folder}: what it holds is not what a run leaves: {said}")
 
 
-def write_reports(folder: Path, *, foreign: bool = False) -> StoredPpl | StoredGen:
+def write_run(out: Path | None, content: Mapping[str, Any], again: str, to: TextIO) -> None:
+    """A folder of run.json (what `--json` prints, and the command) and its reports, if asked for."""
+    if out is None:
+        return
+    folder = RunFolder.create(out, groups=False)
+    folder.write_json(RESULT, {**content, "again": again})
+    write_reports(folder.path)
+    folder.release()
+    print(f"report: {visible(str(folder.path / PAGE))}", file=to, flush=True)
+
+
+def write_reports(folder: Path, *, foreign: bool = False) -> StoredPpl | StoredGen | StoredPage:
     """Write report.md and report.html into the folder of a finished run, from what lies there.
 
     foreign: the folder was not written just now, by this process; what it holds may be anything. Raises
@@ -41,6 +57,11 @@ def write_reports(folder: Path, *, foreign: bool = False) -> StoredPpl | StoredG
     try:
         if isinstance(stored, StoredPpl):
             texts = {REPORT: report_markdown(stored), PAGE: report_html(stored)}
+        elif isinstance(stored, StoredPage):
+            texts = {
+                REPORT: page_markdown(page_of(stored.run, drawn=False)),
+                PAGE: page_html(page_of(stored.run)),
+            }
         else:
             texts = {REPORT: gen_markdown(stored), PAGE: gen_html(stored)}
     except NOT_OF_A_RUN as error:
@@ -50,3 +71,14 @@ def write_reports(folder: Path, *, foreign: bool = False) -> StoredPpl | StoredG
     for name, text in texts.items():
         into.write_text(name, text)
     return stored
+
+
+def said_by(
+    stored: StoredPpl | StoredGen | StoredPage,
+) -> tuple[str, Sequence[str], Sequence[str], Mapping[str, VerdictWord]]:
+    """The verdict of a run, reasons, notes, and what its command's verdicts mean."""
+    if isinstance(stored, StoredPage):
+        page = page_of(stored.run, drawn=False)
+        return page.verdict, page.reasons, page.notes, words_of(page.command)
+    run = stored.run
+    return run.verdict, run.reasons, run.notes, words_of(run.command)

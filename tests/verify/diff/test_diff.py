@@ -43,7 +43,12 @@ def test_a_split_is_round_off_with_its_evidence(tmp_path: Path) -> None:
     assert {line["spec"] for line in report["coverage"]} == {"eager", "eager:kv=2"}
     assert "err/budget" in (tmp_path / "d/report.md").read_text()
     page = (tmp_path / "d/report.html").read_text()
-    assert "data:image/png;base64," in page
+    # By head and length: errors over their bounds, and over the baseline's.
+    assert page.count("<svg") >= 4 and "by query head and length" in page
+    made = [(tmp_path / "d" / name) for name in ("report.md", "report.html")]
+    before = [path.read_text() for path in made]
+    assert verify("report", str(tmp_path / "d")).returncode == done.returncode
+    assert [path.read_text() for path in made] == before
     assert not re.findall(r'(?:src|href)="?(?!data:|#)[^" >]*//', page)
 
 

@@ -194,7 +194,7 @@ def test_two_runs_side_by_side(run: Path, finished: Path, browser: Browser, tmp_
     assert "| candidate-1: distance ratio |" in done.stdout
     assert "| 1.23 (" in done.stdout
     assert "| seed | 0 | 7 |" in done.stdout
-    assert "baseline (eager:block=16): the same bits in both runs, 186 tokens" in done.stdout
+    assert "baseline (eager:block=16): the same bits in A and B, 186 tokens" in done.stdout
     opened = browser.open(out / "report.html", width=PHONE)
     assert (opened.said, opened.requests) == ([], [])
     assert opened.scrolls <= PHONE
@@ -223,12 +223,14 @@ def test_the_command_makes_the_run_again(finished: Path) -> None:
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     assert_refused(verify("report", str(tmp_path / "nowhere")), "nowhere", "no run.json there")
-    assert_refused(verify("report", str(run), str(run), str(run)), "expected one run or two")
     assert_refused(verify("report", str(run), "--out", str(tmp_path / "x")), "--out")
     (tmp_path / "settings.json").write_text("{}")
     assert_refused(verify("report", str(tmp_path)), "is not finished", "--resume")
-    change(run, command="diff")
-    assert_refused(verify("report", str(run)), "a run of verify diff")
+    change(run, command="bench")
+    assert_refused(verify("report", str(run)), "a run of verify bench")
+    change(run, command="diff", pairs=3)
+    assert_refused(verify("report", str(run)), "is not what a run leaves")
+    change(run, command="ppl", pairs=[])
     (run / "tokens.parquet").write_text("no table")
     assert_refused(verify("report", str(run)), "tokens.parquet", "cannot be read")
     (run / "run.json").write_text("{}")
