@@ -83,10 +83,12 @@ def test_a_message_names_file_and_field(change: dict[str, Any], said: str) -> No
 
 @pytest.mark.parametrize("command", ["ppl", "gen"])
 def test_a_run_of_the_schema_before_is_read_and_reported_as_it_was(earlier: Path, command: str) -> None:
-    before = (earlier / command / "report.md").read_text()
+    before = (earlier / command / "report.md").read_text().splitlines()
     done = verify("report", str(earlier / command))
     assert done.returncode == 0, done.stderr
-    assert (earlier / command / "report.md").read_text() == before
+    # What a verdict means is told since; all else stands as it stood.
+    now = (earlier / command / "report.md").read_text().splitlines()
+    assert [line for line in now if line and not line.startswith("Means: ")] == list(filter(None, before))
     assert json.loads((earlier / command / "run.json").read_text())["schema"] == 2
 
 
