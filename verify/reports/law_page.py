@@ -51,9 +51,9 @@ def props_page(run: Mapping[str, Any], *, drawn: bool = True) -> Page:
             )
         )
     if by["not applicable"]:
-        rows = [(law["name"], law["reason"]) for law in by["not applicable"]]
-        table = PageTable(("law", "why"), rows, ("law", "why"))
-        sections.append(Section(heading=f"{len(rows)} laws do not apply", table=table, folded=True))
+        idle_rows = [(law["name"], law["reason"]) for law in by["not applicable"]]
+        table = PageTable(("law", "why"), idle_rows, ("law", "why"))
+        sections.append(Section(heading=f"{len(idle_rows)} laws do not apply", table=table, folded=True))
     verdict = "broken" if by["broken"] else "holds" if held else "nothing shown"
     return Page(verdict=verdict, reasons=[*reasons, said], sections=sections, **common)
 
