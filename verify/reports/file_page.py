@@ -53,9 +53,9 @@ def kld_page(run: Mapping[str, Any], *, drawn: bool = True) -> Page:
 
 
 def _closing_row(row: Mapping[str, Any]) -> ClosingRow:
-    found = (row[name] for name in ClosingRow._fields[2:])
-    estimates = (e and Estimate(_number(e["value"]), _number(e["error"])) for e in found)
-    return ClosingRow(row["name"], row["size"], *estimates)
+    found = {name: row[name] for name in ClosingRow._fields[2:]}
+    estimates = {name: e and Estimate(_number(e["value"]), _number(e["error"])) for name, e in found.items()}
+    return ClosingRow(name=row["name"], size=row["size"], **estimates)
 
 
 def _number(x: float | None) -> float:
