@@ -25,11 +25,11 @@ class PageTable(NamedTuple):
 class Section:
     """A part of a page under one heading."""
 
-    heading: str
+    heading: str  # a few words
     verdict: str = ""  # of its own, beside the heading
     said: Sequence[str] = ()  # sentences, each a bullet
     pictures: Sequence[Picture] = ()  # side by side where there is room
-    table: PageTable | None = None
+    table: PageTable | None = None  # below the pictures
     aside: str = ""  # what the columns mean
     code: Sequence[str] = ()  # texts whose lines stay as they are
     folded: bool = False  # shown when it is asked for
@@ -44,7 +44,7 @@ class Page:
     reasons: Sequence[str]  # for it, sentences
     notes: Sequence[str] = ()  # what a reader must know
     subject: str = ""  # what was looked at
-    sections: Sequence[Section] = ()
+    sections: Sequence[Section] = ()  # in their order
     again: Sequence[str] = ()  # commands
     facts: Sequence[tuple[str, Any]] = ()  # what it ran on
 
