@@ -15,7 +15,6 @@ from verify.kernels.faults.record import Variant
 from verify.kernels.faults.tile_kernel import State, TileKernel, TileRow
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, merge_tree
-from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions
 
@@ -92,16 +91,6 @@ class MaximumOffset(TileKernel):
     """
 
     offset = 3 * 0.6931
-
-    def update(self, state: State, s: torch.Tensor, v: torch.Tensor) -> None:
-        self.rescaled(state, torch.maximum(state.m, s.amax(-1)))
-        shift = torch.where(torch.isneginf(state.m), 0.0, state.m)
-        p = self.exp(s - (shift + self.offset)[..., None])
-        state.l = state.l + self.summed(p)
-        state.a = self.accumulate(state.a, p.to(FLOAT_TYPES[self.p].dtype).float(), v)
-
-    def closed(self, state: State) -> Part:
-        return super().closed(replace(state, m=state.m + self.offset))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
         return replace(super().arithmetic(shape, path), p_shift=self.offset)

@@ -60,6 +60,9 @@ class State:
 class TileKernel(Kernel):
     """The correct kernel. `plan` is asked for, `p`, `out`, `acc` as in `Arithmetic`."""
 
+    # Nats that are added to the running maximum.
+    offset = 0.0
+
     def __init__(
         self,
         spec: str,
@@ -262,7 +265,7 @@ class TileKernel(Kernel):
     def update(self, state: State, s: torch.Tensor, v: torch.Tensor) -> None:
         """One tile of keys."""
         self.rescaled(state, torch.maximum(state.m, s.amax(-1)))
-        shift = torch.where(torch.isneginf(state.m), 0.0, state.m)
+        shift = torch.where(torch.isneginf(state.m), 0.0, state.m) + self.offset
         p = self.exp(s - shift[..., None])
         state.l = state.l + self.summed(p)
         state.a = self.accumulate(state.a, p.to(FLOAT_TYPES[self.p].dtype).float(), v)
@@ -279,7 +282,7 @@ class TileKernel(Kernel):
         """The normalised result of a part; nothing seen gives (0, -inf)."""
         empty = state.l == 0
         o = state.a / torch.where(empty, 1.0, state.l)[..., None]
-        return Part(o, torch.where(empty, -math.inf, state.m + torch.log(state.l)))
+        return Part(o, torch.where(empty, -math.inf, state.m + self.offset + torch.log(state.l)))
 
     def stored(self, row: TileRow, parts: list[Part]) -> list[Part]:
         """Partial results as they are written to memory and read back."""
@@ -305,10 +308,12 @@ class TileKernel(Kernel):
         return Part(result.out.to(FLOAT_TYPES[self.out].dtype).float(), result.lse)
 
 
-def accumulate_f16(a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """a + p v in a float16 accumulator, rounded once a rescale and once a matrix instruction."""
+def accumulate_f16(
+    a: torch.Tensor, p: torch.Tensor, v: torch.Tensor, step: int = MMA_KEYS
+) -> torch.Tensor:
+    """a + p v in a float16 accumulator, rounded once a rescale and once for every `step` keys."""
     a = a.half().float()
-    for first in range(0, p.shape[-1], MMA_KEYS):
-        step = slice(first, first + MMA_KEYS)
-        a = (a + torch.einsum("thn,nhd->thd", p[..., step], v[step])).half().float()
+    for first in range(0, p.shape[-1], step):
+        keys = slice(first, first + step)
+        a = (a + torch.einsum("thn,nhd->thd", p[..., keys], v[keys])).half().float()
     return a

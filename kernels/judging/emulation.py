@@ -14,25 +14,38 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import Call, Shape
-from verify.kernels.faults.tile_kernel import TileKernel
+from verify.kernels.faults.tile_kernel import TileKernel, TileRow, accumulate_f16
+from verify.kernels.numbers import MMA_KEYS
 from verify.kernels.plans.plan import RowPlan
 
 # Errors of the same origin are of the same size, within this factor.
 ALIKE_WITHIN = 2.0
+# By how much, relative, float16 sums of some hundred steps may differ for the order in which each adds.
+NEAR = 2.0**-7
 
 
 class EmulatedSums(TileKernel):
-    """The tile kernel with another's cuts, tiles and types."""
+    """The tile kernel with another's cuts, tiles, offset on the maximum and types.
 
-    def __init__(self, arithmetic: Arithmetic) -> None:
+    step: keys that are summed before the sum is rounded; stretch: what values are multiplied by.
+    """
+
+    def __init__(self, arithmetic: Arithmetic, step: int, stretch: float = 1.0) -> None:
         super().__init__(
             "emulated", block=arithmetic.block or 64, p=arithmetic.p, out=arithmetic.out, acc="f16"
         )
-        self.of = arithmetic
+        self.of, self.step, self.stretch = arithmetic, step, stretch
+        self.offset = arithmetic.p_shift
 
     def planned(self, shape: Shape, n: int) -> RowPlan:
         plan = super().planned(shape, n)
         return plan if self.of.cuts_at is None else plan._replace(cuts=self.of.cuts_at(n))
+
+    def values(self, row: TileRow, first: int, last: int) -> torch.Tensor:
+        return super().values(row, first, last) * self.stretch
+
+    def accumulate(self, a: torch.Tensor, p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return accumulate_f16(a, p, v, self.step)
 
 
 def limit_of_float16_sums(
@@ -40,17 +53,41 @@ def limit_of_float16_sums(
 ) -> str | None:
     """What a result is off by for the limits of float16 sums alone, in words, or None.
 
-    out, exact [B, T, Hq, Dv]; the arithmetic must be stated: one that is assumed excuses nothing. So is it
-    where the emulation is not finite in the same elements, and errs as much in the others, within a factor
-    of 2.
+    out, exact [B, T, Hq, Dv]; the arithmetic must be stated or read off the kernel: one that is assumed
+    excuses nothing. Nor does one whose emulation is finite in other elements, or errs otherwise in those that
+    both have, by more than a factor of 2. Elements whose sums come as near to the overflow as their own
+    roundings reach (`NEAR`) may be finite in one and not in the other.
     """
     if not arithmetic.stated or arithmetic.acc != "f16" or arithmetic.cuts_at is None:
         return None
-    emulated = EmulatedSums(arithmetic).run(call).out
+    for step in _steps_of(arithmetic):
+        if (said := _explained(call, out, exact, arithmetic, step)) is not None:
+            return said
+    return None
+
+
+def _steps_of(arithmetic: Arithmetic) -> list[int]:
+    """Keys that may be summed before a sum is rounded: what is read as 1 may be what could not be told."""
+    known = [arithmetic.sum_step]
+    if arithmetic.identified and arithmetic.block is not None:
+        known += [MMA_KEYS, arithmetic.block]
+    return list(dict.fromkeys(known))
+
+
+def _explained(
+    call: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic, step: int
+) -> str | None:
+    """The same for sums that are rounded every so many keys."""
+    emulated = EmulatedSums(arithmetic, step).run(call).out
     bad, due = ~torch.isfinite(out), ~torch.isfinite(emulated)
     if not torch.equal(bad, due):
-        return None
-    error, expected = (float(torch.where(bad, 0.0, x.double() - exact).norm()) for x in (out, emulated))
+        surely, possibly = (
+            ~torch.isfinite(EmulatedSums(arithmetic, step, 1 + by).run(call).out) for by in (-NEAR, NEAR)
+        )
+        if bool((surely & ~bad).any()) or bool((bad & ~possibly).any()):
+            return None
+    both = bad | due
+    error, expected = (float(torch.where(both, 0.0, x.double() - exact).norm()) for x in (out, emulated))
     if not expected / ALIKE_WITHIN <= error <= expected * ALIKE_WITHIN:
         return None
     if bool(bad.any()):

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from verify.kernels.budget.arithmetic import loosest
+from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.exact import exact_attention
 from verify.kernels.faults import FAULTS
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.emulation import limit_of_float16_sums
+from verify.kernels.judging.emulation import EmulatedSums, limit_of_float16_sums
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
 from verify.kernels.judging.figures import another_origin
 from verify.kernels.judging.probes import check, judge, last_key_edge, one_hot, standard_probes
@@ -75,6 +76,28 @@ def test_an_overflow_is_a_limit_in_the_same_elements_alone() -> None:
     assert limit_of_float16_sums(call, more, budget.out, arithmetic) is None
     assert limit_of_float16_sums(call, result.out, budget.out, loosest("f16")) is None
     assert limit_of_float16_sums(call, result.out, budget.out, replace(arithmetic, acc="f32")) is None
+
+
+@pytest.mark.parametrize("step", [16, 64])
+def test_sums_that_were_read_off_are_emulated_as_they_are(step: int) -> None:
+    """An offset and a rounding a tile move the overflow: what is read as a key at a time may be either."""
+    heads = Heads.grouped(kv=1, ratio=4, k_size=64, v_size=64)
+    call = draw("near-overflow", InputSizes(n_kv=(300,) * 32, heads=heads), 1)
+    kernel = EmulatedSums(
+        Arithmetic(acc="f16", block=64, cuts_at=lambda n: (0, n), p_shift=2.0793, sum_step=step), step
+    )
+    out, exact = kernel.run(call).out, exact_attention(call).out
+    read = replace(kernel.of, sum_step=1, identified=True)
+    bad = ~torch.isfinite(out)
+    assert bad.any() and not bad.all()
+    said = limit_of_float16_sums(call, out, exact, read)
+    assert said is not None and "overflow, as they do when emulated" in said
+    # Stated, it is what it says; without the offset, or where far more overflows, it is another's.
+    assert limit_of_float16_sums(call, out, exact, replace(read, identified=False)) is None
+    assert limit_of_float16_sums(call, out, exact, replace(read, p_shift=0.0)) is None
+    more = torch.where(exact.abs() < 1e4, torch.inf, out)
+    assert (torch.isinf(more) & ~bad).any()
+    assert limit_of_float16_sums(call, more, exact, read) is None
 
 
 def test_an_lse_that_counts_alibi_from_another_key_is_said_and_no_fault() -> None:

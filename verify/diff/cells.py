@@ -129,7 +129,8 @@ def stratum_of(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEv
     """Both kernels' errors on the rows that are of the cell's length."""
     name = _energy_name(baseline, candidate)
     energies = getattr(candidate, name), getattr(baseline, name)
-    return _stratum_of(inputs, baseline, candidate, inputs.family, energies)
+    finite = finite_of(candidate), finite_of(baseline)
+    return _stratum_of(inputs, baseline, candidate, inputs.family, energies, finite)
 
 
 def _stratum_alone(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvidence) -> Stratum | None:
@@ -141,7 +142,9 @@ def _stratum_alone(inputs: CellInputs, baseline: KernelEvidence, candidate: Kern
     mine, its = (getattr(one.alone or one, name)[:calls] for one in (candidate, baseline))
     if len(mine) < calls or len(its) < calls:
         return None
-    return _stratum_of(inputs, baseline, candidate, alone_family(inputs.family), (mine, its))
+    rows = [one.rows_alone(calls) for one in (candidate, baseline)]
+    finite = [None if x is None else torch.isfinite(x) for x in rows]
+    return _stratum_of(inputs, baseline, candidate, alone_family(inputs.family), (mine, its), finite)
 
 
 _ALONE = ", one query token"
@@ -168,8 +171,10 @@ def _stratum_of(
     candidate: KernelEvidence,
     family: str,
     energies: tuple[np.ndarray, np.ndarray],
+    finite: Sequence[torch.Tensor | None],
 ) -> Stratum:
-    """energies: of the first rows of both kernels, [rows, Hq]."""
+    """energies: of the first rows of both kernels, [rows, Hq]; finite: which of their elements are, [B, T,
+    Hq, Dv], None where all are."""
     call, exact, count = inputs.call, candidate.exact, len(energies[0])
     assert exact is not None
     # What the finer of both types cannot show: `out=f32`, written out, asks about the coarser one.
@@ -180,6 +185,10 @@ def _stratum_of(
         own = call.kv_len if call.path == "decode" else call.kv_len.amax(1, keepdim=True)
         rows = (own == inputs.n_kv).expand_as(rows)
     chosen = rows.flatten().cpu().numpy()[:count]
+    mine, its = (_finite_rows(x, count) for x in finite)
+    overflows = int((its & ~mine)[chosen].sum())
+    # Where sums overflow there is no size of an error: it is said, and other rows tell that.
+    chosen &= mine & its
     per_row = (smallest_squares(exact, out), exact.square().mean(-1))
     floor, power = (x.flatten(0, 1).cpu().numpy()[:count][chosen] for x in per_row)
     return Stratum(
@@ -193,7 +202,15 @@ def _stratum_of(
         heads=tuple(range(call.shape.q_heads)),
         a_kv_head=call.shape.ratio,
         look=inputs.look,
+        overflows=overflows,
     )
+
+
+def _finite_rows(finite: torch.Tensor | None, count: int) -> np.ndarray:
+    """[count]: which of the first rows are finite in all heads and columns."""
+    if finite is None:
+        return np.ones(count, dtype=bool)
+    return np.asarray(finite.flatten(2).all(-1).flatten().cpu().numpy()[:count])
 
 
 def judge_cells(cells: Sequence[Cell], margin: float, looks: int = 1) -> Judgement:
@@ -215,7 +232,7 @@ def strata_of(cells: Sequence[Cell], looks: int = 1, *, alone: bool = False) -> 
     kinds: dict[tuple[str, int, str], list[Stratum]] = {}
     for cell in cells:
         s = cell.stratum_alone if alone else cell.stratum
-        if s is not None and cell.covered and len(s.candidate):
+        if s is not None and cell.covered and (len(s.candidate) or s.overflows):
             kinds.setdefault((s.shape, s.n_kv, s.family), []).append(s)
     return [joined(of_kind, looks) for of_kind in kinds.values()]
 
@@ -227,7 +244,8 @@ def joined(draws: Sequence[Stratum], looks: int = 1) -> Stratum:
         for name in ("candidate", "reference", "floor", "power")
     }
     first = sum(len(d.candidate) for d in draws if d.look == 1)
-    return replace(draws[0], look=max(d.look for d in draws), looks=looks, first=first, **arrays)
+    counted = {"look": max(d.look for d in draws), "overflows": sum(d.overflows for d in draws)}
+    return replace(draws[0], looks=looks, first=first, **counted, **arrays)
 
 
 def evidence_of(
@@ -304,6 +322,19 @@ def say_what_is_hidden(inputs: CellInputs, found: Sequence[KernelEvidence | None
         if inputs.said_only and one is not None and (wrong := faults_of(one, "")):
             one.contract = hidden_sentence(one.spec, inputs.family, wrong[0])
             one.findings, one.measures = [], None
+
+
+def limits_of(cells: Sequence[Cell]) -> list[str]:
+    """What the candidate's sums cannot do on some inputs, as its arithmetic says: sentences, each once."""
+    found: dict[str, None] = {}
+    for cell in cells:
+        alone = cell.candidate.alone
+        asked = [*cell.candidate.findings, *(alone.findings if alone is not None else ())]
+        limit = next((finding.said for finding in asked if finding.detector == "limit"), None)
+        if limit is not None:
+            where = f"{cell.inputs.family} at {cell.inputs.n_kv:,} keys"
+            found.setdefault(f"{limit} ({where}): no fault, and no other kind of input is judged by it")
+    return list(found)
 
 
 def suspicions(found: KernelEvidence) -> list[str]:

@@ -17,6 +17,7 @@ from verify.diff.cells import (
     faults_of,
     judge_alone,
     judge_cells,
+    limits_of,
     say_what_is_hidden,
 )
 from verify.diff.examining import CellInputs, KernelEvidence, examine
@@ -354,6 +355,7 @@ def _judge(
     reasons = list(decision.reasons)
     if decision.verdict == "broken":
         reasons.append(_where([c for c in cells if c.faults], cells))
+    reasons += limits_of(cells)
     return CandidateResult(
         spec=spec,
         baseline=baseline,

@@ -27,7 +27,7 @@ from verify.machine.errors import UsageError
 STRATA = "strata.npz"
 _ARRAYS = ("candidate", "reference", "floor", "power")
 # How often a stratum was looked at; files of before know of none.
-_LOOKS = ("look", "looks", "first")
+_LOOKS = ("look", "looks", "first", "overflows")
 # What decides beside the strata.
 _EVIDENCE = (
     *("faults", "same_spec", "coverage", "bitwise_equal", "not_compared", "margin", "unit", "reference"),

@@ -113,6 +113,8 @@ def _segment(s: _Segment, *, first: bool, last: bool) -> str:
     if s.word == "equal":
         return f"equal {where}"
     x, y = s.ratios[0], s.ratios[-1]
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return f"{s.word} {where}{who}{few}"
     if s.word in ("degraded", "improved") and (min(x, y) >= 2 or max(x, y) <= 0.5):
         times = sorted(f"{r if r >= 1 else 1 / r:.2g}" for r in (x, y))
         each = times[0] if times[0] == times[1] else f"{times[0]} to {times[1]}"

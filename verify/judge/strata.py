@@ -146,6 +146,8 @@ class Stratum:
     look: int = 1  # at its samples, from 1
     looks: int = 1  # that it may be given
     first: int | None = None  # samples of its first look; None: all
+    # Samples that are left out, for in them the candidate's sums overflow, and the reference's do not.
+    overflows: int = 0
 
     @property
     def share(self) -> float:
@@ -155,6 +157,8 @@ class Stratum:
     @property
     def equal(self) -> bool:
         """All errors are the same to the bit, or below what the result type shows."""
+        if self.overflows:
+            return False
         both = self.candidate, self.reference
         return bool(np.array_equal(*both) or all(x.mean() <= self.floor.mean() for x in both))
 
@@ -191,6 +195,11 @@ class StratumResult:
     detectable: float  # a ratio from here on would have been called degraded, nine times of ten
     candidate_error: float  # root mean square, over that of the exact result
     reference_error: float  # likewise
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a ratio: not where sums overflow in all samples."""
+        return math.isfinite(self.ratio)
 
     def __str__(self) -> str:
         where = f"{self.family} at {self.n_kv:,} keys" + (f", {self.heads}" if self.heads else "")
@@ -230,6 +239,8 @@ class Judgement(NamedTuple):
 def judge_strata(strata: Sequence[Stratum], margin: float) -> Judgement:
     """Judge all strata of a pair together.
 
+    A stratum in which only the candidate's sums overflow is degraded, whatever the others of its samples say.
+
     Heads that differ are strata of their own: groups of them are found on one half of the samples of a
     stratum's first look and judged on all others, so that the choice costs no error rate.
     """
@@ -255,8 +266,9 @@ def judge_strata(strata: Sequence[Stratum], margin: float) -> Judgement:
             continue
         if len(part.candidate) < 2:
             c, b = part.energies()
-            one = math.sqrt(float(c.sum() / b.sum())), 0.0, math.inf
-            found.append(_result(part, "inconclusive", one, math.inf, math.inf))
+            one = math.sqrt(float(c.sum() / b.sum())) if len(c) else math.inf, 0.0, math.inf
+            few: Word = "degraded" if part.overflows else "inconclusive"
+            found.append(_result(part, few, one, math.inf, margin if part.overflows else math.inf))
             continue
         ratio = ratios[at]
         alpha = ALPHA * part.share
@@ -264,7 +276,7 @@ def judge_strata(strata: Sequence[Stratum], margin: float) -> Judgement:
         word: Word = "round-off" if high <= margin else "inconclusive"
         if better[at]:
             word = "improved"
-        if worse[at]:
+        if worse[at] or part.overflows:
             word = "degraded"
         times = _times(ratio, margin, len(tested), alpha) if word == "inconclusive" else 1.0
         reach = student_quantile(1 - alpha / len(tested), ratio.degrees) + normal_quantile(POWER)
@@ -282,13 +294,14 @@ def _with_typical_floor(strata: Sequence[Stratum]) -> list[Stratum]:
     """The same, the floor raised to what is negligible beside the reference's typical error at the length."""
     typical: dict[tuple[str, int], list[float]] = {}
     for s in strata:
-        power = float(s.power.mean())
+        power = float(s.power.mean()) if len(s.power) else 0.0
         if power > 0:
             typical.setdefault((s.shape, s.n_kv), []).append(float(s.reference.mean()) / power)
     found = []
     for s in strata:
         share = float(np.median(typical.get((s.shape, s.n_kv), [0.0]))) / NEGLIGIBLE**2
-        found.append(replace(s, floor=np.maximum(s.floor, share * s.power.mean())))
+        least = share * float(s.power.mean()) if len(s.power) else 0.0
+        found.append(replace(s, floor=np.maximum(s.floor, least)))
     return found
 
 
@@ -334,7 +347,7 @@ def _times(ratio: LogRatio, margin: float, tests: int, alpha: float) -> float:
 def _result(
     part: Stratum, word: Word, ratio: tuple[float, float, float], times: float, detectable: float
 ) -> StratumResult:
-    power = max(float(part.power.mean()), np.finfo(float).tiny)
+    power = max(float(part.power.sum()), np.finfo(float).tiny)
     return StratumResult(
         shape=part.shape,
         n_kv=part.n_kv,
@@ -348,8 +361,8 @@ def _result(
         look=part.look,
         times=times,
         detectable=detectable,
-        candidate_error=math.sqrt(float(part.candidate.mean()) / power),
-        reference_error=math.sqrt(float(part.reference.mean()) / power),
+        candidate_error=math.sqrt(float(part.candidate.sum()) / power),
+        reference_error=math.sqrt(float(part.reference.sum()) / power),
     )
 
 

@@ -148,7 +148,9 @@ def _with_single_tokens(e: PairEvidence, decision: Decision) -> Decision:
     else:
         return decision
     telling = found.telling if verdict == "degraded" else undecided[0]
-    said = f"one query token a call: {sentence(found)}; rms error over the {e.reference}'s in {telling}"
+    said = f"one query token a call: {sentence(found)}"
+    if telling is not None and telling.measured:
+        said += f"; rms error over the {e.reference}'s in {telling}"
     return Decision(verdict, [said, *decision.reasons])
 
 
@@ -192,7 +194,7 @@ def _by_strata(e: PairEvidence, found: Judgement) -> Decision:
     }
     reasons = [sentence(found)]
     telling = found.telling
-    if found.word != "equal":
+    if found.word != "equal" and telling is not None and telling.measured:
         reasons.append(
             f"rms error over the {e.reference}'s in {telling} (each limit its own, 99.9 %);"
             f" {bounds_in_words(e.margin)}"

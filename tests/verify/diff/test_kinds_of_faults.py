@@ -116,6 +116,17 @@ def test_the_kernel_that_they_were_made_from_is_right(few: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["float16_sums", "ggml_offset_float16_sums"])
+def test_the_overflow_of_sums_that_were_read_off_is_a_limit(name: str) -> None:
+    """Degraded, by name, and what overflows takes no other row with it."""
+    kernel = getattr(right_kernels, name)
+    outcome = judged(kernel, "gaussian,near-overflow", shapes=("4/2x64",), n_kvs=(300,), rows=64)
+    (result,) = outcome.candidates
+    assert result.verdict == "degraded", result.reasons
+    assert "limit of float16 sums" in result.reasons[-1] and "near-overflow at 300" in result.reasons[-1]
+    assert all(s.detectable < 3 for s in result.strata.strata)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECIDED)
 def test_a_kernel_as_near_as_the_baseline_is_decided_at_one_length(name: str) -> None:

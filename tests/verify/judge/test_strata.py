@@ -125,6 +125,19 @@ def test_bits_that_are_equal_are_in_no_test() -> None:
     assert [s.word for s in found.strata] == ["equal", "improved"]
 
 
+def test_sums_that_only_the_candidate_s_overflow_are_a_loss_and_no_ratio() -> None:
+    """What rows beside them say stays theirs: one of all rows would hold the whole error."""
+    some = replace(stratum(1.0, family="near-overflow"), overflows=3)
+    found = judge_strata([some, stratum(1.0)], 1.25)
+    assert [s.word for s in found.strata] == ["degraded", "round-off"]
+    assert found.strata[0].ratio < 1.25 and found.strata[0].measured
+    none = replace(some.part([], [0]), heads=(0,))
+    found = judge_strata([none, stratum(1.0)], 1.25)
+    assert [s.word for s in found.strata] == ["degraded", "round-off"]
+    assert not found.strata[0].measured
+    assert sentence(found) == "degraded at 512 keys (near-overflow)"
+
+
 def test_regimes_are_named_and_whose_kernel_changed() -> None:
     here = [stratum(65.0, n_kv=n, family=f, size=3e-6) for n in (512, 2048) for f in ("gaussian", "gaps")]
     there = [
