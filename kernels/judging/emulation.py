@@ -15,8 +15,11 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import Call, Shape
 from verify.kernels.faults.tile_kernel import TileKernel, TileRow, accumulate_f16
+from verify.kernels.judging.figures import LARGEST_RELATIVE_ERROR
+from verify.kernels.judging.headroom import F16_LARGEST
 from verify.kernels.numbers import MMA_KEYS
 from verify.kernels.plans.plan import RowPlan
+from verify.kernels.sequences import sequences
 
 # Errors of the same origin are of the same size, within this factor.
 ALIKE_WITHIN = 2.0
@@ -56,14 +59,45 @@ def limit_of_float16_sums(
     out, exact [B, T, Hq, Dv]; the arithmetic must be stated or read off the kernel: one that is assumed
     excuses nothing. Nor does one whose emulation is finite in other elements, or errs otherwise in those that
     both have, by more than a factor of 2. Elements whose sums come as near to the overflow as their own
-    roundings reach (`NEAR`) may be finite in one and not in the other.
+    roundings reach (`NEAR`) may be finite in one and not in the other. Where what was read does not say which
+    keys are summed together, elements may overflow that do so in some order.
     """
-    if not arithmetic.stated or arithmetic.acc != "f16" or arithmetic.cuts_at is None:
+    if not arithmetic.stated or arithmetic.acc != "f16":
+        return None
+    if arithmetic.identified and not _has_places(arithmetic, call):
+        return _in_some_order(call, out, exact, arithmetic)
+    if arithmetic.cuts_at is None:
         return None
     for step in _steps_of(arithmetic):
         if (said := _explained(call, out, exact, arithmetic, step)) is not None:
             return said
     return None
+
+
+def _has_places(arithmetic: Arithmetic, call: Call) -> bool:
+    """Whether all keys of a row are summed one tile after another: of several sums only the number is read."""
+    longest = int(call.kv_len.max()) if call.kv_len.numel() else 0
+    cuts_at = arithmetic.cuts_at
+    return cuts_at is not None and arithmetic.sum_share == 1 and len(cuts_at(longest)) <= 2
+
+
+def _in_some_order(
+    call: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic
+) -> str | None:
+    """Whether all that is not finite overflows in some order of its keys, each at its own maximum, and the
+    rest is right but for rounding."""
+    bad = ~torch.isfinite(out)
+    error, size = (float(torch.where(bad, 0.0, x).norm()) for x in (out.double() - exact, exact))
+    if not bool(bad.any()) or error > LARGEST_RELATIVE_ERROR * size:
+        return None
+    least = F16_LARGEST * math.exp(arithmetic.p_shift) * (1 - NEAR)
+    for sequence in sequences(call):
+        b, rows = sequence.at
+        sums = torch.nn.functional.pad(sequence.v.double().abs().cumsum(0), (0, 0, 0, 0, 1, 0))
+        most = sums[sequence.kv_len.long()].repeat_interleave(call.shape.ratio, 1)  # [T, Hq, Dv]
+        if bool((bad[b, rows] & (most < least)).any()):
+            return None
+    return f"limit of float16 sums: {int(bad.sum())} elements overflow, as sums of such values may"
 
 
 def _steps_of(arithmetic: Arithmetic) -> list[int]:

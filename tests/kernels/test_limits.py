@@ -100,6 +100,21 @@ def test_sums_that_were_read_off_are_emulated_as_they_are(step: int) -> None:
     assert limit_of_float16_sums(call, more, exact, read) is None
 
 
+def test_sums_of_which_only_the_number_is_known_may_overflow_where_some_order_does() -> None:
+    heads = Heads.grouped(kv=1, ratio=4, k_size=64, v_size=64)
+    call = draw("near-overflow", InputSizes(n_kv=(300, 263), heads=heads), 0)
+    arithmetic = Arithmetic(acc="f16", block=64, cuts_at=lambda n: (0, n // 3, n), identified=True)
+    kernel = EmulatedSums(replace(arithmetic, cuts_at=lambda n: (0, n // 2, n)), 16)
+    out, exact = kernel.run(call).out, exact_attention(call).out
+    assert (~torch.isfinite(out)).any()
+    assert "as sums of such values may" in (limit_of_float16_sums(call, out, exact, arithmetic) or "")
+    # Not where no sum comes so far, nor where the rest is wrong.
+    small = replace(call, v=call.v * 2.0**-12)
+    assert limit_of_float16_sums(small, out, exact_attention(small).out, arithmetic) is None
+    off = torch.where(torch.isfinite(out), out * 1.5, out)
+    assert limit_of_float16_sums(call, off, exact, arithmetic) is None
+
+
 def test_an_lse_that_counts_alibi_from_another_key_is_said_and_no_fault() -> None:
     call = draw("alibi", InputSizes(n_kv=(130, 93)), 0)
     kernel = build_kernel("eager")

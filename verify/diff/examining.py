@@ -252,6 +252,7 @@ class _Due(NamedTuple):
     exact_held: torch.Tensor  # of all rows, as its cache holds them
     worst: int | None  # the row, beyond the checked ones, that errs most; None: none
     worst_budget: Budget | None  # of that row
+    longest: Arithmetic  # of the kernel on the longest rows: of shorter ones less can be read
 
 
 def by_cache(kernels: Sequence[Kernel]) -> list[list[int]]:
@@ -291,8 +292,17 @@ def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]
                 exact_held=exact,
                 worst=row,
                 worst_budget=own,
+                longest=_of_longest(kernels[i], call, arithmetics[at]),
             )
     return [due[i] for i in range(len(kernels))]
+
+
+def _of_longest(kernel: Kernel, call: Call, arithmetic: Arithmetic) -> Arithmetic:
+    """The arithmetic of a call whose own is assumed, as it is on its longest rows alone."""
+    if arithmetic.stated or call.cu_seqlens is not None or not call.kv_len.numel():
+        return arithmetic
+    lengths = call.kv_len.amax(0)
+    return kernel.arithmetic_of(call.of_rows((lengths == lengths.max()).nonzero()[:, 0]))
 
 
 def _checked_rows(call: Call) -> range:
@@ -365,7 +375,7 @@ def _hold(
         # What overflows on a real model's inputs is wrong there.
         asked = inputs.exact_call
         held = replace(due.held, q=asked.q, kv_len=asked.kv_len, mask=asked.mask, keys=asked.keys)
-        found.findings = _excused(found.findings, held, output.out, due.exact_held, due.arithmetic)
+        found.findings = _excused(found.findings, held, output.out, due.exact_held, due.longest)
     found.worst = measures.worst
     exact = due.exact[:, :rows]
     found.gates = verdicts(compared(due.held, head.out, exact, plain))
@@ -417,7 +427,9 @@ def _ask_alone(
     alone.findings = findings(alone.measures)
     exact = due.exact_held[:, :rows]
     if family is not None:
-        alone.findings = _excused(alone.findings, due.held, out, exact, arithmetic)
+        one = due.held.of_rows(due.held.kv_len[0].argmax()[None])
+        longest = _of_longest(kernel, one, arithmetic)
+        alone.findings = _excused(alone.findings, due.held, out, exact, longest)
     alone.energy, alone.given_energy = (row_energy(out, x) for x in (exact, due.exact[:, :rows]))
     alone.other_bits = int(different(out, many.out[:, :rows]).flatten(2).any(-1).sum())
     of_many = row_energy(many.out[:, :rows], exact)

@@ -116,7 +116,7 @@ def test_the_kernel_that_they_were_made_from_is_right(few: bool) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["float16_sums", "ggml_offset_float16_sums"])
+@pytest.mark.parametrize("name", ["float16_sums_in_parts", "ggml_offset_float16_sums"])
 def test_the_overflow_of_sums_that_were_read_off_is_a_limit(name: str) -> None:
     """Degraded, by name, and what overflows takes no other row with it."""
     kernel = getattr(right_kernels, name)
