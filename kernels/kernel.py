@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class Kernel(ABC):
         # What was read off a kernel that states nothing (`verify.kernels.identify`), by call; None for a call
         # that nothing was read of.
         self.identified: Callable[[Call], Arithmetic | None] | None = None
+        # What was read, of any call.
+        self.seen: Sequence[Arithmetic] = ()
         # Notes that are true as long as nothing was read.
         self.until_read: list[str] = []
 
@@ -86,9 +88,14 @@ class Kernel(ABC):
         """The same for one call: a kernel that computes and answers in its inputs' type knows it here."""
         return self.arithmetic(call.shape, call.path)
 
-    def budgets_follow(self, identified: Callable[[Call], Arithmetic | None]) -> None:
-        """From now on, from what was read off it; notes that said that none could are gone."""
-        self.identified = identified
+    def budgets_follow(
+        self, identified: Callable[[Call], Arithmetic | None], seen: Sequence[Arithmetic] = ()
+    ) -> None:
+        """From now on, from what was read off it; notes that said that none could are gone.
+
+        seen: what was read, of any call: what is assumed of calls that nothing was read of is no tighter.
+        """
+        self.identified, self.seen = identified, seen
         self.notes = [note for note in self.notes if note not in self.until_read]
 
     def identified_of(self, call: Call) -> Arithmetic | None:

@@ -7,8 +7,8 @@ float32 that rounds to nearest and 2^-23 for tensor cores, which truncate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -175,6 +175,18 @@ class Arithmetic:
 
 # Kernels that compute e^x by a polynomial of degree 3, to spare the special function unit, are off by 8.8e-5.
 APPROXIMATE_EXP = 2.0**-13
+
+
+def no_tighter_than(assumed: Arithmetic, seen: Sequence[Arithmetic]) -> Arithmetic:
+    """What is assumed of some call of a kernel, of whose other calls this was seen: a type that it has there,
+    or an offset, it may have here."""
+    p = max((assumed.p, *(each.p for each in seen)), key=lambda name: NUMBER_TYPES[name].u)
+    return replace(
+        assumed,
+        p=p,
+        acc="f16" if any(each.acc == "f16" for each in seen) else assumed.acc,
+        p_shift=max(assumed.p_shift, *(each.p_shift for each in seen)) if seen else assumed.p_shift,
+    )
 
 
 def loosest_of(dtype: torch.dtype, *, acc: str | None = None) -> Arithmetic:

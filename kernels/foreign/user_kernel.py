@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
+from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of, no_tighter_than
 from verify.kernels.cache_types import CacheSpec
 from verify.kernels.call import PATHS, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
@@ -95,7 +95,7 @@ class UserKernel(Kernel):
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
         own = self._returning(self.stated or self._with_p(loosest_of(call.q.dtype, acc=self.acc)))
-        own = self.identified_of(call) or own
+        own = self.identified_of(call) or no_tighter_than(own, self.seen)
         return self._over_cache(own, self.cache.at(call.layer), call.shape, call.q.dtype)
 
     @staticmethod

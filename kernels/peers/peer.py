@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of
+from verify.kernels.budget.arithmetic import Arithmetic, loosest, loosest_of, no_tighter_than
 from verify.kernels.call import AttentionOutput, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.errors import KernelFailure, SpecError
@@ -57,7 +57,9 @@ class PeerKernel(Kernel):
         return loosest("f16", acc="f32")
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        return self.identified_of(call) or loosest_of(call.q.dtype, acc="f32")
+        return self.identified_of(call) or no_tighter_than(
+            loosest_of(call.q.dtype, acc="f32"), self.seen
+        )
 
     def run(self, call: Call) -> Result:
         self._check(call)

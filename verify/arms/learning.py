@@ -41,7 +41,7 @@ def learn_arms(
             continue
         if (known := of_spec.get((arm.spec, arm.path))) is not None:
             if known.identified is not None:
-                arm.kernel.budgets_follow(known.identified)
+                arm.kernel.budgets_follow(known.identified, known.seen)
             continue
         of_spec[arm.spec, arm.path] = arm.kernel
         said |= dict.fromkeys(

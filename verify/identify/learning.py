@@ -68,16 +68,17 @@ def learn(
             readings, why = _read(kernel, path, regimes)
             known[each, n_q] = KnownReadings(tuple(readings))
             reasons += why
-    kernel.budgets_follow(_chooser(known))
     every = [r for of in known.values() for r in of.readings]
+    kernel.budgets_follow(_chooser(known), _arithmetics(every, dtype))
     return _said(kernel, every, list(dict.fromkeys(reasons)), dtype)
 
 
 def learn_as_asked(kernel: Kernel, device: str) -> None:
     """Read a kernel that states nothing where a call of other heads, path or type first needs its budget, for
     the first few of these; what a reader must know becomes a note of the kernel. All other calls, and such of
-    more keys than were read, keep the loosest budget."""
+    more keys than were read, keep the loosest budget, and none that is tighter than what was read."""
     known: dict[tuple[Heads, AttentionPath, torch.dtype, int], KnownReadings] = {}
+    seen: list[Arithmetic] = []
 
     def identified(call: Call) -> Arithmetic | None:
         heads, path, dtype = call.shape.heads, call.path, call.q.dtype
@@ -92,12 +93,20 @@ def learn_as_asked(kernel: Kernel, device: str) -> None:
             regimes = [_regime(heads, n_kv, n_q, dtype, device) for n_kv in _ASKED_LENGTHS]
             readings, why = _read(kernel, path, regimes)
             known[kind] = KnownReadings(tuple(readings))
+            seen.extend(_arithmetics(readings, dtype))
             new = dict.fromkeys(_said(kernel, readings, why, dtype))
             kernel.notes.extend(said for said in new if said not in kernel.notes)
         found = known.get(kind)
         return None if found is None else found.at(call)
 
-    kernel.budgets_follow(identified)
+    kernel.budgets_follow(identified, seen)
+
+
+def _arithmetics(readings: Sequence[Reading], dtype: torch.dtype) -> list[Arithmetic]:
+    """Each reading's, where budgets know its types."""
+    kind = type_of(dtype)
+    each = [arithmetic_of([reading], kind.name) for reading in readings] if kind is not None else []
+    return [arithmetic for arithmetic in each if arithmetic is not None]
 
 
 def _regime(heads: Heads, n_kv: int, n_q: int, dtype: torch.dtype, device: str) -> Regime:

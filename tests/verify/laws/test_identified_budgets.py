@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from support import right_kernels
 from verify.identify import learning
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.laws import LAWS, LawBroken, Problem, subject_of
@@ -70,3 +71,22 @@ def test_only_a_few_kinds_of_calls_are_read(monkeypatch: pytest.MonkeyPatch) -> 
     calls = [Problem(n_kv=(20,), ratio=r, k_size=16, v_size=16).call("cpu") for r in (1, 2, 3, 4)]
     for _ in range(2):
         assert [right.arithmetic_of(call).identified for call in calls] == [True, True, False, False]
+
+
+def test_calls_of_which_nothing_is_read_have_no_tighter_budget_than_those_that_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bfloat16 inputs are taken to be summed in float32: not by a kernel whose float16 sums were seen."""
+    monkeypatch.setattr(learning, "_MOST_ASKED", 1)
+    problem = Problem(family="denormal", n_kv=(1,), dtype="bf16")
+    kernel = right_kernels.ggml_offset_float16_sums
+    unseen = subject_of(FunctionKernel(kernel), identify=True)
+    with pytest.raises(LawBroken):
+        # The first kind of calls is another's, so that none of these is read.
+        unseen.kernel.budgets_follow(lambda call: None)
+        LAW.check(unseen, problem)
+    seen = subject_of(FunctionKernel(kernel), identify=True)
+    assert seen.kernel.arithmetic_of(Problem(n_kv=(40,)).call("cpu")).identified
+    assumed = seen.kernel.arithmetic_of(problem.call("cpu"))
+    assert not assumed.stated and assumed.acc == "f16"
+    assert LAW.check(seen, problem) <= 1
