@@ -14,7 +14,7 @@ import torch
 
 from verify.kernels.errors import KernelFailure
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import HeldUnseen, InputSizes, draw
 from verify.kernels.judging.probes import ProbeFailure
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, empty_part
@@ -28,20 +28,10 @@ def empty_row_sentence(spec: str, got: str) -> str:
     )
 
 
-def hidden_sentence(spec: str, family: str, got: str) -> str:
-    """What is said of a kernel whose result shows what hidden keys hold, of a family of `HIDDEN`."""
-    what = (
-        "keys of 60,000 that no row sees"
-        if family == "hidden-far"
-        else "NaN and Inf in keys that no row sees"
-    )
-    promise = (
-        "it hides keys by adding a finite number, which is more than any logit of other keys"
-        if family == "hidden-far"
-        else "finite numbers are all that it promises to bear there"
-    )
+def hidden_sentence(spec: str, held: HeldUnseen, got: str) -> str:
+    """What is said of a kernel whose result shows what hidden keys hold."""
     return (
-        f"{spec}: contract: {what} reach its result{got}; {promise}, so it is no fault here"
+        f"{spec}: contract: {held.what} reach its result{got}; {held.promise}, so it is no fault here"
         " (--strict makes it one)"
     )
 

@@ -98,6 +98,14 @@ def _as_drawn(call: Call, seed: int) -> Call:
     return call
 
 
+class HeldUnseen(NamedTuple):
+    """What keys hold that no row sees, of a kind of inputs that asks whether it reaches the result."""
+
+    numbers: tuple[float, ...]  # in turns
+    what: str  # that is, in words
+    promise: str  # why a kernel whose result shows it may be right all the same
+
+
 class Family(NamedTuple):
     """A kind of inputs."""
 
@@ -110,6 +118,7 @@ class Family(NamedTuple):
     after: bool = False  # drawn to run after a call of the sizes as given, of the same shapes
     paths: tuple[AttentionPath, ...] = PATHS  # that it is drawn for
     formed: Callable[[Call, int], Call] = _as_drawn  # the call in another form, by the seed of the draw
+    unseen: HeldUnseen | None = None  # what hidden keys hold; None: a likely key of value `POISON`
 
 
 def gaussian(g: CounterRandom, sizes: InputSizes) -> Draft:
@@ -441,19 +450,23 @@ FORMS: dict[str, Family] = {
 }
 # Keys that no row sees hold NaN and Inf, or are so large that a mask of -65,504 does not hide them: opt-in,
 # since most kernels promise to bear other keys' finite numbers alone.
+_NAN_AND_INF = HeldUnseen(
+    (math.nan, math.inf, -math.inf),
+    "NaN and Inf in keys that no row sees",
+    "finite numbers are all that it promises to bear there",
+)
+_FAR = HeldUnseen(
+    (POISON,),
+    "keys of 60,000 that no row sees",
+    "it hides keys by adding a finite number, which is more than any logit of other keys",
+)
 HIDDEN: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("hidden-nan", "NaN and Inf beyond the rows' last keys", gaussian),
-        Family("hidden-far", "keys of 60,000 beyond the rows' last keys", gaussian),
-        Family("hidden-nan+window", "NaN and Inf before a window too", window),
+        Family("hidden-nan", "NaN and Inf beyond the rows' last keys", gaussian, unseen=_NAN_AND_INF),
+        Family("hidden-far", "keys of 60,000 beyond the rows' last keys", gaussian, unseen=_FAR),
+        Family("hidden-nan+window", "NaN and Inf before a window too", window, unseen=_NAN_AND_INF),
     )
-}
-# What they hold.
-HELD_UNSEEN: dict[str, tuple[float, ...]] = {
-    "hidden-nan": (math.nan, math.inf, -math.inf),
-    "hidden-nan+window": (math.nan, math.inf, -math.inf),
-    "hidden-far": (POISON,),
 }
 ALL_FAMILIES: dict[str, Family] = FAMILIES | CALLS | FORMS | HIDDEN
 

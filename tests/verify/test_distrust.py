@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.cheats import planted
 from support.mypkg import ops
 from support.named import named
 from verify.distrust.judging import Judged, _checks, in_the_form_of, input_type, judge, kernel_of_file
+from verify.distrust.told import print_judged
 from verify.kernels.foreign.cheats import CHEATS, bench_of, snapshot
 from verify.kernels.foreign.forms import Wanted, form_of, plain_softmax
 from verify.kernels.heads import Heads
@@ -153,6 +155,10 @@ def test_the_whole_of_it_on_a_right_kernel_and_a_wrong_one() -> None:
     assert (wrong.outcome, wrong.exit_code, wrong.seconds) == ("broken", 1, None)
     assert any("key" in reason for reason in wrong.reasons)
     assert not [c for c in wrong.checks if c.state == "caught"]
+    # Notes belong to the verdict, as everywhere.
+    wrong.notes.append("one more thing")
+    print_judged(wrong, out := io.StringIO())
+    assert out.getvalue().index("verdict: broken") < out.getvalue().index("  note: one more thing")
 
 
 @pytest.mark.slow

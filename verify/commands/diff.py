@@ -80,8 +80,8 @@ def command(
         bool,
         typer.Option(
             "--hidden-nan",
-            help="also inputs whose hidden keys hold NaN and Inf: what reaches the result is said"
-            " (--strict: a fault)",
+            help="also inputs whose hidden keys hold NaN and Inf, or 60,000 in every number, which a"
+            " finite mask does not hide: what reaches the result is said (--strict: a fault)",
         ),
     ] = False,
     headroom: Annotated[

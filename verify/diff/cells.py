@@ -318,9 +318,12 @@ def faults_of(found: KernelEvidence, called: str) -> list[str]:
 
 def say_what_is_hidden(inputs: CellInputs, found: Sequence[KernelEvidence | None]) -> None:
     """Make what is wrong a finding of the contract, where a cell's inputs ask for no more (`said_only`)."""
+    family = ALL_FAMILIES.get(inputs.family)
+    if not inputs.said_only or family is None or family.unseen is None:
+        return
     for one in found:
-        if inputs.said_only and one is not None and (wrong := faults_of(one, "")):
-            one.contract = hidden_sentence(one.spec, inputs.family, wrong[0])
+        if one is not None and (wrong := faults_of(one, "")):
+            one.contract = hidden_sentence(one.spec, family.unseen, wrong[0])
             one.findings, one.measures = [], None
 
 

@@ -19,7 +19,6 @@ from verify.kernels.judging.families import (
     ALL_FAMILIES,
     CALLS,
     FAMILIES,
-    HELD_UNSEEN,
     HIDDEN,
     InputSizes,
     draw,
@@ -207,8 +206,8 @@ def _drawn(
 ) -> dict[str, Any]:
     """The call of a cell, and what else the cell says of it (`CellInputs`)."""
     call = draw(family, sizes, seed, device=device)
-    if family in HIDDEN:
-        return {"call": with_hidden(call, HELD_UNSEEN[family]), "known": call, "said_only": not strict}
+    if (held := ALL_FAMILIES[family].unseen) is not None:
+        return {"call": with_hidden(call, held.numbers), "known": call, "said_only": not strict}
     before = draw("gaussian", sizes, seed, device=device) if ALL_FAMILIES[family].after else None
     return {"call": call, "before": before}
 

@@ -27,9 +27,7 @@ def print_judged(judged: Judged, to: TextIO) -> None:
     print_table_on(console, table)
     if judged.seconds is not None:
         console.print(f"median of a call on fresh inputs: {judged.seconds * 1e3:.3g} ms", soft_wrap=True)
-    for note in judged.notes:
-        console.print(f"note: {note}", soft_wrap=True)
-    print_verdict(judged.outcome, judged.reasons, to)
+    print_verdict(judged.outcome, judged.reasons, to, judged.notes)
 
 
 def cases_of(judged: Judged) -> list[CheckedCase]:
