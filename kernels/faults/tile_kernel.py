@@ -308,9 +308,7 @@ class TileKernel(Kernel):
         return Part(result.out.to(FLOAT_TYPES[self.out].dtype).float(), result.lse)
 
 
-def accumulate_f16(
-    a: torch.Tensor, p: torch.Tensor, v: torch.Tensor, step: int = MMA_KEYS
-) -> torch.Tensor:
+def accumulate_f16(a: torch.Tensor, p: torch.Tensor, v: torch.Tensor, step: int = MMA_KEYS) -> torch.Tensor:
     """a + p v in a float16 accumulator, rounded once a rescale and once for every `step` keys."""
     a = a.half().float()
     for first in range(0, p.shape[-1], step):

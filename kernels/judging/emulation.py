@@ -75,15 +75,13 @@ def limit_of_float16_sums(
 
 
 def _has_places(arithmetic: Arithmetic, call: Call) -> bool:
-    """Whether all keys of a row are summed one tile after another: of several sums only the number is read."""
+    """Whether all keys of a row are in one sum, tile after tile: of several only the number is read."""
     longest = int(call.kv_len.max()) if call.kv_len.numel() else 0
     cuts_at = arithmetic.cuts_at
     return cuts_at is not None and arithmetic.sum_share == 1 and len(cuts_at(longest)) <= 2
 
 
-def _in_some_order(
-    call: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic
-) -> str | None:
+def _in_some_order(call: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic) -> str | None:
     """Whether all that is not finite overflows in some order of its keys, each at its own maximum, and the
     rest is right but for rounding."""
     bad = ~torch.isfinite(out)

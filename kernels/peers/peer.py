@@ -57,9 +57,7 @@ class PeerKernel(Kernel):
         return loosest("f16", acc="f32")
 
     def arithmetic_of(self, call: Call) -> Arithmetic:
-        return self.identified_of(call) or no_tighter_than(
-            loosest_of(call.q.dtype, acc="f32"), self.seen
-        )
+        return self.identified_of(call) or no_tighter_than(loosest_of(call.q.dtype, acc="f32"), self.seen)
 
     def run(self, call: Call) -> Result:
         self._check(call)
