@@ -244,8 +244,8 @@ def joined(draws: Sequence[Stratum], looks: int = 1) -> Stratum:
         for name in ("candidate", "reference", "floor", "power")
     }
     first = sum(len(d.candidate) for d in draws if d.look == 1)
-    counted = {"look": max(d.look for d in draws), "overflows": sum(d.overflows for d in draws)}
-    return replace(draws[0], looks=looks, first=first, **counted, **arrays)
+    look, overflows = max(d.look for d in draws), sum(d.overflows for d in draws)
+    return replace(draws[0], look=look, looks=looks, first=first, overflows=overflows, **arrays)
 
 
 def evidence_of(
