@@ -9,7 +9,7 @@ measures a kernel knows of one call a window.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -121,9 +121,11 @@ class FormedKernel(Kernel):
     def held(self, call: Call) -> Call:
         return self.inner.held(call)
 
-    def budgets_follow(self, identified: Callable[[Call], Arithmetic | None]) -> None:
-        self.inner.budgets_follow(identified)
-        self.identified, self.notes = self.inner.identified, self.inner.notes
+    def budgets_follow(
+        self, identified: Callable[[Call], Arithmetic | None], seen: Sequence[Arithmetic] = ()
+    ) -> None:
+        self.inner.budgets_follow(identified, seen)
+        self.identified, self.seen, self.notes = self.inner.identified, seen, self.inner.notes
 
     def merger(self) -> Merge | None:
         return self.inner.merger()
