@@ -19,7 +19,11 @@ from verify.reports.ci import check_ci_options, hand_over
 def command(
     context: typer.Context,
     file: Annotated[
-        str, typer.Argument(help="FILE.py, FILE.py::NAME, options as of py: after a comma; KernelBench files")
+        str,
+        typer.Argument(
+            help="FILE.py, FILE.py::NAME, options as of py: after a comma; KernelBench files; a definition or"
+            " solution of flashinfer-bench (.json)"
+        ),
     ],
     shape: Annotated[
         str | None, typer.Option("--shape", help="heads and size, as of verify diff; default 4/2x64")
@@ -33,6 +37,10 @@ def command(
         typer.Option("--arithmetic", help="what it says that it computes in, such as p=f16: then it may"),
     ] = None,
     examples: Annotated[int, typer.Option("--examples", min=1, help="cases of each law")] = 10,
+    definition: Annotated[
+        str | None,
+        typer.Option("--definition", help="flashinfer-bench definition that FILE is a solution of"),
+    ] = None,
     junit: options.JUnit = None,
     format_: options.Format = "text",
     device: options.Device = None,
@@ -55,6 +63,7 @@ def command(
         arithmetic=arithmetic,
         device=device,
         examples=examples,
+        definition=definition,
         on_step=lambda name: print(f"  {name}", file=sys.stderr, flush=True),
     )
     screen = sys.stderr if json_ else sys.stdout

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from verify.check import Report, check_attention
+from verify.distrust.bench_definitions import is_of_bench, to_judge
 from verify.given import ONE_HEAD_EACH
 from verify.kernels.errors import KernelFailure
 from verify.kernels.foreign.cheats import CHEATS
@@ -86,9 +87,27 @@ def judge(
     arithmetic: str | None = None,
     device: str | None = None,
     examples: int = EXAMPLES,
+    definition: str | None = None,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> Judged:
-    """Judge FILE.py[::NAME][,option=value,...]. Raises UsageError, SpecError."""
+    """Judge FILE.py[::NAME][,option=value,...], or a solution or the reference of a definition of
+    flashinfer-bench (JSON); definition: what a solution or FILE.py is of. Raises UsageError, SpecError."""
+    if definition is not None or is_of_bench(target):
+        for name, given in (("--shape", shape), ("--dtype", dtype)):
+            if given:
+                raise UsageError(f"{name} {given}: a definition says it")
+        with to_judge(target, definition) as one:
+            judged = judge(
+                one.spec,
+                dtype=one.dtype,
+                shape=one.shape,
+                n_kv=n_kv,
+                arithmetic=arithmetic,
+                device=device,
+                examples=examples,
+                on_step=on_step,
+            )
+        return replace(judged, spec=target)
     on = str(chosen_device(device or default_device()))
     spec, reference = kernel_of_file(target)
     parsed = parse_spec(spec)
