@@ -24,7 +24,7 @@ from verify.machine.errors import UsageError
 def defined(kind: str, source: str, **more: Any) -> DefinedCall:
     """A function of the planted files, in this process."""
     scope: dict[str, Any] = {}
-    exec(source, scope)  # noqa: S102: the files are ours
+    exec(source, scope)  # the files are ours
     one = files.definition(kind)
     return DefinedCall(
         run=scope["run"], inputs=list(one["inputs"]), outputs=list(one["outputs"]), heads=4, kv_heads=2,

@@ -107,7 +107,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _field(file: Path, of: dict[str, Any], name: str, kind: type, within: str = "") -> Any:
     """Raises UsageError where it is not there, or of another kind."""
     if not isinstance(of.get(name), kind):
-        words = {dict: "an object", str: "a text", list: "a list"}[kind]
+        words = "an object" if kind is dict else "a text" if kind is str else "a list"
         raise UsageError(f"{file}: {within}{name}: expected {words}, got {json.dumps(of.get(name))[:40]}")
     return of[name]
 
