@@ -38,14 +38,14 @@ _FOLDERS_ABOVE = 4
 
 
 class Definition(NamedTuple):
-    """A definition of attention. sizes: of `bench_call.DefinedCall`, but for `run`."""
+    """A definition of attention."""
 
-    file: Path
-    name: str
+    file: Path  # that it was read from
+    name: str  # by which solutions name it
     dtype: str  # of q, k and v
-    heads: Heads
+    heads: Heads  # of calls that it holds, of the smaller of its sizes
     reference: str  # Python source
-    sizes: dict[str, Any]
+    sizes: dict[str, Any]  # of `bench_call.DefinedCall`, but for `run` and `log2`
 
 
 class ToJudge(NamedTuple):
