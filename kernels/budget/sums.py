@@ -99,8 +99,10 @@ class Sums:
         gamma_n = gamma(self._depth("d_n"), a.u_acc)
         total = first + (gamma_n + gamma_m + a.u_v + a.u_part) * (rows.size + first)
         total = total + (gamma_l + gamma_m + 3 * u) * (abs_o + first)
-        # Of every P in the numerator, and of their sum.
-        total = total + a.u_exp * (rows.size + abs_o)
+        # Of every P in the numerator, and of their sum; and of what was summed before each larger maximum. In
+        # any order of a row's tiles ln n of these are due, and log2 n are hardly ever exceeded.
+        exponentials = a.u_exp * torch.minimum(self.tiles, 1 + rows.log_n / math.log(2.0))
+        total = total + exponentials * (rows.size + abs_o)
         if a.acc == "f16":
             # Every rounding of a float16 accumulator may also underflow, in units of exp(s - m).
             total = total + self._depth("d_n") * a.tau_acc / rows.l
@@ -113,7 +115,7 @@ class Sums:
         lse_bound = lse_bound + gamma_l + self.split * gamma_m + from_rounded * rounded_1 / w
         abs_lse = torch.where(rows.empty, 0.0, rows.lse).abs()
         lse_bound = lse_bound + 2 * u * (abs_lse + rows.log_n + 1) + u * rows.largest + U_F32 * abs_lse
-        lse_bound = lse_bound + a.u_exp
+        lse_bound = lse_bound + exponentials
         # The offset is added to the maximum, and back to the logarithm of a sum that it has made smaller.
         lse_bound = lse_bound + 4 * u * abs(a.p_shift)
         # Where e^eta overflows nothing is known: logits so large that float32 has no digits below 1.

@@ -88,6 +88,7 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
     offset = max(
         math.log(each.n_kv) if each.p_normalised else max(each.offset or 0.0, 0.0) for each in readings
     )
+    off = max(each.exponential or 0.0 for each in readings)
     parts_in = {each.parts_in for each in readings}
     q_types = {each.q_scaled_in for each in readings}
     u_q = 0.0 if q_types == {"f32"} else max(FLOAT_TYPES[q or input_type].u for q in q_types)
@@ -108,8 +109,8 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
         sum_share=order.sums,
         l_from_rounded_p=any(each.l_of_rounded_p is not False for each in readings) and p != "f32",
         p_shift=offset,
-        # As large as it was seen where it was looked at, twice that elsewhere.
-        u_exp=2 * off if (off := max(each.exponential or 0.0 for each in readings)) >= _EXPONENTIAL else 0.0,
+        # As large as it was seen where it was looked at; elsewhere twice that, or all of a cubic's.
+        u_exp=max(2 * off, loose.u_exp) if off >= _EXPONENTIAL else 0.0,
         stale_maximum=any(bool(each.rescale) for each in readings),
         stated=all(each.exponential < _EXPONENTIAL for each in readings),
         identified=True,

@@ -286,9 +286,12 @@ def alibi(g: CounterRandom, sizes: InputSizes) -> Draft:
 
 
 def massive(g: CounterRandom, sizes: InputSizes) -> Draft:
-    """One channel of 320 against -320: logits of about -1e5 before the scale, all nearly alike after it."""
+    """One channel of some 320 against -320: logits of -7e4 to -1.4e5 before the scale, all nearly alike after
+    it. Of each row and head another size within an octave: at one size alone, who rounds it below the next
+    power of two and who above it differ by up to 2 in what a step is, and by nothing else."""
     draft = gaussian(g, sizes)
-    draft.q[..., 0], draft.k[..., 0] = 320.0, -320.0
+    octave = g.uniform(*draft.q.shape[:-1], device="cpu")
+    draft.q[..., 0], draft.k[..., 0] = 320.0 * torch.exp2(octave - 0.5), -320.0
     return draft
 
 

@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.problems import problem
-from support.right_kernels import exp_by_cubic
+from support.right_kernels import cubic_exponential, exp_by_cubic
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.budget.sums import gamma
 from verify.kernels.call import checked_call
+from verify.kernels.foreign.function_kernel import FunctionKernel
+from verify.kernels.heads import Heads
+from verify.kernels.judging.families import InputSizes, draw
 from verify.kernels.numbers import U_F32, U_F32_TENSOR_CORE
 from verify.kernels.registry import build_kernel
 
@@ -149,3 +152,13 @@ def test_what_states_nothing_may_have_an_exponential_by_a_polynomial(gap: float)
     assert float(((out.double() - budget.out[0, :, 0]).abs() / budget.bound[0, :, 0]).max()) <= 1
     # It is this that the room is for: without it the same lse is no right kernel's.
     assert float((off / error_budget(call, replace(read, u_exp=0.0)).lse_bound[0, :, 0]).max()) > 1
+
+
+def test_a_polynomial_s_error_counts_in_every_rescale() -> None:
+    """In nearly flat rows the maximum grows by next to nothing, and e^-0 is 8.5e-5 below 1 each time."""
+    call = draw("tiny", InputSizes(n_kv=(1101,) * 16, heads=Heads(2, 1, 64, 64)), 0)
+    kernel = FunctionKernel(cubic_exponential)
+    one = Arithmetic(u_exp=8.8e-5, block=2048, cuts_at=lambda n: (0, n))
+    off = (kernel.run(call).lse.double() - error_budget(call, one).lse).abs()
+    assert bool((off > error_budget(call, one).lse_bound).any())
+    assert bool((off <= error_budget(call, replace(one, block=64)).lse_bound).all())

@@ -203,6 +203,7 @@ def _stratum_of(
         a_kv_head=call.shape.ratio,
         look=inputs.look,
         overflows=overflows,
+        typical=baseline.typical,
     )
 
 

@@ -111,6 +111,9 @@ class KernelEvidence:
     worst_values: tuple[float, float] = (math.nan, math.nan)  # got and exact there
     cache: str = "f16"  # type of the kernel's own
     result_type: str = "f32"  # that its results are numbers of
+    typical: float = (
+        0.0  # of a baseline: its error on plain inputs of this shape and length (`typical_error`)
+    )
     # [B * T, Hq]: mean square error of a row and head, on k and v as its cache holds them.
     energy: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     # The same to exact on the inputs as they were given.
@@ -240,6 +243,19 @@ def examine(
                     _ask_alone(evidence, kernel, inputs, due[i], share)
         found.append(evidence)
     return found
+
+
+def typical_error(kernel: Kernel, call: Call) -> float:
+    """A kernel's mean square error over the mean square of the result, in the longest rows of a call; 0 where
+    it gives no result, or none that is finite."""
+    tried = attempt(kernel, call)
+    if tried.output is None:
+        return 0.0
+    exact = exact_attention(kernel.held(call)).out
+    longest = call.kv_len == call.kv_len.max()
+    error, size = ((x[longest].square().sum()) for x in (tried.output.out.double() - exact, exact))
+    found = float(error / size)
+    return found if math.isfinite(found) else 0.0
 
 
 class _Due(NamedTuple):

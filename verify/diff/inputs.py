@@ -12,9 +12,9 @@ from verify.arms.model_facts import check_lengths, check_shapes
 from verify.diff.captured import captured_inputs
 from verify.diff.examining import CellInputs
 from verify.diff.probing import PROBES, Probing
-from verify.judge.strata import looks_until
+from verify.judge.strata import PLAIN, looks_until
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
-from verify.kernels.call import AttentionPath, Shape
+from verify.kernels.call import AttentionPath, Call, Shape
 from verify.kernels.judging.families import (
     ALL_FAMILIES,
     CALLS,
@@ -40,6 +40,8 @@ DEFAULT_ROWS = 64
 MOST_TIMES = 16
 # Of inputs that show faults alone.
 FEW_ROWS = 4
+# Of plain inputs, on which a baseline's error is typical.
+PLAIN_ROWS = 16
 # Query tokens a call of the path `several`, where nobody says how many.
 SEVERAL = 4
 
@@ -269,6 +271,12 @@ def first_call(settings: DiffSettings, device: torch.device) -> CellInputs:
     sizes = _sizes(replace(settings, rows=2), shape, n_kv, ())
     call = draw("gaussian", sizes, settings.first_seed, device=device)
     return CellInputs(shape.name, n_kv, "gaussian", settings.first_seed, call)
+
+
+def plain_call(settings: DiffSettings, name: str, n_kv: int, device: torch.device) -> Call:
+    """A small call of plain inputs of a shape and length, whatever families are asked."""
+    few = replace(settings, rows=PLAIN_ROWS, most_rows=0, n_q=min(settings.n_q, PLAIN_ROWS))
+    return draw(PLAIN, _sizes(few, shape_named(name), n_kv, ()), settings.first_seed, device=device)
 
 
 def sizes_of_cell(settings: DiffSettings, shape: str, n_kv: int, family: str) -> InputSizes:

@@ -20,9 +20,9 @@ from verify.diff.cells import (
     limits_of,
     say_what_is_hidden,
 )
-from verify.diff.examining import CellInputs, KernelEvidence, examine
+from verify.diff.examining import CellInputs, KernelEvidence, examine, typical_error
 from verify.diff.headroom import DiffHeadroom
-from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_inputs
+from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_inputs, plain_call
 from verify.diff.looks import looks_sentence, undecided
 from verify.diff.naming import looks_like
 from verify.diff.probing import PROBES, Probing, probe_kernels
@@ -196,6 +196,7 @@ class _Bench:
         self._few_words: list[str] = []
         # Findings that are no faults, in the order in which they came.
         self._contract: dict[str, None] = {}
+        self._typical: dict[tuple[str, str, int], float] = {}
         self.examined = 0
         self.last: CellInputs | Probing | None = None
 
@@ -231,6 +232,9 @@ class _Bench:
         for kernel, one in zip(kernels, found, strict=True):
             if one is None and not (family in FORMS and kernel.spec in self.baselines):
                 self.left_out.setdefault(kernel.spec, set()).add(family)
+        for spec, one in zip(running, found, strict=False):
+            if one is not None and isinstance(each, CellInputs):
+                one.typical = self._typical_of(spec, each)
         if self.store is not None or known:
             for one in found:
                 if one is not None:
@@ -258,6 +262,18 @@ class _Bench:
                 if one.alone is not None:
                     one.alone.out = None
         self.examined += 1
+
+    def _typical_of(self, spec: str, each: CellInputs) -> float:
+        """A baseline's error on plain inputs of this shape and length, which decides what is negligible: the
+        same whatever else is asked. 0 where inputs come from elsewhere."""
+        if self.settings.captured_from is not None:
+            return 0.0
+        key = spec, each.shape, each.n_kv
+        if key not in self._typical:
+            with self.clock.stage("plain inputs", each.n_kv):
+                call = plain_call(self.settings, each.shape, each.n_kv, self.device)
+                self._typical[key] = typical_error(self.baselines[spec], call)
+        return self._typical[key]
 
     def judged(self) -> list[CandidateResult]:
         """The verdict on each candidate by what was examined so far."""

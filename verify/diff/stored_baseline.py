@@ -33,7 +33,7 @@ from verify.machine.errors import UsageError
 
 KIND = "baseline of verify diff"
 # One more when a baseline's figures would be others: how inputs are drawn, budgets, detectors, energies.
-RULES = 1
+RULES = 2
 # Settings that must be the same, by the option that says them, and those of which a part may be asked for.
 _SAME = {
     "dtype": "dtype", "rows": "rows", "seeds": "seeds", "first-seed": "first_seed", "sequences": "sequences",
@@ -43,7 +43,7 @@ _PARTS = {"shape": "shapes", "n-kv": "n_kvs", "inputs": "families"}
 _ENERGIES = ("energy", "given_energy")
 _PLAIN = (
     "failure", "probes_failed", "refused", "contract", "nmse", "worst", "worst_values", "cache",
-    "result_type", "bits", "bits_of_first",
+    "result_type", "typical", "bits", "bits_of_first",
 )  # fmt: skip
 _PLAIN_ALONE = ("calls", "refused", "failure", "other_bits", "against_many", "bits")
 _UNREADABLE = (

@@ -77,6 +77,7 @@ def packed(pairs: Sequence[tuple[str, StoredPair]], *, digits: int = 24) -> byte
         of = {"shape": stratum.shape, "n_kv": stratum.n_kv, "family": stratum.family}
         arrays = {name: place(getattr(stratum, name)) for name in _ARRAYS}
         of |= {name: getattr(stratum, name) for name in _LOOKS}
+        of["typical"] = stratum.typical
         return {**of, "heads": list(stratum.heads), "a_kv_head": stratum.a_kv_head, "arrays": arrays}
 
     records = []
@@ -123,6 +124,7 @@ def _pair(record: Mapping[str, Any], rows: np.ndarray) -> StoredPair:
     def stratum(kept: Mapping[str, Any]) -> Stratum:
         more: dict[str, Any] = {name: array(kept["arrays"][name]) for name in _ARRAYS}
         more |= {name: int(kept[name]) for name in _LOOKS if kept.get(name) is not None}
+        more["typical"] = float(kept.get("typical", 0.0))
         return Stratum(
             shape=str(kept["shape"]),
             n_kv=int(kept["n_kv"]),

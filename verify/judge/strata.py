@@ -7,13 +7,13 @@ the two kernels' root mean square errors to float64,
     R = sqrt((E_c + f) / (E_b + f)),   E: mean square error, f: square of a quarter step of the result type
 
 with f so that errors which the result's own type cannot show are no difference; and f is at least the
-square of a NEGLIGIBLE part of the reference's typical error at this length, its median over families:
-errors of heads add up in a layer's output, where the smaller one is not seen beside the typical one. ln R
-of the pooled energies has the jackknife's standard error; its square gains PRIOR_DISPERSION^2 / samples,
-for kernels that differ in few rows show too little of how much they may, and the error WIDENING times.
-Student's t has the degrees of freedom of the samples that really count, (sum x)^2 / sum x^2 - 1. Under
-FEWEST_SAMPLES the dispersion is shrunk towards that of the other strata of the family, as if samples were
-missing up to FEWEST_SAMPLES.
+square of a NEGLIGIBLE part of the reference's typical error at this length, that on plain inputs: errors of
+heads add up in a layer's output, where the smaller one is not seen beside the typical one. ln R of the pooled
+energies has the jackknife's standard error; its square gains PRIOR_DISPERSION^2 / samples, for kernels that
+differ in few rows show too little of how much they may, and the error WIDENING times. Student's t has the
+degrees of freedom of the samples that really count, (sum x)^2 / sum x^2 - 1. Under FEWEST_SAMPLES the
+dispersion is shrunk towards that of the other strata of the family, as if samples were missing up to
+FEWEST_SAMPLES.
 
 Tests are one-sided at ALPHA over all strata together (Holm): R <= margin, whose rejection is `degraded`, and
 R >= 1/1.10, whose rejection is `improved`. Limits that are printed are each stratum's own, at 1 - ALPHA.
@@ -47,6 +47,8 @@ PRIOR_DISPERSION = 0.15
 WIDENING = 1.2
 # Errors below this part of the typical one do not count: they change its energy by 1 in 4,096.
 NEGLIGIBLE = 64.0
+# The family of inputs on which an error is typical.
+PLAIN = "gaussian"
 # Improved is what is closer than this by more than chance allows.
 IMPROVEMENT = 1.10
 # Heads are told apart where groups of them differ by this factor, beyond this chance, at each half's samples.
@@ -148,6 +150,8 @@ class Stratum:
     first: int | None = None  # samples of its first look; None: all
     # Samples that are left out, for in them the candidate's sums overflow, and the reference's do not.
     overflows: int = 0
+    # The reference's typical error at this length: its mean square over that of the result; 0: not known.
+    typical: float = 0.0
 
     @property
     def share(self) -> float:
@@ -291,18 +295,24 @@ def _gravest(found: Sequence[StratumResult]) -> Word:
 
 
 def _with_typical_floor(strata: Sequence[Stratum]) -> list[Stratum]:
-    """The same, the floor raised to what is negligible beside the reference's typical error at the length."""
-    typical: dict[tuple[str, int], list[float]] = {}
-    for s in strata:
-        power = float(s.power.mean()) if len(s.power) else 0.0
-        if power > 0:
-            typical.setdefault((s.shape, s.n_kv), []).append(float(s.reference.mean()) / power)
+    """The same, the floor raised to what is negligible beside the reference's typical error at the length.
+
+    That is no matter of which other kinds were asked. Files of before do not have it: there it is that of the
+    plain inputs, if they were asked, else the stratum's own.
+    """
+    plain = {(s.shape, s.n_kv): _relative(s) for s in strata if s.family.split(",")[0] == PLAIN}
     found = []
     for s in strata:
-        share = float(np.median(typical.get((s.shape, s.n_kv), [0.0]))) / NEGLIGIBLE**2
-        least = share * float(s.power.mean()) if len(s.power) else 0.0
+        typical = s.typical or plain.get((s.shape, s.n_kv)) or _relative(s)
+        least = typical / NEGLIGIBLE**2 * float(s.power.mean()) if len(s.power) else 0.0
         found.append(replace(s, floor=np.maximum(s.floor, least)))
     return found
+
+
+def _relative(s: Stratum) -> float:
+    """The reference's mean square error over the mean square of the result; 0 where there is none."""
+    power = float(s.power.sum())
+    return float(s.reference.sum()) / power if power > 0 else 0.0
 
 
 def _ratios(tested: Sequence[Stratum]) -> list[LogRatio]:

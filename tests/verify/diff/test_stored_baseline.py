@@ -147,8 +147,9 @@ def test_other_rules_and_other_bits_are_refused(stored: Path, tmp_path: Path) ->
         "--out",
         str(tmp_path / "r"),
     )
+    rules = stored_baseline.RULES
     with mock.patch.object(stored_baseline, "RULES", 99):
-        assert_refused(run(*asked), "measured by rules 1, these are 99")
+        assert_refused(run(*asked), f"measured by rules {rules}, these are 99")
     drawn = stored_baseline.identity
     with mock.patch.object(stored_baseline, "identity", lambda each: drawn(each)[::-1]):
         done = run(*asked)

@@ -113,9 +113,13 @@ def test_a_loss_that_nothing_shows_beside_the_typical_error_is_none() -> None:
     the same kernel errs elsewhere."""
     kinds = [stratum(1.0, family=f"family {i}", rows=400) for i in range(5)]
     small = stratum(1.4, family="needles", size=1e-6, rows=512)
-    assert word(small) == "degraded"
-    assert word(*kinds, small) == "round-off"
-    assert word(*kinds, stratum(300.0, family="needles", size=1e-6)) == "degraded"
+    # Of the error on plain inputs, whether these are among what was asked or not; of no others'.
+    assert word(small) == word(*kinds, small) == "degraded"
+    assert word(*kinds, stratum(1.0, rows=400), small) == "round-off"
+    known = replace(small, typical=1e-8)
+    assert judge_strata([known], 1.25).strata[0].word == "equal"
+    assert word(*kinds, known) == "round-off"
+    assert word(replace(stratum(300.0, family="needles", size=1e-6), typical=1e-8)) == "degraded"
 
 
 def test_bits_that_are_equal_are_in_no_test() -> None:
