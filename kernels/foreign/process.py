@@ -35,6 +35,7 @@ from verify.kernels.foreign.lifeline import (
     signal_name,
 )
 from verify.kernels.foreign.overheard import Overheard
+from verify.kernels.waiting import waiting_variables
 
 START_LIMIT_S = 120
 # For a process to end after it has closed its pipes.
@@ -145,6 +146,7 @@ class WorkerProcess:
             ]  # fmt: skip
             self._process = subprocess.Popen(
                 command,
+                env={**os.environ, **waiting_variables(os.environ)},
                 stdin=subprocess.DEVNULL,
                 stdout=output_writes,
                 stderr=output_writes,

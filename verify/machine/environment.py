@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from verify.kernels.waiting import WAITING_VARIABLES, waiting_variables
+
 PACKAGES = ("torch", "numpy", "gguf", "tokenizers", "datasets", "scipy", "pyarrow", "triton")
 # Read by the libraries when they start: set before the first product. MKL then gives one result a shape,
 # whatever the alignment; cuBLAS keeps to one workspace, and so to one order of summation.
@@ -20,9 +22,10 @@ DETERMINISTIC_VARIABLES = {
 
 
 def prepare_variables() -> None:
-    """Set the environment variables of deterministic libraries, where the user has not."""
+    """Set the environment variables that libraries read when they start, where the user has not."""
     for name, value in DETERMINISTIC_VARIABLES.items():
         os.environ.setdefault(name, value)
+    os.environ.update(waiting_variables(os.environ))
     wanted = DETERMINISTIC_VARIABLES["MKL_CBWR"]
     if os.environ["MKL_CBWR"] == wanted and "avx512f" not in _cpu_flags():
         os.environ["MKL_CBWR"] = "AVX2,STRICT" if "avx2" in _cpu_flags() else "COMPATIBLE"
@@ -54,7 +57,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
         "packages": {name: version_of(name) for name in PACKAGES},
-        "variables": {name: os.environ.get(name) for name in DETERMINISTIC_VARIABLES},
+        "variables": {name: os.environ.get(name) for name in (*DETERMINISTIC_VARIABLES, *WAITING_VARIABLES)},
     }
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
