@@ -1,6 +1,6 @@
 """How long `verify.check_attention` takes with its defaults, kernel by kernel.
 
-    python benchmarks/check_time.py [--device cuda] [--out FILE.json]
+    python benchmarks/check_time.py [--device cuda] [--baseline eager] [--out FILE.json]
 
 Wall and CPU seconds of the first check of a process (libraries loaded, kernels compiled) and of one after it.
 On a machine with other work the CPU seconds are what to go by.
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=list(KERNELS))
+    parser.add_argument("--baseline", help="kernel specification; default: check_attention's own")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     where = torch.cuda.get_device_name() if asked.device == "cuda" else platform.processor() or "cpu"
@@ -48,7 +49,7 @@ def main() -> None:
         runs = []
         for _ in range(2):
             wall, cpu = time.monotonic(), time.process_time()
-            report = verify.check_attention(fn, device=asked.device)
+            report = verify.check_attention(fn, device=asked.device, baseline=asked.baseline)
             runs.append({"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu})
             took = " s, CPU ".join(f"{runs[-1][kind]:.1f}" for kind in ("wall", "cpu"))
             print(f"{name}: {report.verdict}, {took} s", flush=True)
