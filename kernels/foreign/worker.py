@@ -42,8 +42,13 @@ class Refusal(Exception):
 
 
 def module_beside(name: str) -> Any:
-    """A module that lies beside this file, loaded by its place: the user's own modules come first by name."""
-    spec = importlib.util.spec_from_file_location(f"verify_{name}", Path(__file__).with_name(f"{name}.py"))
+    """A module, or a folder of them, that lies beside this file, loaded by its place: the user's own modules
+    come first by name."""
+    file, folder = Path(__file__).with_name(f"{name}.py"), Path(__file__).with_name(name)
+    if folder.is_dir():
+        file = folder / "__init__.py"
+    inside = [str(folder)] if folder.is_dir() else None
+    spec = importlib.util.spec_from_file_location(f"verify_{name}", file, submodule_search_locations=inside)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
