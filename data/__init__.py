@@ -15,7 +15,7 @@ from verify.data.corpus import Corpus
 from verify.data.embedded import embedded_corpus
 from verify.data.errors import CorpusError
 from verify.data.long_text import LongText
-from verify.data.windows import Windows, cut_windows
+from verify.data.windows import Windows, cut_windows, strided_windows
 
 __all__ = [
     "Corpus",
@@ -27,4 +27,5 @@ __all__ = [
     "load_corpus",
     "read_any_text",
     "read_text_file",
+    "strided_windows",
 ]

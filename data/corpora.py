@@ -6,6 +6,7 @@ read through `datasets` and checked to the byte, so that figures can be laid bes
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 from verify.data.corpus import Corpus, corpus_from_bytes
@@ -17,12 +18,19 @@ from verify.data.long_text import LongText, is_long, read_long_text
 from verify.data.rows import SPEC_FORM, DatasetSpec, join_rows, parse_spec
 
 DEFAULT_CORPUS = "wikitext-2"
+# As the name of a file; what it held, once it was read.
+STANDARD_INPUT = "-"
+_STANDARD_INPUT: list[bytes] = []
 # A text file beyond this is read a piece at a time, and only as far as its windows reach.
 LONG_TEXT_BYTES = 1 << 25
 WIKITEXT = {
     "wikitext-2": DatasetSpec("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "wikitext-103": DatasetSpec("Salesforce/wikitext", "wikitext-103-raw-v1"),
 }
+# Others by name: the validation split of C4 in English, its first shard alone, and this program's own code.
+OTHERS = {"c4": DatasetSpec("allenai/c4", "en", "validation")}
+OWN_CODE = "own-code"
+NAMED = (*WIKITEXT, *OTHERS, OWN_CODE)
 WIKITEXT_2_BYTES = 1_290_590
 WIKITEXT_2_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
@@ -34,6 +42,8 @@ def read_text_file(path: str | os.PathLike[str]) -> Corpus:
 
     Raises CorpusError for a file that is missing, a folder, unreadable, empty or not UTF-8.
     """
+    if str(path) == STANDARD_INPUT:
+        return corpus_from_bytes(_standard_input(), name="standard input", source="file")
     path = Path(path)
     try:
         if path.is_char_device():
@@ -49,6 +59,15 @@ def read_text_file(path: str | os.PathLike[str]) -> Corpus:
     return corpus_from_bytes(raw, name=path.name, source="file", where=str(path))
 
 
+def _standard_input() -> bytes:
+    """All of it, read once a process. Raises CorpusError where a person would have to type it."""
+    if not _STANDARD_INPUT:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise CorpusError("-f -: expected a text on standard input, found a terminal")
+        _STANDARD_INPUT.append(sys.stdin.buffer.read())
+    return _STANDARD_INPUT[0]
+
+
 def read_any_text(path: str | os.PathLike[str], *, most: int = LONG_TEXT_BYTES) -> Corpus | LongText:
     """`read_text_file`; a file of more than `most` bytes is not held in memory. Raises CorpusError."""
     return read_long_text(Path(path)) if is_long(Path(path), most) else read_text_file(path)
@@ -57,6 +76,7 @@ def read_any_text(path: str | os.PathLike[str], *, most: int = LONG_TEXT_BYTES) 
 def load_corpus(name: str = DEFAULT_CORPUS, *, timeout_s: float = 5.0, allow_fallback: bool = True) -> Corpus:
     r"""The text called `name`.
 
+    `c4`: the validation split of C4 in English. `own-code`: this program's own Python files.
     `wikitext-2` (checked against the size and hash of the published file) and `wikitext-103`: the raw test
     splits of `Salesforce/wikitext`. `ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]`: any data set of the hub, by
     default its split `test` and its column `text`. A local file or folder in place of ORG/NAME: that data
@@ -72,7 +92,9 @@ def load_corpus(name: str = DEFAULT_CORPUS, *, timeout_s: float = 5.0, allow_fal
     """
     if name in WIKITEXT:
         return _load_wikitext(name, timeout_s=timeout_s, allow_fallback=allow_fallback)
-    spec = DatasetSpec(name) if _on_disk(name) else parse_spec(name)
+    if name == OWN_CODE:
+        return corpus_from_bytes(_own_code(), name=name, source="file")
+    spec = OTHERS.get(name) or (DatasetSpec(name) if _on_disk(name) else parse_spec(name))
     if _on_disk(spec.path):
         raw = join_rows(local_rows(spec)).encode("utf-8")
         return corpus_from_bytes(raw, name=name, source="file")
@@ -84,6 +106,12 @@ def load_corpus(name: str = DEFAULT_CORPUS, *, timeout_s: float = 5.0, allow_fal
             f"corpus {name!r}: {error}; a text on this machine can be given with -f FILE"
         ) from error
     return corpus_from_bytes(join_rows(rows).encode("utf-8"), name=name, source="hub")
+
+
+def _own_code() -> bytes:
+    """The Python files beside this one, in the order of their names."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return b"\n".join(file.read_bytes() for file in files)
 
 
 def check_wikitext_2(raw: bytes) -> None:
@@ -124,6 +152,6 @@ def _check_hub_name(name: str, spec: DatasetSpec) -> None:
     owner, slash, repo = spec.path.partition("/")
     if not (owner and slash and repo) or "/" in repo or owner in (".", "..", "~"):
         raise CorpusError(
-            f"corpus {name!r}: expected {', '.join(WIKITEXT)}, {SPEC_FORM}, or a data set's file or folder "
+            f"corpus {name!r}: expected {', '.join(NAMED)}, {SPEC_FORM}, or a data set's file or folder "
             f"(nothing is there under {spec.path!r}); a plain text goes to -f FILE"
         )

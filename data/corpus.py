@@ -23,6 +23,21 @@ class Corpus:
         return (self.text[at : at + letters] for at in range(0, len(self.text), letters))
 
 
+def utf16_of(raw: bytes) -> str | None:
+    """What to do about a text whose beginning is UTF-16, as Windows writes it; None where it is not.
+
+    >>> utf16_of("ab".encode("utf-16-le"))
+    'expected UTF-8, found UTF-16: convert it with iconv -f UTF-16LE -t UTF-8'
+    """
+    start = raw[: 1 << 10]
+    kind = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}.get(start[:2])
+    if kind is None:
+        # Without a mark: every second byte of plain letters is zero.
+        halves = {"UTF-16BE": start[0::2], "UTF-16LE": start[1::2]}
+        kind = next((name for name, half in halves.items() if half and half.count(0) > len(half) // 2), None)
+    return kind and f"expected UTF-8, found UTF-16: convert it with iconv -f {kind} -t UTF-8"
+
+
 def corpus_from_bytes(
     raw: bytes, *, name: str, source: str, where: str | None = None, notice: str | None = None
 ) -> Corpus:
@@ -31,6 +46,8 @@ def corpus_from_bytes(
     Raises CorpusError where the bytes are not UTF-8 (naming the byte offset) or hold no text.
     """
     where = where or name
+    if (wide := utf16_of(raw)) is not None:
+        raise CorpusError(f"{where}: text: {wide}")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

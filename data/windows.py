@@ -143,6 +143,35 @@ def cut_windows(
     )
 
 
+def strided_windows(
+    token_ids: Sequence[int] | np.ndarray,
+    *,
+    n_ctx: int,
+    stride: int,
+    chunks: int = -1,
+    bos_id: int | None = None,
+) -> Windows:
+    """Overlapping windows that begin `stride` tokens apart, as llama-perplexity --ppl-stride cuts them.
+
+    A window has n_ctx + stride / 2 tokens and scores its last `stride`: every token is scored once, with
+    nearly n_ctx before it. A BOS stands before the text alone. Raises CorpusError as `cut_windows` does, and
+    where stride is not of 1 .. n_ctx - 1.
+    """
+    if not 1 <= stride < n_ctx:
+        raise CorpusError(f"windows: stride: expected 1 to {n_ctx - 1} tokens, got {stride}")
+    length = n_ctx + stride // 2
+    # Whatever is refused of a text and of whole windows is refused there.
+    cut_windows(token_ids, n_ctx=length, chunks=chunks, bos_id=bos_id)
+    text = _as_ids(token_ids)
+    if bos_id is not None:
+        text = np.concatenate((_as_ids([bos_id]), text))
+    n_windows = -(-(len(text) - length) // stride)
+    if chunks != -1:
+        n_windows = min(n_windows, chunks)
+    tokens = np.stack([text[i * stride : i * stride + length] for i in range(n_windows)])
+    return Windows(tokens=tokens, n_ctx=length, first_scored=length - stride - 1, n_tokens_total=len(text))
+
+
 def _as_ids(token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
     """[n] int32, in memory of its own."""
     ids = np.asarray(token_ids)

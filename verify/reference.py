@@ -87,7 +87,7 @@ def reference(
         layers = architecture.sizes.layers
         if unknown := [layer for layer in hidden if not 0 <= layer <= layers]:
             raise UsageError(f"hidden states after {unknown[0]} layers: expected 0 to {layers}")
-        arm = _KernelAlone(build_kernel(kernel), path)
+        arm = KernelAlone(build_kernel(kernel), path)
         runner = Runner(architecture, device=place, attention_type=cache_type)
         states: dict[int, np.ndarray] = {}
 
@@ -116,7 +116,7 @@ def reference(
     return Reference(np.concatenate(found), states)
 
 
-class _KernelAlone:
+class KernelAlone:
     """An arm of one kernel, unwatched."""
 
     name = "reference"

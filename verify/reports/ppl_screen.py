@@ -14,7 +14,7 @@ from rich.table import Table
 from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
 from verify.kernels.said import visible
-from verify.machine.terminal import console_on, counted, print_table_on
+from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
 from verify.model.runner import Progress as Step
 from verify.ppl.evidence.foresight import foresight
 from verify.ppl.evidence.judged_calls import steady_sentence
@@ -23,7 +23,7 @@ from verify.ppl.record import CorpusRecord, PairRecord, PplRun
 from verify.ppl.runfolder import PAGE
 from verify.reports.caches import COLUMNS, cache_rows
 from verify.reports.path_alone import path_alone_sentence
-from verify.reports.progress import progress_bar
+from verify.reports.progress import Foretelling, progress_bar
 from verify.reports.single_tokens import changed_words, single_token_sentences, tokens_words
 from verify.reports.split_mode import split_mode_sentence
 from verify.reports.tables import Column, table_of
@@ -41,13 +41,17 @@ class PplConsole:
         self.silent = silent
         self.out: TextIO = sys.stderr if json else sys.stdout
         self._progress: Progress | None = None
-        self._task = None
+        self._foretold = Foretelling()
         self._line_open = False
 
     def notice(self, text: str) -> None:
         if self.silent:
             return
         self._end_line()
+        if self._progress is not None:
+            # Above the bar.
+            self._progress.console.print(f"verify: {text}", markup=False, highlight=False, soft_wrap=True)
+            return
         print(f"verify: {text}", file=sys.stderr)
 
     def started(
@@ -75,26 +79,43 @@ class PplConsole:
         )
         for note in notes:
             self.notice(note)
+        self.begin_bar()
+
+    def begin_bar(self) -> None:
+        """One bar over all windows, where stderr is a terminal."""
+        self._foretold = Foretelling()
         bar = progress_bar()
         if not bar.disable:
             self._progress = bar
+            bar.add_task("windows", total=None)
             bar.start()
 
     def progress(self, first: int, last: int, windows: int) -> Step:
-        if self._progress is None:
+        if self.silent:
             return _silent
-        bar = self._progress
-        for task in bar.task_ids:
-            bar.remove_task(task)
-        task = bar.add_task(f"windows {first + 1} to {last} of {windows}", total=None)
+        self._foretold.begins(first)
 
         def step(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            # The bar and its time are those of the whole run, whatever the groups are.
+            so_far = first + (last - first) * done / total
+            if self._progress is not None:
+                what = f"windows {first + 1} to {last} of {windows}"
+                task = self._progress.task_ids[0]
+                self._progress.update(task, completed=so_far, total=windows, description=what)
+            if said := self._foretold.said(so_far, windows):
+                self.notice(said)
 
         return step
 
     def windows_done(self, first: int, running: list[float]) -> None:
-        print(running_line(running, first), end="", file=self.out, flush=True)
+        line = running_line(running, first)
+        if self._progress is not None and on_terminal(self.out):
+            # A bar that is drawn anew would write into a line that is not ended.
+            self._progress.stop()
+            print(line, file=self.out, flush=True)
+            self._progress.start()
+            return
+        print(line, end="", file=self.out, flush=True)
         self._line_open = True
 
     def stop(self) -> None:

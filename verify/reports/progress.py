@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -59,3 +60,42 @@ def telling(what: str) -> Iterator[Callable[[str], None]]:
                 print(f"  {text}", file=sys.stderr, flush=True)
 
         yield tell
+
+
+# Shorter runs are not foretold, nor before so many seconds.
+LEAST_FORETOLD, LEAST_SEEN = 30.0, 2.0
+
+
+class Foretelling:
+    """How long a run over windows will take, said once, from what its first steps took.
+
+    clock: seconds, of any beginning.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._begun: tuple[float, float] | None = None  # when, and how many windows were done then
+        self._told = False
+
+    def begins(self, done: float) -> None:
+        """A group begins with so many windows behind it; the first is what is counted from."""
+        self._begun = self._begun or (self.clock(), done)
+
+    def said(self, done: float, windows: int) -> str | None:
+        """`about 17 s a window, 12 minutes in all`, the first time that it can be told; else None."""
+        if self._told or self._begun is None:
+            return None
+        seconds, share = self.clock() - self._begun[0], done - self._begun[1]
+        if share <= 0 or seconds < LEAST_SEEN:
+            return None
+        self._told = True
+        each = seconds / share
+        left = each * (windows - self._begun[1])
+        return f"about {_span(each)} a window, {_span(left)} in all" if left >= LEAST_FORETOLD else None
+
+
+def _span(seconds: float) -> str:
+    """`17 s`, `12 minutes`, `1.5 hours`."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

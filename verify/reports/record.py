@@ -76,7 +76,7 @@ class StoredPage:
 
 
 # Commands whose pages are made from run.json alone.
-OF_JSON = ("diff", "props", "judge", "identify", "kld", "sweep")
+OF_JSON = ("ppl-only", "diff", "props", "judge", "identify", "kld", "sweep")
 
 
 def load_run(folder: Path) -> StoredPpl | StoredGen | StoredPage:

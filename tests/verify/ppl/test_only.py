@@ -1,0 +1,121 @@
+"""`verify ppl --only`: one kernel, one pass, several models and texts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.cli import assert_refused, verify
+from support.ppl_runs import write_tiny
+from support.tiny_model import write_text, write_tiny_model
+from verify.data import corpora, cut_windows, strided_windows
+from verify.data.corpora import load_corpus
+from verify.data.corpus import corpus_from_bytes
+from verify.data.errors import CorpusError
+from verify.reports.progress import Foretelling
+
+BASE = ("ppl", "--only", "exact", "--device", "cpu", "-c", "64", "--chunks", "4")
+
+
+def test_several_models_in_one_table_with_paired_errors(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path)
+    other = write_tiny_model(tmp_path / "other.gguf", seed=5)
+    tables = tmp_path / "t.csv", tmp_path / "t.md"
+    models = [word for path in (tiny.model, tiny.model, other) for word in ("-m", str(path))]
+    written = ("--csv", str(tables[0]), "--md", str(tables[1]), "--out", str(tmp_path / "run"))
+    done = verify(*BASE, *models, "-f", str(tiny.text), *written, "--json")
+    assert done.returncode == 0, done.stderr
+    first, same, third = json.loads(done.stdout)["rows"]
+    assert first["against"] is None and first["windows"] == 4
+    assert same["against"]["ln_ratio"] == {"value": 0.0, "error": 0.0}
+    assert same["against"]["same_top"]["value"] == 1.0
+    assert third["against"]["ln_ratio"]["value"] == pytest.approx(third["nll_mean"] - first["nll_mean"])
+    assert third["against"]["ln_ratio"]["error"] > 0
+    assert np.log(first["by_window"]).mean() == pytest.approx(first["nll_mean"])
+    parts = first["by_position"]
+    assert (parts[0]["n_kv_min"], parts[-1]["n_kv_max"]) == (33, 63)
+    lines = list(csv.DictReader(io.StringIO(tables[0].read_text())))
+    assert [float(line["ppl"]) for line in lines] == [row["ppl"] for row in (first, same, third)]
+    assert tables[1].read_text().splitlines()[0].startswith("| model | size | bits a weight | PPL | ln PPL")
+    page = (tmp_path / "run/report.md").read_text()
+    assert page.startswith("## verify ppl --only: measured") and "other.gguf" in page
+    assert verify("report", str(tmp_path / "run")).returncode == 0
+    assert (tmp_path / "run/report.md").read_text() == page
+
+
+def test_it_is_the_perplexity_of_the_comparison(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path)
+    alone = verify(*BASE, "-m", str(tiny.model), "-f", str(tiny.text), "--out", str(tmp_path / "alone"))
+    compared = verify("ppl", *BASE[3:], "-m", str(tiny.model), "-f", str(tiny.text), "--baseline", "eager",
+                      "--candidate", "eager:kv=2", "--out", str(tmp_path / "run"))  # fmt: skip
+    assert alone.returncode == 0 and compared.returncode in (0, 3), alone.stderr + compared.stderr
+    (row,) = json.loads((tmp_path / "alone/run.json").read_text())["rows"]
+    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "run/run.json").read_text())["arms"]}
+    assert row["ppl"] == pytest.approx(arms["exact"]["ppl"], rel=1e-6)
+    assert "Final estimate: PPL over 4 chunks for n_ctx=64 = " in alone.stdout
+
+
+def test_with_a_stride_each_token_is_scored_once_after_nearly_a_window() -> None:
+    ids = np.arange(1000)
+    windows = strided_windows(ids, n_ctx=64, stride=16)
+    assert windows.n_ctx == 72 and windows.scored_per_window == 16
+    scored = windows.targets.ravel().tolist()
+    assert scored == list(range(56, 56 + len(scored))) and scored[-1] >= 1000 - 17
+    assert (windows.tokens[:, 0] == np.arange(windows.n_windows) * 16).all()
+    # A BOS stands before the text, and before no other window.
+    first = strided_windows(ids, n_ctx=64, stride=16, bos_id=7).tokens[:2, 0].tolist()
+    assert first == [7, 15]
+    assert len(cut_windows(ids, n_ctx=64).tokens) == 15
+    with pytest.raises(CorpusError, match="stride"):
+        strided_windows(ids, n_ctx=64, stride=64)
+
+
+def test_standard_input_is_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = write_tiny(tmp_path)
+    done = {}
+    for name in (str(tiny.text), "-"):
+        monkeypatch.setattr(corpora, "_STANDARD_INPUT", [])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(tiny.text.read_bytes())))
+        out = tmp_path / f"run{len(done)}"
+        ran = verify(*BASE, "-m", str(tiny.model), "-f", name, "--stride", "32", "--out", str(out))
+        assert ran.returncode == 0, ran.stderr
+        done[name] = json.loads((out / "run.json").read_text())["rows"][0]
+    assert done["-"]["ppl"] == done[str(tiny.text)]["ppl"] and done["-"]["text"] == "standard input"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_by_name(encoding: str) -> None:
+    with pytest.raises(CorpusError, match=r"expected UTF-8, found UTF-16: convert it with iconv -f UTF-16"):
+        corpus_from_bytes("plain letters\n".encode(encoding), name="text", source="file")
+    assert corpus_from_bytes(b"plain letters\n", name="text", source="file").n_bytes == 14
+
+
+def test_this_programs_own_code_is_a_text() -> None:
+    assert "import" in load_corpus("own-code").text and load_corpus("own-code").source == "file"
+
+
+def test_options_of_a_comparison_are_refused(tmp_path: Path) -> None:
+    text = str(write_text(tmp_path / "t"))
+    assert_refused(verify("ppl", "--only", "exact", "--candidate", "eager"), "--candidate", "no --only")
+    assert_refused(verify("ppl", "--stride", "8"), "--stride 8", "--only SPEC")
+    assert_refused(verify(*BASE, "--stride", "64"), "--stride 64", "1 to 63")
+    assert_refused(verify(*BASE, "-f", text, "--csv", str(tmp_path)), "--csv", "folder")
+    assert_refused(verify("ppl", "--only", "exakt", "-m", "hf:a/b/c.gguf"), "did you mean 'exact'")
+
+
+def test_a_long_run_is_foretold_once_and_a_short_one_is_not() -> None:
+    seconds = iter([0.0, 1.0, 8.5, 9.0])
+    told = Foretelling(lambda: next(seconds))
+    told.begins(4)
+    assert told.said(4.1, 100) is None
+    assert told.said(4.5, 100) == "about 17 s a window, 27 minutes in all"
+    assert told.said(4.6, 100) is None
+    short = Foretelling(iter([0.0, 3.0]).__next__)
+    short.begins(0)
+    assert short.said(1.0, 4) is None
