@@ -67,7 +67,7 @@ def _answer(arguments: list[str], ended: Ended) -> int | None:
     import typer
 
     from verify.commands import app
-    from verify.commands.help_pages import instead_of, with_value
+    from verify.commands.help_pages import instead_of, likelier, with_value
     from verify.kernels.errors import MachineFailure
     from verify.machine.errors import INPUT_ERRORS
     from verify.machine.exits import EXIT_VOID
@@ -95,7 +95,7 @@ def _answer(arguments: list[str], ended: Ended) -> int | None:
     except Exception as error:
         # The command line's own usage errors; typer may carry its click inside, so the class is not named.
         if hasattr(error, "format_message"):
-            code = _refuse(instead_of(arguments) or with_value(error.format_message(), arguments))
+            code = _refuse(instead_of(arguments) or likelier(with_value(error.format_message(), arguments)))
         elif isinstance(error, OSError) and error.filename is not None and "--debug" not in sys.argv:
             code = _refuse(f"{error.filename}: {error.strerror or error}")
         elif _memory_ran_out(error) and "--debug" not in sys.argv:

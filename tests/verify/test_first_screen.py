@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from support.cli import assert_refused, verify
@@ -70,6 +72,19 @@ def test_options_stand_under_what_they_are_for() -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files that are not what they are given as."""
+    base = tmp_path_factory.mktemp("mistaken")
+    for name, content in {
+        "short.txt": b"hello", "empty.txt": b"", "wide.txt": "plain".encode("utf-16-le"),
+        "latin.txt": b"caf\xe9 au lait", "not.gguf": b"{}", "folder/x": b"x",
+    }.items():  # fmt: skip
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(content)
+    return base
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -101,9 +116,61 @@ def test_options_stand_under_what_they_are_for() -> None:
         (("report", "no-such-run"), "no-such-run"),
         (("plan", "--arch", "no-such-arch"), "no-such-arch"),
         (("explain",), "--texts"),
+        # Nothing is fetched before what can be refused without it.
+        (("ppl", "-m", "hf:a/b/c.gguf", "--candidate", "flish"), "did you mean 'flash'"),
+        (("ppl", "-m", "hf:a/b/c.gguf", "-f", "no-such.txt"), "no-such.txt: file: expected a text file"),
+        (("ppl", "-m", "hf:a/b/c.gguf", "--out", "."), "--out .: holds other files"),
+        (("ppl", "-m", "hf:a/b"), "expected hf:ORG/REPO/FILE.gguf"),
+        (("ppl", "-m", "not.gguf"), "not.gguf: is not a GGUF file"),
+        (("ppl", "-m", "folder"), "expected a GGUF file, found a folder"),
+        (("ppl", "model.gguf"), "a model is given with -m model.gguf"),
+        (("ppl", "-f", "empty.txt"), "empty.txt: text: expected at least one character"),
+        (("ppl", "-f", "wide.txt"), "found UTF-16: convert it with iconv"),
+        (("ppl", "-f", "latin.txt"), "expected UTF-8, found byte 0xe9 at byte offset 3"),
+        (("ppl", "-f", "folder"), "expected a text file, found a folder"),
+        (("ppl", "-f", "short.txt"), "expected at least 1024 (2 * n_ctx, n_ctx = 512)"),
+        (("ppl", "--corpus", "wikitext"), "expected wikitext-2, wikitext-103, c4, own-code"),
+        (("ppl", "-c", "8k"), "8k are -c 8192"),
+        (("ppl", "--candidate", "flash:heads=8,4"), "'4' is not of the form option=value"),
+        (("ppl", "--candidate", "py:mine.py"), "expected py:FILE.py::FUNCTION"),
+        (("ppl", "--baseline", "exact:acc=f16"), "expected one of float64"),
+        (("ppl", "--cache-type", "q8"), "did you mean 'q8_0'"),
+        (("ppl", "--device", "gpu"), "--device gpu: expected cpu, cuda or cuda:N"),
+        (("ppl", "--resume", "folder"), "expected the folder of a run"),
+        (("ppl", "--min-coverage", "2"), "expected a share from 0 to 1"),
+        (("ppl", "--score-last", "600"), "expected 1 to 511 positions"),
+        (("ppl", "--noise", "1"), "expected 0 (none) or at least 2 arms"),
+        (("ppl", "--save-logits", "folder"), "is a folder, expected the name of a file"),
+        (("ppl", "--chunks", "-2"), "expected windows from 1, or -1 for all"),
+        (("ppl", "--csv", "t.csv"), "expected --only SPEC beside it"),
+        (("ppl", "--only", "flish"), "did you mean 'flash'"),
+        (("ppl", "--only", "exact", "--path", "both"), "expected decode or prefill"),
+        (("gen",), "expected a prompt"),
+        (("gen", "-p", "x", "-n", "0"), "-n 0: expected at least 1 token"),
+        (("diff", "--n-kv", "512;1024"), "expected lengths from 1, comma between"),
+        (("diff", "--inputs", "gausian"), "--inputs gausian: expected all or any of"),
+        (("diff", "--shape", "9/2x64"), "9 query heads do not divide among 2"),
+        (("diff", "--dtype", "float16"), "expected one of f16, bf16, f32"),
+        (("diff", "--path", "prefil"), "expected decode, several or prefill"),
+        (("props", "flash", "--law", "no-law"), "unknown law"),
+        (("props", "flash", "--case", "{}"), "needs the --law"),
+        (("judge",), "file"),
+        (("judge", "short.txt"), "which of nothing is the kernel"),
+        (("identify", "flish"), "did you mean 'flash'"),
+        (("identify", "eager", "--regimes", "some"), "expected quick or full"),
+        (("kld", "not.gguf", "short.txt"), "not a logits file"),
+        (("sweep", "short.txt"), "it has no table"),
+        (("sweep", "short.txt", "--policy", "ik-1183"), "expected both or neither"),
+        (("report", "folder"), "no run.json there"),
+        (("logits", "-f", "short.txt", "--out", "x.txt"), "expected a file that ends in .npz"),
+        (("list", "--kernels"), "No such option"),
+        (("--verison",), "--version"),
     ],
 )
-def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+def test_a_mistake_is_one_line(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, mistaken: Path
+) -> None:
+    monkeypatch.chdir(mistaken)
     done = verify(*arguments)
     assert_refused(done)
     assert said.lower() in done.stderr.lower()

@@ -233,6 +233,15 @@ def instead_of(arguments: list[str]) -> str | None:
     return None
 
 
+def likelier(message: str) -> str:
+    """A refusal with what was likely meant, where that can be guessed."""
+    extra = re.search(r"unexpected extra argument\w*(?:\(s\))? \((\S+\.gguf)\)", message)
+    if extra:
+        return f"{message}: a model is given with -m {extra[1]}"
+    size = re.search(r"'-c' / '--ctx-size'.*got '(\d+)[kK]'", message)
+    return f"{message}: {size[1]}k are -c {int(size[1]) * 1024}" if size else message
+
+
 def with_value(message: str, arguments: list[str]) -> str:
     """A message that refuses an option's value, with the value where it does not quote it."""
     named = re.search(r"Invalid value for '(?:[^']*/ )?(-[-\w]+)", message)

@@ -15,7 +15,7 @@ from verify.data.corpora import DEFAULT_CORPUS, NAMED
 from verify.judge.chances import load_chances
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.machine.command_line import typed_again
-from verify.machine.environment import prepare_torch
+from verify.machine.environment import describe, prepare_torch
 from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
@@ -260,7 +260,6 @@ def _one(option: str, given: list[str] | None) -> str | None:
 def _only(context: typer.Context, kernel: str, stride: int, csv: Path | None, md: Path | None) -> int:
     """One kernel by itself. Options of a comparison are refused by name."""
     from verify.machine.devices import default_device
-    from verify.machine.environment import describe
     from verify.ppl.only import OnlySettings, only_rows, run_only
     from verify.ppl.runfolder import RESULT, RunFolder
     from verify.reports.only_screen import OnlyScreen

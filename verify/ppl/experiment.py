@@ -21,12 +21,14 @@ from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
 from verify.arms.result_type import Match, same_match
 from verify.arms.sample import Sample
 from verify.arms.split_mode import check_model, tensor_parallel_record
-from verify.data import Corpus, LongText, Windows, cut_windows, load_corpus, read_any_text
+from verify.data import Corpus, LongText, Windows, cut_windows, load_corpus, read_any_text, read_text_file
+from verify.data.corpora import STANDARD_INPUT
 from verify.diff.captured import capture_to, parse_layers
 from verify.judge.run_verdict import run_verdict
 from verify.judge.verdict import Decision
 from verify.kernels.kernel import Kernel
-from verify.kernels.registry import build_kernel
+from verify.kernels.plans.spec import parse_spec
+from verify.kernels.registry import UNTOLD, build_kernel
 from verify.machine import environment
 from verify.machine.devices import chosen_device
 from verify.machine.errors import UsageError
@@ -73,6 +75,9 @@ from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
 from verify.ppl.settings import OWN, PplSettings
 
+# Windows as short as this were hardly meant.
+FEW_TOKENS = 16
+
 
 class Outcome(NamedTuple):
     """All that a run found: its record, and the tables of its folder."""
@@ -91,6 +96,7 @@ class Experiment:
         self.device = chosen_device(settings.device)
         if self.ranks.size > 1 and self.device.type == "cuda":
             self.device = local_device()
+        _refuse_early(settings)
         path = locate_model(settings.model)
         self.file = GGUFFile.open(path)
         self.architecture: Architecture = architecture_of(self.file)
@@ -152,6 +158,11 @@ class Experiment:
         except BaseException:
             self.close()
             raise
+        if (few := settings.n_ctx) < FEW_TOKENS:
+            scored = self.windows.scored_per_window
+            listener.notice(
+                f"-c {few} is {few} tokens a window, {scored} of them scored; {few}k are -c {few * 1024}"
+            )
         if settings.n_ctx > self.architecture.sizes.context:
             listener.notice(
                 f"-c {settings.n_ctx} is beyond the model's training context of"
@@ -507,6 +518,16 @@ class Experiment:
             groups=joined.groups,
             read_bytes=joined.read_bytes.total(),
         )
+
+
+def _refuse_early(settings: PplSettings) -> None:
+    """What can be refused before a model is fetched. Raises UsageError, SpecError, CorpusError."""
+    for text in (settings.baseline, *settings.candidates):
+        # Those that run somebody's code are built once, when there is a model for them.
+        if text != OWN and parse_spec(text).name not in UNTOLD:
+            build_kernel(text).close()
+    if settings.file is not None and settings.file != STANDARD_INPUT and not Path(settings.file).is_file():
+        read_text_file(settings.file)
 
 
 def _read_text(settings: PplSettings, file: GGUFFile) -> tuple[Corpus | LongText, Tokenizer, np.ndarray]:

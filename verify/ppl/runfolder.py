@@ -78,6 +78,17 @@ def _of_a_run(stored: dict[str, Any]) -> bool:
     return all(isinstance(stored.get(name), dict) for name in ("settings", "identity"))
 
 
+def refuse_a_run(path: Path, *, groups: bool) -> None:
+    """Raises UsageError where the folder holds a run. groups: of a kind that can be gone on with."""
+    if (path / SETTINGS).exists() or (path / RESULT).exists():
+        other = f"go on with --resume {path}, or name another" if groups else "name another folder"
+        raise UsageError(f"--out {path}: holds a run already; {other}")
+    if path.is_dir() and (there := sorted(path.iterdir())):
+        raise UsageError(
+            f"--out {path}: holds other files ({there[0].name}), expected a new or an empty folder"
+        )
+
+
 class RunFolder:
     """A run's folder. Raises UsageError where it cannot be written or read.
 
@@ -92,9 +103,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, *, groups: bool = True) -> RunFolder:
         """A new folder, or an empty one; `groups`: for a run that goes on a group at a time."""
-        if (path / SETTINGS).exists() or (path / RESULT).exists():
-            other = f"go on with --resume {path}, or name another" if groups else "name another folder"
-            raise UsageError(f"--out {path}: holds a run already; {other}")
+        refuse_a_run(path, groups=groups)
         try:
             str(path).encode()
         except UnicodeEncodeError:

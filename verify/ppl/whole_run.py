@@ -21,7 +21,7 @@ from verify.ppl.experiment import Experiment, Outcome
 from verify.ppl.listener import Listener
 from verify.ppl.record import PplRun
 from verify.ppl.resuming import BegunRun, words_to_resume
-from verify.ppl.runfolder import RunFolder
+from verify.ppl.runfolder import RunFolder, refuse_a_run
 from verify.ppl.settings import PplSettings
 
 
@@ -60,6 +60,9 @@ def run_whole(
     if settings.save_logits is not None:
         read = [settings.model, settings.file, *settings.against]
         check_writable("--save-logits", settings.save_logits, read)
+    if begun is None and out is not None and ranks.leads:
+        # Before a model is fetched.
+        refuse_a_run(out, groups=True)
     folder = begun.folder if begun is not None else None
     outcome: Outcome | None = None
     named = begun is not None

@@ -69,6 +69,12 @@ def test_bad_input_is_one_line(tiny: Tiny, tmp_path: Path, more: tuple[str, ...]
     assert_refused(done, said)
 
 
+def test_windows_of_a_few_tokens_are_run_and_said_to_be(tiny: Tiny, tmp_path: Path) -> None:
+    done, _ = run(tiny, tmp_path / "run", "-c", "8", "--chunks", "2")
+    assert done.returncode != 2, done.stderr
+    assert "-c 8 is 8 tokens a window, 3 of them scored; 8k are -c 8192" in done.stderr
+
+
 def test_an_unwritable_folder(tiny: Tiny, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
