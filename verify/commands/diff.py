@@ -21,6 +21,7 @@ from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.files import write_whole
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_writable
+from verify.machine.terminal import say
 from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
@@ -171,8 +172,8 @@ def command(
     judged = [(one.spec, pair) for one in outcome.candidates if (pair := one.stored()) is not None]
     folder.write_bytes(STRATA, packed(judged))
     write_reports(folder.path)
+    say(outcome.seconds, to=screen)
     print_outcome(outcome, screen)
-    print(outcome.seconds, file=screen)
     print(f"report: {folder.path / 'report.html'}", file=screen, flush=True)
     hand_over(
         cases_of_run(outcome.run),

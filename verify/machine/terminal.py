@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -35,13 +36,50 @@ def console_on(to: TextIO) -> Console:
 
 
 def print_table_on(console: Console, table: Table) -> None:
-    """Whole, whatever the width: a figure that is cut is a wrong figure, a long line only an ugly one."""
+    """Whole, whatever the width: a figure that is cut is a wrong figure. Where a terminal has too little room
+    for the table's lines, a row is a few lines: its first cell, then each column's name and what is there.
+    """
     needed = _GAP * (len(table.columns) - 1)
     for column in table.columns:
         widest = max(len(line) for cell in (column.header, *column.cells) for line in str(cell).split("\n"))
         needed += widest if column.no_wrap else min(widest, max(column.min_width or 0, NARROWEST_WORDS))
+    if needed > console.width and on_terminal(console.file):
+        for line in _folded(table, console.width):
+            console.print(line, soft_wrap=True)
+        return
     console.width = max(console.width, needed)
     console.print(table, crop=False)
+
+
+def _folded(table: Table, width: int) -> Iterator[str]:
+    """Rows of a table that is too wide, each as lines of at most `width` letters where its words allow."""
+    names = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        first, *rest = map(str, row)
+        yield first or "-"
+        told = [f"{name} {value}" for name, value in zip(names[1:], rest, strict=True) if value]
+        yield from wrapped("  " + "; ".join(told), width)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A line in pieces of at most `width` letters, no word cut; later ones stand two letters further in."""
+    inside = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.wrap(
+        text,
+        width,
+        subsequent_indent=inside,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    ) or [""]
+
+
+def say(*lines: str, to: TextIO) -> None:
+    """Lines of plain text: wrapped at blanks on a terminal, whole in a pipe."""
+    width = console_on(to).width if on_terminal(to) else 0
+    for line in lines:
+        print(*(wrapped(line, width) if width else [line]), sep="\n", file=to)
+    to.flush()
 
 
 def counted(n: int, noun: str) -> str:

@@ -160,9 +160,8 @@ def _pictures(rows: Sequence[OnlyRow]) -> list[Picture]:
             points = row[name]
             if len(points) < 2:
                 continue
-            if name == "by_window":
-                xs, ys = range(1, len(points) + 1), points
-            else:
+            xs, ys = [float(i + 1) for i in range(len(points))], points
+            if name == "by_position":
                 xs = [(p["n_kv_min"] + p["n_kv_max"]) / 2 for p in points]
                 ys = [p["ppl"] for p in points]
             label = PurePath(row["model"]).stem

@@ -14,7 +14,7 @@ from rich.table import Table
 from verify.arms.records import ModelRecord, TensorParallelRecord
 from verify.judge.run_verdict import VOID
 from verify.kernels.said import visible
-from verify.machine.terminal import console_on, counted, on_terminal, print_table_on
+from verify.machine.terminal import console_on, counted, on_terminal, print_table_on, say
 from verify.model.runner import Progress as Step
 from verify.ppl.evidence.foresight import foresight
 from verify.ppl.evidence.judged_calls import steady_sentence
@@ -50,9 +50,9 @@ class PplConsole:
         self._end_line()
         if self._progress is not None:
             # Above the bar.
-            self._progress.console.print(f"verify: {text}", markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(f"verify: {text}", markup=False, highlight=False)
             return
-        print(f"verify: {text}", file=sys.stderr)
+        say(f"verify: {text}", to=sys.stderr)
 
     def started(
         self,
@@ -64,7 +64,7 @@ class PplConsole:
         if self.silent:
             return
         shared_out = split_mode_sentence(shares)
-        print(
+        say(
             f"model {visible(Path(model.path).name)}: {model.architecture}, {model.layers} layers,"
             f" {model.heads} heads over {model.kv_heads} KV heads (r = {model.ratio}),"
             f" head size {model.head_size}",
@@ -73,9 +73,7 @@ class PplConsole:
             f" {counted(corpus.windows, 'window')} of {corpus.n_ctx},"
             f" {corpus.scored_per_window} scored in each",
             foresight(corpus.measured_windows, corpus.scored_per_window),
-            sep="\n",
-            file=self.out,
-            flush=True,
+            to=self.out,
         )
         for note in notes:
             self.notice(note)
@@ -112,7 +110,8 @@ class PplConsole:
         if self._progress is not None and on_terminal(self.out):
             # A bar that is drawn anew would write into a line that is not ended.
             self._progress.stop()
-            print(line, file=self.out, flush=True)
+            # Folded between two windows, where the line is longer than the terminal's.
+            say(line.replace(",[", ", ["), to=self.out)
             self._progress.start()
             return
         print(line, end="", file=self.out, flush=True)
@@ -130,7 +129,7 @@ class PplConsole:
         baseline = next(arm for arm in run.arms if arm.role == "baseline")
         corpus = run.corpus
         closing = final_line(baseline.perplexity, n_ctx=corpus.n_ctx, windows=corpus.windows)
-        print(closing, file=self.out)
+        say(closing, to=self.out)
         console = console_on(self.out)
         print_table_on(console, _table(run))
         if of_caches := cache_rows(run):
@@ -138,9 +137,8 @@ class PplConsole:
                 Column(name, "words" if name in ("cache", "read back") else "figure") for name in COLUMNS
             ]
             print_table_on(console, table_of(kinds, of_caches))
-        for line in _coverage(run):
-            console.print(line, soft_wrap=True)
-        print(_read(run), *_pairs(run), sep="\n", file=self.out)
+        say(*_coverage(run), to=self.out)
+        say(_read(run), *_pairs(run), to=self.out)
         several = len(run.pairs) > 1 and run.verdict != VOID
         reasons = [f"the gravest of {len(run.pairs)} pairs"] if several else run.reasons
         # What did not run belongs to the verdict itself.

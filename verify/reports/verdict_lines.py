@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from verify.judge.words import VERDICTS, VerdictWord, next_line
-from verify.machine.terminal import console_on, on_terminal
+from verify.machine.terminal import console_on, on_terminal, say
 
 # By exit code: as it should be, not so, and what cannot be told.
 _COLOURS = {0: "green", 1: "red"}
@@ -45,10 +45,10 @@ def print_verdict(
     from rich.panel import Panel
     from rich.text import Text
 
+    # Above the box: there may be many, and the verdict is to be in sight at the end.
+    say(*(f"note: {note}" for note in notes), to=to)
     word = words[verdict]
     body = Text("; and ".join(reasons))
-    for note in notes:
-        body.append(f"\nnote: {note}")
     body.append(f"\n\n{verdict} means: {word.means}", style="dim")
     body.append(f"\nnext: {word.next_step} (verify help verdicts)")
     console.print(

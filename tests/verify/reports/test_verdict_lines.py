@@ -45,7 +45,9 @@ def test_a_terminal_gets_a_box_that_cuts_no_word(width: int, monkeypatch: pytest
     to = Screen()
     print_verdict("broken", REASONS, to, NOTES)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", to.getvalue()).splitlines()
-    assert "verdict: broken" in lines[0] and all(len(line) <= width for line in lines)
+    # Notes stand above the box.
+    box = next(i for i, line in enumerate(lines) if "verdict: broken" in line)
+    assert lines[0].startswith("note: ") and box > 0 and all(len(line) <= width for line in lines)
     told = [word for line in lines for word in line.strip("│╭╮╰╯─ |+-").split()]
     assert {"err/budget", "arithmetic", "torch", "shrinks"} <= set(told)
     assert {"means:", "next:"} <= set(told)
