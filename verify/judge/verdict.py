@@ -151,6 +151,9 @@ def _with_single_tokens(e: PairEvidence, decision: Decision) -> Decision:
     said = f"one query token a call: {sentence(found)}"
     if telling is not None and telling.measured:
         said += f"; rms error over the {e.reference}'s in {telling}"
+    if verdict == "inconclusive" and e.unit != "cells":
+        # A model's layers pass once: when a hint is seen, the tensors that made it are gone.
+        said += "; verify diff asks single tokens until they tell"
     return Decision(verdict, [said, *decision.reasons])
 
 

@@ -23,6 +23,7 @@ from verify.judge.strata import (
     looks_until,
     share_of_look,
 )
+from verify.judge.verdict import PairEvidence, decide
 
 
 def stratum(
@@ -140,6 +141,20 @@ def test_sums_that_only_the_candidate_s_overflow_are_a_loss_and_no_ratio() -> No
     assert [s.word for s in found.strata] == ["degraded", "round-off"]
     assert not found.strata[0].measured
     assert sentence(found) == "degraded at 512 keys (near-overflow)"
+
+
+@pytest.mark.parametrize(("unit", "named"), [("scored tokens", True), ("cells", False)])
+def test_single_tokens_that_hint_at_harm_name_who_asks_more(unit: str, named: bool) -> None:
+    """A model's layers pass once; a diff has asked more already."""
+    few = judge_strata([stratum(1.3, family="one query token", rows=40)], 1.25)
+    assert few.word == "inconclusive" and few.strata[0].ratio > 1.25
+    evidence = PairEvidence(
+        faults=[], same_spec=False, coverage=1.0, bitwise_equal=False, distance=None, unit=unit,
+        strata=judge_strata([stratum(1.0, rows=400)], 1.25), alone=few,
+    )  # fmt: skip
+    decision = decide(evidence)
+    assert decision.verdict == "inconclusive"
+    assert ("verify diff asks single tokens" in decision.reasons[0]) == named
 
 
 def test_regimes_are_named_and_whose_kernel_changed() -> None:
