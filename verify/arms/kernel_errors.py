@@ -13,12 +13,16 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from verify.arms.arm import Arm
 from verify.arms.own_error import HeadErrors, fault_of, lse_fault_of
 from verify.arms.records import InPlaceRecord, LayerErrors
 from verify.kernels.call import Shape
+from verify.kernels.judging.apart import HeadApart, head_apart
 from verify.kernels.judging.figures import (
+    GAIN_UNITS,
+    apart_fault,
     bias_said,
     gain_fault,
     gain_limit,
@@ -30,6 +34,8 @@ from verify.kernels.numbers import FLOAT_TYPES, U_F32
 
 # Layer, head and window: fewer say nothing about a mean.
 FEWEST_CHECKS = 4
+# Over fewer layers the scatter of a head's gain is not known.
+FEWEST_LAYERS = 8
 # Where they were measured.
 IN_PLACE = ", on the exact arm's own q, k and v"
 
@@ -148,7 +154,40 @@ def faults_in_place(layers: pa.Table, arm: str, called: str, *, nonfinite: bool 
             f"{called}: {lse_fault_of(worst)}{IN_PLACE}"
             f" ({len(off)} of {whole.checks} checks of a layer and head failed)"
         )
-    return [*faults, *faults_in_common(whole, called)]
+    faults += faults_in_common(whole, called)
+    apart = head_apart_in_layers(rows)
+    if apart is not None and (fault := apart_fault(apart.shift, apart.limit, apart.head)):
+        faults.append(f"{called}: {fault}, over all layers{IN_PLACE}")
+    return faults
+
+
+def head_apart_in_layers(rows: pa.Table) -> HeadApart | None:
+    """The head whose gain, over all layers, is farthest from the other heads', of one arm's rows.
+
+    Heads of a model attend otherwise, and rounding makes other gains of them. But a head's number means
+    nothing from layer to layer: over the layers a right kernel's heads are alike, and how far a head's gain
+    scatters from layer to layer is what chance makes of its mean. None of few layers or heads, of layers with
+    unlike heads, and where results are NaN or Inf.
+    """
+    layers, heads = (np.unique(rows[name].to_numpy()) for name in ("layer", "head"))
+    if len(layers) < FEWEST_LAYERS or bool(np.any(rows["nonfinite"].to_numpy())):
+        return None
+    sums, counts = (np.zeros((len(layers), len(heads))) for _ in "ab")
+    at = tuple(
+        np.searchsorted(of, rows[name].to_numpy()) for of, name in ((layers, "layer"), (heads, "head"))
+    )
+    np.add.at(sums, at, rows["gain"].to_numpy())
+    np.add.at(counts, at, 1)
+    if not counts.all():
+        return None
+    gains = sums / counts
+    gains -= np.median(gains, axis=1, keepdims=True)
+    deviations = gains.std(axis=0, ddof=1) / math.sqrt(len(layers))
+    found = head_apart(torch.from_numpy(gains.mean(axis=0)), torch.from_numpy(deviations))
+    if found is None:
+        return None
+    least = max(abs(found.centre), GAIN_UNITS * U_F32)
+    return found._replace(head=int(heads[found.head]), limit=max(found.limit, least))
 
 
 def faults_in_common(whole: KernelErrors, called: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -92,3 +94,27 @@ def test_few_checks_say_nothing_about_a_gain() -> None:
 def test_errors_larger_than_expected_are_a_fault() -> None:
     (fault,) = faults_in_place(table(*rows(64, rms_ratio=3.0)), "candidate", "it")
     assert "times their expected size" in fault
+
+
+def test_a_head_that_stands_apart_in_all_layers_is_named() -> None:
+    """Within what roundings may make of a gain; one layer, or every head, is another matter."""
+    numbers = random.Random(0)
+    drawn = {(w, l, h): numbers.gauss(0, 1e-5) for w in range(2) for l in range(12) for h in range(9)}
+
+    def faults(off: Callable[[int, int], float]) -> list[str]:
+        found = [
+            rows(1, window=w, layer=l, head=h, gain=gain + off(l, h), gain_rises=1e-2, gain_falls=1e-2)[0]
+            for (w, l, h), gain in drawn.items()
+        ]
+        return faults_in_place(table(*found), "candidate", "it")
+
+    (fault,) = faults(lambda layer, head: 1e-3 * (head == 7))
+    assert fault.startswith("it: head 7 is off by a common factor of 1 +0.001 that no other head has")
+    assert fault.endswith(", over all layers, on the exact arm's own q, k and v")
+    for right in (
+        lambda layer, head: 0.0,
+        lambda layer, head: 1e-3,
+        lambda layer, head: 1e-2 * (head == 7 and layer == 3),
+        lambda layer, head: 1e-3 * (head % 3 == 0),
+    ):
+        assert faults(right) == []
