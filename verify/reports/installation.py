@@ -11,7 +11,7 @@ from rich.table import Table
 from verify.kernels.catalogue import CATALOGUE
 from verify.kernels.plans.policy import POLICIES
 from verify.machine.environment import describe
-from verify.machine.terminal import console_on
+from verify.machine.terminal import console_on, say
 from verify.model.errors import ModelError
 from verify.model.locate import locate_model
 
@@ -57,7 +57,7 @@ def print_doctor(found: dict[str, Any], to: TextIO) -> None:
         )
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        print(f"{name:<{width}}  {value}", file=to)
+        say(f"{name:<{width}}  {value}", to=to)
 
 
 def foreign_owners() -> dict[str, list[str]]:
