@@ -226,7 +226,7 @@ class Bench:
                 for tiles in TILES:
                     self.flash(
                         "tiles", lambda n=n_kv: one_sequence(n, 0, 4, "several"), size,
-                        kernel_of(tiles=Tiles(*tiles)), beside=base, n_kv=n_kv, n_q=4, tiles=list(tiles),
+                        kernel_of(tiles=Tiles(*tiles)), beside=base, n_kv=n_kv, n_q=4, tiles=str(tiles),
                     )  # fmt: skip
                 self.flash(
                     "alone", lambda n=n_kv: one_sequence(n, 0, 4, "decode"), size, kernel, beside=base,

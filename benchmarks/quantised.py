@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from commit import gpu_run
-from decode import GLM, cache_bytes, tensors
+from decode import GLM, MLA, cache_bytes, tensors
 
 from verify.kernels.cache_types import AS_GIVEN, parse_cache
 from verify.kernels.call import Call, checked_call
@@ -38,7 +38,11 @@ from verify.kernels.timing import input_sets, time_calls
 LENGTHS = (131_072, 32_768, 8192, 1024, 4096, 65_536, 16_384, 2048)
 CACHES = ("q8_0", "q4_0", "e4m3")
 SWEPT_LENGTHS = (1024, 4096, 16_384, 65_536)
-SWEPT_SHAPES = (GLM, Heads(32, 8, 128, 128), Heads(128, 8, 128, 128), Heads(12, 1, 128, 128))
+SWEPT_SHAPES = (
+    Heads(32, 8, 64, 64), MLA, Heads(16, 4, 256, 256), Heads(9, 3, 64, 64), Heads(4, 1, 256, 256),
+    Heads(64, 1, 128, 128), Heads(8, 8, 128, 128), Heads(32, 8, 128, 128), GLM, Heads(128, 8, 128, 128),
+    Heads(12, 1, 128, 128),
+)  # fmt: skip
 PARTS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 
 
@@ -174,7 +178,12 @@ def main() -> None:
     lines = [partial(measured, cache, n_kv, **how) for cache, n_kv, how in plan()]
     lines[12:12] = [partial(errors, cache, 8192) for cache in CACHES]
     run("lines", arguments.seconds, lines)
-    sweep = [(c, s, n) for s in SWEPT_SHAPES for n in SWEPT_LENGTHS for c in ("f16", *CACHES)]
+    sweep = [
+        (c, s, n)
+        for s in SWEPT_SHAPES
+        for n in SWEPT_LENGTHS
+        for c in (("f16", *CACHES) if s.k_size == s.v_size else ("f16",))
+    ]
     run("sweep", arguments.sweep_seconds, [partial(swept, *one) for one in sweep])
     worst = max((x for x in result["sweep"] if "us" in x), key=lambda x: x["over_best"], default=None)
     print("worst of kv=auto:", json.dumps(worst))

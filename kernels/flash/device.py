@@ -138,9 +138,12 @@ def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
     count = tl.minimum(parts, tiles)
     if tiles_a_part < 0:
         full = tiles // -tiles_a_part
+        shortest = tiles // 2
+        if tiles_a_part >= -4:
+            shortest = tl.maximum(shortest, tl.minimum(tiles, parts // 2))
         cheap = tl.minimum(parts // 2, 32)
         most = tl.maximum(tl.maximum(cheap, tl.minimum(full, 64)), full // 2)
-        count = tl.minimum(tl.minimum(parts, tiles // 2), most)
+        count = tl.minimum(tl.minimum(parts, shortest), most)
         count = tl.where(count > 32, count // 16 * 16, count)
     count = tl.maximum(count, 1)
     first, end = part * tiles // count, (part + 1) * tiles // count
@@ -174,6 +177,48 @@ def rows_see(
     return visible
 
 
+@triton.jit
+def seen_by_all(
+    live, lengths, own_begin, own_end, begin, end, window, SEVERAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """From where to where, in this part, each of the tile's rows sees every key."""
+    if SEVERAL:
+        first = tl.max(tl.where(live, own_begin, begin), 0)
+        last = tl.min(tl.where(live, own_end, end), 0)
+    else:
+        first = begin
+        last = tl.minimum(tl.min(tl.where(live, lengths, end), 0), end)
+    if WINDOW:
+        first = tl.maximum(first, tl.max(tl.where(live, lengths, 0), 0) - window)
+    return first, last
+
+
+@triton.jit
+def weights(s, m, l, LATE_SUM: tl.constexpr):
+    """p and c of a tile's logits s [M, TILE], and m' and l'."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # A row that has seen no key yet must not make inf - inf.
+    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+    p = tl.exp2(s - shift[:, None])
+    rescale = tl.exp2(m - shift)
+    if LATE_SUM:
+        return p, rescale, m_new, l * rescale[:, None] + p
+    else:
+        return p, rescale, m_new, l * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def scaled(x, factor, ROUNDED: tl.constexpr):
+    """x * factor; ROUNDED: whatever is made of it, the product is not fused with a sum, which would round
+    once where a masked tile rounds twice."""
+    if ROUNDED and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, factor], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x * factor
+
+
 @triton.jit(
     do_not_specialize=[
         "tokens",
@@ -198,6 +243,7 @@ def rows_see(
         "mask_b",
         "mask_h",
         "mask_t",
+        "keys",
     ],
     do_not_specialize_on_alignment=[
         "groups", "kv_len", "alibi", "lse", "tile_rows", "table", "listed", "last_key", "mask"
@@ -248,6 +294,9 @@ def attend_tiles(
     mask_b,
     mask_h,
     mask_t,
+    k_tiles,
+    v_tiles,
+    keys,
     DK: tl.constexpr,
     DK1: tl.constexpr,
     DK2: tl.constexpr,
@@ -269,14 +318,16 @@ def attend_tiles(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIBI: tl.constexpr,
+    COPIED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (sequences * tiles, KV heads * n_groups, slots).
 
     q [B, T, Hkv * q_ratio, DK] with strides q_b, q_t, q_h; k and v [B, S, Hkv, D] likewise, last stride 1.
-    kv_len [B, T]: a negative one marks a row that another launch computes; same_length: that of all rows, or
-    -1. groups [G, 2]: first head and size of each head group; group_size: that of all groups but the last,
-    which holds the rest, or 0. out [B, T, slots, Hq, DV] and lse [B, T, slots, Hq] in float32.
+    kv_len [B, T]: a negative one marks a row that another launch computes; same_length: that of all rows, on
+    the path several of each sequence's newest, whose others have one less each; or -1. groups [G, 2]: first
+    head and size of each head group; group_size: that of all groups but the last, which holds the rest, or 0.
+    out [B, T, slots, Hq, DV] and lse [B, T, slots, Hq] in float32.
     Head sizes are split into a power of two and a padded rest: DK1 + DK2 >= DK, DV1 + DV2 >= DV.
 
     SEVERAL: rows of a tile have parts of their own. PACKED: q is [1, sum T, ...], and tile_rows [tiles, 3]
@@ -284,7 +335,9 @@ def attend_tiles(
     k and v are [P, PAGE, Hkv, D] then, and table [B, pages] with stride table_b has the pages of each
     sequence. LISTED: row t goes through keys listed[b, t, 0 .. kv_len[b, t] - 1] alone, a list of stride
     listed_t a row, and last_key [B, T] is what kv_len is elsewhere. MASK: 1 for truth values, 2 for numbers:
-    mask with strides mask_b, mask_h, mask_t and last stride 1.
+    mask with strides mask_b, mask_h, mask_t and last stride 1. COPIED: k_tiles and v_tiles describe k and v
+    as [B * keys, Hkv * D] in tiles [TILE, D]; those that every row sees whole are copied by them, without
+    masks.
     """
     tile_id = tl.program_id(0)
     if PACKED:
@@ -335,12 +388,17 @@ def attend_tiles(
         row = in_batch * tokens + first_token + i * 0
         q_row = q + in_batch * q_b + first_token.to(tl.int64) * q_t + i * 0
     else:
-        token = first_token + i // size
-        head = i % size
+        # i // size for i < 128 and size <= 64, without a division for each row.
+        of_tile = (i * ((65535 + size) // size)) >> 16
+        token = first_token + of_tile
+        head = i - of_tile * size
         live = (i < tokens_a_tile * size) & (token < end_token)
         row = in_batch * tokens + token
-        wait_for_launch_in_front(OVERLAP)
-        lengths = tl.load(kv_len + row, mask=live, other=0)
+        if SEVERAL and same_length >= 0:
+            lengths = tl.where(live, same_length - (tokens - 1 - token), 0)
+        else:
+            wait_for_launch_in_front(OVERLAP)
+            lengths = tl.load(kv_len + row, mask=live, other=0)
         if SEVERAL:
             # Rows of another launch.
             live = live & (lengths >= 0)
@@ -353,7 +411,15 @@ def attend_tiles(
         # Places, by which a window and ALiBi go; a list has them in any order.
         n_kv = tl.load(last_key + in_batch * tokens + first_token)
     if SEVERAL:
-        own_begin, own_end, count = part_bounds(lengths, part, parts, tiles_a_part, BLOCK)
+        shortest = tl.min(tl.where(live, lengths, longest), 0)
+        if (shortest + BLOCK - 1) // BLOCK == (longest + BLOCK - 1) // BLOCK:
+            # As many tiles in each row: parts begin and end alike, but where a row ends.
+            own_begin, own_end, count = part_bounds(longest, part, parts, tiles_a_part, BLOCK)
+            own_begin = tl.minimum(lengths, own_begin)
+            own_end = tl.minimum(lengths, own_end)
+            count = count + 0 * lengths
+        else:
+            own_begin, own_end, count = part_bounds(lengths, part, parts, tiles_a_part, BLOCK)
         end = tl.max(own_end, 0)
         begin = tl.min(tl.where(own_begin < own_end, own_begin, end), 0)
     else:
@@ -382,6 +448,31 @@ def attend_tiles(
         k_base = k + sequence64 * k_b + kv_head.to(tl.int64) * k_h
         v_base = v + sequence64 * v_b + kv_head.to(tl.int64) * v_h
 
+    j = tl.arange(0, TILE)
+    # Whether a tile's keys lie one after another in a larger page.
+    IN_ONE: tl.constexpr = (PAGE > TILE and PAGE % TILE == 0) and not LISTED
+    # Whether a tile is some whole pages, or one: tiles begin at multiples of TILE.
+    SOME_PAGES: tl.constexpr = (PAGE > 0 and PAGE <= TILE and TILE % PAGE == 0) and not LISTED
+    # Whether each key of a tile is looked up.
+    LOOKED_UP: tl.constexpr = LISTED or (PAGE > 0 and not IN_ONE)
+    if LISTED:
+        list_row = listed + (in_batch * tokens + first_token) * listed_t
+        next_at = tl.load(list_row + begin + j, mask=begin + j < end, other=0)
+    # Asked for before q, whose latency hides theirs.
+    if IN_ONE:
+        next_page = tl.load(pages + begin // PAGE, mask=begin < end, other=0)
+    elif SOME_PAGES:
+        # What does not change from tile to tile: a row of pointers each for ids, keys and values.
+        page_at = pages + j // PAGE
+        next_page = tl.load(page_at + begin // PAGE, mask=begin + j < end, other=0)
+        k_in_page = k_base + (j % PAGE)[:, None] * k_s
+        v_in_page = v_base + (j % PAGE)[:, None] * v_s
+    elif PAGE > 0:
+        if LISTED:
+            next_page = tl.load(pages + next_at // PAGE, mask=begin + j < end, other=0)
+        else:
+            next_page = tl.load(pages + (begin + j) // PAGE, mask=begin + j < end, other=0)
+
     d1 = tl.arange(0, DK1)
     q_head = (kv_head * q_ratio + first_head - q_shift + head).to(tl.int64) * q_h
     q1 = tl.load((q_row + q_head)[:, None] + d1[None, :], mask=live[:, None] & (d1 < DK)[None, :], other=0.0)
@@ -405,24 +496,29 @@ def attend_tiles(
         acc2 = tl.zeros([M, DV2], ACC)
         e2 = DV1 + tl.arange(0, DV2)
 
-    j = tl.arange(0, TILE)
-    # Whether a tile's keys lie one after another in a page.
-    IN_ONE: tl.constexpr = (PAGE > 0 and PAGE % TILE == 0) and not LISTED
-    # Whether each key of a tile is looked up.
-    LOOKED_UP: tl.constexpr = LISTED or (PAGE > 0 and not IN_ONE)
-    if LISTED:
-        list_row = listed + (in_batch * tokens + first_token) * listed_t
-        next_at = tl.load(list_row + begin + j, mask=begin + j < end, other=0)
-    if IN_ONE:
-        next_page = tl.load(pages + begin // PAGE, mask=begin < end, other=0)
-    elif PAGE > 0:
-        if LISTED:
-            next_page = tl.load(pages + next_at // PAGE, mask=begin + j < end, other=0)
-        else:
-            next_page = tl.load(pages + (begin + j) // PAGE, mask=begin + j < end, other=0)
+    # Whether masks are for some tiles alone. One row of heads costs less than a branch; and elsewhere Triton
+    # 3.6 lays a tile out otherwise behind one, which adds up P in another order.
+    BRANCH: tl.constexpr = (
+        not DECODE
+        and not LISTED
+        and MASK == 0
+        and (M >= 128 or (M == 64 and DV1 <= 128) or (M < 64 and DV1 > M and TILE > M))
+    )
+    if BRANCH or COPIED:
+        all_from, all_to = seen_by_all(live, lengths, own_begin, own_end, begin, end, window, SEVERAL, WINDOW)
     if MASK > 0:
         mask_head = (kv_head * ratio + first_head + head).to(tl.int64) * mask_h
         mask_row = mask + in_batch * mask_b + mask_head + (row - in_batch * tokens) * mask_t
+    if COPIED:
+        whole = begin + tl.maximum(all_to - begin, 0) // TILE * TILE
+        first_key = sequence * keys
+        for start in tl.range(begin, whole, TILE):
+            k1 = k_tiles.load([first_key + start, kv_head * DK])
+            v1 = v_tiles.load([first_key + start, kv_head * DV])
+            s = product(q1, tl.trans(k1), tl.zeros([M, TILE], tl.float32))
+            p, rescale, m, l = weights(scaled(s, logit_scale, True), m, l, LATE_SUM)
+            acc1 = accumulate(acc1, rescale, p, v1, v1.dtype, P_TYPE, ACC_F16)
+        begin = whole
     for start in tl.range(begin, end, TILE):
         inside = start + j < end
         at = start + j
@@ -445,6 +541,10 @@ def attend_tiles(
             next_page = tl.load(pages + (start + TILE) // PAGE, mask=start + TILE < end, other=0)
             k_tile = k_base + page * k_b + tl.cast(start % PAGE, tl.int64) * k_s
             v_tile = v_base + page * v_b + tl.cast(start % PAGE, tl.int64) * v_s
+        elif SOME_PAGES:
+            next_page = tl.load(page_at + (start + TILE) // PAGE, mask=start + TILE + j < end, other=0)
+            k_keys = k_in_page + (page * k_b)[:, None]
+            v_keys = v_in_page + (page * v_b)[:, None]
         elif PAGE > 0:
             if LISTED:
                 next_page = tl.load(pages + next_at // PAGE, mask=start + TILE + j < end, other=0)
@@ -470,26 +570,22 @@ def attend_tiles(
             k2 = tl.load(k_keys + d2[None, :], mask=inside[:, None] & (d2 < DK)[None, :], other=0.0)
             s = product(q2, tl.trans(k2), s)
         if SOFTCAP:
-            s = tanh(s * logit_scale) * softcap
+            s = scaled(tanh(s * logit_scale), softcap, BRANCH)
         else:
-            s = s * logit_scale
+            s = scaled(s, logit_scale, BRANCH)
         if ALIBI:
             s += slope[:, None] * (at[None, :] - (n_kv - 1)).to(tl.float32)
-        if MASK == 0:
-            visible = rows_see(inside, at, n_kv, own_begin, own_end, oldest, DECODE, SEVERAL, WINDOW)
-        if MASK == 2:
-            s += masked * _LOG2_E
-        s = tl.where(visible, s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # A row that has seen no key yet must not make inf - inf.
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        p = tl.exp2(s - shift[:, None])
-        rescale = tl.exp2(m - shift)
-        if LATE_SUM:
-            l = l * rescale[:, None] + p
+        if BRANCH:
+            if start < all_from or start + TILE > all_to:
+                visible = rows_see(inside, at, n_kv, own_begin, own_end, oldest, DECODE, SEVERAL, WINDOW)
+                s = tl.where(visible, s, -float("inf"))
         else:
-            l = l * rescale + tl.sum(p, 1)
-        m = m_new
+            if MASK == 0:
+                visible = rows_see(inside, at, n_kv, own_begin, own_end, oldest, DECODE, SEVERAL, WINDOW)
+            if MASK == 2:
+                s += masked * _LOG2_E
+            s = tl.where(visible, s, -float("inf"))
+        p, rescale, m, l = weights(s, m, l, LATE_SUM)
         if V_IS_K:
             acc1 = accumulate(acc1, rescale, p, k1, k1.dtype, P_TYPE, ACC_F16)
         else:

@@ -44,8 +44,9 @@ FALLBACK_NOTE = "the CUDA kernel did not run: `flash` ran as `eager`, the same a
 U_TANH = 2.0**-19
 # Compute capability from which Triton multiplies on tensor cores.
 _TENSOR_CORES_FROM = (8, 0)
-# Compute capability from which a dependent launch may begin while the one before it drains.
-_OVERLAP_FROM = (9, 0)
+# Compute capability from which a dependent launch may begin while the one before it drains, and an engine
+# copies tiles of tensors to shared memory.
+_HOPPER = (9, 0)
 
 
 class Filling(NamedTuple):
@@ -56,19 +57,23 @@ class Filling(NamedTuple):
     tiles_to_fill: int
 
 
-# Of Triton's, on an H200: at 8,192 keys and 8 KV heads 32 parts are best, from 32,768 on 49, of 8 to 64.
-FILLING = Filling(3, 4)
+# Of Triton's by head size, on an H200: at 8,192 keys and 8 KV heads of 128 32 parts are best, from 32,768 on
+# 49, of 8 to 64; of 64 and of 256 by the sweep in h200-sweep.json, where e4m3 at 64 wants twice the tiles.
+FILLING = {64: Filling(4, 4), 128: Filling(3, 4), 256: Filling(2, 4)}
 # A block alone takes 0.67 us for 64 keys of float16, 0.4 of q8_0 and q4_0, 0.27 of e4m3.
 FILLING_COMPILED, FILLING_COMPILED_FP8 = Filling(compiled.BLOCKS_A_SM, 10), Filling(compiled.BLOCKS_A_SM, 20)
 
 
-def filling(plan: Plan, reader: str, cache: CacheSpec) -> Plan:
+def filling(plan: Plan, shape: Shape, reader: str, cache: CacheSpec) -> Plan:
     """The plan with `kv=auto` by the programs of the kernel over quantised caches that run at once."""
     if plan.kv.mode != "auto":
         return plan
-    of = FILLING
+    size, fp8 = shape.k_size, {cache.k, cache.v} <= set(FP8_TYPES)
     if reader == "cuda":
-        of = FILLING_COMPILED_FP8 if {cache.k, cache.v} <= set(FP8_TYPES) else FILLING_COMPILED
+        of = FILLING_COMPILED_FP8 if fp8 else FILLING_COMPILED
+    else:
+        of = FILLING.get(size, FILLING[128])
+        of = of._replace(tiles_to_fill=8) if fp8 and size == 64 else of
     return replace(plan, kv=KVCuts("auto", of.tiles_to_fill), sms=plan.sms * of.programs_a_sm)
 
 
@@ -160,7 +165,8 @@ class FlashKernel(Kernel):
         Raises ValueError on a dtype, a head size or head groups that the kernel does not have.
         """
         options = self.options.with_plan(call.plan)
-        overlap = self.overlap and call.q.is_cuda and _limits(call.q.device.index).capability >= _OVERLAP_FROM
+        new = not call.q.is_cuda or _limits(call.q.device.index).capability >= _HOPPER
+        overlap = self.overlap and call.q.is_cuda and new
         planes, rotation = None, 0
         cache = self.cache.at(call.layer)
         if not cache.as_given:
@@ -173,13 +179,13 @@ class FlashKernel(Kernel):
         fused = planes is not None and self.expand == "fused" and reads_planes(call, options)
         if fused:
             assert planes is not None
-            options = replace(options, plan=filling(options.plan, planes.reader, cache))
+            options = replace(options, plan=filling(options.plan, call.shape, planes.reader, cache))
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         if tiles is None:
             return None
         if fused:
             tiles = self.tiles or tiles._replace(warps=4, stages=4)
-        prepared = prepare(call, options, tiles, overlap=overlap, cache_type=cache.k)
+        prepared = prepare(call, options, tiles, overlap=overlap, copy_engine=new, cache_type=cache.k)
         prepared.planes, prepared.expand, prepared.rotation = planes, not fused, rotation
         return prepared
 
@@ -307,7 +313,9 @@ class FlashKernel(Kernel):
         tiles = self.tiles or self._tiles(call.q.device, call, options)
         cache = self.cache.at(call.layer)
         if self._fuses(call, cache, options):
-            options = replace(options, plan=filling(options.plan, self._reader(call, cache), cache))
+            options = replace(
+                options, plan=filling(options.plan, call.shape, self._reader(call, cache), cache)
+            )
         return self._arithmetic(options, call.shape, call.asked(cache.k), tiles, call.q.dtype, cache)
 
     def _arithmetic(

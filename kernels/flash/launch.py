@@ -134,7 +134,7 @@ class Launches:
     tiles_a_part: int  # where their size is given; else 0
     slots: int  # places for partial results a row and head: the most parts of a row
     kv_len: torch.Tensor  # [B, T] int32, -1 at rows of other buckets
-    same_length: int  # keys that every row of the call goes through; -1: they differ
+    same_length: int  # keys of every row; of several tokens of the newest, the others one less each; or -1
     chunks: list[Chunk]  # what is launched at a time
     binaries: list[str] = field(default_factory=list)  # hashes of what was launched, when it was
 
@@ -147,6 +147,7 @@ class Prepared:
     options: TileOptions  # of the specification, with the call's own plan
     tiles: Tiles  # sizes of the matrix tiles
     overlap: bool  # the combining launch may begin early
+    copy_engine: bool  # the device has one that copies tiles to shared memory
     out: torch.Tensor  # float32
     lse: torch.Tensor  # float32
     launches: list[Launches]  # one a kind of rows
@@ -321,10 +322,16 @@ class Prepared:
             k, v = k[chunk.b], v[chunk.b]
         tokens_a_tile = tile_tokens(call, self.tiles)
         dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
+        k_tiles = v_tiles = None
+        if self.copies_tiles:
+            k_tiles, v_tiles = _tiles_of(k, self.tiles.keys), _tiles_of(v, self.tiles.keys)
         return code.attend_tiles[grid](
             k=k,
             v=v,
+            k_tiles=k_tiles,
+            v_tiles=v_tiles,
             alibi=call.alibi_slopes,
+            keys=shape.keys,
             tokens_a_tile=tokens_a_tile,
             tiles=-(-shared["tokens"] // tokens_a_tile),
             softcap=(1.0 if call.softcap is None else call.softcap) * LOG2_E,
@@ -346,8 +353,23 @@ class Prepared:
             SOFTCAP=call.softcap is not None,
             WINDOW=call.sliding_window is not None,
             ALIBI=call.alibi_slopes is not None,
+            COPIED=k_tiles is not None,
             **shared,
         )
+
+    @property
+    def copies_tiles(self) -> bool:
+        """Whether tiles that every row of a matrix tile sees whole are copied by the device's copy engine: on
+        the path prefill, of a plain call over tensors that it can describe. A rule of the call alone."""
+        call, shape = self.call, self.call.shape
+        plain = call.softcap is None and call.sliding_window is None and call.alibi_slopes is None
+        if call.path != "prefill" or call.has_forms or not plain or not self.copy_engine:
+            return False
+        whole = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (call.k, call.v))
+        whole = whole and call.q.element_size() == 2
+        powers = all(size & (size - 1) == 0 and size >= 64 for size in (shape.k_size, shape.v_size))
+        rows = shape.batch * shape.keys
+        return whole and powers and max(shape.k_size, shape.v_size) <= 256 and 0 < rows < 1 << 31
 
     def _over_planes(self, grid: tuple[int, ...], chunk: Chunk, shared: dict[str, Any]) -> Any:
         """The same over a quantised cache, on the decode path."""
@@ -413,6 +435,13 @@ class Prepared:
             binaries=binaries,
         )
         return counted, False
+
+
+def _tiles_of(x: torch.Tensor, keys: int) -> Any:
+    """k or v [B, S, Hkv, D], contiguous, as the copy engine reads it: [B * S, Hkv * D] in tiles [keys, D]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x.flatten(2).flatten(0, 1), [keys, x.shape[3]])
 
 
 def _strides(names: str, x: torch.Tensor) -> dict[str, int]:

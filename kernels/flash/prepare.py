@@ -23,7 +23,7 @@ from verify.kernels.flash.launch import (
     tile_tokens,
     token_a_tile,
 )
-from verify.kernels.flash.rows import plans_of_rows
+from verify.kernels.flash.rows import RowPlans, plans_of_rows
 from verify.kernels.flash.tiles import LARGEST_GROUP, LARGEST_K_HEAD, LARGEST_V_HEAD, SMALLEST_HEAD, Tiles
 from verify.kernels.lengths import lengths_of
 from verify.kernels.numbers import type_of
@@ -85,9 +85,11 @@ def prepare(
     tiles: Tiles,
     *,
     overlap: bool = False,
+    copy_engine: bool = False,
     cache_type: str = "f16",
 ) -> Prepared:
-    """Plans and buffers of a call; cache_type: what policies are told.
+    """Plans and buffers of a call; overlap, copy_engine: what the device can; cache_type: what policies are
+    told.
 
     Raises ValueError where head groups do not sum to r or are too large.
     """
@@ -112,13 +114,20 @@ def prepare(
         if len(rows.kinds) > 1:
             chosen = torch.tensor(rows.kind_of_row, device=kv_len.device).view(kv_len.shape) == index
             mine = torch.where(chosen, kv_len, -1)
-        same_length = lengths[0] if decode and lengths and len(set(lengths)) == 1 else -1
+        pieces = (
+            chunks(call, kind.slots, tiles)
+            if call.cu_seqlens is None
+            else packed_chunks(call, kind.slots, forms, lengths)
+        )
+        same_length = _same_length(call, lengths) if len(rows.kinds) == 1 or decode else -1
+        if not decode and any(piece.t != slice(None) for piece in pieces):
+            same_length = -1
         parts, tiles_a_part = 0, 0
         if plan.kv.mode == "size":
             tiles_a_part = -(-plan.kv.value // plan.block)
         else:
             parts = plan.kv.parts_wanted(shape.kv_heads * len(kind.head_groups), plan.sms)
-            if plan.kv.mode == "auto" and same_length >= 0:
+            if plan.kv.mode == "auto" and _all_have(rows, index, kind.slots):
                 parts = kind.slots  # so that the device need not divide
             elif plan.kv.mode == "auto":
                 tiles_a_part = -plan.kv.tiles_to_fill
@@ -131,11 +140,7 @@ def prepare(
                 slots=kind.slots,
                 kv_len=mine,
                 same_length=same_length,
-                chunks=(
-                    chunks(call, kind.slots, tiles)
-                    if call.cu_seqlens is None
-                    else packed_chunks(call, kind.slots, forms, lengths)
-                ),
+                chunks=pieces,
             )
         )
     out = call.q.new_empty((shape.batch, shape.rows, shape.q_heads, shape.v_size), dtype=torch.float32)
@@ -145,6 +150,7 @@ def prepare(
         options=options,
         tiles=tiles,
         overlap=overlap,
+        copy_engine=copy_engine,
         out=out,
         lse=lse,
         launches=launches,
@@ -153,6 +159,25 @@ def prepare(
         notes=notes,
         forms=forms,
     )
+
+
+def _same_length(call: Call, lengths: tuple[int, ...]) -> int:
+    """Keys of every row of a decode call, or on the path several of each sequence's newest, whose others have
+    one less each; -1 where that does not say them all."""
+    count = call.shape.rows
+    if not lengths:
+        return -1
+    if token_a_tile(call):
+        return lengths[0] if len(set(lengths)) == 1 else -1
+    if call.path != "several" or call.cu_seqlens is not None or lengths[count - 1] < count:
+        return -1
+    one = range(lengths[count - 1] - count + 1, lengths[count - 1] + 1)
+    return lengths[count - 1] if lengths == tuple(one) * call.shape.batch else -1
+
+
+def _all_have(rows: RowPlans, kind: int, parts: int) -> bool:
+    """Whether each row of a kind that has any keys has so many parts."""
+    return all(len(plan.cuts) - 1 == parts for n_kv, plan, of in rows.counts if of == kind and n_kv > 0)
 
 
 def _contiguous_enough(call: Call, notes: list[str]) -> Call:

@@ -115,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const Asked a
     if (a.tiles_a_part < 0) {
       const int full = tiles / -a.tiles_a_part;
       const int most = max(max(min(a.parts / 2, 32), min(full, 64)), full / 2);
-      count = min(min(a.parts, tiles / 2), most);
+      const int shortest = a.tiles_a_part < -4 ? tiles / 2 : max(tiles / 2, min(tiles, a.parts / 2));
+      count = min(min(a.parts, shortest), most);
       if (count > 32) count = count / 16 * 16;
     }
     count = max(count, 1);

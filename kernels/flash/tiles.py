@@ -86,15 +86,16 @@ def choose_tiles(
     """
     widest = max(k_size, v_size)
     fewest = max(next_power_of_two(ratio), 16)
-    rows = max(fewest, 128 if widest <= 128 else 64)
+    rows = max(fewest, 128 if widest <= 128 or k_size == v_size == 256 else 64)
     if tokens is not None:
         rows = min(max(next_power_of_two(tokens * ratio), fewest), rows)
     while rows >= fewest:
         warps = 8 if rows >= 128 or rows * widest >= 128 * 128 or widest > 256 else 4
         keys = block & -block
         while keys >= SMALLEST_KEYS:
-            # Deep enough to hide memory, and no deeper: a fourth stage of 16 KiB costs 1 % (H100).
-            for stages in (4, 3, 2) if keys * widest < 64 * 128 else (3, 2):
+            # Deep enough to hide memory, and no deeper: with few rows a fourth stage of 32 KiB gains 2 to 4 %
+            # and a fifth loses it again (H200); with 64 or more it gains nothing.
+            for stages in (4, 3, 2) if keys * widest < 64 * 128 or (rows < 64 and widest <= 128) else (3, 2):
                 tiles = Tiles(rows, keys, warps, stages)
                 need = shared_bytes(tiles, k_size, v_size, item_size, v_is_k, tensor_cores=tensor_cores)
                 if need <= shared_limit:

@@ -95,9 +95,10 @@ class KVCuts:
     def _parts(self, tiles: int, programs: int, sms: int) -> int:
         """Parts that so many tiles are cut into (modes `parts` and `auto`); `device.part_bounds` is the same.
 
-        Of `auto` a part has two tiles at least. The fewer there are, the longer each takes, and the more the
-        combining launch takes and the launches that wait for it: where one gains more than the other costs
-        goes by tiles a part, `tiles_to_fill` of them, and twice that beyond 64 parts.
+        Of `auto` a part has two tiles at least, or one where half of the multiprocessors have no part yet
+        and a tile takes its time (`tiles_to_fill` of 4). The fewer there are, the longer each takes, and the
+        more the combining launch takes and the launches that wait for it: where one gains more than the other
+        costs goes by tiles a part, `tiles_to_fill` of them, and twice that beyond 64 parts.
         """
         wanted = self.parts_wanted(programs, sms)
         if self.mode != "auto":
@@ -105,7 +106,10 @@ class KVCuts:
         full = tiles // self.tiles_to_fill
         cheap = min(wanted // 2, PARTS_AT_ONCE)
         most = max(cheap, min(full, 2 * PARTS_AT_ONCE), full // 2)
-        parts = min(wanted, tiles // 2, most)
+        shortest = tiles // 2
+        if self.tiles_to_fill <= TILES_A_PART_TO_FILL:
+            shortest = max(shortest, min(tiles, wanted // 2))
+        parts = min(wanted, shortest, most)
         if parts > PARTS_AT_ONCE:
             parts -= parts % PARTS_TOGETHER
         return max(parts, min(tiles, 1))

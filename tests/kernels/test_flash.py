@@ -21,8 +21,10 @@ from support import flash_forms as forms
 from support import flash_laws as laws
 from support import reader_on_host
 from support.subjects import flash_subject
-from verify.kernels.call import checked_call
+from verify.kernels.call import AttentionPath, checked_call
+from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel
+from verify.kernels.flash.tiles import Tiles
 from verify.kernels.here import why_not_flash
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions
@@ -69,6 +71,48 @@ def _product(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ig
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _product)
+
+
+def test_tiles_that_the_copy_engine_reads_have_the_bits_of_loads() -> None:
+    """Two sequences of unlike lengths in the path prefill, NaN where no row looks."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, rows, heads, 64, generator=generator).half()
+        for rows, heads in ((16, 2), (60, 1), (60, 1))
+    )
+    kv_len = torch.arange(45, 61, dtype=torch.int32).repeat(2, 1)
+    kv_len[1] -= 9
+    k[1, 51:], v[1, 51:] = torch.nan, torch.nan
+    call = checked_call(q, k, v, kv_len=kv_len, scale=0.125, path="prefill")
+    flash = FlashKernel(
+        "flash", TileOptions(plan=Plan(kv=KVCuts("parts", 2), block=16), p="f16"), tiles=Tiles(16, 16, 4, 2)
+    )
+    copied, loaded = flash.prepare(call), flash.prepare(call)
+    assert copied is not None and loaded is not None
+    loaded.copy_engine = False
+    assert copied.copies_tiles and not loaded.copies_tiles
+    first, second = copied.launch(), loaded.launch()
+    assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse)
+    due = exact_attention(call)
+    assert float((first.out.double() - due.out).norm() / due.out.norm()) < 5e-4
+
+
+def test_lengths_are_said_by_a_number_where_one_says_them() -> None:
+    def said(lengths: list[list[int]], path: AttentionPath = "several") -> int:
+        rows = torch.tensor(lengths, dtype=torch.int32)
+        x = torch.zeros(len(lengths), 300, 1, 16).half()
+        call = checked_call(x[:, : rows.shape[1]], x, x, kv_len=rows, scale=1.0, path=path)
+        prepared = FlashKernel("flash", TileOptions()).prepare(call)
+        assert prepared is not None
+        return prepared.launches[0].same_length
+
+    assert said([[97, 98, 99], [97, 98, 99]]) == 99
+    assert said([[1, 2]]) == 2
+    # The oldest would have no key, rows that do not follow each other, sequences of unlike lengths.
+    for lengths in ([[0, 1]], [[97, 98, 98]], [[98, 99], [99, 100]]):
+        assert said(lengths) == -1
+    assert said([[99], [99]], "decode") == 99
+    assert said([[99], [98]], "decode") == said([[98, 99]], "prefill") == -1
 
 
 @pytest.mark.skipif(not reader_on_host.HAS_COMPILER, reason="no g++ to compile the reader with")

@@ -30,6 +30,8 @@ from verify.kernels.flash.tiles import choose_tiles, shared_bytes, split_head
 
 for capability, ratio, k_size, v_size, tokens, page, limit in json.loads(sys.argv[1]):
     cores = capability >= 80
+    plain = tokens is None
+    copied = plain and capability >= 90
     tiles = choose_tiles(ratio, k_size, v_size, tokens=tokens, block=64, item_size=2, v_is_k=False,
                          shared_limit=limit, tensor_cores=cores)
     if tiles is None:
@@ -39,12 +41,16 @@ for capability, ratio, k_size, v_size, tokens, page, limit in json.loads(sys.arg
     constants = dict(DK=k_size, DK1=dk.first, DK2=dk.rest, DV=v_size, DV1=dv.first, DV2=dv.rest, V_IS_K=False,
                      M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=tokens == 1, SEVERAL=(tokens or 0) > 1,
                      PACKED=page > 0, PAGE=page, LISTED=False, MASK=0, P_TYPE=code.tl.float16,
-                     ACC_F16=False, SOFTCAP=True, WINDOW=True, ALIBI=True, OVERLAP=capability >= 90)
+                     ACC_F16=False, SOFTCAP=not plain, WINDOW=not plain, ALIBI=not plain, COPIED=copied,
+                     OVERLAP=capability >= 90)
     unused = ("listed", "last_key", "mask") + (() if page else ("tile_rows", "table"))
+    unused += () if copied else ("k_tiles", "v_tiles")
     constants |= dict.fromkeys(unused)
     names = code.attend_tiles.arg_names
     types = dict.fromkeys(("kv_len", "groups", "tile_rows", "table"), "*i32")
     types |= {"logit_scale": "fp32", "softcap": "fp32"}
+    for name, size in (("k_tiles", k_size), ("v_tiles", v_size)):
+        types[name] = f"tensordesc<fp16[{tiles.keys}, {size}]>"
     types |= {name: "*fp16" for name in "qkv"} | {name: "*fp32" for name in ("alibi", "out", "lse")}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = {"q", "k", "v", "out"} | {f"{x}_{y}" for x in "qkv" for y in "bths"}

@@ -58,7 +58,7 @@ def ran(call: Call, plan: Plan = TWO_PARTS) -> Result:
 def planned(result: Result) -> set[RowKind]:
     """What ran of each row. Binaries left aside: a GPU has one of its own for a single query token."""
     assert result.launched is not None
-    return {(path, n, replace(kind, binary="")) for path, n, kind in result.launched.rows}
+    return {(path, n, kind._replace(binary="", tokens=0)) for path, n, kind in result.launched.rows}
 
 
 def apart(result: Result, rows: int = ROWS) -> Result:

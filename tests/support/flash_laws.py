@@ -185,7 +185,7 @@ def automatic_cuts_move_with_the_groups(device: torch.device) -> None:
         results.append(flash.attend(x.q, x.k, x.v, **x.more))
         ((_, _, signature),) = results[-1].launched.rows
         cuts.append(signature.cuts)
-    assert [len(c) - 1 for c in cuts] == [5, 3]
+    assert [len(c) - 1 for c in cuts] == [6, 3]
     assert not same_bits(*results)
 
 
@@ -286,8 +286,9 @@ def every_reader_keeps_its_budget(device: torch.device) -> None:
             ratio = budget_ratio(found.out.double() - budget.out, budget.bound)
             assert float(ratio.max()) <= 1, f"{cache}, {reader}"
             kinds = {(signature.cuts, signature.as_planned) for _, _, signature in found.launched.rows}
-            # A part has two tiles at least.
-            assert kinds == {((0, 65), True), ((0, 128, 300), True)}
+            # A part has one tile at least, where tiles are read fast two.
+            one = {((0, 64, 65), True), ((0, 64, 128, 192, 256, 300), True)}
+            assert kinds == ({((0, 65), True), ((0, 128, 300), True)} if "e4m3" in cache else one)
             assert all(",expand=fused" in signature.kernel for _, _, signature in found.launched.rows)
 
 
