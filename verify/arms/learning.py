@@ -10,6 +10,7 @@ from verify.arms.arm import Arm
 from verify.arms.model_facts import one_row, unlike_layers
 from verify.identify.learning import MOST_ROWS, learn, lengths_to, states_nothing
 from verify.kernels.cache_types import run_cache
+from verify.kernels.call import AttentionPath
 from verify.kernels.heads import Heads
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES
@@ -24,12 +25,14 @@ def learn_arms(
     longest: int,
     rows: int,
     device: torch.device,
+    prompt: int = 0,
 ) -> list[str]:
     """Read each such kernel at the heads of the model, at lengths up to the longest, in calls of one query
     token and of many.
 
-    rows: of the longest call. Returns what a reader of the verdict must know. Layers with windows, sinks, a
-    softcap or values in their keys are left out: nothing that is read speaks of them.
+    rows: of the longest call; prompt: query tokens of a prefill that runs beside it. Returns what a reader of
+    the verdict must know. Layers with windows, sinks, a softcap or values in their keys are left out: nothing
+    that is read speaks of them.
     """
     said: dict[str, None] = {}
     of_spec: dict[tuple[str, str], Kernel] = {}
@@ -52,10 +55,17 @@ def learn_arms(
                 path=arm.path,
                 dtype=FLOAT_TYPES[run_cache(cache_type).attention].dtype,
                 device=str(device),
-                rows=(arm.form.n_q,) if arm.path == "several" else (1, min(rows, MOST_ROWS)),
+                calls=_calls_of(arm, rows, prompt),
             )
         )
     return list(said)
+
+
+def _calls_of(arm: Arm, rows: int, prompt: int) -> list[tuple[AttentionPath, int]]:
+    """Path and query tokens of each call that is read."""
+    tokens = (arm.form.n_q,) if arm.path == "several" else (1, min(rows, MOST_ROWS))
+    calls = [(arm.path, n) for n in tokens]
+    return [*calls, ("prefill", min(prompt, MOST_ROWS))] if prompt else calls
 
 
 def plain_heads(architecture: Architecture, cache_type: str, device: torch.device, arm: Arm) -> list[Heads]:

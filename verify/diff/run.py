@@ -303,7 +303,7 @@ def _learn(settings: DiffSettings, kernel: Kernel, device: torch.device, clock: 
             path=settings.path,
             dtype=FLOAT_TYPES[settings.dtype].dtype,
             device=str(device),
-            rows=(1, 2) if is_asked_alone(kernel, settings.path) else (),
+            calls=[(settings.path, n) for n in (1, 2)] if is_asked_alone(kernel, settings.path) else (),
         )
 
 

@@ -141,8 +141,9 @@ class Generation:
                 self.architecture,
                 settings.cache_type,
                 longest=len(ids) + settings.n_predict,
-                # What goes through in one call is the prompt but for its last token.
-                rows=max(len(ids) - 1, 1),
+                rows=1,
+                # Its last token is decoded.
+                prompt=len(ids) - 1,
                 device=self.device,
             )
         except BaseException:

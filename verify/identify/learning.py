@@ -46,27 +46,28 @@ def learn(
     path: AttentionPath,
     dtype: torch.dtype,
     device: str,
-    rows: Sequence[int] = (),
+    calls: Sequence[tuple[AttentionPath, int]] = (),
 ) -> list[str]:
     """Read a kernel that states nothing at these lengths, and let its budgets follow from that.
 
-    rows: query tokens a call, at most `MOST_ROWS`, each a reading of its own; default two, four of prefill. A
-    call of another number is judged by the looser of the two around it, one of more by that of the most.
+    calls: path and query tokens, at most `MOST_ROWS`, of each call to read; default two tokens of `path`,
+    four of prefill. A call of another number is judged by the looser of the two around it, one of more by
+    that of the most, one of a path that was not read by the loosest budget.
 
     Returns what a reader of the verdict must know; nothing for a kernel that states its arithmetic.
     """
     if not states_nothing(kernel, path, heads[0]):
         return []
-    known: dict[tuple[Heads, int], KnownReadings] = {}
+    known: dict[tuple[Heads, AttentionPath, int], KnownReadings] = {}
     reasons: list[str] = []
     for each in heads:
-        for n_q in sorted(set(rows or (_ROWS[path],))):
+        for of_path, n_q in sorted(set(calls or ((path, _ROWS[path]),))):
             regimes = [
                 _regime(each, n_kv, n_q, dtype, device)
                 for n_kv in sorted({max(n, LEAST_KEYS) for n in lengths})
             ]
-            readings, why = _read(kernel, path, regimes)
-            known[each, n_q] = KnownReadings(tuple(readings))
+            readings, why = _read(kernel, of_path, regimes)
+            known[each, of_path, n_q] = KnownReadings(tuple(readings))
             reasons += why
     every = [r for of in known.values() for r in of.readings]
     kernel.budgets_follow(_chooser(known), _arithmetics(every, dtype))
@@ -137,16 +138,20 @@ def _read(kernel: Kernel, path: AttentionPath, regimes: Sequence[Regime]) -> tup
     return readings, []
 
 
-def _chooser(known: Mapping[tuple[Heads, int], KnownReadings]) -> Callable[[Call], Arithmetic | None]:
+def _chooser(
+    known: Mapping[tuple[Heads, AttentionPath, int], KnownReadings],
+) -> Callable[[Call], Arithmetic | None]:
     def identified(call: Call) -> Arithmetic | None:
-        tokens = {n_q for heads, n_q in known if heads == call.shape.heads}
+        heads, path = call.shape.heads, call.path
+        # An engine may make a call a row on one path, and one of all rows on another.
+        tokens = {n_q for of_heads, of_path, n_q in known if (of_heads, of_path) == (heads, path)}
         if not tokens:
             return None
         rows = min(call.shape.rows, max(tokens))
         # A kernel may change at any number of tokens between two that were read: both must allow for it.
         around = {max((n for n in tokens if n <= rows), default=min(tokens))}
         around.add(min(n for n in tokens if n >= rows))
-        return loosest_of([known[call.shape.heads, n] for n in sorted(around)], call)
+        return loosest_of([known[heads, path, n] for n in sorted(around)], call)
 
     return identified
 

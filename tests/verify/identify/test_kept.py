@@ -97,7 +97,7 @@ def test_what_is_stated_is_denied_from_the_length_on_where_it_is_not_so(kept: Pa
 
 
 def test_calls_of_one_token_and_of_many_are_readings_of_their_own(kept: Path) -> None:
-    """P is bfloat16 of several query tokens; between the numbers that were read it may be either."""
+    """P is bfloat16 of several query tokens; between the numbers that were read it is assumed no finer."""
     counted = Counted()
 
     def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> torch.Tensor:
@@ -105,8 +105,16 @@ def test_calls_of_one_token_and_of_many_are_readings_of_their_own(kept: Path) ->
         return counted.attend(q, k, v, kv_len=kv_len, scale=scale)
 
     kernel = FunctionKernel(attend, spec="py:mine.py::attend,acc=f16", acc="f16")
-    said = learn(kernel, [HEADS], [64], path="decode", dtype=torch.float16, device="cpu", rows=(1, 8))
+    said = learn(
+        kernel,
+        [HEADS],
+        [64],
+        path="decode",
+        dtype=torch.float16,
+        device="cpu",
+        calls=[("decode", 1), ("decode", 8)],
+    )
     assert "says acc=f16, sums in float32 at 64 keys" in said[-1]
-    for rows, p in ((1, "f32"), (2, "f16"), (8, "bf16"), (20, "bf16")):
+    for rows, p in ((1, "f32"), (2, "bf16"), (8, "bf16"), (20, "bf16")):
         call = draw("gaussian", InputSizes(n_kv=(64,) * rows, heads=HEADS, edges=()), 0)
         assert (kernel.arithmetic_of(call).p, kernel.arithmetic_of(call).identified) == (p, rows != 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,14 @@ def test_a_call_of_tokens_between_two_readings_is_allowed_both(tmp_path: Path) -
     known = {}
     for most in (6, 7):
         kernel = build_kernel(f"py:{file}::two_kernels")
-        learn(kernel, [heads], [64], path="decode", dtype=torch.float16, device="cpu", rows=(1, most))
+        asked = [("prefill", 1), ("prefill", most)]
+        learn(kernel, [heads], [64], path="prefill", dtype=torch.float16, device="cpu", calls=asked)
         assert kernel.identified is not None
         for tokens in (1, 6, 7, 40):
             sizes = InputSizes(n_kv=(30,) * tokens, heads=heads, path="prefill")
             found = kernel.identified(draw("gaussian", sizes, 1))
             known[most, tokens] = found and found.p
+        assert kernel.identified(replace(draw("gaussian", sizes, 1), path="decode")) is None
     assert known == {
         (6, 1): "f32", (6, 6): "f16", (6, 7): "f16", (6, 40): "f16",
         (7, 1): "f32", (7, 6): None, (7, 7): "f16", (7, 40): "f16",
