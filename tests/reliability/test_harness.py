@@ -422,6 +422,7 @@ class Alone:
 UNBORN = ("KeyboardInterrupt\n",)
 
 
+@pytest.mark.slow
 @counted(1)
 def test_signals_at_random_moments(tiny: Tiny, tmp_path: Path, count: int) -> None:
     """Of runs, and one in four while they are loaded."""

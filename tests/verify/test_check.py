@@ -207,6 +207,7 @@ def test_some_query_tokens_a_call(path: Any) -> None:
     assert torch.equal(names["call"].q, worst.q) and torch.equal(names["call"].kv_len, worst.call.kv_len)
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_a_crash_is_a_finding() -> None:
     from support import user_kernels
 

@@ -77,6 +77,7 @@ def test_a_first_ppl_and_a_resume_after_ctrl_c(tiny: Tiny, tmp_path: Path) -> No
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_a_first_diff_of_a_wrong_kernel(tmp_path: Path) -> None:
     shown = on_a_terminal(
         *(
