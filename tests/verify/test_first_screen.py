@@ -97,7 +97,7 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("ppl", "--memory", "8"), "--memory 8: expected a unit, such as 8G"),
         (("ppl", "--memory", "8Q"), "--memory 8Q"),
         (("pplx",), "Did you mean 'ppl'"),
-        (("help", "pplx"), "help pplx: expected a command or `verdicts`"),
+        (("help", "pplx"), "help pplx: expected a command, `verdicts` or `words`"),
         (("ppl", "--candidat", "flash"), "--candidate"),
         (("ppl", "--chunks", "many"), "many"),
         (("ppl", "-c", "0"), "-c 0: expected at least 4 tokens"),

@@ -103,7 +103,8 @@ COMMANDS = {
     "list": Listed("kernel_list", "The kernels that can be named, their options, and the policies."),
     "doctor": Listed("doctor", "Versions, devices, which kernels can run here and why not."),
     "help": Listed(
-        "help", "A command's help, or `verify help verdicts`: what each verdict and exit code means."
+        "help",
+        "A command's help; `verify help verdicts`: what each verdict and exit code means; `verify help words`.",
     ),
 }
 # Everywhere the same: plain text, and errors that `verify.__main__` puts into words.

@@ -15,6 +15,7 @@ from verify.arms.records import CoverageRecord, ModelRecord
 from verify.judge.words import words_of
 from verify.kernels.said import visible
 from verify.reports.colours import DARK, variables
+from verify.reports.glossary import with_words
 
 
 def is_known(x: float | None) -> TypeGuard[float]:
@@ -111,4 +112,4 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=False,
 )
 TEMPLATES.globals |= {"dark": variables(DARK), "words_of": words_of}
-TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell, calls)}
+TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell, calls, with_words)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support.browser import Browser
 from support.cli import assert_refused, verify
 from verify.commands import COMMANDS
 from verify.judge.words import words_of
+from verify.reports.glossary import GLOSSARY, glossary_table, with_words
 from verify.reports.page import Page, Section, page_html, page_markdown
 from verify.reports.pages import PAGES
 from verify.reports.record import OF_JSON
@@ -93,6 +95,29 @@ def test_a_broken_law_has_its_command(folders: dict[str, Path]) -> None:
     (law,) = (law for law in run["laws"] if law["name"] == "within-budget")
     text = (folders["props"] / "report.md").read_text()
     assert law["state"] == "broken" and law["again"] in text and law["statement"] in text
+
+
+def test_words_lead_to_their_meanings_in_the_same_file(folders: dict[str, Path]) -> None:
+    for name, folder in folders.items():
+        page = (folder / "report.html").read_text()
+        leads, told = re.findall(r'href="#(word-[^"]+)"', page), re.findall(r'<dt id="([^"]+)"', page)
+        assert leads and sorted(leads) == sorted(told) and len(set(told)) == len(told), name
+        assert "<details><summary>Words</summary>" in page
+
+
+def test_words_in_code_and_pictures_are_left_alone() -> None:
+    page = "<h1>a gain</h1><pre>a <b>row</b></pre><svg><text>KLD</text></svg><p>R = 3, kv parts, r = 3</p>"
+    assert re.sub(r" title=\"[^\"]*\"", "", with_words(page).partition("\n<details")[0]) == page.replace(
+        "r = 3", '<a class="word" href="#word-r">r</a> = 3'
+    )
+    assert with_words("<p>nothing</p>") == "<p>nothing</p>"
+
+
+def test_the_glossary_of_the_pages_is_that_of_the_reports() -> None:
+    page = (Path(__file__).parents[3] / "docs/glossary.md").read_text(encoding="utf-8")
+    assert page.endswith("\n\n" + glossary_table())
+    shown = verify("help", "words").stdout
+    assert all(word.name in shown for word in GLOSSARY) and max(map(len, shown.splitlines())) < 80
 
 
 @pytest.mark.pictures
