@@ -3,8 +3,8 @@
     python benchmarks/identified_faults.py SPEC [--shape 96/8x128] [--n-kv 4096,8192] [--rows 16]
         [--inputs gaussian,flat,one-sign,needles,peaked] [--baseline flash] [--device cuda] [--out FILE.json]
 
-One key is left out of rows of 4,096 keys or more, and one head is 0.1 % too large. Each of the three is read as
-a kernel of its own, and judged by what was read of it. Exit code 0 where both faults are `broken` at every
+One key is left out of rows of 4,096 keys or more, and one head is 0.1 % too large. Each of the three is read
+as a kernel of its own, and judged by what was read of it. Exit code 0 where both faults are `broken` at every
 length that is 4,096 or more, and the kernel itself at none.
 """
 
@@ -43,7 +43,9 @@ def one_key_less(call: Call, result: Result) -> Result:
     lost = call.shape.keys // 3
     rest = [i for i in range(call.shape.keys) if i != lost]
     sees = call.kv_len > lost
-    fewer = replace(call, k=call.k[:, rest], v=call.v[:, rest], kv_len=call.kv_len - sees.to(call.kv_len.dtype))
+    fewer = replace(
+        call, k=call.k[:, rest], v=call.v[:, rest], kv_len=call.kv_len - sees.to(call.kv_len.dtype)
+    )
     effect = exact_attention(fewer).out - exact_attention(call).out
     long = (call.kv_len >= FEWEST_KEYS)[..., None, None]
     return replace(result, out=torch.where(long, result.out + effect, result.out).to(result.out.dtype))

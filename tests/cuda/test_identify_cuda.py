@@ -24,7 +24,10 @@ SPECS = [
     *(f"flash:p={p},acc={acc},out={out},kv=2"
       for p, acc, out in itertools.product(TYPES, ("f32", "f16"), TYPES)),
     *(f"flash:block={block},acc={acc}" for block, acc in itertools.product((16, 32, 128), ("f32", "f16"))),
-    *(f"flash:p={p},out=f16,block=32,kv={kv}" for p, kv in itertools.product(TYPES, ("3", "size:128", "auto"))),
+    *(
+        f"flash:p={p},out=f16,block=32,kv={kv}"
+        for p, kv in itertools.product(TYPES, ("3", "size:128", "auto"))
+    ),
     *(f"flash:kv=3,heads={heads}" for heads in ("3+1", "split", "2+2")),
 ]  # fmt: skip
 

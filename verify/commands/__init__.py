@@ -104,7 +104,7 @@ COMMANDS = {
     "doctor": Listed("doctor", "Versions, devices, which kernels can run here and why not."),
     "help": Listed(
         "help",
-        "A command's help; `verify help verdicts`: what each verdict and exit code means; `verify help words`.",
+        "A command's help; `help verdicts`: what each verdict and exit code means; `help words`.",
     ),
 }
 # Everywhere the same: plain text, and errors that `verify.__main__` puts into words.

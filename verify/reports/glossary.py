@@ -80,7 +80,8 @@ GLOSSARY = (
     Word("KLD", "divergence of an arm's next-token distribution from `exact`'s, in nats a token"),
     Word(
         "casts frozen",
-        "all roundings but the kernel's own held fixed: the part of a divergence that the kernel itself makes",
+        "all roundings but the kernel's own held fixed: the part of a divergence that the kernel itself"
+        " makes",
     ),
     Word(
         "distance",
