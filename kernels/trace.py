@@ -63,6 +63,8 @@ class Coverage:
             "binary": self.binary,
             "launch": self.launch,
             "tokens_a_call": self.tokens,
+            "page": self.page,
+            "sequences": self.sequences,
             "head_groups": list(self.head_groups),
             "parts": self.parts,
             "kv_cuts": list(self.cuts_at_max),

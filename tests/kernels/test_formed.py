@@ -16,6 +16,7 @@ from verify.kernels.errors import KernelFailure
 from verify.kernels.exact import exact_attention
 from verify.kernels.formed import CallForm, FormedKernel, in_form
 from verify.kernels.registry import build_kernel
+from verify.kernels.trace import LaunchTrace
 
 FORMS = [
     CallForm(n_q=4),
@@ -92,9 +93,12 @@ def test_each_row_is_asked_once_with_its_own_keys(form: CallForm, monkeypatch: p
 
 def test_what_ran_says_tokens_pages_and_sequences() -> None:
     kernel = in_form(build_kernel("eager:block=16"), CallForm(n_q=4, page=8, sequences=2))
-    kinds = {(path, s.tokens, s.page, s.sequences) for path, _, s in kernel.run(windows()).launched.rows}
+    launched = kernel.run(windows()).launched
+    kinds = {(path, s.tokens, s.page, s.sequences) for path, _, s in launched.rows}
     # Three windows: two together, and one alone; 23 rows: three, and five times four.
     assert kinds == {("several", n, 8, b) for n in (3, 4) for b in (1, 2)}
+    lines = [line.to_json() for line in LaunchTrace([launched]).coverage()]
+    assert {(x["path"], x["tokens_a_call"], x["page"], x["sequences"]) for x in lines} == kinds
 
 
 def test_some_tokens_go_by_prefill_where_a_kernel_has_no_other_path(monkeypatch: pytest.MonkeyPatch) -> None:

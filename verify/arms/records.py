@@ -114,9 +114,7 @@ class CoverageRecord:
 def coverage_records(arms: Iterable[Arm], traces: Mapping[str, LaunchTrace]) -> list[CoverageRecord]:
     """What every arm launched, by its name in `traces`."""
     return [
-        CoverageRecord(
-            arm=arm.name, spec=arm.spec, page=line.page, sequences=line.sequences, **line.to_json()
-        )
+        CoverageRecord(arm=arm.name, spec=arm.spec, **line.to_json())
         for arm in arms
         if arm.name in traces
         for line in traces[arm.name].coverage()

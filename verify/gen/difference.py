@@ -14,8 +14,8 @@ import torch
 
 from verify.arms.arm import Arm, ArmRunner
 from verify.gen.record import FirstDifference, ShownToken
+from verify.judge.ties import is_tie
 from verify.model.steps import Stepper
-from verify.ppl.evidence.changed_tokens import FAR
 
 # Passes of the exact arm with noise at the place of a difference; fewer where the text is long.
 MOST_DRAWS, TOKENS_OF_DRAWS = 8, 8192
@@ -78,7 +78,7 @@ class Difference:
     def _conclusion(self) -> str:
         assert self.floor is not None
         # The candidate turned the order round, so it moved the two farther than they were apart.
-        if self.moved <= FAR * self.floor:
+        if is_tie(self.moved, self.floor):
             return "so either token was as good: any other rounding could have changed the text here"
         return f"so rounding alone does not explain it: the move is {self.moved / self.floor:.2g} times that"
 

@@ -12,7 +12,7 @@ import pytest
 
 from support.cli import verify
 from support.ppl_runs import Tiny, run
-from verify.ppl.evidence.path_alone import is_tie
+from verify.ppl.evidence.path_alone import is_tied_row
 from verify.ppl.record import PathAloneRecord
 from verify.ppl.settings import PplSettings
 from verify.reports.path_alone import path_alone_sentence
@@ -178,10 +178,10 @@ def test_a_change_is_a_tie_where_rounding_moves_as_much() -> None:
     row: dict[str, float] = {f"logp_{arm}_candidate": -2.0 for arm in margins}
     row |= {f"logp_{arm}_reference": -2.0 + margin for arm, margin in margins.items()}
     # One rounding moves the two by 2 sqrt(KLD); three times that is 3e-3 here.
-    assert is_tie(row | {"floor_kld": 2.5e-7 * 1.01}) is True
-    assert is_tie(row | {"floor_kld": 2.5e-7 * 0.99}) is False
-    assert is_tie(row | {"floor_kld": float("nan")}) is None
-    assert is_tie(row | {"logp_reference_candidate": float("nan"), "floor_kld": 1.0}) is False
+    assert is_tied_row(row | {"floor_kld": 2.5e-7 * 1.01}) is True
+    assert is_tied_row(row | {"floor_kld": 2.5e-7 * 0.99}) is False
+    assert is_tied_row(row | {"floor_kld": float("nan")}) is None
+    assert is_tied_row(row | {"logp_reference_candidate": float("nan"), "floor_kld": 1.0}) is False
 
 
 def test_settings_of_before_are_of_plain_calls() -> None:

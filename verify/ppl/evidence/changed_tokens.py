@@ -1,9 +1,4 @@
-"""`top1_changes` of run.json: changed tokens with their text, and their margins in units of rounding alone.
-
-The floor arm is exact with one rounding of noise. Its divergence at a token is half the variance of the
-logits' movement, weighted by probability, and the difference of two logits has twice the variance of one:
-sqrt(4 KLD) is how far rounding alone moves the difference of two likely tokens there.
-"""
+"""`top1_changes` of run.json: changed tokens with their text, margins in units of rounding alone."""
 
 from __future__ import annotations
 
@@ -14,12 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from verify.data import Windows
+from verify.judge.ties import moved_by_rounding
 from verify.model.tokenizer import Tokenizer
 from verify.ppl.record import Top1Record
 
 MOST = 100
-# Beyond this many times its root mean square, rounding alone hardly ever reaches (3 sigma: 0.3 %).
-FAR = 3.0
 # Tokens of text shown before a changed one.
 CONTEXT = 16
 
@@ -31,8 +25,7 @@ def changed_token_records(table: pa.Table, windows: Windows, tokenizer: Tokenize
 
 def floor_at(row: Mapping[str, Any]) -> float:
     """How far rounding alone moves the two tokens of a row of top1.parquet apart; NaN: not measured there."""
-    kld = float(row["floor_kld"])
-    return kld if math.isnan(kld) else math.sqrt(4 * max(kld, 0.0))
+    return moved_by_rounding(float(row["floor_kld"]))
 
 
 def _change(row: dict[str, Any], windows: Windows, tokenizer: Tokenizer) -> Top1Record:

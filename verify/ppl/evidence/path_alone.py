@@ -7,7 +7,6 @@ that says is known only beside what one rounding of noise changes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from verify.arms.arm import Arm
-from verify.ppl.evidence.changed_tokens import FAR, floor_at
+from verify.judge.ties import is_tie
+from verify.ppl.evidence.changed_tokens import floor_at
 from verify.ppl.evidence.pairs import both
 from verify.ppl.evidence.scores import Scores
 from verify.ppl.groups import GroupResult
@@ -34,7 +34,7 @@ def path_alone_record(
         noisy, exactly = both(scores, floor, exact, "top1")
         floor_changes, floor_tokens = int((noisy != exactly).sum()), int(noisy.size)
     rows = result.top1.filter(pc.equal(result.top1["candidate"], candidate.name)).to_pylist()
-    tied = [is_tie(row) for row in rows]
+    tied = [is_tied_row(row) for row in rows]
     form = candidate.form
     return PathAloneRecord(
         candidate=candidate.name,
@@ -52,12 +52,10 @@ def path_alone_record(
     )
 
 
-def is_tie(row: Mapping[str, Any]) -> bool | None:
-    """Whether rounding alone explains a changed token, a row of top1.parquet: what the candidate moves the
-    two tokens by is within FAR of what rounding moves them by there. A token that is not among the two most
-    likely of both is none. None where the floor did not run."""
+def is_tied_row(row: Mapping[str, Any]) -> bool | None:
+    """Whether a changed token, a row of top1.parquet, is a tie. A token that is not among the two most likely
+    of both is none. None where the floor did not run."""
     margins = [
         row[f"logp_{arm}_reference"] - row[f"logp_{arm}_candidate"] for arm in ("reference", "candidate")
     ]
-    moved, floor = abs(margins[1] - margins[0]), floor_at(row)
-    return None if math.isnan(floor) else moved <= FAR * floor
+    return is_tie(abs(margins[1] - margins[0]), floor_at(row))
