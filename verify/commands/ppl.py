@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +13,8 @@ from verify.data.corpora import DEFAULT_CORPUS, NAMED
 from verify.judge.chances import load_chances
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.machine.command_line import typed_again
-from verify.machine.environment import describe, prepare_torch
+from verify.machine.environment import prepare_torch
 from verify.machine.errors import UsageError
-from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_new_folder, check_writable
 from verify.machine.records import as_json
@@ -174,12 +171,13 @@ def command(
     """Run the command; returns the exit code of the verdict."""
     from verify.machine.devices import default_device
     from verify.machine.ranks import ranks_of_environment
+    from verify.ppl.only_folder import is_of_only
     from verify.ppl.resuming import Named, check_alone, go_on
     from verify.ppl.whole_run import run_whole
     from verify.reports.ppl_screen import PplConsole
 
     check_ci_options(format_, junit)
-    if only is not None:
+    if only is not None or (resume is not None and is_of_only(resume)):
         return _only(context, only, stride, csv, md)
     for option, value in (("--stride", stride), ("--csv", csv), ("--md", md)):
         if value:
@@ -257,77 +255,62 @@ def _one(option: str, given: list[str] | None) -> str | None:
     return given[0] if given else None
 
 
-def _only(context: typer.Context, kernel: str, stride: int, csv: Path | None, md: Path | None) -> int:
+def _only(context: typer.Context, kernel: str | None, stride: int, csv: Path | None, md: Path | None) -> int:
     """One kernel by itself. Options of a comparison are refused by name."""
     from verify.machine.devices import default_device
-    from verify.ppl.only import OnlySettings, only_rows, run_only
-    from verify.ppl.runfolder import RESULT, RunFolder
-    from verify.reports.only_screen import OnlyScreen
-    from verify.reports.writing import write_reports
+    from verify.ppl.only import OnlySettings
+    from verify.ppl.only_folder import OnlyFolder
+    from verify.ppl.whole_only import run_whole_only
+    from verify.reports.only_screen import OnlyTerminal
 
     asked = context.params
     typed = [p for p in context.command.params if _was_typed(context, p.name or "")]
     if wrong := [max(p.opts, key=len) for p in typed if p.name not in _OF_ONLY]:
         raise UsageError(f"{wrong[0]}: is for a comparison of kernels, expected no --only beside it")
-    settings = OnlySettings(
-        kernel=kernel,
-        models=tuple(asked["model"] or [None]),
-        files=tuple(asked["file"] or ()),
-        corpora=(asked["corpus"],),
-        n_ctx=asked["n_ctx"],
-        chunks=asked["chunks"] if _was_typed(context, "chunks") else -1,
-        stride=stride,
-        path=asked["path"],
-        cache_type=one_cache_type(asked["cache_type"], asked["cache_type_k"], asked["cache_type_v"]),
-        device=asked["device"] or default_device(),
-        memory=parse_size(asked["memory"]) if asked["memory"] else None,
-    )
-    read = [*(name for name in settings.models if name), *settings.files]
+    memory = parse_size(asked["memory"]) if asked["memory"] else None
+    if (resume := asked["resume"]) is not None:
+        if wrong := [max(p.opts, key=len) for p in typed if p.name not in _BESIDE_RESUME]:
+            raise UsageError(
+                f"--resume {resume}: the run goes on with its own settings, expected no {wrong[0]} beside it"
+            )
+        # Named from here, and the run may have been begun elsewhere.
+        csv, md = (path and path.absolute() for path in (csv, md))
+        folder = OnlyFolder.reopen(resume, kernel=kernel, memory=memory)
+    else:
+        assert kernel is not None
+        settings = OnlySettings(
+            kernel=kernel,
+            models=tuple(asked["model"] or [None]),
+            files=tuple(asked["file"] or ()),
+            corpora=(asked["corpus"],),
+            n_ctx=asked["n_ctx"],
+            chunks=asked["chunks"] if _was_typed(context, "chunks") else -1,
+            stride=stride,
+            path=asked["path"],
+            cache_type=one_cache_type(asked["cache_type"], asked["cache_type_k"], asked["cache_type_v"]),
+            device=asked["device"] or default_device(),
+            memory=memory,
+        )
+        folder = OnlyFolder(settings, out=asked["out"], again=typed_again(context))
+    read = [*(name for name in folder.settings.models if name), *folder.settings.files]
     for option, path in (("--csv", csv), ("--md", md)):
         if path is not None:
             check_writable(option, path, read)
     check_new_folder(asked["out"])
     prepare_torch()
-    screen = OnlyScreen(json=asked["json_"])
-    try:
-        passes, interrupted = run_only(settings, screen)
-    finally:
-        screen.stop()
-    rows = only_rows(passes)
-    cut = [row for row in rows if row["windows"] < row["windows_asked"]]
-    notes = [f"interrupted: {row['windows']} of {row['windows_asked']} windows are told of" for row in cut]
-    content = {
-        "schema": 1,
-        "command": "ppl-only",
-        "exit_code": EXIT_INTERRUPTED if interrupted else 0,
-        "settings": asdict(settings),
-        "notes": notes,
-        "rows": rows,
-        "environment": describe(settings.device),
-        "again": typed_again(context),
-    }
-    screen.ended(passes, rows)
-    for note in notes:
-        screen.notice(note)
-    screen.write_tables(rows, csv=csv, md=md)
-    if rows:
-        folder = RunFolder.begin(asked["out"], "ppl", groups=False)
-        folder.write_json(RESULT, content)
-        write_reports(folder.path)
-        folder.release()
-        print(f"report: {folder.path / 'report.html'}", file=screen.out, flush=True)
+    screen = OnlyTerminal(json=asked["json_"], csv=csv, md=md)
+    content = run_whole_only(folder, screen, _load_writer)
     if asked["json_"]:
         print(to_json_text(content), end="")
-    if interrupted:
-        print("verify: interrupted", file=sys.stderr)
-    return EXIT_INTERRUPTED if interrupted else 0
+    return int(content["exit_code"])
 
 
 # Options that say something of one kernel's perplexity.
 _OF_ONLY = (
     *("only", "stride", "model", "file", "corpus", "n_ctx", "chunks", "path", "cache_type", "cache_type_k"),
-    *("cache_type_v", "device", "memory", "out", "csv", "md", "json_"),
+    *("cache_type_v", "device", "memory", "out", "csv", "md", "json_", "resume"),
 )
+_BESIDE_RESUME = ("resume", "only", "memory", "csv", "md", "json_")
 
 
 def _was_typed(context: typer.Context, name: str) -> bool:

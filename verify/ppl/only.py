@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from verify.data import Corpus, LongText, Windows, cut_windows, load_corpus, rea
 from verify.engines.kld_table import Estimate, mean
 from verify.judge.statistics import paired_difference
 from verify.kernels.call import RUN_PATHS
+from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 from verify.machine.devices import chosen_device
 from verify.machine.errors import UsageError
@@ -32,7 +33,7 @@ from verify.model.locate import locate_model
 from verify.model.runner import COMPUTE_TYPES, Progress, Runner
 from verify.model.text_cuts import PIECE
 from verify.model.tokenizer import Tokenizer
-from verify.ppl.grouping import Grouping, group_windows
+from verify.ppl.grouping import Grouping, group_windows, uncovered
 from verify.ppl.perplexity import perplexity, running_perplexity
 from verify.ppl.scoring import Scorer
 from verify.reference import KernelAlone
@@ -71,6 +72,14 @@ class OnlySettings:
         return tuple((name, True) for name in self.files) or tuple((name, False) for name in self.corpora)
 
 
+class OnlyGroup(NamedTuple):
+    """Windows that were finished together: nll [windows, scored] float64, top1 [windows, scored]: the most
+    likely tokens."""
+
+    nll: np.ndarray
+    top1: np.ndarray
+
+
 @dataclass(kw_only=True)
 class OnlyPass:
     """One model on one text; what was finished of it, where it was cut short."""
@@ -79,17 +88,21 @@ class OnlyPass:
     weights: int  # numbers in the file's tensors
     text: Corpus | LongText  # that it predicts
     windows: Windows  # all that were asked for
-    nll: list[np.ndarray] = field(default_factory=list)  # [windows, scored] of each finished group
-    top1: list[np.ndarray] = field(default_factory=list)  # the most likely tokens, the same
+    groups: list[OnlyGroup] = field(default_factory=list)  # those that are finished, in order
 
     @property
     def finished(self) -> int:
-        return sum(map(len, self.nll))
+        return sum(len(group.nll) for group in self.groups)
 
     @property
     def scored(self) -> np.ndarray:
         """nll [windows, scored] of what is finished."""
-        return np.concatenate(self.nll)
+        return np.concatenate([group.nll for group in self.groups])
+
+    @property
+    def top1(self) -> np.ndarray:
+        """The most likely tokens, the same."""
+        return np.concatenate([group.top1 for group in self.groups])
 
     @property
     def tokens(self) -> str:
@@ -97,6 +110,17 @@ class OnlyPass:
         here = self.windows
         whole = np.ascontiguousarray(here.tokens[: self.finished]).tobytes()
         return hashlib.sha256(whole + str(here.first_scored).encode()).hexdigest()
+
+
+class OnlyKeeper(Protocol):
+    """Where finished groups are kept, to go on from. key: of what their figures hang on."""
+
+    def finished(self, number: int, key: str, scored: int) -> dict[int, OnlyGroup]:
+        """Those of pass `number` that are there, by first window. scored: tokens a window."""
+        ...
+
+    def save(self, number: int, first: int, key: str, group: OnlyGroup) -> None:
+        """One more, its windows from `first` on."""
 
 
 class OnlyListener(Protocol):
@@ -116,7 +140,9 @@ class OnlyListener(Protocol):
         """As there."""
 
 
-def run_only(settings: OnlySettings, listener: OnlyListener) -> tuple[list[OnlyPass], bool]:
+def run_only(
+    settings: OnlySettings, listener: OnlyListener, keeper: OnlyKeeper
+) -> tuple[list[OnlyPass], bool]:
     """All passes, models outside; and whether they were interrupted: then the last is what was finished.
 
     What can be refused is refused before a model is fetched. Raises UsageError, SpecError, ModelError,
@@ -136,7 +162,7 @@ def run_only(settings: OnlySettings, listener: OnlyListener) -> tuple[list[OnlyP
                 for one in _passes(settings, file, texts, device):
                     passes.append(one)
                     listener.begins(one, len(passes), total)
-                    _run(settings, file, one, device, listener)
+                    _run(settings, file, one, device, listener, keeper, len(passes) - 1)
         return passes, False
     return [one for one in passes if one.finished], True
 
@@ -165,33 +191,34 @@ def _passes(
 
 
 def _run(
-    settings: OnlySettings, file: GGUFFile, one: OnlyPass, device: torch.device, listener: OnlyListener
+    settings: OnlySettings,
+    file: GGUFFile,
+    one: OnlyPass,
+    device: torch.device,
+    listener: OnlyListener,
+    keeper: OnlyKeeper,
+    number: int,
 ) -> None:
-    """Group by group; a KeyboardInterrupt leaves those that are finished."""
+    """Group by group, less those that the keeper has; a KeyboardInterrupt leaves those that are finished."""
     architecture, windows = architecture_of(file), one.windows
     arm = KernelAlone(build_kernel(settings.kernel), settings.path)  # type: ignore[arg-type]
+    key = _key(settings, one, arm.kernel)
     runner = Runner(architecture, device=device, attention_type=settings.cache_type)
     try:
+        there = keeper.finished(number, key, windows.scored_per_window)
         size = _grouping(settings, file, windows, runner).windows
-        for first in range(0, windows.n_windows, size):
-            chosen = range(first, min(first + size, windows.n_windows))
-            targets = torch.from_numpy(windows.targets[chosen.start : chosen.stop].astype(np.int64).ravel())
-            scorer = Scorer(exact=None, baseline_of={}, targets=targets.to(device))
-            slices = runner.run_group(
-                torch.from_numpy(windows.tokens[chosen.start : chosen.stop]),
-                [arm],
-                scored=windows.scored_positions,
-                first_window=first,
-                progress=listener.progress(chosen.start, chosen.stop, windows.n_windows),
-            )
-            for piece in slices:
-                scorer.add(piece)
-            found = scorer.scores()[arm.name]
-            shape = len(chosen), windows.scored_per_window
-            one.nll.append(found.nll.reshape(shape))
-            one.top1.append(found.top1.reshape(shape))
-            running = running_perplexity(one.scored)
-            listener.windows_done(first, running[first:])
+        left = uncovered({first: len(group.nll) for first, group in there.items()}, windows.n_windows)
+        cut = [
+            range(at, min(at + size, part.stop)) for part in left for at in range(part.start, part.stop, size)
+        ]
+        for first, chosen in sorted([*((first, None) for first in there), *((c.start, c) for c in cut)]):
+            if chosen is None:
+                group = there[first]
+            else:
+                group = _group(one, chosen, runner, arm, listener)
+                keeper.save(number, first, key, group)
+            one.groups.append(group)
+            listener.windows_done(first, running_perplexity(one.scored)[first:])
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
@@ -199,6 +226,34 @@ def _run(
     finally:
         runner.stream.close()
         arm.kernel.close()
+
+
+def _group(
+    one: OnlyPass, chosen: range, runner: Runner, arm: KernelAlone, listener: OnlyListener
+) -> OnlyGroup:
+    windows = one.windows
+    targets = torch.from_numpy(windows.targets[chosen.start : chosen.stop].astype(np.int64).ravel())
+    scorer = Scorer(exact=None, baseline_of={}, targets=targets.to(runner.device))
+    slices = runner.run_group(
+        torch.from_numpy(windows.tokens[chosen.start : chosen.stop]),
+        [arm],
+        scored=windows.scored_positions,
+        first_window=chosen.start,
+        progress=listener.progress(chosen.start, chosen.stop, windows.n_windows),
+    )
+    for piece in slices:
+        scorer.add(piece)
+    found = scorer.scores()[arm.name]
+    shape = len(chosen), windows.scored_per_window
+    return OnlyGroup(found.nll.reshape(shape), found.top1.reshape(shape))
+
+
+def _key(settings: OnlySettings, one: OnlyPass, kernel: Kernel) -> str:
+    """Of what a group's figures hang on: model, tokens, and the kernel as its file is now."""
+    windows = one.windows
+    text = hashlib.sha256(np.ascontiguousarray(windows.tokens).tobytes()).hexdigest()
+    kernel_now = f"{kernel.spec}@{getattr(kernel, 'binary', '')} {settings.path} {settings.cache_type}"
+    return f"{one.model.fingerprint} {text} {windows.first_scored} {kernel_now}"
 
 
 def _grouping(settings: OnlySettings, file: GGUFFile, windows: Windows, runner: Runner) -> Grouping:
@@ -253,7 +308,7 @@ def _against(one: OnlyPass, base: OnlyPass) -> dict[str, Any]:
     change = (np.exp(-nll) - np.exp(-reference)).ravel()
     square = mean(change * change)
     rms = math.sqrt(max(square.value, 0.0))
-    same = float((np.concatenate(one.top1) == np.concatenate(base.top1)).mean())
+    same = float((one.top1 == base.top1).mean())
     n = nll.size
     return {
         "model": base.model.path,

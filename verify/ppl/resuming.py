@@ -79,10 +79,10 @@ def go_on(
         settings = PplSettings.from_json(stored["settings"])
     except UsageError as error:
         raise UsageError(f"--resume {resume}: settings.json: {error}") from None
-    begun_in = _begun_in(stored, resume)
+    begun_in = where_begun(stored, resume)
     identity = stored["identity"]
     check_named_again(settings, named, resume=resume, begun_in=begun_in, kernels=identity.get("kernels"))
-    _go_to(begun_in, resume)
+    go_to(begun_in, resume)
     if memory is not None:
         settings = replace(settings, memory=memory)
     if checkpoint_minutes is not None:
@@ -90,7 +90,7 @@ def go_on(
     return BegunRun(resume, folder, settings, identity)
 
 
-def _begun_in(stored: dict[str, Any], resume: Path) -> Path:
+def where_begun(stored: dict[str, Any], resume: Path) -> Path:
     """The folder from which a run's settings name files. Raises UsageError."""
     folder = stored.get("folder", ".")
     if not isinstance(folder, str) or "\0" in folder:
@@ -98,7 +98,7 @@ def _begun_in(stored: dict[str, Any], resume: Path) -> Path:
     return Path(folder)
 
 
-def _go_to(folder: Path, resume: Path) -> None:
+def go_to(folder: Path, resume: Path) -> None:
     """To where the run was begun: names of files in its settings are seen from there."""
     if folder == Path.cwd():
         return
@@ -171,6 +171,23 @@ def check_named_again(
                 _check_content(value, resume, begun_in, kernels)
 
 
+def check_kernel(spec: str, *, resume: Path, begun_in: Path, kernels: Any) -> None:
+    """Raises UsageError where a kernel that the command line names again is another than the run began with.
+
+    kernels: marks (`kernel_mark`) that the run stored.
+    """
+    _check_place("--only", spec, resume=resume, begun_in=begun_in)
+    _check_content(spec, resume, begun_in, kernels)
+
+
+def kernel_mark(spec: str, folder: Path = Path()) -> str:
+    """A specification, and which content its file has, where it runs one read here. Raises OSError."""
+    if parse_spec(spec).name not in ("py", "merge"):
+        return spec
+    content = (folder / _file_of("--candidate", spec)).read_bytes()
+    return f"{spec}@{hashlib.sha256(content).hexdigest()[:12]}"
+
+
 def _file_of(option: str, value: str) -> str:
     if option == "--save-logits":
         return value
@@ -192,8 +209,8 @@ def _check_content(spec: str, resume: Path, begun_in: Path, kernels: Any) -> Non
         return
     file = begun_in / _file_of("--candidate", spec)
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        found = kernel_mark(spec, begun_in)
     except OSError as error:
         raise UsageError(f"--resume {resume}: {file}: {error.strerror}") from None
-    if not isinstance(kernels, list) or f"{spec}@{found}" not in kernels:
+    if not isinstance(kernels, list) or found not in kernels:
         raise UsageError(f"--resume {resume}: {file} changed since the run began")

@@ -3,6 +3,7 @@
     settings.json                what was asked, and fingerprints of model and text
     groups/00000/                tokens, layers, top1, alone (.parquet) and state.json of windows 0 ..
     groups/00005.layers          windows 5 .. after some of their layers, to go on from
+    groups/000-00000.parquet     of `--only`, in the place of both: windows 0 .. of pass 0
     run.json  tokens.parquet  layers.parquet  top1.parquet  alone.parquet  report.md  report.html
 
 A group is written under another name and renamed when it is whole, so that a run that was cut off at any
@@ -70,6 +71,8 @@ _UNREADABLE = (
 _OWN_FILES = {SETTINGS, RESULT, REPORT, PAGE, *(f"{name}.parquet" for name in TABLES)}
 _GROUP_FILES = {STATE, *(f"{name}.parquet" for name in TABLES)}
 _GROUP, _LAYERS = re.compile(r"\d{5,}"), re.compile(r"\d{5,}\.layers")
+# Of runs of several passes, whose groups are a table each: the pass, and the first window.
+_PART = re.compile(r"(\d{3,})-(\d{5,})\.parquet")
 # Where what somebody else has put among the groups is left.
 _OTHERS = "groups.others"
 
@@ -246,6 +249,24 @@ class RunFolder:
                 " remove it, and its windows are run again"
             ) from None
 
+    def save_part(self, number: int, first_window: int, table: pa.Table) -> None:
+        """Keep a finished group of pass `number`, which is one table."""
+        self.write_table(f"{GROUPS}/{number:03d}-{first_window:05d}.parquet", table)
+
+    def parts(self, number: int) -> Iterator[tuple[int, pa.Table]]:
+        """First window and table of each finished group of pass `number`, in order. Raises UsageError."""
+        for one in _entries(self.path / GROUPS):
+            named = _PART.fullmatch(one.name)
+            if named is None or int(named[1]) != number:
+                continue
+            try:
+                yield int(named[2]), _table(one)
+            except _UNREADABLE as error:
+                raise UsageError(
+                    f"--resume {self.path}: {one.name} of {GROUPS} cannot be read ({type(error).__name__}):"
+                    " remove it, and its windows are run again"
+                ) from None
+
     def write_results(self, result: GroupResult, run: dict[str, Any]) -> None:
         """The run's own files; the groups are kept until `finish`."""
         with self._writing():
@@ -263,9 +284,9 @@ class RunFolder:
             for one in _entries(gone):
                 if _GROUP.fullmatch(one.name) and is_plain_folder(one):
                     _remove_files(one, _GROUP_FILES)
-                elif _LAYERS.fullmatch(one.name) and is_plain_file(one):
+                elif (_LAYERS.fullmatch(one.name) or _PART.fullmatch(one.name)) and is_plain_file(one):
                     one.unlink()
-        self._sweep(gone, lambda name: bool(_GROUP.fullmatch(name) or _LAYERS.fullmatch(name)))
+        self._sweep(gone, lambda name: any(kind.fullmatch(name) for kind in (_GROUP, _LAYERS, _PART)))
         self._sweep(self.path, lambda name: name in _OWN_FILES)
         # What is left in it is not ours.
         with suppress(OSError):

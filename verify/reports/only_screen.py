@@ -11,13 +11,18 @@ from verify.machine.errors import UsageError
 from verify.machine.terminal import console_on, counted, print_table_on
 from verify.ppl.only import OnlyPass
 from verify.ppl.perplexity import final_line, perplexity
+from verify.ppl.runfolder import PAGE
 from verify.reports.only_page import closing_table, only_csv, only_markdown
 from verify.reports.ppl_screen import PplConsole
 from verify.reports.tables import Column, table_of
 
 
-class OnlyScreen(PplConsole):
-    """Results to `out`, progress and notices to stderr."""
+class OnlyTerminal(PplConsole):
+    """Results to `out`, progress and notices to stderr. csv, md: files for the closing table."""
+
+    def __init__(self, *, json: bool = False, csv: Path | None = None, md: Path | None = None) -> None:
+        super().__init__(json=json)
+        self._tables = (("--csv", csv, only_csv), ("--md", md, only_markdown))
 
     def begins(self, one: OnlyPass, number: int, passes: int) -> None:
         self.stop()
@@ -43,9 +48,9 @@ class OnlyScreen(PplConsole):
             kinds = [Column(name, "words" if name in words else "figure") for name in columns]
             print_table_on(console_on(self.out), table_of(kinds, texts))
 
-    def write_tables(self, rows: Sequence[Mapping[str, Any]], *, csv: Path | None, md: Path | None) -> None:
-        """The closing table into files. Raises UsageError."""
-        for option, path, text in (("--csv", csv, only_csv), ("--md", md, only_markdown)):
+    def tables_and_report(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+        """The closing table into files, and where the report lies. Raises UsageError."""
+        for option, path, text in self._tables:
             if path is None:
                 continue
             try:
@@ -53,3 +58,4 @@ class OnlyScreen(PplConsole):
             except OSError as error:
                 raise UsageError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
             print(f"table: {visible(str(path))}", file=self.out)
+        print(f"report: {visible(str(folder / PAGE))}", file=self.out, flush=True)

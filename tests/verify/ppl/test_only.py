@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from verify.data import corpora, cut_windows, strided_windows
 from verify.data.corpora import load_corpus
 from verify.data.corpus import corpus_from_bytes
 from verify.data.errors import CorpusError
+from verify.ppl import only
+from verify.reports import writing
 from verify.reports.progress import Foretelling
 
 BASE = ("ppl", "--only", "exact", "--device", "cpu", "-c", "64", "--chunks", "4")
@@ -98,6 +102,78 @@ def test_utf_16_is_refused_by_name(encoding: str) -> None:
 
 def test_this_programs_own_code_is_a_text() -> None:
     assert "import" in load_corpus("own-code").text and load_corpus("own-code").source == "file"
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, module: Any, name: str, at: int) -> None:
+    """Ctrl-C in the call number `at` of a function."""
+    plain, calls = getattr(module, name), itertools.count()
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    patch.setattr(module, name, interrupted)
+
+
+# Before anything is finished; in the first model; in the second; while the report is written.
+CUTS = [(only, "_group", 0), (only, "_group", 2), (only, "_group", 6), (writing, "write_reports", 0)]
+
+
+@pytest.mark.parametrize(("module", "name", "at"), CUTS, ids=["first", "model 1", "model 2", "report"])
+def test_an_interrupted_run_goes_on(
+    module: Any, name: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = write_tiny(tmp_path)
+    other = write_tiny_model(tmp_path / "other.gguf", seed=5)
+    asked = (*BASE, "-m", str(tiny.model), "-m", str(other), "-f", str(tiny.text), "--memory", "20K")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert verify(*asked, "--out", str(whole)).returncode == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, module, name, at)
+        stopped = verify(*asked, "--out", str(cut))
+    assert (stopped.returncode, "Traceback" in stopped.stderr) == (130, False)
+    if (module, at) == (only, 0):
+        assert "verify: interrupted\n" in stopped.stderr and not cut.exists()
+        return
+    assert f"go on with: verify ppl --resume {cut}" in stopped.stderr
+    table = tmp_path / "t.md"
+    kept = sorted(one.name for one in (cut / "groups").iterdir())
+    with monkeypatch.context() as patch:
+        # What is kept is not run again.
+        interrupt_at(patch, only, "_group", 8 - len(kept))
+        done = verify("ppl", "--resume", str(cut), "--md", str(table))
+    assert done.returncode == 0 and table.is_file(), done.stderr
+    assert not (cut / "groups").exists() and (cut / "report.html").is_file()
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (whole, cut)]
+    assert runs[0]["rows"] == runs[1]["rows"] and runs[0]["again"] == runs[1]["again"]
+    assert runs[1]["notes"] == []
+    assert_refused(verify("ppl", "--resume", str(cut)), "finished")
+
+
+@pytest.mark.slow
+def test_what_a_folder_of_another_model_or_kernel_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = write_tiny(tmp_path)
+    kernel = tmp_path / "mine.py"
+    kernel.write_text((Path(__file__).parents[2] / "support/user_kernels.py").read_text())
+    spec, cut = f"py:{kernel}::good", tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, only, "_group", 1)
+        asked = (*BASE, "-m", str(tiny.model), "-f", str(tiny.text), "--memory", "20K", "--only", spec)
+        assert verify(*asked, "--out", str(cut)).returncode == 130
+    go_on = ("ppl", "--resume", str(cut))
+    assert_refused(verify(*go_on), "name it again with --only")
+    assert_refused(verify(*go_on, "--only", "exact"), f"that run is of --only {spec}")
+    assert_refused(verify(*go_on, "--only", spec, "-c", "32"), "expected no --ctx-size")
+    kernel.write_text(kernel.read_text() + "\n")
+    assert_refused(verify(*go_on, "--only", spec), "changed since the run began")
+    kernel.write_text(kernel.read_text()[:-1])
+    write_tiny_model(tiny.model, seed=9)
+    assert_refused(verify(*go_on, "--only", spec), "is of another model, text or kernel")
+    (cut / "groups/000-00000.parquet").write_bytes(b"nothing")
+    assert_refused(verify(*go_on, "--only", spec), "000-00000.parquet of groups cannot be read")
 
 
 def test_options_of_a_comparison_are_refused(tmp_path: Path) -> None:
