@@ -47,6 +47,8 @@ from verify.stated import stated_arithmetic
 
 # A length inside a tile, one beside its edge, and some tiles.
 DEFAULT_N_KV, DEFAULT_ROWS = (33, 65, 300), 32
+# Beside these, for faults alone: past every length at which kernels are known to become another one.
+LONG_N_KV = 4099
 # Of the path `several` the one that has it.
 DEFAULT_BASELINE, SEVERAL_BASELINE = "flash", "eager"
 SCHEMA = 1
@@ -254,7 +256,8 @@ def check_attention(
         asked how it sees keys; what its form lacks is in `Report.notes`.
     shapes: "Hq/HkvxD" (query heads, KV heads, head size) or names such as "llama-3-8b"; default "4/2x64",
         or "4/4x64" of a kernel whose heads share no keys.
-    n_kv: keys that a row sees, one or several lengths.
+    n_kv: keys that a row sees, one or several lengths; with the default ones a few rows of 4,099 keys are
+        looked at for faults.
     dtype: of q, k, v: "f16" (default), "bf16", "f32", or torch's.
     layout: order of its dimensions, "bshd" [B, T, H, D] (default), "bhsd" [B, H, T, D], "thd" [tokens, H, D].
     causal: what a callable without kv_len sees: True a triangle, False every key; None: it is asked.
@@ -304,7 +307,8 @@ def check_attention(
         settings = partial(
             DiffSettings,
             shapes=shapes_of(shapes, kernel),
-            n_kvs=lengths_of(n_kv),
+            n_kvs=(lengths := lengths_of(n_kv)),
+            long_n_kvs=(LONG_N_KV,) if lengths == DEFAULT_N_KV else (),
             candidates=(kernel.spec,),
             device=str(on),
             seeds=seeds,

@@ -61,6 +61,33 @@ def test_a_wrong_kernel_names_where_and_makes_it_again() -> None:
     assert (out - exact_attention(worst.call).out).abs().max() > 1
 
 
+@pytest.mark.parametrize(
+    ("lost", "verdict"), [(1000, "broken"), (5000, "round-off")], ids=["one in a thousand", "none"]
+)
+def test_default_lengths_show_what_goes_wrong_in_long_rows_alone(lost: int, verdict: str) -> None:
+    def keys_lost(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        at = torch.arange(k.shape[1])
+        seen = (at < kv_len[:, None, :, None]) & (at % lost != lost - 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    report = verify.check_attention(keys_lost, paths="decode", families=["gaussian"])
+    assert report.verdict == verdict, report.text()
+    assert any(note == "4,099 keys: 4 rows of gaussian, for faults alone" for note in report.notes)
+    if verdict == "broken":
+        assert report.worst is not None and report.worst.n_kv == 4099
+        assert "only at n_kv 4099" in " ".join(report.reasons)
+        names: dict[str, Any] = {}
+        exec(report.worst.snippet, names)
+        assert torch.equal(names["call"].k, report.worst.k) and torch.equal(names["call"].q, report.worst.q)
+    # Four rows are no sample: nothing but a fault is said of them.
+    strata = report.outcomes["decode"].candidates[0].strata.strata
+    assert {s.n_kv for s in strata} == {33, 65, 300}
+    asked_by_name = verify.check_attention(keys_lost, n_kv=65, paths="decode", families=["gaussian"])
+    assert asked_by_name.ok and not any("4,099" in note for note in asked_by_name.notes)
+
+
 def test_a_draw_that_shows_it_is_made_again_too() -> None:
     report = verify.check_attention(
         newest_key_lost, n_kv=65, paths="prefill", families=["needles"], seeds=2, rows=16, dtype="bf16"

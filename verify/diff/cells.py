@@ -67,7 +67,7 @@ def compare(inputs: CellInputs, baseline: KernelEvidence, candidate: KernelEvide
         shared, faults = shared_overflow(candidate.measures.nonfinite, baseline.measures.nonfinite), []
     family = ALL_FAMILIES.get(inputs.family)
     # Of a model's layers, or a kind of numbers; kinds of calls show faults alone, in a few rows.
-    sampled = family is None or (family.name in FAMILIES and family.distinct)
+    sampled = family is None or (family.name in FAMILIES and family.distinct and not inputs.faults_alone)
     comparable = not faults and not shared and sampled and candidate.exact is not None
     return Cell(
         inputs=inputs,

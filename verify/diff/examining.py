@@ -55,6 +55,7 @@ class CellInputs:
     said_only: bool = False  # what is wrong in it is said, and no fault
     look: int = 1  # that it was drawn for, of those at its kind of input
     alone: bool = True  # single tokens are asked too, of kernels that are asked any
+    faults_alone: bool = False  # too few rows for more than a fault: no stratum
 
     @property
     def exact_call(self) -> Call:

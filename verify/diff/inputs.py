@@ -40,6 +40,8 @@ DEFAULT_ROWS = 64
 MOST_TIMES = 16
 # Of inputs that show faults alone.
 FEW_ROWS = 4
+# What longer rows are asked: numbers that are plain, and one heavy key beside an edge.
+LONG_FAMILIES = ("gaussian", "needles")
 # Of plain inputs, on which a baseline's error is typical.
 PLAIN_ROWS = 16
 # Query tokens a call of the path `several`, where nobody says how many.
@@ -80,6 +82,8 @@ class DiffSettings:
     sequences: int = 1  # in a call: every second one is shorter than the cell's length
     # Query tokens a call on the paths prefill and several; 0: all of a cell's rows, of `several` four.
     n_q: int = 0
+    # Visible keys of longer rows, that are asked for faults alone: a few, of `LONG_FAMILIES`.
+    long_n_kvs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         known = (PROBES, *ALL_FAMILIES)
@@ -156,6 +160,35 @@ def all_inputs(
                             candidates=tuple(candidates),
                             **drawn,
                         )
+        yield from _long_inputs(settings, shape, device, clock)
+
+
+def _long_inputs(
+    settings: DiffSettings, shape: ModelShape, device: torch.device, clock: StageClock
+) -> Iterator[CellInputs]:
+    """Rows of `long_n_kvs` keys, one draw of each of its families that is asked."""
+    everyone = range(len(settings.candidates))
+    for n_kv, family in long_kinds(settings):
+        groups = _by_edges(settings, shape, n_kv) if _edged(family) else {(): everyone}
+        for edges, candidates in groups.items():
+            sizes = _sizes(_few_rows(settings), shape, n_kv, edges)
+            with clock.stage("inputs drawn", n_kv):
+                call = draw(family, sizes, settings.first_seed, device=device)
+            yield CellInputs(
+                shape=shape.name,
+                n_kv=n_kv,
+                family=family,
+                seed=settings.first_seed,
+                call=call,
+                candidates=tuple(candidates),
+                faults_alone=True,
+            )
+
+
+def long_kinds(settings: DiffSettings) -> list[tuple[int, str]]:
+    """Lengths and families of the longer rows."""
+    families = [family for family in LONG_FAMILIES if family in settings.families]
+    return [(n_kv, family) for n_kv in settings.long_n_kvs for family in families]
 
 
 class InputKind(NamedTuple):
@@ -236,6 +269,8 @@ def count_inputs(settings: DiffSettings) -> int | None:
                 draws = 1 if family == PROBES else settings.seeds
                 draws *= _calls_a_cell(settings) if family in FAMILIES else 1
                 total += (groups if _edged(family) else 1) * draws
+        for n_kv, family in long_kinds(settings):
+            total += len(_by_edges(settings, shape_named(name), n_kv)) if _edged(family) else 1
     return total
 
 
@@ -328,14 +363,14 @@ def _fewer(settings: DiffSettings, n_kv: int) -> tuple[int, ...]:
 
 def lengths_to_read(settings: DiffSettings) -> tuple[int, ...]:
     """Visible keys to read a kernel at, so that something is known of every row that is drawn: the cells'
-    lengths, and that of the shortest row."""
+    lengths, those of longer rows, and that of the shortest row."""
     shortest = min(
         max(n - less, 1)
         for n_kv in settings.n_kvs
         for n in _rows(settings, n_kv)
         for less in _fewer(settings, n_kv)
     )
-    return shortest, *settings.n_kvs
+    return shortest, *settings.n_kvs, *settings.long_n_kvs
 
 
 def _edges(specs: Sequence[str], shape: ModelShape, n_kv: int, path: AttentionPath) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from verify.arms.alone import TimeShare
 from verify.diff.cells import Cell, alone_family, evidence_of, strata_of, suspicions
-from verify.diff.inputs import DEFAULT_ROWS, DiffSettings, families_of
+from verify.diff.inputs import DEFAULT_ROWS, FEW_ROWS, DiffSettings, families_of
 from verify.diff.stored_strata import StoredPair
 from verify.judge.strata import Judgement, StratumResult
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, Verdict, decide
@@ -132,9 +132,10 @@ def command_of(settings: DiffSettings, cell: Cell) -> str:
     if settings.captured_from is None:
         i = cell.inputs
         inputs = {"shape": i.shape, "n_kv": i.n_kv, "inputs": i.family, "first_seed": i.seed}
-        inputs |= {"rows": settings.rows} if settings.rows != DEFAULT_ROWS else {}
+        rows = FEW_ROWS if i.faults_alone else settings.rows
+        inputs |= {"rows": rows} if rows != DEFAULT_ROWS else {}
         # This cell, and none that would follow it.
-        inputs |= {"most_rows": settings.rows} if not cell.faults else {}
+        inputs |= {"most_rows": rows} if not cell.faults else {}
         inputs |= {"dtype": settings.dtype} if settings.dtype != "f16" else {}
         inputs |= {"sequences": settings.sequences} if settings.sequences != 1 else {}
         inputs |= {"n_q": settings.n_q} if settings.n_q else {}
@@ -175,6 +176,7 @@ def run_json(
         "settings": {
             "shapes": list(settings.shapes),
             "n_kv": list(settings.n_kvs),
+            "long_n_kv": list(settings.long_n_kvs),
             "families": list(settings.families),
             "baseline": settings.baseline,
             "candidates": list(settings.candidates),

@@ -22,7 +22,15 @@ from verify.diff.cells import (
 )
 from verify.diff.examining import CellInputs, KernelEvidence, examine, typical_error
 from verify.diff.headroom import DiffHeadroom
-from verify.diff.inputs import DiffSettings, first_call, lengths_to_read, more_inputs, plain_call
+from verify.diff.inputs import (
+    FEW_ROWS,
+    DiffSettings,
+    first_call,
+    lengths_to_read,
+    long_kinds,
+    more_inputs,
+    plain_call,
+)
 from verify.diff.looks import looks_sentence, undecided
 from verify.diff.naming import looks_like
 from verify.diff.probing import PROBES, Probing, probe_kernels
@@ -133,6 +141,9 @@ def run_diff(
     notes += [match.said for match in matches if match.said]
     notes += [line for room in bench.rooms for line in room.sentences()]
     notes += [*bench.said(), *([stopped] if stopped else [])]
+    for n_kv in settings.long_n_kvs:
+        named = " and ".join(family for n, family in long_kinds(settings) if n == n_kv)
+        notes += [f"{n_kv:,} keys: {FEW_ROWS} rows of {named}, for faults alone"] if named else []
     if stored is not None:
         notes.append(f"the baseline did not run: its figures are those of {stored.path} ({stored.device})")
     notes += [
@@ -295,7 +306,7 @@ def _learn(settings: DiffSettings, kernel: Kernel, device: torch.device, clock: 
     shapes = [shape for shape in map(shape_named, settings.shapes) if not shape.v_in_k]
     if not shapes:
         return []
-    with clock.stage("identify", max(settings.n_kvs)):
+    with clock.stage("identify", max((*settings.n_kvs, *settings.long_n_kvs))):
         return learn(
             kernel,
             list(dict.fromkeys(shape.heads for shape in shapes)),
@@ -362,7 +373,7 @@ def _judge(
         )
 
     lines = []
-    for of_line in _by_line(cells):
+    for of_line in _by_line([c for c in cells if c.faults or not c.inputs.faults_alone]):
         of = of_line[0].inputs.shape, of_line[0].inputs.n_kv
         own, single = strata.only(*of), alone.only(*of) if alone is not None else None
         lines.append(LengthLine(of_line, decide(found(of_line, own, single)), own))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from verify.check import Report, check_attention
+from verify.check import DEFAULT_N_KV, Report, check_attention
 from verify.distrust.bench_definitions import is_of_bench, to_judge
 from verify.given import ONE_HEAD_EACH
 from verify.kernels.errors import KernelFailure
@@ -83,7 +83,7 @@ def judge(
     *,
     dtype: str = "",
     shape: str | None = None,
-    n_kv: Sequence[int] = (33, 65, 300),
+    n_kv: Sequence[int] = DEFAULT_N_KV,
     arithmetic: str | None = None,
     device: str | None = None,
     examples: int = EXAMPLES,
