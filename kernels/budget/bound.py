@@ -67,6 +67,8 @@ class Budget(NamedTuple):
     vacuous: torch.Tensor
     # Root mean square of the error of a correct kernel.
     expected: torch.Tensor
+    # What of it float16 sums lose one way, since their steps are alike.
+    stagnation: torch.Tensor
     # Root of the sum of squares of the single bounds.
     quadrature: torch.Tensor
     # What roundings of one direction may make of <err, out> / <out, out>, a row, as the arithmetic says;
@@ -129,6 +131,7 @@ def _rotated_back(budget: Budget, block: int) -> Budget:
         bound=spread_bound(budget.bound, block) + rounded,
         size=block_mean_square(budget.size, block),
         expected=(block_mean_square(budget.expected, block).square() + (rounded / 4).square()).sqrt(),
+        stagnation=block_mean_square(budget.stagnation, block),
         quadrature=block_mean_square(budget.quadrature, block) + rounded,
     )
 
@@ -143,7 +146,8 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
             out=out, lse=lse,
             bound=torch.zeros_like(out), lse_bound=torch.full_like(lse, -math.inf), size=size,
             vacuous=torch.zeros(narrow, dtype=torch.bool, device=like.device),
-            expected=torch.zeros_like(out), quadrature=torch.zeros_like(out),
+            expected=torch.zeros_like(out), stagnation=torch.zeros_like(out),
+            quadrature=torch.zeros_like(out),
             bias=torch.zeros_like(lse), falls=torch.zeros_like(lse), rises=torch.zeros_like(lse),
         )
         for _ in arithmetics
@@ -166,12 +170,13 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
                 whole[b, chosen] = _by_row(part)
             for budget, each in zip(budgets, sums, strict=True):
                 bound, lse_bound = each.bounds()
-                expected = each.expected()
+                expected, stagnation = each.expected(), each.stagnation()
                 quadrature = each.quadrature(bound)
                 bias, falls, rises = each.bias()
                 for whole, part in (
                     (budget.bound, bound), (budget.lse_bound, lse_bound),
-                    (budget.expected, expected), (budget.quadrature, quadrature),
+                    (budget.expected, expected), (budget.stagnation, stagnation),
+                    (budget.quadrature, quadrature),
                     (budget.bias, bias), (budget.falls, falls), (budget.rises, rises),
                 ):  # fmt: skip
                     whole[b, chosen] = _by_row(part)

@@ -23,6 +23,9 @@ MEAN_SQUARE = (3.0 / 8.0) / (3.0 * math.log(2.0))
 # Mean of 1/x for such a mantissa x: what half a unit in the last place is, on average, relative to a number.
 MEAN_INVERSE = 0.5 / math.log(2.0)
 _TAU = FLOAT_TYPES["f16"].tau
+# What a right kernel may be off by, relative, whatever its arithmetic: of one that is assumed no more is
+# excused, of one that is stated or read it is a limit that has a name (`judging.emulation`).
+MOST_EXCUSED = 1.0 / 8.0
 # Exponents of the normal numbers of float16.
 _LEAST_EXPONENT, _MOST_EXPONENT = -14, 16
 # A row of results below so many times half the smallest number of their type is rounded to one of few
@@ -126,7 +129,7 @@ class Sums:
         """Root mean square of the error of a correct kernel, [Hkv, t, r, Dv]."""
         common = self.by_abs[2] + self.alone[3] * self.rows.out.abs()
         variance = MEAN_SQUARE * self._expected_variance(common)
-        one_way = self._shrinkage().square() + self._stagnation().square()
+        one_way = self._shrinkage().square() + self.stagnation().square()
         return (variance + one_way + _step(self.rows.out, self.a.out).square() / 12).sqrt()
 
     def quadrature(self, bound: torch.Tensor) -> torch.Tensor:
@@ -144,7 +147,7 @@ class Sums:
             + (3 * u) ** 2 * self.tiles * (size + rows.out.abs()).square()
             + common.square()
             + self._shrinkage().square()
-            + self._stagnation().square()
+            + self.stagnation().square()
             + (out_type.u + U_F32) ** 2 * square_o
             + self._depth("d_n") * (a.tau_acc / rows.l) ** 2
             + (out_type.tau + _TAU * ((a.u_v > 0) + (a.u_part > 0))) ** 2
@@ -158,13 +161,15 @@ class Sums:
         With <a> = <a, |o|> / <o, o>, by what the arithmetic says
 
             shrinking <sum p|v|>                   accumulators that truncate (`Arithmetic.shrinking`)
-            <stagnation>                           float16 accumulators (`_stagnation`)
+            <stagnation>                           float16 accumulators (`stagnation`)
             u_p <sqrt(sum p^2 v^2)>                the largest P, where it is no power of two: it is rounded
                                                    alike in every row, and sum p^2 v^2 >= (p v)^2 of it
 
         and where it is assumed, the second whatever the maximum is, and downwards alone
 
             u_p <sum p|v|> + u_out                 P, or the result, truncated: 0.72 of a unit on average
+
+        of which an assumed arithmetic excuses an eighth at most.
         """
         a, out = self.a, self.rows.out
         power = out.square().sum(-1)
@@ -173,7 +178,7 @@ class Sums:
             return (x * out.abs()).sum(-1) / power.clamp(min=1e-300)
 
         u_p, truncated = NUMBER_TYPES[a.p].u, along(self.rows.size)
-        stagnating = along(self._stagnation())
+        stagnating = along(self.stagnation())
         largest = u_p * along(self.rows.p_square_vv.sqrt())
         bias = self._per_row([a.shrinking(n) for n in self.rows.lengths]).squeeze(-1) * truncated + stagnating
         if not (a.stated and a.exact_maximum):
@@ -185,6 +190,7 @@ class Sums:
             bias = rises
         else:
             falls = falls + u_p * truncated + FLOAT_TYPES[a.out].u
+            bias, falls, rises = (x.clamp(max=MOST_EXCUSED) for x in (bias, falls, rises))
         least = SMALLEST_NUMBERS * FLOAT_TYPES[a.out].tau
         few = (power < least**2 * out.shape[-1]) & (power > 0)
         return tuple(torch.where(few, math.inf, x) for x in (bias, falls, rises))  # type: ignore[return-value]
@@ -210,7 +216,7 @@ class Sums:
         reached = (self.rows.out.square() + self.rows.p_square_vv).sqrt()
         return steps * self.a.passes * U_F32 * MEAN_INVERSE / 2 * reached * (1 + one_sign)
 
-    def _stagnation(self) -> torch.Tensor:
+    def stagnation(self) -> torch.Tensor:
         """What float16 accumulators lose or gain one way, since their steps are alike: [Hkv, t, r, Dv].
 
         A part adds N steps of mean mu = |A| / N and deviation sigma to a sum that grows evenly from 0 to A,

@@ -41,6 +41,7 @@ from verify.kernels.judging.figures import (
     bias_said,
     budget_fault,
     budget_ratio,
+    by_chance,
     element_ratios,
     gain_fault,
     gain_limit,
@@ -204,7 +205,8 @@ def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic, head:
     power = float(rows.power[used].sum())
     if power == 0:
         return _UNTOLD
-    out, expected = b.out[used], b.expected[used]
+    # Of sums that are only assumed to stagnate no more is excused than their bias has.
+    out, expected = b.out[used], (b.expected if a.stated else by_chance(b))[used]
     # <err, o> of a row has the standard deviation |o| |E| if its columns err alike, and that over
     # sqrt(columns) if they do not. They do where values agree: by rho = |o|^2 / |sum p |v||^2.
     rho = (out.norm(dim=-1) / b.size[used].norm(dim=-1)).square().clamp(max=1)

@@ -9,6 +9,7 @@ tell.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -60,11 +61,13 @@ def limit_of_float16_sums(
     excuses nothing. Nor does one whose emulation is finite in other elements, or errs otherwise in those that
     both have, by more than a factor of 2. Elements whose sums come as near to the overflow as their own
     roundings reach (`NEAR`) may be finite in one and not in the other. Where what was read does not say which
-    keys are summed together, elements may overflow that do so in some order.
+    keys are summed together, elements may overflow that do so in some order, and sums stagnate as so many do.
     """
     if not arithmetic.stated or arithmetic.acc != "f16":
         return None
     if arithmetic.identified and not _has_places(arithmetic, call):
+        if bool(torch.isfinite(out).all()):
+            return _stagnating_in_so_many(call, out, exact, arithmetic)
         return _in_some_order(call, out, exact, arithmetic)
     if arithmetic.cuts_at is None:
         return None
@@ -96,6 +99,25 @@ def _in_some_order(call: Call, out: torch.Tensor, exact: torch.Tensor, arithmeti
         if bool((bad[b, rows] & (most < least)).any()):
             return None
     return f"limit of float16 sums: {int(bad.sum())} elements overflow, as sums of such values may"
+
+
+def _stagnating_in_so_many(
+    call: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic
+) -> str | None:
+    """The same of results that are finite, where of several sums only the number is known: how far each
+    stagnates follows from how many keys it takes, and hardly from which. Sums of equal runs of keys stand for
+    them."""
+    if arithmetic.cuts_at is None:
+        return None
+    cuts_at, share = arithmetic.cuts_at, arithmetic.sum_share
+
+    def equal(n: int) -> tuple[int, ...]:
+        sums = max(round((len(cuts_at(n)) - 1) / share), 1)
+        return tuple(dict.fromkeys(n * i // sums for i in range(sums + 1)))
+
+    alike = replace(arithmetic, cuts_at=equal, sum_share=1.0)
+    steps = _steps_of(arithmetic)
+    return next(filter(None, (_explained(call, out, exact, alike, step) for step in steps)), None)
 
 
 def _steps_of(arithmetic: Arithmetic) -> list[int]:

@@ -26,12 +26,12 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import SMALLEST_SIZE, Budget
-from verify.kernels.budget.sums import SMALLEST_NUMBERS
+from verify.kernels.budget.sums import MOST_EXCUSED, SMALLEST_NUMBERS
 from verify.kernels.call import Call
 from verify.kernels.numbers import FLOAT_TYPES
 
 # Where the budget is vacuous, a relative error above this is a bug all the same.
-LARGEST_RELATIVE_ERROR = 1.0 / 8.0
+LARGEST_RELATIVE_ERROR = MOST_EXCUSED
 # Root mean square of error over expected size that many rows of a right kernel do not exceed.
 RMS_LIMIT = 1.3
 # Deviations of the gain that chance does not reach.
@@ -80,7 +80,7 @@ def row_figures(error: torch.Tensor, budget: Budget) -> RowFigures:
     bad = ~torch.isfinite(error)
     error, nonfinite = torch.where(bad, 0.0, error), bad.sum(-1)
     ratio = torch.where(budget.vacuous, 0.0, budget_ratio(error, budget.bound).amax(-1))
-    relative = torch.where(budget.vacuous, relative_error(error, budget.size, budget.expected), 0.0)
+    relative = torch.where(budget.vacuous, relative_error(error, budget.size, by_chance(budget)), 0.0)
     gain, power = gain_of(error, budget.out)
     return RowFigures(
         ratio=ratio,
@@ -133,12 +133,18 @@ def zeroed_rows(error: torch.Tensor, budget: Budget, call: Call, arithmetic: Ari
     return zero
 
 
+def by_chance(budget: Budget) -> torch.Tensor:
+    """The expected size of an error without what float16 sums lose one way, [..., Dv]: that is no chance, and
+    grows with the keys until nothing is left of a result."""
+    return (budget.expected.square() - budget.stagnation.square()).clamp(min=0).sqrt()
+
+
 def relative_error(error: torch.Tensor, size: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """||error|| / ||sum p|v||| of each row, [..., D] to [...]: what is judged where a budget is vacuous.
 
     0 where a right kernel may have few digits or none: where the sum is beyond float32's normal numbers (all
     weight on a sink), or the error is of the size that is expected (all weight on keys whose values are 0,
-    beside which the other weights underflow in P's type).
+    beside which the other weights underflow in P's type). expected: by chance (`by_chance`).
     """
     norm, size = error.norm(dim=-1), size.norm(dim=-1)
     few = (size < SMALLEST_SIZE) | (norm <= EXPECTED_TIMES * expected.norm(dim=-1))

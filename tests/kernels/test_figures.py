@@ -47,6 +47,7 @@ def by_hand() -> Budget:
         size=of_rows(SIZE),
         vacuous=torch.tensor([False, True, False, False])[None, :, None],
         expected=of_rows(EXPECTED),
+        stagnation=torch.zeros(1, 4, 1, 2, dtype=torch.float64),
         quadrature=of_rows(BOUND),
         bias=(bias := torch.tensor([1e-6, 3e-6, 0.0, math.inf], dtype=torch.float64)[None, :, None]),
         falls=2 * bias,
