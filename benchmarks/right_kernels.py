@@ -2,13 +2,15 @@
 
     python benchmarks/right_kernels.py [--device cpu|cuda] [--only NAME,...] [--commands ppl,diff,props,gen]
         [--ggml NAME=LIBRARY ...] [--workers N] [--together N] [--again]
-        [--out benchmarks/results/right-kernels.json] [--page docs/right-kernels.md]
+        [--out benchmarks/results/right-kernels.json] [--take FILE.json ...] [--page docs/right-kernels.md]
 
 Every run is a process of its own, written down as soon as it ends; what is there from the same device is
 not run again (`--again` does). `--together N` asks N kernels of one baseline in one run, which shares what
 does not depend on them. The rows that `diff` judged by lie beside the file (`-strata.npz`), and are judged
-again by the rules of the day in the fast tests. `--page` alone writes the page from the file. A run that is
-`broken` or ends without a verdict makes the exit code 1, but where the table says for what limit it truly is.
+again by the rules of the day in the fast tests. `--take` runs nothing: what this script wrote on another
+machine stands in the place of older runs of the same kernels. `--page` writes the page from the file, after
+`--take` where both are given, and runs nothing either. A run that is `broken` or ends without a verdict makes
+the exit code 1, but where the table says for what limit it truly is.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from pages import between_marks
 from verify.diff.stored_strata import STRATA, StoredPair, packed, unpacked
 
 ROOT = Path(__file__).parents[1]
+# What diffs judged by, by `pair_name`.
+Pairs = dict[str, StoredPair]
 OWN = "tests/support/right_kernels.py"
 COMMANDS = ("ppl", "diff", "props", "gen")
 # Small, and yet every detector has something to look at.
@@ -143,7 +147,7 @@ def run(
             check=False,
         )
         if (out / STRATA).is_file():
-            names = {kernel.spec: f"{kernel.name} {device}" for kernel in kernels}
+            names = {kernel.spec: pair_name(kernel.name, device) for kernel in kernels}
             kept = unpacked(out / STRATA)
             stored = [(names[spec], pair._replace(spec=shown(spec))) for spec, pair in kept]
     base = {
@@ -189,6 +193,11 @@ def run(
     ], stored
 
 
+def pair_name(name: str, device: str) -> str:
+    """By which the rows are kept that a diff judged by."""
+    return f"{name} {device}"
+
+
 def shown(word: str) -> str:
     """A word of a command, a file by its name: where it lies on this machine is nobody's business."""
     return re.sub(r"(^|lib=)/\S*/", r"\1", word)
@@ -205,6 +214,39 @@ def together(kernels: Sequence[RightKernel], most: int) -> list[list[RightKernel
 def strata_file(results: Path) -> Path:
     """Where the rows that diffs judged by lie, beside the results."""
     return results.with_name(f"{results.stem}-strata.npz")
+
+
+Row = dict[str, Any]
+
+
+def key_of(row: Row) -> tuple[str, str, str]:
+    """What there is one run of: kernel, command and device."""
+    return row["name"], row["command"], row["device"]
+
+
+def put(rows: Sequence[Row], row: Row) -> list[Row]:
+    """The rows with this one in the place of an older one."""
+    kept = [each for each in rows if key_of(each) != key_of(row)]
+    return sorted([*kept, row], key=lambda each: (each["device"], each["name"], each["command"]))
+
+
+def take(file: Path, rows: Sequence[Row], pairs: Pairs) -> tuple[list[Row], Pairs]:
+    """Rows and pairs with the runs of another results file, and what their diffs judged by.
+
+    A run that was refused there, or ended without a verdict, is none: that machine lacked something. Where a
+    diff is taken without its rows those that were there are dropped: they are of another run.
+    """
+    runs = [run for run in json.loads(file.read_text()) if run["verdict"] not in ("refused", "none")]
+    strata = strata_file(file)
+    its = dict(unpacked(strata)) if strata.is_file() else {}
+    kept, stored = list(rows), dict(pairs)
+    for run in runs:
+        kept = put(kept, run)
+        if run["command"] == "diff":
+            name = pair_name(run["name"], run["device"])
+            stored.pop(name, None)
+            stored |= {name: its[name]} if name in its else {}
+    return kept, stored
 
 
 def false_alarm(row: dict[str, Any], limits: dict[str, str]) -> bool:
@@ -243,14 +285,22 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--together", type=int, default=1, help="kernels a run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/right-kernels.json")
+    parser.add_argument("--take", type=Path, action="append", default=[], help="results of another machine")
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
-    if arguments.page is None:
+    rows: list[Row] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
+    strata = strata_file(arguments.out)
+    pairs = dict(unpacked(strata)) if strata.is_file() else {}
+    for file in arguments.take:
+        rows, pairs = take(file, rows, pairs)
+    if arguments.take:
+        strata.write_bytes(packed(sorted(pairs.items()), digits=8))
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.page is None and not arguments.take:
         built = [RightKernel(n, f"ggml:lib={lib}", "a built engine", _OVERFLOWS) for n, _, lib in
                  (word.partition("=") for word in arguments.ggml)]  # fmt: skip
         wanted = [k for k in (*KERNELS, *built) if not arguments.only or k.name in arguments.only.split(",")]
-        there = {(row["name"], row["command"], row["device"]) for row in rows}
+        there = {key_of(row) for row in rows}
         due = [
             (command, some)
             for command in arguments.commands.split(",")
@@ -259,8 +309,6 @@ def main() -> int:
                 1 if command == "props" else arguments.together,
             )
         ]
-        strata = strata_file(arguments.out)
-        pairs = dict(unpacked(strata)) if strata.is_file() else {}
         with ThreadPoolExecutor(arguments.workers) as pool:
             running = [pool.submit(run, c, some, arguments.device, arguments.file) for c, some in due]
             for done in as_completed(running):
@@ -269,14 +317,12 @@ def main() -> int:
                     pairs |= dict(stored)
                     strata.write_bytes(packed(sorted(pairs.items()), digits=8))
                 for row in found:
-                    key = (row["name"], row["command"], row["device"])
-                    kept = [r for r in rows if (r["name"], r["command"], r["device"]) != key]
-                    rows = sorted([*kept, row], key=lambda r: (r["device"], r["name"], r["command"]))
+                    rows = put(rows, row)
                     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
                     reason = row["reasons"][0][:160] if row["reasons"] else ""
-                    said = f"{key[0]:26} {key[1]:6} {row['verdict']:13} {row['seconds']:6.1f} s"
+                    said = f"{row['name']:26} {row['command']:6} {row['verdict']:13} {row['seconds']:6.1f} s"
                     print(said, reason, flush=True)
-    else:
+    if arguments.page is not None:
         tables = [f"## On {d}\n\n{table(rows, d)}" for d in sorted({row["device"] for row in rows})]
         arguments.page.write_text(between_marks(arguments.page.read_text(), "\n\n".join(tables)))
     limits = {kernel.name: kernel.limit for kernel in KERNELS}
