@@ -17,8 +17,9 @@ from commit import commit
 
 from verify.kernels.budget.bound import error_budgets
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.gates import plain_attention
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import judge, one_hot
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel

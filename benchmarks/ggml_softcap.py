@@ -24,7 +24,8 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.errors import KernelFailure
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.machine.environment import prepare_torch
 

@@ -22,8 +22,9 @@ from commit import commit
 from verify.judge import strata
 from verify.kernels.exact import exact_attention
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.figures import smallest_squares
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -30,8 +30,9 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call
 from verify.kernels.capabilities import FORMS as FORMS_OF_KERNELS
 from verify.kernels.foreign.forms import Wanted
-from verify.kernels.judging.families import ALL_FAMILIES, CALLS, FAMILIES, FORMS, InputSizes
+from verify.kernels.judging.families import ALL_FAMILIES, CALLS, FAMILIES, FORMS
 from verify.kernels.judging.families import draw as draw_call
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import probe_makers
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import type_of

@@ -44,8 +44,9 @@ from verify.kernels.judging.detectors import (
     measure,
     trace_finding,
 )
-from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, FORMS, InputSizes, draw
+from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, FORMS, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import Probe, far_offsets, judge, standard_probes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.plan import RowPlan

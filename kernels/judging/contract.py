@@ -14,7 +14,9 @@ import torch
 
 from verify.kernels.errors import KernelFailure
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import HeldUnseen, InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.hidden_keys import HeldUnseen
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import ProbeFailure
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, empty_part

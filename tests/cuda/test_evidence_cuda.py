@@ -9,7 +9,8 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.faults import FAULTS
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import measure
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import check, far_offsets, one_hot, standard_probes
 from verify.kernels.registry import build_kernel
 from verify.selftest import run_selftest

@@ -11,7 +11,8 @@ import torch
 from verify.kernels.heads import Heads
 from verify.kernels.identify.asking import Regime
 from verify.kernels.identify.reading import read
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import build_kernel

@@ -13,7 +13,8 @@ from verify.kernels.call import AttentionOutput
 from verify.kernels.heads import Heads
 from verify.kernels.judging.apart import TIMES, HeadApart, head_apart, tail
 from verify.kernels.judging.detectors import Measures, findings, measure
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import Launched, Signature, heads_launched_alike
 

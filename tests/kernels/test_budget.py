@@ -15,7 +15,8 @@ from verify.kernels.budget.sums import gamma
 from verify.kernels.call import checked_call
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.numbers import U_F32, U_F32_TENSOR_CORE
 from verify.kernels.registry import build_kernel
 

@@ -13,7 +13,8 @@ from verify.kernels.faults import FAULTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import determinism_finding, findings, measure, trace_finding
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 
 LONG = InputSizes(n_kv=(2048,), heads=Heads.grouped(kv=1, ratio=6, k_size=64, v_size=64))

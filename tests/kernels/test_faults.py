@@ -12,8 +12,9 @@ from support.other_device import other_device
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.faults import FAULTS, VARIANTS, Fault, Variant
 from verify.kernels.faults.tile_kernel import TileKernel
-from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import ALL_FAMILIES, FAMILIES, draw
 from verify.kernels.judging.figures import budget_ratio
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import LaunchTrace
 

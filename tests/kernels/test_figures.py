@@ -14,7 +14,7 @@ from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
 from verify.kernels.judging.figures import (
     budget_fault,
     gain_fault,
@@ -23,6 +23,7 @@ from verify.kernels.judging.figures import (
     rms_fault,
     row_figures,
 )
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 
 # Rows of two columns: plain, vacuous, of zeros (an empty row), so small that no gain can be told.

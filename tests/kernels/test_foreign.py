@@ -11,8 +11,9 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.errors import KernelFailure, MachineFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
 from verify.kernels.judging.figures import budget_ratio
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 
 FILE = Path(__file__).parents[1] / "support/user_kernels.py"

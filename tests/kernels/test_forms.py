@@ -21,7 +21,8 @@ from verify.kernels.foreign.forms import Wanted
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.foreign.python_kernel import parse_target
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
 from verify.kernels.judging.probes import check, standard_probes
 from verify.kernels.kernel import Kernel

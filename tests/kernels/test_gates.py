@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.gates import GATES, NMSE_LIMIT, compared, nmse, plain_attention, verdicts
+from verify.kernels.judging.input_sizes import InputSizes
 
 CALL = draw("gaussian", InputSizes(n_kv=(200, 65)), 0)
 EXACT = exact_attention(CALL).out

@@ -28,7 +28,8 @@ from verify.kernels.foreign import process, worker
 from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import measure
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.plans.plan import Plan
 from verify.kernels.registry import build_kernel
 from verify.laws import subject_of

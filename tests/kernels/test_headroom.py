@@ -12,7 +12,7 @@ import torch
 from verify.kernels.call import Call
 from verify.kernels.faults.clean import MaximumOffset
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
 from verify.kernels.judging.headroom import (
     ENOUGH,
     OFFSETS,
@@ -23,6 +23,7 @@ from verify.kernels.judging.headroom import (
     row_headroom,
     safe_offset,
 )
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 

@@ -18,7 +18,8 @@ from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, co
 from verify.kernels.identify.asking import Regime, bare
 from verify.kernels.identify.reading import Reading, read
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import Launched
 

@@ -28,7 +28,8 @@ from verify.kernels.heads import Heads
 from verify.kernels.identify.asking import Asking, BareKernel, NotIdentifiable, Regime
 from verify.kernels.identify.parts import cuts_seen
 from verify.kernels.identify.reading import Reading, read
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.asked import RowAsked
 from verify.kernels.plans.plan import KVCuts, Plan, parse_heads

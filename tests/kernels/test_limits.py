@@ -15,8 +15,9 @@ from verify.kernels.faults import FAULTS
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.emulation import EmulatedSums, limit_of_float16_sums
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.figures import another_origin
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import check, judge, last_key_edge, one_hot, standard_probes
 from verify.kernels.registry import build_kernel
 

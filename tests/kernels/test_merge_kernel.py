@@ -17,8 +17,9 @@ from verify.kernels.foreign import merge_kernel
 from verify.kernels.foreign.merge_kernel import MergeKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import SUSPICIONS, findings, measure
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
 from verify.kernels.judging.figures import budget_ratio
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.merge import Part, merge_sequential
 from verify.kernels.registry import build_kernel

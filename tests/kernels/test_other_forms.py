@@ -13,7 +13,8 @@ from verify.kernels.call import Call, Result, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.faults.altered import AlteredKernel, next_heads_keys
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
 from verify.kernels.judging.probes import check, standard_probes
 from verify.kernels.registry import build_kernel

@@ -20,7 +20,8 @@ from verify.kernels.catalogue import CATALOGUE, LIBRARY_CAPABILITIES, SDPA_CAPAB
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.peers.libraries import LibraryKernel
 from verify.kernels.peers.peer import PeerKernel, aligned
 from verify.kernels.peers.sdpa import SdpaKernel

@@ -11,7 +11,8 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.eager import EagerKernel
 from verify.kernels.faults import FAULTS, VARIANTS
-from verify.kernels.judging.families import POISON, InputSizes
+from verify.kernels.judging.hidden_keys import POISON
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import (
     Probe,
     alibi_edge,

@@ -10,7 +10,8 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.kernels.sliced_products import BITS, CHUNK, sliced_bmm
 

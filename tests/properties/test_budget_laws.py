@@ -17,8 +17,9 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Call
 from verify.kernels.exact import exact_attention
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.figures import budget_ratio
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.laws import LAWS, subject_of
 from verify.laws.run import run_law

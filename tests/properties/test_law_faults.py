@@ -13,7 +13,7 @@ from verify.kernels.cache_types import LAW_CACHES
 from verify.kernels.faults import CACHE_FAULTS, FAULTS, PLAN_FAULTS, VARIANTS, CacheFault
 from verify.kernels.faults.caches import OverCache
 from verify.kernels.faults.tile_kernel import TileKernel
-from verify.kernels.judging.families import InputSizes
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import check, standard_probes
 from verify.laws import LAWS, Law, Subject
 from verify.laws.run import LawResult, run_law

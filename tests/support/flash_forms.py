@@ -15,7 +15,8 @@ from verify.kernels.bits import same_bits
 from verify.kernels.call import Call, Result, checked_call
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.other_forms import in_pages, listed, masked, packed
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions

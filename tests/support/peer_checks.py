@@ -10,7 +10,8 @@ from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import AttentionOutput
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 

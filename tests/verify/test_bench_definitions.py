@@ -16,7 +16,8 @@ from verify.distrust.judging import judge
 from verify.kernels.exact import exact_attention
 from verify.kernels.foreign.bench_call import DefinedCall
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 from verify.machine.errors import UsageError
 

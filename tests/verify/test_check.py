@@ -14,7 +14,8 @@ import verify
 from support.mypkg import ops
 from support.named import named
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAMILIES, POISON
+from verify.kernels.judging.families import FAMILIES
+from verify.kernels.judging.hidden_keys import POISON
 
 SMALL: dict[str, Any] = {"n_kv": 65, "paths": "decode", "families": ["probes", "gaussian", "needles"]}
 

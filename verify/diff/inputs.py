@@ -15,15 +15,9 @@ from verify.diff.probing import PROBES, Probing
 from verify.judge.strata import PLAIN, looks_until
 from verify.judge.verdict import DEFAULT_MARGIN, check_margin
 from verify.kernels.call import AttentionPath, Call, Shape
-from verify.kernels.judging.families import (
-    ALL_FAMILIES,
-    CALLS,
-    FAMILIES,
-    HIDDEN,
-    InputSizes,
-    draw,
-    with_hidden,
-)
+from verify.kernels.judging.families import ALL_FAMILIES, CALLS, FAMILIES, HIDDEN, draw
+from verify.kernels.judging.hidden_keys import with_hidden
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.asked import MOST_SEVERAL
 from verify.kernels.plans.shapes import ModelShape, shape_named

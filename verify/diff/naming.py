@@ -28,7 +28,8 @@ from verify.kernels.faults import FAULTS
 from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.blame import RowWeights
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import strided_one_hot
 from verify.kernels.kernel import Kernel
 

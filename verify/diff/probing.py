@@ -12,7 +12,8 @@ from verify.diff.examining import CellInputs, KernelEvidence, by_cache
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.contract import empty_row_sentence, of_empty_rows
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import Probe, ProbeFailure, judge, on_cache, probe_makers
 from verify.kernels.kernel import Kernel
 from verify.machine.stages import StageClock

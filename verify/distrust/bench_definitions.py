@@ -23,7 +23,8 @@ from verify.kernels.exact import exact_attention
 from verify.kernels.foreign import bench_call
 from verify.kernels.foreign.python_kernel import PythonKernel
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.spec import parse_spec
 from verify.machine.errors import UsageError

@@ -27,8 +27,9 @@ from verify.kernels.call import Call
 from verify.kernels.exact import exact_attention
 from verify.kernels.heads import Heads
 from verify.kernels.identify.reading import LEAST_KEYS
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.gates import GATES, compared, plain_attention, verdicts
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.shapes import shape_named
 from verify.machine.errors import UsageError

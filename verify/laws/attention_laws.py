@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionOutput, Call
-from verify.kernels.judging.families import POISON
+from verify.kernels.judging.hidden_keys import POISON
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, SEEDS, planned_problems, problems, twisted
 from verify.laws.law import FIRST_CALL, Cases, LawBroken, Subject, has_one_path, laws, quantises_keys

@@ -17,7 +17,8 @@ from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import PATHS, AttentionPath, Call
 from verify.kernels.errors import SpecError
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.judging.families import FAMILIES, draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.numbers import FLOAT_TYPES
 from verify.kernels.plans.asked import MOST_SEVERAL
 from verify.machine.errors import UsageError

@@ -15,7 +15,8 @@ import torch
 
 from verify.kernels.call import AttentionOutput, Call, Result
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.families import FAR_PAGES, POISON
+from verify.kernels.judging.families import FAR_PAGES
+from verify.kernels.judging.hidden_keys import POISON
 from verify.kernels.judging.other_forms import in_pages, listed, masked, packed, with_tree
 from verify.laws.cases import Problem
 from verify.laws.draws import BY_PLACE, formed_problems, trees

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from verify.kernels.judging.families import InputSizes
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.other_forms import in_chunks, several
 from verify.kernels.judging.probes.level_probes import (
     alibi_edge,

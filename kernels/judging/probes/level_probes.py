@@ -16,7 +16,8 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.sums import gamma
 from verify.kernels.call import Call, checked_call
 from verify.kernels.judging.counter_random import CounterRandom
-from verify.kernels.judging.families import POISON, InputSizes, likeliest
+from verify.kernels.judging.hidden_keys import POISON, likeliest
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes.one_hot_probes import one_hot_edges, tags
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Demand, Probe, call_of
 from verify.kernels.numbers import FLOAT_TYPES, NUMBER_TYPES

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from verify.kernels.call import checked_call
-from verify.kernels.judging.families import POISON, InputSizes
+from verify.kernels.judging.hidden_keys import POISON
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes.probe import AMPLITUDE, LOW, Probe, call_of
 
 # Weights of exp(-GAP) are 0 in float32, even times 2^17 keys: 104 + ln n.

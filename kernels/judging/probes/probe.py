@@ -19,8 +19,9 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput, Call, checked_call
 from verify.kernels.errors import KernelFailure
-from verify.kernels.judging.families import POISON, InputSizes
 from verify.kernels.judging.figures import another_origin, budget_ratio
+from verify.kernels.judging.hidden_keys import POISON
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import FLOAT_TYPES, NUMBER_TYPES
 from verify.kernels.plans.plan import Plan

@@ -14,7 +14,8 @@ from verify.kernels.cache_types import LAW_CACHES, parse_cache
 from verify.kernels.faults import CACHE_FAULTS, CacheFault
 from verify.kernels.faults.caches import OverCache
 from verify.kernels.heads import Heads
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.readback import look
 from verify.kernels.registry import build_kernel
 from verify.machine.stages import StageClock

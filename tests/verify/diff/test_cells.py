@@ -10,7 +10,8 @@ from verify.judge.verdict import Decision, decide
 from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionOutput
 from verify.kernels.judging.detectors import Finding, measure
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.registry import build_kernel
 
 INPUTS = CellInputs(

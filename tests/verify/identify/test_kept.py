@@ -15,7 +15,8 @@ from verify.identify.told import acc_contradictions
 from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.heads import Heads
 from verify.kernels.identify.asking import Regime
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 
 HEADS = Heads(4, 1, 64, 64)
 REGIME = Regime(64, n_q=2, kv_heads=1)

@@ -12,7 +12,8 @@ import torch
 from support.cli import verify
 from verify.diff.inputs import DiffSettings, all_inputs, lengths_to_read
 from verify.identify.learning import learn
-from verify.kernels.judging.families import InputSizes, draw
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.plans.shapes import shape_named
 from verify.kernels.registry import build_kernel
 from verify.machine.stages import StageClock
