@@ -56,6 +56,23 @@ def test_options_of_a_specification_bound_what_is_drawn(law: Law, spec: str) -> 
     assert_keeps(law, subject_of(spec), examples=3)
 
 
+# Of the laws of forms those that choose head sizes themselves; the others draw them as all laws do.
+OF_SIZES = ("v-in-k", "far-pages")
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        pytest.param(law, id=name, marks=() if name in OF_SIZES else pytest.mark.slow)
+        for name, law in LAWS.items()
+        if law.group == "forms"
+    ],
+)
+def test_forms_keep_to_the_blocks_of_a_cache(law: Law) -> None:
+    """Values that lie in keys are whole blocks too: a law that asked for half a block was our error."""
+    assert_keeps(law, subject_of("eager:cache=q8_0"), examples=2)
+
+
 def test_a_kernel_that_answers_in_bfloat16_is_allowed_what_that_loses() -> None:
     subject = subject_of("sdpa:math")
     subject.capabilities = replace(subject.capabilities, dtypes=("bfloat16",))

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -353,7 +354,7 @@ def _exact_lse(call: Call) -> torch.Tensor:
 
 @law(
     "v-in-k",
-    lambda subject: formed_problems(subject).map(_with_room),
+    lambda subject: formed_problems(subject).map(partial(_with_room, subject)),
     needs=("v_size",),
     tolerance=SAME_SUMS,
 )
@@ -366,6 +367,7 @@ def v_in_k(subject: Subject, problem: Problem) -> float:
     return _like(subject, f"V in columns from {first} of K", inside, apart)
 
 
-def _with_room(problem: Problem) -> Problem:
-    """With values half as wide as keys, at least, so that they lie in them."""
-    return replace(problem, k_size=max(problem.k_size, 32), v_size=16)
+def _with_room(subject: Subject, problem: Problem) -> Problem:
+    """With values at most half as wide as keys, so that they lie in them; whole blocks of a cache."""
+    v_size = max(16, subject.capabilities.size_multiple)
+    return replace(problem, k_size=max(problem.k_size, 2 * v_size), v_size=v_size)
