@@ -50,8 +50,8 @@ from verify.stated import stated_arithmetic
 DEFAULT_N_KV, DEFAULT_ROWS = (33, 65, 300), 32
 # Beside these, for faults alone: past every length at which kernels are known to become another one.
 LONG_N_KV = 4099
-# Of the path `several` the one that has it.
-DEFAULT_BASELINE, SEVERAL_BASELINE = "flash", "eager"
+# The arithmetic of `flash` with nothing to compile: that was most of the first check of a process on a GPU.
+DEFAULT_BASELINE = "eager"
 SCHEMA = 1
 
 
@@ -266,8 +266,8 @@ def check_attention(
         "prefill" (rows one after another); default decode and prefill, of what it has.
     n_q: query tokens a call on the paths several (default 4) and prefill (default `rows`). sequences: in a
         call, every second one shorter.
-    baseline: what errors are compared with, a callable or specification; default `flash` (of the path several
-        `eager`), which answers in the type that fn returns.
+    baseline: what errors are compared with, a callable or specification; default `eager`, which answers in
+        the type that fn returns.
     arithmetic: what fn is known to do: "f32" or "f16" sums, an `Arithmetic`, or options as specifications
         write them ("p=f16,acc=f32"); None or "identify": nothing is stated, and it is read off fn as
         `verify identify` does; where it cannot be, budgets are as loose as any.
@@ -333,11 +333,10 @@ def check_attention(
         probings: dict[_Place, Probing] = {}
         try:
             for path in paths_of(paths, kernel):
-                default = SEVERAL_BASELINE if path == "several" else DEFAULT_BASELINE
                 own = settings(
                     path=path,
                     families=_families(families, kernel, path),
-                    baseline=reference.spec if reference is not None else str(baseline or default),
+                    baseline=reference.spec if reference is not None else str(baseline or DEFAULT_BASELINE),
                     n_q=0 if path == "decode" else n_q,
                 )
                 check_settings(own, [] if own.baseline in built else [own.baseline])

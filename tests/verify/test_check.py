@@ -37,7 +37,8 @@ def test_a_right_kernel_with_the_defaults() -> None:
     assert report.verdict == "round-off" and report.exit_code == 0 and report.ok
     report.raise_for_verdict()
     assert {line["path"] for line in report.table} == {"decode", "prefill"}
-    assert "flash:out=f16" in report.baseline  # float16 came back, so the baseline answers in it
+    # Nothing is compiled for it; float16 came back, so it answers in that.
+    assert report.baseline == "eager:out=f16"
     assert report.detectable is not None and 1 < report.detectable < 3
 
 
@@ -225,7 +226,7 @@ def test_some_query_tokens_a_call(path: Any) -> None:
 
     asked = {**SMALL, "families": ["gaussian"], "paths": path, "n_q": 3, "sequences": 2}
     right = verify.check_attention(ops.attend, **asked)
-    assert right.ok and ("eager" if path == "several" else "flash") in right.baseline
+    assert right.ok and right.baseline.startswith("eager")
     wrong = verify.check_attention(one_token_alone, **asked)
     worst = wrong.worst
     assert wrong.verdict == "broken" and worst is not None
