@@ -330,6 +330,7 @@ def check_attention(
         stored = StoredBaseline(Path(against_stored)) if against_stored is not None else None
         kept_of_baseline = BaselineStore() if store is not None else None
         outcomes: dict[str, DiffOutcome] = {}
+        smallest: dict[str, WorstCase | None] = {}
         probings: dict[_Place, Probing] = {}
         try:
             for path in paths_of(paths, kernel):
@@ -344,13 +345,16 @@ def check_attention(
                 outcomes[path] = run_diff(
                     own, on, inputs, clock, build=kept, store=kept_of_baseline, stored=stored, name_bugs=False
                 )
+                found = outcomes[path].candidates[0]
+                if not smallest and found.verdict == "broken" and found.worst is not None:
+                    # Now, while what was read off it is of this path.
+                    smallest[path] = _smallest(kernel, _worst(own, found.worst, probings), own)
             if kept_of_baseline is not None and store is not None:
                 write_whole(Path(store), kept_of_baseline.packed(str(on)))
             report = _report(name_of(fn), outcomes, probings)
             if report.verdict == "broken" and report.worst is not None:
-                smallest = _smallest(kernel, report.worst, outcomes[report.worst.path].settings)
                 alike = [str(x) for x in looks_like(kernel, on)]
-                report = replace(report, smallest=smallest, looks_like=alike)
+                report = replace(report, smallest=smallest.get(report.worst.path), looks_like=alike)
         finally:
             for each in built.values():
                 each.close()

@@ -74,7 +74,9 @@ def test_default_lengths_show_what_goes_wrong_in_long_rows_alone(lost: int, verd
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
 
-    report = verify.check_attention(keys_lost, paths="decode", families=["gaussian"])
+    report = verify.check_attention(
+        keys_lost, paths=("decode", "prefill"), families=["gaussian"], dtype="f16", shapes="2/1x64"
+    )
     assert report.verdict == verdict, report.text()
     assert any(note == "4,099 keys: 4 rows of gaussian, for faults alone" for note in report.notes)
     if verdict == "broken":
@@ -83,6 +85,8 @@ def test_default_lengths_show_what_goes_wrong_in_long_rows_alone(lost: int, verd
         names: dict[str, Any] = {}
         exec(report.worst.snippet, names)
         assert torch.equal(names["call"].k, report.worst.k) and torch.equal(names["call"].q, report.worst.q)
+        # Budgets of each path follow from what was read on it: they are asked before the next path is read.
+        assert report.smallest is not None and report.smallest.n_kv < 4099
     # Four rows are no sample: nothing but a fault is said of them.
     strata = report.outcomes["decode"].candidates[0].strata.strata
     assert {s.n_kv for s in strata} == {33, 65, 300}
