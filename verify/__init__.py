@@ -10,12 +10,17 @@ the floors that it stands on, `verify.kernels`, `verify.model` and `verify.data`
 an installed package inside it; the name is the same.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from verify.checkout import find_floors
 
+# Not that of `typing`, which takes as long to load as all else here: an interrupt meanwhile is a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from verify import families, laws
     from verify.at_hand import ExactAttention, assert_attention, budget, exact_attention, merge
     from verify.call_options import CallOptions

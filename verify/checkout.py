@@ -7,47 +7,54 @@ work."""
 
 from __future__ import annotations
 
+import os
 import sys
-import tomllib
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
-from pathlib import Path
-from types import ModuleType
+from importlib.machinery import ModuleSpec, PathFinder
+
+# ruff: noqa: PTH100, PTH112, PTH113, PTH118, PTH120, PTH123
+# Nothing slow is imported here, pathlib neither: until the program's `main` is there, an interrupt is a
+# traceback.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
 
 FLOORS = ("kernels", "model", "data")
+# The line of pyproject.toml that no other project has.
+_OURS = 'name = "fa-verify"'
 
 
 class FloorFinder:
     """A finder of `sys.meta_path` for the three floors of one checkout, and for nothing else."""
 
-    def __init__(self, top: Path) -> None:
-        self.folders = {f"verify.{floor}": top / floor for floor in FLOORS}
+    def __init__(self, top: str) -> None:
+        self.top = top
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        folder = self.folders.get(name)
-        if folder is None:
-            return None
-        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        package, _, floor = name.rpartition(".")
+        return PathFinder.find_spec(name, [self.top]) if package == "verify" and floor in FLOORS else None
 
 
 def find_floors() -> None:
     """Let the floors be found where this is a checkout of ours; do nothing in an installed package."""
-    package = Path(__file__).parent
-    if (package / "kernels").is_dir() or any(isinstance(finder, FloorFinder) for finder in sys.meta_path):
+    package = os.path.dirname(os.path.abspath(__file__))
+    if os.path.isdir(os.path.join(package, "kernels")):
         return
-    if is_ours(package.parent):
+    if any(isinstance(finder, FloorFinder) for finder in sys.meta_path):
+        return
+    top = os.path.dirname(package)
+    if is_ours(top):
         # In front: an editable install of another checkout has a finder of its own for these names.
-        sys.meta_path.insert(0, FloorFinder(package.parent))
+        sys.meta_path.insert(0, FloorFinder(top))
 
 
-def is_ours(top: Path) -> bool:
+def is_ours(top: str) -> bool:
     """Whether a folder holds this project's own pyproject.toml and the three floors."""
     try:
-        project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))
+        with open(os.path.join(top, "pyproject.toml"), encoding="utf-8") as file:
+            ours = any(line.strip() == _OURS for line in file)
     except (OSError, ValueError):
         return False
-    named = project.get("project", {}).get("name") == "fa-verify"
-    return named and all((top / floor / "__init__.py").is_file() for floor in FLOORS)
+    return ours and all(os.path.isfile(os.path.join(top, floor, "__init__.py")) for floor in FLOORS)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 # Sends this process the signal when the module is about to be imported.
 SENDS = """
 import os, sys, time
@@ -56,6 +58,16 @@ def test_an_interrupted_import_is_one_line(where: str, number: int, how: str) ->
     words = [sys.executable, "-c", SENDS, where, str(int(number)), how]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr, done.stdout) == (128 + number, "verify: interrupted\n", "")
+
+
+def test_next_to_nothing_is_loaded_before_an_interrupt_is_one_line() -> None:
+    """Until `main` begins Ctrl-C is Python's own traceback: that was a third of a second in a checkout."""
+    asked = "import sys; before = {*sys.modules}; import verify.__main__; print(*{*sys.modules} - before)"
+    words = [sys.executable, "-S", "-c", asked]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    loaded = {*done.stdout.split()}
+    assert "verify.checkout" in loaded
+    assert not loaded & {"collections", "contextlib", "enum", "pathlib", "re", "tomllib", "typing"}
 
 
 def test_a_hangup_that_is_ignored_ends_nothing() -> None:

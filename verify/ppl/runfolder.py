@@ -324,13 +324,14 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            kept = f"; what was finished is kept, go on with --resume {self.path}" if self._goes_on else ""
+            kept = f"; what was finished is kept, go on with --resume {self.path}" if self.goes_on else ""
             raise UsageError(
                 f"{self._called}{self.path}: cannot be written: {error.strerror or error}{kept}"
             ) from None
 
     @property
-    def _goes_on(self) -> bool:
+    def goes_on(self) -> bool:
+        """Whether a run that is cut off now can be gone on with."""
         return is_plain_folder(self.path / GROUPS)
 
     def _group(self, first_window: int) -> Path:

@@ -81,13 +81,7 @@ def run_whole(
         if ranks.leads and not named:
             # The folder does not say yet what it is of: there is nothing to go on with.
             raise
-        if folder is not None:
-            print(
-                f"verify: interrupted; finished windows are kept in {visible(str(folder.path))},"
-                f" go on with: {visible(words_to_resume(folder.path, settings))}",
-                file=sys.stderr,
-            )
-        return WholeRun(EXIT_INTERRUPTED)
+        return _interrupted(folder, settings)
     except (ModelChanged, MachineFailure) as failed:
         if folder is None:
             raise
@@ -100,12 +94,26 @@ def run_whole(
             folder.release()
     if folder is None or outcome is None:
         return WholeRun(0)
-    folder.write_results(outcome.joined, as_json(outcome.run))
-    load_writer()(folder.path)
+    try:
+        folder.write_results(outcome.joined, as_json(outcome.run))
+        load_writer()(folder.path)
+    except KeyboardInterrupt:
+        return _interrupted(folder, settings)
     folder.finish()
     folder.release()
     screen.outcome(outcome.run, folder.path)
     return WholeRun(outcome.run.exit_code, outcome.run)
+
+
+def _interrupted(folder: RunFolder | None, settings: PplSettings) -> WholeRun:
+    """Say how to go on, in the rank that has the folder."""
+    if folder is not None:
+        print(
+            f"verify: interrupted; finished windows are kept in {visible(str(folder.path))},"
+            f" go on with: {visible(words_to_resume(folder.path, settings))}",
+            file=sys.stderr,
+        )
+    return WholeRun(EXIT_INTERRUPTED)
 
 
 def _agree_on_identity(

@@ -35,7 +35,7 @@ class OnlyTerminal(PplConsole):
             file=self.out,
             flush=True,
         )
-        self.begin_bar()
+        self.begin_bar("all" if passes == 1 else f"all of {number} of {passes}")
 
     def ended(self, passes: Sequence[OnlyPass], rows: Sequence[Mapping[str, Any]]) -> None:
         """A closing line a pass; of several passes a table."""

@@ -79,9 +79,9 @@ class PplConsole:
             self.notice(note)
         self.begin_bar()
 
-    def begin_bar(self) -> None:
-        """One bar over all windows, where stderr is a terminal."""
-        self._foretold = Foretelling()
+    def begin_bar(self, of: str = "all") -> None:
+        """One bar over all windows, where stderr is a terminal. of: what they are of."""
+        self._foretold = Foretelling(of=of)
         bar = progress_bar()
         if not bar.disable:
             self._progress = bar

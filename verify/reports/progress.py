@@ -67,13 +67,14 @@ LEAST_FORETOLD, LEAST_SEEN = 30.0, 2.0
 
 
 class Foretelling:
-    """How long a run over windows will take, said once, from what its first steps took.
+    """How long a run over windows will take, said once, from what its first steps took: those of the first
+    layer, as a rule, which are the run's own. Of kernels tried beforehand no more would be known, later.
 
-    clock: seconds, of any beginning.
+    clock: seconds, of any beginning; of: what the windows are of.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, of: str = "all") -> None:
+        self.clock, self.of = clock, of
         self._begun: tuple[float, float] | None = None  # when, and how many windows were done then
         self._told = False
 
@@ -91,11 +92,14 @@ class Foretelling:
         self._told = True
         each = seconds / share
         left = each * (windows - self._begun[1])
-        return f"about {_span(each)} a window, {_span(left)} in all" if left >= LEAST_FORETOLD else None
+        said = f"about {_span(each)} a window, {_span(left)} in {self.of}"
+        return said if left >= LEAST_FORETOLD else None
 
 
 def _span(seconds: float) -> str:
-    """`17 s`, `12 minutes`, `1.5 hours`."""
+    """`17 s`, `3.4 minutes`, `12 minutes`, `1.5 hours`."""
     if seconds < 90:
         return f"{seconds:.2g} s"
+    if seconds < 600:
+        return f"{seconds / 60:.2g} minutes"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,12 +66,19 @@ def write_reports(folder: Path, *, foreign: bool = False) -> StoredPpl | StoredG
             }
         else:
             texts = {REPORT: gen_markdown(stored), PAGE: gen_html(stored)}
+        for name, text in texts.items():
+            into.write_text(name, text)
     except NOT_OF_A_RUN as error:
         if not foreign:
             raise
         raise not_of_a_run(folder, error) from None
-    for name, text in texts.items():
-        into.write_text(name, text)
+    except KeyboardInterrupt:
+        if not into.goes_on:
+            kept = (
+                f"what was found is kept, its reports are made by: verify report {shlex.quote(str(folder))}"
+            )
+            print(f"verify: {visible(kept)}", file=sys.stderr)
+        raise
     return stored
 
 

@@ -22,6 +22,7 @@ from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.model.group import Group
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
+from verify.ppl.runfolder import RunFolder
 from verify.reports import writing
 
 RESULTS = ("tokens.parquet", "layers.parquet")
@@ -94,6 +95,26 @@ def test_a_run_cut_off_before_its_reports_makes_them_when_resumed(
     assert verify("ppl", "--resume", str(out)).returncode in (0, 1, 3)
     assert finished(out)
     assert results(out) == before
+
+
+@pytest.mark.parametrize("where", ["write_reports", "write_results"])
+def test_an_interrupt_while_results_are_written_says_how_to_go_on(
+    where: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            *{"write_reports": (writing, where), "write_results": (RunFolder, where)}[where], interrupted
+        )
+        stopped = verify(*command(tiny, out))
+    assert (stopped.returncode, stopped.stderr.count(f"go on with: verify ppl --resume {out}")) == (130, 1)
+    assert not finished(out)
+    assert verify("ppl", "--resume", str(out)).returncode in (0, 1, 3)
+    assert finished(out)
 
 
 class CutOff:

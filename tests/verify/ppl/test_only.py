@@ -195,3 +195,6 @@ def test_a_long_run_is_foretold_once_and_a_short_one_is_not() -> None:
     short = Foretelling(iter([0.0, 3.0]).__next__)
     short.begins(0)
     assert short.said(1.0, 4) is None
+    several = Foretelling(iter([0.0, 7.0]).__next__, of="all of 1 of 3")
+    several.begins(0)
+    assert several.said(1 / 30, 2) == "about 3.5 minutes a window, 7 minutes in all of 1 of 3"

@@ -14,6 +14,7 @@ from support.browser import Browser
 from support.cli import assert_refused, verify
 from verify.commands import COMMANDS
 from verify.judge.words import words_of
+from verify.reports import writing
 from verify.reports.glossary import GLOSSARY, glossary_table, with_words
 from verify.reports.page import Page, Section, page_html, page_markdown
 from verify.reports.pages import PAGES
@@ -118,6 +119,26 @@ def test_the_glossary_of_the_pages_is_that_of_the_reports() -> None:
     assert page.endswith("\n\n" + glossary_table())
     shown = verify("help", "words").stdout
     assert all(word.name in shown for word in GLOSSARY) and max(map(len, shown.splitlines())) < 80
+
+
+def test_an_interrupt_at_report_time_keeps_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a command that cannot be gone on with: its record is there, and what makes the reports is said."""
+    a, b = sweep_log(tmp_path / "a.md", 1), sweep_log(tmp_path / "b.md", 1.1)
+    out = tmp_path / "run"
+
+    def interrupted(*_: Any, **__: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "page_html", interrupted)
+        done = verify("sweep", str(a), str(b), "--out", str(out))
+    said = f"verify: what was found is kept, its reports are made by: verify report {out}\n"
+    assert (done.returncode, done.stderr.count("\n")) == (130, 2) and said in done.stderr
+    assert not (out / "report.html").exists()
+    again = verify("report", str(out))
+    assert again.returncode == 0 and "verdict: slower" in again.stdout and (out / "report.html").is_file()
 
 
 @pytest.mark.pictures
