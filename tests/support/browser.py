@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import select
@@ -126,6 +127,24 @@ class Browser:
         measured = found["result"]["value"]
         sizes = [(w, h, marks) for w, h, marks in measured.pop("pictures")]
         return Opened(said=said, requests=others, pictures=sizes, **measured)
+
+    def picture(self, page: Path, *, width: int, most: int, quality: int = 70) -> bytes:
+        """A page as WebP, from its top: as wide as the window, at most so many pixels high."""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.call("Page.enable", session)
+        shape = {"width": width, "height": most, "deviceScaleFactor": 1, "mobile": True}
+        self.call("Emulation.setDeviceMetricsOverride", session, **shape)
+        self.events.clear()
+        self.call("Page.navigate", session, url=page.resolve().as_uri())
+        self._until("Page.loadEventFired")
+        asked = "document.documentElement.getBoundingClientRect().height"
+        found = self.call("Runtime.evaluate", session, expression=asked, returnByValue=True)
+        height = min(float(found["result"]["value"]), most)
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        made = self.call("Page.captureScreenshot", session, format="webp", quality=quality, clip=clip)
+        self.call("Target.closeTarget", targetId=target)
+        return base64.b64decode(made["data"])
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         """One command, and its result."""

@@ -19,7 +19,7 @@ from verify.reports.page import Page, PageTable, Section
 from verify.reports.pages import page_of
 from verify.reports.pictures import pictures
 from verify.reports.record import StoredGen, StoredPage, StoredPpl, gen_command, ppl_command
-from verify.reports.templating import figure, flat, interval, percent
+from verify.reports.templating import figure, flat, interval, least_ratio, percent
 
 _SHOWN = ("distance", "drift", "own error", "nll", "kld")
 Stored = StoredPpl | StoredGen | StoredPage
@@ -184,7 +184,7 @@ def _figures(run: PplRun) -> dict[str, str]:
             f"{name}: distance ratio": (
                 f"{figure(pair.distance_ratio)} ({interval(pair.distance_ratio_ci)})"
             ),
-            f"{name}: would have seen": figure(pair.detectable_distance_ratio),
+            f"{name}: would have seen": least_ratio(pair.detectable_distance_ratio),
             f"{name}: ln PPL difference": (
                 f"{figure(pair.dlnppl, '%+.2e')} +/- {figure(pair.dlnppl_se, '%.1e')}"
             ),

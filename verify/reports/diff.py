@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TextIO
 
 from verify.diff.results import DiffOutcome, command_of, detectable, summary_lines
@@ -27,7 +26,7 @@ def print_outcome(outcome: DiffOutcome, to: TextIO) -> None:
             again = command_of(outcome.settings, worst)
             console.print(f"worst element again: {again}", soft_wrap=True)
         least = detectable(result.strata)
-        if least is not None and math.isfinite(least):
+        if least is not None:
             say(could_see(least), to=to)
     several = len(outcome.candidates) > 1
     reasons = [gravest(len(outcome.candidates))] if several else outcome.candidates[0].reasons

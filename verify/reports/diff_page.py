@@ -8,7 +8,7 @@ from typing import Any
 from verify.reports.diff_pictures import diff_pictures
 from verify.reports.page import Page, PageTable, Section
 from verify.reports.tables import Column
-from verify.reports.templating import figure, flat, is_known
+from verify.reports.templating import figure, flat, says_something
 
 LINE_COLUMNS: list[Column | str] = [
     Column("shape", "words"),
@@ -37,10 +37,6 @@ def line_cells(line: Mapping[str, Any]) -> tuple[str, ...]:
         line["ratio"],
         line["verdict"],
     )
-
-
-# A ratio that says no more than that there was nothing to tell by.
-MOST_RATIO = 1e6
 
 
 def diff_page(run: Mapping[str, Any], *, drawn: bool = True) -> Page:
@@ -90,10 +86,16 @@ _ASIDE = (
 def _seen(run: Mapping[str, Any], pair: Mapping[str, Any]) -> list[str]:
     """What the diff would have seen of a candidate."""
     least = run["detectable"].get(pair["candidate"])
-    return [could_see(least)] if is_known(least) and least < MOST_RATIO else []
+    return [] if least is None else [could_see(least)]
 
 
 def could_see(least: float) -> str:
+    """least: the smallest ratio that would have been seen in any kind of input."""
+    if not says_something(least):
+        return (
+            "would have seen any error beyond its budget; of the rms ratio there is no limit that says"
+            " anything in some kind of input"
+        )
     return (
         f"would have seen an rms ratio from {least:.3g} in any kind of input, and any error beyond its budget"
     )

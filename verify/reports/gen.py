@@ -14,7 +14,16 @@ from verify.reports.colours import BASELINE, CANDIDATES, FLOOR
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
 from verify.reports.record import StoredGen, gen_command
 from verify.reports.split_mode import shared_out
-from verify.reports.templating import TEMPLATES, figure, flat, interval, is_known, model_fact, model_words
+from verify.reports.templating import (
+    TEMPLATES,
+    figure,
+    flat,
+    interval,
+    is_known,
+    least_ratio,
+    model_fact,
+    model_words,
+)
 from verify.reports.verdict_lines import print_verdict
 
 
@@ -69,7 +78,7 @@ def pair_sentences(pair: GenPairRecord) -> list[str]:
         sentences.append(
             f"error of the attention output over the baseline's: {figure(pair.distance_ratio)}"
             f" (99.9 %: {interval(pair.distance_ratio_ci)}; could have seen a ratio from"
-            f" {figure(pair.detectable_distance_ratio)})"
+            f" {least_ratio(pair.detectable_distance_ratio)})"
         )
     went = f"{pair.coverage:.1%} of the tokens went through the changed plan"
     if pair.judged_calls is None:

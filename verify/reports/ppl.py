@@ -12,7 +12,15 @@ from verify.reports.pictures import pictures
 from verify.reports.record import StoredPpl, ppl_command
 from verify.reports.single_tokens import changed_words, single_token_sentences
 from verify.reports.split_mode import shared_out
-from verify.reports.templating import TEMPLATES, figure, flat, is_known, model_fact, model_words
+from verify.reports.templating import (
+    TEMPLATES,
+    figure,
+    flat,
+    is_known,
+    model_fact,
+    model_words,
+    says_something,
+)
 
 
 def report_html(stored: StoredPpl) -> str:
@@ -77,10 +85,12 @@ def _detectable_sentences(run: PplRun) -> Iterator[str]:
         scope = f", about {pair.distance_scope}" if pair.distance_scope else ""
         if is_known(least.distance_ratio):
             tokens = pair.tokens if pair.measured_tokens is None else pair.measured_tokens
-            yield (
-                f"{whose}could have seen a distance ratio from {least.distance_ratio:.3g},"
-                f" on {tokens} tokens{scope}"
+            what = (
+                f"a distance ratio from {least.distance_ratio:.3g}"
+                if says_something(least.distance_ratio)
+                else "no distance ratio"
             )
+            yield f"{whose}could have seen {what}, on {tokens} tokens{scope}"
         if is_known(least.scale_by_gain):
             yield (
                 f"{whose}could have seen a scale error of the attention output from"

@@ -27,7 +27,7 @@ from verify.reports.progress import Foretelling, progress_bar
 from verify.reports.single_tokens import changed_words, single_token_sentences, tokens_words
 from verify.reports.split_mode import split_mode_sentence
 from verify.reports.tables import Column, table_of
-from verify.reports.templating import is_known
+from verify.reports.templating import is_known, says_something
 from verify.reports.verdict_lines import print_verdict
 
 
@@ -224,7 +224,10 @@ def _pairs(run: PplRun) -> list[str]:
 def _could_have_seen(run: PplRun, pair: PairRecord) -> str:
     """What this run would have seen of a pair."""
     least = pair.detectable_distance_ratio
-    could = f"could have seen a distance ratio from {least:.3g}" if is_known(least) else "no interval"
+    could = "no interval"
+    if is_known(least):
+        seen = f"a distance ratio from {least:.3g}" if says_something(least) else "no distance ratio"
+        could = f"could have seen {seen}"
     calls = f"; {steady_sentence(pair.judged_calls)}" if pair.judged_calls is not None else ""
     return (
         f"{pair.candidate} {could}, on {pair.measured_tokens} tokens, about {pair.distance_scope};"

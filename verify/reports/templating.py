@@ -36,6 +36,20 @@ def interval(limits: Sequence[float | None] | None) -> str:
     return f"{low if low != '-' else '0'} to {high if high != '-' else 'any'}"
 
 
+# A run that would have seen no smaller ratio than this says nothing of ratios.
+MOST_RATIO = 1e4
+
+
+def says_something(least: float | None) -> TypeGuard[float]:
+    """Whether the smallest ratio that a run would have seen is one that a kernel could have."""
+    return is_known(least) and least < MOST_RATIO
+
+
+def least_ratio(least: float | None) -> str:
+    """That ratio in a cell of a table."""
+    return figure(least) if least is None or says_something(least) else "none"
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
@@ -112,4 +126,6 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=False,
 )
 TEMPLATES.globals |= {"dark": variables(DARK), "words_of": words_of}
-TEMPLATES.filters |= {f.__name__: f for f in (figure, interval, percent, seen, cell, calls, with_words)}
+TEMPLATES.filters |= {
+    f.__name__: f for f in (figure, interval, percent, seen, cell, calls, with_words, least_ratio)
+}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 
 import pytest
 
+from verify.reports.diff_page import could_see
+from verify.reports.templating import least_ratio
 from verify.reports.verdict_lines import print_verdict, verdict_lines
 
 REASONS = ["err/budget 40 at head 3", "a gain of 2%"]
@@ -51,3 +54,13 @@ def test_a_terminal_gets_a_box_that_cuts_no_word(width: int, monkeypatch: pytest
     told = [word for line in lines for word in line.strip("│╭╮╰╯─ |+-").split()]
     assert {"err/budget", "arithmetic", "torch", "shrinks"} <= set(told)
     assert {"means:", "next:"} <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("least", "cell"), [(1.5, "1.5"), (2e4, "none"), (1e216, "none"), (math.inf, "none")]
+)
+def test_a_ratio_that_nothing_reaches_is_not_printed(least: float, cell: str) -> None:
+    assert least_ratio(least) == cell
+    said = could_see(least)
+    assert ("rms ratio from 1.5" in said) == (cell == "1.5") and "beyond its budget" in said
+    assert ("no limit that says anything" in said) == (cell == "none") and "e+" not in said
