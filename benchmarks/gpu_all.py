@@ -1,11 +1,13 @@
-"""Every measurement that is due on a GPU, by name or all, in twelve minutes.
+"""Every measurement that is due on a GPU, by name or all, in twelve minutes; the tests where they are named.
 
     python benchmarks/gpu_all.py [NAME ...] --out FILE.json [-f wiki.test.raw] [--ggml libggml.so]
+    python benchmarks/gpu_all.py tests --workers 11 --out FILE.json
     python benchmarks/gpu_all.py --list
 
-One after the other, each in a process of its own with a limit: what is timed runs alone, tests come last. The
-file is written anew after each, with its exit code, its seconds, the end of what it said, and the result that
-it wrote. A line whose text or library is not given is left out, and the file says so.
+One after the other, each in a process of its own with a limit: what is timed runs alone. The file is written
+anew after each, with its exit code, its seconds, the end of what it said, and the result that it wrote. A
+line whose text or library is not given is left out, and the file says so. The tests take ten minutes by
+themselves and are a line of their own: they run where they are asked for by name, and say the name of each.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 from commit import commit
 
 HERE = Path(__file__).parent
-# Seconds of all of them together.
+# Seconds of all together that run where none is named.
 ALL = 720
 TAIL = 4000
 
@@ -37,6 +39,7 @@ class Line(NamedTuple):
     limit_s: int
     words: tuple[str, ...]
     shows: str  # what it is for, in a few words
+    by_name: bool = False  # runs only where it is named
 
 
 def _script(name: str, *words: str) -> tuple[str, ...]:
@@ -64,11 +67,11 @@ LINES = (
     ),
     Line(
         "ppl",
-        140,
+        180,
         _script("ppl_cuda", "-f", "{text}", "-c", "512", "8192", "--out", "{out}"),
         "a whole text, by stages",
     ),
-    Line("check", 45, _script("check_time", "--device", "cuda", "--out", "{out}"), "check_attention"),
+    Line("check", 60, _script("check_time", "--device", "cuda", "--out", "{out}"), "check_attention"),
     Line(
         "engines",
         60,
@@ -80,12 +83,13 @@ LINES = (
     ),
     Line(
         "tests",
-        275,
+        660,
         (
-            sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-n", "{workers}", "-p", "no:cacheprovider",
-            "--durations=8", str(HERE.parent / "tests"),
+            sys.executable, "-m", "pytest", "-m", "cuda", "-v", "-n", "{workers}", "-p", "no:cacheprovider",
+            "--tb=short", "--durations=8", str(HERE.parent / "tests"),
         ),
         "the tests that need a GPU",
+        by_name=True,
     ),
 )  # fmt: skip
 
@@ -166,10 +170,10 @@ def main() -> int:
     unknown = set(known.names) - {line.name for line in LINES}
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(line.name for line in LINES)}")
-    chosen = [line for line in LINES if not known.names or line.name in known.names]
+    chosen = [line for line in LINES if line.name in known.names or not (known.names or line.by_name)]
     if known.list:
-        for line in chosen:
-            print(f"{line.name:8} {line.limit_s:4} s  {line.shows}")
+        for line in chosen if known.names else LINES:
+            print(f"{line.name:8} {line.limit_s:4} s  {line.shows}{', by name alone' * line.by_name}")
         print(f"{sum(line.limit_s for line in chosen)} s at most")
         return 0
     given = {"text": known.file, "ggml": known.ggml, "workers": str(known.workers)}

@@ -17,6 +17,14 @@ def different(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a != b) & ~(a.isnan() & b.isnan())
 
 
+def not_finite(x: torch.Tensor) -> torch.Tensor:
+    """Where a floating tensor holds NaN or Inf, bool of its shape: there alone x - x is not 0.
+
+    Two passes over the numbers; `torch.isfinite` makes four.
+    """
+    return (x - x) != 0
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two floating tensors have one type, one shape and the same numbers."""
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -111,6 +111,10 @@ def _sequences_together(
 
 def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
     q, scale, shape = call.q, call.scale, call.shape
+    # A power of two multiplies without rounding: the queries, of which there are fewer than logits. What is
+    # multiplied in slices is as it was.
+    of_queries = scale if bmm is torch.bmm and math.frexp(scale)[0] == 0.5 else 1.0
+    scale = scale / of_queries
     sinks = None if call.sinks is None else call.sinks.to(torch.float64)
     r, heads = shape.ratio, shape.kv_heads
     out, lse = _nothing_seen(call)
@@ -133,10 +137,11 @@ def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
             within = slice(rows.start - own.start, rows.stop - own.start)
             n_kv, visible = sequence.kv_len[within], sequence.lengths[within]
             least, last = min(visible), max(*visible, 1)
-            queries = sequence.q[within].to(torch.float64)  # [t, Hq, Dk]
+            queries = sequence.q[within].to(torch.float64) * of_queries  # [t, Hq, Dk]
             t = queries.shape[0]
             grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)
-            s = bmm(grouped, keys[:, :, :last]).mul_(scale).view(heads, t, r, last)
+            s = bmm(grouped, keys[:, :, :last])
+            s = (s if scale == 1.0 else s.mul_(scale)).view(heads, t, r, last)
             positions = torch.arange(last, device=q.device)
             mask = sequence.mask_of(within, slice(0, last), query_heads, kv_heads=heads)
             options = (call.softcap, call.alibi_slopes, call.sliding_window, mask)

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from support.forked_workers import ForkedWorkers
 from verify.laws.run import register_profiles
 from verify.machine.environment import prepare_torch, prepare_variables
 
@@ -50,6 +52,28 @@ def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     figure = sys.modules.get("matplotlib.figure")
     if figure is not None:
         monkeypatch.setattr(figure.Figure, "savefig", _blank)
+
+
+@pytest.fixture(scope="session")
+def _workers() -> Iterator[ForkedWorkers]:
+    workers = ForkedWorkers()
+    yield workers
+    workers.close()
+
+
+# Where the starting of workers is what is asked about.
+_STARTED = ("tests/reliability/", "tests/kernels/test_foreign.py")
+
+
+@pytest.fixture(autouse=True)
+def _forked_workers(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _workers: ForkedWorkers
+) -> None:
+    """Most of what a fast test of a `py:` kernel takes would be torch, loaded once more for each worker."""
+    if sys.platform != "linux" or torch.cuda.is_available() or request.node.get_closest_marker("slow"):
+        return
+    if not request.node.nodeid.startswith(_STARTED):
+        monkeypatch.setattr("verify.kernels.foreign.process.subprocess", _workers)
 
 
 def _blank(figure: object, to: IO[Any], *, format: str = "svg", **how: object) -> None:

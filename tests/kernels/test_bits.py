@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from verify.kernels.bits import different, same_bits
+from verify.kernels.bits import different, not_finite, same_bits
 from verify.kernels.merge import Part
 from verify.laws.law import LawBroken
 from verify.laws.tolerance import no_bit_moves
@@ -32,6 +34,13 @@ def test_anything_else_differs(place: int, value: float) -> None:
     assert different(a, b).nonzero().flatten().tolist() == [place]
     with pytest.raises(LawBroken, match="1 of 4 differ"):
         no_bit_moves("one", Part(a[:, None], a), Part(b[:, None], b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_not_finite_is_seen_in_every_type(dtype: torch.dtype) -> None:
+    kind = torch.finfo(dtype)
+    x = torch.tensor([0.0, kind.max, kind.min, kind.tiny, NAN, math.inf, -math.inf], dtype=dtype)
+    assert not_finite(x).tolist() == [False] * 4 + [True] * 3 == (~torch.isfinite(x)).tolist()
 
 
 def test_other_types_and_shapes_are_not_the_same() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,3 +141,15 @@ def test_sequences_together_are_those_alone(count: int) -> None:
     together, alone = _sequences_together(call, count), exact_attention(call)
     assert torch.allclose(together.out, alone.out, rtol=1e-13)
     assert torch.allclose(together.lse, alone.lse, rtol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.0883])
+def test_where_the_scale_is_multiplied_in_moves_no_bit(scale: float) -> None:
+    """A power of two goes into the queries, where there are fewer numbers; others into the logits."""
+
+    def after_the_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(a, b)
+
+    call = replace(problem(rows=20, size=64), scale=scale)
+    found, due = exact_attention(call), exact_attention(call, after_the_product)
+    assert torch.equal(found.out, due.out) and torch.equal(found.lse, due.lse)

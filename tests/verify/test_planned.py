@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from support.cli import assert_refused, verify
+from support.cli import Done, assert_refused, verify
 from verify.machine.errors import UsageError
 from verify.planned import find_project, planned_runs
 
@@ -85,6 +87,13 @@ def test_a_slip_is_named_by_its_key(text: str, said: str, tmp_path: Path) -> Non
 
 
 def test_it_runs_all_and_exits_with_the_gravest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(command: list[str], *, cwd: Path, check: bool) -> Done:
+        """As a process of its own would, but for loading torch."""
+        assert command[:3] == [sys.executable, "-m", "verify"] and not check
+        assert cwd == tmp_path.resolve() == Path.cwd()
+        return verify(*command[3:])
+
+    monkeypatch.setattr("verify.commands.run.subprocess", SimpleNamespace(run=here))
     monkeypatch.chdir(tmp_path)
     text = PROJECT.replace('"diff", "props", "judge", "ppl"', '"props"').replace(
         "examples = 3", "examples = 1"

@@ -25,9 +25,29 @@ MERGES = {"weights in 16 bits", "tree merge"}
 PLANS = {fault.name for fault in PLAN_FAULTS}
 
 
+# Inputs that between them show what is wrong with each of these, and cases of each law of plans.
+FEW_FAMILIES = ("gaussian", "needles", "near-overflow", "massive")
+FEW_PLAN_CASES = 60
+
+
+def with_few_inputs(patch: pytest.MonkeyPatch) -> None:
+    families = selftest.FAMILIES
+    patch.setattr(selftest, "FAMILIES", {name: families[name] for name in FEW_FAMILIES})
+    patch.setattr(selftest, "PLAN_CASES", FEW_PLAN_CASES)
+
+
 @pytest.fixture(scope="module")
 def result() -> selftest.SelftestResult:
-    return run_selftest(1, only=lambda name: name in SOME | PLANS | MERGES | {"offset wraps at 2^31"})
+    with pytest.MonkeyPatch.context() as patch:
+        with_few_inputs(patch)
+        return run_selftest(1, only=lambda name: name in SOME | PLANS | MERGES | {"offset wraps at 2^31"})
+
+
+@pytest.fixture(autouse=True)
+def _few_inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of it is asked by the slow tests."""
+    if not request.node.get_closest_marker("slow"):
+        with_few_inputs(monkeypatch)
 
 
 def test_faults_are_caught_and_clean_kernels_are_not(result: selftest.SelftestResult) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from verify.arms.attempt import attempt
-from verify.kernels.bits import different, same_bits
+from verify.kernels.bits import different, not_finite, same_bits
 from verify.kernels.cache_types import AS_GIVEN
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
@@ -235,7 +235,7 @@ class ArmRunner:
         if arm.kernel is None:
             oracle = exact_attention(kernel_call(call, self.path), with_lse=False).out
             if arm.role == "exact":
-                self._check_rows("nonfinite", call, ~torch.isfinite(oracle).all(-1))
+                self._check_rows("nonfinite", call, not_finite(oracle).any(-1))
                 if self._wait:
                     self.settle()
             if self._on_exact is not None:
@@ -251,8 +251,9 @@ class ArmRunner:
             self._outputs.pop(arm.name, None)
             return None
         out = tried.output.out
-        self._check_rows("nonfinite", call, ~torch.isfinite(out).all(-1))
-        self._compare(call, out)
+        bad = not_finite(out)
+        self._check_rows("nonfinite", call, bad.any(-1))
+        self._compare(call, out, bad)
         self._check_steady(call, out)
         if self._wait:
             self.settle()
@@ -300,20 +301,29 @@ class ArmRunner:
                 )
         self._checks.clear()
 
-    def _compare(self, call: LayerCall, out: torch.Tensor) -> None:
+    def _compare(self, call: LayerCall, out: torch.Tensor, bad: torch.Tensor) -> None:
         self._outputs[self.arm.name] = out
         if self.arm.reference is None:
             return
         reference = self._outputs.get(self.arm.reference)
-        self.check_beyond(call, out, reference)
+        self.check_beyond(call, out, reference, bad)
         if reference is None:
             self.findings = replace(self.findings, attention_equal=False)
         elif out.is_cuda or not same_bits(out, reference):
             self._check_rows("different", call, different(out, reference).any(-1))
 
-    def check_beyond(self, call: LayerCall, out: torch.Tensor, reference: torch.Tensor | None) -> None:
-        """Note the rows with NaN or Inf in elements that the reference's result of this call has finite."""
-        bad = ~torch.isfinite(out)
+    def check_beyond(
+        self,
+        call: LayerCall,
+        out: torch.Tensor,
+        reference: torch.Tensor | None,
+        bad: torch.Tensor | None = None,
+    ) -> None:
+        """Note the rows with NaN or Inf in elements that the reference's result of this call has finite.
+
+        bad: where `out` has them, if that is known.
+        """
+        bad = not_finite(out) if bad is None else bad
         if out.is_cuda or bool(bad.any()):
             self._check_rows(
                 "beyond", call, (bad if reference is None else bad & reference.isfinite()).any(-1)

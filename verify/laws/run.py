@@ -31,6 +31,8 @@ DATABASE = ".hypothesis/examples"
 _CHANCE: Mapping[str, Any] = {}
 # Finding a smaller case is worth this much of a run.
 SHRINK_SECONDS = 30
+# A kernel that has taken none of so many cases takes none: each is drawn, and a worker asked.
+MOST_REFUSED = 1000
 
 
 @dataclass
@@ -105,14 +107,14 @@ def run_law(
     if why is not None:
         return LawResult(law, "not applicable", reason=why)
     result = LawResult(law, "holds")
-    refused, hung = "", False
+    refused, hung, refusals = "", False, 0
     subject.kernel.forgive()
     began = time.monotonic()
     deadline = float("inf")
     found: tuple[Case, str] | None = None
 
     def hold(case: Case) -> None:
-        nonlocal refused, deadline, found, hung
+        nonlocal refused, refusals, deadline, found, hung
         if found is not None and (hung or (time.monotonic() > deadline and case != found[0])):
             # Shrunk enough, or every case would be waited for: whatever is smaller counts as right.
             return
@@ -125,7 +127,9 @@ def run_law(
                 said = f"{subject.spec}: too little memory: {error}"
                 raise _Stopped(MachineFailure(said, memory=True)) from None
             if isinstance(error, KernelFailure) and error.kind == "unsupported":
-                refused = str(error)
+                refused, refusals = str(error), refusals + 1
+                if refusals >= MOST_REFUSED and not result.examples:
+                    raise _NoneTaken from None
                 reject()
             hung = isinstance(error, KernelFailure) and error.kind == "hung"
             fail(case, said_by(error))
@@ -208,7 +212,7 @@ def run_law(
         result.state, result.case, result.reason = "broken", *found
     except _Stopped as stopped:
         raise stopped.failure from None
-    except Unsatisfiable:
+    except (Unsatisfiable, _NoneTaken):
         if not result.examples:
             result.state, result.reason = (
                 "not applicable",
@@ -257,6 +261,10 @@ class _KeptFor(ExampleDatabase):
 
     def delete(self, key: bytes, value: bytes) -> None:
         self._whole.delete(self._name + key, value)
+
+
+class _NoneTaken(BaseException):
+    """As `_Stopped`: the kernel takes no case of the law."""
 
 
 class _Stopped(BaseException):

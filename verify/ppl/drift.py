@@ -37,16 +37,20 @@ class DriftSums:
         self._inside = inside.double()  # [ranges, T]
         self._first = first
         self._exact: torch.Tensor | None = None
+        # Sums of the exact arm's squares at the layer and windows at hand, once a pass has asked for them.
+        self._own: torch.Tensor | None = None
 
     def add(self, name: str, call: LayerCall, *, exact: bool = False) -> None:
         """One layer of one pass. All passes enter the first layer alike: it is left out."""
         if call.x is None or call.layer == 0:
             return
         if exact:
-            self._exact = call.x
+            self._exact, self._own = call.x, None
             return
         assert self._exact is not None
-        squares = torch.stack([x.double().square().sum((0, -1)) for x in (call.x - self._exact, self._exact)])
+        if self._own is None:
+            self._own = _squares(self._exact)
+        squares = torch.stack([_squares(call.x - self._exact), self._own])
         found = squares @ self._inside.T  # [2, ranges]
         key = name, call.layer
         self.sums[key] = self.sums[key] + found if key in self.sums else found
@@ -57,6 +61,11 @@ class DriftSums:
             "edges": self.edges,
             "sums": [[name, layer, x.tolist()] for (name, layer), x in self.sums.items()],
         }
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, width] to sums of squares [T] in float64."""
+    return x.double().square().sum((0, -1))
 
 
 def join_drift(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:

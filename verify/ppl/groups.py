@@ -197,8 +197,10 @@ class _GroupRun:
         )
         self.drift = DriftSums(position_edges(self.tokens.shape[1], first), runner.device)
         self.anonymous_bytes = anonymous_memory()
-        # The first layer after which the exact arm's state is not finite.
+        # The first layer after which the exact arm's state is not finite; whether it is, by layer, as far as
+        # the device has not been asked.
         self.bad_layer: int | None = None
+        self._finite: list[tuple[int, torch.Tensor]] = []
         known = begin.evidence if begin is not None else {}
         outputs: dict[str, torch.Tensor] = {}
         first_results: dict[str, FirstResult] = {}
@@ -286,8 +288,14 @@ class _GroupRun:
         return window in self.sample or name not in self._on_sample
 
     def _settle(self) -> None:
+        """Ask the device for what it has seen, and wait for it."""
         for one in self.free:
             one.settle()
+        if self._finite and self.bad_layer is None:
+            found = torch.stack([finite for _, finite in self._finite]).tolist()
+            bad = [layer for (layer, _), finite in zip(self._finite, found, strict=True) if not finite]
+            self.bad_layer = bad[0] if bad else None
+        self._finite.clear()
 
     def _evidence(self) -> dict[str, Any]:
         """What a checkpoint holds beside hidden states."""
@@ -317,8 +325,10 @@ class _GroupRun:
         def layer_done(layers: int, hidden: dict[State, torch.Tensor]) -> None:
             runner.architecture.file.check_unchanged()
             states = [x for (_, name), x in hidden.items() if name == exact]
-            if self.bad_layer is None and not all(bool(torch.isfinite(x).all()) for x in states):
-                self.bad_layer = layers - 1
+            if states:
+                self._finite.append(
+                    (layers - 1, torch.stack([torch.isfinite(x).all() for x in states]).all())
+                )
             if checkpoints is not None and checkpoints.due:
                 self._settle()
                 checkpoints.keep(Checkpoint(self.chosen, layers, hidden, self._evidence()))

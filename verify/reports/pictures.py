@@ -39,7 +39,8 @@ from verify.reports.drawing import (
 from verify.reports.record import StoredPpl
 from verify.reports.templating import is_known
 
-BLOCK_TOKENS = 32
+# Tokens of a dot along the text, and the most dots: of a longer text each is of more tokens.
+BLOCK_TOKENS, MOST_BLOCKS = 32, 600
 RANGES = 8
 
 
@@ -156,12 +157,18 @@ def nll_differences(stored: StoredPpl) -> Picture | None:
     exact, floor = roles.get("exact"), roles.get("floor")
     if exact is None or floor is None:
         return None
-    noise_of_blocks = _blocks(*stored.both(floor, exact, "nll"))
-    drawn = {}
-    for pair in stored.run.pairs:
-        nll, reference = (stored.column(name, "nll") for name in (pair.candidate, pair.reference))
-        if len(nll) == len(reference) > 0:
-            drawn[pair.candidate] = _blocks(nll, reference)
+    columns = {
+        pair.candidate: [stored.column(name, "nll") for name in (pair.candidate, pair.reference)]
+        for pair in stored.run.pairs
+    }
+    longest = max((len(nll) for nll, _ in columns.values()), default=0)
+    tokens = BLOCK_TOKENS * max(-(-longest // (BLOCK_TOKENS * MOST_BLOCKS)), 1)
+    noise_of_blocks = _blocks(*stored.both(floor, exact, "nll"), tokens)
+    drawn = {
+        candidate: _blocks(nll, reference, tokens)
+        for candidate, (nll, reference) in columns.items()
+        if len(nll) == len(reference) > 0
+    }
     if not drawn or not noise_of_blocks.size:
         return None
     figure, axis = new_figure()
@@ -170,7 +177,7 @@ def nll_differences(stored: StoredPpl) -> Picture | None:
     axis.axhline(0, color=ZERO, lw=0.8)
     most = max(len(values) for values in drawn.values())
     for name, values in drawn.items():
-        x = (np.arange(len(values)) + 0.5) * BLOCK_TOKENS
+        x = (np.arange(len(values)) + 0.5) * tokens
         axis.plot(
             x, values, "." if most > 60 else ".-", color=_colour(stored, name), ms=4, lw=0.8, label=name
         )
@@ -180,7 +187,7 @@ def nll_differences(stored: StoredPpl) -> Picture | None:
     return finish(
         "nll",
         figure,
-        f"NLL of candidate minus baseline, means of {BLOCK_TOKENS} tokens. Band: twice what one rounding of"
+        f"NLL of candidate minus baseline, means of {tokens} tokens. Band: twice what one rounding of"
         " noise in the exact arm does to such means.",
     )
 
@@ -292,13 +299,13 @@ def _by_length(n_kv: np.ndarray, values: np.ndarray) -> tuple[list[float], list[
     return [float(n_kv[p].mean()) for p in parts], [float(values[p].mean()) for p in parts]
 
 
-def _blocks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _blocks(a: np.ndarray, b: np.ndarray, tokens: int) -> np.ndarray:
     """Means of a - b over consecutive blocks; a short rest is left out unless it is all there is."""
     difference = a - b if len(a) == len(b) else np.empty(0)
-    whole = len(difference) // BLOCK_TOKENS * BLOCK_TOKENS
+    whole = len(difference) // tokens * tokens
     if whole == 0:
         return difference.mean(keepdims=True) if difference.size else difference
-    means: np.ndarray = difference[:whole].reshape(-1, BLOCK_TOKENS).mean(1)
+    means: np.ndarray = difference[:whole].reshape(-1, tokens).mean(1)
     return means
 
 

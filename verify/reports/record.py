@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ class StoredRun:
     folder: Path
     tokens: pa.Table | None = None
     layers: pa.Table | None = None
+    # Rows of each table that are an arm's, once they were looked for.
+    _rows: dict[tuple[str, str], pa.ChunkedArray] = field(default_factory=dict, repr=False, compare=False)
 
     def column(self, arm: str, name: str) -> np.ndarray:
         """A column of tokens.parquet for one arm, in the order of the text; empty where it has none."""
-        return _of_arm(self.tokens, arm, name)
+        return self._of_arm("tokens", arm, name)
 
     def both(self, arm: str, other: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A column of two arms over the windows that both ran."""
@@ -49,7 +51,16 @@ class StoredRun:
 
     def layer_column(self, arm: str, name: str) -> np.ndarray:
         """The same of layers.parquet."""
-        return _of_arm(self.layers, arm, name)
+        return self._of_arm("layers", arm, name)
+
+    def _of_arm(self, which: str, arm: str, name: str) -> np.ndarray:
+        table: pa.Table | None = getattr(self, which)
+        if table is None or name not in table.column_names:
+            return np.empty(0)
+        if (which, arm) not in self._rows:
+            self._rows[which, arm] = pc.equal(table["arm"].cast(pa.string()), arm)
+        found: np.ndarray = table[name].filter(self._rows[which, arm]).to_numpy()
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +121,6 @@ def load_run(folder: Path) -> StoredPpl | StoredGen | StoredPage:
         return StoredPpl(folder=folder, run=run, tokens=tokens, layers=layers, alone=alone)
     written = record_from_json(GenRun, stored, str(path))
     return StoredGen(folder=folder, run=written, tokens=tokens, layers=layers)
-
-
-def _of_arm(table: pa.Table | None, arm: str, name: str) -> np.ndarray:
-    if table is None or name not in table.column_names:
-        return np.empty(0)
-    mine = table.filter(pc.equal(table["arm"].cast(pa.string()), arm))
-    found: np.ndarray = mine[name].to_numpy()
-    return found
 
 
 def _table(path: Path) -> pa.Table | None:
