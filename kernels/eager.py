@@ -342,35 +342,41 @@ def _launch(
                 closed[matrix_tile].append(min(int(passed[matrix_tile]), longest[matrix_tile]))
 
     positions = _padded_positions(sequence, block)
+    # Held from tile to tile: logits, and P with zeros where a matrix tile is padded.
+    logits, weights = (q.new_zeros((kv_heads, n, height, block)) for _ in range(2))
+    # The first keys that every row of a matrix tile and of those after it sees: there nothing is hidden.
+    seen_by_all = [0] * n
+    if sequence.positions is None and not _hides_more(call):
+        seen_by_all = visible.amin(1).flip(0).cummin(0).values.flip(0).tolist()
     for j in range(max(last_tile)):
         if j in begins:
             close(begins[j])
         # Tiles are in ascending n_kv: those that still see keys are the last ones.
         active = slice(next(i for i, end in enumerate(last_tile) if end > j), n)
         count = n - active.start
-        s = q.new_empty((kv_heads, count, height, block))
         for h in range(kv_heads):
-            _product(q[h, active], keys[h, j], s[h], tile)
-        s = s[:, :, :used] * call.scale
-        s = s.view(kv_heads, count * t, g, block)
-        group_call = _of_heads(call, heads)
-        own = slice(j * block, min((j + 1) * block, len(sequence.k)))
-        mask = sequence.mask_of(its_rows[active].reshape(-1), own, heads, kv_heads=kv_heads)
-        if mask is not None:
-            # The rest of the last tile is hidden as what lies beyond a row's keys is.
-            mask = torch.nn.functional.pad(mask, (0, block - mask.shape[-1]))
-        at = positions[j * block : (j + 1) * block]
-        s = finish_logits(s, visible[active].reshape(-1), at, group_call, mask)
-        s = s.view(kv_heads, count, used, block)
+            _product(q[h, active], keys[h, j], logits[h, active], tile)
+        s = logits[:, active, :used] * call.scale
+        if (j + 1) * block > seen_by_all[active.start]:
+            s = s.view(kv_heads, count * t, g, block)
+            group_call = _of_heads(call, heads)
+            own = slice(j * block, min((j + 1) * block, len(sequence.k)))
+            mask = sequence.mask_of(its_rows[active].reshape(-1), own, heads, kv_heads=kv_heads)
+            if mask is not None:
+                # The rest of the last tile is hidden as what lies beyond a row's keys is.
+                mask = torch.nn.functional.pad(mask, (0, block - mask.shape[-1]))
+            at = positions[j * block : (j + 1) * block]
+            s = finish_logits(s, visible[active].reshape(-1), at, group_call, mask)
+            s = s.view(kv_heads, count, used, block)
         m_old = m[:, active]
         m_new = torch.maximum(m_old, s.amax(-1))
         shift = torch.where(torch.isneginf(m_new), 0.0, m_new)
-        p = torch.exp(s - shift[..., None])
+        p = s.sub_(shift[..., None]).exp_()
         rescale = torch.exp(m_old - shift)
         l[:, active] = l[:, active] * rescale + p.sum(-1)
         m[:, active] = m_new
-        padded = p.new_zeros((kv_heads, count, height, block))
         # P of 8 bits fills its type: a power of two that the accumulator carries, and the part's end undoes.
+        padded = weights[:, active]
         padded[:, :, :used] = round_to(p * p_scale, options.p) if p_scale != 1.0 else round_to(p, options.p)
         _accumulate(a[:, active], rescale, padded, values[:, j], options.acc, tile)
         passed[active] = (j + 1) * block
@@ -385,6 +391,12 @@ def _launch(
     merged_lse = result.lse.view(kv_heads, n * t, g).transpose(0, 1)
     merged = Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))
     return _Launch(merged, g, [tuple(bounds) for bounds in closed])
+
+
+def _hides_more(call: Call) -> bool:
+    """Whether logits are changed, or keys hidden, by more than a row's length."""
+    given = (call.softcap, call.alibi_slopes, call.sliding_window, call.mask)
+    return any(option is not None for option in given)
 
 
 def _padded_positions(sequence: CallSequence, block: int) -> torch.Tensor:
