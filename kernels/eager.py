@@ -175,10 +175,8 @@ class EagerKernel(Kernel):
             at_once = max(_PARTIALS_AT_ONCE // floats_a_tile, 1)
             for start in range(0, len(members), at_once):
                 chosen = members[start : start + at_once]
-                rows = torch.full((len(chosen), tile_rows), -1, dtype=torch.int64)
-                for i, tile in enumerate(chosen):
-                    rows[i, : len(tiles[tile])] = torch.tensor(tiles[tile])
-                rows = rows.to(call.q.device)
+                padded = [[*tiles[tile], *[-1] * (tile_rows - len(tiles[tile]))] for tile in chosen]
+                rows = torch.tensor(padded, dtype=torch.int64, device=call.q.device)
                 cuts = [plans[tile_n_kv[i]].cuts for i in chosen]
                 first_head = 0
                 launches = []
