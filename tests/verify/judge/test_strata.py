@@ -282,6 +282,7 @@ def test_limits_hold_their_rate() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_limits_hold_their_rate_in_20000_runs() -> None:
     """As `benchmarks/strata.py` stores them: 0.2 %, and 3 standard errors of a rate of 0.2 %."""
     _check_limits(20_000, 0.002 + 3 * math.sqrt(0.002 / 20_000), list(TRUTHS))
