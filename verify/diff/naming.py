@@ -32,6 +32,7 @@ from verify.kernels.judging.families import draw
 from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import strided_one_hot
 from verify.kernels.kernel import Kernel
+from verify.kernels.numbers import FLOAT_TYPES
 
 # Likeness from which on a fault is named; how many are. 0.48 is the most at which, under plans that the
 # library does not hold, the right fault is among three in 95 %: 96.2 % of results in float32, 95.5 % in
@@ -228,8 +229,12 @@ def signs_of(kernel: Kernel, device: torch.device | str = "cpu") -> Signs:
     errors = [(name, _relative(call, result, due, kernel)) for name, call, result, due in ran]
     every = torch.cat([x.flatten() for name, x in errors] or [torch.zeros(1)])
     usual, largest = float(every.nanmedian()), float(every.amax())
-    # Coarse types err everywhere, and that is no sign of a fault that errs much somewhere.
-    least = _STEPS[0] if largest < _STEPS[1] else min(max(_STEPS[0], NOISE * usual), _STEPS[2] / 2)
+    # No less than what rounding a result to its type leaves of a row: 2^-9 of bfloat16.
+    rounding = max((FLOAT_TYPES[kernel.result_type(call)].u for _, call, _, _ in ran), default=0.0)
+    least = max(_STEPS[0], rounding)
+    if largest >= _STEPS[1]:
+        # Coarse types err everywhere, and that is no sign of a fault that errs much somewhere.
+        least = min(max(least, NOISE * usual), _STEPS[2] / 2)
     for (name, call, result, due), (_, relative) in zip(ran, errors, strict=True):
         found |= {f"{name}:{sign}" for sign in _of_call(call, result, due, kernel, relative, least)}
     return frozenset(found)

@@ -72,10 +72,10 @@ def test_the_confusion_matrix(plans: Sequence[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_results_in_bfloat16() -> None:
-    """85 % first: a result's own rounding hides what is small."""
+    """93.1 and 96.9 %: what the result's own rounding hides has no signs, and is named nothing."""
     confused, first, three = matrix(trials([{**plan, "out": "bf16"} for plan in OTHERS]))
-    assert first >= 0.8, wrong(confused)
-    assert three >= 0.9, wrong(confused)
+    assert sum(confused.values()) > 120
+    assert first >= 0.8 and three >= 0.95, wrong(confused)
 
 
 @pytest.mark.slow
@@ -136,6 +136,15 @@ def test_right_kernels_have_no_name() -> None:
     for variant in VARIANTS[:6]:
         kernel = variant.build()
         assert named(signs_of(kernel), EVERYTHING, library()) == [], variant.name
+
+
+def test_rounding_a_result_to_bfloat16_is_no_sign() -> None:
+    """It hides what is smaller: a fault of 2e-4 looked like any other there."""
+    assert signs_of(TileKernel("right", out="bf16")) == frozenset()
+    small = next(fault for fault in FAULTS if fault.name == "wrong by 2e-4").build()
+    assert isinstance(small, TileKernel)
+    (hidden,) = under_plans(small, [{"out": "bf16"}])
+    assert signs_of(hidden) == frozenset()
 
 
 def test_what_is_stored_is_what_the_faults_show() -> None:
