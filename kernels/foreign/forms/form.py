@@ -197,29 +197,13 @@ class Form:
         return out, lse
 
     def _once(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        kv_len: torch.Tensor | None,
-        scale: float,
-        seen: torch.Tensor | None = None,
-        packed: bool = False,
-        **given: Any,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool = False, **given: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One call of the callable, its result in our order of dimensions.
-
-        seen: a mask that the call has; packed: q is [1, sum T, ...], of which the callable gets [sum T, ...].
-        """
+        """One call of the callable, its result in our order of dimensions; keywords as of `native`."""
         expected = [*q.shape[:3], v.shape[-1]]
-        native, words = self.native(q, k, v, kv_len=kv_len, scale=scale, seen=seen, packed=packed, **given)
+        native, words = self.native(q, k, v, packed=packed, **given)
         with torch.no_grad():
-            if self.by_position:
-                lengths = kv_len[0] if packed and kv_len is not None else kv_len
-                found = self.function(*native, lengths, scale, **words)
-            else:
-                found = self.function(*native, **words)
+            found = self.function(*native, **words)
         return self.result(found, expected, q.device, packed=packed)
 
     def native(
@@ -233,11 +217,16 @@ class Form:
         seen: torch.Tensor | None = None,
         packed: bool = False,
         **given: Any,
-    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-        """What one call is given: q, k, v in the callable's order of dimensions, and keywords."""
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """What one call is given: q, k, v in the callable's order of dimensions (lengths and scale behind
+        them where it has no keywords), and keywords.
+
+        seen: a mask that the call has; packed: q is [1, sum T, ...], of which the callable gets [sum T, ...].
+        """
         words: dict[str, Any] = {**self.options, **given}
+        lengths = kv_len[0] if packed and kv_len is not None else kv_len
         if self.way == "kv_len" and not self.by_position:
-            words["kv_len"] = kv_len[0] if packed and kv_len is not None else kv_len
+            words["kv_len"] = lengths
         if name := self.names.get("scale"):
             words[name] = scale
         if self.way == "mask":
@@ -251,9 +240,8 @@ class Form:
             # One sequence at a time where a callable takes no lengths.
             ends = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (rows, k.shape[1])]
             words |= dict(zip(PACKED_NAMES, (*ends, rows, k.shape[1]), strict=True))
-        if packed:
-            return [q[0], self._given(k), self._given(v)], words
-        return [self._given(x) for x in (q, k, v)], words
+        native = [q[0] if packed else self._given(q), self._given(k), self._given(v)]
+        return [*native, lengths, scale] if self.by_position else native, words
 
     def canonical(self, x: torch.Tensor) -> torch.Tensor:
         """q, k or v in the callable's order of dimensions, back in ours."""
