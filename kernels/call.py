@@ -35,7 +35,7 @@ A row that sees nothing gives out = 0 and lse = -inf (with sinks: the sink).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -150,6 +150,11 @@ class Call:
         first = (v.storage_offset() - k.storage_offset()) // (k.stride(3) or 1)
         inside = first >= 0 and first + v.shape[3] <= k.shape[3]
         return (first, first + v.shape[3]) if inside and v.shape[3] < k.shape[3] else None
+
+    def on(self, device: torch.device) -> Call:
+        """The call with its tensors on a device."""
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
 
     def of_rows(self, rows: torch.Tensor) -> Call:
         """The call of some rows [n] of each sequence alone. Raises ValueError for packed tokens, whose

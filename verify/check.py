@@ -30,12 +30,14 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call
 from verify.kernels.capabilities import FORMS as FORMS_OF_KERNELS
 from verify.kernels.foreign.forms import Wanted
+from verify.kernels.foreign.function_kernel import FunctionKernel
 from verify.kernels.judging.families import ALL_FAMILIES, CALLS, FAMILIES, FORMS
 from verify.kernels.judging.families import draw as draw_call
 from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import probe_makers
 from verify.kernels.kernel import Kernel
 from verify.kernels.numbers import type_of
+from verify.kernels.plans.shapes import shape_named
 from verify.kernels.registry import build_kernel
 from verify.kernels.torch_settings import MEASURING
 from verify.machine.devices import chosen_device, default_device
@@ -52,6 +54,9 @@ DEFAULT_N_KV, DEFAULT_ROWS = (33, 65, 300), 32
 LONG_N_KV = 4099
 # The arithmetic of `flash` with nothing to compile: that was most of the first check of a process on a GPU.
 DEFAULT_BASELINE = "eager"
+# Logits of a call up to which errors are worked out on the CPU: some 700,000 small steps, each of which takes
+# longer to launch on a GPU than to do.
+MOST_LOGITS_ON_CPU = 1 << 20
 SCHEMA = 1
 
 
@@ -305,10 +310,15 @@ def check_attention(
     kernel = kernel_of(fn, wanted, stated, isolate=isolate)
     reference = kernel_of(baseline, Wanted(), None) if callable(baseline) else None
     with MEASURING.applied():
+        of_shapes, lengths = shapes_of(shapes, kernel), lengths_of(n_kv)
+        logits = max((shape_named(s).heads.q for s in of_shapes), default=0) * max(lengths) * rows * sequences
+        judged_on = on
+        if logits <= MOST_LOGITS_ON_CPU:
+            judged_on = _judged_on(on, kernel, baseline if reference is None else reference)
         settings = partial(
             DiffSettings,
-            shapes=shapes_of(shapes, kernel),
-            n_kvs=(lengths := lengths_of(n_kv)),
+            shapes=of_shapes,
+            n_kvs=lengths,
             long_n_kvs=(LONG_N_KV,) if lengths == DEFAULT_N_KV else (),
             candidates=(kernel.spec,),
             device=str(on),
@@ -341,24 +351,39 @@ def check_attention(
                     n_q=0 if path == "decode" else n_q,
                 )
                 check_settings(own, [] if own.baseline in built else [own.baseline])
-                inputs = _remembered(all_inputs(own, on, clock := StageClock(on)), probings)
+                inputs = _remembered(all_inputs(own, judged_on, clock := StageClock(judged_on)), probings)
                 outcomes[path] = run_diff(
-                    own, on, inputs, clock, build=kept, store=kept_of_baseline, stored=stored, name_bugs=False
-                )
+                    own, judged_on, inputs, clock,
+                    build=kept, store=kept_of_baseline, stored=stored, name_bugs=False,
+                )  # fmt: skip
                 found = outcomes[path].candidates[0]
                 if not smallest and found.verdict == "broken" and found.worst is not None:
                     # Now, while what was read off it is of this path.
-                    smallest[path] = _smallest(kernel, _worst(own, found.worst, probings), own)
+                    there = replace(own, device=str(judged_on))
+                    smallest[path] = _smallest(kernel, _worst(own, found.worst, probings), there)
             if kept_of_baseline is not None and store is not None:
-                write_whole(Path(store), kept_of_baseline.packed(str(on)))
+                write_whole(Path(store), kept_of_baseline.packed(str(judged_on)))
             report = _report(name_of(fn), outcomes, probings)
             if report.verdict == "broken" and report.worst is not None:
-                alike = [str(x) for x in looks_like(kernel, on)]
+                alike = [str(x) for x in looks_like(kernel, judged_on)]
                 report = replace(report, smallest=smallest.get(report.worst.path), looks_like=alike)
         finally:
             for each in built.values():
                 each.close()
-    return report
+    # As the kernel was given them.
+    worst, least = (x and replace(x, call=x.call.on(on)) for x in (report.worst, report.smallest))
+    return replace(report, worst=worst, smallest=least)
+
+
+def _judged_on(on: torch.device, *kernels: Kernel | Callable[..., Any] | str | None) -> torch.device:
+    """Where small calls are drawn and judged: on the CPU, from where callables of this process are called on
+    `on`. With kernels that run where a call lies, there. None: the default baseline, which runs anywhere."""
+    called = [each for each in kernels if isinstance(each, FunctionKernel)]
+    if len(called) < sum(each is not None for each in kernels):
+        return on
+    for each in called:
+        each.runs_on = on
+    return torch.device("cpu")
 
 
 def _smallest(kernel: Kernel, worst: WorstCase, settings: DiffSettings) -> WorstCase | None:

@@ -25,6 +25,9 @@ class FunctionKernel(UserKernel):
     survived. It is given copies: what it writes into them is found, and nobody else sees it.
     """
 
+    # The device that it is called on, whatever device a call lies on; None: the call's.
+    runs_on: torch.device | None = None
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -72,15 +75,19 @@ class FunctionKernel(UserKernel):
         return self._shown
 
     def answer(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.runs_on or call.q.device
         given = {"q": call.q, "k": call.k, "v": call.v, "kv_len": call.kv_len.to(torch.int32)}
         options: dict[str, Any] = {"path": self.path_word(call)}
         options |= {name: getattr(call, name) for name in ("sliding_window", "softcap")}
         for name in ("sinks", "alibi_slopes"):
             x = getattr(call, name)
-            options[name] = None if x is None else x.detach().float().clone()
+            options[name] = None if x is None else x.detach().to(device, torch.float32, copy=True)
         forms = forms_given(call)
         given |= forms
-        copies = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in given.items()}
+        copies = {
+            name: x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+            for name, x in given.items()
+        }
         try:
             with self._settings.applied():
                 out, lse = self.form.run(
@@ -103,11 +110,11 @@ class FunctionKernel(UserKernel):
         except (Exception, SystemExit) as error:
             raise KernelFailure("raised", f"{self.function}: {type(error).__name__}: {error}") from error
         # Copied before anything else happens: the result may lie in what the callable writes next.
-        found = out.detach().to(torch.float32, copy=True).contiguous()
+        found = out.detach().to(call.q.device, torch.float32, copy=True).contiguous()
         wide = torch.full(found.shape[:3], math.nan, device=found.device) if lse is None else lse.detach()
-        wide = wide.to(torch.float32, copy=True).contiguous()
+        wide = wide.to(call.q.device, torch.float32, copy=True).contiguous()
         for name, x in given.items():
-            if not _same_bytes(copies[name], x):
+            if not _same_bytes(copies[name].to(x.device), x):
                 raise KernelFailure("wrote-inputs", f"{self.function}: wrote into its input {name}")
         self._shown = {"lse": lse is not None, "dtype": str(out.dtype).removeprefix("torch.")}
         return found, wide

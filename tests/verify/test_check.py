@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import verify
 from support.mypkg import ops
 from support.named import named
+from support.other_device import other_device
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import FAMILIES
 from verify.kernels.judging.hidden_keys import POISON
@@ -21,7 +22,7 @@ SMALL: dict[str, Any] = {"n_kv": 65, "paths": "decode", "families": ["probes", "
 
 
 def sdpa(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
-    seen = torch.arange(k.shape[1]) < kv_len[:, None, :, None]
+    seen = torch.arange(k.shape[1], device=k.device) < kv_len[:, None, :, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(
         1, 2
@@ -40,6 +41,32 @@ def test_a_right_kernel_with_the_defaults() -> None:
     # Nothing is compiled for it; float16 came back, so it answers in that.
     assert report.baseline == "eager:out=f16"
     assert report.detectable is not None and 1 < report.detectable < 3
+
+
+def test_a_gpus_kernel_is_called_there_and_judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is not there: nothing but the callable's own calls lies on it."""
+    called: list[str] = []
+
+    def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        called.append(str(q.device))
+        assert q.device == k.device == v.device == kv_len.device
+        return newest_key_lost(q, k, v, kv_len=kv_len, scale=scale)
+
+    # What asks a GPU for its name.
+    monkeypatch.setenv("VERIFY_CACHE", "off")
+    monkeypatch.setattr("verify.machine.environment.describe", lambda device: {"device": device})
+    with other_device() as device:
+        monkeypatch.setattr("verify.check.chosen_device", lambda name: device)
+        monkeypatch.setattr("verify.arms.model_facts.free_memory", lambda device: 1 << 40)
+        report = verify.check_attention(attend, **SMALL, device="cuda")
+        worst, smallest = report.worst, report.smallest
+        assert report.verdict == "broken" and worst is not None and smallest is not None
+        assert worst.q.device == smallest.k.device == worst.call.kv_len.device == device
+    # Before that it was asked how it is called, on what there is.
+    assert called.count(str(device)) > 10 and set(called[-10:]) == {str(device)}
+    outcome = report.outcomes["decode"]
+    assert outcome.run["environment"]["device"] == str(device)
+    assert outcome.candidates[0].cells[0].inputs.call.q.device.type == "cpu"
 
 
 def test_a_wrong_kernel_names_where_and_makes_it_again() -> None:

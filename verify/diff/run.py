@@ -153,7 +153,7 @@ def run_diff(
     notes += [sentence for result in results if (sentence := looks_sentence(settings, result)) is not None]
     single = [alone_sentence(result.spec, result.cells, bench.share) for result in results]
     notes += [sentence for sentence in single if sentence is not None]
-    run = run_json(settings, results, bench.base_traces, verdict, notes, str(device))
+    run = run_json(settings, results, bench.base_traces, verdict, notes, settings.device)
     run["headroom"] = [room.to_json() for room in bench.rooms if room.cells]
     run["seconds"] = clock.to_json()
     return DiffOutcome(

@@ -78,7 +78,8 @@ def _file(kernel: Kernel, path: AttentionPath, regime: Regime) -> Path | None:
     binary = getattr(kernel, "binary", "") or getattr(kernel, "version", "")
     if where is None or not binary:
         return None
-    device = torch.device(regime.device)
+    # Some run elsewhere than their calls lie.
+    device = getattr(kernel, "runs_on", None) or torch.device(regime.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sizes = [str(x) for x in regime._replace(device=name)]
     key = json.dumps([_SCHEMA, _code(), kernel.spec, binary, path, torch.__version__, sizes])
