@@ -153,8 +153,9 @@ class Call:
 
     def on(self, device: torch.device) -> Call:
         """The call with its tensors on a device."""
-        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in every.items()}
+        return Call(**moved)
 
     def of_rows(self, rows: torch.Tensor) -> Call:
         """The call of some rows [n] of each sequence alone. Raises ValueError for packed tokens, whose

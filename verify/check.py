@@ -76,7 +76,7 @@ class WorstCase:
     n_kv: int  # keys of the longest row
     family: str  # kind of inputs: a family, or a probe's name
     seed: int  # of the draw
-    path: AttentionPath  # decode or prefill
+    path: AttentionPath  # decode, several or prefill
     # Sequence, row, head and element of the largest error beside its budget; empty where there is none.
     place: tuple[int, ...]
     got: float  # what the kernel gave there
