@@ -154,8 +154,8 @@ class Call:
     def on(self, device: torch.device) -> Call:
         """The call with its tensors on a device."""
         every = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in every.items()}
-        return Call(**moved)
+        moved: dict[str, Any] = {n: x.to(device) for n, x in every.items() if isinstance(x, torch.Tensor)}
+        return Call(**(every | moved))
 
     def of_rows(self, rows: torch.Tensor) -> Call:
         """The call of some rows [n] of each sequence alone. Raises ValueError for packed tokens, whose

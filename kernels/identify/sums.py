@@ -272,8 +272,12 @@ def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None
     # In the first product lies u itself; where there are others, they tell.
     if len(edges) < 3:
         edges = [first - 1, *edges]
-    steps = {b - a for a, b in itertools.pairwise(edges)}
-    return steps.pop() if len(steps) == 1 else None
+    steps = [b - a for a, b in itertools.pairwise(edges)]
+    # Within the first product vector units may have an order of their own beside u.
+    after = [edge for edge in edges if edge >= first - 1 + steps[-1]] if steps else []
+    if len(after) > 2:
+        steps = [b - a for a, b in itertools.pairwise(after)]
+    return steps[0] if len(set(steps)) == 1 else None
 
 
 def _edges(lost: list[int], first: int) -> list[int]:

@@ -320,6 +320,29 @@ def test_weights_that_are_divided_before_they_are_rounded() -> None:
     assert (plain.p, plain.p_normalised, plain.tile) == ("f32", False, None)
 
 
+def test_groups_within_the_first_product_are_no_products() -> None:
+    """Vector units add eight keys at a time: beside a number of the first product itself that shows, and
+    read as products of no one size it hid the tile of P in float32."""
+
+    def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> torch.Tensor:
+        ratio, n = q.shape[2] // k.shape[2], k.shape[1]
+        s = scale * torch.einsum("bthd,bshd->bths", q.float(), k.float().repeat_interleave(ratio, 2))
+        w = torch.exp(s - s.amax(-1, keepdim=True))
+        wide, total = v.float().repeat_interleave(ratio, 2), torch.zeros(*q.shape[:3], v.shape[3])
+        for tile in range(0, n, 32):
+            product = torch.zeros_like(total)
+            for i in range(tile, min(tile + 32, n), 8):
+                some = slice(i, min(i + 8, tile + 32))
+                product += torch.einsum(
+                    "bths,bshd->bthd", w[..., some].double(), wide[:, some].double()
+                ).float()
+            total += product
+        return total / w.sum(-1, keepdim=True)
+
+    found = read(attend, Regime(200))
+    assert (found.p, found.tile, found.parts) == ("f32", 32, 1)
+
+
 def test_float16_sums_are_read_beneath_an_offset_that_keeps_a_few_keys_from_overflowing() -> None:
     """llama.cpp on CUDA from 8,192 keys on: keys lie in turn in the sums of four warps, in parts that are
     merged without a division. Read as TF32 sums of a P that could not be told, before."""
