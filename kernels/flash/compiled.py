@@ -89,9 +89,8 @@ _FIELDS: tuple[tuple[str, Any], ...] = (
     *((name, ctypes.c_int) for name in ("same_length", "parts", "tiles_a_part", "slots")),
     ("logit_scale", ctypes.c_float),
 )
-_OF_PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "keys", "kv_heads")
-# Of them those that all kernels of `flash` take.
-SHARED = tuple(name for name, _ in _FIELDS if name not in _OF_PLANES)
+# What the reader takes, of what a launch over planes has.
+TAKEN = tuple(name for name, _ in _FIELDS)
 
 
 class Asked(ctypes.Structure):

@@ -84,6 +84,11 @@ class Planes(NamedTuple):
     v_scales: torch.Tensor  # by reader
     reader: str = "chunks"  # or wide, swapped, cuda: which kernel reads them
 
+    def of_sequences(self, b: slice) -> dict[str, torch.Tensor]:
+        """The planes of some sequences, by the names of the parameters that take them."""
+        names = ("k_codes", "k_scales", "v_codes", "v_scales")
+        return {name: getattr(self, name)[b] for name in names}
+
 
 @functools.cache
 def quantised_code() -> Any:
@@ -374,44 +379,23 @@ class Prepared:
     def _over_planes(self, grid: tuple[int, ...], chunk: Chunk, shared: dict[str, Any]) -> Any:
         """The same over a quantised cache, on the decode path."""
         assert self.planes is not None
-        b = chunk.b
         shape, planes = self.call.shape, self.planes
+        # What every reader takes of them, by the names of its parameters.
+        held = {"keys": shape.keys, "kv_heads": shape.kv_heads, **planes.of_sequences(chunk.b)}
         if planes.reader == "cuda":
-            return self._compiled(grid, b, shared)
+            return self._compiled(grid, planes, {**shared, **held})
         if planes.reader == "chunks":
             attend, more = quantised_code().attend_quantised, {}
         else:
             attend = wide_code().attend_wide
             more = {"FP8": planes.k.fp8, "SWAPPED": planes.reader == "swapped"}
-        return attend[grid](
-            k_codes=planes.k_codes[b],
-            k_scales=planes.k_scales[b],
-            v_codes=planes.v_codes[b],
-            v_scales=planes.v_scales[b],
-            keys=shape.keys,
-            kv_heads=shape.kv_heads,
-            D=shape.k_size,
-            BITS=planes.k.bits,
-            **more,
-            **shared,
-        )
+        return attend[grid](D=shape.k_size, BITS=planes.k.bits, **held, **more, **shared)
 
-    def _compiled(self, grid: tuple[int, ...], b: slice, shared: dict[str, Any]) -> Any:
-        """The same by the reader in CUDA C++."""
-        assert self.planes is not None
-        planes, shape = self.planes, self.call.shape
-        kind = compiled.ReaderKind(planes.k, planes.v, shared["BLOCK"], shared["OVERLAP"])
+    def _compiled(self, grid: tuple[int, ...], planes: Planes, given: dict[str, Any]) -> Any:
+        """The same by the reader in CUDA C++, which takes some of what is given."""
+        kind = compiled.ReaderKind(planes.k, planes.v, given["BLOCK"], given["OVERLAP"])
         reader = compiled.compiled(kind, self.call.q.device.index)
-        asked = compiled.asked_of(
-            k_codes=planes.k_codes[b],
-            k_scales=planes.k_scales[b],
-            v_codes=planes.v_codes[b],
-            v_scales=planes.v_scales[b],
-            keys=shape.keys,
-            kv_heads=shape.kv_heads,
-            **{name: shared[name] for name in compiled.SHARED},
-        )
-        reader.launch(grid, asked)
+        reader.launch(grid, compiled.asked_of(**{name: given[name] for name in compiled.TAKEN}))
         return reader
 
     def launched(self, kernel: str, written: Sequence[torch.Tensor]) -> tuple[Launched, bool]:
