@@ -28,10 +28,13 @@ class Block(NamedTuple):
     k: torch.Tensor  # [Hkv, Dk, n]
     raw: torch.Tensor  # logits before, [Hkv, t, r, n]
     s: torch.Tensor  # logits after, [Hkv, t, r, n]
-    big_s: torch.Tensor  # S_j, sums of the products' sizes, [Hkv, t, r, n]
+    big_s: torch.Tensor  # S_j, sums of the products' sizes, 0 where it does not see, [Hkv, t, r, n]
     seen: torch.Tensor  # whether the row sees the key, [Hkv, t, r, n]
     abs_s: torch.Tensor  # |s|, 0 where it does not see, [Hkv, t, r, n]
     p: torch.Tensor  # weights, [Hkv, t, r, n]
+    square_p: torch.Tensor  # p^2, [Hkv, t, r, n]
+    # Squares of what the roundings of a logit and of exp are relative to, by the same u: [Hkv, t, r, n].
+    walked: torch.Tensor
     v: torch.Tensor  # [Hkv, n, Dv]
     abs_v: torch.Tensor  # |v|, likewise
     square_v: torch.Tensor  # v^2, likewise
@@ -67,6 +70,7 @@ class BudgetRows:
         self.log_n = torch.log(n.clamp(min=1) + (self.sink is not None))
         zeros = self.q.new_zeros((self.heads, len(rows), self.r, shape.v_size))
         self.out, self.size, self.p_square_vv, self.cap = (zeros.clone() for _ in range(4))
+        self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def blocks(self, keys_at_once: int) -> Iterator[Block]:
         """Every block of keys that some row sees, in order, after two passes over K: one finds l."""
@@ -76,10 +80,12 @@ class BudgetRows:
         pieces = [slice(at, min(at + keys_at_once, last)) for at in range(first, last, keys_at_once)]
         self._normaliser(pieces)
         for keys in pieces:
-            s, raw, k = self._logits(keys)
-            big_s = products(self.q.abs(), k.abs()).mul_(abs(self.call.scale))
+            # Of one block the logits are still there.
+            s, raw, k = self._whole or self._logits(keys)
+            self._whole = None
             v = self.sequence.v[keys].double().permute(1, 0, 2)  # [Hkv, n, Dv]
             seen = torch.isfinite(s)
+            big_s = products(self.q.abs(), k.abs()).mul_(abs(self.call.scale)).masked_fill_(~seen, 0.0)
             abs_s = torch.where(seen, s.abs(), 0.0)
             p = torch.where(seen, torch.exp(s - torch.where(self.empty, 0.0, self.lse)), 0.0)
             positions = torch.arange(keys.start, keys.stop, device=self.q.device)
@@ -92,6 +98,8 @@ class BudgetRows:
                 seen=seen,
                 abs_s=abs_s,
                 p=p,
+                square_p=p.square(),
+                walked=self._walked(raw, big_s, abs_s, seen),
                 v=v,
                 abs_v=v.abs(),
                 square_v=v.square(),
@@ -99,9 +107,21 @@ class BudgetRows:
             )
             self.out += products(p, v)
             self.size += products(p, block.abs_v)
-            self.p_square_vv += products(p.square(), block.square_v)
+            self.p_square_vv += products(block.square_p, block.square_v)
             self.cap = torch.maximum(self.cap, self._largest_seen(block.abs_v, keys))
             yield block
+
+    def _walked(
+        self, raw: torch.Tensor, big_s: torch.Tensor, abs_s: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """`Block.walked`. Partial sums of q.k wander where signs differ. Where one column makes the logit, as
+        outlying channels of real keys do, they are as large as it from there on, and each of D steps rounds
+        that."""
+        grown = torch.where(seen, raw, 0.0)
+        if self.call.softcap is not None:
+            grown = grown * (1 - torch.tanh(grown / self.call.softcap).square())
+        walked = big_s.square() / 2 + self.call.shape.k_size * grown.square()
+        return walked + 4 * abs_s.square() + 4 * self.largest.square() + 4
 
     def _logits(self, keys: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """s and the raw products [Hkv, t, r, n] of a block of keys, and the keys themselves [Hkv, Dk, n]."""
@@ -126,7 +146,9 @@ class BudgetRows:
         m = self.q.new_full(shape, -math.inf)
         total = self.q.new_zeros(shape)
         for keys in pieces:
-            s, _, _ = self._logits(keys)
+            found = self._logits(keys)
+            self._whole = found if len(pieces) == 1 else None
+            s = found[0]
             new = torch.maximum(m, s.amax(-1, keepdim=True))
             shift = torch.where(torch.isneginf(new), 0.0, new)
             total = total * torch.exp(m - shift) + torch.exp(s - shift).sum(-1, keepdim=True)

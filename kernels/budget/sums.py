@@ -71,7 +71,6 @@ class Sums:
         eta = torch.where(seen, self._eta(block, underflow), 0.0)
         spread, grown = p * torch.expm1(eta), torch.exp(eta)
         shared = torch.where(seen, a.u_q * block.big_s + underflow, 0.0)
-        big_s = torch.where(seen, block.big_s, 0.0)
         lost = torch.minimum(p, torch.maximum(NUMBER_TYPES[a.p].u * p, a.tau_p / self.rows.l))
         rounded = lost * grown
         if block.bias is not None:
@@ -79,7 +78,7 @@ class Sums:
             lse = torch.where(self.rows.empty, 0.0, self.rows.lse)
             at_most = torch.exp(block.s - lse + eta)
             spread, rounded = (torch.where(p > 0, x, at_most) for x in (spread, rounded))
-        variances = self._variances(block, big_s)
+        variances = self._variances(block)
         _add_products(self.by_abs, (spread, rounded, p * shared), block.abs_v)
         squares = spread.square() + rounded.square()
         _add_products(self.by_square, (variances.spread, variances.rounded, squares), block.square_v)
@@ -316,28 +315,22 @@ class Sums:
             product = product + 4 * u * block.bias
         return product + self._exponent_error(block.abs_s)
 
-    def _variances(self, block: Block, big_s: torch.Tensor) -> _Variances:
+    def _variances(self, block: Block) -> _Variances:
         a, u = self.a, self.a.u
-        p, abs_s, m = block.p, block.abs_s, self.rows.largest
-        # Partial sums of q.k wander where signs differ. Where one column makes the logit, as outlying
-        # channels of real keys do, they are as large as it from there on, and each of D steps rounds that.
-        grown = torch.where(block.seen, block.raw, 0.0)
-        if self.call.softcap is not None:
-            grown = grown * (1 - torch.tanh(grown / self.call.softcap).square())
-        walked = big_s.square() / 2 + self.call.shape.k_size * grown.square()
-        relative = u**2 * (walked + 4 * abs_s.square() + 4 * m.square() + 4)
+        p, abs_s, big_s = block.p, block.abs_s, block.big_s
+        relative = u**2 * block.walked
         relative = relative + a.u_k**2 * big_s.square() / 2
         if self.call.softcap is not None:
             relative = relative + a.u_tanh**2 * abs_s.square()
         u_p, tau = NUMBER_TYPES[a.p].u, a.tau_p / self.rows.l
         rounded = (u_p * p).square()
         # An error that is uniform within +-tau has the mean square tau^2 / 3; nobody loses more than p.
-        below = torch.minimum(p.square(), (tau**2 / 3).expand_as(p)) / MEAN_SQUARE
+        below = torch.minimum(block.square_p, (tau**2 / 3).expand_as(p)) / MEAN_SQUARE
         rounded = torch.where(u_p * p < tau, below, rounded)
         # exp(0) = 1 is exact in every type.
         exact = (p == 0) | (block.s == self.rows.top) if a.promises_bits else (p == 0)
         rounded = torch.where(exact, 0.0, rounded)
-        return _Variances(p.square() * relative, rounded)
+        return _Variances(block.square_p * relative, rounded)
 
     def _expected_variance(self, common: torch.Tensor) -> torch.Tensor:
         """Variance of the error, in units of MEAN_SQUARE, the rounding of the result left aside."""
