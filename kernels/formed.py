@@ -33,24 +33,32 @@ class CallForm:
     n_q: int = 1  # query tokens of each sequence in a call, at most `MOST_SEVERAL`
     page: int = 0  # keys a page; 0: keys and values lie side by side
     sequences: int = 1  # windows in a call, of unlike length
+    one_by_one: bool = False  # of n_q = 1: each row is a call of its own (T = 1), as text is written
 
     @property
     def is_plain(self) -> bool:
         return self == CallForm()
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether a window's rows go `n_q` at a time."""
+        return self.n_q > 1 or self.sequences > 1 or self.one_by_one
+
     def calls_of(self, rows: int) -> int:
         """How many calls a window of so many rows is part of."""
-        return -(-rows // self.n_q) if self.n_q > 1 or self.sequences > 1 else 1
+        return -(-rows // self.n_q) if self.in_steps else 1
 
     def __str__(self) -> str:
         """In words: `calls of 4 tokens, pages of 16 keys, 2 sequences a call`."""
         said = [f"calls of {self.n_q} tokens"] if self.n_q > 1 else []
+        said += ["calls of one token"] if self.one_by_one else []
         said += [f"pages of {self.page} keys"] if self.page else []
         said += [f"{self.sequences} sequences a call"] if self.sequences > 1 else []
         return ", ".join(said) or "plain calls"
 
 
 PLAIN_CALLS = CallForm()
+ONE_BY_ONE = CallForm(one_by_one=True)
 
 
 def whole_path(path: AttentionPath) -> AttentionPath:
@@ -142,7 +150,7 @@ class FormedKernel(Kernel):
 
     def _in_steps(self, call: Call) -> bool:
         """Whether rows go some at a time."""
-        return call.path == "decode" and (self.form.n_q > 1 or self.form.sequences > 1)
+        return call.path == "decode" and self.form.in_steps
 
     def _path_of(self, call: Call) -> AttentionPath:
         """What traces call the path of a window's rows."""

@@ -86,6 +86,20 @@ class Stepper:
                 other._recurrent[arm.name, layer] = state
         return other
 
+    def cut(self, length: int) -> None:
+        """Forget all tokens but the first so many, as where a draft is not taken.
+
+        Raises ModelError where there are not so many, and of a model with recurrent layers, whose state
+        holds every token that it has seen.
+        """
+        if self._recurrent:
+            raise ModelError("recurrent layers: their state cannot be cut back to an earlier token")
+        if not 0 <= length <= self.length:
+            raise ModelError(f"length {length}: expected 0 to {self.length} tokens, as there are")
+        self.length = length
+        for cache in self._caches.values():
+            cache.length = length
+
     def step(self, tokens: torch.Tensor, *, scored: int | None = None) -> dict[str, torch.Tensor]:
         """Append tokens [T] to the sequence; logits by arm, [scored, vocabulary] float32, of its last tokens.
 
@@ -210,7 +224,8 @@ class _Cache:
     indexed: torch.Tensor | None = None
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values [length, Hkv, D], these behind those before: views, written to no more."""
+        """All keys and values [length, Hkv, D], these behind those before: views, written to no more unless
+        the sequence is cut."""
         self.k, self.v = (_with(old, self.length, new) for old, new in ((self.k, k), (self.v, v)))
         self.length += len(k)
         return self.held()

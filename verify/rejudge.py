@@ -112,6 +112,7 @@ def _pair(
             margin=margin,
             allow_same=bool(run.settings.get("allow_same", False)),
             frozen_kld=(pair.frozen_kld, pair.frozen_kld_reference),
+            through=_through(candidate.calls, reference.calls),
             reference="floor" if stand_in else "reference",
             narrowed_by=advice(distance, len(klds[0]), margin),
             unsteady=str(found) if found is not None else "",
@@ -136,19 +137,25 @@ def rejudge_gen(run: GenRun) -> list[Rejudged]:
         now = decide(
             PairEvidence(
                 faults=pair.reasons if pair.verdict == "broken" else [],
-                same_spec=candidate.spec == reference.spec,
+                same_spec=(candidate.spec, candidate.calls) == (reference.spec, reference.calls),
                 coverage=pair.coverage,
                 bitwise_equal=pair.bitwise_equal,
                 distance=distance,
                 margin=margin,
                 allow_same=bool(run.settings.get("allow_same", False)),
                 unit="tokens",
+                through=_through(candidate.calls, reference.calls),
                 narrowed_by="more tokens (-n) narrow it",
             )
         )
         return Rejudged(candidate.spec, pair.verdict, pair.reasons, now)
 
     return [again(pair) for pair in run.pairs]
+
+
+def _through(calls: str, of_reference: str) -> str:
+    """What a candidate's tokens went through that the reference's did not, in words."""
+    return "another plan" if calls == of_reference else calls or "plain calls"
 
 
 def rejudge_diff(stored: Sequence[StoredPair]) -> list[Rejudged]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from support.plain_arms import ExactArm, KernelArm, logits_of, relative
+from support.tiny_models import TINY
 from support.twins import VOCABULARY
 from verify.model.architectures import architecture_of
 from verify.model.errors import ModelError
@@ -105,6 +107,27 @@ def test_a_branch_goes_its_own_way(twin: Callable[[str], Any]) -> None:
     assert torch.equal(
         start.step(rest)["exact"], Stepper(architecture, [ExactArm()], device=CPU).step(rest)["exact"]
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_cut_sequence_goes_on_as_if_never_longer(name: str, twin: Callable[[str], Any]) -> None:
+    architecture = architecture_of(GGUFFile.open(twin(name).path))
+    cut, straight = (Stepper(architecture, [ExactArm()], device=CPU) for _ in range(2))
+    for one in (cut, straight):
+        one.step(torch.from_numpy(TOKENS[:12]))
+    cut.step(torch.tensor([1, 2, 3, 4]))
+    cut.cut(12)
+    assert torch.equal(*(one.step(torch.from_numpy(TOKENS[12:15]))["exact"] for one in (cut, straight)))
+    with pytest.raises(ModelError, match="length 16: expected 0 to 15 tokens"):
+        cut.cut(16)
+
+
+def test_a_recurrent_state_cannot_be_cut(tmp_path: Path) -> None:
+    architecture = architecture_of(GGUFFile.open(TINY["qwen35"].write(tmp_path / "tiny.gguf")))
+    stepper = Stepper(architecture, [ExactArm()], device=CPU)
+    stepper.step(torch.arange(5))
+    with pytest.raises(ModelError, match="recurrent layers"):
+        stepper.cut(4)
 
 
 def test_an_arm_that_fails_leaves_the_others(twin: Callable[[str], Any]) -> None:

@@ -20,27 +20,25 @@ def build_arms(
     noise: Sequence[str] = (),
     engines: Sequence[str] = (),
     form: CallForm = PLAIN_CALLS,
-    plain_baselines: bool = False,
+    baseline_form: CallForm | None = None,
 ) -> list[Arm]:
     """exact and floor once; baselines, controls, candidates and noise arms on each path; engines.
 
     baselines: that of each candidate, those that are equal one arm, and the first the noise arms';
-    candidates, noise: specifications; engines: logits files; form: of the calls of all kernels, or, with
-    plain_baselines, of the candidates' alone, beside which the others have one token a call on the path
-    several. Raises SpecError, with every kernel that was
-    built closed again.
+    candidates, noise: specifications; engines: logits files; form: of the calls of all kernels, or of the
+    candidates' alone where the others have a form of their own, baseline_form. Raises SpecError, with every
+    kernel that was built closed again.
     """
     arms = [Arm("exact", "exact", "exact", paths[0]), Arm("floor", "floor", "exact", paths[0])]
 
     def add(name: str, spec: str, path: AttentionPath, role: Role, reference: str | None) -> None:
-        plain = plain_baselines and role != "candidate"
-        own = PLAIN_CALLS if plain else form
+        own = form if baseline_form is None or role == "candidate" else baseline_form
         arms.append(
             Arm(
                 name=name,
                 role=role,
                 spec=spec,
-                path=whole_path(path) if plain else path,
+                path=path if own.n_q > 1 else whole_path(path),
                 kernel=in_form(build_shared_kernel(spec, gpus), own),
                 reference=reference,
                 form=own,

@@ -20,7 +20,7 @@ from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
 from verify.machine.records import as_json
-from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
+from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, OWN
 from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 from verify.reports.split_mode import split_mode_sentence
 
@@ -33,7 +33,22 @@ def command(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="go on after the model has ended its text")
     ] = False,
-    baseline: options.Baseline = DEFAULT_BASELINE,
+    draft: Annotated[
+        int,
+        typer.Option(
+            "--draft",
+            help="candidates check drafts in calls of so many tokens, 2 to 16; the baseline writes a token a"
+            " call: is the text with drafts the text without?",
+        ),
+    ] = 0,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            help=f"kernel specification, default {DEFAULT_BASELINE}; or {OWN}: the candidate's own kernel,"
+            " the default with --draft",
+        ),
+    ] = None,
     candidate: options.Candidates = None,
     cache_type: options.CacheType = "f16",
     device: options.Device = None,
@@ -66,6 +81,8 @@ def command(
         raise UsageError("-p, -f: expected a prompt, in one of these two ways")
     if file is not None:
         prompt = read_text_file(str(file)).text
+    if baseline is None:
+        baseline = OWN if draft else DEFAULT_BASELINE
     settings = GenSettings(
         prompt=prompt or "",
         prompt_file=None if file is None else str(file),
@@ -82,6 +99,7 @@ def command(
         seed=seed,
         split_mode=split_mode,
         gpus=gpus,
+        draft=draft,
     )
     screen = sys.stderr if json_ else sys.stdout
     generation = Generation(settings, lambda text: print(f"verify: {text}", file=sys.stderr))
@@ -89,7 +107,8 @@ def command(
         print(shared_out, file=screen)
     try:
         folder = RunFolder.begin(out, "gen", groups=False)
-        print(f"baseline {baseline} writes: ", end="", file=screen, flush=True)
+        spec = settings.candidates[0] if baseline == OWN else baseline
+        print(f"baseline {spec} writes: ", end="", file=screen, flush=True)
         text = _Text(generation.tokenizer.decode)
         show = partial(print, end="", file=screen, flush=True)
         found = generation.run(lambda token: show(visible(text.more(token))))

@@ -20,7 +20,14 @@ from verify.arms.attempt import attempt
 from verify.arms.own_error import worst_rows
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.exact import exact_attention
-from verify.kernels.judging.figures import budget_fault, gain_of, pooled_gain, pooled_rms, row_figures
+from verify.kernels.judging.figures import (
+    RowFigures,
+    budget_fault,
+    gain_of,
+    pooled_gain,
+    pooled_rms,
+    row_figures,
+)
 from verify.model.layer_call import LayerCall
 
 LAYERS_A_STEP = 4
@@ -29,7 +36,7 @@ _SMALLEST_SQUARE = 1e-300
 
 
 class StepCheck(NamedTuple):
-    """One row of layers.parquet: a kernel at one step and layer, over all heads.
+    """One row of layers.parquet: a kernel at one step and layer, over all heads (and rows of the prompt).
 
     All but square_error is of the error on what the kernel's own cache holds: what a cache loses is distance,
     not a fault.
@@ -54,6 +61,8 @@ class StepCheck(NamedTuple):
     gain_falls: float = math.nan
     # The same up.
     gain_rises: float = math.nan
+    # Number of the call that the step was part of, counted from 0: with drafts a call has several steps.
+    call: int = -1
 
     @property
     def fault(self) -> str | None:
@@ -70,18 +79,19 @@ CHECK_SCHEMA = pa.schema([(name, _ARROW[kind]) for name, kind in get_type_hints(
 class CheckedExact:
     """The exact arm, as the stepper sees it: whenever it attends, the kernels are checked on its inputs.
 
-    layers: of the model; steps: tokens that will be written.
+    layers: of the model; calls: that will be made for the text.
     """
 
-    def __init__(self, exact: ArmRunner, runners: Iterable[ArmRunner], layers: int, steps: int) -> None:
+    def __init__(self, exact: ArmRunner, runners: Iterable[ArmRunner], layers: int, calls: int) -> None:
         self.exact, self.name = exact, exact.name
         self.kernels = [one for one in runners if one.arm.kernel is not None and one.arm.role != "control"]
         each = LAYERS_A_STEP
         if any(is_asked(one.arm) for one in self.kernels):
-            # A step is the one call of one query token that such a kernel gets.
-            each = max(each, -(-CALLS * layers // steps))
+            # The calls of one query token that such a kernel gets are those of the text.
+            each = max(each, -(-CALLS * layers // calls))
         self.stride = max(layers // each, 1)
-        self.step = -1
+        # The first step of the call at hand, and its number; -1: the prompt.
+        self.step = self.number = -1
         self.common_cache = common_cache(one.arm for one in self.kernels)
         self.checks: list[StepCheck] = []
         # Results of the call at hand, by arm.
@@ -89,7 +99,7 @@ class CheckedExact:
 
     def attend(self, call: LayerCall) -> torch.Tensor | None:
         out = self.exact.attend(call)
-        if (call.layer - self.step) % self.stride == 0:
+        if (call.layer - self.number) % self.stride == 0:
             self._outs.clear()
             oracle = exact_attention(kernel_call(call, self.exact.path), with_lse=False).out[0]
             for one in self.kernels:
@@ -97,7 +107,7 @@ class CheckedExact:
         return out
 
     def _check(self, call: LayerCall, one: ArmRunner, oracle: torch.Tensor) -> None:
-        """One kernel on all rows of a layer; budgets of some, and of those that err most.
+        """One kernel on all rows of a layer; of the prompt budgets of some, and of those that err most.
 
         oracle [T, H, Dv]: float64 attention on keys and values as they were given.
         """
@@ -116,39 +126,46 @@ class CheckedExact:
         distance = got - oracle
         bad = ~torch.isfinite(distance).all(-1)
         distance = torch.where(bad[..., None], 0.0, distance)
-        rows = _rows_to_check(distance, oracle, bad)
+        in_text = self.step >= 0
+        rows = torch.arange(len(got), device=got.device) if in_text else _rows_to_check(distance, oracle, bad)
         small = kernel_call(call, one.path, rows)
         budget = error_budget(kernel.held(small), kernel.arithmetic_of(small))
         exact = budget.out
         figures = row_figures(got[rows] - exact, budget)
         error = torch.where(bad[rows][..., None], 0.0, got[rows] - exact[0])[None]
-        row, head = divmod(int(figures.severity.argmax()), error.shape[2])
-        if self.common_cache:
-            square, power = error.square().sum(), exact.square().sum()
-        else:
-            square, power = distance.square().sum(), oracle.square().sum()
         every = (0, 1, 2)
-        gain, aim = gain_of(error, exact, (*every, 3))
-        self.checks.append(
-            StepCheck(
-                step=self.step,
-                layer=call.layer,
-                arm=one.name,
-                square_error=float(square / power.clamp(min=_SMALLEST_SQUARE)),
-                max_budget_ratio=float(figures.ratio.max()),
-                relative_max=float(figures.relative.max()),
-                vacuous=float(figures.vacuous.double().mean()),
-                nonfinite=int(bad.sum()),
-                n_kv=int(small.kv_len[0, row]),
-                head=head,
-                relative_rms=float((error.square().sum() / aim.clamp(min=_SMALLEST_SQUARE)).sqrt()),
-                rms_ratio=float(pooled_rms(figures.rms, every)),
-                gain=float(gain),
-                gain_bias=float(pooled_gain(figures.bias, figures.power, every)),
-                gain_falls=float(pooled_gain(figures.falls, figures.power, every)),
-                gain_rises=float(pooled_gain(figures.rises, figures.power, every)),
+        # Each row of the text is a step, those of the prompt are one together.
+        steps = [(i, slice(i, i + 1)) for i in range(len(rows))] if in_text else [(0, slice(None))]
+        for i, at in steps:
+            figure = RowFigures(*(x[:, at] for x in figures))
+            worst, head = divmod(int(figure.severity.argmax()), error.shape[2])
+            if self.common_cache:
+                square, power = error[:, at].square().sum(), exact[:, at].square().sum()
+            else:
+                square, power = distance[at].square().sum(), oracle[at].square().sum()
+            gain, aim = gain_of(error[:, at], exact[:, at], (*every, 3))
+            relative = error[:, at].square().sum() / aim.clamp(min=_SMALLEST_SQUARE)
+            self.checks.append(
+                StepCheck(
+                    step=self.step + i,
+                    layer=call.layer,
+                    arm=one.name,
+                    square_error=float(square / power.clamp(min=_SMALLEST_SQUARE)),
+                    max_budget_ratio=float(figure.ratio.max()),
+                    relative_max=float(figure.relative.max()),
+                    vacuous=float(figure.vacuous.double().mean()),
+                    nonfinite=int(bad[at].sum()),
+                    n_kv=int(small.kv_len[0, i + worst]),
+                    head=head,
+                    relative_rms=float(relative.sqrt()),
+                    rms_ratio=float(pooled_rms(figure.rms, every)),
+                    gain=float(gain),
+                    gain_bias=float(pooled_gain(figure.bias, figure.power, every)),
+                    gain_falls=float(pooled_gain(figure.falls, figure.power, every)),
+                    gain_rises=float(pooled_gain(figure.rises, figure.power, every)),
+                    call=self.number,
+                )
             )
-        )
 
     def table(self) -> pa.Table:
         """All checks, as layers.parquet holds them."""
@@ -168,11 +185,12 @@ def _rows_to_check(distance: torch.Tensor, oracle: torch.Tensor, bad: torch.Tens
 
 
 def log_squares(checks: Sequence[StepCheck], candidate: str, reference: str) -> list[float]:
-    """ln(square error of the candidate / of the reference) of each step, the mean over its layers."""
-    errors = {(c.step, c.layer, c.arm): max(c.square_error, _SMALLEST_SQUARE) for c in checks}
-    by_step: dict[int, list[float]] = {}
-    for (step, layer, arm), square in errors.items():
-        other = errors.get((step, layer, reference))
+    """ln(square error of the candidate / of the reference) of each call, the mean over its layers and steps:
+    the rows of a call share its layers, so that only calls are independent."""
+    errors = {(c.call, c.step, c.layer, c.arm): max(c.square_error, _SMALLEST_SQUARE) for c in checks}
+    by_call: dict[int, list[float]] = {}
+    for (call, step, layer, arm), square in errors.items():
+        other = errors.get((call, step, layer, reference))
         if arm == candidate and other is not None:
-            by_step.setdefault(step, []).append(math.log(square / other))
-    return [sum(values) / len(values) for values in by_step.values()]
+            by_call.setdefault(call, []).append(math.log(square / other))
+    return [sum(values) / len(values) for values in by_call.values()]

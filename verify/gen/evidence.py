@@ -17,6 +17,7 @@ from verify.arms.model_health import model_fault
 from verify.arms.records import SCHEMA, coverage_records
 from verify.arms.split_mode import tensor_parallel_record
 from verify.gen.checks import log_squares
+from verify.gen.difference import Difference
 from verify.gen.record import (
     ClosestStep,
     Disagreement,
@@ -29,10 +30,13 @@ from verify.gen.record import (
 from verify.gen.run import Generation, Step, Written
 from verify.judge.run_verdict import run_verdict
 from verify.judge.statistics import ratio_of_samples
+from verify.judge.ties import is_tie, moved_by_rounding
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.judging.figures import graveness, shared_fault
 from verify.machine import environment
 from verify.ppl.groups import TOKEN_SCHEMA
+from verify.ppl.record import PathAloneRecord
+from verify.ppl.settings import OWN
 
 FEWEST_SAMPLES = 2
 
@@ -72,7 +76,7 @@ def pair_record(
     decision = decide(
         PairEvidence(
             faults=faults,
-            same_spec=candidate.spec == baseline.spec,
+            same_spec=(candidate.spec, candidate.form) == (baseline.spec, baseline.form),
             coverage=coverage,
             bitwise_equal=equal,
             distance=distance,
@@ -81,6 +85,7 @@ def pair_record(
             allow_same=generation.settings.allow_same,
             not_compared=of_candidate.refusal("candidate") or of_baseline.refusal("baseline"),
             unit="tokens",
+            through="another plan" if candidate.form == baseline.form else str(candidate.form),
             narrowed_by="more tokens (-n) narrow it",
         )
     )
@@ -90,12 +95,13 @@ def pair_record(
     klds = [step.arms[candidate.name].kld_to_baseline for step in steps]
     first = written.first.get(candidate.name)
     closest = min(range(len(steps)), key=lambda i: steps[i].arms["baseline"].top1_margin, default=None)
-    judged = Counter(c.layer for c in generation.exact.checks if c.arm == candidate.name and c.step >= 0)
+    calls = {(c.call, c.layer) for c in generation.exact.checks if c.arm == candidate.name and c.step >= 0}
+    judged = Counter(layer for _, layer in calls)
     layers = [i for i in range(generation.architecture.sizes.layers) if generation.architecture.attends(i)]
     return GenPairRecord(
         reference=baseline.name,
         candidate=candidate.name,
-        path="decode",
+        path=candidate.path,
         verdict=decision.verdict,
         reasons=decision.reasons,
         distance_ratio=distance.ratio if distance else None,
@@ -116,6 +122,9 @@ def pair_record(
                 baseline_token=text(step.chosen),
                 candidate_token=text(step.arms[candidate.name].top1),
                 margin=step.arms["baseline"].top1_margin,
+                moved=step.arms[candidate.name].moved,
+                floor=(floor := _floor_at(i, step, first)),
+                tie=is_tie(step.arms[candidate.name].moved, floor),
             )
             for i, step in enumerate(steps)
             if step.arms[candidate.name].top1 != step.chosen
@@ -130,6 +139,43 @@ def pair_record(
             margin=steps[closest].arms["baseline"].top1_margin,
         ),
     )
+
+
+def path_alone_record(
+    generation: Generation, written: Written, candidate: Arm, pair: GenPairRecord
+) -> PathAloneRecord:
+    """What calls of some tokens change by themselves: whether the text with drafts is the text without."""
+    both = [s.arms for s in written.steps if "floor" in s.arms and "exact" in s.arms]
+    tied = [one.tie for one in pair.disagreements]
+    form = candidate.form
+    return PathAloneRecord(
+        candidate=candidate.name,
+        calls=str(form),
+        n_q=form.n_q,
+        page=form.page,
+        sequences=form.sequences,
+        tokens=pair.tokens,
+        top1_changes=len(pair.disagreements),
+        floor_changes=sum(arms["floor"].top1 != arms["exact"].top1 for arms in both),
+        floor_tokens=len(both),
+        ties=tied.count(True),
+        not_known=tied.count(None),
+        bitwise_equal=pair.bitwise_equal,
+    )
+
+
+def _floor_at(i: int, step: Step, first: Difference | None) -> float:
+    """How far one rounding of noise moves two likely tokens at a step: of the first difference by its own
+    draws, of others by the floor arm's divergence."""
+    if first is not None and first.step == i and first.floor is not None:
+        return first.floor
+    floor = step.arms.get("floor")
+    return math.nan if floor is None else moved_by_rounding(floor.kld_to_exact)
+
+
+def _other_than_written(written: Written) -> int:
+    """Steps at which the baseline, given its own text, prefers another token than it wrote."""
+    return sum(step.chosen != token for step, token in zip(written.steps, written.text, strict=False))
 
 
 def _coverage(generation: Generation, candidate: Arm, steps: Sequence[Step]) -> float:
@@ -158,6 +204,8 @@ def _faults(
     faults = []
     if findings.failure is not None and not findings.refused:
         steps = len([s for s in written.steps if arm.name in s.arms])
+        if arm.role == "baseline" and written.failed_after is not None:
+            steps = written.failed_after
         at = "the prompt" if arm.name in written.failed_in_prompt else f"token {steps + 1}"
         layer = f", layer {findings.failure_place.layer}" if findings.failure_place else ""
         faults.append(f"{called} failed at {at}{layer}: {findings.failure}")
@@ -207,6 +255,13 @@ def conclude(generation: Generation, written: Written) -> GenRun:
     )
     settings, shape = generation.settings, any_call(generation.architecture)
     notes = [*generation.notes, *said_in_common(generation.exact.table(), generation.arms, shape)]
+    if others := _other_than_written(written):
+        notes = [
+            *notes,
+            f"the baseline itself prefers another token than it wrote at {others} of {len(written.steps)}"
+            f" steps, once the model's products have {settings.draft} rows instead of one: these are ties,"
+            " and candidates are held against what it prefers then",
+        ]
     if written.ended:
         notes = [*notes, f"{written.ended} after {len(written.steps)} of {settings.n_predict} tokens"]
     traces = {arm.name: generation.launched(arm.name) for arm in generation.arms if arm.kernel}
@@ -228,6 +283,11 @@ def conclude(generation: Generation, written: Written) -> GenRun:
         ),
         arms=[_arm_record(generation, written, arm, findings[arm.name].failure) for arm in generation.arms],
         pairs=pairs,
+        path_alone=[
+            path_alone_record(generation, written, arm, pair)
+            for arm, pair in zip(candidates, pairs, strict=True)
+            if settings.baseline == OWN and pair.tokens
+        ],
         coverage=coverage_records(generation.arms, traces),
         detectable={pair.candidate: pair.detectable_distance_ratio for pair in pairs},
         speed=GenSpeed(seconds=generation.stepper.stopwatch.seconds, weights_resident=generation.resident),
@@ -236,7 +296,7 @@ def conclude(generation: Generation, written: Written) -> GenRun:
 
 def _arm_record(generation: Generation, written: Written, arm: Arm, failure: str | None) -> GenArmRecord:
     mine = [step.arms[arm.name] for step in written.steps if arm.name in step.arms]
-    tokens = [step.chosen for step in written.steps]
+    tokens = list(written.text)
     own = written.own_tokens.get(arm.name)
     if own is not None:
         tokens = tokens[: written.first[arm.name].step] + own
@@ -244,6 +304,7 @@ def _arm_record(generation: Generation, written: Written, arm: Arm, failure: str
         name=arm.name,
         role=arm.role,
         spec=arm.spec,
+        calls="" if arm.form.is_plain else str(arm.form),
         tokens=len(mine),
         text=generation.tokenizer.decode(tokens) if arm.role in ("baseline", "candidate") else None,
         kld_to_exact_mean=sum(a.kld_to_exact for a in mine) / len(mine) if mine else math.nan,

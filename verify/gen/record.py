@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from verify.arms.records import ArmOfRun, CoverageRecord, PairOfRun, RunRecord
+from verify.arms.records import NOT_KNOWN, ArmOfRun, CoverageRecord, PairOfRun, RunRecord
+from verify.ppl.record import PathAloneRecord
 
 DISTANCE_KIND = "attention output, on the exact arm's q, k, v"
 
@@ -25,6 +26,7 @@ class PromptRecord:
 class GenArmRecord(ArmOfRun):
     """One arm over all steps."""
 
+    calls: str = ""  # what its kernel's calls are beside plain ones, in words
     tokens: int  # steps that it ran
     text: str | None  # what it wrote; None for arms that write nothing
     kld_to_exact_mean: float  # nats a token
@@ -68,6 +70,9 @@ class Disagreement:
     baseline_token: str
     candidate_token: str
     margin: float  # nats between the baseline's two most likely tokens
+    moved: float = NOT_KNOWN  # nats by which the candidate moves the two tokens apart
+    floor: float = NOT_KNOWN  # the same of one rounding of noise there, by the floor arm's divergence
+    tie: bool | None = None  # whether rounding alone explains it; None: not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,7 @@ class GenPairRecord(PairOfRun):
     tokens: int  # steps that it ran
     bitwise_equal: bool  # attention outputs and logits
     coverage: float  # share of the steps whose plan or kernel differed
-    judged_calls: int | None = None  # calls of one query token that were held against exact
+    judged_calls: int | None = None  # calls, with drafts of several tokens, that were held against exact
     judged_least: int | None = None  # fewest of them in a layer
     first_difference: FirstDifference | None  # None: the same text
     disagreements: list[Disagreement]  # every step that differs
@@ -117,6 +122,7 @@ class GenRun(RunRecord):
     prompt: PromptRecord  # what was gone on with
     arms: list[GenArmRecord]  # every one
     pairs: list[GenPairRecord]  # one a candidate
+    path_alone: list[PathAloneRecord] = field(default_factory=list)  # with drafts: what they change
     coverage: list[CoverageRecord]  # what every kernel launched
     detectable: dict[str, float | None] = field(default_factory=dict)  # candidate -> distance ratio
     speed: GenSpeed | None = None  # where the time went

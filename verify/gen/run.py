@@ -3,11 +3,15 @@
 The baseline decides what is written. Every arm is given its tokens, so that each step compares all arms on
 the same text; where a candidate first prefers another token, it also goes on alone, to show its own text.
 The prompt but for its last token goes through the prefill path; each token after that through decode.
+
+With drafts the baseline writes the whole text first, a token a call. Then all arms are given it some tokens
+at a time, as an engine checks a draft that turns out right: candidates in calls of so many, the baseline a
+call a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,22 +23,25 @@ from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.learning import learn_arms
 from verify.arms.likelihood import divergence, log_probabilities
 from verify.arms.model_facts import match_baselines, try_kernels
+from verify.arms.result_type import Match
 from verify.arms.split_mode import check_model
 from verify.gen.checks import CheckedExact
 from verify.gen.difference import Difference, difference_at, measure_floor
 from verify.gen.record import ShownToken
 from verify.judge.verdict import DEFAULT_MARGIN
 from verify.kernels.bits import same_bits
-from verify.kernels.call import AttentionPath
+from verify.kernels.formed import ONE_BY_ONE, PLAIN_CALLS, CallForm
+from verify.kernels.plans.asked import MOST_SEVERAL
 from verify.kernels.trace import LaunchTrace
 from verify.machine.devices import chosen_device, free_memory
 from verify.machine.errors import UsageError
 from verify.model.architectures import architecture_of
+from verify.model.architectures.architecture import Architecture
 from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 from verify.model.steps import Stepper, weight_bytes
 from verify.model.tokenizer import Tokenizer
-from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, PplSettings
+from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, OWN, PplSettings
 
 DEFAULT_TOKENS = 64
 
@@ -58,10 +65,27 @@ class GenSettings:
     seed: int = 0  # of the floor's noise
     split_mode: str = "layer"  # of the engine that is reproduced
     gpus: int = 1  # of the engine that is reproduced
+    draft: int = 0  # tokens a call of the candidates, the drafted ones and the one before them; 0: no drafts
 
     def __post_init__(self) -> None:
         if self.n_predict < 1:
             raise UsageError(f"-n {self.n_predict}: expected at least 1 token")
+        if self.draft and not 2 <= self.draft <= MOST_SEVERAL:
+            raise UsageError(f"--draft {self.draft}: expected 2 to {MOST_SEVERAL} tokens a call")
+        if self.draft > self.n_predict:
+            raise UsageError(
+                f"--draft {self.draft}: expected a text of as many tokens at least, -n is {self.n_predict}"
+            )
+        if self.baseline == OWN and not self.draft:
+            raise UsageError(
+                f"--baseline {OWN}: is the candidate's own kernel in calls of one token, expected --draft"
+                " beside it"
+            )
+        if self.baseline == OWN and len(self.candidates) > 1:
+            raise UsageError(
+                f"--draft {self.draft}: expected one --candidate, whose own kernel writes the text, or a"
+                " --baseline for all of them"
+            )
         # What both commands take is checked in one place.
         PplSettings(
             candidates=self.candidates,
@@ -71,6 +95,11 @@ class GenSettings:
             split_mode=self.split_mode,
             gpus=self.gpus,
         )
+
+    @property
+    def form(self) -> CallForm:
+        """Of the candidates' calls."""
+        return CallForm(n_q=self.draft) if self.draft else PLAIN_CALLS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,6 +116,8 @@ class ArmStep(NamedTuple):
     target_logit: float  # of the baseline's token
     margin: float  # of the baseline's two most likely tokens, with this arm's logits
     finite: bool  # whether its logits are
+    # Nats by which it moves the baseline's token and its own apart, beside the baseline; 0: they are one.
+    moved: float = 0.0
 
 
 class Step(NamedTuple):
@@ -103,10 +134,12 @@ class Written:
     """All that the loop found."""
 
     steps: list[Step] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)  # tokens, as they were given to all arms
     first: dict[str, Difference] = field(default_factory=dict)
     own_tokens: dict[str, list[int]] = field(default_factory=dict)
     ended: str | None = None
     failed_in_prompt: frozenset[str] = frozenset()
+    failed_after: int | None = None  # tokens that the baseline wrote before it failed, where it wrote first
 
 
 class Generation:
@@ -124,16 +157,17 @@ class Generation:
             raise UsageError("-p: the prompt has no tokens, expected at least one")
         self.prompt: list[int] = ids
         check_model(self.architecture, settings.gpus)
-        self.matches = match_baselines(
-            settings.baseline,
+        if settings.draft:
+            _check_cut(self.architecture, settings.draft)
+        self.matches = _match(settings, self.architecture, self.device)
+        self.arms = build_arms(
+            [match.baseline for match in self.matches],
             settings.candidates,
-            self.architecture,
-            cache_type=settings.cache_type,
-            device=self.device,
-            path="decode",
+            paths=("several",) if settings.draft else ("decode",),
+            gpus=settings.gpus,
+            form=settings.form,
+            baseline_form=ONE_BY_ONE if settings.draft else None,
         )
-        baselines = [match.baseline for match in self.matches]
-        self.arms = build_arms(baselines, settings.candidates, gpus=settings.gpus)
         try:
             try_kernels(self.arms, self.architecture, settings.cache_type, self.device)
             self.learnt = learn_arms(
@@ -160,7 +194,10 @@ class Generation:
         self._runners = {arm.name: ArmRunner(arm, outputs, seed=settings.seed) for arm in self.arms}
         self._logits_equal = dict.fromkeys(self._runners, True)
         self.exact = CheckedExact(
-            self._runners["exact"], self._runners.values(), sizes.layers, settings.n_predict
+            self._runners["exact"],
+            self._runners.values(),
+            layers=sizes.layers,
+            calls=-(-settings.n_predict // max(settings.draft, 1)),
         )
         self.stepper = Stepper(
             self.architecture,
@@ -213,43 +250,92 @@ class Generation:
         return found
 
     def _run(self, found: Written, wrote: Callable[[int], None]) -> None:
-        self._take("prefill")
-        if len(self.prompt) > 1:
-            self.stepper.step(torch.tensor(self.prompt[:-1]), scored=0)
+        text = None
+        if self.settings.draft:
+            text = self._write_first(found, wrote)
+            if text is None:
+                return
+        self._read_prompt(self.stepper, list(self._runners.values()))
         found.failed_in_prompt = frozenset(name for name, one in self._runners.items() if one.failed)
-        self._take("decode")
-        sequence = list(self.prompt)
-        for i in range(self.settings.n_predict):
-            self.exact.step = i
+        while len(found.text) < (self.settings.n_predict if text is None else len(text)):
+            first = len(found.text)
+            sequence = [*self.prompt, *found.text]
+            block = sequence[-1:]
+            if text is not None:
+                # Tokens that are left over come first: all later calls are whole.
+                block += text[first : first + (len(text) - first - 1) % self.settings.draft]
+            self.exact.step, self.exact.number = first, self.exact.number + 1
             # Otherwise the noise would be the same at every step.
-            self._runners["floor"].seed = self.settings.seed + 104729 * (i + 1)
-            logits = {
-                name: x[0] for name, x in self.stepper.step(torch.tensor(sequence[-1:]), scored=1).items()
-            }
+            self._runners["floor"].seed = self.settings.seed + 104729 * (first + 1)
+            logits = self.stepper.step(torch.tensor(block), scored=len(block))
             if "baseline" not in logits:
                 found.ended = "the baseline failed"
                 return
             self._compare_bits(logits)
             self.architecture.file.check_unchanged()
-            step = _step(len(sequence), sequence[-1], logits, self._reference_of)
-            found.steps.append(step)
-            wrote(step.chosen)
-            for arm in self.candidates:
-                own = step.arms.get(arm.name)
-                if own is not None and own.top1 != step.chosen and arm.name not in found.first:
-                    found.first[arm.name] = self._difference(arm, i, sequence, step, logits)
-                    found.own_tokens[arm.name] = self._alone(arm, own.top1, i)
-            if not step.arms["baseline"].finite:
-                found.ended = "the baseline's logits are not finite"
-                return
-            if step.chosen == self.tokenizer.eos_id and not self.settings.ignore_eos:
-                found.ended = "the model ended its text"
-                return
-            sequence.append(step.chosen)
+            for i, token in enumerate(block):
+                of_row = {name: x[i] for name, x in logits.items()}
+                step = _step(len(sequence) + i, token, of_row, self._reference_of)
+                if self._ends(found, step, of_row, text, wrote):
+                    return
 
-    def _take(self, path: AttentionPath) -> None:
-        for one in self._runners.values():
-            one.path = path
+    def _ends(
+        self,
+        found: Written,
+        step: Step,
+        logits: dict[str, torch.Tensor],
+        text: list[int] | None,
+        wrote: Callable[[int], None],
+    ) -> bool:
+        """Take a step in; whether the text ends with it. text: where it is written already."""
+        i = len(found.steps)
+        found.steps.append(step)
+        for arm in self.candidates:
+            own = step.arms.get(arm.name)
+            if own is not None and own.top1 != step.chosen and arm.name not in found.first:
+                sequence = [*self.prompt, *found.text]
+                found.first[arm.name] = self._difference(arm, i, sequence, step, logits)
+                found.own_tokens[arm.name] = self._alone(arm, own.top1, i, text or [])
+        found.text.append(step.chosen if text is None else text[i])
+        if text is None:
+            wrote(step.chosen)
+        if not step.arms["baseline"].finite:
+            found.ended = "the baseline's logits are not finite"
+        elif self._is_end(found.text[-1]):
+            found.ended = "the model ended its text"
+        return found.ended is not None
+
+    def _write_first(self, found: Written, wrote: Callable[[int], None]) -> list[int] | None:
+        """The baseline's text, a token a call; None where it failed."""
+        arm = next(arm for arm in self.arms if arm.role == "baseline")
+        writer = ArmRunner(replace(arm, reference=None), {})
+        stepper = self.stepper.beside([writer])
+        self._read_prompt(stepper, [writer])
+        found.failed_in_prompt = frozenset([arm.name] if writer.failed else [])
+        text: list[int] = []
+        while len(text) < self.settings.n_predict and not (text and self._is_end(text[-1])):
+            logits = stepper.step(torch.tensor((self.prompt + text)[-1:]), scored=1).get(arm.name)
+            if logits is None:
+                found.ended, found.failed_after = "the baseline failed", len(text)
+                self._runners[arm.name].findings = writer.findings.of_failure()
+                return None
+            text.append(int(logits[0].argmax()))
+            wrote(text[-1])
+            if not bool(torch.isfinite(logits).all()):
+                break
+        return text
+
+    def _read_prompt(self, stepper: Stepper, runners: Sequence[ArmRunner]) -> None:
+        """All of the prompt but its last token; what comes after takes each arm's own path."""
+        for one in runners:
+            one.path = "prefill"
+        if len(self.prompt) > 1:
+            stepper.step(torch.tensor(self.prompt[:-1]), scored=0)
+        for one in runners:
+            one.path = one.arm.path
+
+    def _is_end(self, token: int) -> bool:
+        return token == self.tokenizer.eos_id and not self.settings.ignore_eos
 
     @property
     def _reference_of(self) -> dict[str, str]:
@@ -277,19 +363,53 @@ class Generation:
         measure_floor(found, self.stepper, sequence, seed=self.settings.seed)
         return found
 
-    def _alone(self, arm: Arm, token: int, i: int) -> list[int]:
-        """What the candidate writes from here on by itself, `token` first."""
+    def _alone(self, arm: Arm, token: int, i: int, text: Sequence[int]) -> list[int]:
+        """What the candidate writes from here on by itself, `token` first.
+
+        With drafts the baseline's text goes on to be the draft, place by place: of each call the tokens are
+        taken that it agrees with, and the one after them; the cache is cut back to these.
+        """
         assert arm.kernel is not None
-        written = [token]
+        written, room = [token], self.settings.n_predict - i
+        before = len(self.prompt) + i
         branch = self.stepper.branch(ArmRunner(replace(arm, reference=None), {}), after=arm.name)
-        while len(written) < self.settings.n_predict - i:
-            if written[-1] == self.tokenizer.eos_id and not self.settings.ignore_eos:
-                break
-            logits = branch.step(torch.tensor(written[-1:]), scored=1).get(arm.name)
+        while len(written) < room and not self._is_end(written[-1]):
+            if self.settings.draft:
+                branch.cut(before + len(written) - 1)
+            after = i + len(written)
+            draft = text[after : after + self.settings.draft - 1] if self.settings.draft else []
+            logits = branch.step(torch.tensor([written[-1], *draft]), scored=len(draft) + 1).get(arm.name)
             if logits is None:
                 break
-            written.append(int(logits[0].argmax()))
+            for row, drafted in zip(logits, [*draft, None], strict=True):
+                written.append(int(row.argmax()))
+                if written[-1] != drafted or len(written) == room or self._is_end(written[-1]):
+                    break
         return written
+
+
+def _check_cut(architecture: Architecture, draft: int) -> None:
+    """Raises UsageError for a model whose state cannot be cut back to what is taken of a draft."""
+    for layer in range(architecture.sizes.layers):
+        if not architecture.attends(layer):
+            raise UsageError(
+                f"--draft {draft}: layer {layer} of {architecture.file.path} is recurrent, its state cannot"
+                " be cut back to a token; expected a model whose layers all attend"
+            )
+
+
+def _match(settings: GenSettings, architecture: Architecture, device: torch.device) -> list[Match]:
+    """The baseline of each candidate."""
+    if settings.baseline == OWN:
+        return [Match(spec, "") for spec in settings.candidates]
+    return match_baselines(
+        settings.baseline,
+        settings.candidates,
+        architecture,
+        cache_type=settings.cache_type,
+        device=device,
+        path="decode",
+    )
 
 
 def _step(n_kv: int, token: int, logits: dict[str, torch.Tensor], reference_of: dict[str, str]) -> Step:
@@ -305,14 +425,16 @@ def _step(n_kv: int, token: int, logits: dict[str, torch.Tensor], reference_of: 
     arms = {}
     for name, x in logits.items():
         top = x.topk(2)
+        own = int(top.indices[0])
         arms[name] = ArmStep(
             nll=-float(logs[name][first]),
             kld_to_exact=kld(name, "exact"),
             kld_to_baseline=kld(name, reference_of.get(name)),
-            top1=int(top.indices[0]),
+            top1=own,
             top1_margin=float(top.values[0] - top.values[1]),
             target_logit=float(x[first]),
             margin=float(x[first]) - float(x[second]),
             finite=bool(np.isfinite(float(x.sum()))),
+            moved=abs(float(x[first] - x[own]) - float(logits["baseline"][first] - logits["baseline"][own])),
         )
     return Step(n_kv, token, first, arms)

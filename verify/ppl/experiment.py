@@ -26,6 +26,7 @@ from verify.data.corpora import STANDARD_INPUT
 from verify.diff.captured import capture_to, parse_layers
 from verify.judge.run_verdict import run_verdict
 from verify.judge.verdict import Decision
+from verify.kernels.formed import PLAIN_CALLS
 from verify.kernels.kernel import Kernel
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import UNTOLD, build_kernel
@@ -574,7 +575,7 @@ def _arms_of(settings: PplSettings, ratio: int) -> list[Arm]:
         noise=noise,
         engines=settings.against,
         form=settings.form,
-        plain_baselines=settings.baseline == OWN,
+        baseline_form=PLAIN_CALLS if settings.baseline == OWN else None,
     )
 
 

@@ -12,6 +12,7 @@ from verify.kernels.said import visible
 from verify.machine.terminal import counted
 from verify.reports.colours import BASELINE, CANDIDATES, FLOOR
 from verify.reports.drawing import Picture, finish, legend, new_figure, plain_powers
+from verify.reports.path_alone import path_alone_sentence
 from verify.reports.record import StoredGen, gen_command
 from verify.reports.split_mode import shared_out
 from verify.reports.templating import (
@@ -35,7 +36,7 @@ def print_outcome(run: GenRun, page: Path, to: TextIO) -> None:
         print(f"{arm.name} {arm.spec}:", file=to)
         if pair.first_difference is not None:
             print(f"  writes: {visible(arm.text or '')}", file=to)
-        for sentence in pair_sentences(pair):
+        for sentence in pair_sentences(run, pair):
             print(f"  {sentence}", file=to)
     print_verdict(run.verdict, run.reasons, to, run.notes)
     print(f"report: {visible(str(page))}", file=to, flush=True)
@@ -52,9 +53,10 @@ def gen_markdown(stored: StoredGen) -> str:
     return TEMPLATES.get_template("gen.md.j2").render(**_content(stored.run), sections=_sections(stored.run))
 
 
-def pair_sentences(pair: GenPairRecord) -> list[str]:
+def pair_sentences(run: GenRun, pair: GenPairRecord) -> list[str]:
     """What a reader needs to know about one candidate, the first difference before all else."""
     first, tokens = pair.first_difference, pair.tokens
+    arm = next(arm for arm in run.arms if arm.name == pair.candidate)
     if first is not None:
         sentences = list(first.sentences)
         sentences.append(
@@ -68,6 +70,7 @@ def pair_sentences(pair: GenPairRecord) -> list[str]:
                 f"closest at token {pair.closest.step + 1}: the two top tokens were"
                 f" {figure(pair.closest.margin, '%.2g')} nats apart"
             )
+    sentences += [path_alone_sentence(x) for x in run.path_alone if x.candidate == pair.candidate]
     if is_known(pair.margin_moved_rms):
         sentences.append(
             f"over all steps the candidate moves the two top tokens by"
@@ -80,12 +83,14 @@ def pair_sentences(pair: GenPairRecord) -> list[str]:
             f" (99.9 %: {interval(pair.distance_ratio_ci)}; could have seen a ratio from"
             f" {least_ratio(pair.detectable_distance_ratio)})"
         )
+    calls = arm.calls or "one query token a call (T = 1)"
     went = f"{pair.coverage:.1%} of the tokens went through the changed plan"
     if pair.judged_calls is None:
         return [*sentences, went]
+    of_what = "" if arm.calls else " of one query token"
     sentences += [
-        f"{went}, one query token a call (T = 1)",
-        f"{counted(pair.judged_calls, 'call')} of one query token held against exact, at least"
+        f"{went}, {calls}",
+        f"{counted(pair.judged_calls, 'call')}{of_what} held against exact, at least"
         f" {pair.judged_least} a layer",
     ]
     return sentences
@@ -103,7 +108,7 @@ def _sections(run: GenRun) -> list[dict[str, Any]]:
                 lines.append({"arm": name, "margin": first.margins[name], **figures})
         arm = next(arm for arm in run.arms if arm.name == pair.candidate)
         sections.append(
-            {"pair": pair, "arm": arm, "first": first, "lines": lines, "sentences": pair_sentences(pair)}
+            {"pair": pair, "arm": arm, "first": first, "lines": lines, "sentences": pair_sentences(run, pair)}
         )
     return sections
 

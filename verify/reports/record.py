@@ -25,7 +25,7 @@ from verify.ppl.settings import OWN, PplSettings
 
 # In the order of its command line.
 _GEN_SETTINGS = (
-    *("n_predict", "baseline", "candidates", "cache_type", "device", "split_mode", "gpus", "margin"),
+    *("n_predict", "draft", "baseline", "candidates", "cache_type", "device", "split_mode", "gpus", "margin"),
     *("allow_same", "min_coverage", "seed", "ignore_eos"),
 )
 
@@ -152,4 +152,4 @@ def gen_command(run: GenRun) -> str:
     settings = run.settings
     given = "prompt_file" if settings.get("prompt_file") else "prompt"
     asked = {name: settings.get(name) for name in ("model", given, *_GEN_SETTINGS)}
-    return command_line(["gen"], asked, defaults={"split_mode": "layer", "gpus": 1})
+    return command_line(["gen"], asked, defaults={"split_mode": "layer", "gpus": 1, "draft": 0})

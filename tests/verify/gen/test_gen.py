@@ -115,6 +115,24 @@ def test_the_first_difference_and_all_after_it(coarse: tuple[Path, Done, dict[st
     assert first["before"] == PROMPT + common
 
 
+def test_a_text_by_drafts_is_that_of_single_tokens(
+    tiny: Path, coarse: tuple[Path, Done, dict[str, Any]], tmp_path: Path
+) -> None:
+    """What a call has of a refused draft is cut off again: a kernel whose rows are right for any number of
+    tokens writes the same text, whether the baseline's text is its draft or it has none."""
+    plain = coarse[2]
+    more = ("-n", "16", "--draft", "3", "--baseline", "flash", "--candidate", f"py:{KERNELS}::coarse")
+    done, run = gen(tiny, tmp_path / "drafts", *more)
+    first, of_plain = run["pairs"][0]["first_difference"], plain["pairs"][0]["first_difference"]
+    assert first["step"] == of_plain["step"] < 8
+    drafted, single = ({arm["name"]: arm["text"] for arm in one["arms"]} for one in (run, plain))
+    for name in ("baseline", "candidate"):
+        assert single[name].startswith(drafted[name].rstrip("\ufffd"))
+    assert drafted["candidate"] != drafted["baseline"]
+    # Another kernel writes the text: what differs is not the path alone.
+    assert run["path_alone"] == [] and "lossless" not in done.stdout
+
+
 def test_what_a_user_is_told() -> None:
     close = Difference(
         candidate="candidate",

@@ -156,12 +156,13 @@ FOUND = PathAloneRecord(
 @pytest.mark.parametrize(
     ("change", "ends"),
     [
-        ({"bitwise_equal": True}, "with drafts of 4 is the text without, to the bit"),
-        ({}, "with drafts of 4 is the text without, as far as this text shows"),
+        ({"bitwise_equal": True}, "lossless, greedy text with drafts of 4 is the text without, to the bit"),
+        ({}, ": lossless, greedy text with drafts of 4 is the text without, as far as this text shows"),
         ({"n_q": 1}, "greedy text with such calls is the text without, as far as this text shows"),
-        ({"top1_changes": 2, "ties": 2}, "may differ there, and is as good"),
-        ({"top1_changes": 3, "ties": 1}, "2 of them rounding alone does not explain: greedy text with drafts"
-         " of 4 is another text"),
+        ({"top1_changes": 2, "ties": 2}, "decides: lossless but for ties, greedy text with drafts of 4 may"
+         " differ there, and is as good"),
+        ({"top1_changes": 3, "ties": 1}, "2 of them rounding alone does not explain: not lossless, greedy"
+         " text with drafts of 4 is another text"),
         ({"top1_changes": 3, "ties": 1, "not_known": 2}, "not known what rounding alone does there"),
     ],
 )  # fmt: skip
@@ -169,7 +170,7 @@ def test_the_sentence_for_users_of_speculation(change: dict[str, Any], ends: str
     found = replace(FOUND, **change)
     said = path_alone_sentence(found)
     assert said.endswith(ends)
-    assert f"of {found.top1_changes} of 510 scored tokens" in said
+    assert f"of {found.top1_changes} of 510 tokens" in said
     assert "one rounding of noise changes 1 of 510" in said
 
 
