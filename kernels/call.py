@@ -109,6 +109,9 @@ class Call:
     cu_seqlens: torch.Tensor | None = None  # [B + 1] int32, where packed sequences begin in q
     plan: Plan | None = None  # in the place of the kernel's own
     layer: int | None = None  # of the model that makes the call: caches may differ by layer
+    # Sequences that an engine would tell its dispatch of. Those of the batch are none by themselves: windows
+    # lie side by side for speed, each as if alone.
+    told_sequences: int = 1
 
     @property
     def shape(self) -> Shape:
@@ -172,11 +175,13 @@ class Call:
 
     def asked(self, cache_type: str = "f16") -> RowAsked:
         """What a plan is asked about rows of this call. Batch and number of rows never enter; n_q is what
-        engines tell a kernel, the most tokens that a sequence of the call has."""
+        engines tell a kernel, the most tokens that a sequence of the call has, and sequences what
+        `told_sequences` says."""
         asked = self.shape.asked(self.path, cache_type)
         if self.path == "several" and self.cu_seqlens is not None:
             asked = asked._replace(n_q=max(int(self.cu_seqlens.diff().max()), 1))
         return asked._replace(
+            sequences=self.told_sequences,
             sinks=self.sinks is not None,
             sliding_window=self.sliding_window is not None,
             alibi=self.alibi_slopes is not None,

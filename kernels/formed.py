@@ -18,7 +18,7 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
-from verify.kernels.judging.other_forms import STALE, in_pages
+from verify.kernels.judging.other_forms import STALE, in_pages, packed
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import lengths_of
 from verify.kernels.merge import Merge
@@ -44,8 +44,10 @@ class CallForm:
         """Whether a window's rows go `n_q` at a time."""
         return self.n_q > 1 or self.sequences > 1 or self.one_by_one
 
-    def calls_of(self, rows: int) -> int:
+    def calls_of(self, rows: int, path: AttentionPath = "decode") -> int:
         """How many calls a window of so many rows is part of."""
+        if path == "prefill":
+            return 2 if self.sequences > 1 else 1
         return -(-rows // self.n_q) if self.in_steps else 1
 
     def __str__(self) -> str:
@@ -67,11 +69,12 @@ def whole_path(path: AttentionPath) -> AttentionPath:
 
 
 class _Piece(NamedTuple):
-    """One call, and where the rows of its result go: sequences of the whole call, and rows [N, t] of each."""
+    """One call, and where the rows [N, t] of its result go: sequence and row of the whole call, of each."""
 
     call: Call
-    sequences: range
-    rows: torch.Tensor
+    sequence: torch.Tensor  # [N or 1, 1 or t]
+    row: torch.Tensor  # [N, t]
+    sequences: int  # in the call
 
 
 class FormedKernel(Kernel):
@@ -79,8 +82,10 @@ class FormedKernel(Kernel):
 
     A call of the path decode is one of whole windows [B, T]: its rows go `n_q` at a time, each against the
     keys so far, rounded up as engines hold them; the rows that are left over come first. Of several sequences
-    each is at another place of its window, so that no two of a call see as many keys. What has a form
-    already, or is of the path `several`, is passed on.
+    each is at another place of its window, so that no two of a call see as many keys. Of a prefill of several
+    sequences each window is read in two pieces, cut at a place of its own: the first pieces are one call with
+    packed tokens, of unlike length, the others the next. What has a form already, or is of the path
+    `several`, is passed on.
     """
 
     def __init__(self, inner: Kernel, form: CallForm) -> None:
@@ -98,13 +103,15 @@ class FormedKernel(Kernel):
         ran: Counter[RowKind] = Counter()
         for piece in self._pieces(call):
             found = self.inner.run(piece.call)
-            at = torch.tensor(piece.sequences, device=call.q.device)[:, None], piece.rows
+            at = piece.sequence, piece.row
             out[at], lse[at] = found.out.to(out.dtype), found.lse.to(lse.dtype)
             for (_, n_kv, signature), rows in found.launched.rows.items():
                 # Calls are made here, and so their form is known here.
                 formed = signature._replace(page=self.form.page)
                 if self._in_steps(call):
-                    formed = formed._replace(tokens=piece.rows.shape[1], sequences=len(piece.sequences))
+                    formed = formed._replace(tokens=piece.row.shape[1])
+                if self._in_steps(call) or self._in_packs(call):
+                    formed = formed._replace(sequences=piece.sequences)
                 ran[self._path_of(call), n_kv, formed] += rows
         return Result(out, lse, Launched(ran))
 
@@ -152,6 +159,10 @@ class FormedKernel(Kernel):
         """Whether rows go some at a time."""
         return call.path == "decode" and self.form.in_steps
 
+    def _in_packs(self, call: Call) -> bool:
+        """Whether sequences lie one behind the other."""
+        return call.path == "prefill" and self.form.sequences > 1
+
     def _path_of(self, call: Call) -> AttentionPath:
         """What traces call the path of a window's rows."""
         return "several" if call.path == "decode" and self.form.n_q > 1 else call.path
@@ -169,19 +180,27 @@ class FormedKernel(Kernel):
         if self._is_formed(call):
             return self._worded(call)
         own = _of_sequences(call, range(1))
+        some = _paged(own, self.form.page)
         rows = torch.arange(own.q.shape[1], device=own.q.device)
-        if self._in_steps(call):
-            rows = rows[-self.form.n_q :]
-        return self._piece(_paged(own, self.form.page), call, range(1), rows[None]).call
+        if self._in_packs(call):
+            last = packed(some)
+        else:
+            if self._in_steps(call):
+                rows = rows[-self.form.n_q :]
+            last = self._piece(some, call, range(1), rows[None]).call
+        return replace(last, told_sequences=self.form.sequences)
 
     def _pieces(self, call: Call) -> Iterator[_Piece]:
         """The calls that a call of whole windows becomes; together they have each of its rows once."""
         batch, count = call.q.shape[:2]
         device = call.q.device
-        at_once = self.form.sequences if self._in_steps(call) else batch
+        at_once = self.form.sequences if self._in_steps(call) or self._in_packs(call) else batch
         for first in range(0, batch, at_once):
             own = range(first, min(first + at_once, batch))
             some = _paged(_of_sequences(call, own), self.form.page)
+            if self._in_packs(call):
+                yield from _packs(some, own)
+                continue
             if not self._in_steps(call):
                 rows = torch.arange(count, device=device).expand(len(own), -1)
                 yield self._piece(some, call, own, rows)
@@ -198,8 +217,11 @@ class FormedKernel(Kernel):
 
     def _piece(self, some: Call, call: Call, own: range, rows: torch.Tensor) -> _Piece:
         """Rows [N, t] of the sequences `own` of a call; some: these alone, in pages where they are to be."""
+        of_whole = torch.tensor(own, device=rows.device)[:, None]
+        told = len(own) if self._in_steps(call) else 1
+        path = self._word(self._path_of(call))
         if rows.shape[1] == some.q.shape[1]:
-            return _Piece(replace(some, path=self._word(self._path_of(call))), own, rows)
+            return _Piece(replace(some, path=path, told_sequences=told), of_whole, rows, len(own))
         at = torch.arange(len(own), device=rows.device)[:, None], rows
         kv_len = some.kv_len[at]
         longest = lengths_of(kv_len).greatest
@@ -221,10 +243,12 @@ class FormedKernel(Kernel):
                 kv_len=kv_len,
                 keys=None if some.keys is None else some.keys[at],
                 block_table=table,
-                path=self._word(self._path_of(call)),
+                path=path,
+                told_sequences=told,
             ),
-            own,
+            of_whole,
             rows,
+            len(own),
         )
 
 
@@ -250,6 +274,32 @@ def _of_sequences(call: Call, own: range) -> Call:
         keys=None if call.keys is None else call.keys[at],
         mask=call.mask if call.mask is None or len(call.mask) == 1 else call.mask[at],
     )
+
+
+def _packs(some: Call, own: range) -> Iterator[_Piece]:
+    """The two calls of a prefill of some sequences, which are `own` of a whole call."""
+    count, device = some.q.shape[1], some.q.device
+    cuts = [(i + 1) * count // (len(own) + 1) for i in range(len(own))]
+    for pieces in ([range(cut) for cut in cuts], [range(cut, count) for cut in cuts]):
+        lengths = torch.tensor([len(rows) for rows in pieces])
+        if not int(lengths.sum()):
+            continue
+        of_some = torch.repeat_interleave(torch.arange(len(own)), lengths)[None].to(device)
+        row = torch.tensor([i for rows in pieces for i in rows], device=device)[None]
+        at, table = (of_some, row), some.block_table
+        if table is not None:
+            n_kv = [int(some.kv_len[i, rows[-1]]) if rows else 0 for i, rows in enumerate(pieces)]
+            table = _with_stale_ends(table, torch.tensor(n_kv, device=device), some.k.shape[1])
+        call = replace(
+            some,
+            q=some.q[at],
+            kv_len=some.kv_len[at],
+            keys=None if some.keys is None else some.keys[at],
+            block_table=table,
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32),
+            told_sequences=len(own),
+        )
+        yield _Piece(call, of_some + own.start, row, len(own))
 
 
 def _paged(call: Call, page: int) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from verify.kernels.bits import same_bits
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import Call, Result, checked_call
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.eager import EagerKernel
 from verify.kernels.errors import KernelFailure
 from verify.kernels.exact import exact_attention
 from verify.kernels.formed import CallForm, FormedKernel, in_form
+from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
 from verify.kernels.trace import LaunchTrace
 
@@ -28,11 +31,11 @@ FORMS = [
 ]
 
 
-def windows(batch: int = 3, rows: int = 23, *, ratio: int = 3, before: int = 0) -> Call:
+def windows(batch: int = 3, rows: int = 23, *, ratio: int = 3, before: int = 0, size: int = 16) -> Call:
     """Whole windows, each row as if alone; before: keys of a prompt, that every row sees."""
     draw = torch.Generator().manual_seed(5)
     q, k, v = (
-        torch.randn(batch, n, heads, 16, generator=draw).half()
+        torch.randn(batch, n, heads, size, generator=draw).half()
         for n, heads in ((rows, 2 * ratio), (before + rows, 2), (before + rows, 2))
     )
     kv_len = (before + 1 + torch.arange(rows, dtype=torch.int32)).expand(batch, -1).contiguous()
@@ -99,6 +102,56 @@ def test_what_ran_says_tokens_pages_and_sequences() -> None:
     assert kinds == {("several", n, 8, b) for n in (3, 4) for b in (1, 2)}
     lines = [line.to_json() for line in LaunchTrace([launched]).coverage()]
     assert {(x["path"], x["tokens_a_call"], x["page"], x["sequences"]) for x in lines} == kinds
+
+
+@pytest.mark.parametrize("page", [0, 8])
+def test_a_prefill_of_sequences_is_two_calls_of_unlike_pieces(
+    page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = replace(windows(4, before=2), path="prefill")
+    kernel = FormedKernel(build_kernel("eager:block=16"), CallForm(page=page, sequences=3))
+    result = kernel.run(call)
+    assert float((result.out.double() - exact_attention(call).out).abs().max()) < 1e-3
+    assert sum(result.launched.rows.values()) == call.kv_len.numel()
+    assert {(path, s.page, s.sequences) for path, _, s in result.launched.rows} == {
+        ("prefill", page, 3), ("prefill", page, 1)
+    }  # fmt: skip
+    asked = asked_of(kernel, call, monkeypatch)
+    pieces = [one.cu_seqlens.diff().tolist() for one in asked if one.cu_seqlens is not None]
+    # Three windows of 23 rows are cut at a quarter, the half and three quarters; the one left at the half.
+    assert pieces == [[5, 11, 17], [18, 12, 6], [11], [12]]
+    first = asked[0].kv_len[0].tolist()
+    assert [first[4], first[5], first[15], first[16]] == [7, 3, 13, 3]
+    if page:
+        # Five rows after two keys see seven: one page of eight.
+        assert asked[0].block_table is not None
+        assert (asked[0].block_table[0, 1:] == torch.tensor([2**31 - 1, 0, -1, 2**31 - 1])).all()
+    assert kernel.refuses(call) is None
+    assert in_form(build_kernel("sdpa:math"), kernel.form).refuses(call) is not None
+
+
+def test_a_policy_is_told_of_the_sequences_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp has its vector kernel, a head at a time, for one sequence alone."""
+    call, kernel = windows(ratio=4, size=64), build_kernel("eager:policy=mainline-2026-10")
+
+    def groups(of: Kernel) -> set[tuple[int, ...]]:
+        return {s.head_groups for _, _, s in of.run(call).launched.rows}
+
+    assert groups(kernel) == {(1, 1, 1, 1)}
+    together = in_form(kernel, CallForm(sequences=3))
+    assert groups(together) == {(4,)}
+    told: list[int] = []
+    arithmetic_of = EagerKernel.arithmetic_of
+
+    def noting(of: EagerKernel, one: Call) -> Arithmetic:
+        told.append(one.told_sequences)
+        return arithmetic_of(of, one)
+
+    monkeypatch.setattr(EagerKernel, "arithmetic_of", noting)
+    together.arithmetic_of(call)
+    assert told == [3]
+    # Of three windows by twos the last is alone.
+    assert groups(in_form(kernel, CallForm(sequences=2))) == {(4,), (1, 1, 1, 1)}
 
 
 def test_some_tokens_go_by_prefill_where_a_kernel_has_no_other_path(monkeypatch: pytest.MonkeyPatch) -> None:

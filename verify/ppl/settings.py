@@ -127,11 +127,6 @@ class PplSettings:
             raise UsageError(f"--pages {self.pages}: expected keys a page from 1, or 0 for none")
         if self.sequences < 1:
             raise UsageError(f"--sequences {self.sequences}: expected at least 1")
-        if self.sequences > 1 and self.path not in ("decode", "several"):
-            raise UsageError(
-                f"--sequences {self.sequences}: expected --path decode or several beside it: windows of a"
-                " prefill are of one length"
-            )
         if self.sequences > 1 and self.chunks > 0 and self.chunks < self.sequences:
             raise UsageError(
                 f"--sequences {self.sequences}: expected as many windows at least, --chunks is {self.chunks}"

@@ -9,7 +9,8 @@ from verify.ppl.record import PathAloneRecord
 def path_alone_sentence(found: PathAloneRecord) -> str:
     """For a reader who speculates, pages or batches: lossless or not, and whether what differs is a tie."""
     said = (
-        f"{found.candidate}: {found.calls} instead of plain ones of one token change the most likely token of"
+        f"{found.candidate}: {found.calls} instead of plain ones{' of one token' if found.n_q > 1 else ''}"
+        f" change the most likely token of"
         f" {found.top1_changes} of {counted(found.tokens, 'token')}"
     )
     if found.floor_tokens:

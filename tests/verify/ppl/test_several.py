@@ -73,6 +73,7 @@ def test_single_tokens_are_not_laid_beside_calls_of_some(tiny: Tiny, tmp_path: P
         (["--pages", "8"], "decode", 0, 8, 1),
         (["--pages", "8", "--path", "prefill"], "prefill", 0, 8, 1),
         (["--sequences", "2"], "decode", 1, 0, 2),
+        (["--sequences", "2", "--path", "prefill"], "prefill", 0, 0, 2),
         (["--path", "several", "--n-q", "2", "--pages", "16", "--sequences", "2"], "several", 2, 16, 2),
     ],
 )
@@ -123,7 +124,7 @@ def test_a_run_in_forms_goes_on_where_it_stopped(tiny: Tiny, tmp_path: Path) -> 
         (["--pages", "-1"], "--pages -1: expected keys a page from 1"),
         (["--sequences", "0"], "--sequences 0: expected at least 1"),
         (["--sequences", "3"], "--sequences 3: expected as many windows at least, --chunks is 2"),
-        (["--sequences", "2", "--path", "prefill"], "--sequences 2: expected --path decode or several"),
+        (["--sequences", "2", "--path", "prefill", "--candidate", "sdpa:math"], "takes no packed sequences"),
         (["--baseline", "own"], "--baseline own: is the candidate's own kernel in plain calls"),
         (["--pages", "16", "--candidate", "sdpa:math"], "'sdpa:math' does not fit this model: "),
         (["--pages", "16", "--candidate", f"py:{KERNELS}::good"], "does not fit this model: takes no pages"),

@@ -221,7 +221,10 @@ def pair_record(
         changed_n_kv=(min(changed.n_kv), max(changed.n_kv)) if changed.n_kv else None,
         detectable_distance_ratio=distance.detectable if distance else None,
         judged_calls=judged_calls(
-            result, name, calls_of_window=candidate.form.calls_of(rows), sequences=candidate.form.sequences
+            result,
+            name,
+            calls_of_window=candidate.form.calls_of(rows, candidate.path),
+            sequences=candidate.form.sequences,
         ),
     )
 
