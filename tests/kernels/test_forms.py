@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from support.mypkg import ops
 from support.named import named
-from verify.kernels.call import Call
+from verify.kernels.call import Call, checked_call
 from verify.kernels.errors import KernelFailure, SpecError
 from verify.kernels.exact import exact_attention
 from verify.kernels.foreign.forms import Wanted
@@ -107,6 +107,39 @@ def test_packed_tokens_are_given_their_bounds(mask: str) -> None:
     kernel = FunctionKernel(ops.packed, wanted=Wanted(mask=mask))
     assert kernel.form.layout == "thd"
     assert is_right(kernel, decode()) and is_right(kernel, prefill())
+
+
+@pytest.mark.parametrize(
+    ("kv_len", "bounds"),
+    [
+        ([[3, 4, 5], [7, 8, 9]], [([0, 3, 6], [0, 5, 14], 3, 9, True)]),
+        # What is no triangle goes a row at a time, of both sequences together.
+        ([[5, 4], [0, 9]], [([0, 1, 2], [0, 5, 14], 1, 9, False), ([0, 1], [0, 4], 1, 4, False)]),
+        # A triangle is asked after rows that see all keys.
+        ([[2, 3], [5, 9]], [
+            ([0, 1], [0, 5], 1, 5, False), ([0, 1], [0, 9], 1, 9, False), ([0, 2], [0, 3], 2, 3, True),
+        ]),
+    ],
+)  # fmt: skip
+def test_keys_of_several_sequences_are_packed_in_one_call(
+    kv_len: list[list[int]], bounds: list[tuple[Any, ...]]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def noting(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal=False):
+        ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        asked.append((*ends, max_seqlen_q, max_seqlen_k, causal))
+        return ops.packed(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+        )
+
+    kernel = FunctionKernel(noting, wanted=Wanted(mask="causal"))
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, n, 2, 16, generator=generator) for n in (len(kv_len[0]), 9, 9))
+    call = checked_call(q, k, v, kv_len=torch.tensor(kv_len, dtype=torch.int32), scale=0.25, path="prefill")
+    asked.clear()
+    assert is_right(kernel, call)
+    assert asked == bounds
 
 
 def test_one_without_shared_heads_is_asked_for_a_ratio_of_one() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -116,6 +116,8 @@ class Form:
             return self._formed(q, k, v, kv_len, form, scale=scale, **given)
         if self.way == "mask":
             return self._once(q, k, v, kv_len=kv_len, scale=scale, seen=form.get("mask"), **given)
+        if "packed" in self.names and self.way != "square":
+            return self._packed_pieces(q, k, v, kv_len, scale, given)
         outs, lses = [], []
         together = bool((kv_len == kv_len[:1]).all()) and self.layout != "thd"
         for b in [slice(None)] if together else [slice(i, i + 1) for i in range(len(q))]:
@@ -196,6 +198,40 @@ class Form:
             out = q.new_zeros((*q.shape[:3], v.shape[-1]))
         return out, lse
 
+    def _packed_pieces(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_len: torch.Tensor,
+        scale: float,
+        given: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first pieces of all sequences in one call, queries and keys packed one behind the other; then
+        the second ones."""
+        out, lse = q.new_zeros((*q.shape[:3], v.shape[-1])), None
+        waiting = [[piece for piece in pieces(own, self.way) if piece[1]] for own in kv_len.tolist()]
+        # A row by itself sees all keys: of a triangle it is asked without the rows that have one.
+        alone = [[piece for piece in own if not isinstance(piece[0], slice)] for own in waiting]
+        triangles = [[piece for piece in own if isinstance(piece[0], slice)] for own in waiting]
+        for of_kind in (alone, triangles):
+            for wave in zip_longest(*of_kind):
+                some = [(b, *piece) for b, piece in enumerate(wave) if piece is not None]
+                asked = torch.cat([q[b, rows] for b, rows, _ in some])[None]
+                keys, values = (torch.cat([x[b, :n] for b, _, n in some])[None] for x in (k, v))
+                counts = [len(q[b, rows]) for b, rows, _ in some], [n for _, _, n in some]
+                found, its = self._once(asked, keys, values, kv_len=None, scale=scale, counts=counts, **given)
+                if out.dtype != found.dtype:
+                    out = out.to(found.dtype)
+                if its is not None and lse is None:
+                    lse = its.new_full(out.shape[:3], -math.inf)
+                for (b, rows, _), part in zip(some, found[0].split(counts[0]), strict=True):
+                    out[b, rows] = part
+                if its is not None and lse is not None:
+                    for (b, rows, _), part in zip(some, its[0].split(counts[0]), strict=True):
+                        lse[b, rows] = part
+        return out, lse
+
     def _once(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool = False, **given: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,12 +252,14 @@ class Form:
         scale: float,
         seen: torch.Tensor | None = None,
         packed: bool = False,
+        counts: tuple[list[int], list[int]] | None = None,
         **given: Any,
     ) -> tuple[list[Any], dict[str, Any]]:
         """What one call is given: q, k, v in the callable's order of dimensions (lengths and scale behind
         them where it has no keywords), and keywords.
 
-        seen: a mask that the call has; packed: q is [1, sum T, ...], of which the callable gets [sum T, ...].
+        seen: a mask that the call has; packed: q is [1, sum T, ...], of which the callable gets [sum T, ...];
+        counts: query tokens and keys of each sequence, where q, k and v hold some one behind the other.
         """
         words: dict[str, Any] = {**self.options, **given}
         lengths = kv_len[0] if packed and kv_len is not None else kv_len
@@ -234,12 +272,11 @@ class Form:
             words[self.names["mask"]] = self._seen(k, kv_len, seen)
         if self.way in ("causal", "square") and (name := self.names.get("causal")):
             # One row sees all keys: some, torch's among them, count a triangle from the first key on.
-            words[name] = q.shape[1] > 1
-        rows = q.shape[1]
+            words[name] = (q.shape[1] if counts is None else max(counts[0])) > 1
         if "packed" in self.names:
-            # One sequence at a time where a callable takes no lengths.
-            ends = [torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (rows, k.shape[1])]
-            words |= dict(zip(PACKED_NAMES, (*ends, rows, k.shape[1]), strict=True))
+            each = counts or ([q.shape[1]], [k.shape[1]])
+            ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=q.device) for n in each]
+            words |= dict(zip(PACKED_NAMES, (*ends, *map(max, each)), strict=True))
         native = [q[0] if packed else self._given(q), self._given(k), self._given(v)]
         return [*native, lengths, scale] if self.by_position else native, words
 
