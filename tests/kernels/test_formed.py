@@ -178,17 +178,23 @@ def test_what_a_kernel_has_not_is_refused_in_one_line(monkeypatch: pytest.Monkey
         in_form(kernel, CallForm(n_q=17))
 
 
-def test_its_arithmetic_is_that_of_the_calls_that_it_is_asked() -> None:
+def test_its_arithmetic_is_that_of_the_calls_that_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     # A policy splits 12 heads for one token alone.
     call = windows(1, ratio=12)
     kernel = build_kernel("eager:policy=ik-1183,threshold=1,kv=2,block=16")
     assert {s.head_groups for _, _, s in kernel.run(call).launched.rows} == {(8, 4)}
     formed = in_form(kernel, CallForm(n_q=4))
     assert {s.head_groups for _, _, s in formed.run(call).launched.rows} == {(4, 4, 4)}
-    last = formed.inner.arithmetic_of(  # type: ignore[attr-defined]
-        checked_call(call.q[:, -4:], call.k, call.v, kv_len=call.kv_len[:, -4:], scale=0.25, path="several")
-    )
-    assert formed.arithmetic_of(call).depths(23) == last.depths(23)
+    asked: list[tuple[str, list[list[int]]]] = []
+    arithmetic_of = EagerKernel.arithmetic_of
+
+    def noting(of: EagerKernel, one: Call) -> Arithmetic:
+        asked.append((one.path, one.kv_len.tolist()))
+        return arithmetic_of(of, one)
+
+    monkeypatch.setattr(EagerKernel, "arithmetic_of", noting)
+    formed.arithmetic_of(call)
+    assert asked == [("several", [[20, 21, 22, 23]])]
 
 
 @pytest.mark.parametrize(("word", "told"), [("", "prefill"), ("SEVERAL = 'several'\n", "several")])
