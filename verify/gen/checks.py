@@ -184,10 +184,14 @@ def _rows_to_check(distance: torch.Tensor, oracle: torch.Tensor, bad: torch.Tens
     return torch.cat((spread, worst, first_bad)).unique()
 
 
-def log_squares(checks: Sequence[StepCheck], candidate: str, reference: str) -> list[float]:
+def log_squares(
+    checks: Sequence[StepCheck], candidate: str, reference: str, *, text_alone: bool = False
+) -> list[float]:
     """ln(square error of the candidate / of the reference) of each call, the mean over its layers and steps:
-    the rows of a call share its layers, so that only calls are independent."""
-    errors = {(c.call, c.step, c.layer, c.arm): max(c.square_error, _SMALLEST_SQUARE) for c in checks}
+    the rows of a call share its layers, so that only calls are independent. text_alone: without the prompt,
+    which no draft is in."""
+    asked = [c for c in checks if c.step >= 0 or not text_alone]
+    errors = {(c.call, c.step, c.layer, c.arm): max(c.square_error, _SMALLEST_SQUARE) for c in asked}
     by_call: dict[int, list[float]] = {}
     for (call, step, layer, arm), square in errors.items():
         other = errors.get((call, step, layer, reference))

@@ -49,7 +49,8 @@ def pair_record(
     baseline = next(arm for arm in generation.arms if arm.name == candidate.reference)
     of_candidate, of_baseline = findings[candidate.name], findings[baseline.name]
     equal = bool(steps) and of_candidate.kept_all_bits
-    logs = log_squares(generation.exact.checks, candidate.name, baseline.name)
+    drafts = generation.settings.draft > 0
+    logs = log_squares(generation.exact.checks, candidate.name, baseline.name, text_alone=drafts)
     enough = bool(steps) and len(logs) >= FEWEST_SAMPLES
     both = candidate.name, baseline.name
     finite = all(c.nonfinite == 0 for c in generation.exact.checks if c.arm in both)

@@ -107,6 +107,10 @@ def test_steps_of_one_call_are_one_sample() -> None:
         for i, (square, call) in enumerate(zip(squares, (0, 0, 1), strict=True))
     ]
     assert log_squares(checks, "candidate", "baseline") == pytest.approx([math.log(8), 0.0])
+    prompt = [check(-1, arm=arm, square_error=9.0) for arm in errors]
+    assert log_squares([*prompt, *checks], "candidate", "baseline")[0] == 0
+    of_text = log_squares([*prompt, *checks], "candidate", "baseline", text_alone=True)
+    assert of_text == pytest.approx([math.log(8), 0.0])
 
 
 def test_a_baseline_that_failed_as_it_wrote_is_placed_there() -> None:
