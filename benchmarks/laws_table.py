@@ -55,7 +55,9 @@ def main() -> None:
         shown, spec = text.split("==", 1) if "==" in text else (text, text)
         print(f"{shown} on {chosen.device}", file=sys.stderr, flush=True)
         run = props(spec, chosen.device, chosen.examples)
-        found = [old for old in found if old["shown"] != shown] + [{"shown": shown, **run}]
+        # In its own place: columns stay where they were.
+        by_name = {old["shown"]: old for old in found} | {shown: {"shown": shown, **run}}
+        found = list(by_name.values())
         path.write_text(json.dumps(found, indent=1) + "\n")
     write_page()
 
