@@ -68,6 +68,10 @@ class RowFigures(NamedTuple):
     # Whether the bound says nothing, bool.
     vacuous: torch.Tensor
 
+    def of_rows(self, rows: slice) -> RowFigures:
+        """Those of some rows of every sequence."""
+        return RowFigures._make(x[:, rows] for x in self)
+
     @property
     def severity(self) -> torch.Tensor:
         """How many times what is allowed each row errs by, infinite for NaN and Inf: to find the worst."""

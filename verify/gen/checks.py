@@ -21,7 +21,6 @@ from verify.arms.own_error import worst_rows
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.figures import (
-    RowFigures,
     budget_fault,
     gain_of,
     pooled_gain,
@@ -137,7 +136,7 @@ class CheckedExact:
         # Each row of the text is a step, those of the prompt are one together.
         steps = [(i, slice(i, i + 1)) for i in range(len(rows))] if in_text else [(0, slice(None))]
         for i, at in steps:
-            figure = RowFigures(*(x[:, at] for x in figures))
+            figure = figures.of_rows(at)
             worst, head = divmod(int(figure.severity.argmax()), error.shape[2])
             if self.common_cache:
                 square, power = error[:, at].square().sum(), exact[:, at].square().sum()
