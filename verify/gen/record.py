@@ -66,9 +66,9 @@ class FirstDifference:
 class Disagreement:
     """A step at which the candidate prefers another token than the baseline's."""
 
-    step: int
-    baseline_token: str
-    candidate_token: str
+    step: int  # counted from 0
+    baseline_token: str  # its text
+    candidate_token: str  # its text
     margin: float  # nats between the baseline's two most likely tokens
     moved: float = NOT_KNOWN  # nats by which the candidate moves the two tokens apart
     floor: float = NOT_KNOWN  # the same of one rounding of noise there, by the floor arm's divergence

@@ -133,12 +133,12 @@ class Step(NamedTuple):
 class Written:
     """All that the loop found."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)  # in the order of the text
     text: list[int] = field(default_factory=list)  # tokens, as they were given to all arms
-    first: dict[str, Difference] = field(default_factory=dict)
-    own_tokens: dict[str, list[int]] = field(default_factory=dict)
-    ended: str | None = None
-    failed_in_prompt: frozenset[str] = frozenset()
+    first: dict[str, Difference] = field(default_factory=dict)  # candidate -> its first
+    own_tokens: dict[str, list[int]] = field(default_factory=dict)  # candidate -> what it writes from there
+    ended: str | None = None  # why before all tokens were written
+    failed_in_prompt: frozenset[str] = frozenset()  # arms
     failed_after: int | None = None  # tokens that the baseline wrote before it failed, where it wrote first
 
 
