@@ -281,7 +281,7 @@ def check_attention(
         (pages, packed tokens, masks, lists of keys) those that fn takes.
     seeds, first_seed: draws of every family, and the first. rows: query tokens a draw, at least 2.
     margin: an error so many times the baseline's is `round-off`; significantly beyond it `degraded`.
-    device: "cpu", "cuda"; default cuda where there is one.
+    device: where fn runs, "cpu" or "cuda"; default cuda where there is one.
     isolate: run fn in a process of its own: a crash or a hang is then a finding. fn must be importable.
     store: write what the baseline did to this file; against_stored: such a file, in the place of running the
         baseline again, refused where settings, rules or inputs are others (docs/library.md).
