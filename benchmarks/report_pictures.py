@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ PAGE, PICTURES = ROOT / "docs/reports.md", ROOT / "docs/pictures"
 # Width of a window, and how much of a page is shown.
 WIDTHS = {1280: 1700, 400: 2000}
 MOST_BYTES = 150_000
-KERNELS = "tests/support/user_kernels.py"
+KERNELS = "user_kernels.py"
 SMALL = ("--corpus", "own-code", "-c", "64", "--chunks", "2", "--device", "cpu")
 
 
@@ -100,6 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = (asked.work or Path(temporary)).absolute()
         write_logs(work)
+        shutil.copy(ROOT / "tests/support" / KERNELS, work)
         for run in chosen:
             make(run, work)
         PICTURES.mkdir(exist_ok=True)
@@ -130,7 +132,7 @@ def make(run: Run, work: Path) -> None:
         saved = words.rpartition(" ")[2]
         if saved.endswith(".kld") and (work / saved).is_file():
             continue
-        split = [word.replace("%20", " ").replace(KERNELS, str(ROOT / KERNELS)) for word in words.split()]
+        split = [word.replace("%20", " ") for word in words.split()]
         print("verify", *split, flush=True)
         done = subprocess.run([sys.executable, "-m", "verify", *split], cwd=work, check=False)
         if done.returncode not in (0, 1, 3):
@@ -168,7 +170,10 @@ def write_page(work: Path) -> None:
         parts.append(
             f"## {run.name}\n\n{run.shows[0].upper()}{run.shows[1:]}{said}:\n\n    verify {words}\n\n{sides}"
         )
-    made = f"Made at {commit()} on a CPU ({platform.machine()}) by `benchmarks/report_pictures.py`."
+    made = (
+        f"Runs made at {commit()} on a CPU ({platform.machine()}) by `benchmarks/report_pictures.py`; kernels"
+        " are those of `tests/support/user_kernels.py`."
+    )
     PAGE.write_text(between_marks(PAGE.read_text(), made + "\n\n" + "\n\n".join(parts)))
 
 

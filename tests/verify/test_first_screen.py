@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -78,10 +80,13 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("mistaken")
     for name, content in {
         "short.txt": b"hello", "empty.txt": b"", "wide.txt": "plain".encode("utf-16-le"),
-        "latin.txt": b"caf\xe9 au lait", "not.gguf": b"{}", "folder/x": b"x",
+        "latin.txt": b"caf\xe9 au lait", "not.gguf": b"{}", "folder/x": b"x", "list.json": b"[1, 2]",
+        "half.py": b"def attend(q:\n", "lines.jsonl": b'{"a": 1}\nno record\n',
+        "huge.gguf": b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60),
     }.items():  # fmt: skip
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(content)
+    os.mkfifo(base / "pipe")
     return base
 
 
@@ -155,7 +160,7 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("props", "flash", "--law", "no-law"), "unknown law"),
         (("props", "flash", "--case", "{}"), "needs the --law"),
         (("judge",), "file"),
-        (("judge", "short.txt"), "which of nothing is the kernel"),
+        (("judge", "short.txt"), "short.txt: expected a kernel, found no function and no class"),
         (("identify", "flish"), "did you mean 'flash'"),
         (("identify", "eager", "--regimes", "some"), "expected quick or full"),
         (("kld", "not.gguf", "short.txt"), "not a logits file"),
@@ -165,6 +170,37 @@ def mistaken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("logits", "-f", "short.txt", "--out", "x.txt"), "expected a file that ends in .npz"),
         (("list", "--kernels"), "No such option"),
         (("--verison",), "--version"),
+        # As a stranger would: other kinds of files, numbers that no machine holds, what is not there.
+        (("judge", "folder"), "folder: expected a file of Python, found a folder"),
+        (("judge", "list.json"), "expected an object, a definition or a solution"),
+        (("judge", "half.py"), "half.py: is no Python: '(' was never closed"),
+        (("kld", "pipe", "pipe"), "pipe: is a pipe, expected a file"),
+        (("kld", "folder", "folder"), "folder: cannot be read: Is a directory"),
+        (("logprobs", "lines.jsonl", "lines.jsonl"), "line 2 is not whole JSON: expected a record a line"),
+        (("logprobs", "empty.txt", "empty.txt"), "empty.txt: is empty"),
+        (("explain", "--texts", "list.json"), "requires 2 arguments"),
+        (("explain", "--logits", "empty.txt", "empty.txt"), "not a logits file"),
+        (("diff", "--n-kv", "9" * 20, "--shape", "12/2x64"), "are free on"),
+        (("diff", "--shape", "0/0x0"), "expected heads and head sizes from 1"),
+        (("diff", "--rows", "-1"), "--rows -1: expected at least 2"),
+        (("diff", "--margin", "nan"), "--margin nan: expected a ratio above 1"),
+        (("diff", "--against-stored", "empty.txt"), "expected what --store wrote"),
+        (("diff", "--store", "folder"), "is a folder, expected the name of a file"),
+        (("diff", "--captured-from", "folder"), "no captured layers there"),
+        (("props", "eager", "--junit", "folder"), "--junit folder: is a folder"),
+        (("props", "ggml:lib=no-such.so"), "no-such.so: no such file"),
+        (("bench", "flash", "--n-kv", "1" + "0" * 13), "are free on"),
+        (("plan", "-m", "short.txt"), "is not a GGUF file"),
+        (("plan", "--shape", "glm-4.5-air", "--gpus", "0"), "--gpus 0: expected at least 1"),
+        (
+            ("engines", "--a", "no", "--b", "no", "-m", "not.gguf", "-f", "short.txt"),
+            "no such file or folder",
+        ),
+        (("ladder", "-m", "huge.gguf", "-f", "short.txt"), "the header is broken, or cut off"),
+        (("logits", "-f", "short.txt", "-n", "0", "--out", "x.npz"), "-n 0: expected at least 1"),
+        (("report", "short.txt"), "no run.json there"),
+        (("ppl", "--resume", "short.txt"), "expected the folder of a run"),
+        (("tolerance", "eager", "--n-kv", "-5"), "--n-kv -5"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -161,8 +161,11 @@ def kernel_of_file(target: str) -> tuple[str, str | None]:
     first, _, options = text.partition(",")
     file = Path(first[3:].partition("::")[0])
     if not file.is_file():
-        raise UsageError(f"{file}: no such file")
+        found = "found a folder" if file.is_dir() else "no such file"
+        raise UsageError(f"{file}: expected a file of Python, {found}")
     defined = names_defined(file)
+    if not defined:
+        raise UsageError(f"{file}: expected a kernel, found no function and no class")
     if "::" not in first:
         name = next((name for name in NAMES if name in defined), None)
         if name is None:

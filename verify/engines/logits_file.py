@@ -105,6 +105,9 @@ class LogitsFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_fifo():
+            # Its records are read in any order; and a pipe that nobody writes would be waited for.
+            raise UsageError(f"{path}: is a pipe, expected a file")
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as error:

@@ -169,7 +169,7 @@ def _json_lines(text: str, path: Path) -> list[Any] | None:
         except (ValueError, RecursionError):
             if found or any(f'"{key}"' in text for key in _TELLING):
                 where = f"line {number}" if len(lines) > 1 else "the file"
-                cut = number == lines[-1][0]
+                cut = number == lines[-1][0] and line.lstrip()[:1] in ("{", "[")
                 why = "it is cut off" if cut else "expected a record a line"
                 raise UsageError(f"{path}: {where} is not whole JSON: {why}") from None
             return None

@@ -98,10 +98,39 @@ def plain_numbers(axis: Any) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _plain(y, 2)))
 
 
+def perplexity_lines(
+    name: str,
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float], str]],
+    *,
+    xlabel: str,
+    caption: str,
+) -> Picture | None:
+    """Perplexities along an axis; lines: (label, xs, ys, colour), those of one point left out."""
+    picture, axis = new_figure()
+    drawn = [line for line in lines if len(line[1]) > 1]
+    for label, xs, ys, colour in drawn:
+        axis.plot(xs, ys, "." if len(xs) > 60 else ".-", lw=1, ms=5, color=colour, label=label)
+    if not drawn:
+        return None
+    axis.set(xlabel=xlabel, ylabel="PPL")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    plain_numbers(axis)
+    legend(axis, len(drawn) if len(drawn) > 1 else 0)
+    return finish(name, picture, caption)
+
+
+# What the pictures of perplexity say below them, by name.
+PERPLEXITY_CAPTIONS = {
+    "by_window": ("window", "Perplexity of each window."),
+    "by_position": ("n_kv", "Perplexity by the number of visible keys, in equal parts of the window."),
+}
+
+
 def _plain(x: float, digits: int) -> str:
     """As 1e-7: powers that are set as mathematics take longer than the rest of the picture."""
     if x == 0 or 1e-3 < abs(x) < 1e4:
-        return f"{x:.{digits + 1}g}" if abs(x) < 10 else f"{x:.0f}"
+        # Ticks at 12.5 and 15 are two numbers, and no finer ones are drawn.
+        return f"{x:.{max(digits + 1, 4) if abs(x) >= 10 else digits + 1}g}"
     mantissa, power = f"{x:.{digits - 1}e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(power)}"
 

@@ -68,10 +68,13 @@ def _kld_sections(pair: Mapping[str, Any], prefix: str, *, several: bool, drawn:
     said = list(pair["reasons"]) if several else []
     if pair.get("dlnppl") is None:
         return [Section(heading=name, verdict=pair["verdict"], said=said)]
-    low, high = (figure(pair["dlnppl"][side], "%+.3g") for side in ("low", "high"))
+    low, high = (pair["dlnppl"][side] for side in ("low", "high"))
+    interval = "too little data for an interval"
+    if is_known(low) and is_known(high):
+        interval = f"paired 99.9 % interval {low:+.3g} to {high:+.3g}"
     said.append(
-        f"mean ln PPL(Q)/PPL(base) {pair['dlnppl']['mean']:+.3g}, paired 99.9 % interval {low} to {high}"
-        f" (about {pair['dlnppl']['scope']})"
+        f"mean ln PPL(Q)/PPL(base) {pair['dlnppl']['mean']:+.3g}, {interval} (about"
+        f" {pair['dlnppl']['scope']})"
     )
     resolution = pair["resolution"]
     said.append(

@@ -27,6 +27,7 @@ GLOSSARY = (
     Word("NLL", "negative log-likelihood of the token that came, in nats"),
     Word("r", "query heads that read one KV head", (r"r(?= = \d)",)),
     Word("n_kv", "keys that a row sees"),
+    Word("n_q", "query tokens in a call"),
     Word("row", "one query token of one sequence", ("rows?",)),
     Word(
         "decode, several, prefill",
@@ -106,6 +107,8 @@ GLOSSARY = (
 
 # A heading tells where one is, code is to be copied, and a picture has its caption.
 _UNLINKED = {"svg", "code", "pre", "a", "h1", "h2", "summary"}
+# No line ends within an option.
+_OPTION, _WHOLE = re.compile(r"(?<![\w-])--[a-z][\w-]*"), r'<span class="option">\g<0></span>'
 _TAG = re.compile(r"(<[^>]+>)")
 _OF = [(form, word) for word in GLOSSARY for form in word.forms or (re.escape(word.name),)]
 
@@ -162,7 +165,7 @@ sum &lt;err, o&gt; / sum &lt;o, o&gt;">gain</a>; a <code>law</code></p>
             _enter_or_leave(piece, inside)
             pieces.append(piece)
         else:
-            pieces.append(piece if inside else _FORMS.sub(linked, piece))
+            pieces.append(piece if inside else _FORMS.sub(linked, _OPTION.sub(_WHOLE, piece)))
     return Markup("".join(pieces) + _folded(used))
 
 

@@ -32,9 +32,8 @@ def props_page(run: Mapping[str, Any], *, drawn: bool = True) -> Page:
     }
     held, examples = len(by["holds"]), sum(law["examples"] for law in run["laws"])
     reasons = [f"{law['name']}: {law['reason']}" for law in by["broken"][:MOST_REASONS]]
-    said = (
-        f"{held} of {len(run['laws'])} laws hold, {len(by['not applicable'])} do not apply; {examples} cases"
-    )
+    idle = len(by["not applicable"])
+    said = f"{held} of {len(run['laws'])} laws hold, {idle} not applicable; {counted(examples, 'case')}"
     sections = [_broken(law) for law in by["broken"][:MOST_BROKEN]]
     if rest := by["broken"][MOST_BROKEN:]:
         rows = [(law["name"], law["reason"], law["again"] or "") for law in rest]
@@ -53,7 +52,9 @@ def props_page(run: Mapping[str, Any], *, drawn: bool = True) -> Page:
     if by["not applicable"]:
         idle_rows = [(law["name"], law["reason"]) for law in by["not applicable"]]
         table = PageTable(("law", "why"), idle_rows, ("law", "why"))
-        sections.append(Section(heading=f"{len(idle_rows)} laws do not apply", table=table, folded=True))
+        sections.append(
+            Section(heading=f"{counted(len(idle_rows), 'law')} not applicable", table=table, folded=True)
+        )
     verdict = "broken" if by["broken"] else "holds" if held else "nothing shown"
     return Page(verdict=verdict, reasons=[*reasons, said], sections=sections, **common)
 

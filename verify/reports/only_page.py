@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from verify.reports.colours import BASELINE, CANDIDATES
-from verify.reports.drawing import Picture, finish, legend, new_figure, plain_numbers
+from verify.reports.drawing import PERPLEXITY_CAPTIONS, Picture, perplexity_lines
 from verify.reports.page import Page, PageTable, Section
 from verify.reports.templating import figure, flat
 
@@ -149,28 +149,25 @@ def _positions(rows: Sequence[OnlyRow]) -> PageTable:
 
 def _pictures(rows: Sequence[OnlyRow]) -> list[Picture]:
     """Perplexity window by window, and by the number of visible keys."""
-    drawn = []
-    for name, xlabel, caption in (
-        ("by_window", "window", "Perplexity of each window."),
-        ("by_position", "n_kv", "Perplexity by the number of visible keys, in equal parts of the window."),
-    ):
-        picture, axis = new_figure()
-        lines = 0
-        for row, colour in zip(rows, (BASELINE, *CANDIDATES), strict=False):
-            points = row[name]
-            if len(points) < 2:
-                continue
-            xs, ys = [float(i + 1) for i in range(len(points))], points
-            if name == "by_position":
-                xs = [(p["n_kv_min"] + p["n_kv_max"]) / 2 for p in points]
-                ys = [p["ppl"] for p in points]
-            label = PurePath(row["model"]).stem
-            axis.plot(xs, ys, "." if len(points) > 60 else ".-", lw=1, ms=5, color=colour, label=label)
-            lines += 1
-        if lines:
-            axis.set(xlabel=xlabel, ylabel="PPL")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            plain_numbers(axis)
-            legend(axis, lines if lines > 1 else 0)
-            drawn.append(finish(name, picture, caption))
-    return drawn
+    colours = (BASELINE, *CANDIDATES)
+    names = [PurePath(row["model"]).stem for row in rows]
+    windows = [
+        (name, range(1, len(row["by_window"]) + 1), row["by_window"], colour)
+        for name, row, colour in zip(names, rows, colours, strict=False)
+    ]
+    positions = [
+        (
+            name,
+            [(p["n_kv_min"] + p["n_kv_max"]) / 2 for p in row["by_position"]],
+            [p["ppl"] for p in row["by_position"]],
+            colour,
+        )
+        for name, row, colour in zip(names, rows, colours, strict=False)
+    ]
+    made = (
+        perplexity_lines(kind, lines, xlabel=xlabel, caption=caption)
+        for (kind, (xlabel, caption)), lines in zip(
+            PERPLEXITY_CAPTIONS.items(), (windows, positions), strict=True
+        )
+    )
+    return [picture for picture in made if picture is not None]

@@ -7,7 +7,7 @@ the same text.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,10 +27,12 @@ from verify.reports.colours import (
     ZERO,
 )
 from verify.reports.drawing import (
+    PERPLEXITY_CAPTIONS,
     Picture,
     finish,
     legend,
     new_figure,
+    perplexity_lines,
     plain_numbers,
     plain_powers,
     plain_ratios,
@@ -58,6 +60,8 @@ def pictures(stored: StoredPpl, *, prefix: str = "") -> dict[str, Picture]:
         own_error,
         nll_differences,
         divergence_by_length,
+        perplexity_by_window,
+        perplexity_by_position,
         noise,
     )
     found = (draw(stored) for draw in drawers)
@@ -90,7 +94,7 @@ def distance_ratios(stored: StoredPpl) -> Picture | None:
     return finish(
         "distance",
         figure,
-        "Distance ratio and its 99.9 % interval. Shaded: from where `improved` begins"
+        "Distance ratio and its 99.9 % interval. Shaded: from where improved begins"
         f" to the margin of harm, {margin:g} (dashed).",
     )
 
@@ -190,6 +194,41 @@ def nll_differences(stored: StoredPpl) -> Picture | None:
         f"NLL of candidate minus baseline, means of {tokens} tokens. Band: twice what one rounding of"
         " noise in the exact arm does to such means.",
     )
+
+
+def perplexity_by_window(stored: StoredPpl) -> Picture | None:
+    """Of the baseline and of each candidate, whose lines lie on one another unless a kernel is wrong."""
+    lines = [
+        (name, range(1, len(nll) + 1), np.exp(nll.mean(1)).tolist()) for name, nll in _nll_of_arms(stored)
+    ]
+    return _perplexity_picture(stored, "by_window", lines)
+
+
+def perplexity_by_position(stored: StoredPpl) -> Picture | None:
+    """The same by the number of keys that a row sees."""
+    lines = []
+    for name, nll in _nll_of_arms(stored):
+        parts = np.array_split(np.arange(nll.shape[1]), min(RANGES, nll.shape[1]))
+        n_kv = [stored.run.corpus.first_scored + 1 + float(part.mean()) for part in parts]
+        lines.append((name, n_kv, [float(np.exp(nll[:, part].mean())) for part in parts]))
+    return _perplexity_picture(stored, "by_position", lines)
+
+
+def _nll_of_arms(stored: StoredPpl) -> Iterator[tuple[str, np.ndarray]]:
+    """(arm, nll [windows, scored]) of baseline and candidates, where every token of a window is there."""
+    scored = stored.run.corpus.scored_per_window
+    for arm in stored.run.arms:
+        nll = stored.column(arm.name, "nll") if arm.role in ("baseline", "candidate") else np.empty(0)
+        if scored > 0 and nll.size and nll.size % scored == 0:
+            yield arm.name, nll.reshape(-1, scored)
+
+
+def _perplexity_picture(
+    stored: StoredPpl, kind: str, lines: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+) -> Picture | None:
+    xlabel, caption = PERPLEXITY_CAPTIONS[kind]
+    coloured = [(name, xs, ys, _colour(stored, name)) for name, xs, ys in lines]
+    return perplexity_lines(kind, coloured, xlabel=xlabel, caption=caption)
 
 
 def divergence_by_length(stored: StoredPpl) -> Picture | None:

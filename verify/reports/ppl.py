@@ -7,6 +7,7 @@ from typing import Any
 
 from verify.ppl.record import DetectableRecord, PplRun
 from verify.reports.caches import COLUMNS, cache_rows
+from verify.reports.drawing import PERPLEXITY_CAPTIONS
 from verify.reports.path_alone import path_alone_sentence
 from verify.reports.pictures import pictures
 from verify.reports.record import StoredPpl, ppl_command
@@ -25,7 +26,9 @@ from verify.reports.templating import (
 
 def report_html(stored: StoredPpl) -> str:
     """report.html: one file, everything in it."""
-    missing = dict.fromkeys(("distance", "drift", "drift by position", "own error", "nll", "kld", "noise"))
+    missing = dict.fromkeys(
+        ("distance", "drift", "drift by position", "own error", "nll", "kld", "noise", *PERPLEXITY_CAPTIONS)
+    )
     drawn = {**missing, **pictures(stored)}
     return TEMPLATES.get_template("ppl.html.j2").render(**_content(stored.run), pictures=drawn)
 

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,18 @@ def test_with_a_stride_each_token_is_scored_once_after_nearly_a_window() -> None
     assert len(cut_windows(ids, n_ctx=64).tokens) == 15
     with pytest.raises(CorpusError, match="stride"):
         strided_windows(ids, n_ctx=64, stride=64)
+
+
+def test_a_stride_is_that_of_a_real_engine(tmp_path: Path) -> None:
+    """llama-perplexity of llama.cpp b10605, -c 384 -b 384 --ppl-stride 256 -fa off, on this file and text."""
+    tiny = write_tiny(tmp_path)
+    asked = ("-m", str(tiny.model), "-f", str(tiny.text), "--stride", "256", "--out", str(tmp_path / "run"))
+    done = verify(*BASE[:-4], "-c", "384", "--chunks", "4", *asked)
+    assert done.returncode == 0, done.stderr
+    running = [float(x) for x in re.findall(r"\[\d+\]([\d.]+),", done.stdout)]
+    engine = [13049513163235832.0, 30501929289230088.0, 41330339067087200.0, 49052223323130064.0]
+    # Of random weights: 37 to 38 nats a token, so 1e-4 of the perplexity is 3e-6 of that.
+    assert running == pytest.approx(engine, rel=1e-4)
 
 
 def test_standard_input_is_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
