@@ -98,14 +98,18 @@ def plain_numbers(axis: Any) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _plain(y, 2)))
 
 
+# Label, xs, ys and colour of a line.
+PerplexityLine = tuple[str, Sequence[float], Sequence[float], str]
+
+
 def perplexity_lines(
     name: str,
-    lines: Sequence[tuple[str, Sequence[float], Sequence[float], str]],
+    lines: Sequence[PerplexityLine],
     *,
     xlabel: str,
     caption: str,
 ) -> Picture | None:
-    """Perplexities along an axis; lines: (label, xs, ys, colour), those of one point left out."""
+    """Perplexities along an axis; lines of one point are left out."""
     picture, axis = new_figure()
     drawn = [line for line in lines if len(line[1]) > 1]
     for label, xs, ys, colour in drawn:

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from verify.reports.colours import BASELINE, CANDIDATES
-from verify.reports.drawing import PERPLEXITY_CAPTIONS, Picture, perplexity_lines
+from verify.reports.drawing import PERPLEXITY_CAPTIONS, PerplexityLine, Picture, perplexity_lines
 from verify.reports.page import Page, PageTable, Section
 from verify.reports.templating import figure, flat
 
@@ -151,11 +151,11 @@ def _pictures(rows: Sequence[OnlyRow]) -> list[Picture]:
     """Perplexity window by window, and by the number of visible keys."""
     colours = (BASELINE, *CANDIDATES)
     names = [PurePath(row["model"]).stem for row in rows]
-    windows = [
+    windows: list[PerplexityLine] = [
         (name, range(1, len(row["by_window"]) + 1), row["by_window"], colour)
         for name, row, colour in zip(names, rows, colours, strict=False)
     ]
-    positions = [
+    positions: list[PerplexityLine] = [
         (
             name,
             [(p["n_kv_min"] + p["n_kv_max"]) / 2 for p in row["by_position"]],
@@ -164,10 +164,8 @@ def _pictures(rows: Sequence[OnlyRow]) -> list[Picture]:
         )
         for name, row, colour in zip(names, rows, colours, strict=False)
     ]
-    made = (
-        perplexity_lines(kind, lines, xlabel=xlabel, caption=caption)
-        for (kind, (xlabel, caption)), lines in zip(
-            PERPLEXITY_CAPTIONS.items(), (windows, positions), strict=True
-        )
-    )
+    made = []
+    for kind, lines in (("by_window", windows), ("by_position", positions)):
+        xlabel, caption = PERPLEXITY_CAPTIONS[kind]
+        made.append(perplexity_lines(kind, lines, xlabel=xlabel, caption=caption))
     return [picture for picture in made if picture is not None]
