@@ -16,6 +16,7 @@ class TorchSettings(NamedTuple):
     precision: str | None
     cudnn_tf32: bool
     grad: bool
+    threads: int | None = None  # of an operator on the CPU; None: left alone
 
     @classmethod
     def now(cls) -> TorchSettings:
@@ -23,7 +24,8 @@ class TorchSettings(NamedTuple):
             precision = torch.get_float32_matmul_precision()
         except RuntimeError:
             precision = None
-        return cls(precision, torch.backends.cudnn.allow_tf32, torch.is_grad_enabled())
+        tf32, grad = torch.backends.cudnn.allow_tf32, torch.is_grad_enabled()
+        return cls(precision, tf32, grad, torch.get_num_threads())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -41,6 +43,8 @@ class TorchSettings(NamedTuple):
         if self.cudnn_tf32 != others.cudnn_tf32:
             torch.backends.cudnn.allow_tf32 = self.cudnn_tf32
         torch.set_grad_enabled(self.grad)
+        if self.threads is not None and others.threads not in (None, self.threads):
+            torch.set_num_threads(self.threads)
 
 
 # What exact results and budgets are computed with.

@@ -309,12 +309,14 @@ def check_attention(
     wanted = Wanted(layout=layout or "", mask=mask, options=dict(options or {}))
     kernel = kernel_of(fn, wanted, stated, isolate=isolate)
     reference = kernel_of(baseline, Wanted(), None) if callable(baseline) else None
-    with MEASURING.applied():
-        of_shapes, lengths = shapes_of(shapes, kernel), lengths_of(n_kv)
-        logits = max((shape_named(s).heads.q for s in of_shapes), default=0) * max(lengths) * rows * sequences
-        judged_on = on
-        if logits <= MOST_LOGITS_ON_CPU:
-            judged_on = _judged_on(on, kernel, baseline if reference is None else reference)
+    of_shapes, lengths = shapes_of(shapes, kernel), lengths_of(n_kv)
+    logits = max((shape_named(s).heads.q for s in of_shapes), default=0) * max(lengths) * rows * sequences
+    judged_on, measuring = on, MEASURING
+    if logits <= MOST_LOGITS_ON_CPU:
+        judged_on = _judged_on(on, kernel, baseline if reference is None else reference)
+        # Threads cost steps this small more than they save; the callable has those of its caller.
+        measuring = MEASURING._replace(threads=1)
+    with measuring.applied():
         settings = partial(
             DiffSettings,
             shapes=of_shapes,

@@ -14,6 +14,7 @@ import verify
 from support.mypkg import ops
 from support.named import named
 from support.other_device import other_device
+from verify.diff.run import run_diff
 from verify.kernels.exact import exact_attention
 from verify.kernels.judging.families import FAMILIES
 from verify.kernels.judging.hidden_keys import POISON
@@ -41,6 +42,29 @@ def test_a_right_kernel_with_the_defaults() -> None:
     # Nothing is compiled for it; float16 came back, so it answers in that.
     assert report.baseline == "eager:out=f16"
     assert report.detectable is not None and 1 < report.detectable < 3
+
+
+def test_small_steps_have_one_thread_and_the_callable_its_callers() -> None:
+    """Two threads took eight times the processor's time on a busy machine."""
+    threads, seen = torch.get_num_threads(), set()
+
+    def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> Any:
+        seen.add(torch.get_num_threads())
+        return sdpa(q, k, v, kv_len=kv_len, scale=scale)
+
+    judged: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        judged.append(torch.get_num_threads())
+        return run_diff(*given, **more)
+
+    try:
+        torch.set_num_threads(3)
+        with mock.patch("verify.check.run_diff", counted):
+            verify.check_attention(attend, **{**SMALL, "families": ["gaussian"]}, baseline=ops.attend)
+        assert (seen, judged, torch.get_num_threads()) == ({3}, [1], 3)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_gpus_kernel_is_called_there_and_judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
