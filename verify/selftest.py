@@ -14,6 +14,8 @@ inputs, which is what they are run on, and on all families.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -57,6 +59,8 @@ from verify.laws import LAWS, Subject, subject_of
 from verify.laws.run import run_law
 
 DEFAULT_SEEDS = 2
+# Each computes on one thread, and takes half a gigabyte.
+MOST_PROCESSES = 4
 # Two sequences; rows that end inside a tile, on its edge, one key after it, and one that sees nothing.
 SIZES = InputSizes(n_kv=(257, 200, 64, 1, 0), batch=2)
 # Another head size, and values of another size than keys.
@@ -219,6 +223,39 @@ def run_selftest(
         return _run(seeds, device, only, progress, identified)
     finally:
         torch.set_num_threads(threads)
+
+
+def run_selftest_in_processes(
+    seeds: int = DEFAULT_SEEDS,
+    *,
+    processes: int,
+    only: Callable[[str], bool] = lambda name: True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> SelftestResult:
+    """`run_selftest` on the CPU by so many processes, each with a share of the subjects: the same result.
+
+    This process takes the first share, and tells of it; an interrupt ends the others.
+    """
+    began = time.monotonic()
+    names = [name for trial in _trials() if only(name := trial.subject.name)]
+    shares = [frozenset(names[i::processes]) for i in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(max(processes - 1, 1), initializer=_leave_signals) as pool:
+        others = [pool.apply_async(_share_of, (seeds, share)) for share in shares[1:] if share]
+        subjects = run_selftest(seeds, only=shares[0].__contains__, progress=progress).subjects
+        progress("what the other processes found")
+        for other in others:
+            subjects += other.get()
+    by_name = {subject.name: subject for subject in subjects}
+    return SelftestResult(seeds, time.monotonic() - began, [by_name[name] for name in names])
+
+
+def _leave_signals() -> None:
+    """An interrupt is for the process that waits: it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _share_of(seeds: int, names: frozenset[str]) -> list[SelftestSubject]:
+    return run_selftest(seeds, only=names.__contains__).subjects
 
 
 def _run(

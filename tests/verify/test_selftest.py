@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
+from multiprocessing.pool import ThreadPool
 
 import pytest
 
@@ -14,7 +16,7 @@ from verify.commands import selftest as command
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.judging.families import draw
 from verify.reports.selftest import summary
-from verify.selftest import run_selftest
+from verify.selftest import run_selftest, run_selftest_in_processes
 
 SOME = {
     "base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain",
@@ -55,6 +57,30 @@ def test_faults_are_caught_and_clean_kernels_are_not(result: selftest.SelftestRe
     assert [s.name for s in result.false_alarms] == []
     assert result.exit_code == 0
     assert result.score == 1
+
+
+SHARED = {"plain", "last key dropped", "tiles of 16"}
+
+
+def test_shares_of_the_subjects_are_put_together_in_their_order(
+    result: selftest.SelftestResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By threads here, which have the few inputs of these tests."""
+    threads = types.SimpleNamespace(Pool=lambda count, initializer: ThreadPool(count))
+    monkeypatch.setattr(selftest.multiprocessing, "get_context", lambda method: threads)
+    told: list[str] = []
+    shared = run_selftest_in_processes(1, processes=2, only=SHARED.__contains__, progress=told.append)
+    assert [s.name for s in shared.subjects] == ["last key dropped", "plain", "tiles of 16"]
+    assert next(s for s in shared.subjects if s.name == "plain") == next(
+        s for s in result.subjects if s.name == "plain"
+    )
+    assert shared.exit_code == 0 and told[-1] == "what the other processes found"
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_does() -> None:
+    alone = run_selftest(1, only=SHARED.__contains__)
+    assert run_selftest_in_processes(1, processes=2, only=SHARED.__contains__).subjects == alone.subjects
 
 
 def test_each_fault_is_seen_by_those_who_can_see_it(result: selftest.SelftestResult) -> None:
@@ -103,6 +129,8 @@ def test_json_is_all_that_stdout_holds(
     monkeypatch.setattr(selftest, "FAULTS", FAULTS[:1])
     monkeypatch.setattr(selftest, "PLAN_FAULTS", ())
     monkeypatch.setattr(selftest, "VARIANTS", VARIANTS[:1])
+    # Another process would not have these.
+    monkeypatch.setattr(command, "usable_cpus", lambda: 1)
     assert command.command(seeds=1, device="cpu", json_=True) == 0
     written = capsys.readouterr()
     found = json.loads(written.out)

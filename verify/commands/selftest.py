@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from verify.commands import options
-from verify.machine.environment import prepare_torch
+from verify.machine.environment import prepare_torch, usable_cpus
 from verify.machine.jsontext import to_json_text
 
 
@@ -21,12 +21,16 @@ def command(
     from verify.machine.devices import chosen_device, default_device
     from verify.reports.progress import telling
     from verify.reports.selftest import print_result
-    from verify.selftest import run_selftest
+    from verify.selftest import MOST_PROCESSES, run_selftest, run_selftest_in_processes
 
     prepare_torch()
     chosen = str(chosen_device(device or default_device()))
+    processes = min(usable_cpus(), MOST_PROCESSES)
     with telling("selftest") as progress:
-        result = run_selftest(seeds, device=chosen, progress=progress)
+        if chosen == "cpu" and processes > 1:
+            result = run_selftest_in_processes(seeds, processes=processes, progress=progress)
+        else:
+            result = run_selftest(seeds, device=chosen, progress=progress)
     print_result(result, sys.stderr if json_ else sys.stdout)
     if json_:
         print(to_json_text(result.to_json()), end="")

@@ -14,13 +14,13 @@ above: the largest logarithm lies on the grid.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from verify.engines.logits_file import CLIP_WIDTHS, LARGEST_CODE, LogitsFile, Records
+from verify.machine.environment import usable_cpus
 from verify.machine.errors import UsageError
 from verify.machine.terminal import Progress
 
@@ -149,7 +149,7 @@ def _score(
     found = _empty(shape)
     more = _empty(shape) if other is not None else None
     kld, same = np.full(shape, np.nan), np.zeros(shape, bool)
-    threads = max(min(len(os.sched_getaffinity(0)), MOST_THREADS), 1)
+    threads = min(usable_cpus(), MOST_THREADS)
     done, total = 0, shape[0] * shape[1]
     with ThreadPoolExecutor(threads) as pool:
         for block in base.blocks():

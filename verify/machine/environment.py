@@ -78,6 +78,14 @@ def cpu_name() -> str:
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
+def usable_cpus() -> int:
+    """Processors that this process may run on, at least 1."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # no such question on macOS
+        return os.cpu_count() or 1
+
+
 def available_memory() -> int:
     """Bytes of main memory that are free to use; a guess of 4 GiB where the system does not say."""
     try:
