@@ -317,7 +317,9 @@ def test_weights_that_are_divided_before_they_are_rounded() -> None:
     found = read(attend, Regime(300))
     assert (found.p, found.p_normalised, found.offset, found.parts) == ("f16", True, None, 1)
     plain = read(textbook, Regime(300))
-    assert (plain.p, plain.p_normalised, plain.tile) == ("f32", False, None)
+    assert (plain.p, plain.p_normalised) == ("f32", False)
+    # Which keys a matrix library sums first is the processor's choice; nothing else may look like a tile.
+    assert plain.tile is None or plain.how["tile"] == "order of sums"
 
 
 def test_groups_within_the_first_product_are_no_products() -> None:

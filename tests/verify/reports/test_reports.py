@@ -161,7 +161,8 @@ def test_the_page_opens_in_a_browser(whole: Path, browser: Browser, width: int) 
     assert opened.requests == []
     assert opened.width == width
     assert opened.scrolls <= width
-    assert len(opened.pictures) == 7
+    # Two of them are perplexity by window and by position.
+    assert len(opened.pictures) == 9
     for wide, high, marks in opened.pictures:
         assert wide > 200
         assert high > 50
