@@ -164,16 +164,17 @@ def measure(
 
 
 class _Gain(NamedTuple):
-    """A gain, the deviation that chance gives it, what rounding does not exceed, and what it does not as is
-    stated; NaN where it is not told."""
+    """A gain, the deviation that chance gives it, what rounding does not exceed, what it does not as is
+    stated, and how far up roundings of one direction may take it; NaN where it is not told."""
 
     gain: float
     deviation: float
     limit: float
     stated: float
+    rises: float
 
 
-_UNTOLD = _Gain(*[math.nan] * 4)
+_UNTOLD = _Gain(*[math.nan] * 5)
 
 
 def _farthest(of_heads: Sequence[_Gain]) -> int:
@@ -183,8 +184,9 @@ def _farthest(of_heads: Sequence[_Gain]) -> int:
 
 
 def _apart(call: Call, of_heads: Sequence[_Gain], a: Arithmetic) -> HeadApart | None:
-    """The head that is farthest from the others; its limit allows for what they all share, and for steps of
-    the result. None where heads have sinks or slopes of their own."""
+    """The head that is farthest from the others; its limit allows for what they all share, for steps of the
+    result, and where the maximum may lag for the rounding of the largest P, which is then 1 in some heads and
+    not in others. None where heads have sinks or slopes of their own."""
     if call.sinks is not None or call.alibi_slopes is not None:
         return None
     gains, deviations = (torch.tensor([each[i] for each in of_heads], dtype=torch.float64) for i in range(2))
@@ -192,6 +194,9 @@ def _apart(call: Call, of_heads: Sequence[_Gain], a: Arithmetic) -> HeadApart | 
     if found is None:
         return None
     least = max(abs(found.centre), FLOAT_TYPES[a.out].u / 2, GAIN_UNITS * a.u)
+    if a.stale_maximum or not a.stated:
+        # Either way, but not what is truncated: that they share.
+        least = max(least, of_heads[found.head].rises)
     return found._replace(limit=max(found.limit, least))
 
 
@@ -223,6 +228,7 @@ def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic, head:
         deviation=deviation,
         limit=gain_limit(deviation, most, a.u),
         stated=gain_limit(deviation, pooled(rows.bias), a.u),
+        rises=pooled(rows.rises),
     )
 
 
