@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -119,8 +120,10 @@ class PplConsole:
 
     def stop(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+            bar, self._progress = self._progress, None
+            # A bar that an interrupt met while it began or ended cannot be ended: what follows must be said.
+            with suppress(Exception):
+                bar.stop()
         self._end_line()
 
     def outcome(self, run: PplRun, folder: Path) -> None:

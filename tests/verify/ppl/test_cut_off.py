@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -14,6 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from support import ppl_runs
 from support.cli import assert_refused, verify, verify_apart
@@ -23,7 +26,7 @@ from verify.machine.exits import EXIT_INTERRUPTED
 from verify.model.group import Group
 from verify.ppl.checkpoint import Checkpoint, Checkpoints
 from verify.ppl.runfolder import RunFolder
-from verify.reports import writing
+from verify.reports import ppl_screen, writing
 
 RESULTS = ("tokens.parquet", "layers.parquet")
 
@@ -115,6 +118,23 @@ def test_an_interrupt_while_results_are_written_says_how_to_go_on(
     assert not finished(out)
     assert verify("ppl", "--resume", str(out)).returncode in (0, 1, 3)
     assert finished(out)
+
+
+def test_an_interrupt_while_a_bar_begins_leaves_a_screen_that_can_be_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the way to go on was not said: of one Ctrl-C in ten right after a line of windows."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    screen = ppl_screen.PplConsole()
+    bar = Progress(console=Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(ppl_screen, "progress_bar", lambda: bar)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Console, "push_render_hook", interrupted)
+        screen.begin_bar()
+    screen.stop()
 
 
 class CutOff:
