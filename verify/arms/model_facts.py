@@ -11,7 +11,7 @@ import torch
 
 from verify.arms.arm import Arm
 from verify.arms.attempt import attempt
-from verify.arms.records import ModelRecord
+from verify.arms.records import OWN, ModelRecord
 from verify.arms.result_type import Match, is_matched, matched, shows_its_type
 from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath, Call, Shape, checked_call
@@ -144,10 +144,13 @@ def match_baselines(
     device: torch.device,
     path: AttentionPath,
 ) -> list[Match]:
-    """The baseline of each candidate (`out=match`), by one call of a kernel that only shows its type so.
+    """The baseline of each candidate: of `own` itself, else (`out=match`) by one call of a kernel that only
+    shows its type so.
 
     The call is one of a process of its own: an arm's first call is still its first. Raises SpecError.
     """
+    if baseline == OWN:
+        return [Match(spec, "") for spec in candidates]
     layer = unlike_layers(architecture)[0]
     call = one_row(architecture, layer, cache_type, device, path)
     found = []

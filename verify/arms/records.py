@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from verify.arms.arm import Arm
     from verify.kernels.trace import LaunchTrace
 
+# In the place of a baseline: each candidate's own kernel, asked plain calls with one query token.
+OWN = "own"
 # Of run.json and settings.json. 3: settings.json has it too, and arms say whether they kept all bits.
 SCHEMA = 3
 NOT_KNOWN = float("nan")

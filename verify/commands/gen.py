@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from verify.arms.records import OWN
 from verify.commands import options
 from verify.data import read_text_file
 from verify.judge.chances import load_chances
@@ -20,7 +21,7 @@ from verify.machine.errors import UsageError
 from verify.machine.exits import EXIT_INTERRUPTED
 from verify.machine.jsontext import to_json_text
 from verify.machine.records import as_json
-from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, OWN
+from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE
 from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 from verify.reports.split_mode import split_mode_sentence
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from verify.arms.records import OWN
 from verify.commands import options
 from verify.data.corpora import DEFAULT_CORPUS, NAMED
 from verify.judge.chances import load_chances
@@ -23,7 +24,6 @@ from verify.ppl.settings import (
     DEFAULT_CANDIDATE,
     DEFAULT_CHECKPOINT_MINUTES,
     DEFAULT_N_Q,
-    OWN,
     PplSettings,
     one_cache_type,
     parse_size,

@@ -14,7 +14,7 @@ from verify.arms.arm import Arm, Findings, void_reasons
 from verify.arms.kernel_errors import IN_PLACE, faults_in_common, kernel_errors, rows_of, said_in_common
 from verify.arms.model_facts import any_call, model_record
 from verify.arms.model_health import model_fault
-from verify.arms.records import SCHEMA, coverage_records
+from verify.arms.records import OWN, SCHEMA, coverage_records
 from verify.arms.split_mode import tensor_parallel_record
 from verify.gen.checks import log_squares
 from verify.gen.difference import Difference
@@ -36,7 +36,6 @@ from verify.kernels.judging.figures import graveness, shared_fault
 from verify.machine import environment
 from verify.ppl.groups import TOKEN_SCHEMA
 from verify.ppl.record import PathAloneRecord
-from verify.ppl.settings import OWN
 
 FEWEST_SAMPLES = 2
 

@@ -23,6 +23,7 @@ from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.learning import learn_arms
 from verify.arms.likelihood import divergence, log_probabilities
 from verify.arms.model_facts import match_baselines, try_kernels
+from verify.arms.records import OWN
 from verify.arms.result_type import Match
 from verify.arms.split_mode import check_model
 from verify.gen.checks import CheckedExact
@@ -41,7 +42,7 @@ from verify.model.gguf.file import GGUFFile
 from verify.model.locate import locate_model
 from verify.model.steps import Stepper, weight_bytes
 from verify.model.tokenizer import Tokenizer
-from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, OWN, PplSettings
+from verify.ppl.settings import DEFAULT_BASELINE, DEFAULT_CANDIDATE, PplSettings
 
 DEFAULT_TOKENS = 64
 
@@ -400,8 +401,6 @@ def _check_cut(architecture: Architecture, draft: int) -> None:
 
 def _match(settings: GenSettings, architecture: Architecture, device: torch.device) -> list[Match]:
     """The baseline of each candidate."""
-    if settings.baseline == OWN:
-        return [Match(spec, "") for spec in settings.candidates]
     return match_baselines(
         settings.baseline,
         settings.candidates,

@@ -17,7 +17,7 @@ from verify.arms.building import build_arms, close_kernels, kernel_notes
 from verify.arms.kernel_errors import in_place_record, said_in_common
 from verify.arms.learning import learn_arms
 from verify.arms.model_facts import any_call, match_baselines, model_record, try_kernels
-from verify.arms.records import SCHEMA, TensorParallelRecord, coverage_records
+from verify.arms.records import OWN, SCHEMA, TensorParallelRecord, coverage_records
 from verify.arms.result_type import Match, same_match
 from verify.arms.sample import Sample
 from verify.arms.split_mode import check_model, tensor_parallel_record
@@ -74,7 +74,7 @@ from verify.ppl.reasking import NOISE_WINDOWS, noise_levels, reask
 from verify.ppl.record import CorpusRecord, FreeLevel, PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
-from verify.ppl.settings import OWN, PplSettings
+from verify.ppl.settings import PplSettings
 
 # Windows as short as this were hardly meant.
 FEW_TOKENS = 16
@@ -549,8 +549,6 @@ def _match(settings: PplSettings, architecture: Architecture, device: torch.devi
             same_match(settings.baseline, spec, own)
             for spec, own in zip(settings.candidates, settings.baselines, strict=True)
         ]
-    if settings.baseline == OWN:
-        return [Match(spec, "") for spec in settings.candidates]
     return match_baselines(
         settings.baseline,
         settings.candidates,

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from verify.arms.records import OWN
 from verify.kernels.errors import SpecError
 from verify.kernels.plans.spec import parse_spec
 from verify.machine.errors import UsageError
 from verify.machine.ranks import Ranks
 from verify.ppl.runfolder import RunFolder
-from verify.ppl.settings import OWN, PplSettings
+from verify.ppl.settings import PplSettings
 
 # Kernels of ours, and of libraries that are installed here: no file of the user's is run for them.
 _NO_FILE = {"exact", "eager", "flash", "sdpa", "flex", "flashinfer", "flash_attn", "xformers", OWN}

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from verify.arms.records import OWN
 from verify.arms.sample import default_measured
 from verify.data.corpora import DEFAULT_CORPUS
 from verify.data.windows import SMALLEST_N_CTX
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from verify.kernels.formed import CallForm
 
 DEFAULT_BASELINE = "flash"
-# In the place of a baseline: each candidate's own kernel, asked plain calls with one query token.
-OWN = "own"
 DEFAULT_N_Q = 4
 DEFAULT_CANDIDATE = "flash:heads=split,kv=4"
 DEFAULT_CHECKPOINT_MINUTES = 10.0

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from verify.arms.records import check_schema
+from verify.arms.records import OWN, check_schema
 from verify.gen.record import GenRun
 from verify.kernels.said import all_visible
 from verify.machine.command_line import command_line
@@ -21,7 +21,7 @@ from verify.machine.files import is_plain_file, open_plain, read_json
 from verify.machine.records import record_from_json
 from verify.ppl.record import PplRun, ppl_run_from_json
 from verify.ppl.runfolder import RESULT, SETTINGS
-from verify.ppl.settings import OWN, PplSettings
+from verify.ppl.settings import PplSettings
 
 # In the order of its command line.
 _GEN_SETTINGS = (
