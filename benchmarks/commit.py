@@ -1,10 +1,18 @@
-"""Which source was measured: git's HEAD, or the variable COMMIT where the sources lie without their git."""
+"""What a file of results holds beside its figures, and how it is written.
+
+Which source was measured (git's HEAD, or the variable COMMIT where the sources lie without their git), where,
+and by which command.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 
 def commit() -> str:
@@ -29,3 +37,11 @@ def gpu_run(shape: object) -> dict[str, str]:
         "triton": triton.__version__,
         "shape": str(shape),
     }
+
+
+def write_result(result: Mapping[str, Any], out: Path | None) -> None:
+    """Prints a result, and writes it where a file is given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")

@@ -9,11 +9,10 @@ prints where its own time went, and `run.json` has it by length (`seconds`).
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from commit import commit
+from commit import commit, write_result
 
 from verify.kernels.budget.bound import error_budgets
 from verify.kernels.heads import Heads
@@ -59,10 +58,7 @@ def main() -> None:
         "seconds": {name: by["all"] for name, by in clock.to_json().items()},
         "environment": describe(str(device)),
     }
-    text = json.dumps(found, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    write_result(found, arguments.out)
 
 
 def _measure(clock: StageClock, kernels: list[Kernel], sizes: InputSizes) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from commit import commit
+from commit import commit, write_result
 from ppl_cuda import product_rate
 
 from support.synthetic_moe import MoeSizes, write_moe
@@ -178,10 +178,7 @@ def main() -> None:
         },
         "runs": [first, second],
     }
-    shown = json.dumps(result, indent=1)
-    print(shown)
-    if known.out:
-        known.out.write_text(shown + "\n")
+    write_result(result, known.out)
 
 
 if __name__ == "__main__":

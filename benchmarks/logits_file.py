@@ -10,7 +10,6 @@ after: neither side has the page cache to itself. Each command runs in a process
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from commit import commit
+from commit import commit, write_result
 
 from verify.engines.logits_file import BLOCK_BYTES, LogitsWriter, encode
 from verify.machine.environment import describe
@@ -103,10 +102,7 @@ def main() -> None:
             "two_files": kld([a, b]),
             "plain_read_again_bytes_per_second": both / plain_read([a, b]),
         }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commit import commit
+from commit import commit, write_result
 
 from verify.machine.environment import describe, prepare_torch, prepare_variables
 
@@ -103,10 +103,7 @@ def main() -> None:
         busy = beside_loops(arguments.busy, arguments.file)
         result["beside_busy_loops"] = {"loops": arguments.busy, **busy}
         result["times_as_long"] = busy["wall_s"] / alone["wall_s"]
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from commit import commit
+from commit import commit, write_result
 
 from verify.machine.environment import describe, prepare_torch, prepare_variables
 
@@ -134,10 +134,7 @@ def main() -> None:
     if known.profile:
         few = ["--chunks", "64"] if known.ctx_size[0] <= 1024 else ["--chunks", "4"]
         result["profiles"] = [profiled(known.ctx_size[0], known.file, [*more, *few])]
-    text = json.dumps(result, indent=1)
-    print(text)
-    if known.out:
-        known.out.write_text(text + "\n")
+    write_result(result, known.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commit import commit
+from commit import commit, write_result
 
 RESULTS = Path(__file__).parent / "results"
 N_CTX = 512
@@ -244,10 +244,7 @@ def main() -> None:
         "said_and_measured": checks(measured, rates),
         "models": [of_model(model, rates, known.windows) for model in MODELS],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if known.out:
-        known.out.write_text(text + "\n")
+    write_result(result, known.out)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ sheet's rate by the operations counted, at REACHED of it, and what stays in floa
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from commit import commit
+from commit import commit, write_result
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
@@ -161,10 +160,7 @@ def main() -> None:
         "computed": "agreement with slices held in float64; seconds by counted operations, not measured",
         "lines": lines,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if known.out:
-        known.out.write_text(text + "\n")
+    write_result(result, known.out)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from verify.judge.ties import is_tie, moved_by_rounding
 from verify.judge.verdict import Decision, PairEvidence, decide
 from verify.kernels.judging.figures import graveness, shared_fault
 from verify.machine import environment
+from verify.ppl.evidence.path_alone import path_alone_of
 from verify.ppl.groups import TOKEN_SCHEMA
 from verify.ppl.record import PathAloneRecord
 
@@ -146,20 +147,13 @@ def path_alone_record(
 ) -> PathAloneRecord:
     """What calls of some tokens change by themselves: whether the text with drafts is the text without."""
     both = [s.arms for s in written.steps if "floor" in s.arms and "exact" in s.arms]
-    tied = [one.tie for one in pair.disagreements]
-    form = candidate.form
-    return PathAloneRecord(
-        candidate=candidate.name,
-        calls=str(form),
-        n_q=form.n_q,
-        page=form.page,
-        sequences=form.sequences,
+    return path_alone_of(
+        candidate,
+        [one.tie for one in pair.disagreements],
         tokens=pair.tokens,
         top1_changes=len(pair.disagreements),
         floor_changes=sum(arms["floor"].top1 != arms["exact"].top1 for arms in both),
         floor_tokens=len(both),
-        ties=tied.count(True),
-        not_known=tied.count(None),
         bitwise_equal=pair.bitwise_equal,
     )
 

@@ -7,7 +7,7 @@ that says is known only beside what one rounding of noise changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,29 @@ def path_alone_record(
         noisy, exactly = both(scores, floor, exact, "top1")
         floor_changes, floor_tokens = int((noisy != exactly).sum()), int(noisy.size)
     rows = result.top1.filter(pc.equal(result.top1["candidate"], candidate.name)).to_pylist()
-    tied = [is_tied_row(row) for row in rows]
+    return path_alone_of(
+        candidate,
+        [is_tied_row(row) for row in rows],
+        tokens=int(top1.size),
+        top1_changes=int(np.not_equal(top1, theirs).sum()),
+        floor_changes=floor_changes,
+        floor_tokens=floor_tokens,
+        bitwise_equal=result.findings[candidate.name].kept_all_bits,
+    )
+
+
+def path_alone_of(
+    candidate: Arm,
+    tied: Sequence[bool | None],
+    *,
+    tokens: int,
+    top1_changes: int,
+    floor_changes: int,
+    floor_tokens: int,
+    bitwise_equal: bool,
+) -> PathAloneRecord:
+    """The record of `candidate`'s form of calls. tied: of each changed token, whether it is a tie (None: not
+    known); the rest are the record's own fields."""
     form = candidate.form
     return PathAloneRecord(
         candidate=candidate.name,
@@ -42,13 +64,13 @@ def path_alone_record(
         n_q=form.n_q,
         page=form.page,
         sequences=form.sequences,
-        tokens=int(top1.size),
-        top1_changes=int(np.not_equal(top1, theirs).sum()),
+        tokens=tokens,
+        top1_changes=top1_changes,
         floor_changes=floor_changes,
         floor_tokens=floor_tokens,
         ties=tied.count(True),
         not_known=tied.count(None),
-        bitwise_equal=result.findings[candidate.name].kept_all_bits,
+        bitwise_equal=bitwise_equal,
     )
 
 
