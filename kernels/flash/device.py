@@ -6,11 +6,12 @@ that runs it.
 
 A program of `attend_tiles` handles one head group of one KV head, one KV part, and one matrix tile of M rows:
 row i of the tile is query token i // g of the tile and head i % g of the group of g heads. On the decode path
-a tile holds one token, on the paths several and prefill M // r tokens. Rows of several each have the parts of
-their own keys: a program goes through all that one of its rows has in this part, and each row sees its own;
-tiles of which it sees nothing leave m, l and a as they are. Of pages, the numbers of a tile's pages are
-loaded a tile ahead, so that no key waits for them. With m the running maximum of the logits in base 2,
-l the denominator and a the numerator of a row, over tiles of TILE keys,
+a tile holds one token, of a window of plain rows M // r, as many as on the paths several and prefill. Rows of
+decode and several each have the parts of their own keys: a program goes through all that one of its rows has
+in this part, and each row sees its own; tiles of which it sees nothing leave m, l and a as they are. Of
+pages, the numbers of a tile's pages are loaded a tile ahead, so that no key waits for them. With m the
+running maximum of the logits in base 2, l the denominator and a the numerator of a row, over tiles of TILE
+keys,
 
     m' = max(m, max_j s_j)    c = 2^(m - m')    p_j = 2^(s_j - m')
     l' = c l + sum_j p_j      a' = c a + sum_j p_j v_j
@@ -309,6 +310,7 @@ def attend_tiles(
     BLOCK: tl.constexpr,
     DECODE: tl.constexpr,
     SEVERAL: tl.constexpr,
+    AS_ALONE: tl.constexpr,
     PACKED: tl.constexpr,
     PAGE: tl.constexpr,
     LISTED: tl.constexpr,
@@ -330,8 +332,9 @@ def attend_tiles(
     out [B, T, slots, Hq, DV] and lse [B, T, slots, Hq] in float32.
     Head sizes are split into a power of two and a padded rest: DK1 + DK2 >= DK, DV1 + DV2 >= DV.
 
-    SEVERAL: rows of a tile have parts of their own. PACKED: q is [1, sum T, ...], and tile_rows [tiles, 3]
-    has the sequence, the first token and the number of tokens of each tile. PAGE: keys of a page, 0 for none;
+    SEVERAL: rows of a tile have parts of their own. AS_ALONE: they are of the path decode, where a row has
+    the bits that DECODE gives it by itself. PACKED: q is [1, sum T, ...], and tile_rows [tiles, 3] has the
+    sequence, the first token and the number of tokens of each tile. PAGE: keys of a page, 0 for none;
     k and v are [P, PAGE, Hkv, D] then, and table [B, pages] with stride table_b has the pages of each
     sequence. LISTED: row t goes through keys listed[b, t, 0 .. kv_len[b, t] - 1] alone, a list of stride
     listed_t a row, and last_key [B, T] is what kv_len is elsewhere. MASK: 1 for truth values, 2 for numbers:
@@ -500,6 +503,7 @@ def attend_tiles(
     # 3.6 lays a tile out otherwise behind one, which adds up P in another order.
     BRANCH: tl.constexpr = (
         not DECODE
+        and not AS_ALONE
         and not LISTED
         and MASK == 0
         and (M >= 128 or (M == 64 and DV1 <= 128) or (M < 64 and DV1 > M and TILE > M))

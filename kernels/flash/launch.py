@@ -242,7 +242,7 @@ class Prepared:
         kv_len = item.kv_len[b, t].contiguous()
         out, lse = self.out[b, t], self.lse[b, t]
         sequences, tokens = q.shape[:2]
-        tiles = -(-tokens // tile_tokens(call, self.tiles)) if tile_rows is None else len(tile_rows)
+        tiles = -(-tokens // self.tokens_a_tile) if tile_rows is None else len(tile_rows)
         combine = item.slots > 1 or call.sinks is not None
         part_out, part_lse = out, lse
         if combine:
@@ -279,7 +279,7 @@ class Prepared:
                 "first_group": first_group,
                 "n_groups": n_groups,
                 "group_size": _common_size(item.head_groups),
-                "same_length": item.same_length,
+                "same_length": -1 if self.shares_tiles else item.same_length,
                 "parts": item.parts,
                 "tiles_a_part": item.tiles_a_part,
                 "slots": item.slots,
@@ -294,7 +294,7 @@ class Prepared:
                 **early,
             }
             grid = sequences * tiles, shape.kv_heads * n_groups, item.slots
-            attend = self._over_numbers if self.planes is None or self.expand else self._over_planes
+            attend = self._over_numbers if self.over_numbers else self._over_planes
             names.append(_binary_hash(attend(grid, chunk, shared)))
         if combine:
             width = next_power_of_two(shape.v_size)
@@ -325,7 +325,7 @@ class Prepared:
         k, v = call.k, call.v
         if not self.forms.page and chunk.tile_rows is None:
             k, v = k[chunk.b], v[chunk.b]
-        tokens_a_tile = tile_tokens(call, self.tiles)
+        tokens_a_tile, alone = self.tokens_a_tile, token_a_tile(call) and not self.shares_tiles
         dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
         k_tiles = v_tiles = None
         if self.copies_tiles:
@@ -350,8 +350,9 @@ class Prepared:
             DV1=dv.first,
             DV2=dv.rest,
             V_IS_K=shares_memory(call),
-            DECODE=token_a_tile(call),
-            SEVERAL=call.path == "several" and not token_a_tile(call),
+            DECODE=alone,
+            SEVERAL=(call.path == "several" or self.shares_tiles) and not alone,
+            AS_ALONE=self.shares_tiles,
             **self.forms.arguments(*chunk),
             P_TYPE=getattr(code.tl, FLOAT_TYPES[self.options.p].torch_name),
             ACC_F16=self.options.acc == "f16",
@@ -361,6 +362,24 @@ class Prepared:
             COPIED=k_tiles is not None,
             **shared,
         )
+
+    @property
+    def over_numbers(self) -> bool:
+        """Whether keys and values are read as numbers, and not as the planes of a quantised cache."""
+        return self.planes is None or self.expand
+
+    @property
+    def shares_tiles(self) -> bool:
+        """Whether rows of the path decode lie side by side in matrix tiles, as many as fill them. Each has
+        the bits that it has alone: the tile is as large, what it does not see leaves its sums as they are."""
+        call = self.call
+        beside = call.shape.rows > 1 and shared_tokens(call, self.tiles) > 1
+        return call.path == "decode" and not call.has_forms and beside and self.over_numbers
+
+    @property
+    def tokens_a_tile(self) -> int:
+        """Query tokens of one matrix tile."""
+        return (shared_tokens if self.shares_tiles else tile_tokens)(self.call, self.tiles)
 
     @property
     def copies_tiles(self) -> bool:
@@ -454,8 +473,14 @@ def tokens_wanted(call: Call) -> int | None:
 
 
 def tile_tokens(call: Call, tiles: Tiles) -> int:
-    """Query tokens of one matrix tile. By r, not by head group: every grouping has the same tiles."""
-    return 1 if token_a_tile(call) else max(tiles.rows // call.shape.ratio, 1)
+    """Query tokens of one matrix tile, where rows of the path decode have one of their own each."""
+    return 1 if token_a_tile(call) else shared_tokens(call, tiles)
+
+
+def shared_tokens(call: Call, tiles: Tiles) -> int:
+    """Query tokens that a matrix tile has rows for. By r, not by head group: every grouping has the same
+    tiles."""
+    return max(tiles.rows // call.shape.ratio, 1)
 
 
 def chunks(call: Call, slots: int, tiles: Tiles) -> list[Chunk]:

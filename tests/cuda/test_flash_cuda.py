@@ -67,7 +67,8 @@ def test_laws_of_forms() -> None:
         forms.a_mask_that_says_causal_is_causal(path, CUDA)
     forms.any_mask_is_within_the_budget(CUDA, PATHS)
     forms.any_list_is_within_the_budget(CUDA, ("window", "alibi", "sinks"))
-    forms.rows_of_several_are_rows_alone(CUDA, ("gaussian", "window", "sinks"))
+    for path in ("several", "decode"):
+        forms.rows_are_rows_alone(path, CUDA, forms.ROW_FAMILIES)
     forms.a_sequence_alone_is_the_sequence_in_its_batch(CUDA)
 
 
@@ -156,6 +157,34 @@ def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
             assert torch.equal(alone.lse[0, 0], together.lse[1, t])
         binaries |= {signature.binary.split("+")[0] for _, _, signature in together.launched.rows}
     assert len(binaries) == 1
+
+
+@pytest.mark.parametrize(("p", "acc"), [("f16", "f32"), ("f32", "f32"), ("f16", "f16")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("r", "size"), [(1, 64), (2, 128), (3, 64), (4, 256), (5, 80), (7, 64), (8, 128)])
+def test_rows_that_share_a_tile_are_what_they_are_alone(
+    r: int, size: int, dtype: torch.dtype, p: str, acc: str
+) -> None:
+    """Rows of a window, one key more each, and rows of any lengths, every bit of them."""
+    torch.manual_seed(r)
+    q = torch.randn(2, 40, 2 * r, size, dtype=dtype, device=CUDA)
+    k, v = (torch.randn(2, 1100, 2, size, dtype=dtype, device=CUDA) for _ in "kv")
+    following = torch.arange(990, 1030, dtype=torch.int32, device=CUDA)
+    kv_len = torch.stack((following, torch.randint(0, 1101, (40,), dtype=torch.int32, device=CUDA)))
+    more = {"scale": size**-0.5}
+    heads = None if r == 1 else (r - r // 2, r // 2)
+    for plan in (Plan(), Plan(kv=KVCuts("parts", 4), heads=heads)):
+        flash = FlashKernel("flash", TileOptions(plan=plan, p=p, acc=acc))
+        together = flash.attend(q, k, v, kv_len=kv_len, **more)
+        for b in range(2):
+            for t in range(40):
+                row = slice(t, t + 1)
+                alone = flash.attend(
+                    q[b : b + 1, row], k[b : b + 1], v[b : b + 1], kv_len=kv_len[b : b + 1, row], **more
+                )
+                assert torch.equal(alone.out[0, 0], together.out[b, t]), (plan, b, t)
+                assert torch.equal(alone.lse[0, 0], together.lse[b, t]), (plan, b, t)
+        assert flash.notes == []
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -10,7 +10,9 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +23,16 @@ from support import flash_forms as forms
 from support import flash_laws as laws
 from support import reader_on_host
 from support.subjects import flash_subject
-from verify.kernels.call import AttentionPath, checked_call
+from verify.kernels.cache_types import parse_cache
+from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.flash.kernel import FALLBACK_NOTE, U_TANH, FlashKernel, flash_kernel
 from verify.kernels.flash.tiles import Tiles
+from verify.kernels.heads import Heads
 from verify.kernels.here import why_not_flash
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
+from verify.kernels.judging.other_forms import in_pages
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.registry import build_kernel
@@ -95,6 +102,24 @@ def test_tiles_that_the_copy_engine_reads_have_the_bits_of_loads() -> None:
     assert torch.equal(first.out, second.out) and torch.equal(first.lse, second.lse)
     due = exact_attention(call)
     assert float((first.out.double() - due.out).norm() / due.out.norm()) < 5e-4
+
+
+def test_a_window_of_rows_fills_its_matrix_tiles() -> None:
+    """r = 3 in a tile of 16: five rows side by side; none where a row is alone, or has a form of its own."""
+    sizes = InputSizes(n_kv=tuple(range(1, 13)), heads=Heads.grouped(kv=2, ratio=3, k_size=16, v_size=16))
+    window = draw("gaussian", sizes, 1)
+
+    def tokens(call: Call, **options: Any) -> int:
+        prepared = FlashKernel("flash", TileOptions(), **options).prepare(call)
+        assert prepared is not None and prepared.tiles.rows == 16
+        return prepared.tokens_a_tile
+
+    assert tokens(window) == 5
+    assert tokens(window.of_rows(torch.tensor([7]))) == tokens(in_pages(window, 16)) == 1
+    # The readers of a quantised cache have a tile a row.
+    wide = draw("gaussian", replace(sizes, heads=Heads.grouped(kv=1, ratio=3, k_size=64, v_size=64)), 1)
+    assert tokens(wide, cache=parse_cache("q8_0")) == 1
+    assert tokens(wide, cache=parse_cache("q8_0"), expand="f16") == 5
 
 
 def test_lengths_are_said_by_a_number_where_one_says_them() -> None:
@@ -172,7 +197,8 @@ LAWS_OF_FORMS: dict[str, Callable[[], None]] = {
     "mask of causal": lambda: forms.a_mask_that_says_causal_is_causal("several", CPU),
     "any mask": lambda: forms.any_mask_is_within_the_budget(CPU, ("several",)),
     "any list": lambda: forms.any_list_is_within_the_budget(CPU, ("window",)),
-    "rows alone": lambda: forms.rows_of_several_are_rows_alone(CPU, ("gaussian",)),
+    "rows alone": lambda: forms.rows_are_rows_alone("several", CPU, ("gaussian",)),
+    "rows of decode alone": lambda: forms.rows_are_rows_alone("decode", CPU, ("gaussian",)),
     "sequence alone": lambda: forms.a_sequence_alone_is_the_sequence_in_its_batch(CPU),
 }
 
@@ -190,7 +216,8 @@ def test_laws_of_forms_in_every_case() -> None:
         forms.a_mask_that_says_causal_is_causal(path, CPU)
     forms.any_mask_is_within_the_budget(CPU, every)
     forms.any_list_is_within_the_budget(CPU, ("window", "alibi", "sinks"))
-    forms.rows_of_several_are_rows_alone(CPU, ("gaussian", "window", "sinks"))
+    for path in ("several", "decode"):
+        forms.rows_are_rows_alone(path, CPU, forms.ROW_FAMILIES)
 
 
 @pytest.mark.parametrize("path", ["several", pytest.param("prefill", marks=pytest.mark.slow)])

@@ -14,10 +14,10 @@ from verify.kernels.flash.tiles import choose_tiles, split_head
 
 # Shared memory that a program may ask for, by compute capability: an RTX 8000, an RTX 3090, an H100.
 SHARED_BYTES = {75: 65_536, 86: 101_376, 90: 232_448}
-# ratio, k size, v size, tokens of a tile (None: as many as do), keys of a page
+# ratio, k size, v size, tokens of a tile (None: as many as do), keys of a page, whether rows share it
 SHAPES = [
-    (12, 128, 128, 1, 0), (4, 80, 80, 1, 0), (20, 576, 512, 1, 0), (12, 128, 128, None, 0),
-    (12, 128, 128, 4, 16),
+    (12, 128, 128, 1, 0, False), (4, 80, 80, 1, 0, False), (20, 576, 512, 1, 0, False),
+    (12, 128, 128, None, 0, False), (12, 128, 128, 4, 16, False), (3, 64, 64, 1, 0, True),
 ]  # fmt: skip
 
 COMPILE = """
@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from verify.kernels.flash import device as code
 from verify.kernels.flash.tiles import choose_tiles, shared_bytes, split_head
 
-for capability, ratio, k_size, v_size, tokens, page, limit in json.loads(sys.argv[1]):
+for capability, ratio, k_size, v_size, tokens, page, shared, limit in json.loads(sys.argv[1]):
     cores = capability >= 80
     plain = tokens is None
     copied = plain and capability >= 90
@@ -39,10 +39,10 @@ for capability, ratio, k_size, v_size, tokens, page, limit in json.loads(sys.arg
         continue
     dk, dv = split_head(k_size, tiles.rows), split_head(v_size, tiles.rows)
     constants = dict(DK=k_size, DK1=dk.first, DK2=dk.rest, DV=v_size, DV1=dv.first, DV2=dv.rest, V_IS_K=False,
-                     M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=tokens == 1, SEVERAL=(tokens or 0) > 1,
-                     PACKED=page > 0, PAGE=page, LISTED=False, MASK=0, P_TYPE=code.tl.float16,
-                     ACC_F16=False, SOFTCAP=not plain, WINDOW=not plain, ALIBI=not plain, COPIED=copied,
-                     OVERLAP=capability >= 90)
+                     M=tiles.rows, TILE=tiles.keys, BLOCK=64, DECODE=tokens == 1 and not shared,
+                     SEVERAL=shared or (tokens or 0) > 1, AS_ALONE=shared, PACKED=page > 0, PAGE=page,
+                     LISTED=False, MASK=0, P_TYPE=code.tl.float16, ACC_F16=False, SOFTCAP=not plain,
+                     WINDOW=not plain, ALIBI=not plain, COPIED=copied, OVERLAP=capability >= 90)
     unused = ("listed", "last_key", "mask") + (() if page else ("tile_rows", "table"))
     unused += () if copied else ("k_tiles", "v_tiles")
     constants |= dict.fromkeys(unused)

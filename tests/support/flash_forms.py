@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from verify.kernels.bits import same_bits
-from verify.kernels.call import Call, Result, checked_call
+from verify.kernels.call import AttentionPath, Call, Result, checked_call
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import draw
@@ -27,6 +27,8 @@ ROWS = 2
 SIZES = InputSizes(
     n_kv=(130, 65), batch=2, fewer=(0, 66), heads=Heads.grouped(kv=2, ratio=2, k_size=16, v_size=16)
 )
+# Inputs whose masks and biases go by a row's own keys.
+ROW_FAMILIES = ("gaussian", "window", "sinks", "alibi", "softcap")
 TWO_PARTS = Plan(kv=KVCuts("parts", 2))
 
 Form = Callable[[Call], Call]
@@ -132,12 +134,14 @@ def any_list_is_within_the_budget(device: torch.device, families: tuple[str, ...
         against_exact(flash(), other, ran(other), lse=True)
 
 
-def rows_of_several_are_rows_alone(device: torch.device, families: tuple[str, ...]) -> None:
+def rows_are_rows_alone(path: AttentionPath, device: torch.device, families: tuple[str, ...]) -> None:
     """Whatever shares a row's tile: its parts are those of its own keys."""
     heads = Heads.grouped(kv=1, ratio=3, k_size=32, v_size=32)
-    sizes = InputSizes(n_kv=(63, 65, 200, 0), heads=heads, path="several")
+    # Of `several` one tile of 16 rows: more rows would be a larger one.
+    lengths = (63, 65, 200, 0) if path == "several" else (63, 65, 200, 0, 64, 66, 129)
+    sizes = InputSizes(n_kv=lengths, heads=heads, path=path)
     for family in families:
-        for plan in (Plan(kv=KVCuts("parts", 3)), Plan(kv=KVCuts("size", 64), heads=(2, 1))):
+        for plan in (TWO_PARTS, Plan(kv=KVCuts("size", 64), heads=(2, 1))):
             call = draw(family, sizes, 4, device=device)
             together = ran(call, plan)
             for t in range(len(sizes.n_kv)):
