@@ -135,7 +135,7 @@ CATALOGUE: dict[str, KernelEntry] = {
         KernelEntry(
             "exact",
             "float64 softmax(QK)V: the oracle",
-            {"acc": "float64, or double-float32 for GPUs with slow float64; default float64"},
+            {"acc": "float64; int8 or double-float32 slices for GPUs with slow float64; default: the run's"},
         ),
         KernelEntry("eager", "tiled online softmax in plain torch, any plan, CPU or GPU", TILE_OPTIONS),
         KernelEntry(

@@ -15,7 +15,6 @@ o = sum_j exp(s_j - L) v_j
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -25,8 +24,8 @@ from verify.kernels.call import PATHS, AttentionOutput, AttentionPath, Call, Res
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import first_sequence, lengths_of, unseen_keys
+from verify.kernels.oracle_products import PRODUCTS, Product, products_in_use
 from verify.kernels.sequences import sequences
-from verify.kernels.sliced_products import sliced_bmm
 from verify.kernels.trace import Launched, Signature
 
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
@@ -34,9 +33,6 @@ _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
 # Calls of at least so many rows go in steps of rows, which leave out most keys that no row sees; on a GPU
 # with several sequences at once.
 _ROWS_OF_MANY, _ROW_STEPS, _ROW_STEPS_CUDA = 64, 4, 2
-
-
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def reference_attention(call: Call) -> AttentionOutput:
@@ -71,11 +67,13 @@ def _nothing_seen(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out, call.q.new_full(call.q.shape[:3], -math.inf, dtype=torch.float64)
 
 
-def exact_attention(call: Call, bmm: Product = torch.bmm, *, with_lse: bool = True) -> AttentionOutput:
+def exact_attention(call: Call, bmm: Product | None = None, *, with_lse: bool = True) -> AttentionOutput:
     """out [B, T, Hq, Dv] and lse [B, T, Hq] in float64; lse is NaN without `with_lse`, which is faster.
 
-    bmm: how float64 matrices are multiplied.
+    bmm: how float64 matrices are multiplied; None: as this process does on the call's device.
     """
+    if bmm is None:
+        bmm = PRODUCTS[products_in_use(call.q.device)]
     shape = call.shape
     logits = shape.q_heads * shape.keys * -(-shape.rows // _ROW_STEPS_CUDA)
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
@@ -206,19 +204,20 @@ def finish_logits(
 class ExactKernel(Kernel):
     """`exact`: the oracle behind the contract, rounded once to float32.
 
-    acc: `float64`, or `double-float32`, whose products are sums of float32 products (`sliced_products`).
+    acc: `float64`; `int8` or `double-float32`, whose products are sums of products of slices
+    (`int8_products`, `sliced_products`); None: what this process uses.
     """
 
     as_if_alone = True
 
-    def __init__(self, spec: str, acc: str = "float64") -> None:
+    def __init__(self, spec: str, acc: str | None = None) -> None:
         super().__init__(spec)
         self.acc = acc
 
     def run(self, call: Call) -> Result:
-        sliced = self.acc == "double-float32"
-        result = exact_attention(call, sliced_bmm if sliced else torch.bmm)
-        signature = Signature("exact", self.acc, (), (), "one")
+        acc = self.acc or products_in_use(call.q.device)
+        result = exact_attention(call, PRODUCTS[acc])
+        signature = Signature("exact", acc, (), (), "one")
         launched = Launched.every_row(call.path, call.n_kv, signature)
         return Result(result.out.float(), result.lse.float(), launched)
 

@@ -14,6 +14,7 @@ from verify.kernels.foreign.ggml_kernel import GgmlKernel
 from verify.kernels.foreign.merge_kernel import MergeKernel
 from verify.kernels.foreign.python_kernel import PythonKernel
 from verify.kernels.kernel import Kernel
+from verify.kernels.oracle_products import FLOAT64, PRODUCTS
 from verify.kernels.peers.flex import FlexKernel
 from verify.kernels.peers.hubs import hub_kernel, transformers_kernel
 from verify.kernels.peers.libraries import LibraryKernel
@@ -32,8 +33,13 @@ def _flash(spec: Spec) -> Kernel:
     )
 
 
+def _exact(spec: Spec) -> Kernel:
+    acc = choice(spec, "acc", FLOAT64, tuple(PRODUCTS)) if "acc" in spec.options else None
+    return ExactKernel(spec.text, acc)
+
+
 BUILDERS: dict[str, Callable[[Spec], Kernel]] = {
-    "exact": lambda s: ExactKernel(s.text, choice(s, "acc", "float64", ("float64", "double-float32"))),
+    "exact": _exact,
     "eager": lambda s: EagerKernel(s.text, parse_tile_options(s), cache_option(s)),
     "flash": _flash,
     "py": PythonKernel.from_spec,

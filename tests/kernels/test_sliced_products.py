@@ -58,18 +58,3 @@ def test_the_kernel_takes_it_by_name() -> None:
     torch.testing.assert_close(sliced.out, plain.out, rtol=2e-7, atol=1e-12)
     binaries = [{s.binary for _, _, s in result.launched.rows} for result in (plain, sliced)]
     assert binaries == [{"float64"}, {"double-float32"}]
-
-
-def test_it_is_what_the_kernel_multiplies_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, ...]] = []
-
-    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        calls.append(tuple(a.shape))
-        return sliced_bmm(a, b)
-
-    monkeypatch.setattr("verify.kernels.exact.sliced_bmm", counted)
-    call = draw("gaussian", SIZES, 1)
-    build_kernel("exact").run(call)
-    assert not calls
-    build_kernel("exact:acc=double-float32").run(call)
-    assert calls

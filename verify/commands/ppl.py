@@ -147,6 +147,14 @@ def command(
     compute: Annotated[
         str, typer.Option("--compute", help="type of everything but attention: f32, f64 (small models)")
     ] = "f32",
+    oracle: Annotated[
+        str,
+        typer.Option(
+            "--oracle",
+            help="how exact attention multiplies: float64, int8 (slices on tensor cores), double-float32;"
+            " auto: on a GPU as measured at the start",
+        ),
+    ] = "auto",
     split_mode: options.SplitMode = "layer",
     gpus: options.Gpus = 1,
     checkpoint_minutes: Annotated[
@@ -169,7 +177,8 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    from verify.machine.devices import default_device
+    from verify.kernels.oracle_products import chosen_products
+    from verify.machine.devices import chosen_device, default_device
     from verify.machine.ranks import ranks_of_environment
     from verify.ppl.only_folder import is_of_only
     from verify.ppl.resuming import Named, check_alone, go_on
@@ -204,6 +213,7 @@ def command(
         )
         settings = begun.settings
     else:
+        device = device or default_device()
         n_q = n_q if n_q is not None else DEFAULT_N_Q if path == "several" else 1
         if baseline is None:
             plain = path != "several" and not pages and sequences == 1
@@ -218,7 +228,7 @@ def command(
             baseline=baseline,
             candidates=_candidates(DEFAULT_BASELINE if baseline == OWN else baseline, candidate, caches),
             cache_type=one_cache_type(cache_type, cache_type_k, cache_type_v),
-            device=device or default_device(),
+            device=device,
             memory=parse_size(memory) if memory else None,
             min_coverage=min_coverage,
             margin=margin,
@@ -239,6 +249,7 @@ def command(
             n_q=n_q,
             pages=pages,
             sequences=sequences,
+            oracle=ranks.of_leader(chosen_products(oracle, chosen_device(device)) if ranks.leads else ""),
         )
     ended = run_whole(settings, console, ranks, begun=begun, out=out, load_writer=_load_writer)
     if ended.run is not None:

@@ -28,6 +28,7 @@ from verify.judge.run_verdict import run_verdict
 from verify.judge.verdict import Decision
 from verify.kernels.formed import PLAIN_CALLS
 from verify.kernels.kernel import Kernel
+from verify.kernels.oracle_products import FLOAT64, multiplying
 from verify.kernels.plans.spec import parse_spec
 from verify.kernels.registry import UNTOLD, build_kernel
 from verify.machine import environment
@@ -177,6 +178,10 @@ class Experiment:
             match.said for match in self.matches if match.said
         }
         notes |= set(self.learnt)
+        if self.settings.oracle != FLOAT64:
+            notes.add(
+                f"exact attention multiplied float64 numbers in slices (--oracle {self.settings.oracle})"
+            )
         if self.settings.compute == "f64":
             notes.add("everything but attention was computed in float64")
         if len(self.sample) < self.windows.n_windows:
@@ -231,6 +236,10 @@ class Experiment:
         Ranks other than 0 have no folder, and draw none. A KeyboardInterrupt passes through; finished groups
         are in the folder then.
         """
+        with multiplying(self.device, self.settings.oracle):
+            return self._run(folder)
+
+    def _run(self, folder: RunFolder | None) -> Outcome | None:
         leads = self.ranks.leads
         hooks = [capture_to(folder.path, self.captured)] if self.captured and folder else []
         if self.settings.headroom and folder is not None:

@@ -66,12 +66,16 @@ class PplSettings:
     n_q: int = 1  # query tokens a call, on the path several
     pages: int = 0  # keys a page of the pool that keys and values lie in; 0: none
     sequences: int = 1  # windows in a call, each at another place
+    oracle: str = "float64"  # how exact attention multiplies: a name of `verify.kernels.oracle_products`
 
     def __post_init__(self) -> None:
         from verify.arms.split_mode import check_split_mode
         from verify.kernels.call import PATHS
+        from verify.kernels.oracle_products import AUTO, PRODUCTS
         from verify.model.runner import COMPUTE_TYPES
 
+        if self.oracle not in PRODUCTS:
+            raise UsageError(f"--oracle {self.oracle}: expected one of {', '.join((AUTO, *PRODUCTS))}")
         if self.path not in (*PATHS, "both"):
             raise UsageError(f"--path {self.path}: expected decode, several, prefill or both")
         self._check_form()

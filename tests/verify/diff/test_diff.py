@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from support.cli import Done, assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
 from verify.diff import inputs as diff
 from verify.kernels import eager
+from verify.kernels.oracle_products import multiplying
 from verify.laws import LAWS, subject_of
 from verify.laws.run import run_law
 from verify.model.products import Tiling
@@ -28,6 +30,20 @@ def run(out: Path, *more: str, n_kv: str = "130", inputs: str = PLAIN) -> tuple[
     done = verify(*base, "--out", str(out), *more)
     report = json.loads((out / "run.json").read_text()) if (out / "run.json").is_file() else {}
     return done, report
+
+
+def test_an_oracle_in_slices_gives_the_verdict_of_float64(tmp_path: Path) -> None:
+    """For a right kernel and for one that drops its last key: words and figures to 1e-6."""
+    asked = ["--baseline", "eager", "--candidate", "eager:kv=2"]
+    faulty = ["--candidate", f"py:{KERNELS}::last_key_dropped"]
+    _, plain = run(tmp_path / "float64", *asked, *faulty, inputs="gaussian,peaked")
+    with multiplying(torch.device("cpu"), "int8"):
+        _, sliced = run(tmp_path / "int8", *asked, *faulty, inputs="gaussian,peaked")
+    assert [pair["verdict"] for pair in sliced["pairs"]] == [pair["verdict"] for pair in plain["pairs"]]
+    assert {pair["verdict"] for pair in plain["pairs"]} > {"broken"}
+    for cell, other in zip(plain["cells"], sliced["cells"], strict=True):
+        for figure in ("max_budget_ratio", "rms_ratio"):
+            assert other[figure] == pytest.approx(cell[figure], rel=1e-6), figure
 
 
 @pytest.mark.pictures
