@@ -27,8 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
+
+from verify.kernels.here import why_not_flash
 
 SLICES = 7
 # Terms of one product: SLICES * TERMS * 128^2 is below 2^31.
@@ -36,6 +39,8 @@ TERMS = 1 << 14
 # What `torch._int_mm` takes on a GPU: more than 16 rows, and terms and columns that are multiples of 8; rows
 # of 16 bytes are read fastest.
 _LEAST_ROWS, _MULTIPLE = 32, 16
+# The largest digits of numbers below 1 count 2^-6.
+_OF_LARGEST = 6
 # Exponents of rows: what is smaller than 2^-400 counts as if it were that large.
 _LEAST_EXPONENT = -400
 
@@ -45,8 +50,8 @@ IntegerProduct = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def int8_bmm(a: torch.Tensor, b: torch.Tensor, slices: int = SLICES) -> torch.Tensor:
     """a [h, m, k] times b [h, k, n], float64 in and out, to within `int8_error_bound`.
 
-    Numbers that are not finite have no slices: with one of them it is float64's product. Slices are of one
-    head at a time: `slices` bytes a number, and a few times that while they are cut.
+    Numbers that are not finite have no slices: with one of them it is float64's product. Slices are `slices`
+    bytes a number, of all heads at once where `int8_tiles` cuts them, else of one, and a few times that then.
 
     >>> a, b = torch.rand(2, 3, 40, dtype=torch.float64), torch.rand(2, 40, 5, dtype=torch.float64)
     >>> bool(((int8_bmm(a, b) - a @ b).abs() <= int8_error_bound(a, b)).all())
@@ -58,20 +63,38 @@ def int8_bmm(a: torch.Tensor, b: torch.Tensor, slices: int = SLICES) -> torch.Te
     largest_a, largest_b = _largest(a, 2), _largest(b, 1)
     if not bool(torch.isfinite(largest_a.sum() + largest_b.sum())):
         return torch.bmm(a, b)
-    e_a, e_b = _exponents(largest_a), _exponents(largest_b)
+    exponents = _exponents(largest_a), _exponents(largest_b)
+    product = tile_product if has_tiles(a.device) else product_by_heads
+    out = product(a[:, :, :TERMS], b[:, :TERMS], *exponents, slices)
+    for first in range(TERMS, k, TERMS):
+        chunk = slice(first, first + TERMS)
+        out += product(a[:, :, chunk], b[:, chunk], *exponents, slices)
+    return out
+
+
+def tile_product(
+    a: torch.Tensor, b: torch.Tensor, e_a: torch.Tensor, e_b: torch.Tensor, slices: int
+) -> torch.Tensor:
+    """a [h, m, k] times b [h, k, n] in `int8_tiles`, k up to TERMS; rows and columns below 2^e_a, 2^e_b."""
+    tiles, most = _tiles(), 8 * slices - 2
+    left = tiles.cut(a, _power(most - e_a), slices, largest_first=False)
+    right = tiles.cut(b.transpose(1, 2), _power(most - e_b), slices, largest_first=True)
+    product: torch.Tensor = tiles.multiply(left, right, _power(e_a - _OF_LARGEST), _power(e_b - _OF_LARGEST))
+    return product
+
+
+def product_by_heads(
+    a: torch.Tensor, b: torch.Tensor, e_a: torch.Tensor, e_b: torch.Tensor, slices: int
+) -> torch.Tensor:
+    """The same, bits included, by an integer product of whole matrices, a head at a time."""
+    (heads, m, _), n = a.shape, b.shape[2]
     multiply, out = integer_product(a.device), a.new_empty((heads, m, n))
     for head in range(heads):
-        total = None
-        for first in range(0, k, TERMS):
-            chunk = slice(first, first + TERMS)
-            left = _digits(a[head, :, chunk], e_a[head], slices, rows=_LEAST_ROWS)
-            right = _digits(b[head, chunk].t(), e_b[head], slices, rows=1).flip(1)
-            found = _product(left.flatten(1), right.flatten(1), slices, multiply)
-            total = found if total is None else total.add_(found)
-        assert total is not None
-        # The largest digits are worth 2^-6 each.
-        scaled = total[:m, :n] * _power(e_a[head] - 6)[:, None]
-        torch.mul(scaled, _power(e_b[head] - 6), out=out[head])
+        left = _digits(a[head], e_a[head], slices, rows=_LEAST_ROWS)
+        right = _digits(b[head].t(), e_b[head], slices, rows=1).flip(1)
+        total = _product(left.flatten(1), right.flatten(1), slices, multiply)
+        scaled = total[:m, :n] * _power(e_a[head] - _OF_LARGEST)[:, None]
+        torch.mul(scaled, _power(e_b[head] - _OF_LARGEST), out=out[head])
     return out
 
 
@@ -103,6 +126,32 @@ def has_int8_products(device: torch.device) -> bool:
         return False
     due = [256 * a * b for a in (-128, 127) for b in (-128, 127)]
     return all(bool((x == y).all()) for x, y in zip(found, due, strict=True))
+
+
+@cache
+def has_tiles(device: torch.device) -> bool:
+    """Whether `int8_tiles` runs on this device, and gives the bits of `product_by_heads`."""
+    if device.type != "cuda" or why_not_flash() is not None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in ((2, 150, 70), (2, 70, 130))
+    )
+    exponents = _exponents(_largest(a, 2)), _exponents(_largest(b, 1))
+    try:
+        found = tile_product(a, b, *exponents, SLICES)
+    except Exception:  # whatever a compiler says of a card that it does not know
+        return False
+    return torch.equal(found, product_by_heads(a, b, *exponents, SLICES))
+
+
+@cache
+def _tiles() -> Any:
+    """The module of device code; importing it decides whether Triton compiles or interprets it."""
+    from verify.kernels import int8_tiles
+
+    return int8_tiles
 
 
 def _in_float64(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ setting of the run: it is stored, and who goes on with the run, or shares it, ta
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ PRODUCTS: Mapping[str, Product] = MappingProxyType(
 # Slices are chosen where they are at least so many times faster: far from the ratio of 1 at which two
 # measurements of one card could differ, and more than what the rest of attention leaves of a small gain.
 CLEARLY_FASTER = 2.0
+# A card that multiplies float64 at more than a fourth of float32's rate has hardware for it: nothing is cut.
+FLOAT64_IN_HARDWARE = 4.0
 # Heads, rows, keys and numbers a head of the two products that are timed, and how often they are.
 _TIMED_SHAPE, _TIMES = (4, 1024, 2048, 128), 3
 
@@ -36,11 +39,12 @@ _in_use: dict[str, str] = {}
 
 
 class TimedProducts(NamedTuple):
-    """Seconds of the two products of one attention, each way; NaN where it was not timed."""
+    """Seconds of the two products of one attention, each way; NaN where that was not timed."""
 
     chosen: str
-    float64_s: float
-    int8_s: float
+    float32_s: float = math.nan
+    float64_s: float = math.nan
+    int8_s: float = math.nan
 
 
 def products_in_use(device: torch.device) -> str:
@@ -51,7 +55,8 @@ def products_in_use(device: torch.device) -> str:
 @contextmanager
 def multiplying(device: torch.device, name: str) -> Iterator[None]:
     """Within it the oracle multiplies so on devices of this kind. Raises KeyError: no such product."""
-    assert PRODUCTS[name]
+    if name not in PRODUCTS:
+        raise KeyError(name)
     before = dict(_in_use)
     _in_use[device.type] = name
     try:
@@ -68,9 +73,9 @@ def chosen_products(asked: str, device: torch.device) -> str:
 
 @cache
 def timed_products(device: torch.device) -> TimedProducts:
-    """Measured once a process. On a CPU float64 is half as fast as float32, and nothing is."""
-    if device.type != "cuda" or not has_int8_products(device):
-        return TimedProducts(FLOAT64, float("nan"), float("nan"))
+    """Measured once a process, a few milliseconds and what loading takes; nothing is on a CPU."""
+    if device.type != "cuda":
+        return TimedProducts(FLOAT64)
     heads, rows, keys, size = _TIMED_SHAPE
     generator = torch.Generator().manual_seed(0)
     q, k, p, v = (
@@ -78,20 +83,28 @@ def timed_products(device: torch.device) -> TimedProducts:
         for shape in ((heads, rows, size), (heads, size, keys), (heads, rows, keys), (heads, keys, size))
     )
 
-    def seconds(product: Product) -> float:
-        found = []
+    def seconds(product: Product, dtype: torch.dtype = torch.float64) -> float:
+        operands, found = [x.to(dtype) for x in (q, k, p, v)], []
         # The first time loads libraries.
         for _ in range(1 + _TIMES):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
-            product(q, k)
-            product(p, v)
+            product(*operands[:2])
+            product(*operands[2:])
             torch.cuda.synchronize(device)
             found.append(time.perf_counter() - start)
         return min(found[1:])
 
-    float64_s, int8_s = seconds(PRODUCTS[FLOAT64]), seconds(PRODUCTS[INT8])
-    return TimedProducts(quicker(float64_s, int8_s), float64_s, int8_s)
+    float32_s, float64_s = seconds(torch.bmm, torch.float32), seconds(torch.bmm)
+    if is_in_hardware(float32_s, float64_s) or not has_int8_products(device):
+        return TimedProducts(FLOAT64, float32_s, float64_s)
+    int8_s = seconds(int8_bmm)
+    return TimedProducts(quicker(float64_s, int8_s), float32_s, float64_s, int8_s)
+
+
+def is_in_hardware(float32_s: float, float64_s: float) -> bool:
+    """Whether a card has float64 to speak of, by these seconds of the same products."""
+    return float64_s < FLOAT64_IN_HARDWARE * float32_s
 
 
 def quicker(float64_s: float, int8_s: float) -> str:

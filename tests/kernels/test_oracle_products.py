@@ -14,6 +14,7 @@ from verify.kernels.oracle_products import (
     CLEARLY_FASTER,
     PRODUCTS,
     chosen_products,
+    is_in_hardware,
     multiplying,
     products_in_use,
     quicker,
@@ -33,6 +34,12 @@ def test_a_cpu_has_float64_and_times_nothing(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_name_is_itself(name: str) -> None:
     assert chosen_products(name, CPU) == name
+
+
+def test_a_card_with_float64_in_hardware_cuts_nothing() -> None:
+    """Half the rate of float32 or the same, and a 64th of it."""
+    assert is_in_hardware(1e-3, 2e-3) and is_in_hardware(1e-3, 1e-3)
+    assert not is_in_hardware(1e-3, 32e-3)
 
 
 def test_slices_are_chosen_where_they_are_clearly_faster() -> None:

@@ -61,7 +61,7 @@ def test_who_goes_on_with_a_run_measures_nothing_again(
 
     with monkeypatch.context() as patch:
         # As on a GPU where slices are faster.
-        patch.setattr(oracle_products, "timed_products", lambda _: TimedProducts("int8", 2.0, 1.0))
+        patch.setattr(oracle_products, "timed_products", lambda _: TimedProducts("int8"))
         patch.setattr(pq, "write_table", full)
         done = verify(*ppl_runs.command(tiny, out, *FEW, "--memory", "170K"))
         assert done.returncode == 2 and "No space left on device" in done.stderr
