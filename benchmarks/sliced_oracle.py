@@ -1,27 +1,42 @@
-"""The oracle with its products in slices: how far it lies from float64, and what it would take elsewhere.
+"""The oracle with its products in slices: how far it lies from float64, and what it takes.
 
     python benchmarks/sliced_oracle.py [--out FILE.json]
+    python benchmarks/sliced_oracle.py --device cuda [--seconds 50] [--out FILE.json]
+
+With `--device cuda` the oracle is timed as it is built, in float64 and in slices, and its products alone by
+several tiles; nothing new is begun after `--seconds`. Without, on paper:
 
 Slices are whole numbers of a few bits, here held in float64, so what is measured is what integers give that a
 tensor core adds up without rounding (int8 into int32, float16 into float32): the agreement is that of the
 hardware. Pairs of slices are counted as they are multiplied. Seconds are not measured: a card's are its data
-sheet's rate by the operations counted, at REACHED of it, and what stays in float64 is counted beside.
+sheet's rate by the operations counted, at REACHED of it, and what stays in float64 is counted beside. `built`
+is counted so for `verify.kernels.int8_tiles`, with the bytes that it moves.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from commit import commit, write_result
+from commit import commit, gpu_run, write_result
 
+from verify.kernels import int8_products
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import error_budget
+from verify.kernels.call import Call, checked_call
 from verify.kernels.exact import exact_attention
+from verify.kernels.heads import Heads
+from verify.kernels.int8_products import int8_bmm, product_by_heads
 from verify.kernels.judging.families import FAMILIES, InputSizes, draw
+from verify.kernels.oracle_products import PRODUCTS, Product, timed_products
 
 SIZES = InputSizes(n_kv=(700, 300, 65), edges=(64, 256, 640))
 AGREE = 1e-10
@@ -48,21 +63,31 @@ KINDS = (
 )
 
 
+# Operations of a layer's products: a window of 8,192 tokens, 96 heads of 128, in two steps of rows.
+LAYER = 4.0 * 96 * 8192**2 * 0.75 * 128
+
+
 class Card(NamedTuple):
     """Nominal dense operations a second: float64 (on tensor cores where it has them), int8, float16 into
-    float32."""
+    float32; and bytes of its memory."""
 
     name: str
     float64: float
     int8: float
     float16: float
+    bytes: float
 
 
 CARDS = (
-    Card("H200", 67e12, 1979e12, 989e12),
-    Card("RTX 3090", 35.6e12 / 64, 284e12, 71e12),
-    Card("RTX 4090", 82.6e12 / 64, 660.6e12, 165.2e12),
+    Card("H200", 67e12, 1979e12, 989e12, 4.8e12),
+    Card("RTX 3090", 35.6e12 / 64, 284e12, 71e12, 0.936e12),
+    Card("RTX 4090", 82.6e12 / 64, 660.6e12, 165.2e12, 1.008e12),
 )
+# Of what is built, a logit: pairs of digits; float64 operations of cutting P (scaled, compared, two
+# additions, two conversions) and of the sums of seven powers (converted, scaled, added); bytes: the logit
+# written, P read for its size and again to be cut, its digits written, and read as often as pairs need them.
+PAIRS, CUT_OPERATIONS, SUM_OPERATIONS = 28, 6, 3 * 7
+BYTES = 8 + 2 * 8 + 7 + PAIRS
 
 
 class Counted:
@@ -126,10 +151,186 @@ def seconds_of(card: Card, kind: Slices, pairs_each: float, products: float, hea
     }
 
 
+def built_seconds(card: Card, products: float, head: int) -> dict[str, float]:
+    """The same of `verify.kernels.int8_tiles`: products, float64 and its own passes one after the other."""
+    logits = products / (4 * head)
+    float64 = logits * (EXP_OPERATIONS + OTHER_OPERATIONS + CUT_OPERATIONS + SUM_OPERATIONS)
+    parts = {
+        "products": products * PAIRS / (REACHED * card.int8),
+        "float64_left": float64 / (REACHED * card.float64),
+        "moved": logits * BYTES / (REACHED * card.bytes),
+    }
+    return parts | {"sliced": sum(parts.values())}
+
+
+# Heads, n_kv (rows too: a window) and windows in a call.
+WINDOWS = tuple(
+    (heads, n_kv, batch)
+    for heads in (Heads(9, 3, 64, 64), Heads(96, 8, 128, 128))
+    for n_kv, batch in ((512, 16), (8192, 1))
+)
+# KV heads, rows, keys and numbers a head of products that are timed alone.
+ALONE = (8, 4096, 8192, 128)
+# rows, columns, terms, warps, stages of `int8_tiles.Tile`.
+TILES = (
+    (128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 128, 8, 3),
+    (128, 64, 128, 8, 3), (64, 64, 128, 4, 4), (128, 256, 64, 8, 3),
+)  # fmt: skip
+
+
+def by_matrices(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`int8_bmm` without its tiles."""
+    with mock.patch.object(int8_products, "has_tiles", lambda device: False):
+        return int8_bmm(a, b)
+
+
+WAYS: dict[str, Product] = {
+    "float64": PRODUCTS["float64"],
+    "int8": int8_bmm,
+    "int8 by whole matrices": by_matrices,
+    "double-float32": PRODUCTS["double-float32"],
+}
+
+
+def seconds_of_run(run: Callable[[], object], device: torch.device, times: int = 3) -> float:
+    """The least of some runs, the first left out."""
+    found = []
+    for _ in range(1 + times):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+        if sum(found) > 3 and len(found) > 1:
+            break
+    return min(found[1:])
+
+
+def window(heads: Heads, n_kv: int, batch: int, device: torch.device) -> Call:
+    g = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, n_kv, h, heads.k_size, generator=g, device=device).half()
+        for h in (heads.q, heads.kv, heads.kv)
+    )
+    rows = torch.arange(1, n_kv + 1, dtype=torch.int32, device=device).expand(batch, n_kv)
+    return checked_call(q, k, v, kv_len=rows, scale=heads.k_size**-0.5)
+
+
+def timed_windows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """A line a window of rows and way of multiplying: logits a second that a causal mask leaves, and
+    differences in units of sum p |v|."""
+    for heads, n_kv, batch in WINDOWS:
+        call = window(heads, n_kv, batch, device)
+        exact = exact_attention(call, WAYS["float64"], with_lse=False).out
+        size = exact_attention(replace(call, v=call.v.abs()), WAYS["float64"], with_lse=False).out
+        logits = batch * heads.q * n_kv * (n_kv + 1) / 2
+        for name, product in WAYS.items():
+            if name == "double-float32" and n_kv > 512:
+                continue
+            seconds = seconds_of_run(partial(exact_attention, call, product, with_lse=False), device)
+            found = exact_attention(call, product, with_lse=False).out
+            yield {
+                "heads": str(heads),
+                "n_kv": n_kv,
+                "windows": batch,
+                "products": name,
+                "seconds": seconds,
+                "logits_per_s": logits / seconds,
+                "largest_difference": float(((found - exact).abs() / size).max()),
+                "same_bits_again": torch.equal(found, exact_attention(call, product, with_lse=False).out),
+            }
+
+
+def timed_alone(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Both products of an attention alone, in float32, float64 and by tile; and cutting P."""
+    heads, rows, keys, size = ALONE
+    g = torch.Generator(device).manual_seed(0)
+    q, k, p, v = (
+        torch.rand(shape, generator=g, device=device, dtype=torch.float64)
+        for shape in ((heads, rows, size), (heads, keys, size), (heads, rows, keys), (heads, keys, size))
+    )
+    k = k.transpose(1, 2)
+    flop = 2.0 * heads * rows * keys * size
+    for dtype in (torch.float32, torch.float64):
+        of_q, of_p = ([x.to(dtype) for x in pair] for pair in ((q, k), (p, v)))
+        yield {
+            "products": str(dtype).removeprefix("torch."),
+            "of_logits_s": (a := seconds_of_run(partial(torch.bmm, *of_q), device)),
+            "of_values_s": (b := seconds_of_run(partial(torch.bmm, *of_p), device)),
+            "flop_per_s": 2 * flop / (a + b),
+        }
+    if not int8_products.has_tiles(device):
+        return
+    from verify.kernels import int8_tiles
+
+    e_q, e_k, e_p, e_v = (torch.frexp(x.amax(dim)).exponent for x, dim in ((q, 2), (k, 1), (p, 2), (v, 1)))
+    due: torch.Tensor | None = None
+    for numbers in TILES:
+        with mock.patch.object(int8_tiles, "TILE", int8_tiles.Tile(*numbers)):
+            line: dict[str, Any] = {"products": "int8", "tile": list(numbers)}
+            try:
+                line["of_logits_s"] = a = seconds_of_run(
+                    lambda: int8_products.tile_product(q, k, e_q, e_k, int8_products.SLICES), device
+                )
+                line["of_values_s"] = b = seconds_of_run(
+                    lambda: int8_products.tile_product(p, v, e_p, e_v, int8_products.SLICES), device
+                )
+                line["of_which_cutting_p_s"] = seconds_of_run(
+                    lambda: int8_tiles.cut(
+                        p, torch.ones_like(p[:, :, 0]), int8_products.SLICES, largest_first=False
+                    ),
+                    device,
+                )
+                line["int8_operations_per_s"] = 2 * flop * PAIRS / (a + b)
+                line["float64_flop_per_s"] = 2 * flop / (a + b)
+                found = int8_products.tile_product(p, v, e_p, e_v, int8_products.SLICES)
+                due = found if due is None else due
+                line["same_bits"] = torch.equal(found, due)
+            except Exception as error:  # a tile that a card does not hold is a line of the table
+                line["failed"] = f"{type(error).__name__}: {error}"[:160]
+        yield line
+    assert due is not None
+    yield {
+        "products": "int8 by whole matrices",
+        "of_values_s": seconds_of_run(lambda: product_by_heads(p, v, e_p, e_v, int8_products.SLICES), device),
+        "same_bits": torch.equal(product_by_heads(p, v, e_p, e_v, int8_products.SLICES), due),
+    }
+
+
+def on_device(device: torch.device, seconds: float, out: Path | None) -> None:
+    """Everything that is timed, written as it goes."""
+    begun = time.perf_counter()
+    result: dict[str, Any] = gpu_run(ALONE) if device.type == "cuda" else {"commit": commit()}
+    chosen = timed_products(device)
+    result |= {"auto": chosen._asdict(), "auto_took_s": time.perf_counter() - begun}
+    print(json.dumps(result["auto"]), flush=True)
+    for name, lines in (("alone", timed_alone(device)), ("attention", timed_windows(device))):
+        result[name] = []
+        for line in lines:
+            result[name].append(line | {"at_s": round(time.perf_counter() - begun, 1)})
+            print(json.dumps(line), flush=True)
+            if out:
+                # What was measured is kept, whatever the next one does.
+                out.write_text(json.dumps(result, indent=1) + "\n")
+            if time.perf_counter() - begun > seconds:
+                result["stopped"] = f"after {seconds:g} s"
+                break
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--device")
+    parser.add_argument("--seconds", type=float, default=50)
     known = parser.parse_args()
+    if known.device:
+        torch.set_grad_enabled(False)
+        on_device(torch.device(known.device), known.seconds, known.out)
+        return
     lines: list[dict[str, Any]] = []
     for kind in KINDS:
         errors, pairs, products = {}, 0.0, 0.0
@@ -146,11 +347,7 @@ def main() -> None:
                 "of": worst,
                 "agrees": errors[worst] <= AGREE,
                 "products_of_slices_for_each": each,
-                # A window of 8,192 tokens, 96 heads of 128.
-                "seconds": {
-                    card.name: seconds_of(card, kind, each, 4.0 * 96 * 8192**2 * 0.75 * 128, 128)
-                    for card in CARDS
-                },
+                "seconds": {card.name: seconds_of(card, kind, each, LAYER, 128) for card in CARDS},
             }
         )
         print(f"{kind.name:20} {errors[worst]:.1e} ({worst}), {each:.1f} products each", flush=True)
@@ -159,6 +356,7 @@ def main() -> None:
         "commit": commit(),
         "computed": "agreement with slices held in float64; seconds by counted operations, not measured",
         "lines": lines,
+        "built": {card.name: built_seconds(card, LAYER, 128) for card in CARDS},
     }
     write_result(result, known.out)
 

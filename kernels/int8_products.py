@@ -189,7 +189,8 @@ def _digits(x: torch.Tensor, exponents: torch.Tensor, slices: int, *, rows: int)
 
 def _largest(x: torch.Tensor, dim: int) -> torch.Tensor:
     """The largest size along a dimension; NaN where there is one."""
-    return torch.maximum(x.amax(dim), -x.amin(dim))
+    least, most = torch.aminmax(x, dim=dim)
+    return torch.maximum(most, -least)
 
 
 def _exponents(largest: torch.Tensor) -> torch.Tensor:
