@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from support import ppl_runs
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny, write_tiny
 from verify.kernels import oracle_products
-from verify.kernels.oracle_products import TimedProducts
+from verify.kernels.oracle_products import Product, TimedProducts
 from verify.machine import ranks
 
 FEW = ("--baseline", "eager:block=16", "--candidate", "eager:block=16,kv=2", "--chunks", "2")
@@ -25,27 +27,46 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return write_tiny(tmp_path_factory.mktemp("tiny"), block_count=2)
 
 
+class Counted(NamedTuple):
+    """run: the record of a `verify ppl` in this process; used: what exact attention multiplied by."""
+
+    run: dict[str, Any]
+    used: set[str]
+
+
+def counted_run(tiny: Tiny, out: Path, *words: str) -> Counted:
+    with pytest.MonkeyPatch.context() as patch:
+        used = count_products(patch)
+        return Counted(ppl_runs.run(tiny, out, *FEW, *words)[1], used)
+
+
+def count_products(patch: pytest.MonkeyPatch) -> set[str]:
+    """A set to which the name of every product is added that multiplies."""
+    used: set[str] = set()
+
+    def counting(name: str, product: Product, *operands: torch.Tensor) -> torch.Tensor:
+        used.add(name)
+        return product(*operands)
+
+    counted = {name: partial(counting, name, product) for name, product in oracle_products.PRODUCTS.items()}
+    patch.setattr("verify.kernels.exact.PRODUCTS", counted)
+    return used
+
+
 @pytest.fixture(scope="module")
-def plain(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The record of a run that says nothing of its oracle, on a CPU."""
-    return ppl_runs.run(tiny, tmp_path_factory.mktemp("plain") / "run", *FEW)[1]
+def plain(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Counted:
+    """A run that says nothing of its oracle, on a CPU."""
+    return counted_run(tiny, tmp_path_factory.mktemp("plain") / "run")
 
 
-def products_of(report: dict[str, Any]) -> set[str]:
-    """What the record says that exact attention was multiplied by: asked for, and launched."""
-    launched = {line["binary"] for line in report["coverage"] if line["arm"] == "exact"}
-    return {report["settings"]["oracle"], *launched}
-
-
-def test_a_run_in_slices_says_so_and_has_the_same_verdict(
-    tiny: Tiny, tmp_path: Path, plain: dict[str, Any]
-) -> None:
-    _, report = ppl_runs.run(tiny, tmp_path / "run", *FEW, "--oracle", "int8")
-    assert (products_of(plain), products_of(report)) == ({"float64"}, {"int8"})
-    assert report["verdict"] == plain["verdict"]
-    said = [[note for note in x["notes"] if "--oracle" in note] for x in (plain, report)]
-    assert (len(said[0]), len(said[1])) == (0, 1)
-    for arm, other in zip(plain["arms"], report["arms"], strict=True):
+def test_a_run_in_slices_says_so_and_has_the_same_verdict(tiny: Tiny, tmp_path: Path, plain: Counted) -> None:
+    sliced = counted_run(tiny, tmp_path / "run", "--oracle", "int8")
+    for found, due in ((plain, "float64"), (sliced, "int8")):
+        assert {found.run["settings"]["oracle"]} == found.used == {due}
+        # Said where it is not float64.
+        assert sum("--oracle" in note for note in found.run["notes"]) == (due != "float64")
+    assert sliced.run["verdict"] == plain.run["verdict"]
+    for arm, other in zip(plain.run["arms"], sliced.run["arms"], strict=True):
         assert other["nll_mean"] == pytest.approx(arm["nll_mean"], rel=1e-6)
 
 
@@ -65,22 +86,22 @@ def test_who_goes_on_with_a_run_measures_nothing_again(
         patch.setattr(pq, "write_table", full)
         done = verify(*ppl_runs.command(tiny, out, *FEW, "--memory", "170K"))
         assert done.returncode == 2 and "No space left on device" in done.stderr
+    used = count_products(monkeypatch)
     verify("ppl", "--resume", str(out))
-    assert products_of(json.loads((out / "run.json").read_text())) == {"int8"}
+    assert {json.loads((out / "run.json").read_text())["settings"]["oracle"]} == used == {"int8"}
 
 
 def test_every_rank_takes_the_choice_of_the_first(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is asked for with the words of its own machine, measured here as something else."""
+    """Which measured something else than this one would."""
 
     class Led(ranks.Ranks):
         def of_leader(self, own: Any) -> Any:
             return "double-float32" if own == "float64" else own
 
     monkeypatch.setattr(ranks, "ranks_of_environment", Led)
-    _, report = ppl_runs.run(tiny, tmp_path / "run", *FEW)
-    assert products_of(report) == {"double-float32"}
+    assert counted_run(tiny, tmp_path / "run").used == {"double-float32"}
 
 
 def test_an_unknown_product_is_refused(tiny: Tiny, tmp_path: Path) -> None:
