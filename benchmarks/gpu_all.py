@@ -73,6 +73,12 @@ LINES = (
     ),
     Line("check", 60, _script("check_time", "--device", "cuda", "--out", "{out}"), "check_attention"),
     Line(
+        "oracle",
+        75,
+        _script("sliced_oracle", "--device", "cuda", "--seconds", "50", "--out", "{out}"),
+        "exact attention in float64 and in int8 slices",
+    ),
+    Line(
         "engines",
         60,
         _script(
