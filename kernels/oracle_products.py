@@ -77,9 +77,10 @@ def timed_products(device: torch.device) -> TimedProducts:
     if device.type != "cuda":
         return TimedProducts(FLOAT64)
     heads, rows, keys, size = _TIMED_SHAPE
-    generator = torch.Generator().manual_seed(0)
+    # A generator of its own: the process's keeps its state.
+    generator = torch.Generator(device).manual_seed(0)
     q, k, p, v = (
-        torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
+        torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
         for shape in ((heads, rows, size), (heads, size, keys), (heads, rows, keys), (heads, keys, size))
     )
 
