@@ -54,6 +54,8 @@ class Arithmetic:
     u_v: float = 0.0  # of v, likewise
     u_part: float = 0.0  # of stored partial results
     block: int | None = 64  # keys a tile; None: not known
+    l_in_tiles: bool = True  # the denominator sums a block, then blocks; else keys in any order
+    tile_order: str | None = "forward"  # in which a part's tiles are walked, or backward; None: not known
     # Part bounds of a row with n_kv keys; None: not known.
     cuts_at: Callable[[int], tuple[int, ...]] | None = None
     l_from_rounded_p: bool = False  # the denominator sums P after it was rounded
@@ -93,6 +95,11 @@ class Arithmetic:
         nor where it is offset. llama.cpp's 3 * 0.6931 on CUDA gives 0.1250177; even ln 8 gives 0.125 only
         as nearly as s - (m + ln 8) is rounded."""
         return not self.stale_maximum and self.p_shift == 0
+
+    @property
+    def tile_orders(self) -> tuple[str, ...]:
+        """Orders in which a part's tiles may be walked."""
+        return ("forward", "backward") if self.tile_order is None else (self.tile_order,)
 
     @property
     def promises_bits(self) -> bool:
@@ -156,6 +163,9 @@ class Arithmetic:
         tiles = -(-longest // self.block)
         summed = min(math.ceil(self.sum_share * longest), longest)
         d_l = d_n = self.block + 2 * tiles
+        if not self.l_in_tiles:
+            # Of tiles of any size: those of one block, or one of all keys, are the deepest.
+            d_l = max(d_l, longest + 2)
         # An accumulator that runs on is rounded at each matrix instruction and rescale, in every tile.
         instructions = -(-self.block // MMA_KEYS)
         if self.acc != "f32":

@@ -23,6 +23,9 @@ class ReversedTiles(TileKernel):
     def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
         return super().tiles(start, stop)[::-1]
 
+    def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:
+        return replace(super().arithmetic(shape, path), tile_order="backward")
+
 
 class ReversedParts(TileKernel):
     def part_bounds(self, cuts: tuple[int, ...]) -> list[tuple[int, int]]:

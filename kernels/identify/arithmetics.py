@@ -11,7 +11,7 @@ from typing import NamedTuple
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.call import Call
 from verify.kernels.identify.reading import Reading
-from verify.kernels.identify.sums import NO_EDGE
+from verify.kernels.identify.tiles import NO_EDGE
 from verify.kernels.lengths import lengths_of
 from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32, U_F32_TENSOR_CORE, type_of
 
@@ -24,14 +24,16 @@ _FEW = 64
 class Order(NamedTuple):
     """How a row is summed.
 
-    parts: that are merged; share: of its keys that the longest of them has; tile: keys a tile, None where it
-    was not seen; sums: the share of the longest part that one accumulator takes.
+    parts: that are merged; share: of its keys that the longest of them has; tile: keys a tile, or a product
+    where no tile was seen, None where neither was; sums: the share of the longest part that one accumulator
+    takes; whole_tile: `tile` is a tile.
     """
 
     parts: int
     share: float
     tile: int | None
     sums: float = 1.0
+    whole_tile: bool = True
 
     def cuts(self, n_kv: int) -> tuple[int, ...]:
         """Bounds of so many parts, the longest first: depths follow from them, places do not."""
@@ -44,16 +46,21 @@ class Order(NamedTuple):
 
 def order_of(reading: Reading) -> Order:
     longest = max(b - a for a, b in pairwise(reading.cuts))
-    tile = reading.tile
-    if tile is None and reading.how.get("tile") == NO_EDGE:
+    tile, whole_tile = reading.tile, True
+    if tile is None and reading.mma_block is not None and reading.accumulator == "f32":
+        # A product is added after one rescale at most: sums are no deeper than those of tiles of its keys.
+        tile, whole_tile = reading.mma_block, False
+    elif tile is None and reading.how.get("tile") == NO_EDGE:
         # It was looked for where it would have shown: a tile holds a whole part.
         tile = longest
+    elif tile is None:
+        tile, whole_tile = reading.mma_block, False
     parts, sums = reading.parts, 1.0
     if reading.sum_keys:
         # Each sum is merged as a part is; the fewest keys of one make the most of them.
         parts = max(parts, math.ceil(reading.n_kv / min(reading.sum_keys)))
         sums = min(max(reading.sum_keys) / longest, 1.0)
-    return Order(parts, longest / reading.n_kv, tile, sums)
+    return Order(parts=parts, share=longest / reading.n_kv, tile=tile, sums=sums, whole_tile=whole_tile)
 
 
 def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | None:
@@ -83,6 +90,7 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
     order = Order(
         max(o.parts for o in orders), max(o.share for o in orders), tile, max(o.sums for o in orders)
     )
+    walks = {each.tile_order for each in readings}
     steps = [each.sum_step for each in readings if each.accumulator != "f32"]
     truncates = any(each.rounding == "truncated" or (each.accumulator_bits or 24) < 24 for each in readings)
     offset = max(
@@ -103,6 +111,8 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
         u_q=u_q,
         u_part=0.0 if parts_in == {"f32"} else max(FLOAT_TYPES[t or input_type].u for t in parts_in),
         block=tile,
+        l_in_tiles=all(o.whole_tile for o in orders),
+        tile_order=walks.pop() if len(walks) == 1 else None,
         cuts_at=order.cuts if tile is not None else None,
         # Where it cannot be told each key is a step.
         sum_step=min((step or 1 for step in steps), default=MMA_KEYS),

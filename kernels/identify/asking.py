@@ -30,6 +30,8 @@ DEAD = -64.0
 # A number of every 16-bit type which no 16-bit sum overflows, and whose last place is even: a tie with half
 # of its last place goes down.
 LARGE = 49152.0
+# More keys than any tile: so many are looked at where one is looked for.
+PROBED_KEYS = 1100
 
 
 def bare(kernel: Kernel, path: AttentionPath) -> BareKernel:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.identify.asking import SCALE, Asking, columns
+from verify.kernels.identify.tiles import Tiles
 from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios, rounded
 
 _FAR = 256.0
@@ -38,7 +39,7 @@ class Logits(NamedTuple):
 
 
 def logits_seen(
-    ask: Asking, part: tuple[int, int], weights: Weights, tile: int | None, generator: torch.Generator
+    ask: Asking, part: tuple[int, int], weights: Weights, tiles: Tiles, generator: torch.Generator
 ) -> Logits:
     """part: bounds of the longest part."""
     where = AskedPart(*part, weights.newest_first)
@@ -50,7 +51,7 @@ def logits_seen(
         first_product=_first_product(ask, where, u_p, weights.slope, generator),
         q_scaled_in=_q_scaled_in(ask, where, u_p, weights, generator),
         logits=_logit_type(ask, where, u_p, generator),
-        rescale=_rescale(ask, part, weights, tile),
+        rescale=_rescale(ask, part, weights, tiles),
     )
 
 
@@ -113,13 +114,15 @@ def _logit_type(ask: Asking, part: AskedPart, u_p: float, generator: torch.Gener
     return None
 
 
-def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tile: int | None) -> float | None:
-    """The largest growth for which P of a later, larger key is rounded as exp(growth)."""
-    first, end = part
+def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tiles: Tiles) -> float | None:
+    """The largest growth for which P of a later, larger key is rounded as exp(growth), as it is for all
+    smaller ones: where the maximum does not lag a single one may look like it by chance."""
     bits = {"f16": 11, "bf16": 8}.get(weights.p or "")
-    if bits is None or weights.normalised or weights.newest_first or not tile or end - first < 2 * tile + 1:
+    keys = part[1] - part[0]
+    if bits is None or weights.normalised or not tiles.keys or keys < 2 * tiles.keys + 1:
         return None
-    early, late = first, end - 1
+    where = AskedPart(*part, tiles.order == "backward")
+    early, late = where.key(0), where.key(keys - 1)
     input_bits = 11 if ask.regime.dtype != torch.bfloat16 else 8
     c = weights.offset or 0.0
     one = torch.tensor(math.exp(-c), dtype=torch.float64)
@@ -142,6 +145,7 @@ def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tile: int | N
     for growth, lag, (e_g, x, v_b), out in zip(GROWTHS, lags, terms, found, strict=True):
         seen = (float(out) * (1 + e_g) - (x + v_b)) / x
         # P of the earlier key and P of the later one: both 1, or the later one exp(g), rounded.
-        if abs(seen - (p_one - lag)) < abs(lag) / 2 < abs(seen):
-            lagging = growth
+        if not abs(seen - (p_one - lag)) < abs(lag) / 2 < abs(seen):
+            break
+        lagging = growth
     return lagging

@@ -13,6 +13,7 @@ import torch
 from verify.kernels.bits import same_bits
 from verify.kernels.identify.asking import (
     LARGE,
+    PROBED_KEYS,
     SCALE,
     Asking,
     BareKernel,
@@ -23,7 +24,7 @@ from verify.kernels.identify.asking import (
 )
 from verify.kernels.identify.logits import Logits, logits_seen
 from verify.kernels.identify.parts import Cuts, cuts_seen
-from verify.kernels.identify.sums import PROBED_KEYS, SumsSeen, sums_seen
+from verify.kernels.identify.sums import SumsSeen, sums_seen
 from verify.kernels.identify.weights import Weights, weights_as, weights_seen
 
 # Fewer keys than these show next to nothing of how they are summed.
@@ -59,7 +60,7 @@ class Reading:
     accumulator_bits: int | None  # leading one included; None: more than can be told
     rounding: str | None  # of the accumulators: nearest or truncated
     flushed_every: int | None  # keys after which a narrow accumulator goes into a wider one
-    mma_block: int | None  # keys of one product, where that is less than a tile
+    mma_block: int | None  # keys of one product, where that is less than a tile or no tile was seen
     sum_step: int | None  # keys that are summed before they are added to a narrow accumulator
     sum_keys: tuple[int, ...]  # keys that one narrow accumulator takes, where that was counted; else empty
     first_product: str | None  # type of q and k as they are multiplied
@@ -67,6 +68,7 @@ class Reading:
     logits: str | None  # type of the logits
     rescale: float | None  # largest growth of the maximum by which sums are not rescaled; 0: always
     tile: int | None  # keys over which the maximum is taken
+    tile_order: str | None  # in which a part's tiles are walked: forward or backward
     cuts: tuple[int, ...]  # bounds of the KV parts
     parts_in: str | None  # type of partial results before they are merged
     merge: str  # none: one part; normalised: parts are divided by their l before they are merged
@@ -90,6 +92,12 @@ class Reading:
     def weights(self) -> tuple[object, ...]:
         """What P is rounded to, and how."""
         return (self.p, self.p_truncated, self.p_normalised)
+
+    @property
+    def sums(self) -> tuple[object, ...]:
+        """How the second product is summed, as far as more keys do not show more of it."""
+        product = self.mma_block if self.tile is None else None
+        return (self.accumulator, self.rounding, self.tile, self.tile_order, product)
 
     def to_json(self) -> dict[str, Any]:
         found = asdict(self)
@@ -128,7 +136,7 @@ def read(asked: BareKernel, regime: Regime, *, known: Reading | None = None, see
         _check_range(ask)
     weights = weights_seen(ask, part, generator)
     sums = sums_seen(ask, part, weights)
-    before = _Before.of(logits_seen(ask, part, weights, sums.tile, generator), _row_alone(ask, sound))
+    before = _Before.of(logits_seen(ask, part, weights, sums.tiles, generator), _row_alone(ask, sound))
     return _put_together(ask, cuts, weights, sums, before, sound)
 
 
@@ -162,7 +170,7 @@ def _as_known(
     weights = weights._replace(l_of_rounded=known.l_of_rounded_p, flushed=known.p_flushed)
     sums = sums_seen(ask, part, weights)
     found = _put_together(ask, cuts, weights, sums, _Before.as_known(known), sound)
-    if (found.accumulator, found.tile, found.rounding) != (known.accumulator, known.tile, known.rounding):
+    if found.sums != known.sums:
         return None
     return replace(found, how={**found.how, "regime": f"the rest as at {known.n_kv} keys"})
 
@@ -195,12 +203,12 @@ class _Before(NamedTuple):
 def _put_together(
     ask: Asking, cuts: Cuts, weights: Weights, sums: SumsSeen, before: _Before, sound: _Sound
 ) -> Reading:
-    accumulator = _accumulator(sums)
+    accumulator, tile = _accumulator(sums), sums.tiles.keys
     # Narrow sums within a tile, wide ones across: what is added up there is flushed.
     flushed = None
     if sums.tile_bits is not None and (sums.bits is None or sums.tile_bits < sums.bits):
-        flushed = sums.tile
-    block = sums.product if sums.product and (sums.tile is None or sums.product < sums.tile) else None
+        flushed = tile or sums.product
+    block = sums.product if sums.product and (tile is None or sums.product < tile) else None
     how = {
         "p": f"cancelling pairs of keys; largest error of P {weights.error:.2g}",
         "offset": "phase of P's steps and where it underflows"
@@ -209,11 +217,15 @@ def _put_together(
         if weights.p == "f32"
         else "phase of P's steps: up to multiples of ln 2",
         "accumulator": "a small number beside a large one that is taken away later",
-        "tile": sums.how or "nothing shows it",
+        "tile": sums.tiles.how or "nothing shows it",
         "cuts": "residues of pairs of keys",
         "result": f"bits of {_RESULTS} results",
         "heads": "head groups are not observable",
     }
+    if block is not None:
+        how["mma_block"] = "order of sums"
+    if sums.tiles.order is not None:
+        how["tile_order"] = "mirrored pairs of keys"
     if not sound.steady:
         how["deterministic"] = f"the first call gave other bits than the {_ASKED_AGAIN} after it"
     return Reading(
@@ -236,7 +248,8 @@ def _put_together(
         q_scaled_in=before.q_scaled_in,
         logits=before.logits,
         rescale=before.rescale,
-        tile=sums.tile,
+        tile=tile,
+        tile_order=sums.tiles.order,
         cuts=cuts.bounds,
         parts_in=cuts.stored_in,
         merge="none" if len(cuts.bounds) == 2 else "normalised",

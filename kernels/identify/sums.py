@@ -1,4 +1,4 @@
-"""How the second product is summed: bits of its accumulators, their rounding, and the tiles of keys.
+"""How the second product is summed: bits of its accumulators, their rounding, and the keys of a product.
 
 All keys that are asked have the logit 0 and all others no weight, so that every P is the same number. M at
 key i, -M at key j and a small u at key t between them: the sum is u if the accumulator that holds M can take
@@ -13,29 +13,31 @@ they have float16's least steps, 2^-24; TF32's range is float32's. Where neither
 float16, the looser of the two. How many keys such a sum takes is counted: M at one key and u at all others,
 so small that all of them together are lost beside M; what is left of them was summed elsewhere, whatever the
 order.
-
-The tile over which the maximum is taken shows as well. P of a key is rounded relative to the largest logit of
-its tile; one of an earlier tile was 1 there, and is scaled afterwards, not rounded. And float16 sums overflow
-in an earlier tile, where two keys of 60,000 are summed before a larger logit makes them small.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from verify.kernels.identify.asking import LARGE, Asking, ValueColumns, at_keys, columns, together
-from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios
+from verify.kernels.identify.asking import (
+    LARGE,
+    PROBED_KEYS,
+    Asking,
+    ValueColumns,
+    at_keys,
+    columns,
+    together,
+)
+from verify.kernels.identify.tiles import Tiles, tiles_by_overflow, tiles_by_rounding
+from verify.kernels.identify.weights import Weights
 
 # Exponent of the last place of LARGE at b bits is 16 - b.
 _TOP = 15
 _LEAST_BITS, _MOST_BITS = 3, 39
-# More keys than any tile: so many are looked at where one is looked for.
-PROBED_KEYS = 1100
 # Sums of so few bits are narrow: how many keys they take decides what they may err by.
 _NARROW = 11
 # Keys of 61,440 of which sums of float16 overflow, whatever the offset.
@@ -46,15 +48,6 @@ _FEW_TELL = 8
 _COUNT_FROM, _COUNTS, _RESULT_BITS = 256, 16, 23
 # More keys than any product.
 _LARGEST_PRODUCT = 129
-# How far below the largest a logit may lie, in nats, for P to be a normal number; 9.7 where not said.
-_NORMAL = {"e4m3": 4.1}
-
-
-Earlier = Callable[[int, list[int]], list[bool]]
-
-
-# Of a probe that would have shown the edge of a tile within a part, and did not.
-NO_EDGE = "no edge within a part"
 
 
 class SumsSeen(NamedTuple):
@@ -64,11 +57,10 @@ class SumsSeen(NamedTuple):
     truncated: bool | None  # they round toward zero
     overflows: bool  # sums beyond 65,504 are infinite
     wide: bool  # sums of 11 bits have a wider range than float16: it was seen
-    tile_bits: int | None  # `bits` within one tile
+    tile_bits: int | None  # `bits` within one tile, or one product where no tile was seen
     product: int | None  # keys of a product that is summed before it is added; None: none was seen to end
     counted: tuple[int, ...]  # keys that a sum of 11 bits or fewer takes, where it was counted
-    tile: int | None  # keys over which the maximum is taken
-    how: str  # the probe that showed the tile
+    tiles: Tiles  # over which the maximum is taken
 
 
 def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
@@ -85,22 +77,18 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
     overflows = _overflows(ask, part)
     narrow = bits is not None and bits <= _NARROW
     wide = narrow and not overflows and _has_wide_range(ask, part, weights) is True
-    product = _product(ask, part, bits)
-    if narrow and product is None and bits is not None:
-        product = _first_product(ask, part, bits)
-    tile, how = None, ""
+    tiles = Tiles(None, None, "")
     if overflows:
-        tile, how = (
-            _tile(ask, part, lambda x, ys: _overflowed(ask, x, ys, weights), _burst(weights)),
-            "overflow",
-        )
+        tiles = tiles_by_overflow(ask, part, weights)
     elif weights.p not in ("f32", None) and not weights.normalised:
-        pair = _telling_pair(ask, part, weights)
-        tile, how = _tile(ask, part, lambda x, ys: _unrounded(ask, x, ys, pair)), "rounding of P"
-    if how and tile is None:
-        how = NO_EDGE
-    if tile is None and product is not None and not overflows:
-        tile, how = product, "order of sums"
+        tiles = tiles_by_rounding(ask, part, weights)
+    product = None
+    if bits is not None:
+        product = _product(ask, part, bits, tiles.order or _order(ask, part, bits), tiles.keys)
+        if narrow and product is None:
+            product = _first_product(ask, part, bits)
+    # Where nothing shows a tile, keys of a product are summed in one as well.
+    tile = tiles.keys or (None if overflows else product)
     tile_bits = bits
     if tile is not None and 2 < tile < keys:
         inside = [(first, first + tile // 2, first + tile - 1), (first, first + 1, first + 2)]
@@ -117,8 +105,7 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
         tile_bits=tile_bits,
         product=product,
         counted=_counted(ask, part, bits) if narrow else (),
-        tile=tile,
-        how=how,
+        tiles=tiles,
     )
 
 
@@ -232,11 +219,6 @@ def _is_coarse(x: torch.Tensor) -> bool:
     return bool((mantissa == mantissa.round()).all())
 
 
-def _burst(weights: Weights) -> int:
-    """How many keys of 61,440 overflow float16, at the offset that P has."""
-    return int(65504 / (61440 * math.exp(-(weights.offset or 0.0)))) + 1
-
-
 def _first_product(ask: Asking, part: tuple[int, int], bits: int) -> int:
     """Keys of the part's first product: M at its first key, u beside it and -M at a later one, which cancel
     where all three are summed before they are added."""
@@ -250,25 +232,53 @@ def _first_product(ask: Asking, part: tuple[int, int], bits: int) -> int:
     return next((2 + i for i, x in enumerate(kept) if not x), 2 + len(kept)) if kept and kept[0] else 1
 
 
-def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None:
-    """Keys of a product that is summed by itself: the distance of two edges."""
-    if bits is None:
-        return None
+def _order(ask: Asking, part: tuple[int, int], bits: int) -> str | None:
+    """In which order keys far from each other are summed: u is lost beside M, unless M and -M cancel before.
+    None where it is kept, or lost, either way."""
+    first, end = part
+    middle, last = (first + end) // 2, end - 1
+    u = 2.0 ** (_TOP - bits - 1)
+    keys = _power_of_two([first, middle, last], ask.regime.n_kv)
+    values = columns([{first: LARGE, middle: -LARGE, last: u}, {last: LARGE, middle: -LARGE, first: u}])
+    found = ask.weigh(ask.level(keys), values)[0] * len(keys)
+    forward, backward = (found.abs() > u / 2).tolist()
+    return None if forward == backward else "forward" if forward else "backward"
+
+
+def _product(
+    ask: Asking, part: tuple[int, int], bits: int, order: str | None, tile: int | None
+) -> int | None:
+    """Keys of a product that is summed by itself: the distance of two edges.
+
+    order: in which far keys are summed: u must come before M. tile: its keys, where they are known.
+    """
     first, end = part
     last = min(end - 1, first + PROBED_KEYS)
+    near = (last - first) // 2
     u = 2.0 ** (_TOP - bits - 1)
-    lost = []
-    at = list(range(first + 1, last))
-    for start in range(0, len(at), ask.regime.columns):
-        some = at[start : start + ask.regime.columns]
-        keys = _power_of_two(sorted({first, *some, *(i + 1 for i in some)}), ask.regime.n_kv)
-        values = columns([{first: u, i: LARGE, i + 1: -LARGE} for i in some])
+    if tile is not None:
+        near = min(near, tile)
+    # Beside u itself, in its product, vector units have an order of their own: keys far from it come first.
+    before, windows = first, [range(first + near, last), range(first + 1, first + near)]
+    if order == "backward":
+        before, windows = end - 1, [range(first, min(end - 1 - near, last))]
+    at: list[int] = []
+    lost: list[int] = []
+    edges: list[int] = []
+    batches = [
+        (is_far, window[i : i + ask.regime.columns])
+        for is_far, window in zip((True, False), windows, strict=False)
+        for i in range(0, len(window), ask.regime.columns)
+    ]
+    for is_far, some in batches:
+        keys = _power_of_two(sorted({before, *some, *(i + 1 for i in some)}), ask.regime.n_kv)
+        values = columns([{before: u, i: LARGE, i + 1: -LARGE} for i in some])
         found = ask.weigh(ask.level(keys), values)[0] * len(keys)
-        lost += [i for i, x in zip(some, (found.abs() < u / 2).tolist(), strict=True) if x]
-        edges = _edges(lost, first)
-        if len(edges) > 2 and edges[-1] < some[-1]:
+        at = sorted([*at, *some])
+        lost = sorted([*lost, *(i for i, x in zip(some, (found.abs() < u / 2).tolist(), strict=True) if x)])
+        edges = [edge for edge in _edges(lost) if edge < at[-1]]
+        if is_far and len(edges) > 2:
             break
-    edges = [edge for edge in _edges(lost, first) if edge < at[-1]]
     # In the first product lies u itself; where there are others, they tell.
     if len(edges) < 3:
         edges = [first - 1, *edges]
@@ -280,8 +290,8 @@ def _product(ask: Asking, part: tuple[int, int], bits: int | None) -> int | None
     return steps[0] if len(set(steps)) == 1 else None
 
 
-def _edges(lost: list[int], first: int) -> list[int]:
-    """Last keys of products after the first one, in which u itself lies."""
+def _edges(lost: list[int]) -> list[int]:
+    """Last keys of products: of runs of keys of which u is lost."""
     edges, previous = [], None
     for i in lost:
         if previous is None or i > previous + 1:
@@ -290,90 +300,3 @@ def _edges(lost: list[int], first: int) -> list[int]:
             edges[-1] = i
         previous = i
     return edges
-
-
-def _tile(ask: Asking, part: tuple[int, int], test: Earlier, spare: int = 1) -> int | None:
-    """Keys of a tile: the distance of two of its edges below one another, each found by halving.
-
-    test(x, ys): whether keys ys lie in tiles before that of key x; of `spare` first keys it cannot tell.
-    """
-    first, end = part
-    low = first + spare
-    x = min(end - 1, first + PROBED_KEYS)
-    starts: list[int] = []
-    while len(starts) < 3 and x > low:
-        start = _start_of(ask, low, x, test)
-        if start is None:
-            # It is the part's first tile.
-            starts += [first] if starts else []
-            break
-        starts.append(start)
-        x = start - 1
-    if len(starts) < 2:
-        return None
-    # The first of them may have been looked for from within a tile.
-    sizes = {a - b for a, b in itertools.pairwise(starts)}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def _start_of(ask: Asking, low0: int, x: int, test: Earlier) -> int | None:
-    """The first key of the tile that key x lies in, unless key low0 does too."""
-    low, high = low0 - 1, x
-    while high - low > 1:
-        count = min(high - low - 1, ask.regime.columns)
-        # The first time from low0 on, and that one itself.
-        ys = sorted({low + 1 + (high - low - 1) * i // count for i in range(count)})
-        is_earlier = test(x, ys)
-        low = max([low, *(y for y, e in zip(ys, is_earlier, strict=True) if e)])
-        if low < low0:
-            return None
-        high = min([high, *(y for y, e in zip(ys, is_earlier, strict=True) if not e and y > low)])
-    return high if low0 < x else None
-
-
-def _overflowed(ask: Asking, x: int, ys: list[int], weights: Weights) -> list[bool]:
-    """Whether keys up to y are summed before key x, of a larger logit, is seen. False below the first few."""
-    burst = _burst(weights)
-    logits = ask.level([x], at=4.0)
-    logits[0, :x] = 0.0
-    values = columns([{y - i: 61440.0 for i in range(burst) if y >= i} for y in ys])
-    return (~torch.isfinite(ask.weigh(logits, values)[0])).tolist()
-
-
-class _Pair(NamedTuple):
-    """Two keys g apart: the values that cancel, and what their P is off by, relative, where the smaller one
-    is rounded and where it is not."""
-
-    g: float
-    v_a: float
-    v_b: float
-    if_rounded: float
-    if_not: float
-
-
-def _telling_pair(ask: Asking, part: tuple[int, int], weights: Weights) -> _Pair:
-    """Of many g, one whose P is rounded far, as keys show that come after the larger one. Not as far as can
-    be: there an exponential that is 1e-4 off, as that of another loop may be, would turn it."""
-    # Farther apart than a maximum that lags behind may lie, as far as P is not subnormal.
-    most = min(_NORMAL.get(weights.p or "", 9.7) - (weights.offset or 0.0), 9.7)
-    gaps = torch.round((most - 0.1 - torch.arange(48, dtype=torch.float64) / 16) * 16) / 16
-    gaps = gaps[gaps >= 0.25]
-    seen = ratios(ask, AskedPart(*part), gaps) * torch.exp(gaps) - 1
-    smooth = torch.expm1(-gaps * weights.slope)
-    p = torch.exp(-gaps - (weights.offset or 0.0))
-    bits = {"bf16": 8, "e4m3": 4, "e5m2": 3}.get(weights.p or "", 11)
-    # In steps of P: a half is a tie.
-    steps = (seen - smooth).abs() * p * torch.exp2(bits - torch.frexp(p).exponent.double())
-    best = torch.where((steps % 1 > 0.2) & (steps % 1 < 0.4), (seen - smooth).abs(), 0.0).argmax()
-    v_a, v_b = cancelling(torch.exp(-gaps[best : best + 1]), 11 if ask.regime.dtype != torch.bfloat16 else 8)
-    return _Pair(float(gaps[best]), float(v_a), float(v_b), float(seen[best]), float(smooth[best]))
-
-
-def _unrounded(ask: Asking, x: int, ys: list[int], pair: _Pair) -> list[bool]:
-    """Whether P of keys ys is not rounded relative to key x, which has a larger logit."""
-    logits = ask.level([x])
-    logits[0, ys] = -pair.g
-    found = ask.weigh(logits, columns([{y: pair.v_a, x: pair.v_b} for y in ys]))[0]
-    a = pair.v_a * math.exp(-pair.g)
-    off = (found * (1 + len(ys) * math.exp(-pair.g)) - (a + pair.v_b)) / a
-    return ((off - pair.if_not).abs() < abs(pair.if_rounded - pair.if_not) / 2).tolist()

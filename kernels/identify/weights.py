@@ -36,9 +36,10 @@ _LEAST_GAP, _LARGEST_GAP = 0.25, 3.5
 # Relative error of R from float32 exponentials, logits and sums; of a cubic exponential, which is 1e-4 off.
 _EXACT = 2.0**-19
 _LOOSE = 2.0e-4
+# Keys of a product, counted from the first of a part; where the last has fewer than so many the one before it
+# is asked.
+_PRODUCT, _FEW = 16, 8
 # Relative errors of a scale that was rounded to 16 bits, in steps that no mantissa of P can tell apart.
-# Keys beside one of the first that a product of 16 keys takes as well.
-_NEAR = 15
 _SLOPES = torch.arange(-140, 141, dtype=torch.float64) * 3e-5
 
 
@@ -67,6 +68,20 @@ class AskedPart(NamedTuple):
     end: int
     newest_first: bool = False
 
+    def key(self, i: int) -> int:
+        """The key that is looked at after so many others, tile by tile."""
+        return self.end - 1 - i if self.newest_first else self.first + i
+
+    @property
+    def together(self) -> range:
+        """Keys of a product that is summed first, or nearly."""
+        keys = self.end - self.first
+        whole, tail = divmod(keys, _PRODUCT)
+        if not self.newest_first or not whole:
+            return range(self.first, min(self.end, self.first + _PRODUCT))
+        start = self.first + _PRODUCT * (whole if tail >= _FEW else whole - 1)
+        return range(start, min(self.end, start + _PRODUCT))
+
 
 class Weights(NamedTuple):
     """What was seen of P."""
@@ -87,6 +102,7 @@ class Weights(NamedTuple):
 def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator) -> Weights:
     """part: bounds of a part of at least three keys."""
     gaps = _gaps(_LEAST_GAP, _LARGEST_GAP, _GAPS, generator)
+    divided: Weights | None = None
     for newest_first in (False, True):
         where = AskedPart(*part, newest_first)
         ratio = ratios(ask, where, gaps)
@@ -95,11 +111,19 @@ def weights_seen(ask: Asking, part: tuple[int, int], generator: torch.Generator)
             raise NotIdentifiable("its weights are not exp(s - m): columns of two keys do not cancel")
         # Of keys in another tile than the largest nothing is rounded, if that tile is summed later.
         if (grid := _grid(gaps, ratio)) is not None:
-            return _of_grid(ask, where, gaps, ratio, grid, generator)
-        if float(error.max()) <= 2 * _LOOSE and not newest_first:
+            found = _of_grid(ask, where, gaps, ratio, grid, generator)
+            # It may look divided where a maximum lags behind, and the largest key is looked at last.
+            if not found.normalised:
+                return found
+            divided = divided or found
+        elif divided is not None:
+            break
+        elif float(error.max()) <= 2 * _LOOSE and not newest_first:
             seen_late = ratios(ask, AskedPart(*part, True), gaps)
             if _grid(gaps, seen_late) is None:
                 break
+    if divided is not None:
+        return divided
     where = AskedPart(*part)
     ratio = ratios(ask, where, gaps)
     error = (ratio / torch.exp(-gaps) - 1).abs()
@@ -243,8 +267,11 @@ def ratios(
     weight. scale and base: of the call (`Asking.weigh`); what is asked then are 8 scale times the gaps.
     """
     rows = []
-    for g in gaps.split(max(min(part.end - part.first - 1, ask.own, _NEAR), 1)):
-        top, keys = _places(part, len(g))
+    near = part.together
+    for g in gaps.split(max(min(len(near) - 1, ask.own), 1)):
+        top, keys = near[0], torch.tensor(near[1 : 1 + len(g)])
+        if part.newest_first:
+            top, keys = near[-1], torch.tensor(near[-1 - len(g) : -1])
         logits = ask.level([top], DEAD if extra is None else -extra)
         logits[0, keys] = -g
         rows.append(_Row(logits, _cancelling_columns(ask, g, top, keys, scale), g))
@@ -254,8 +281,8 @@ def ratios(
 
 
 def _ratios_of_one_l(ask: Asking, part: AskedPart, gaps: torch.Tensor) -> torch.Tensor:
-    """`ratios` of keys that share one row of logits, and so l."""
-    top, keys = _places(part, len(gaps))
+    """`ratios` of keys that share one row of logits, and so l: the part's first one and those beside it."""
+    top, keys = part.first, torch.arange(part.first + 1, part.first + 1 + len(gaps))
     logits = ask.level([top])
     logits[0, keys] = -gaps
     row = _Row(logits, _cancelling_columns(ask, gaps, top, keys, SCALE), gaps)
@@ -268,13 +295,6 @@ class _Row(NamedTuple):
     logits: torch.Tensor
     values: ValueColumns
     gaps: torch.Tensor
-
-
-def _places(part: AskedPart, count: int) -> tuple[int, torch.Tensor]:
-    """The key of the largest logit, and so many beside it."""
-    if part.newest_first:
-        return part.end - 1, torch.arange(part.end - 1 - count, part.end - 1)
-    return part.first, torch.arange(part.first + 1, part.first + 1 + count)
 
 
 def _cancelling_columns(
@@ -421,11 +441,12 @@ def _range(
 
 
 def _summed(ask: Asking, part: AskedPart, grid: _Grid, generator: torch.Generator) -> bool | None:
-    """Whether l sums rounded P: many keys of one g, whose P is rounded far, and values of many mantissas."""
+    """Whether l sums rounded P: keys of one g, whose P is rounded far, and values of many mantissas.
+
+    Few keys: in another tile, that is summed before the largest one's, they are not rounded.
+    """
     bits, truncated, x = grid.bits, grid.truncated, grid.x
-    first, keys = part.first, list(range(part.first + 1, min(part.end, part.first + 65)))
-    if part.newest_first:
-        first, keys = part.end - 1, list(range(max(part.first, part.end - 65), part.end - 1))
+    first, keys = part.key(0), [part.key(i) for i in range(1, min(part.end - part.first, _PRODUCT))]
     gaps = _gaps(0.25, 2.0, 128, generator)
     scale = x / 2.0 ** (bits - 1)
     off = rounded(scale * torch.exp(-gaps), bits, truncated=truncated) / (scale * torch.exp(-gaps)) - 1

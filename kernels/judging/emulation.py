@@ -29,7 +29,7 @@ NEAR = 2.0**-7
 
 
 class EmulatedSums(TileKernel):
-    """The tile kernel with another's cuts, tiles, offset on the maximum and types.
+    """The tile kernel with another's cuts, tiles and their order, offset on the maximum and types.
 
     step: keys that are summed before the sum is rounded; stretch: what values are multiplied by.
     """
@@ -40,10 +40,15 @@ class EmulatedSums(TileKernel):
         )
         self.of, self.step, self.stretch = arithmetic, step, stretch
         self.offset = arithmetic.p_shift
+        self.newest_first = arithmetic.tile_order == "backward"
 
     def planned(self, shape: Shape, n: int) -> RowPlan:
         plan = super().planned(shape, n)
         return plan if self.of.cuts_at is None else plan._replace(cuts=self.of.cuts_at(n))
+
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        tiles = super().tiles(start, stop)
+        return tiles[::-1] if self.newest_first else tiles
 
     def values(self, row: TileRow, first: int, last: int) -> torch.Tensor:
         return super().values(row, first, last) * self.stretch
@@ -71,10 +76,7 @@ def limit_of_float16_sums(
         return _in_some_order(call, out, exact, arithmetic)
     if arithmetic.cuts_at is None:
         return None
-    for step in _steps_of(arithmetic):
-        if (said := _explained(call, out, exact, arithmetic, step)) is not None:
-            return said
-    return None
+    return _explained_by_any(call, out, exact, arithmetic)
 
 
 def _has_places(arithmetic: Arithmetic, call: Call) -> bool:
@@ -115,9 +117,19 @@ def _stagnating_in_so_many(
         sums = max(round((len(cuts_at(n)) - 1) / share), 1)
         return tuple(dict.fromkeys(n * i // sums for i in range(sums + 1)))
 
-    alike = replace(arithmetic, cuts_at=equal, sum_share=1.0)
-    steps = _steps_of(arithmetic)
-    return next(filter(None, (_explained(call, out, exact, alike, step) for step in steps)), None)
+    return _explained_by_any(call, out, exact, replace(arithmetic, cuts_at=equal, sum_share=1.0))
+
+
+def _explained_by_any(
+    call: Call, out: torch.Tensor, exact: torch.Tensor, arithmetic: Arithmetic
+) -> str | None:
+    """What explains a result of all that its arithmetic leaves open."""
+    for order in arithmetic.tile_orders:
+        for step in _steps_of(arithmetic):
+            walked = replace(arithmetic, tile_order=order)
+            if (said := _explained(call, out, exact, walked, step)) is not None:
+                return said
+    return None
 
 
 def _steps_of(arithmetic: Arithmetic) -> list[int]:

@@ -78,7 +78,12 @@ def _of_row(
     mask = sequence.mask_of(row, slice(0, n), query_heads, kv_heads=heads)
     s = finish_logits(call.scale * product[:, None], sequence.kv_len[row], positions, call, mask)[:, 0]
     seen = ~torch.isneginf(s)
-    largest = [_largest_partial(s, v, bounds, step, tile) for bounds, step, tile in _chains(n, arithmetic)]
+    orders = ("forward",) if arithmetic is None else arithmetic.tile_orders
+    largest = [
+        _largest_partial(s, v, bounds, step, tile, backward=order == "backward")
+        for order in orders
+        for bounds, step, tile in _chains(n, arithmetic)
+    ]
     yield torch.stack(largest).amax(0).flatten()
     yield torch.where(seen, s, 0.0).abs().amax(-1).flatten()
     yield torch.where(seen, product, 0.0).abs().amax(-1).flatten()
@@ -99,10 +104,18 @@ def _chains(n: int, a: Arithmetic | None) -> Iterator[tuple[tuple[int, int], int
 
 
 def _largest_partial(
-    s: torch.Tensor, v: torch.Tensor, bounds: tuple[int, int], step: int, tile: int
+    s: torch.Tensor, v: torch.Tensor, bounds: tuple[int, int], step: int, tile: int, *, backward: bool
 ) -> torch.Tensor:
-    """[Hkv, r]: s [Hkv, r, n], v [Hkv, n, Dv]; the largest |partial sum| of the keys of some bounds."""
+    """[Hkv, r]: s [Hkv, r, n], v [Hkv, n, Dv]; the largest |partial sum| of the keys of some bounds.
+
+    backward: the last tile is summed first.
+    """
     s, v = s[..., bounds[0] : bounds[1]], v[:, bounds[0] : bounds[1]]
+    if backward:
+        room = -s.shape[-1] % tile
+        s = torch.nn.functional.pad(s, (0, room), value=-math.inf).unflatten(-1, (-1, tile))
+        v = torch.nn.functional.pad(v, (0, 0, 0, room)).unflatten(1, (-1, tile))
+        s, v = s.flip(-2).flatten(-2), v.flip(1).flatten(1, 2)
     n = s.shape[-1]
     # Of the tile that a key lies in and of all before it.
     of_tile = torch.nn.functional.pad(s, (0, -n % tile), value=-math.inf).unflatten(-1, (-1, tile)).amax(-1)

@@ -92,6 +92,13 @@ def test_an_accumulator_that_runs_on_is_rounded_at_every_instruction() -> None:
         assert on.d_n == max(apart.d_n, n_kv // 8 + n_kv // 64 + 1)
 
 
+def test_a_denominator_of_tiles_of_any_size_is_as_deep_as_one_tile_of_all_keys() -> None:
+    known = Arithmetic(block=16, cuts_at=lambda n: (0, n))
+    for n_kv in (16, 700, 8192):
+        tiles, keys = known.depths(n_kv), replace(known, l_in_tiles=False).depths(n_kv)
+        assert keys.d_n == tiles.d_n == tiles.d_l and keys.d_l == max(tiles.d_l, n_kv + 2)
+
+
 def test_flash_is_charged_for_what_its_call_runs_on() -> None:
     """The type of the inputs, and the tile of this call, whatever ran before."""
     options = TileOptions(plan=Plan())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from verify.kernels.call import Call
-from verify.kernels.faults.clean import MaximumOffset
+from verify.kernels.faults.clean import MaximumOffset, ReversedTiles
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import draw
 from verify.kernels.judging.headroom import (
@@ -44,6 +44,7 @@ def scaled(call: Call, times: float) -> Call:
         (lambda: build_kernel("eager:acc=f16,block=32,kv=2"), 0.0),
         (lambda: build_kernel("eager:acc=f16,block=64"), 0.0),
         (lambda: MaximumOffset("offset", acc="f16", block=32), MaximumOffset.offset),
+        (lambda: ReversedTiles("backward", acc="f16", block=64), 0.0),
     ],
 )
 def test_a_kernel_overflows_where_its_headroom_says(

@@ -88,6 +88,12 @@ def test_lengths_that_differ_are_given_the_looser_or_nothing(plain: tuple[Readin
     assert arithmetic_of((replace(long, offset=None),), "f16") is None
     unseen = arithmetic_of((replace(long, tile=None, how={}),), "f16")
     assert unseen is not None and unseen.block is None and unseen.depths(256).d_n == 512
+    assert (looser.tile_order, looser.l_in_tiles) == (None, True), "a row of one tile shows no order"
+    (backward,) = (arithmetic_of((replace(long, tile_order="backward"),), "f16"),)
+    assert backward is not None and backward.tile_order == "backward"
+    # Products of 16 keys say how they are added up, and nothing of what l sums first.
+    products = arithmetic_of((replace(long, tile=None, mma_block=16, how={}),), "f16")
+    assert products is not None and (products.block, products.l_in_tiles) == (16, False)
     late = arithmetic_of((replace(long, rescale=5.0, q_scaled_in=None, exponential=1e-4),), "f16")
     assert late is not None and late.stale_maximum and late.u_q == 2.0**-11 and not late.stated
 

@@ -19,6 +19,7 @@ from verify.kernels.faults.clean import (
     HalfParts,
     LazyRescale,
     MaximumOffset,
+    ReversedTiles,
     RoundedDenominator,
     ScaledQuery,
     TreeMerge,
@@ -48,6 +49,10 @@ def bare(kernel: Kernel) -> BareKernel:
     return attend
 
 
+class LazyReversed(ReversedTiles, LazyRescale):
+    """FlashAttention 4: the last tile first, and a maximum that is moved only when it has grown far."""
+
+
 @dataclass(frozen=True)
 class Truth:
     """What a kernel of ours computes, as it was asked to."""
@@ -75,12 +80,12 @@ class Truth:
             return EagerKernel(self.kind, options)
         kinds = {
             "lazy": LazyRescale, "scaled": ScaledQuery, "rounded l": RoundedDenominator,
-            "offset": MaximumOffset, "tree": TreeMerge,
+            "offset": MaximumOffset, "tree": TreeMerge, "backward": ReversedTiles,
+            "lazy backward": LazyReversed,
         }  # fmt: skip
-        assert self.acc == "f32"
         kv = int(self.kv)
         kind: type[TileKernel] = kinds[self.kind]
-        return kind(self.kind, block=self.block, kv=kv, p=self.p, out=self.out)
+        return kind(self.kind, block=self.block, kv=kv, p=self.p, out=self.out, acc=self.acc)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -88,8 +93,17 @@ class Truth:
 
     @property
     def tile(self) -> int | None:
-        """A tile that holds a whole part has no edge that could be seen."""
+        """A tile that holds a whole part has no edge that could be seen, and no rounding shows one of P in
+        float32: there the ends of products do."""
+        if self.p == "f32" and self.acc == "f32":
+            return None
         return self.block if self.longest > self.block else None
+
+    @property
+    def order(self) -> str | None:
+        if self.tile is None:
+            return None
+        return "backward" if "backward" in self.kind else "forward"
 
     @property
     def longest(self) -> int:
@@ -101,7 +115,8 @@ def wrong(truth: Truth, found: Reading) -> list[str]:
     """What was read otherwise than it is."""
     due = {
         "p": truth.p, "accumulator": truth.acc, "result": truth.out, "tile": truth.tile, "cuts": truth.cuts,
-        "rounding": "nearest", "p_truncated": False, "p_normalised": False, "deterministic": True,
+        "tile_order": truth.order, "rounding": "nearest", "p_truncated": False, "p_normalised": False,
+        "deterministic": True,
     }  # fmt: skip
     said = [f"{name} is {value}, read {getattr(found, name)}" for name, value in due.items()
             if getattr(found, name) != value]  # fmt: skip
@@ -112,13 +127,14 @@ def wrong(truth: Truth, found: Reading) -> list[str]:
         said.append(f"l of rounded P is {truth.kind == 'rounded l'}")
     if (
         truth.p != "f32"
-        and truth.acc == "f32"
         and truth.longest > 2 * truth.block
-        and found.rescale not in ((3.0, 5.0) if truth.kind == "lazy" else (0.0,))
+        and found.rescale not in ((3.0, 5.0) if "lazy" in truth.kind else (0.0,))
     ):
         said.append(f"rescale of {truth.kind} read as {found.rescale}")
     if found.q_scaled_in not in ("f16" if truth.kind == "scaled" else "f32", None):
         said.append(f"q scaled in {found.q_scaled_in}")
+    if truth.tile is None and truth.longest > 4 * truth.block and found.mma_block != truth.block:
+        said.append(f"products of {truth.block} keys, read {found.mma_block}")
     return said
 
 
@@ -137,6 +153,12 @@ COMBINATIONS = [
     *(Truth("f16", "f32", out, 32, "2", kind="rounded l") for out in ("f32", "f16")),
     *(Truth("f16", "f32", out, 64, "2", kind="offset") for out in TYPES),
     *(Truth(p, "f32", "f32", 32, "5", kind="tree") for p in TYPES),
+    *(Truth(p, acc, out, block, kv, kind=kind)
+      for kind in ("backward", "lazy backward")
+      for p, acc, out, block, kv in (("f16", "f32", "f16", 256, "1"), ("f16", "f32", "f32", 64, "3"),
+                                     ("bf16", "f32", "bf16", 32, "2"), ("f16", "f16", "f32", 64, "2"),
+                                     ("f32", "f32", "f16", 64, "1"), ("f16", "f32", "f16", 16, "5"))),
+    *(Truth("f16", "f16", out, 64, "2", kind="lazy") for out in ("f16", "f32")),
 ]  # fmt: skip
 
 
@@ -184,6 +206,29 @@ def test_twenty_that_were_drawn_and_a_dozen_other_cuts_are_read() -> None:
         kv = str(rng.randint(2, n_kv // (3 * block))) if i % 2 else f"size:{rng.randint(3 * block, n_kv - 1)}"
         chosen.append(Truth(rng.choice(TYPES), "f32", rng.choice(TYPES), block, kv, n_kv=n_kv))
     assert read_blind(chosen, seed) == []
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        # FlashAttention 2 for text generation: parts of whole tiles, but for the last.
+        Truth("f16", "f32", "f16", 256, "3", kind="backward", n_kv=2500),
+        Truth("f16", "f32", "f16", 128, "1", kind="lazy backward"),
+        Truth("f16", "f16", "f32", 64, "2", kind="lazy backward"),
+        Truth("f16", "f16", "f32", 64, "2", kind="lazy"),
+        Truth("bf16", "f32", "bf16", 16, "3", kind="backward"),
+        Truth("f32", "f32", "f16", 64, "1", kind="backward"),
+    ],
+    ids=lambda truth: f"{truth.kind}-{truth.p}-{truth.acc}-{truth.block}",
+)
+def test_the_order_of_a_walk_is_told_from_a_maximum_that_lags(truth: Truth) -> None:
+    assert wrong(truth, read(bare(truth.build()), Regime(truth.n_kv))) == []
+
+
+def test_keys_that_keep_a_maximum_each_are_walked_in_no_order_that_shows() -> None:
+    """Four warps, each with keys of its own: the other's are apart either way."""
+    found = read(functools.partial(ggml_mma.mma, parts=1, acc=torch.float32), Regime(500))
+    assert found.tile_order is None and "tile_order" not in found.how
 
 
 @pytest.mark.parametrize(
@@ -318,13 +363,13 @@ def test_weights_that_are_divided_before_they_are_rounded() -> None:
     assert (found.p, found.p_normalised, found.offset, found.parts) == ("f16", True, None, 1)
     plain = read(textbook, Regime(300))
     assert (plain.p, plain.p_normalised) == ("f32", False)
-    # Which keys a matrix library sums first is the processor's choice; nothing else may look like a tile.
-    assert plain.tile is None or plain.how["tile"] == "order of sums"
+    # Which keys a matrix library sums first is the processor's choice, and no tile.
+    assert (plain.tile, plain.tile_order) == (None, None)
 
 
 def test_groups_within_the_first_product_are_no_products() -> None:
     """Vector units add eight keys at a time: beside a number of the first product itself that shows, and
-    read as products of no one size it hid the tile of P in float32."""
+    read as products of no one size it hid those."""
 
     def attend(q: Any, k: Any, v: Any, *, kv_len: Any, scale: float) -> torch.Tensor:
         ratio, n = q.shape[2] // k.shape[2], k.shape[1]
@@ -342,7 +387,8 @@ def test_groups_within_the_first_product_are_no_products() -> None:
         return total / w.sum(-1, keepdim=True)
 
     found = read(attend, Regime(200))
-    assert (found.p, found.tile, found.parts) == ("f32", 32, 1)
+    assert (found.p, found.tile, found.mma_block, found.parts) == ("f32", None, 32, 1)
+    assert found.how["mma_block"] == "order of sums"
 
 
 def test_float16_sums_are_read_beneath_an_offset_that_keeps_a_few_keys_from_overflowing() -> None:

@@ -9,14 +9,17 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import error_budget
-from verify.kernels.call import AttentionOutput, Call
+from verify.kernels.call import AttentionOutput, Call, checked_call
 from verify.kernels.exact import exact_attention
 from verify.kernels.faults import FAULTS
+from verify.kernels.faults.clean import ReversedTiles
+from verify.kernels.faults.tile_kernel import TileKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.detectors import findings, measure
 from verify.kernels.judging.emulation import EmulatedSums, limit_of_float16_sums
 from verify.kernels.judging.families import FAMILIES, draw
 from verify.kernels.judging.figures import another_origin
+from verify.kernels.judging.headroom import F16_LARGEST, row_headroom
 from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.judging.probes import check, judge, last_key_edge, one_hot, standard_probes
 from verify.kernels.registry import build_kernel
@@ -107,6 +110,31 @@ def test_an_overflow_is_a_limit_in_the_same_elements_alone() -> None:
     assert limit_of_float16_sums(call, more, budget.out, arithmetic) is None
     assert limit_of_float16_sums(call, result.out, budget.out, loosest("f16")) is None
     assert limit_of_float16_sums(call, result.out, budget.out, replace(arithmetic, acc="f32")) is None
+
+
+def test_the_order_of_a_walk_decides_what_overflows_and_what_explains_it() -> None:
+    """Three tiles of a sum that overflows, unless a larger logit of the last one was seen before."""
+    logits, values = (torch.zeros(1, 256, 1, 64) for _ in range(2))
+    logits[:, 192:, :, 0], values[:, :192] = 6.0, torch.linspace(300.0, 420.0, 64)
+    q = torch.zeros(1, 1, 2, 64)
+    q[..., 0] = 8.0
+    kv_len = torch.tensor([[256]], dtype=torch.int32)
+    call = checked_call(q.half(), logits.half(), values.half(), kv_len=kv_len, scale=0.125)
+    kernel = ReversedTiles("backward", acc="f16", block=64)
+    arithmetic = kernel.arithmetic_of(call)
+    forward = replace(arithmetic, tile_order="forward")
+    rooms = [float(row_headroom(call, each).partial.max()) for each in (arithmetic, forward)]
+    unknown = replace(arithmetic, tile_order=None)
+    assert float(row_headroom(call, unknown).partial.max()) == max(rooms) > F16_LARGEST > min(rooms)
+    by_order = {"backward": kernel, "forward": TileKernel("forward", acc="f16", block=64)}
+    exact = exact_attention(call).out.double()
+    for order, each in by_order.items():
+        out = each.run(call).out
+        assert bool(torch.isfinite(out).all()) == (order == "backward")
+        told = {name: limit_of_float16_sums(call, out, exact, replace(arithmetic, tile_order=name))
+                for name in ("forward", "backward", None)}  # fmt: skip
+        other = "forward" if order == "backward" else "backward"
+        assert told[order] is not None and told[None] is not None and told[other] is None
 
 
 @pytest.mark.parametrize("step", [16, 64])

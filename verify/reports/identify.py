@@ -78,7 +78,7 @@ def sentence(each: RegimeSeen) -> str:
         words.append(f"logits {_type(r.logits)}")
     if r.rescale:
         words.append(f"no rescale below a growth of about {r.rescale:g}")
-    words.append(f"tiles of {r.tile}" if r.tile else "no tile seen")
+    words.append(tiles_seen(r))
     words.append(f"{r.parts} part{'s' if r.parts > 1 else ''}")
     words.append(f"result {_type(r.result)}")
     if not r.deterministic:
@@ -88,11 +88,18 @@ def sentence(each: RegimeSeen) -> str:
     return "; ".join(word for word in words if word)
 
 
+def tiles_seen(r: Reading) -> str:
+    """Tiles of keys, and the order of their walk where it is not the usual one."""
+    if not r.tile:
+        return "no tile seen"
+    return f"tiles of {r.tile}" + (", from the last to the first" if r.tile_order == "backward" else "")
+
+
 def order_of(r: Reading) -> str:
     """Which keys are summed with which, as text: tiles in a part, parts in the merge."""
     parts = []
     for a, b in list(zip(r.cuts, r.cuts[1:], strict=False))[:_MOST_PARTS]:
-        tiles = "" if not r.tile or b - a <= r.tile else f" in tiles of {r.tile}"
+        tiles = "" if not r.tile or b - a <= r.tile else f" in {tiles_seen(r)}"
         parts.append(f"[{a}..{b - 1}{tiles}]")
     more = f" + {r.parts - _MOST_PARTS} more" if r.parts > _MOST_PARTS else ""
     return " + ".join(parts) + more

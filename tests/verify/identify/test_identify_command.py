@@ -39,8 +39,8 @@ def unsteady(q, k, v, *, kv_len, scale):
 KEYS = {
     "n_kv_min", "n_kv_max", "n_q_min", "n_q_max", "p", "offset", "l_of_rounded_p", "accumulator",
     "accumulator_bits", "rounding", "flushed_every", "mma_block", "first_product", "q_scaled_in", "logits",
-    "rescale", "tile", "parts", "cuts", "merge", "result", "exponential", "deterministic", "row_alone",
-    "confidence",
+    "rescale", "tile", "tile_order", "parts", "cuts", "merge", "result", "exponential", "deterministic",
+    "row_alone", "confidence",
 }  # fmt: skip
 
 
