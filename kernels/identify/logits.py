@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from verify.kernels.identify.asking import SCALE, Asking, columns
-from verify.kernels.identify.tiles import Tiles
+from verify.kernels.identify.tiles import TilesSeen
 from verify.kernels.identify.weights import AskedPart, Weights, cancelling, ratios, rounded
 
 _FAR = 256.0
@@ -39,7 +39,7 @@ class Logits(NamedTuple):
 
 
 def logits_seen(
-    ask: Asking, part: tuple[int, int], weights: Weights, tiles: Tiles, generator: torch.Generator
+    ask: Asking, part: tuple[int, int], weights: Weights, tiles: TilesSeen, generator: torch.Generator
 ) -> Logits:
     """part: bounds of the longest part."""
     where = AskedPart(*part, weights.newest_first)
@@ -114,7 +114,7 @@ def _logit_type(ask: Asking, part: AskedPart, u_p: float, generator: torch.Gener
     return None
 
 
-def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tiles: Tiles) -> float | None:
+def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tiles: TilesSeen) -> float | None:
     """The largest growth for which P of a later, larger key is rounded as exp(growth), as it is for all
     smaller ones: where the maximum does not lag a single one may look like it by chance."""
     bits = {"f16": 11, "bf16": 8}.get(weights.p or "")

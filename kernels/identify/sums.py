@@ -32,7 +32,7 @@ from verify.kernels.identify.asking import (
     columns,
     together,
 )
-from verify.kernels.identify.tiles import Tiles, tiles_by_overflow, tiles_by_rounding
+from verify.kernels.identify.tiles import TilesSeen, tiles_by_overflow, tiles_by_rounding
 from verify.kernels.identify.weights import Weights
 
 # Exponent of the last place of LARGE at b bits is 16 - b.
@@ -60,7 +60,7 @@ class SumsSeen(NamedTuple):
     tile_bits: int | None  # `bits` within one tile, or one product where no tile was seen
     product: int | None  # keys of a product that is summed before it is added; None: none was seen to end
     counted: tuple[int, ...]  # keys that a sum of 11 bits or fewer takes, where it was counted
-    tiles: Tiles  # over which the maximum is taken
+    tiles: TilesSeen  # over which the maximum is taken
 
 
 def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
@@ -77,7 +77,7 @@ def sums_seen(ask: Asking, part: tuple[int, int], weights: Weights) -> SumsSeen:
     overflows = _overflows(ask, part)
     narrow = bits is not None and bits <= _NARROW
     wide = narrow and not overflows and _has_wide_range(ask, part, weights) is True
-    tiles = Tiles(None, None, "")
+    tiles = TilesSeen(None, None, "")
     if overflows:
         tiles = tiles_by_overflow(ask, part, weights)
     elif weights.p not in ("f32", None) and not weights.normalised:

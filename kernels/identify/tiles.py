@@ -35,7 +35,7 @@ _UNEVEN = "edges at uneven distances"
 Earlier = Callable[[AskedPart, int, list[int]], list[bool]]
 
 
-class Tiles(NamedTuple):
+class TilesSeen(NamedTuple):
     """What was seen of tiles."""
 
     keys: int | None  # over which the maximum is taken
@@ -43,8 +43,8 @@ class Tiles(NamedTuple):
     how: str  # the probe that showed them, or that would have
 
 
-def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> Tiles:
-    """Tiles of sums that overflow: part is its bounds."""
+def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> TilesSeen:
+    """TilesSeen of sums that overflow: part is its bounds."""
     burst = int(65504 / (61440 * math.exp(-(weights.offset or 0.0)))) + 1
 
     def earlier(where: AskedPart, x: int, ys: list[int]) -> list[bool]:
@@ -56,14 +56,14 @@ def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> T
 
     keys = part[1] - part[0]
     if keys - 1 <= burst:
-        return Tiles(None, None, NO_EDGE)
+        return TilesSeen(None, None, NO_EDGE)
     both = [AskedPart(*part, newest_first) for newest_first in (False, True)]
     apart = [earlier(where, keys - 1, [burst])[0] for where in both]
     return _tiles(ask, both, apart, earlier, burst, "overflow")
 
 
-def tiles_by_rounding(ask: Asking, part: tuple[int, int], weights: Weights) -> Tiles:
-    """Tiles of P that is rounded and was not divided by l: part is its bounds."""
+def tiles_by_rounding(ask: Asking, part: tuple[int, int], weights: Weights) -> TilesSeen:
+    """TilesSeen of P that is rounded and was not divided by l: part is its bounds."""
     pair = _telling_pair(ask, AskedPart(*part, weights.newest_first), weights)
 
     def earlier(where: AskedPart, x: int, ys: list[int]) -> list[bool]:
@@ -84,13 +84,13 @@ def tiles_by_rounding(ask: Asking, part: tuple[int, int], weights: Weights) -> T
 
 def _tiles(
     ask: Asking, both: list[AskedPart], apart: list[bool], test: Earlier, spare: int, how: str
-) -> Tiles:
+) -> TilesSeen:
     """both: the part walked forward and backward; apart: whether its ends are, either way."""
     if not any(apart):
-        return Tiles(None, None, NO_EDGE)
+        return TilesSeen(None, None, NO_EDGE)
     order = None if all(apart) else "forward" if apart[0] else "backward"
     keys = _size(ask, both[order == "backward"], test, spare)
-    return Tiles(keys, order, how if keys is not None else _UNEVEN)
+    return TilesSeen(keys, order, how if keys is not None else _UNEVEN)
 
 
 def _size(ask: Asking, where: AskedPart, test: Earlier, spare: int) -> int | None:
@@ -101,7 +101,7 @@ def _size(ask: Asking, where: AskedPart, test: Earlier, spare: int) -> int | Non
     keys = where.end - where.first
     x, low, starts = min(keys - 1, PROBED_KEYS), spare, []
     if where.newest_first:
-        # Tiles are counted from the part's first key, which is looked at last.
+        # TilesSeen are counted from the part's first key, which is looked at last.
         x, low, starts = keys - 1, max(spare, keys - 1 - PROBED_KEYS), [keys]
     while len(starts) < 3 and x > low:
         start = _start_of(ask, where, low, x, test)
