@@ -253,11 +253,9 @@ def _saturated(x: torch.Tensor, fp8: str) -> torch.Tensor:
     return x.clamp(-kind.largest, kind.largest).to(kind.dtype)
 
 
-def round_to(x: torch.Tensor, number: str) -> torch.Tensor:
-    """float32 numbers rounded to a type of `NUMBER_TYPES`, as float32."""
-    if number in FP8_TYPES:
-        return _saturated(x, number).to(torch.float32)
-    return x.to(FLOAT_TYPES[number].dtype).to(torch.float32)
+def as_numbers(x: torch.Tensor, number: str) -> torch.Tensor:
+    """float32 numbers rounded to a type of `NUMBER_TYPES`, in that type."""
+    return _saturated(x, number) if number in FP8_TYPES else x.to(FLOAT_TYPES[number].dtype)
 
 
 def _inverse(d: torch.Tensor) -> torch.Tensor:

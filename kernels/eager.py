@@ -31,11 +31,12 @@ import numpy as np
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.cache import round_to, through_cache
+from verify.kernels.cache import as_numbers, through_cache
 from verify.kernels.cache_types import AS_GIVEN, LAW_CACHES, CacheSpec
 from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import ALL_FORMS, Capabilities
 from verify.kernels.exact import finish_logits
+from verify.kernels.exponentials import flushed_exp_
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import unseen_keys
 from verify.kernels.merge import Merge, Part, merge_sequential
@@ -50,6 +51,8 @@ from verify.kernels.trace import Launched, RowKind, Signature
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
 QUERY_TILE = 64
+# Types of P in which everything below float32's normal numbers is 0.
+_FLUSHES = frozenset({"f16", *FP8_TYPES})
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
 _PARTIALS_AT_ONCE = 1 << 24
 
@@ -298,6 +301,8 @@ def _launch(
     block, size = options.plan.block, call.shape.v_size
     device = call.q.device
     p_scale = P_SCALES.get(options.p, 1.0)
+    # What is flushed would be 0 in P, and is no bit of l, to which the largest logit gives 1.
+    flushes = options.p in _FLUSHES
     used = t * g
     height = -(-used // TILE_ROWS) * TILE_ROWS
     tile = height if call.path == "prefill" else TILE_ROWS
@@ -354,9 +359,9 @@ def _launch(
         count = n - active.start
         for h in range(kv_heads):
             _product(q[h, active], keys[h, j], logits[h, active], tile)
-        s = logits[:, active, :used] * call.scale
+        s = logits[:, active, :used].mul_(call.scale)
         if (j + 1) * block > seen_by_all[active.start]:
-            s = s.view(kv_heads, count * t, g, block)
+            s = s.reshape(kv_heads, count * t, g, block)
             group_call = _of_heads(call, heads)
             own = slice(j * block, min((j + 1) * block, len(sequence.k)))
             mask = sequence.mask_of(its_rows[active].reshape(-1), own, heads, kv_heads=kv_heads)
@@ -369,13 +374,14 @@ def _launch(
         m_old = m[:, active]
         m_new = torch.maximum(m_old, s.amax(-1))
         shift = torch.where(torch.isneginf(m_new), 0.0, m_new)
-        p = s.sub_(shift[..., None]).exp_()
+        p = s.sub_(shift[..., None])
+        p = flushed_exp_(p) if flushes else p.exp_()
         rescale = torch.exp(m_old - shift)
         l[:, active] = l[:, active] * rescale + p.sum(-1)
         m[:, active] = m_new
         # P of 8 bits fills its type: a power of two that the accumulator carries, and the part's end undoes.
         padded = weights[:, active]
-        padded[:, :, :used] = round_to(p * p_scale, options.p) if p_scale != 1.0 else round_to(p, options.p)
+        padded[:, :, :used] = as_numbers(p.mul_(p_scale) if p_scale != 1.0 else p, options.p)
         _accumulate(a[:, active], rescale, padded, values[:, j], options.acc, tile)
         passed[active] = (j + 1) * block
     close([(i, max(len(c) - 2, 0)) for i, c in enumerate(cuts)])
@@ -427,12 +433,12 @@ def _accumulate(
     """
     kv_heads, count, height, block = p.shape
     used = a.shape[2]
-    grown = a * rescale[..., None]
+    grown = a.mul_(rescale[..., None])
     product = p.new_empty((kv_heads, count, height, values.shape[-1]))
     if acc == "f32":
         for h in range(kv_heads):
             _product(p[h], values[h], product[h], tile)
-        a.copy_(grown.add_(product[:, :, :used]))
+        grown.add_(product[:, :, :used])
         return
     grown = grown.half()
     for first in range(0, block, MMA_KEYS):

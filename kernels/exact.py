@@ -22,6 +22,7 @@ import torch
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.call import PATHS, AttentionOutput, AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.exponentials import flushed_exp_
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import first_sequence, lengths_of, unseen_keys
 from verify.kernels.oracle_products import PRODUCTS, Product, products_in_use
@@ -158,7 +159,7 @@ def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
             if sinks is not None:
                 top = torch.maximum(top, sinks.view(heads, 1, r))
             shift = torch.where(torch.isneginf(top), 0.0, top)
-            p = s.sub_(shift[..., None]).exp_()
+            p = flushed_exp_(s.sub_(shift[..., None]))
             total = p.sum(-1)
             if sinks is not None:
                 total = total + torch.exp(sinks.view(heads, 1, r) - shift)

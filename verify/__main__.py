@@ -61,9 +61,11 @@ def _guarded() -> int | None:
 def _answer(arguments: list[str], ended: Ended) -> int | None:
     """Run the command that the arguments name; its exit code. What was no fault of ours is said in a line."""
     from verify.machine.environment import prepare_variables
+    from verify.machine.heap import keep_freed_memory
 
     # Before torch is loaded: its libraries read these when they start.
     prepare_variables()
+    keep_freed_memory()
     import typer
 
     from verify.commands import app
