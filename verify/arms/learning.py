@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from verify.arms.arm import Arm
-from verify.arms.model_facts import one_row, unlike_layers
+from verify.arms.model_facts import few_rows, unlike_layers
 from verify.identify.learning import MOST_ROWS, learn, lengths_to, states_nothing
 from verify.kernels.cache_types import run_cache
 from verify.kernels.call import AttentionPath
@@ -72,7 +72,7 @@ def plain_heads(architecture: Architecture, cache_type: str, device: torch.devic
     """Heads of the layers whose calls have no option."""
     found: dict[Heads, None] = {}
     for layer in unlike_layers(architecture):
-        call = one_row(architecture, layer, cache_type, device, arm.path)
+        call = few_rows(architecture, layer, cache_type, device, arm.path)
         options = (call.sliding_window, call.softcap, call.sinks, call.alibi_slopes, call.v_in_k)
         if all(option is None for option in options):
             found[call.shape.heads] = None

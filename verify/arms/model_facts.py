@@ -84,7 +84,7 @@ def check_lengths(
 def try_kernels(
     arms: Sequence[Arm], architecture: Architecture, cache_type: str, device: torch.device
 ) -> None:
-    """Run each kernel on one row of this model: what does not fit it, or is not taken, is refused now.
+    """Run each kernel on a row or two of this model: what does not fit it, or is not taken, is refused now.
 
     A function in a file is only asked what it takes: to run it is to judge it. So is a kernel that fails
     otherwise. Raises UsageError.
@@ -93,7 +93,9 @@ def try_kernels(
     for arm, layer in itertools.product(arms, unlike_layers(architecture)):
         if arm.kernel is None:
             continue
-        call = one_row(architecture, layer, cache_type, device, arm.path)
+        # Of a kernel that is given windows a small one: on a GPU that is other code than one row by itself.
+        rows = 2 if arm.path == "decode" and arm.kernel.as_if_alone else 1
+        call = few_rows(architecture, layer, cache_type, device, arm.path, rows=rows)
         why = None
         if arm.spec.startswith("py:"):
             why = arm.kernel.refuses(call)
@@ -120,19 +122,26 @@ def _check_cache(architecture: Architecture, cache_type: str) -> None:
                 )
 
 
-def one_row(
-    architecture: Architecture, layer: int, cache_type: str, device: torch.device, path: AttentionPath
+def few_rows(
+    architecture: Architecture,
+    layer: int,
+    cache_type: str,
+    device: torch.device,
+    path: AttentionPath,
+    *,
+    rows: int = 1,
 ) -> Call:
-    """A call of one row and one key, all zeros, with a layer's heads, sizes and settings."""
+    """A call of one row and one key, or of a window of as many, all zeros, with a layer's heads, sizes and
+    settings."""
     heads, kv_heads = architecture.heads_of(layer), architecture.kv_heads_of(layer)
     k_size, v_size = architecture.head_sizes_of(layer)
     q, k, v = (
-        torch.zeros(1, 1, n, size, dtype=FLOAT_TYPES[run_cache(cache_type).attention].dtype, device=device)
+        torch.zeros(1, rows, n, size, dtype=FLOAT_TYPES[run_cache(cache_type).attention].dtype, device=device)
         for n, size in ((heads, k_size), (kv_heads, k_size), (kv_heads, v_size))
     )
     options = architecture.attention_settings(layer).options(device)
-    one = torch.ones(1, 1, dtype=torch.int32, device=device)
-    return checked_call(q, k, v, kv_len=one, path=whole_path(path), **options)
+    kv_len = torch.arange(1, rows + 1, dtype=torch.int32, device=device)[None]
+    return checked_call(q, k, v, kv_len=kv_len, path=whole_path(path), **options)
 
 
 def match_baselines(
@@ -152,7 +161,7 @@ def match_baselines(
     if baseline == OWN:
         return [Match(spec, "") for spec in candidates]
     layer = unlike_layers(architecture)[0]
-    call = one_row(architecture, layer, cache_type, device, path)
+    call = few_rows(architecture, layer, cache_type, device, path)
     found = []
     for spec in candidates:
         if not is_matched(baseline):

@@ -120,7 +120,9 @@ def block_length(series: np.ndarray) -> int:
     if not power > 0:
         return min(BLOCK_TOKENS, tokens)
     for lag in range(1, tokens):
-        if float((centred[:, lag:] * centred[:, :-lag]).mean()) < LITTLE * power:
+        # Without a table of the products, of which a long text has hundreds.
+        products = float(np.einsum("wt,wt->", centred[:, lag:], centred[:, :-lag]))
+        if products / (len(series) * (tokens - lag)) < LITTLE * power:
             return min(max(BLOCK_TOKENS, LAGS * lag), tokens)
     return tokens
 

@@ -17,6 +17,7 @@ from support.twins import TWINS
 from verify.arms.arm import Arm
 from verify.arms.model_facts import try_kernels
 from verify.arms.records import SCHEMA
+from verify.kernels.call import AttentionPath
 from verify.kernels.registry import build_kernel
 from verify.machine.errors import UsageError
 from verify.model.architectures import architecture_of
@@ -171,6 +172,19 @@ def test_a_function_that_does_not_take_what_the_model_asks_is_refused(tmp_path: 
         arm = Arm("candidate", "candidate", spec, "decode", build_kernel(spec))
         with pytest.raises(UsageError, match="sliding window") if refused else nullcontext():
             try_kernels([arm], architecture, "f16", torch.device("cpu"))
+
+
+def test_what_is_given_windows_is_tried_on_a_window(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU rows of a window run other code than a row alone: that is what shall be compiled."""
+    architecture = architecture_of(GGUFFile.open(tiny.model))
+    tried: list[list[list[int]]] = []
+    paths: dict[AttentionPath, list[int]] = {"decode": [1, 2], "prefill": [1]}
+    for path, rows in paths.items():
+        arm = Arm("candidate", "candidate", "eager", path, build_kernel("eager"))
+        assert arm.kernel is not None
+        monkeypatch.setattr(arm.kernel, "run", lambda call: tried.append(call.kv_len.tolist()))
+        try_kernels([arm], architecture, "f16", torch.device("cpu"))
+        assert tried.pop() == [rows]
 
 
 def test_types_of_keys_and_values_may_differ(tiny: Tiny, tmp_path: Path) -> None:
