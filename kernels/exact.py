@@ -14,21 +14,26 @@ o = sum_j exp(s_j - L) v_j
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
-from verify.kernels.call import PATHS, AttentionOutput, AttentionPath, Call, Result, Shape
+from verify.kernels.call import PATHS, AttentionOutput, AttentionPath, Call, Result, Shape, checked_call
 from verify.kernels.capabilities import Capabilities
+from verify.kernels.exact_fused import can_run, fused_attention, has_fused_form
 from verify.kernels.exponentials import flushed_exp_
+from verify.kernels.heads import Heads
 from verify.kernels.kernel import Kernel
 from verify.kernels.lengths import first_sequence, lengths_of, unseen_keys
 from verify.kernels.oracle_products import PRODUCTS, Product, products_in_use
 from verify.kernels.sequences import sequences
 from verify.kernels.trace import Launched, Signature
 
+# Two ways of the same float64 sums lie no farther apart, relative to the norm of the result.
+FUSED_AGREES = 1e-13
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
 # Calls of at least so many rows go in steps of rows, which leave out most keys that no row sees; on a GPU
@@ -76,6 +81,9 @@ def exact_attention(call: Call, bmm: Product | None = None, *, with_lse: bool = 
     if bmm is None:
         bmm = PRODUCTS[products_in_use(call.q.device)]
     shape = call.shape
+    fused = bmm is torch.bmm and shape.rows >= _ROWS_OF_MANY and has_fused_form(call)
+    if fused and can_run(call.q.device) and _fused_agrees(call.q.device, shape.heads):
+        return fused_attention(call)
     logits = shape.q_heads * shape.keys * -(-shape.rows // _ROW_STEPS_CUDA)
     if not call.q.is_cuda or shape.rows < _ROWS_OF_MANY or 2 * logits > _LOGITS_AT_ONCE_CUDA:
         return _attention(call, bmm, with_lse)
@@ -84,6 +92,33 @@ def exact_attention(call: Call, bmm: Product | None = None, *, with_lse: bool = 
         return _attention(call, bmm, with_lse)
     count = 1 << (_LOGITS_AT_ONCE_CUDA // logits).bit_length() - 1
     return _sequences_together(call, count, bmm, with_lse)
+
+
+@functools.cache
+def _fused_agrees(device: torch.device, heads: Heads) -> bool:
+    """Whether exact attention in one launch compiles for these heads, and says what `_attention` says: asked
+    once a process, of a drawn call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(rows: int, count: int, size: int) -> torch.Tensor:
+        return torch.randn((2, rows, count, size), generator=generator, dtype=torch.float64).to(device)
+
+    keys = 3 * _ROWS_OF_MANY
+    q, k, v = (
+        drawn(_ROWS_OF_MANY + 1, heads.q, heads.k_size),
+        drawn(keys, heads.kv, heads.k_size),
+        drawn(keys, heads.kv, heads.v_size),
+    )
+    kv_len = torch.arange(keys - 2 * _ROWS_OF_MANY - 1, keys, 2, dtype=torch.int32, device=device)
+    call = checked_call(q, k, v, kv_len=kv_len.expand(2, -1).contiguous(), scale=heads.k_size**-0.5)
+    try:
+        found = fused_attention(call)
+    except Exception:
+        # Whatever it is: matrix products are there.
+        return False
+    due = _attention(call, torch.bmm, with_lse=True)
+    pairs = (found.out, due.out), (found.lse, due.lse)
+    return all(bool((mine - its).norm() <= FUSED_AGREES * its.norm()) for mine, its in pairs)
 
 
 def _sequences_together(

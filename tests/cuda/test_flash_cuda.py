@@ -14,8 +14,12 @@ from support import flash_forms as forms
 from support import flash_laws as laws
 from verify.kernels.call import checked_call
 from verify.kernels.eager import EagerKernel
-from verify.kernels.exact import exact_attention
+from verify.kernels.exact import FUSED_AGREES, _attention, _fused_agrees, exact_attention
+from verify.kernels.exact_fused import fused_attention
 from verify.kernels.flash.kernel import FlashKernel
+from verify.kernels.heads import Heads
+from verify.kernels.judging.families import draw
+from verify.kernels.judging.input_sizes import InputSizes
 from verify.kernels.plans.plan import KVCuts, Plan
 from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.registry import build_kernel
@@ -51,6 +55,19 @@ def test_law(law: Callable[[torch.device], None]) -> None:
 
 def test_chunks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     laws.chunks_of_rows_change_no_bit(CUDA, monkeypatch)
+
+
+@pytest.mark.parametrize(("ratio", "k_size", "v_size"), [(1, 64, 64), (3, 64, 64), (8, 32, 16), (20, 64, 32)])
+def test_exact_attention_in_one_launch(ratio: int, k_size: int, v_size: int) -> None:
+    """What the kernels are measured by: against the formula, and of a window against matrix products."""
+    forms.fused_attention_is_exact(CUDA, ratio, k_size, v_size, longest=333)
+    heads = Heads.grouped(kv=2, ratio=ratio, k_size=k_size, v_size=v_size)
+    call = draw("gaussian", InputSizes(n_kv=tuple(range(1, 701)), batch=2, heads=heads), 1, device=CUDA)
+    assert _fused_agrees(CUDA, heads)
+    found, due = exact_attention(call), _attention(call, torch.bmm, with_lse=True)
+    for mine, its in ((found.out, due.out), (found.lse, due.lse)):
+        assert bool((mine - its).norm() <= FUSED_AGREES * its.norm())
+    assert torch.equal(found.out, fused_attention(call).out)
 
 
 PATHS = ("decode", "several", "prefill")
@@ -159,9 +176,16 @@ def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
     assert len(binaries) == 1
 
 
-@pytest.mark.parametrize(("p", "acc"), [("f16", "f32"), ("f32", "f32"), ("f16", "f16")])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("r", "size"), [(1, 64), (2, 128), (3, 64), (4, 256), (5, 80), (7, 64), (8, 128)])
+@pytest.mark.parametrize(
+    ("r", "size", "dtype", "p", "acc"),
+    [
+        (1, 64, torch.float16, "f16", "f32"), (2, 128, torch.bfloat16, "f16", "f32"),
+        (3, 64, torch.float16, "f16", "f32"), (3, 64, torch.float16, "f32", "f32"),
+        (3, 64, torch.float16, "f16", "f16"), (4, 256, torch.float16, "f16", "f32"),
+        (5, 80, torch.bfloat16, "bf16", "f32"), (7, 64, torch.float32, "f32", "f32"),
+        (8, 128, torch.float16, "f16", "f32"),
+    ],
+)  # fmt: skip
 def test_rows_that_share_a_tile_are_what_they_are_alone(
     r: int, size: int, dtype: torch.dtype, p: str, acc: str
 ) -> None:

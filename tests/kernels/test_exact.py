@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from support.problems import problem
-from verify.kernels.call import Call, checked_call
+from verify.kernels import exact
+from verify.kernels.call import AttentionOutput, Call, checked_call
 from verify.kernels.exact import ExactKernel, _sequences_together, exact_attention, reference_attention
 
 
@@ -127,6 +128,39 @@ def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], named: str)
     given: dict[str, Any] = {"q": Q, "k": K, "v": V, "kv_len": KV_LEN, "scale": 1.0} | change
     with pytest.raises(ValueError, match=named):
         checked_call(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize("ends", ["right", "wrong", "raises"])
+def test_one_launch_is_taken_where_it_says_what_products_say(
+    ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that makes something else of it, or nothing, changes no result."""
+    taken: list[int] = []
+
+    def in_one_launch(call: Call) -> AttentionOutput:
+        taken.append(call.shape.rows)
+        if ends == "raises":
+            raise RuntimeError("PassManager::run failed")
+        found = reference_attention(call)
+        return found if ends == "right" else replace(found, lse=found.lse * (1 + 1e-9))
+
+    monkeypatch.setattr(exact, "can_run", lambda device: True)
+    monkeypatch.setattr(exact, "fused_attention", in_one_launch)
+    exact._fused_agrees.cache_clear()
+    call = problem(rows=70, size=16)
+    due = reference_attention(call)
+    for _ in range(2):
+        found = exact_attention(call)
+        assert torch.allclose(found.out, due.out, rtol=1e-13)
+        assert torch.allclose(found.lse, due.lse, rtol=1e-13)
+    # Asked once; then each call of many plain rows is, and no other.
+    assert taken == ([65, 70, 70] if ends == "right" else [65])
+    taken.clear()
+    for other in (problem(rows=20, size=16), replace(call, softcap=2.0), replace(call, sliding_window=9)):
+        exact_attention(other)
+    exact_attention(call, lambda a, b: torch.bmm(a, b))
+    assert taken == []
+    exact._fused_agrees.cache_clear()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

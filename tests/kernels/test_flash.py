@@ -55,9 +55,11 @@ try:
     for _name in tl.__all__:
         if hasattr(tl.standard, _name):
             setattr(tl, _name, getattr(tl.standard, _name))
+    from verify.kernels import exact_device
     from verify.kernels.flash import device as flash_device
 finally:
     del os.environ["TRITON_INTERPRET"]
+assert exact_device.tl is tl
 assert flash_device.INTERPRETED, (
     "verify.kernels.flash.device was imported by something before this test module"
 )
@@ -175,6 +177,11 @@ def test_agrees_with_exact(case: object) -> None:
 )
 def test_law(law: object) -> None:
     law(CPU)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("ratio", "k_size", "v_size"), [(3, 16, 32), (1, 64, 64), (33, 16, 16)])
+def test_exact_attention_in_one_launch(ratio: int, k_size: int, v_size: int) -> None:
+    forms.fused_attention_is_exact(CPU, ratio, k_size, v_size)
 
 
 FEW_FORMS = {

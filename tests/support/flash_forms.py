@@ -13,6 +13,8 @@ import torch
 
 from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionPath, Call, Result, checked_call
+from verify.kernels.exact import reference_attention
+from verify.kernels.exact_fused import fused_attention
 from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.heads import Heads
 from verify.kernels.judging.families import draw
@@ -151,6 +153,26 @@ def rows_are_rows_alone(path: AttentionPath, device: torch.device, families: tup
                 assert same_bits(alone.lse[:, 0], together.lse[:, t]), (family, plan, t)
                 assert planned(alone) <= planned(together)
     against_exact(flash(), call, lse=True)
+
+
+def fused_attention_is_exact(
+    device: torch.device, ratio: int, k_size: int, v_size: int, longest: int = 40
+) -> None:
+    """Of rows of any lengths, none among them, in float16 and float64; a row's bits are its own."""
+    heads = Heads.grouped(kv=2, ratio=ratio, k_size=k_size, v_size=v_size)
+    sizes = InputSizes(n_kv=(longest, 0, 1, 17, longest - 1, 16), batch=2, fewer=(0, 3), heads=heads)
+    # Logits of tens of thousands have fewer digits behind the point.
+    for family, off in (("gaussian", 1e-14), ("massive", 1e-10)):
+        call = draw(family, sizes, 1, device=device)
+        call = replace(call, scale=0.3)
+        for x in (call, replace(call, q=call.q.double() / 3, k=call.k.double() / 7, v=call.v.double() / 3)):
+            due, found = reference_attention(x), fused_attention(x)
+            for mine, its in ((found.out, due.out), (found.lse, due.lse)):
+                assert torch.equal(torch.isneginf(mine), torch.isneginf(its)), family
+                seen = ~torch.isneginf(its)
+                assert bool((mine - its)[seen].norm() <= off * its[seen].norm()), family
+        alone = fused_attention(x.of_rows(torch.tensor([4], device=device)))
+        assert same_bits(alone.out[:, 0], found.out[:, 4]) and same_bits(alone.lse[:, 0], found.lse[:, 4])
 
 
 def a_sequence_alone_is_the_sequence_in_its_batch(device: torch.device) -> None:
