@@ -27,9 +27,15 @@ def main() -> None:
 
 def _guarded() -> int | None:
     """The command's exit code; interrupts and errors that nobody expected are one line and a code, too."""
+    import atexit
+    import gc
+
     from verify.machine.exits import EXIT_INTERRUPTED, EXIT_VOID
     from verify.machine.standing import Ended, open_standard_streams
 
+    # What is still there when Python ends is not searched for cycles: behind torch that is half a second.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     # An option of every command, for whoever follows up an internal error.
     debug = "--debug" in sys.argv
     open_standard_streams()

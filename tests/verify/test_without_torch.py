@@ -112,3 +112,13 @@ def test_a_broken_installation_is_no_verdict(gone: str, tmp_path: Path) -> None:
     assert done.stdout.split()[:2] == ["exit", "4"], done.stdout
     (line,) = done.stderr.splitlines()
     assert "broken installation, nothing was measured" in line and gone in line
+
+
+def test_python_ends_without_a_search_for_cycles() -> None:
+    """With torch loaded that was half a second after the last word. Callbacks run from last to first."""
+    said = "import atexit, gc, sys\natexit.register(lambda: print('frozen', gc.get_freeze_count() > 0))\n"
+    run = "from verify.__main__ import main\nsys.argv[1:] = ['plan', '--help']\nmain()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", said + run], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "frozen True", done.stderr
