@@ -6,6 +6,7 @@ Where logits pass through memory, eight times each, memory and not float64 is wh
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,23 +54,25 @@ def fused_attention(call: Call) -> AttentionOutput:
     lse = q.new_empty((shape.batch, shape.rows, shape.q_heads))
     tiles = -(-shape.rows * shape.ratio // TILE_ROWS)
     if out.numel():
-        device_code().attend_float64[(tiles, shape.batch * shape.kv_heads)](
-            q,
-            k,
-            v,
-            call.kv_len.to(torch.int32).contiguous(),
-            out,
-            lse,
-            shape.rows,
-            tiles,
-            shape.keys,
-            RATIO=shape.ratio,
-            KV_HEADS=shape.kv_heads,
-            DK=shape.k_size,
-            DV=shape.v_size,
-            M=TILE_ROWS,
-            N=TILE_KEYS,
-            num_warps=WARPS,
-            num_stages=STAGES,
-        )
+        # Triton launches on the current device.
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            device_code().attend_float64[(tiles, shape.batch * shape.kv_heads)](
+                q,
+                k,
+                v,
+                call.kv_len.to(torch.int32).contiguous(),
+                out,
+                lse,
+                shape.rows,
+                tiles,
+                shape.keys,
+                RATIO=shape.ratio,
+                KV_HEADS=shape.kv_heads,
+                DK=shape.k_size,
+                DV=shape.v_size,
+                M=TILE_ROWS,
+                N=TILE_KEYS,
+                num_warps=WARPS,
+                num_stages=STAGES,
+            )
     return AttentionOutput(out, lse)
