@@ -44,7 +44,7 @@ class TilesSeen(NamedTuple):
 
 
 def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> TilesSeen:
-    """TilesSeen of sums that overflow: part is its bounds."""
+    """Tiles of sums that overflow: part is its bounds."""
     burst = int(65504 / (61440 * math.exp(-(weights.offset or 0.0)))) + 1
 
     def earlier(where: AskedPart, x: int, ys: list[int]) -> list[bool]:
@@ -63,7 +63,7 @@ def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> T
 
 
 def tiles_by_rounding(ask: Asking, part: tuple[int, int], weights: Weights) -> TilesSeen:
-    """TilesSeen of P that is rounded and was not divided by l: part is its bounds."""
+    """Tiles of P that is rounded and was not divided by l: part is its bounds."""
     pair = _telling_pair(ask, AskedPart(*part, weights.newest_first), weights)
 
     def earlier(where: AskedPart, x: int, ys: list[int]) -> list[bool]:
@@ -101,7 +101,7 @@ def _size(ask: Asking, where: AskedPart, test: Earlier, spare: int) -> int | Non
     keys = where.end - where.first
     x, low, starts = min(keys - 1, PROBED_KEYS), spare, []
     if where.newest_first:
-        # TilesSeen are counted from the part's first key, which is looked at last.
+        # Tiles are counted from the part's first key, which is looked at last.
         x, low, starts = keys - 1, max(spare, keys - 1 - PROBED_KEYS), [keys]
     while len(starts) < 3 and x > low:
         start = _start_of(ask, where, low, x, test)

@@ -273,6 +273,9 @@ def ratios(
         if part.newest_first:
             top, keys = near[-1], torch.tensor(near[-1 - len(g) : -1])
         logits = ask.level([top], DEAD if extra is None else -extra)
+        if part.newest_first:
+            # What is looked at before must leave no maximum that may lag.
+            logits[0, near[-1] + 1 : part.end] = DEAD
         logits[0, keys] = -g
         rows.append(_Row(logits, _cancelling_columns(ask, g, top, keys, scale), g))
     all_logits = torch.cat([row.logits for row in rows])

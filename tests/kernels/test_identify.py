@@ -191,7 +191,10 @@ def drawn(rng: random.Random) -> Truth:
     block = rng.choice((16, 32, 48, 64, 80))
     n_kv = rng.randint(500, 1300)
     kv = rng.choice(("1", str(rng.randint(2, 4)), f"size:{rng.randint(3, 6) * block - rng.randint(0, 8)}"))
-    return Truth(rng.choice(TYPES), rng.choice(("f32", "f16")), rng.choice(TYPES), block, kv, n_kv=n_kv)
+    # The latter know no sizes of parts.
+    kind = "eager" if "size" in kv else rng.choice(("eager", "lazy", "backward", "lazy backward"))
+    p, out = rng.choice(TYPES), rng.choice(TYPES)
+    return Truth(p, rng.choice(("f32", "f16")), out, block, kv, kind=kind, n_kv=n_kv)
 
 
 @pytest.mark.slow
