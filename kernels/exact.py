@@ -234,6 +234,16 @@ def finish_logits(
             hidden = hidden | ~mask
         else:
             s = s + mask.to(s.dtype)
+    return _without(s, hidden)
+
+
+def _without(s: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """s with -inf where a mask that broadcasts to it says so."""
+    if not s.is_cuda and hidden.numel() < s.numel():
+        # An addition is a tenth of a choice on a CPU; it makes NaN of what is not finite, and then shows it.
+        without = s + torch.zeros(hidden.shape, dtype=s.dtype).masked_fill_(hidden, -math.inf)
+        if not bool(torch.isnan(without.amax())):
+            return without
     return s.masked_fill(hidden, -math.inf)
 
 

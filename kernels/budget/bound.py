@@ -34,8 +34,8 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.rows import BudgetRows
-from verify.kernels.budget.sums import Sums
-from verify.kernels.call import Call
+from verify.kernels.budget.sums import RoundedWeights, Sums
+from verify.kernels.call import Call, Shape
 from verify.kernels.rotation import block_mean_square, rotate, roundings, spread_bound
 from verify.kernels.sequences import sequences
 
@@ -43,10 +43,12 @@ from verify.kernels.sequences import sequences
 VACUOUS = 1.0 / 8.0
 # Sums p|v| below this have less than float32's precision in float32: its smallest normal number, times 2^6.
 SMALLEST_SIZE = 2.0**-120
-# Logits held at once: rows and keys are taken in blocks of this many. A rule of shapes and device alone.
-_LOGITS_AT_ONCE = 1 << 20
+# Logits held at once: so many rows are taken together. Their keys are taken in blocks: on a CPU of so many
+# logits that what is made of them stays in its cache. Rules of shapes and device alone.
+_LOGITS_AT_ONCE = 1 << 22
 _LOGITS_AT_ONCE_CUDA = 1 << 24
 _KEYS_AT_ONCE = 1 << 14
+_LOGITS_A_BLOCK, _LEAST_KEYS_A_BLOCK = 1 << 16, 64
 
 
 class Budget(NamedTuple):
@@ -162,8 +164,11 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
             its = order[first : first + at_once]
             chosen = its + own.start
             rows = BudgetRows(call, sequence, its)
-            sums = [Sums(rows, a) for a in arithmetics]
-            for block in rows.blocks(_KEYS_AT_ONCE):
+            weights = {RoundedWeights.kind(a): RoundedWeights(rows, a) for a in arithmetics}
+            sums = [Sums(rows, a, weights[RoundedWeights.kind(a)]) for a in arithmetics]
+            for block in rows.blocks(_keys_at_once(len(its), shape, on_gpu=like.is_cuda)):
+                for each_kind in weights.values():
+                    each_kind.add(block)
                 for each in sums:
                     each.add(block)
             for whole, part in ((out, rows.out), (size, rows.size), (lse, rows.lse.squeeze(-1))):
@@ -183,6 +188,14 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
     for budget in budgets:
         budget.vacuous.copy_(budget.bound.amax(-1) > VACUOUS * size.amax(-1))
     return budgets
+
+
+def _keys_at_once(rows: int, shape: Shape, *, on_gpu: bool) -> int:
+    """Keys a block of so many rows."""
+    if on_gpu:
+        return _KEYS_AT_ONCE
+    keys = _LOGITS_A_BLOCK // max(rows * shape.q_heads, 1)
+    return min(max(keys, _LEAST_KEYS_A_BLOCK), _KEYS_AT_ONCE)
 
 
 def _by_row(x: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,35 @@ import torch
 
 from verify.kernels.call import Call
 from verify.kernels.exact import finish_logits
+from verify.kernels.exponentials import flushed_exp_
 from verify.kernels.sequences import CallSequence
+
+# Weights are e^-300 and more, so that no square of one is a subnormal number.
+_LEAST_EXPONENT = -300.0
+# Stands for the infinite where 0 times it is to be 0.
+_FINITE = 1e300
+# Logits of all blocks of some rows, that are held from the first pass to the second.
+_LOGITS_HELD = 1 << 22
 
 
 def finite_size(sink: torch.Tensor) -> torch.Tensor:
     """|sink|; 0 for a sink of -inf, which is no key at all."""
     return torch.where(torch.isneginf(sink), 0.0, sink.abs())
+
+
+class Seen(NamedTuple):
+    """Which keys of a block its rows see, [Hkv, t, r, n]."""
+
+    mask: torch.Tensor | None  # True where a row sees the key; None: every row sees all
+    # The same as 1.0 and 0.0, where numbers that no row sees are finite: on a CPU a product takes a tenth of
+    # the time of a choice. None on a GPU.
+    weight: torch.Tensor | None
+
+    def only(self, x: torch.Tensor) -> torch.Tensor:
+        """x with 0 where a row does not see the key."""
+        if self.mask is None:
+            return x
+        return x * self.weight if self.weight is not None else torch.where(self.mask, x, 0.0)
 
 
 class Block(NamedTuple):
@@ -29,12 +52,10 @@ class Block(NamedTuple):
     raw: torch.Tensor  # logits before, [Hkv, t, r, n]
     s: torch.Tensor  # logits after, [Hkv, t, r, n]
     big_s: torch.Tensor  # S_j, sums of the products' sizes, 0 where it does not see, [Hkv, t, r, n]
-    seen: torch.Tensor  # whether the row sees the key, [Hkv, t, r, n]
+    seen: Seen  # whether the row sees the key
     abs_s: torch.Tensor  # |s|, 0 where it does not see, [Hkv, t, r, n]
     p: torch.Tensor  # weights, [Hkv, t, r, n]
     square_p: torch.Tensor  # p^2, [Hkv, t, r, n]
-    # Squares of what the roundings of a logit and of exp are relative to, by the same u: [Hkv, t, r, n].
-    walked: torch.Tensor
     v: torch.Tensor  # [Hkv, n, Dv]
     abs_v: torch.Tensor  # |v|, likewise
     square_v: torch.Tensor  # v^2, likewise
@@ -48,8 +69,9 @@ class BudgetRows:
     n_kv [t]: keys up to each row's last; lengths: keys that it goes through, fewer where it lists them.
 
     top, l, lse: of the whole row, sink included; largest: m; empty: the row sees nothing; all [Hkv, t, r, 1].
-    out, size (sum_j p_j |v_j|), p_square_vv (sum_j p_j^2 v_j^2) and cap (max_j |v_j|) [Hkv, t, r, Dv]
-    are complete when `blocks` has ended.
+    out, size (sum_j p_j |v_j|), p_square_vv (sum_j p_j^2 v_j^2) and cap (max_j |v_j|) [Hkv, t, r, Dv], and
+    walked_vv, walked_v and walked_1 (sum_j p_j^2 z_j of z_j v_j^2, v_j and 1, z being `_walked`) are complete
+    when `blocks` has ended.
     """
 
     def __init__(self, call: Call, sequence: CallSequence, rows: torch.Tensor) -> None:
@@ -70,7 +92,10 @@ class BudgetRows:
         self.log_n = torch.log(n.clamp(min=1) + (self.sink is not None))
         zeros = self.q.new_zeros((self.heads, len(rows), self.r, shape.v_size))
         self.out, self.size, self.p_square_vv, self.cap = (zeros.clone() for _ in range(4))
-        self._whole: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.walked_vv, self.walked_v = (zeros.clone() for _ in range(2))
+        self.walked_1 = zeros[..., :1].clone()
+        # Logits of the blocks that are still to come, where they are few enough to be held.
+        self._held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def blocks(self, keys_at_once: int) -> Iterator[Block]:
         """Every block of keys that some row sees, in order, after two passes over K: one finds l."""
@@ -80,48 +105,68 @@ class BudgetRows:
         pieces = [slice(at, min(at + keys_at_once, last)) for at in range(first, last, keys_at_once)]
         self._normaliser(pieces)
         for keys in pieces:
-            # Of one block the logits are still there.
-            s, raw, k = self._whole or self._logits(keys)
-            self._whole = None
+            s, raw, k = self._held.pop(0) if self._held else self._logits(keys)
             v = self.sequence.v[keys].double().permute(1, 0, 2)  # [Hkv, n, Dv]
-            seen = torch.isfinite(s)
-            big_s = products(self.q.abs(), k.abs()).mul_(abs(self.call.scale)).masked_fill_(~seen, 0.0)
-            abs_s = torch.where(seen, s.abs(), 0.0)
-            p = torch.where(seen, torch.exp(s - torch.where(self.empty, 0.0, self.lse)), 0.0)
-            positions = torch.arange(keys.start, keys.stop, device=self.q.device)
+            big_s = products(self.q.abs(), k.abs()).mul_(abs(self.call.scale))
+            abs_s = s.abs()
+            seen = self._seen(abs_s, raw, big_s)
+            bias = self._bias(keys)
+            below = s - torch.where(self.empty, 0.0, self.lse)
+            if bias is None:
+                # No weight is taken for less: no number shows by how much a budget is larger for it, and
+                # subnormal numbers, which the squares of smaller weights are, cost a hundred times as much.
+                below.clamp_min_(_LEAST_EXPONENT)
+            p = seen.only(below.exp_())
             block = Block(
-                positions=positions,
+                positions=torch.arange(keys.start, keys.stop, device=self.q.device),
                 k=k,
                 raw=raw,
                 s=s,
-                big_s=big_s,
+                big_s=seen.only(big_s),
                 seen=seen,
-                abs_s=abs_s,
+                abs_s=seen.only(abs_s.clamp_max_(_FINITE)),
                 p=p,
                 square_p=p.square(),
-                walked=self._walked(raw, big_s, abs_s, seen),
                 v=v,
                 abs_v=v.abs(),
                 square_v=v.square(),
-                bias=self._bias(keys),
+                bias=bias,
             )
-            self.out += products(p, v)
-            self.size += products(p, block.abs_v)
-            self.p_square_vv += products(block.square_p, block.square_v)
+            add_products(self.out, p, v)
+            add_products(self.size, p, block.abs_v)
+            add_products(self.p_square_vv, block.square_p, block.square_v)
+            walked = self._walked(block).mul_(block.square_p)
+            add_products(self.walked_vv, walked, block.square_v)
+            add_products(self.walked_v, walked, v)
+            self.walked_1 += walked.sum(-1, keepdim=True)
             self.cap = torch.maximum(self.cap, self._largest_seen(block.abs_v, keys))
             yield block
 
-    def _walked(
-        self, raw: torch.Tensor, big_s: torch.Tensor, abs_s: torch.Tensor, seen: torch.Tensor
-    ) -> torch.Tensor:
-        """`Block.walked`. Partial sums of q.k wander where signs differ. Where one column makes the logit, as
-        outlying channels of real keys do, they are as large as it from there on, and each of D steps rounds
-        that."""
-        grown = torch.where(seen, raw, 0.0)
+    @staticmethod
+    def _seen(abs_s: torch.Tensor, raw: torch.Tensor, big_s: torch.Tensor) -> Seen:
+        """Of |s|, which is infinite where a row does not see the key; raw and big_s: see `Block`."""
+        if abs_s.is_cuda:
+            return Seen(torch.isfinite(abs_s), None)
+        if bool(abs_s.amax() < math.inf):
+            return Seen(None, None)
+        mask = abs_s < math.inf
+        # NaN is neither seen nor finite.
+        finite = bool(big_s.amax() < math.inf) and not bool(torch.isnan(raw.amax() + abs_s.amax()))
+        return Seen(mask, mask.double() if finite else None)
+
+    def _walked(self, block: Block) -> torch.Tensor:
+        """Squares of what the roundings of a logit and of exp are relative to, by the same u: [Hkv, t, r, n].
+
+        Partial sums of q.k wander where signs differ. Where one column makes the logit, as outlying channels
+        of real keys do, they are as large as it from there on, and each of D steps rounds that."""
+        grown = block.seen.only(block.raw)
         if self.call.softcap is not None:
             grown = grown * (1 - torch.tanh(grown / self.call.softcap).square())
-        walked = big_s.square() / 2 + self.call.shape.k_size * grown.square()
-        return walked + 4 * abs_s.square() + 4 * self.largest.square() + 4
+        walked = block.big_s.square().mul_(0.5)
+        walked.addcmul_(grown, grown, value=self.call.shape.k_size).addcmul_(
+            block.abs_s, block.abs_s, value=4
+        )
+        return walked.add_(4 * self.largest.square() + 4)
 
     def _logits(self, keys: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """s and the raw products [Hkv, t, r, n] of a block of keys, and the keys themselves [Hkv, Dk, n]."""
@@ -145,13 +190,15 @@ class BudgetRows:
         shape = (self.heads, len(self.last), self.r, 1)
         m = self.q.new_full(shape, -math.inf)
         total = self.q.new_zeros(shape)
+        holds = math.prod(shape) * (pieces[-1].stop - pieces[0].start if pieces else 0) <= _LOGITS_HELD
         for keys in pieces:
             found = self._logits(keys)
-            self._whole = found if len(pieces) == 1 else None
+            if holds or len(pieces) == 1:
+                self._held.append(found)
             s = found[0]
             new = torch.maximum(m, s.amax(-1, keepdim=True))
             shift = torch.where(torch.isneginf(new), 0.0, new)
-            total = total * torch.exp(m - shift) + torch.exp(s - shift).sum(-1, keepdim=True)
+            total = total * torch.exp(m - shift) + flushed_exp_(s - shift).sum(-1, keepdim=True)
             m = new
         top = m if self.sink is None else torch.maximum(m, self.sink.expand(shape))
         shift = torch.where(torch.isneginf(top), 0.0, top)
@@ -171,6 +218,11 @@ class BudgetRows:
         if min(self.last) >= keys.stop:
             # The usual case. Running maxima along a dimension that is not the last are slow on a GPU.
             return abs_v.amax(1)[:, None, None]
+        if not abs_v.is_cuda:
+            its = {last: abs_v[:, : max(last - keys.start, 0)] for last in set(self.last)}
+            zero = abs_v.new_zeros((abs_v.shape[0], abs_v.shape[2]))
+            most = {last: x.amax(1) if x.shape[1] else zero for last, x in its.items()}
+            return torch.stack([most[last] for last in self.last], 1)[:, :, None]
         prefix = abs_v.cummax(1).values
         last = (self.n_kv - keys.start).clamp(max=keys.stop - keys.start)  # [t]
         found = prefix[:, (last - 1).clamp(min=0)]  # [Hkv, t, Dv]
@@ -181,3 +233,10 @@ def products(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[Hkv, t, r, n] times [Hkv, n, m]."""
     heads, t, r, n = a.shape
     return torch.bmm(a.reshape(heads, t * r, n), x).view(heads, t, r, -1)
+
+
+def add_products(total: torch.Tensor, a: torch.Tensor, x: torch.Tensor) -> None:
+    """total [Hkv, t, r, m] += [Hkv, t, r, n] times [Hkv, n, m], in place."""
+    heads, t, r, n = a.shape
+    whole = total.view(heads, t * r, -1)
+    torch.baddbmm(whole, a.reshape(heads, t * r, n), x, out=whole)

@@ -7,12 +7,11 @@ and blocks of `budget_rows`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic, Depths
-from verify.kernels.budget.rows import Block, BudgetRows, finite_size, products
+from verify.kernels.budget.rows import Block, BudgetRows, add_products, finite_size, products
 from verify.kernels.cache import q8_0_error
 from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_GUARD_BITS, MMA_KEYS, NUMBER_TYPES, U_F32
 from verify.kernels.rotation import block_mean_square, roundings
@@ -39,64 +38,101 @@ def gamma(depth: torch.Tensor | int, u: float) -> torch.Tensor:
     return torch.where(du < 1, du / (1 - du).clamp(min=1e-300), torch.inf)
 
 
-class _Variances(NamedTuple):
-    """[Hkv, t, r, n] in units of MEAN_SQUARE: of exp's relative error times p^2, and of P's rounding."""
+class RoundedWeights:
+    """P rounded to its type, over the blocks of some rows: the same for all arithmetics of one `kind`."""
 
-    spread: torch.Tensor
-    rounded: torch.Tensor
+    def __init__(self, rows: BudgetRows, arithmetic: Arithmetic) -> None:
+        self.rows = rows
+        self.u, self.tau, self.promises_bits = self.kind(arithmetic)
+        # Sums over keys of the variance of the rounding, in units of MEAN_SQUARE: of it times v^2, and alone.
+        self.variance_vv = torch.zeros_like(rows.out)
+        self.variance_1 = torch.zeros_like(rows.out[..., :1])
+
+    @staticmethod
+    def kind(a: Arithmetic) -> tuple[float, float, bool]:
+        """What of an arithmetic it depends on."""
+        return NUMBER_TYPES[a.p].u, a.tau_p, a.promises_bits
+
+    def add(self, block: Block) -> None:
+        """Add the terms of a block of keys; `lost`, what P may lose by rounding, is the block's then."""
+        p, tau = block.p, self.tau / self.rows.l
+        rounded = self.u * p
+        self.lost = torch.maximum(rounded, tau).minimum(p)
+        low = (rounded < tau).double()
+        # An error that is uniform within +-tau has the mean square tau^2 / 3; nobody loses more than p.
+        below = torch.minimum(block.square_p, tau.square() / 3).div_(MEAN_SQUARE)
+        variance = rounded.square_()
+        variance.addcmul_(below.sub_(variance), low)
+        if self.promises_bits:
+            # exp(0) = 1 is exact in every type.
+            variance.mul_(block.s != self.rows.top)
+        add_products(self.variance_vv, variance, block.square_v)
+        self.variance_1 += variance.sum(-1, keepdim=True)
 
 
 class Sums:
     """The sums of one arithmetic, over the blocks of some rows, and what they amount to."""
 
-    def __init__(self, rows: BudgetRows, arithmetic: Arithmetic) -> None:
-        self.rows, self.call, self.a = rows, rows.call, arithmetic
+    def __init__(self, rows: BudgetRows, arithmetic: Arithmetic, weights: RoundedWeights) -> None:
+        """weights: of this arithmetic's kind, to which each block is added first."""
+        self.rows, self.call, self.a, self.weights = rows, rows.call, arithmetic, weights
         self.q, self.sink = rows.q, rows.sink
         self.depths = [arithmetic.depths(n) for n in rows.lengths]
         self.tiles = self._per_row([d.tiles for d in self.depths])
         self.split = self._per_row([d.parts > 1 or self.sink is not None for d in self.depths])
         zeros = torch.zeros_like(rows.out)
-        # Sums over keys: of |v| times spread, rounded, p S; of v^2 times the variances and the squares;
-        # of v times the variance of the spread; alone.
-        self.by_abs = [zeros.clone() for _ in range(3)]
-        self.by_square = [zeros.clone() for _ in range(3)]
-        self.moment = zeros.clone()
-        self.alone = [zeros[..., :1].clone() for _ in range(8)]
+        # Sums over keys: of |v| times what is lost by spread and rounding, and times p S; of v^2 times their
+        # squares; of variances of the spread that this arithmetic has beyond `walked`, as rows have them; and
+        # alone of p e^-eta, spread, rounded, p S, and of the squares of spread and rounded.
+        self.lost_v, self.shared_v, self.square_vv = (zeros.clone() for _ in range(3))
+        self.more_vv, self.more_v = zeros.clone(), zeros.clone()
+        ones = zeros[..., :1]
+        self.least_1, self.spread_1, self.rounded_1, self.shared_1 = (ones.clone() for _ in range(4))
+        self.spread_square_1, self.rounded_square_1, self.more_1 = (ones.clone() for _ in range(3))
 
     def add(self, block: Block) -> None:
         """Add the terms of a block of keys."""
-        a, p, seen = self.a, block.p, block.seen
+        a, p = self.a, block.p
         underflow = self._underflow(block.k)
-        # eta is beside the point, and may be infinite or NaN, where a row does not see.
-        eta = torch.where(seen, self._eta(block, underflow), 0.0)
-        spread, grown = p * torch.expm1(eta), torch.exp(eta)
-        shared = torch.where(seen, a.u_q * block.big_s + underflow, 0.0)
-        lost = torch.minimum(p, torch.maximum(NUMBER_TYPES[a.p].u * p, a.tau_p / self.rows.l))
-        rounded = lost * grown
+        eta = self._eta(block, underflow)
+        grown = torch.exp(eta)
+        # e^eta - 1 to 2^-53: less than the least rounding that any kernel has.
+        spread, rounded = (grown - 1).mul_(p), self.weights.lost * grown
         if block.bias is not None:
             # A bias far below anything hides a key as -inf does: p is 0 and e^eta infinite, not so p e^eta.
             lse = torch.where(self.rows.empty, 0.0, self.rows.lse)
             at_most = torch.exp(block.s - lse + eta)
             spread, rounded = (torch.where(p > 0, x, at_most) for x in (spread, rounded))
-        variances = self._variances(block)
-        _add_products(self.by_abs, (spread, rounded, p * shared), block.abs_v)
-        squares = spread.square() + rounded.square()
-        _add_products(self.by_square, (variances.spread, variances.rounded, squares), block.square_v)
-        self.moment += products(variances.spread, block.v)
-        sums = (p * torch.exp(-eta), spread, rounded, p * shared, variances.spread, variances.rounded,
-                spread.square(), rounded.square())  # fmt: skip
-        for total, more in zip(self.alone, sums, strict=True):
-            total += more.sum(-1, keepdim=True)
+        self.least_1 += (p / grown).sum(-1, keepdim=True)
+        self.spread_1 += spread.sum(-1, keepdim=True)
+        self.rounded_1 += rounded.sum(-1, keepdim=True)
+        add_products(self.lost_v, spread + rounded, block.abs_v)
+        squares, more = spread.square_(), rounded.square_()
+        self.spread_square_1 += squares.sum(-1, keepdim=True)
+        self.rounded_square_1 += more.sum(-1, keepdim=True)
+        add_products(self.square_vv, squares.add_(more), block.square_v)
+        if a.u_q or underflow is not None:
+            shared = a.u_q * block.big_s
+            shared = block.seen.only(shared if underflow is None else shared + underflow).mul_(p)
+            add_products(self.shared_v, shared, block.abs_v)
+            self.shared_1 += shared.sum(-1, keepdim=True)
+        if a.u_k or self.call.softcap is not None:
+            relative = a.u_k**2 / 2 * block.big_s.square()
+            if self.call.softcap is not None:
+                relative += a.u_tanh**2 * block.abs_s.square()
+            relative.mul_(block.square_p)
+            add_products(self.more_vv, relative, block.square_v)
+            add_products(self.more_v, relative, block.v)
+            self.more_1 += relative.sum(-1, keepdim=True)
 
     def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """bound [Hkv, t, r, Dv] and lse_bound [Hkv, t, r], when every block has been added."""
         a, u, rows = self.a, self.a.u, self.rows
         self._add_sink()
-        spread_v, rounded_v, _ = self.by_abs
-        w, spread_1, rounded_1 = self.alone[:3]
-        w = self._positive(w)
+        spread_1, rounded_1 = self.spread_1, self.rounded_1
+        w = self._positive(self.least_1)
         abs_o, from_rounded = rows.out.abs(), float(a.l_from_rounded_p)
-        first = (spread_v + spread_1 * abs_o + rounded_v + from_rounded * rounded_1 * abs_o) / w
+        first = (self.lost_v + spread_1 * abs_o + from_rounded * rounded_1 * abs_o) / w
         gamma_m, gamma_l = gamma(self._depth("d_m"), u), gamma(self._depth("d_l"), u)
         gamma_n = gamma(self._depth("d_n"), a.u_acc)
         total = first + (gamma_n + gamma_m + a.u_v + a.u_part) * (rows.size + first)
@@ -126,7 +162,7 @@ class Sums:
 
     def expected(self) -> torch.Tensor:
         """Root mean square of the error of a correct kernel, [Hkv, t, r, Dv]."""
-        common = self.by_abs[2] + self.alone[3] * self.rows.out.abs()
+        common = self.shared_v + self.shared_1 * self.rows.out.abs()
         variance = MEAN_SQUARE * self._expected_variance(common)
         one_way = self._shrinkage().square() + self.stagnation().square()
         return (variance + one_way + _step(self.rows.out, self.a.out).square() / 12).sqrt()
@@ -134,11 +170,15 @@ class Sums:
     def quadrature(self, bound: torch.Tensor) -> torch.Tensor:
         """Root of the sum of squares of the single bounds, at most `bound`; after `bounds`."""
         a, u, rows = self.a, self.a.u, self.rows
-        w, spread_square_1, rounded_square_1 = self._positive(self.alone[0]), *self.alone[6:]
+        w, spread_square_1, rounded_square_1 = (
+            self._positive(self.least_1),
+            self.spread_square_1,
+            self.rounded_square_1,
+        )
         square_o, size, out_type = rows.out.square(), rows.size, FLOAT_TYPES[a.out]
-        common = self.by_abs[2] + self.alone[3] * rows.out.abs()
+        common = self.shared_v + self.shared_1 * rows.out.abs()
         quadrature = (
-            self.by_square[2] / w.square()
+            self.square_vv / w.square()
             + (spread_square_1 + float(a.l_from_rounded_p) * rounded_square_1) * square_o / w.square()
             + (a.u_acc**2 * self._depth("d_n") + (a.u_v + a.u_part) ** 2) * size.square()
             + u**2 * (self._depth("d_l") + 2 * self._depth("d_m") + 9) * (size.square() + square_o)
@@ -254,9 +294,9 @@ class Sums:
             return
         p = torch.where(self.rows.empty, 0.0, torch.exp(self.sink - self.rows.lse))
         eta = self._exponent_error(finite_size(self.sink))
-        self.alone[0] += p * torch.exp(-eta)
-        self.alone[1] += p * torch.expm1(eta)
-        self.alone[6] += (p * torch.expm1(eta)).square()
+        self.least_1 += p * torch.exp(-eta)
+        self.spread_1 += p * torch.expm1(eta)
+        self.spread_square_1 += (p * torch.expm1(eta)).square()
 
     @staticmethod
     def _positive(w: torch.Tensor) -> torch.Tensor:
@@ -270,14 +310,22 @@ class Sums:
 
     def _exponent_error(self, abs_s: torch.Tensor) -> torch.Tensor:
         """eta of a logit that is given, not computed."""
-        u = self.a.u
-        sum_of_logits = abs_s + self.rows.largest + abs(self.a.p_shift)
-        eta = 4 * u * sum_of_logits + self.tiles * 3 * u
-        return eta + self.split * (2 * u * sum_of_logits + 4 * u * self.rows.log_n + 6 * u)
+        each, shared = self._exponent_error_parts()
+        return each * abs_s + shared
 
-    def _underflow(self, k: torch.Tensor) -> torch.Tensor:
-        """Error of the logits where q or k underflow in a cast, or q becomes blocks: [Hkv, t, r, n]."""
+    def _exponent_error_parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """That eta by |s|: what |s| is multiplied by, and what is added, [1, t, 1, 1] and [Hkv, t, r, 1]."""
+        u = self.a.u
+        each = 4 * u + self.split * (2 * u)
+        shared = each * (self.rows.largest + abs(self.a.p_shift)) + self.tiles * 3 * u
+        return each, shared + self.split * (4 * u * self.rows.log_n + 6 * u)
+
+    def _underflow(self, k: torch.Tensor) -> torch.Tensor | None:
+        """Error of the logits where q or k underflow in a cast, or q becomes blocks: [Hkv, t, r, n]; None
+        where they do not."""
         a, tau, scale = self.a, _TAU, abs(self.call.scale)
+        if not (a.u_q or a.u_k or a.q_blocks or a.q_scaled or a.k_rotation):
+            return None
         error = self.q.new_zeros((1, 1, 1, 1))
         if a.u_q:
             # The scale may be multiplied in before the cast or after it.
@@ -297,11 +345,14 @@ class Sums:
             error = error + scale * turned * products(norms, k.abs())
         return error
 
-    def _eta(self, block: Block, underflow: torch.Tensor) -> torch.Tensor:
+    def _eta(self, block: Block, underflow: torch.Tensor | None) -> torch.Tensor:
+        """eta; 0, or what does no harm, where a row does not see the key."""
         a, u, cap = self.a, self.a.u, self.call.softcap
         depth = self.call.shape.k_size
         relative = (1 + depth * u / (1 - depth * u)) * (1 + a.u_q) * (1 + a.u_k) - 1
-        product = relative * block.big_s + underflow
+        product = relative * block.big_s
+        if underflow is not None:
+            product = product + underflow
         if cap is not None:
             tanh = torch.tanh(block.raw / cap)
             product = product * (1 - tanh.square()) * torch.exp(2 * product / cap)
@@ -313,35 +364,24 @@ class Sums:
             product = product + 4 * u * slopes * distance
         if block.bias is not None:
             product = product + 4 * u * block.bias
-        return product + self._exponent_error(block.abs_s)
-
-    def _variances(self, block: Block) -> _Variances:
-        a, u = self.a, self.a.u
-        p, abs_s, big_s = block.p, block.abs_s, block.big_s
-        relative = u**2 * block.walked
-        relative = relative + a.u_k**2 * big_s.square() / 2
-        if self.call.softcap is not None:
-            relative = relative + a.u_tanh**2 * abs_s.square()
-        u_p, tau = NUMBER_TYPES[a.p].u, a.tau_p / self.rows.l
-        rounded = (u_p * p).square()
-        # An error that is uniform within +-tau has the mean square tau^2 / 3; nobody loses more than p.
-        below = torch.minimum(block.square_p, (tau**2 / 3).expand_as(p)) / MEAN_SQUARE
-        rounded = torch.where(u_p * p < tau, below, rounded)
-        # exp(0) = 1 is exact in every type.
-        exact = (p == 0) | (block.s == self.rows.top) if a.promises_bits else (p == 0)
-        rounded = torch.where(exact, 0.0, rounded)
-        return _Variances(block.square_p * relative, rounded)
+        each, shared = self._exponent_error_parts()
+        eta = product.addcmul_(block.abs_s, each).add_(shared)
+        # Elsewhere it may be infinite or NaN.
+        return eta if block.seen.weight is not None else block.seen.only(eta)
 
     def _expected_variance(self, common: torch.Tensor) -> torch.Tensor:
         """Variance of the error, in units of MEAN_SQUARE, the rounding of the result left aside."""
         a, u = self.a, self.a.u
         out, size, p_square_vv = self.rows.out, self.rows.size, self.rows.p_square_vv
-        spread_vv, rounded_vv, _ = self.by_square
-        variance_1, rounded_variance_1 = self.alone[4:6]
+        # Of exp's relative error: what roundings of u make of it, and the rest.
+        spread_vv = u**2 * self.rows.walked_vv + self.more_vv
+        spread_v = u**2 * self.rows.walked_v + self.more_v
+        spread_1 = u**2 * self.rows.walked_1 + self.more_1
         square_o = out.square()
         # sum_j c_j (v_j - o)^2, multiplied out.
-        variance = (spread_vv - 2 * out * self.moment + variance_1 * square_o).clamp(min=0)
-        variance = variance + rounded_vv + a.l_from_rounded_p * rounded_variance_1 * square_o
+        variance = (spread_vv - 2 * out * spread_v + spread_1 * square_o).clamp(min=0)
+        rounded_1 = a.l_from_rounded_p * self.weights.variance_1 * square_o
+        variance = variance + self.weights.variance_vv + rounded_1
         d_n, d_l = self._depth("d_n"), self._depth("d_l")
         variance = variance + u**2 * d_l * (p_square_vv + square_o)
         if a.acc == "f16":
@@ -353,15 +393,6 @@ class Sums:
             variance = variance + _TAU**2 / 3 / MEAN_SQUARE
         # A rounding of q is shared by all keys; its D terms are independent.
         return variance + common.square() / self.call.shape.k_size
-
-
-def _add_products(
-    totals: list[torch.Tensor], weights: tuple[torch.Tensor, ...], values: torch.Tensor
-) -> None:
-    """To each total the product of its weights with the same values, which are read once."""
-    found = products(torch.cat(weights, dim=2), values).chunk(len(weights), dim=2)
-    for total, more in zip(totals, found, strict=True):
-        total += more
 
 
 def _depth(depths: Depths, name: str, sink: bool) -> int:

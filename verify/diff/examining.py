@@ -290,21 +290,18 @@ def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]
         exact = given if held is call else exact_attention(held).out
         # Of the whole call: rows of the prefill path share cuts.
         arithmetics = [kernels[i].arithmetic_of(call) for i in which]
-        checked = _rows_of(held, first)
-        budgets = error_budgets(checked, arithmetics)
         worst = [_worst_row(outs[i], exact, len(first)) for i in which]
-        rows = sorted({row for row in worst if row is not None})
-        others = error_budgets(_rows_of(held, rows), arithmetics) if rows else []
+        # The checked rows come first.
+        rows = [*first, *sorted({row for row in worst if row is not None})]
+        budgets = error_budgets(_rows_of(held, rows), arithmetics)
+        checked = _rows_of(held, first)
         for at, i in enumerate(which):
             row = worst[at]
-            own = None
-            if row is not None:
-                columns = {name: x[:, [rows.index(row)]] for name, x in others[at]._asdict().items()}
-                own = Budget(**columns)
+            own = None if row is None else _budget_of_rows(budgets[at], rows.index(row), 1)
             due[i] = _Due(
                 held=checked,
                 arithmetic=arithmetics[at],
-                budget=budgets[at],
+                budget=_budget_of_rows(budgets[at], 0, len(first)),
                 exact=given,
                 exact_held=exact,
                 worst=row,
@@ -312,6 +309,11 @@ def _all_due(kernels: Sequence[Kernel], call: Call, outs: Sequence[torch.Tensor]
                 longest=_of_longest(kernels[i], call, arithmetics[at]),
             )
     return [due[i] for i in range(len(kernels))]
+
+
+def _budget_of_rows(budget: Budget, first: int, count: int) -> Budget:
+    """Some of its rows, one after another."""
+    return Budget(**{name: x[:, first : first + count] for name, x in budget._asdict().items()})
 
 
 def _of_longest(kernel: Kernel, call: Call, arithmetic: Arithmetic) -> Arithmetic:
