@@ -50,6 +50,8 @@ from verify.kernels.trace import Launched, RowKind, Signature
 
 # Rows of a matrix tile on the decode path; of one on the prefill path they are a multiple of it.
 TILE_ROWS = 4
+# Rows of a matrix tile that takes the place of some of those, where that moves no bit.
+_WIDEST_TILE = 64
 QUERY_TILE = 64
 # Types of P in which everything below float32's normal numbers is 0.
 _FLUSHES = frozenset({"f16", *FP8_TYPES})
@@ -420,8 +422,42 @@ def _of_heads(call: Call, heads: torch.Tensor) -> Call:
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tile: int) -> None:
     """out [N, height, n] = a [N, height, k] @ b [k, n], `tile` rows at a time: height is a multiple of it."""
-    tiles = a.flatten(0, 1).unflatten(0, (-1, tile))
+    rows, results = a.flatten(0, 1), out.view(-1, b.shape[-1])
+    first = 0
+    if tile == TILE_ROWS and not a.is_cuda:
+        wide = _wide_tile(*b.shape)
+        first = len(rows) // wide * wide
+        if first:
+            _by_tiles(rows[:first], b, results[:first], wide)
+    if first < len(rows):
+        _by_tiles(rows[first:], b, results[first:], tile)
+
+
+def _by_tiles(rows: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tile: int) -> None:
+    tiles = rows.unflatten(0, (-1, tile))
     torch.bmm(tiles, b.expand(len(tiles), -1, -1), out=out.view(*tiles.shape[:2], b.shape[-1]))
+
+
+@cache
+def _wide_tile(k: int, n: int) -> int:
+    """Rows of the widest matrix tile in which every row has the bits that it has in one of `TILE_ROWS`, which
+    takes twice the time: products [rows, k] @ [k, n] on this CPU are asked. Libraries choose how they sum by
+    the shape."""
+    drawn = torch.Generator().manual_seed(0)
+    a = torch.randn((2 * _WIDEST_TILE, k), generator=drawn)
+    b = torch.randn((k, n), generator=drawn)
+    due, found = (a.new_empty((len(a), n)) for _ in range(2))
+    _by_tiles(a, b, due, TILE_ROWS)
+    wide = _WIDEST_TILE
+    while wide > TILE_ROWS:
+        _by_tiles(a, b, found, wide)
+        alike = torch.equal(found, due)
+        # One tile by itself may be cut up for threads.
+        _by_tiles(a[:wide], b, found[:wide], wide)
+        if alike and torch.equal(found[:wide], due[:wide]):
+            break
+        wide //= 2
+    return wide
 
 
 def _accumulate(

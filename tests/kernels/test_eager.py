@@ -196,3 +196,26 @@ def test_a_row_without_keys_has_no_part() -> None:
     call = problem(rows=2)
     empty = replace(call, kv_len=torch.zeros_like(call.kv_len))
     assert {s.cuts for _, _, s in run("eager:kv=2", empty).launched.rows} == {(0,)}
+
+
+@pytest.mark.parametrize("path", ["decode", "several"])
+@pytest.mark.parametrize("spec", ["eager", "eager:heads=2+1", "eager:acc=f16,kv=3"])
+def test_wide_matrix_tiles_move_no_bit(spec: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = problem(rows=150, path=path)
+    found = run(spec, call)
+    monkeypatch.setattr(eager, "_wide_tile", lambda k, n: eager.TILE_ROWS)
+    narrow = run(spec, call)
+    assert torch.equal(found.out, narrow.out)
+    assert torch.equal(found.lse, narrow.lse)
+
+
+def test_a_wide_matrix_tile_of_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_tiles = eager._by_tiles
+
+    def shifted(rows: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tile: int) -> None:
+        by_tiles(rows, b, out, tile)
+        if tile > 16:
+            out[-1, -1] = torch.nextafter(out[-1, -1], out.new_tensor(torch.inf))
+
+    monkeypatch.setattr(eager, "_by_tiles", shifted)
+    assert eager._wide_tile.__wrapped__(48, 32) <= 16
