@@ -34,7 +34,7 @@ import torch
 
 from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.rows import BudgetRows
-from verify.kernels.budget.sums import RoundedWeights, Sums
+from verify.kernels.budget.sums import RoundedP, Sums
 from verify.kernels.call import Call, Shape
 from verify.kernels.rotation import block_mean_square, rotate, roundings, spread_bound
 from verify.kernels.sequences import sequences
@@ -164,8 +164,8 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
             its = order[first : first + at_once]
             chosen = its + own.start
             rows = BudgetRows(call, sequence, its)
-            weights = {RoundedWeights.kind(a): RoundedWeights(rows, a) for a in arithmetics}
-            sums = [Sums(rows, a, weights[RoundedWeights.kind(a)]) for a in arithmetics]
+            weights = {RoundedP.kind(a): RoundedP(rows, a) for a in arithmetics}
+            sums = [Sums(rows, a, weights[RoundedP.kind(a)]) for a in arithmetics]
             for block in rows.blocks(_keys_at_once(len(its), shape, on_gpu=like.is_cuda)):
                 for each_kind in weights.values():
                     each_kind.add(block)

@@ -29,7 +29,7 @@ def finite_size(sink: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isneginf(sink), 0.0, sink.abs())
 
 
-class Seen(NamedTuple):
+class SeenKeys(NamedTuple):
     """Which keys of a block its rows see, [Hkv, t, r, n]."""
 
     mask: torch.Tensor | None  # True where a row sees the key; None: every row sees all
@@ -52,7 +52,7 @@ class Block(NamedTuple):
     raw: torch.Tensor  # logits before, [Hkv, t, r, n]
     s: torch.Tensor  # logits after, [Hkv, t, r, n]
     big_s: torch.Tensor  # S_j, sums of the products' sizes, 0 where it does not see, [Hkv, t, r, n]
-    seen: Seen  # whether the row sees the key
+    seen: SeenKeys  # whether the row sees the key
     abs_s: torch.Tensor  # |s|, 0 where it does not see, [Hkv, t, r, n]
     p: torch.Tensor  # weights, [Hkv, t, r, n]
     square_p: torch.Tensor  # p^2, [Hkv, t, r, n]
@@ -143,16 +143,16 @@ class BudgetRows:
             yield block
 
     @staticmethod
-    def _seen(abs_s: torch.Tensor, raw: torch.Tensor, big_s: torch.Tensor) -> Seen:
+    def _seen(abs_s: torch.Tensor, raw: torch.Tensor, big_s: torch.Tensor) -> SeenKeys:
         """Of |s|, which is infinite where a row does not see the key; raw and big_s: see `Block`."""
         if abs_s.is_cuda:
-            return Seen(torch.isfinite(abs_s), None)
+            return SeenKeys(torch.isfinite(abs_s), None)
         if bool(abs_s.amax() < math.inf):
-            return Seen(None, None)
+            return SeenKeys(None, None)
         mask = abs_s < math.inf
         # NaN is neither seen nor finite.
         finite = bool(big_s.amax() < math.inf) and not bool(torch.isnan(raw.amax() + abs_s.amax()))
-        return Seen(mask, mask.double() if finite else None)
+        return SeenKeys(mask, mask.double() if finite else None)
 
     def _walked(self, block: Block) -> torch.Tensor:
         """Squares of what the roundings of a logit and of exp are relative to, by the same u: [Hkv, t, r, n].

@@ -38,7 +38,7 @@ def gamma(depth: torch.Tensor | int, u: float) -> torch.Tensor:
     return torch.where(du < 1, du / (1 - du).clamp(min=1e-300), torch.inf)
 
 
-class RoundedWeights:
+class RoundedP:
     """P rounded to its type, over the blocks of some rows: the same for all arithmetics of one `kind`."""
 
     def __init__(self, rows: BudgetRows, arithmetic: Arithmetic) -> None:
@@ -73,7 +73,7 @@ class RoundedWeights:
 class Sums:
     """The sums of one arithmetic, over the blocks of some rows, and what they amount to."""
 
-    def __init__(self, rows: BudgetRows, arithmetic: Arithmetic, weights: RoundedWeights) -> None:
+    def __init__(self, rows: BudgetRows, arithmetic: Arithmetic, weights: RoundedP) -> None:
         """weights: of this arithmetic's kind, to which each block is added first."""
         self.rows, self.call, self.a, self.weights = rows, rows.call, arithmetic, weights
         self.q, self.sink = rows.q, rows.sink

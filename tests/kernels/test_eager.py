@@ -199,9 +199,9 @@ def test_a_row_without_keys_has_no_part() -> None:
 
 
 @pytest.mark.parametrize("path", ["decode", "several"])
-@pytest.mark.parametrize("spec", ["eager", "eager:heads=2+1", "eager:acc=f16,kv=3"])
+@pytest.mark.parametrize("spec", ["eager", "eager:heads=8+16", "eager:acc=f16,kv=3"])
 def test_wide_matrix_tiles_move_no_bit(spec: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = problem(rows=150, path=path)
+    call = problem(rows=150 if path == "decode" else 16, ratio=24, path=path)
     found = run(spec, call)
     monkeypatch.setattr(eager, "_wide_tile", lambda k, n: eager.TILE_ROWS)
     narrow = run(spec, call)
