@@ -48,6 +48,10 @@ class Stopwatch(Generic[Kind]):
         self._seconds |= seconds
         self.flop = flop
 
+    def add(self, kind: Kind, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self._add(kind, None, seconds)
+
     @contextmanager
     def time(self, kind: Kind) -> Iterator[None]:
         outer = self._open[-1] if self._open else None

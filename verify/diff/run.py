@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,8 @@ from verify.diff.stored_baseline import BaselineStore, StoredBaseline
 from verify.identify.learning import learn
 from verify.judge.strata import Judgement
 from verify.judge.verdict import EXIT_CODES, Decision, PairEvidence, decide, overall
+from verify.kernels.eager import EagerKernel
+from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.judging.families import FORMS
 from verify.kernels.judging.probes import why_not_one_hot
 from verify.kernels.kernel import Kernel
@@ -48,10 +52,13 @@ from verify.kernels.registry import build_kernel
 from verify.kernels.trace import LaunchTrace
 from verify.machine.devices import is_out_of_memory
 from verify.machine.errors import UsageError
+from verify.machine.processes import SharedWork, answered
 from verify.machine.stages import StageClock
 
 # More rows than this are no advice.
 _MOST_ROWS = 1_000_000
+# Processes that share the inputs: each holds a cell's tensors.
+_MOST_PROCESSES = 8
 
 
 Show = Callable[[Iterator[CellInputs], str], Iterator[CellInputs]]
@@ -102,16 +109,14 @@ def run_diff(
     bench.store, bench.stored = store, stored
     stopped, interrupted = "", False
     try:
-        for each in inputs:
-            bench.examine(each)
+        bench.examine_all(inputs)
         for look in range(2, settings.looks + 1):
             wanted = undecided(settings, bench.judged())
             if not wanted:
                 break
             kinds = f"look {look}: {len(wanted)} kinds of input cannot decide yet"
             before = bench.examined
-            for more in show(more_inputs(settings, wanted, device, clock), kinds):
-                bench.examine(more)
+            bench.examine_all(show(more_inputs(settings, wanted, device, clock), kinds))
             if bench.examined == before:
                 break
     except KeyboardInterrupt:
@@ -179,6 +184,19 @@ def _alike(spec: str, device: torch.device, build: Callable[[str], Kernel]) -> l
             kernel.close()
 
 
+@dataclass
+class Examined:
+    """What was found on one input."""
+
+    # Number of the candidate, what it launched, and its cell.
+    cells: list[tuple[int, LaunchTrace, Cell]] = field(default_factory=list)
+    base_traces: dict[str, LaunchTrace] = field(default_factory=dict)  # of baselines, by specification
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # specifications, and the families
+    contract: list[str] = field(default_factory=list)  # what is said of kernels, and no fault
+    few_words: str = ""  # which probes were left out
+    counts: int = 1  # inputs
+
+
 class _Bench:
     """Kernels side by side, and what was found of them so far."""
 
@@ -211,24 +229,42 @@ class _Bench:
         self.examined = 0
         self.last: CellInputs | Probing | None = None
 
-    def examine(self, each: CellInputs | Probing) -> None:
-        """Run the kernels that an input is for, and keep what they err by; of another look only what is
-        stored of the baseline."""
+    def enter(self, each: CellInputs | Probing, found: Examined) -> None:
+        """Keep what was found on an input."""
         self.last = each
+        inputs = each.inputs if isinstance(each, Probing) else each
+        for i, trace, cell in found.cells:
+            self.traces[i].add(trace)
+            cell.inputs = inputs
+            self.cells[i].append(cell)
+        for spec, trace in found.base_traces.items():
+            self.base_traces[spec].add(trace)
+        for spec, family in found.left_out:
+            self.left_out.setdefault(spec, set()).add(family)
+        self._contract |= dict.fromkeys(found.contract)
+        if found.few_words:
+            self._few_words.append(found.few_words)
+        self.examined += found.counts
+
+    def ask(self, each: CellInputs | Probing) -> Examined:
+        """Run the kernels that an input is for, and say what they err by; of another look only what is stored
+        of the baseline. Nothing is kept but what is asked once a shape and length."""
         asked = list(range(len(self.candidates)) if each.candidates is None else each.candidates)
         references = list(dict.fromkeys(self.compared_with[i] for i in asked))
         known: dict[str, KernelEvidence | None] = {}
+        told = Examined()
         if (kept := self.stored) is not None:
             again = isinstance(each, CellInputs) and each.look > 1
             if again and not all(kept.has(self.settings, spec, each) for spec in references):
-                return
+                told.counts = 0
+                return told
             known = {spec: kept.evidence(self.settings, spec, each) for spec in references}
         running = [spec for spec in references if spec not in known]
         kernels = [*(self.baselines[spec] for spec in running), *(self.candidates[i] for i in asked)]
         found: Sequence[KernelEvidence | None]
         if isinstance(each, Probing):
             if (why := why_not_one_hot(each.sizes)) is not None:
-                self._few_words.append(f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}")
+                told.few_words = f"one-hot probes of {each.shape} at {each.n_kv} keys left out: {why}"
             probed = probe_kernels(kernels, each, self.device, self.clock, strict=self.settings.strict)
             found = [None if one.refused else one for one in probed]
         else:
@@ -238,11 +274,11 @@ class _Bench:
                 with self.clock.stage("headroom", each.n_kv):
                     for i in asked:
                         self.rooms[i].add(each)
-        self._contract |= dict.fromkeys(one.contract for one in found if one is not None and one.contract)
+        told.contract = [one.contract for one in found if one is not None and one.contract]
         family = PROBES if isinstance(each, Probing) else each.family
         for kernel, one in zip(kernels, found, strict=True):
             if one is None and not (family in FORMS and kernel.spec in self.baselines):
-                self.left_out.setdefault(kernel.spec, set()).add(family)
+                told.left_out.append((kernel.spec, family))
         for spec, one in zip(running, found, strict=False):
             if one is not None and isinstance(each, CellInputs):
                 one.typical = self._typical_of(spec, each)
@@ -254,25 +290,59 @@ class _Bench:
         if self.store is not None:
             for spec, one in of_baseline.items():
                 self.store.keep(self.settings, spec, each, one)
-        for spec, one in of_baseline.items():
-            if one is not None:
-                self.base_traces[spec].add(one.trace)
+        told.base_traces = {spec: one.trace for spec, one in of_baseline.items() if one is not None}
+        inputs = each.inputs if isinstance(each, Probing) else each
         for i, one in zip(asked, found[len(running) :], strict=True):
             reference = of_baseline[self.compared_with[i]]
             if one is None or (reference is None and family not in FORMS):
                 continue
-            self.traces[i].add(one.trace)
             # A form is held against exact attention, whether or not the baseline has it.
             beside = reference or KernelEvidence(self.compared_with[i])
-            inputs = each.inputs if isinstance(each, Probing) else each
-            self.cells[i].append(compare(inputs, beside, one))
+            told.cells.append((i, one.trace, compare(inputs, beside, one)))
         for one in found:
             if one is not None:
                 # Outputs are compared above; only their errors are kept.
                 one.output = one.exact = None
                 if one.alone is not None:
                     one.alone.out = None
-        self.examined += 1
+        return told
+
+    def examine_all(self, inputs: Iterator[CellInputs | Probing]) -> None:
+        """Ask of every input and keep what is found: on a CPU by as many processes as torch has threads."""
+        seconds = self.clock.by_stage()
+
+        def ask(each: CellInputs | Probing) -> Examined:
+            found = self.ask(each)
+            for _, _, cell in found.cells if processes > 1 else ():
+                # Every process has them, and puts its own back: they are large.
+                cell.inputs = None  # type: ignore[assignment]
+            return found
+
+        def closing() -> tuple[dict[tuple[str, int], float], dict[str, list[str]]]:
+            notes = {kernel.spec: kernel.notes for kernel in self._kernels()}
+            return self.clock.by_stage_since(seconds), notes
+
+        def enter(told: tuple[dict[tuple[str, int], float], dict[str, list[str]]]) -> None:
+            self.clock.add(told[0])
+            for kernel in self._kernels():
+                kernel.notes += [note for note in told[1][kernel.spec] if note not in kernel.notes]
+
+        processes = self._processes()
+        for each, found in answered(inputs, SharedWork(ask, closing, enter), processes):
+            self.enter(each, found)
+
+    def _kernels(self) -> list[Kernel]:
+        return [*self.baselines.values(), *self.candidates]
+
+    def _processes(self) -> int:
+        """How many may share the inputs: one where something is kept from input to input, or a kernel is not
+        wholly in this process."""
+        keeps = self.store is not None or self.stored is not None or self.rooms
+        if keeps or self.device.type != "cpu" or not hasattr(os, "fork"):
+            return 1
+        if not all(type(kernel) in (EagerKernel, FlashKernel) for kernel in self._kernels()):
+            return 1
+        return min(torch.get_num_threads(), _MOST_PROCESSES)
 
     def _typical_of(self, spec: str, each: CellInputs) -> float:
         """A baseline's error on plain inputs of this shape and length, which decides what is negligible: the

@@ -24,6 +24,19 @@ class StageClock:
             found.setdefault(name, {})[n_kv] = seconds
         return found
 
+    def by_stage(self) -> dict[tuple[str, int], float]:
+        """Seconds so far, by stage and n_kv as one key."""
+        return self._stopwatch.seconds
+
+    def by_stage_since(self, before: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
+        """The same since `by_stage` said `before`."""
+        return {kind: seconds - before.get(kind, 0.0) for kind, seconds in self.by_stage().items()}
+
+    def add(self, seconds: dict[tuple[str, int], float]) -> None:
+        """Count what another process took too."""
+        for (name, n_kv), more in seconds.items():
+            self._stopwatch.add((name, n_kv), more)
+
     @contextmanager
     def stage(self, name: str, n_kv: int) -> Iterator[None]:
         """Counts what runs inside as this stage."""

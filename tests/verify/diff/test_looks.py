@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from verify.arms.alone import TimeShare
+from verify.diff import run
 from verify.diff.inputs import DiffSettings, all_inputs
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
 from verify.diff.stored_strata import STRATA, packed, unpacked
 from verify.judge.strata import judge_strata
 from verify.machine.errors import UsageError
+from verify.machine.jsontext import to_json_text
 from verify.machine.stages import StageClock
 
 # P in float16; for one query token 1.4 times as far off, in no direction.
@@ -54,8 +57,45 @@ def diffed(settings: DiffSettings) -> DiffOutcome:
     return run_diff(settings, CPU, all_inputs(settings, CPU, clock), clock)
 
 
-def without_time(run: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in run.items() if name not in ("seconds", "environment")}
+def without_time(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in found.items() if name not in ("seconds", "environment")}
+
+
+def test_processes_side_by_side_find_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SETTINGS, families=("probes", "gaussian", "peaked", "sequences"), most_rows=32)
+    asked: list[int] = []
+    shared = run.answered
+
+    def by(processes: int) -> str:
+        def answered(inputs: Any, work: Any, of_threads: int) -> Any:
+            asked.append(of_threads)
+            return shared(inputs, work, processes)
+
+        monkeypatch.setattr(run, "answered", answered)
+        found = without_time(diffed(settings).run)
+        return to_json_text(found)
+
+    assert by(1) == by(2)
+    # The first inputs, and looks.
+    assert len(asked) > 2
+    assert set(asked) == {torch.get_num_threads()}
+
+
+def test_kernels_in_processes_of_their_own_are_asked_by_one(tmp_path: Path) -> None:
+    (tmp_path / "k.py").write_text(KERNELS)
+    settings = replace(SETTINGS, candidates=(f"py:{tmp_path / 'k.py'}::good",), most_rows=8)
+    pids: set[int] = set()
+
+    def shared(inputs: Any, work: Any, processes: int) -> Any:
+        assert processes == 1
+        pids.add(os.getpid())
+        yield from ()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "answered", shared)
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        diffed(settings)
+    assert pids == {os.getpid()}
 
 
 def test_few_rows_become_more_where_they_cannot_decide() -> None:

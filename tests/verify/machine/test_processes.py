@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from verify.kernels.errors import MachineFailure
+from verify.machine.processes import SharedWork, answered
+
+
+def numbers(count: int) -> Iterator[int]:
+    yield from range(count)
+
+
+def work(ask: Any, told: list[Any] | None = None) -> SharedWork[int, Any]:
+    told = [] if told is None else told
+    return SharedWork(ask, lambda: os.getpid(), told.append)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_all_is_found_in_the_order_of_the_inputs(processes: int) -> None:
+    told: list[int] = []
+    asked = work(lambda n: (n * n, time.sleep(0.001 * (7 - n % 7))), told)
+    assert [(n, found) for n, (found, _) in answered(numbers(20), asked, processes)] == [
+        (n, n * n) for n in range(20)
+    ]
+    assert len(told) == len(set(told)) == processes - 1
+    assert os.getpid() not in told
+
+
+def test_each_is_asked_once_and_by_all() -> None:
+    found = [pid for _, pid in answered(numbers(40), work(lambda n: (time.sleep(0.005), os.getpid())[1]), 2)]
+    assert len(found) == 40
+    assert len(set(found)) == 2
+    assert os.getpid() in found
+
+
+def test_no_input_and_fewer_inputs_than_processes() -> None:
+    assert list(answered(numbers(0), work(lambda n: n), 3)) == []
+    assert list(answered(numbers(1), work(lambda n: n), 3)) == [(0, 0)]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_an_error_is_raised_after_what_came_before_it(here: bool) -> None:
+    first = os.getpid()
+
+    def ask(n: int) -> int:
+        time.sleep(0.01)
+        if n >= 6 and (os.getpid() == first) == here:
+            raise MemoryError(f"at {n}")
+        return n
+
+    given = []
+    with pytest.raises(MemoryError, match="at "):
+        for n, _ in answered(numbers(30), work(ask), 2):
+            given.append(n)
+    assert given == list(range(len(given)))
+    assert len(given) >= 6
+
+
+def test_an_interrupt_gives_what_was_found_to_the_first_gap() -> None:
+    first = os.getpid()
+
+    def ask(n: int) -> int:
+        time.sleep(0.01)
+        if n >= 10 and os.getpid() == first:
+            raise KeyboardInterrupt
+        return n
+
+    given = []
+    with pytest.raises(KeyboardInterrupt):
+        for n, found in answered(numbers(1000), work(ask), 2):
+            assert n == found
+            given.append(n)
+    assert given == list(range(len(given)))
+    assert 8 <= len(given) < 100
+
+
+def test_an_output_of_another_process_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    first = os.getpid()
+
+    def ask(n: int) -> int:
+        time.sleep(0.005)
+        os.write(1, b"first\n" if os.getpid() == first else b"other\n")
+        return n
+
+    list(answered(numbers(20), work(ask), 2))
+    said = capfd.readouterr().out
+    assert "first" in said
+    assert "other" not in said
+
+
+def test_a_process_that_is_killed_is_the_machine_s_failure() -> None:
+    first = os.getpid()
+
+    def ask(n: int) -> int:
+        time.sleep(0.005)
+        if os.getpid() != first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return n
+
+    with pytest.raises(MachineFailure, match="ended from outside"):
+        list(answered(numbers(20), work(ask), 2))

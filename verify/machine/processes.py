@@ -1,0 +1,142 @@
+"""Work that has nothing in common but its inputs, shared among processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from verify.kernels.errors import MachineFailure
+
+Input = TypeVar("Input")
+Found = TypeVar("Found")
+
+
+class SharedWork(NamedTuple, Generic[Input, Found]):
+    """What is asked of each input, and what a process tells besides when it has no more to do."""
+
+    ask: Callable[[Input], Found]
+    closing: Callable[[], Any]  # called in every process but this one; what it returns can be pickled
+    enter: Callable[[Any], None]  # takes in what `closing` returned, here
+
+
+def answered(
+    inputs: Iterator[Input], work: SharedWork[Input, Found], processes: int
+) -> Iterator[tuple[Input, Found]]:
+    """Each input and what is found, in the order of the inputs, whichever process asked.
+
+    Processes are forked, go through copies of the same iterator, and take the next input that nobody has: it
+    must not have begun, and give the same to all. What they find can be pickled. Each has one thread.
+
+    An interrupt is for this process: what all have found by then is given, in order and to the first gap, and
+    then it is raised. An error of another process is raised where its input comes. Raises MachineFailure
+    where one was killed.
+    """
+    if processes < 2:
+        for one in inputs:
+            yield one, work.ask(one)
+        return
+    context = multiprocessing.get_context("fork")
+    taken, ended = context.Value("q", 0), context.Value("b", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    others = []
+    try:
+        for _ in range(processes - 1):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_other, args=(inputs, work, taken, ended, there), daemon=True)
+            process.start()
+            there.close()
+            others.append((process, here))
+        seen: list[Input] = []
+        found: dict[int, Any] = {}
+        stopped: BaseException | None = None
+        try:
+            _share(inputs, work.ask, taken, ended, found, seen)
+            # Those that others took last.
+            seen += inputs
+        except BaseException as error:
+            stopped, ended.value = error, 1
+        for process, here in others:
+            try:
+                its, told = pickle.loads(here.recv_bytes())
+            except EOFError:
+                raise MachineFailure("one of the processes of this run was ended from outside") from None
+            found |= its
+            work.enter(told)
+            process.join()
+        for i, one in enumerate(seen):
+            if i not in found:
+                break
+            if isinstance(found[i], _Failed):
+                raise found[i].error
+            yield one, found[i]
+        if stopped is not None:
+            raise stopped
+    finally:
+        torch.set_num_threads(threads)
+        for process, here in others:
+            process.kill()
+            here.close()
+
+
+class _Failed(NamedTuple):
+    """What an input ended with, in the place of what is found."""
+
+    error: Exception
+
+
+def _share(
+    inputs: Iterator[Input],
+    ask: Callable[[Input], Any],
+    taken: Any,
+    ended: Any,
+    found: dict[int, Any],
+    seen: list[Input] | None = None,
+) -> None:
+    """Ask of the inputs that this process takes; seen: gets all that come by."""
+    numbered = iter(enumerate(inputs))
+    at, one = -1, None
+    while not ended.value:
+        with taken.get_lock():
+            own = taken.value
+            taken.value += 1
+        while at < own:
+            following = next(numbered, None)
+            if following is None:
+                return
+            at, one = following
+            if seen is not None:
+                seen.append(one)
+        found[own] = ask(one)
+
+
+def _other(
+    inputs: Iterator[Input], work: SharedWork[Input, Found], taken: Any, ended: Any, there: Connection
+) -> None:
+    """A process that was forked: says nothing, leaves interrupts to the first, and tells all at the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for screen in (1, 2):
+        os.dup2(nowhere, screen)
+    found: dict[int, Any] = {}
+
+    def asked(one: Input) -> Any:
+        try:
+            return work.ask(one)
+        except Exception as error:
+            ended.value = 1
+            return _Failed(error)
+
+    _share(inputs, asked, taken, ended, found)
+    # Whole: tensors would be handed over by a process that is there no more.
+    there.send_bytes(pickle.dumps((found, work.closing()), pickle.HIGHEST_PROTOCOL))
+    there.close()
+    # Nothing of the first process's is to be closed or written here.
+    os._exit(0)
