@@ -35,6 +35,7 @@ from verify.kernels.judging.apart import HeadApart, head_apart
 from verify.kernels.judging.figures import (
     GAIN_UNITS,
     LARGEST_RELATIVE_ERROR,
+    SMALLEST_SQUARE,
     RowFigures,
     another_origin,
     apart_fault,
@@ -45,7 +46,6 @@ from verify.kernels.judging.figures import (
     element_ratios,
     gain_fault,
     gain_limit,
-    pooled_gain,
     pooled_rms,
     rms_fault,
     rms_limit,
@@ -130,8 +130,7 @@ def measure(
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
     quadrature = budget_ratio(error, b.quadrature)[(b.quadrature > 0) & ~b.vacuous[..., None]]
     measured = int((~torch.isnan(rows.rms)).sum())
-    gain = _gain(error, rows, b, arithmetic) if distinct else _UNTOLD
-    of_heads = [_gain(error, rows, b, arithmetic, h) for h in range(error.shape[2])] if distinct else [gain]
+    gain, of_heads = _gains(rows, b, arithmetic) if distinct else (_UNTOLD, [_UNTOLD])
     head = _farthest(of_heads)
     apart = None
     if heads_alike and distinct and not bool(rows.nonfinite.any()):
@@ -200,36 +199,46 @@ def _apart(call: Call, of_heads: Sequence[_Gain], a: Arithmetic) -> HeadApart | 
     return found._replace(limit=max(found.limit, least))
 
 
-def _gain(error: torch.Tensor, rows: RowFigures, b: Budget, a: Arithmetic, head: int | None = None) -> _Gain:
-    """The gain of all rows, or those of one head, of which one can be told."""
-    used = torch.isfinite(rows.bias) & (rows.power > 0)
-    if head is not None:
-        here = torch.zeros_like(used)
-        here[:, :, head] = True
-        used &= here
-    power = float(rows.power[used].sum())
-    if power == 0:
-        return _UNTOLD
+def _gains(rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[_Gain, list[_Gain]]:
+    """The gain of all rows, and that of each head's, of those rows of which one can be told."""
+    used = torch.isfinite(rows.bias) & (rows.power > 0)  # [B, T, H]
+    power = torch.where(used, rows.power, 0.0)
     # Of sums that are only assumed to stagnate no more is excused than their bias has.
-    out, expected = b.out[used], (b.expected if a.stated else by_chance(b))[used]
+    out, expected = b.out.norm(dim=-1), (b.expected if a.stated else by_chance(b)).norm(dim=-1)
     # <err, o> of a row has the standard deviation |o| |E| if its columns err alike, and that over
     # sqrt(columns) if they do not. They do where values agree: by rho = |o|^2 / |sum p |v||^2.
-    rho = (out.norm(dim=-1) / b.size[used].norm(dim=-1)).square().clamp(max=1)
-    alike = (rho + (1 - rho) / out.shape[-1]).sqrt()
-    deviation = float((out.norm(dim=-1) * expected.norm(dim=-1) * alike).norm()) / power
+    rho = (out / b.size.norm(dim=-1)).square().clamp(max=1)
+    alike = (rho + (1 - rho) / b.out.shape[-1]).sqrt()
+    chance = torch.where(used, out * expected * alike, 0.0).square()
 
-    def pooled(x: torch.Tensor) -> float:
-        return float(pooled_gain(x[used], rows.power[used], 0))
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        """[heads + 1]: sums over the rows of each head, and of all."""
+        of_heads = x.sum((0, 1))
+        return torch.cat((of_heads, of_heads.sum()[None]))
 
-    gain = pooled(rows.gain)
-    most = pooled(rows.rises if gain > 0 else rows.falls)
-    return _Gain(
-        gain=gain,
-        deviation=deviation,
-        limit=gain_limit(deviation, most, a.u),
-        stated=gain_limit(deviation, pooled(rows.bias), a.u),
-        rises=pooled(rows.rises),
-    )
+    def pooled(x: torch.Tensor) -> torch.Tensor:
+        told = torch.isfinite(x)
+        shares = torch.where(told & used, x, 0.0) * power
+        return by_head(shares) / by_head(torch.where(told, power, 0.0)).clamp(min=SMALLEST_SQUARE)
+
+    of_each = by_head(power)
+    gain, rises = pooled(rows.gain), pooled(rows.rises)
+    deviation = by_head(chance).sqrt() / of_each
+    most, bias = torch.where(gain > 0, rises, pooled(rows.falls)), pooled(rows.bias)
+    figures = torch.stack((of_each, gain, deviation, most, bias, rises), 1).tolist()
+    found = [
+        _UNTOLD
+        if power == 0
+        else _Gain(
+            gain=gain,
+            deviation=deviation,
+            limit=gain_limit(deviation, most, a.u),
+            stated=gain_limit(deviation, bias, a.u),
+            rises=rises,
+        )
+        for power, gain, deviation, most, bias, rises in figures
+    ]
+    return found[-1], found[:-1]
 
 
 def findings(m: Measures) -> list[Finding]:
