@@ -102,7 +102,8 @@ def _share(
 ) -> None:
     """Ask of the inputs that this process takes; seen: gets all that come by."""
     numbered = iter(enumerate(inputs))
-    at, one = -1, None
+    at = -1
+    one: Any = None
     while not ended.value:
         with taken.get_lock():
             own = taken.value
