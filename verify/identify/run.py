@@ -81,4 +81,7 @@ def run_identify(
         odd = contradictions(kernel, found, named.heads)
     finally:
         kernel.close()
-    return IdentifyOutcome(found, odd, str(device), list(kernel.notes))
+    # What it says of itself until somebody reads it is answered here.
+    answered = kernel.until_read if found.readings else []
+    notes = [note for note in kernel.notes if note not in answered]
+    return IdentifyOutcome(found, odd, str(device), notes)

@@ -77,7 +77,7 @@ def sentence(each: RegimeSeen) -> str:
     if r.logits not in (None, "f32"):
         words.append(f"logits {_type(r.logits)}")
     if r.rescale:
-        words.append(f"no rescale below a growth of about {r.rescale:g}")
+        words.append(f"no rescale up to a growth of {r.rescale:g} or more")
     words.append(tiles_seen(r))
     words.append(f"{r.parts} part{'s' if r.parts > 1 else ''}")
     words.append(f"result {_type(r.result)}")

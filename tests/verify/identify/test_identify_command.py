@@ -70,7 +70,7 @@ def test_full_tries_other_ratios_and_numbers_of_sequences(tmp_path: Path) -> Non
     file = tmp_path / "mine.py"
     file.write_text(SWITCHES.replace("k.shape[1] >= 300", "(q.shape[2] // k.shape[2] > 8 or q.shape[0] > 4)"))
     outcome = run_identify(
-        f"py:{file}::attend", shape="4/1x64", n_kv="64", n_q="1", sequences=1, regimes="full", seconds=1.0,
+        f"py:{file}::attend", shape="4/1x64", n_kv="128", n_q="1", sequences=1, regimes="full", seconds=1.0,
         device=torch.device("cpu"), tell=lambda line: None,
     )  # fmt: skip
     found = {(r["ratio"], r["batch"]): r["p"] for r in identify_json(outcome)["regimes"]}
@@ -80,6 +80,8 @@ def test_full_tries_other_ratios_and_numbers_of_sequences(tmp_path: Path) -> Non
     }  # fmt: skip
     text = "\n".join(identify_lines(outcome))
     assert "n_q 1, ratio 12, 1 sequences: P float16" in text and "n_q 1: P float32" in text
+    # What it says of itself until it is read.
+    assert "nothing is stated of its sums" not in text
 
 
 def test_a_few_tokens_are_a_prompt_where_there_is_no_other_path() -> None:
