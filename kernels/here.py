@@ -17,7 +17,7 @@ NO_CUDA = "no CUDA device"
 
 def has_cuda() -> bool:
     """Whether torch can use a CUDA device. torch, which takes a second to load, is asked only if it may."""
-    return ("torch" in sys.modules or may_have_cuda()) and _ask_torch()
+    return ("torch" in sys.modules or _may_have_cuda()) and _ask_torch()
 
 
 def why_not_flash() -> str | None:
@@ -46,7 +46,7 @@ def _ask_torch() -> bool:
     return torch.cuda.is_available()
 
 
-def may_have_cuda() -> bool:
+def _may_have_cuda() -> bool:
     """False where torch is built for CPUs, or NVIDIA's driver is not there to be loaded."""
     try:
         version = metadata.version("torch")

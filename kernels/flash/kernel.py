@@ -25,7 +25,7 @@ from verify.kernels.eager import (
     with_fp8,
 )
 from verify.kernels.flash import compiled
-from verify.kernels.flash.launch import Prepared, device_code, load_ahead, shares_memory, tokens_wanted
+from verify.kernels.flash.launch import Prepared, device_code, shares_memory, tokens_wanted
 from verify.kernels.flash.merge import combine
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles
@@ -415,7 +415,6 @@ def flash_kernel(
     """The kernel that runs for `flash` here, with a note where it is not the CUDA one."""
     reason = why_not_flash()
     if reason is None:
-        load_ahead()
         sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         on_device = replace(options, plan=options.plan.with_sms(sms))
         return FlashKernel(spec, on_device, cache=cache, expand=expand, reader=reader)

@@ -9,11 +9,9 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path as FilePath
-from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -41,22 +39,6 @@ def device_code() -> Any:
     from verify.kernels.flash import device as flash_device
 
     return flash_device
-
-
-@functools.cache
-def load_ahead() -> None:
-    """Load Triton and the key of its cache in a thread: a second, most of it files that are read and hashed,
-    in which whoever builds a kernel reads a model."""
-    Thread(target=_load, daemon=True).start()
-
-
-def _load() -> None:
-    # What fails here fails again where it is asked for, and is told there.
-    with suppress(Exception):
-        device_code()
-        from triton.runtime.cache import triton_key
-
-        triton_key()
 
 
 @functools.cache

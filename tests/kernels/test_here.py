@@ -41,7 +41,7 @@ def test_torch_is_asked_where_it_may_say_yes(
 def test_torch_that_is_loaded_is_asked(says: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: says))
     monkeypatch.setitem(sys.modules, "torch", loaded)  # type: ignore[arg-type]
-    monkeypatch.setattr(here, "may_have_cuda", lambda: False)
+    monkeypatch.setattr(here, "_may_have_cuda", lambda: False)
     assert here.has_cuda() == says
 
 

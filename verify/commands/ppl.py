@@ -19,7 +19,6 @@ from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.machine.outfile import check_new_folder, check_writable
 from verify.machine.records import as_json
-from verify.machine.waking import wake_gpu
 from verify.ppl.settings import (
     DEFAULT_BASELINE,
     DEFAULT_CANDIDATE,
@@ -178,7 +177,6 @@ def command(
     json_: options.Json = False,
 ) -> int:
     """Run the command; returns the exit code of the verdict."""
-    wake_gpu(device)
     from verify.kernels.oracle_products import chosen_products
     from verify.machine.devices import chosen_device, default_device
     from verify.machine.ranks import ranks_of_environment
