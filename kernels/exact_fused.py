@@ -14,10 +14,12 @@ import torch
 
 from verify.kernels.call import AttentionOutput, Call
 
-# Rows and keys of a tile, warps and stages of a program.
-TILE_ROWS, TILE_KEYS, WARPS, STAGES = 64, 16, 4, 2
-# Head sizes whose tiles fit in registers.
-HEAD_SIZES = (16, 32, 64)
+# Rows of a tile, warps and stages of a program.
+TILE_ROWS, WARPS, STAGES = 64, 4, 2
+# Keys of a tile by head size, of those whose tiles fit in registers; of K and V the larger counts. Of six tiles
+# 64 x 32 was the fastest on an H200, at 64 (`benchmarks/results/h200-exact-in-one-launch.json`); 16 and 32 were
+# not timed.
+TILE_KEYS = {16: 16, 32: 16, 64: 32}
 # Compute capability from which tensor cores multiply float64.
 _FLOAT64_PRODUCTS_FROM = (8, 0)
 
@@ -34,7 +36,7 @@ def has_fused_form(call: Call) -> bool:
     """Whether a call is one that the kernel has: plain, with heads of a size that it takes."""
     plain = not call.has_forms and call.softcap is None and call.alibi_slopes is None
     plain = plain and call.sliding_window is None and call.sinks is None
-    return plain and {call.shape.k_size, call.shape.v_size} <= set(HEAD_SIZES)
+    return plain and {call.shape.k_size, call.shape.v_size} <= set(TILE_KEYS)
 
 
 @functools.cache
@@ -71,7 +73,7 @@ def fused_attention(call: Call) -> AttentionOutput:
                 DK=shape.k_size,
                 DV=shape.v_size,
                 M=TILE_ROWS,
-                N=TILE_KEYS,
+                N=TILE_KEYS[max(shape.k_size, shape.v_size)],
                 num_warps=WARPS,
                 num_stages=STAGES,
             )
