@@ -28,14 +28,12 @@ def main() -> None:
 def _guarded() -> int | None:
     """The command's exit code; interrupts and errors that nobody expected are one line and a code, too."""
     import atexit
-    import gc
 
     from verify.machine.exits import EXIT_INTERRUPTED, EXIT_VOID
     from verify.machine.standing import Ended, open_standard_streams
 
-    # What is still there when Python ends is not searched for cycles: behind torch that is half a second.
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)
+    atexit.unregister(_end_without_search)
+    atexit.register(_end_without_search)
     # An option of every command, for whoever follows up an internal error.
     debug = "--debug" in sys.argv
     open_standard_streams()
@@ -62,6 +60,17 @@ def _guarded() -> int | None:
         if code == EXIT_INTERRUPTED:
             code = ended.code(code)
     return code
+
+
+def _end_without_search() -> None:
+    """Keep Python from searching what is left for cycles when it ends: behind torch that is half a second.
+
+    Not with Triton loaded, whose binding (nanobind, Triton 3.9) says on stderr what was not taken apart.
+    """
+    import gc
+
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _answer(arguments: list[str], ended: Ended) -> int | None:
