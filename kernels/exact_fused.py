@@ -16,9 +16,9 @@ from verify.kernels.call import AttentionOutput, Call
 
 # Rows of a tile, warps and stages of a program.
 TILE_ROWS, WARPS, STAGES = 64, 4, 2
-# Keys of a tile by head size, of those whose tiles fit in registers; of K and V the larger counts. Of six tiles
-# 64 x 32 was the fastest on an H200, at 64 (`benchmarks/results/h200-exact-in-one-launch.json`); 16 and 32 were
-# not timed.
+# Keys of a tile by head size, of those whose tiles fit in registers; of K and V the larger counts. Of six
+# tiles 64 x 32 was the fastest on an H200 at head size 64, others were not timed
+# (`benchmarks/results/h200-exact-in-one-launch.json`).
 TILE_KEYS = {16: 16, 32: 16, 64: 32}
 # Compute capability from which tensor cores multiply float64.
 _FLOAT64_PRODUCTS_FROM = (8, 0)
