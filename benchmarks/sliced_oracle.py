@@ -19,6 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -169,8 +170,9 @@ WINDOWS = tuple(
     for heads in (Heads(9, 3, 64, 64), Heads(96, 8, 128, 128))
     for n_kv, batch in ((512, 16), (8192, 1))
 )
-# KV heads, rows, keys and numbers a head of products that are timed alone.
-ALONE = (8, 4096, 8192, 128)
+# KV heads, rows, keys and numbers a head of products that are timed alone: many rows, and as many as
+# attention of 96 heads over 8,192 keys takes at once.
+ALONE = ((8, 4096, 8192, 128), (8, 1020, 8192, 128))
 # rows, columns, terms, warps, stages of `int8_tiles.Tile`.
 TILES = (
     (128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 128, 8, 3),
@@ -244,8 +246,15 @@ def timed_windows(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def timed_alone(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Both products of an attention alone, in float32, float64 and by tile; and cutting P."""
-    heads, rows, keys, size = ALONE
+    """Both products of an attention alone, in float32, float64 and by tile, as chosen too; and cutting P."""
+    for shape in ALONE:
+        for line in timed_shape(shape, device):
+            yield {"shape": list(shape)} | line
+
+
+def timed_shape(shape: tuple[int, int, int, int], device: torch.device) -> Iterator[dict[str, Any]]:
+    """The same of one shape."""
+    heads, rows, keys, size = shape
     g = torch.Generator(device).manual_seed(0)
     q, k, p, v = (
         torch.rand(shape, generator=g, device=device, dtype=torch.float64)
@@ -267,9 +276,17 @@ def timed_alone(device: torch.device) -> Iterator[dict[str, Any]]:
 
     e_q, e_k, e_p, e_v = (torch.frexp(x.amax(dim)).exponent for x, dim in ((q, 2), (k, 1), (p, 2), (v, 1)))
     due: torch.Tensor | None = None
-    for numbers in TILES:
-        with mock.patch.object(int8_tiles, "TILE", int8_tiles.Tile(*numbers)):
-            line: dict[str, Any] = {"products": "int8", "tile": list(numbers)}
+    for numbers in (None, *TILES):
+        always: dict[str, Any] = {}
+        if numbers:
+            tile = int8_tiles.Tile(*numbers)
+            # Whatever the product.
+            always["tile_of"] = lambda *_, tile=tile: tile
+            always["terms_at_once"] = lambda _, tile=tile: tile.terms
+        with ExitStack() as patched:
+            for name, value in always.items():
+                patched.enter_context(mock.patch.object(int8_tiles, name, value))
+            line: dict[str, Any] = {"products": "int8", "tile": list(numbers) if numbers else "chosen"}
             try:
                 line["of_logits_s"] = a = seconds_of_run(
                     lambda: int8_products.tile_product(q, k, e_q, e_k, int8_products.SLICES), device
@@ -304,7 +321,9 @@ def on_device(device: torch.device, seconds: float, out: Path | None) -> None:
     begun = time.perf_counter()
     result: dict[str, Any] = gpu_run(ALONE) if device.type == "cuda" else {"commit": commit()}
     chosen = timed_products(device)
-    result |= {"auto": chosen._asdict(), "auto_took_s": time.perf_counter() - begun}
+    # JSON has no NaN.
+    auto = {name: None if value != value else value for name, value in chosen._asdict().items()}
+    result |= {"auto": auto, "auto_took_s": time.perf_counter() - begun}
     print(json.dumps(result["auto"]), flush=True)
     for name, lines in (("alone", timed_alone(device)), ("attention", timed_windows(device))):
         result[name] = []

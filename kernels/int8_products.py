@@ -133,10 +133,18 @@ def has_tiles(device: torch.device) -> bool:
     """Whether `int8_tiles` runs on this device, and gives the bits of `product_by_heads`."""
     if device.type != "cuda" or why_not_flash() is not None:
         return False
-    generator = torch.Generator().manual_seed(0)
+    # Triton has no products of bytes before, and prints its whole program where it is asked for one.
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return all(_has_tile(device, *shape) for shape in _tiles().shapes_of_all_tiles(device))
+
+
+def _has_tile(device: torch.device, heads: int, m: int, k: int, n: int) -> bool:
+    """Whether the tile of such a product does."""
+    generator = torch.Generator(device).manual_seed(0)
     a, b = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-        for shape in ((2, 150, 70), (2, 70, 130))
+        torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
+        for shape in ((heads, m, k), (heads, k, n))
     )
     exponents = _exponents(_largest(a, 2)), _exponents(_largest(b, 1))
     try:

@@ -27,7 +27,14 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILE = Tile(rows=128, columns=128, terms=64, warps=8, stages=3)
+# The fastest of eight on an H200, of 128 terms and of 8,192 (benchmarks/results/h200-sliced-oracle.json).
+# The third is for rows and columns so few, as those of P V often are, that some processors would have no
+# program of the second. Of the 99 KB of shared memory that smaller cards give a program none takes more
+# than 64.
+FEW_TERMS = 256  # heads seldom have more numbers; one of 64 would be half padding in the other tiles
+OF_FEW_TERMS = Tile(rows=64, columns=128, terms=64, warps=4, stages=3)
+OF_MANY_TERMS = Tile(rows=128, columns=128, terms=128, warps=8, stages=3)
+OF_FEW_PROGRAMS = Tile(rows=64, columns=64, terms=128, warps=4, stages=4)
 # Rows and terms that one program cuts.
 _CUT_ROWS, _CUT_TERMS = 16, 64
 
@@ -87,11 +94,37 @@ def _multiply(
     tl.store(to, total * left_power[:, None] * right_power[None, :], mask=there)
 
 
+def terms_at_once(terms: int) -> int:
+    """What so many terms are padded to a multiple of."""
+    return (OF_FEW_TERMS if terms <= FEW_TERMS else OF_MANY_TERMS).terms
+
+
+def tile_of(heads: int, rows: int, columns: int, terms: int, processors: int) -> Tile:
+    """The tile of a product on a device with so many processors."""
+    if terms <= FEW_TERMS:
+        return OF_FEW_TERMS
+    programs = heads * -(-rows // OF_MANY_TERMS.rows) * -(-columns // OF_MANY_TERMS.columns)
+    return OF_MANY_TERMS if programs >= processors else OF_FEW_PROGRAMS
+
+
+def shapes_of_all_tiles(device: torch.device) -> list[tuple[int, int, int, int]]:
+    """heads, rows, terms and columns of products that take each tile once."""
+    few, many = 70, FEW_TERMS + 70
+    wide = OF_MANY_TERMS.columns * processors_of(device)
+    return [(2, 150, few, 130), (2, 150, many, 130), (1, 100, many, wide)]
+
+
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 where programs are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def cut(x: torch.Tensor, factors: torch.Tensor, slices: int, *, largest_first: bool) -> torch.Tensor:
     """Digits [heads, rows, slices, terms padded with 0], int8, of x [heads, rows, terms] in any strides times
     factors [heads, rows] that make its numbers smaller than 2^(8 slices - 2)."""
     heads, rows, terms = x.shape
-    padded = -(-terms // TILE.terms) * TILE.terms
+    at_once = terms_at_once(terms)
+    padded = -(-terms // at_once) * at_once
     digits = torch.empty((heads, rows, slices, padded), dtype=torch.int8, device=x.device)
     grid = (triton.cdiv(rows, _CUT_ROWS), triton.cdiv(padded, _CUT_TERMS), heads)
     _cut[grid](
@@ -111,10 +144,11 @@ def multiply(
     The largest pair of digits counts 1.
     """
     (heads, m, slices, padded), n = left.shape, right.shape[1]
+    tile = tile_of(heads, m, n, padded, processors_of(left.device))
     out = torch.empty((heads, m, n), dtype=torch.float64, device=left.device)
-    _multiply[(triton.cdiv(m, TILE.rows), triton.cdiv(n, TILE.columns), heads)](
+    _multiply[(triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns), heads)](
         left, right, left_powers.contiguous(), right_powers.contiguous(), out, m, n, padded,
-        SLICES=slices, M=TILE.rows, N=TILE.columns, K=TILE.terms,
-        num_warps=TILE.warps, num_stages=TILE.stages,
+        SLICES=slices, M=tile.rows, N=tile.columns, K=tile.terms,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -33,17 +33,38 @@ finally:
 @pytest.fixture(autouse=True)
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(int8_tiles, "TILE", int8_tiles.Tile(16, 32, 32, 4, 1))
 
 
 @pytest.mark.parametrize("slices", [2, SLICES])
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 3, 2), (17, 40, 33), (33, 32, 32)])
-def test_the_bits_of_products_of_whole_matrices(m: int, k: int, n: int, slices: int) -> None:
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 3, 2), (17, 31, 33), (33, 40, 32), (17, 65, 33)])
+def test_the_bits_of_products_of_whole_matrices(
+    monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, slices: int
+) -> None:
+    small = {"FEW_TERMS": 32, "OF_FEW_TERMS": (16, 32, 32, 4, 1), "OF_MANY_TERMS": (32, 16, 64, 4, 1)}
+    for name, value in small.items():
+        monkeypatch.setattr(int8_tiles, name, int8_tiles.Tile(*value) if isinstance(value, tuple) else value)
+    assert_bits_of_whole_matrices(2, m, k, n, slices)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_tiles_as_they_are(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    """Each is what one of the shapes takes by which a device is asked for them."""
+    monkeypatch.setattr(int8_tiles, "processors_of", lambda device: 9)
+    heads, m, k, n = int8_tiles.shapes_of_all_tiles(torch.device("cpu"))[index]
+    tile = (int8_tiles.OF_FEW_TERMS, int8_tiles.OF_FEW_PROGRAMS, int8_tiles.OF_MANY_TERMS)[index]
+    assert int8_tiles.tile_of(heads, m, n, k, 9) == tile
+    assert int8_tiles.terms_at_once(k) == tile.terms
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_tiles, "tile_of", lambda *shape: tile)
+        assert_bits_of_whole_matrices(1, 3, k, 2, slices=2)
+
+
+def assert_bits_of_whole_matrices(heads: int, m: int, k: int, n: int, slices: int) -> None:
     g = torch.Generator().manual_seed(m)
-    a = torch.randn(2, m, k, generator=g, dtype=torch.float64)
-    a = a * torch.exp(9 * torch.randn(2, m, k, generator=g, dtype=torch.float64))
+    a = torch.randn(heads, m, k, generator=g, dtype=torch.float64)
+    a = a * torch.exp(9 * torch.randn(heads, m, k, generator=g, dtype=torch.float64))
     # As keys lie in memory: terms side by side.
-    b = torch.randn(2, n, k, generator=g, dtype=torch.float64).transpose(1, 2)
+    b = torch.randn(heads, n, k, generator=g, dtype=torch.float64).transpose(1, 2)
     a[0, 0, 0], a[0, -1] = -0.0, 0.0
     exponents = [torch.frexp(x.abs().amax(dim)).exponent for x, dim in ((a, 2), (b, 1))]
     found = tile_product(a, b, *exponents, slices)
