@@ -18,6 +18,7 @@ number of rows or the head groups, so none of them changes a bit.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 from collections import Counter
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from verify.kernels.lengths import unseen_keys
 from verify.kernels.merge import Merge, Part, merge_sequential
 from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_KEYS, P_SCALES, U_F32, type_of
 from verify.kernels.plans.asked import RowAsked
-from verify.kernels.plans.plan import RowPlan, rows_of_like_cuts
+from verify.kernels.plans.plan import rows_of_like_cuts
 from verify.kernels.plans.tile_options import AS_GIVEN_Q, BLOCKS_Q, TileOptions
 from verify.kernels.sequences import CallSequence, listed_rows
 from verify.kernels.stored import store
@@ -57,6 +58,8 @@ QUERY_TILE = 64
 _FLUSHES = frozenset({"f16", *FP8_TYPES})
 # Floats of partial results held at once. A fixed rule of the shapes, so that no bit depends on free memory.
 _PARTIALS_AT_ONCE = 1 << 24
+# Slices of matrix tiles that are stored one after another.
+_MOST_RUNS = 8
 
 
 @cache
@@ -158,7 +161,6 @@ class EagerKernel(Kernel):
         by_groups: dict[tuple[int, ...], list[int]] = {}
         cache = "" if kept.as_given else f",cache={kept},expand=f16"
         kernel = self.called(f"{options.label}{cache}")
-        plans: dict[int, RowPlan] = {}
         asked = call.asked(kept.k)
         count = len(n_kv)
         if call.path == "decode":
@@ -169,9 +171,9 @@ class EagerKernel(Kernel):
             tiles = [list(range(t, min(t + QUERY_TILE, count))) for t in range(0, count, QUERY_TILE)]
         tiles.sort(key=lambda rows: max(n_kv[row] for row in rows))
         tile_n_kv = [max(n_kv[row] for row in rows) for rows in tiles]
+        plans = options.plan.of_lengths(asked, tuple(tile_n_kv))
+        signatures: dict[tuple[Any, Any], Signature] = {}
         for i, n in enumerate(tile_n_kv):
-            if n not in plans:
-                plans[n] = options.plan.at(asked.of_keys(n))
             by_groups.setdefault(plans[n].head_groups, []).append(i)
         tile_rows = QUERY_TILE if call.path == "prefill" else max(map(len, tiles), default=1)
         for head_groups, members in by_groups.items():
@@ -202,8 +204,10 @@ class EagerKernel(Kernel):
                                 # The last part ends with the row's own keys.
                                 bounds = (*closed[:-1], n_kv[row])
                             # However a plan would launch them: here head groups are computed in turn.
-                            signature = Signature(kernel, source_hash(), tuple(groups), bounds, "one")
-                            ran[call.path, n_kv[row], signature] += 1
+                            of = tuple(groups), bounds
+                            if of not in signatures:
+                                signatures[of] = Signature(kernel, source_hash(), *of, "one")
+                            ran[call.path, n_kv[row], signatures[of]] += 1
         return ran
 
 
@@ -334,14 +338,14 @@ def _launch(
 
     def close(ending: Sequence[tuple[int, int]]) -> None:
         """Store the running results of some matrix tiles, each as one of its parts, and start anew."""
-        which = torch.tensor(ending, device=device)
-        i, part = which[:, 0], which[:, 1]
-        li, mi = l[:, i], m[:, i]
-        empty = li == 0
-        o = a[:, i] / (torch.where(empty, 1.0, li) * p_scale)[..., None]
-        outs[part, :, i] = o.transpose(0, 1)
-        lses[part, :, i] = torch.where(empty, -math.inf, mi + torch.log(li)).transpose(0, 1)
-        m[:, i], l[:, i], a[:, i] = -math.inf, 0.0, 0.0
+        for i, part in _runs(ending, device):
+            li, mi = l[:, i], m[:, i]
+            empty = li == 0
+            o = a[:, i] / (torch.where(empty, 1.0, li) * p_scale)[..., None]
+            outs[part, :, i] = o if isinstance(part, int) else o.transpose(0, 1)
+            lse = torch.where(empty, -math.inf, mi + torch.log(li))
+            lses[part, :, i] = lse if isinstance(part, int) else lse.transpose(0, 1)
+            m[:, i], l[:, i], a[:, i] = -math.inf, 0.0, 0.0
         for matrix_tile, _ in ending:
             if longest[matrix_tile]:
                 closed[matrix_tile].append(min(int(passed[matrix_tile]), longest[matrix_tile]))
@@ -358,21 +362,23 @@ def _launch(
             close(begins[j])
         # Tiles are in ascending n_kv: those that still see keys are the last ones.
         active = slice(next(i for i, end in enumerate(last_tile) if end > j), n)
-        count = n - active.start
         for h in range(kv_heads):
             _product(q[h, active], keys[h, j], logits[h, active], tile)
         s = logits[:, active, :used].mul_(call.scale)
-        if (j + 1) * block > seen_by_all[active.start]:
-            s = s.reshape(kv_heads, count * t, g, block)
+        # Those after them see the whole tile.
+        some = slice(active.start, bisect.bisect_left(seen_by_all, (j + 1) * block, lo=active.start))
+        if some.start < some.stop:
+            its = s[:, : some.stop - some.start]
+            hidden = its.reshape(kv_heads, -1, g, block)
             group_call = _of_heads(call, heads)
             own = slice(j * block, min((j + 1) * block, len(sequence.k)))
-            mask = sequence.mask_of(its_rows[active].reshape(-1), own, heads, kv_heads=kv_heads)
+            mask = sequence.mask_of(its_rows[some].reshape(-1), own, heads, kv_heads=kv_heads)
             if mask is not None:
                 # The rest of the last tile is hidden as what lies beyond a row's keys is.
                 mask = torch.nn.functional.pad(mask, (0, block - mask.shape[-1]))
             at = positions[j * block : (j + 1) * block]
-            s = finish_logits(s, visible[active].reshape(-1), at, group_call, mask)
-            s = s.view(kv_heads, count, used, block)
+            hidden = finish_logits(hidden, visible[some].reshape(-1), at, group_call, mask)
+            its.copy_(hidden.view(its.shape))
         m_old = m[:, active]
         m_new = torch.maximum(m_old, s.amax(-1))
         shift = torch.where(torch.isneginf(m_new), 0.0, m_new)
@@ -397,6 +403,23 @@ def _launch(
     merged_lse = result.lse.view(kv_heads, n * t, g).transpose(0, 1)
     merged = Part(merged_out.reshape(n * t, kv_heads * g, size), merged_lse.reshape(n * t, kv_heads * g))
     return _Launch(merged, g, [tuple(bounds) for bounds in closed])
+
+
+def _runs(
+    ending: Sequence[tuple[int, int]], device: torch.device
+) -> list[tuple[slice | torch.Tensor, int | torch.Tensor]]:
+    """Matrix tiles and the part of each, (tile, part) by (tile, part), as slices of tiles with one part where
+    those are few, which are read and written where they lie; else as numbers."""
+    runs: list[tuple[slice, int]] = []
+    for i, part in ending:
+        if runs and runs[-1][0].stop == i and runs[-1][1] == part:
+            runs[-1] = slice(runs[-1][0].start, i + 1), part
+        else:
+            runs.append((slice(i, i + 1), part))
+    if len(runs) <= _MOST_RUNS:
+        return list(runs)
+    which = torch.tensor(ending, device=device)
+    return [(which[:, 0], which[:, 1])]
 
 
 def _hides_more(call: Call) -> bool:

@@ -18,9 +18,10 @@ Options as they are written in a specification:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from verify.kernels.errors import SpecError
@@ -149,6 +150,10 @@ class Plan:
         """The plan of a row. Raises ValueError if head groups do not sum to r."""
         return _row_plan(self, row._replace(gpus=self.gpus, split_mode=self.split_mode))
 
+    def of_lengths(self, row: RowAsked, lengths: tuple[int, ...]) -> Mapping[int, RowPlan]:
+        """The plans of such rows, by how many keys they see: a model asks the same at every layer."""
+        return _plans_of(self, row, lengths)
+
     def cuts_of(self, row: RowAsked) -> Callable[[int], tuple[int, ...]]:
         """The cuts of such a row by its number of keys."""
         return lambda n_kv: self.at(row.of_keys(n_kv)).cuts
@@ -187,6 +192,11 @@ def rows_of_like_cuts(plan: Plan, asked: RowAsked, n_kv: Sequence[int]) -> list[
         planned = plan.at(asked.of_keys(n))
         tiles.setdefault((planned.head_groups, planned.cuts[:-1]), []).append(row)
     return list(tiles.values())
+
+
+@lru_cache(maxsize=256)
+def _plans_of(plan: Plan, row: RowAsked, lengths: tuple[int, ...]) -> Mapping[int, RowPlan]:
+    return MappingProxyType({n: plan.at(row.of_keys(n)) for n in lengths})
 
 
 @lru_cache(maxsize=1 << 18)
