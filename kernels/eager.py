@@ -206,7 +206,13 @@ class EagerKernel(Kernel):
                             # However a plan would launch them: here head groups are computed in turn.
                             of = tuple(groups), bounds
                             if of not in signatures:
-                                signatures[of] = Signature(kernel, source_hash(), *of, "one")
+                                signatures[of] = Signature(
+                                    kernel=kernel,
+                                    binary=source_hash(),
+                                    head_groups=of[0],
+                                    cuts=bounds,
+                                    launch="one",
+                                )
                             ran[call.path, n_kv[row], signatures[of]] += 1
         return ran
 
