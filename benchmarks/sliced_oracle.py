@@ -9,8 +9,9 @@ several tiles; nothing new is begun after `--seconds`. Without, on paper:
 Slices are whole numbers of a few bits, here held in float64, so what is measured is what integers give that a
 tensor core adds up without rounding (int8 into int32, float16 into float32): the agreement is that of the
 hardware. Pairs of slices are counted as they are multiplied. Seconds are not measured: a card's are its data
-sheet's rate by the operations counted, at REACHED of it, and what stays in float64 is counted beside. `built`
-is counted so for `verify.kernels.int8_tiles`, with the bytes that it moves.
+sheet's rate by the operations counted, and what stays in float64 is counted beside, at REACHED of it. Of the
+rate of int8, and of float16's, every card has the share that int8 had on an H200 (`measured_shares`). `built`
+is counted so for `verify.kernels.int8_tiles`, with the bytes that attention moves beside its products.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ KINDS = (
 )
 
 
-# Operations of a layer's products: a window of 8,192 tokens, 96 heads of 128, in two steps of rows.
-LAYER = 4.0 * 96 * 8192**2 * 0.75 * 128
+# Heads, tokens of a window and numbers a head of a layer.
+LAYER_HEADS, LAYER_KEYS, LAYER_HEAD = 96, 8192, 128
+# Operations of its products: in steps of 85 rows (2^26 logits), each with the keys up to its last row.
+LAYER = 4.0 * LAYER_HEADS * LAYER_KEYS**2 * (1 + 85 / LAYER_KEYS) / 2 * LAYER_HEAD
+MEASURED = Path(__file__).parent / "results/h200-sliced-oracle.json"
 
 
 class Card(NamedTuple):
@@ -85,10 +89,35 @@ CARDS = (
     Card("RTX 4090", 82.6e12 / 64, 660.6e12, 165.2e12, 1.008e12),
 )
 # Of what is built, a logit: pairs of digits; float64 operations of cutting P (scaled, compared, two
-# additions, two conversions) and of the sums of seven powers (converted, scaled, added); bytes: the logit
-# written, P read for its size and again to be cut, its digits written, and read as often as pairs need them.
+# additions, two conversions) and of the sums of seven powers (converted, scaled, added); bytes beside the
+# products: scaled in place, read twice and written by the softmax, read for the largest.
 PAIRS, CUT_OPERATIONS, SUM_OPERATIONS = 28, 6, 3 * 7
-BYTES = 8 + 2 * 8 + 7 + PAIRS
+BYTES = 16 + 24 + 8
+
+
+class Shares(NamedTuple):
+    """Of the nominal rate of int8 on an H200."""
+
+    alone: float  # products by their fastest tiles, with cutting and writing
+    attention: float  # the same products over all seconds of attention
+
+
+def measured_shares() -> Shares:
+    """By MEASURED."""
+    found, nominal = json.loads(MEASURED.read_text()), CARDS[0].int8
+    heads, rows, keys, size = json.loads(found["shape"].replace("(", "[").replace(")", "]"))
+    tiles = [line for line in found["alone"] if line.get("same_bits") and "tile" in line]
+    seconds = sum(min(line[name] for line in tiles) for name in ("of_logits_s", "of_values_s"))
+    (attention,) = (
+        line["seconds"]
+        for line in found["attention"]
+        if (line["heads"], line["n_kv"], line["products"])
+        == (f"{LAYER_HEADS}/8 x {LAYER_HEAD}", LAYER_KEYS, "int8")
+    )
+    return Shares(
+        alone=4.0 * heads * rows * keys * size * PAIRS / seconds / nominal,
+        attention=LAYER * PAIRS / attention / nominal,
+    )
 
 
 class Counted:
@@ -143,25 +172,27 @@ def seconds_of(card: Card, kind: Slices, pairs_each: float, products: float, hea
     # Two products of `head` terms a logit, and two matrices of results that are added up a pair.
     logits = products / (4 * head)
     rest = logits * (EXP_OPERATIONS + OTHER_OPERATIONS)
-    rate = card.int8 if kind.bits == 7 else card.float16
+    rate = measured_shares().alone * (card.int8 if kind.bits == 7 else card.float16)
     adding = logits * (1 + head / 128) * pairs_each * 2
     return {
         "float64": products / (REACHED * card.float64) + rest / (REACHED * card.float64),
-        "sliced": products * pairs_each / (REACHED * rate) + (rest + adding) / (REACHED * card.float64),
-        "of_that_products": products * pairs_each / (REACHED * rate),
+        "sliced": products * pairs_each / rate + (rest + adding) / (REACHED * card.float64),
+        "of_that_products": products * pairs_each / rate,
     }
 
 
 def built_seconds(card: Card, products: float, head: int) -> dict[str, float]:
-    """The same of `verify.kernels.int8_tiles`: products, float64 and its own passes one after the other."""
-    logits = products / (4 * head)
+    """The same of `verify.kernels.int8_tiles`: products, float64 and passes over memory one after the other;
+    at_most: were everything but float64 as slow beside the card's int8 as on an H200."""
+    logits, shares = products / (4 * head), measured_shares()
     float64 = logits * (EXP_OPERATIONS + OTHER_OPERATIONS + CUT_OPERATIONS + SUM_OPERATIONS)
     parts = {
-        "products": products * PAIRS / (REACHED * card.int8),
+        "products": products * PAIRS / (shares.alone * card.int8),
         "float64_left": float64 / (REACHED * card.float64),
         "moved": logits * BYTES / (REACHED * card.bytes),
     }
-    return parts | {"sliced": sum(parts.values())}
+    at_most = products * PAIRS / (shares.attention * card.int8) + parts["float64_left"]
+    return parts | {"sliced": sum(parts.values()), "at_most": at_most}
 
 
 # Heads, n_kv (rows too: a window) and windows in a call.
@@ -319,7 +350,7 @@ def timed_shape(shape: tuple[int, int, int, int], device: torch.device) -> Itera
 def on_device(device: torch.device, seconds: float, out: Path | None) -> None:
     """Everything that is timed, written as it goes."""
     begun = time.perf_counter()
-    result: dict[str, Any] = gpu_run(ALONE) if device.type == "cuda" else {"commit": commit()}
+    result: dict[str, Any] = gpu_run(ALONE[0]) if device.type == "cuda" else {"commit": commit()}
     chosen = timed_products(device)
     # JSON has no NaN.
     auto = {name: None if value != value else value for name, value in chosen._asdict().items()}
@@ -366,7 +397,7 @@ def main() -> None:
                 "of": worst,
                 "agrees": errors[worst] <= AGREE,
                 "products_of_slices_for_each": each,
-                "seconds": {card.name: seconds_of(card, kind, each, LAYER, 128) for card in CARDS},
+                "seconds": {card.name: seconds_of(card, kind, each, LAYER, LAYER_HEAD) for card in CARDS},
             }
         )
         print(f"{kind.name:20} {errors[worst]:.1e} ({worst}), {each:.1f} products each", flush=True)
@@ -374,8 +405,9 @@ def main() -> None:
         "command": "python benchmarks/sliced_oracle.py",
         "commit": commit(),
         "computed": "agreement with slices held in float64; seconds by counted operations, not measured",
+        "shares_of_int8_on_an_H200": measured_shares()._asdict(),
         "lines": lines,
-        "built": {card.name: built_seconds(card, LAYER, 128) for card in CARDS},
+        "built": {card.name: built_seconds(card, LAYER, LAYER_HEAD) for card in CARDS},
     }
     write_result(result, known.out)
 

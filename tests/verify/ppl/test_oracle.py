@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from support import ppl_runs
 from support.cli import assert_refused, verify
 from support.ppl_runs import Tiny, write_tiny
+from support.ranks import verify_ranks
 from verify.kernels import oracle_products
 from verify.kernels.oracle_products import Product, TimedProducts
 from verify.machine import ranks
@@ -102,6 +104,27 @@ def test_every_rank_takes_the_choice_of_the_first(
 
     monkeypatch.setattr(ranks, "ranks_of_environment", Led)
     assert counted_run(tiny, tmp_path / "run").used == {"double-float32"}
+
+
+@pytest.mark.slow
+def test_two_processes_multiply_as_the_first_measured(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(_: torch.device) -> TimedProducts:
+        return TimedProducts("int8" if os.environ["RANK"] == "0" else "double-float32")
+
+    def noting(name: str, product: Product, *operands: torch.Tensor) -> torch.Tensor:
+        (tmp_path / f"{os.environ['RANK']} {name}").touch()
+        return product(*operands)
+
+    noted = {name: partial(noting, name, product) for name, product in oracle_products.PRODUCTS.items()}
+    monkeypatch.setattr(oracle_products, "timed_products", timed)
+    monkeypatch.setattr("verify.kernels.exact.PRODUCTS", noted)
+    out = tmp_path / "run"
+    done = verify_ranks([ppl_runs.command(tiny, out, *FEW)] * 2, tmp_path)
+    assert done[1].returncode == 0 and done[0].returncode in (0, 1, 3), done
+    assert json.loads((out / "run.json").read_text())["settings"]["oracle"] == "int8"
+    assert {x.name for x in tmp_path.glob("? *")} == {"0 int8", "1 int8"}
 
 
 def test_an_unknown_product_is_refused(tiny: Tiny, tmp_path: Path) -> None:
