@@ -63,14 +63,17 @@ def read(spec: str, device: str, shape: str, seconds: float) -> dict[str, Any]:
 
 
 def table(stored: dict[str, Any]) -> str:
-    """A row a regime."""
+    """A row a regime; calls of other query tokens in which the same is seen share one."""
     lines = ["| kernel | device, heads | query tokens | n_kv | what is seen |", "|---|---|---|---|---|"]
     for device, kernels in sorted(stored.items()):
         for name, one in kernels.items():
+            query_tokens: dict[tuple[str, str], list[str]] = {}
             for each in one["regimes"]:
                 span = f"{each['n_kv_min']} to {each['n_kv_max']}"
-                cells = (f"`{name}`", f"{device}, {one['shape']}", each["n_q_min"], span, each["said"])
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
+                query_tokens.setdefault((span, each["said"]), []).append(str(each["n_q_min"]))
+            for (span, said), n_q in query_tokens.items():
+                cells = (f"`{name}`", f"{device}, {one['shape']}", ", ".join(n_q), span, said)
+                lines.append("| " + " | ".join(cells) + " |")
             if not one["regimes"]:
                 why = "; ".join(one["reasons"])
                 lines.append(f"| `{name}` | {device}, {one['shape']} | | | not read: {why} |")

@@ -78,8 +78,10 @@ class HalfParts(TileKernel):
 class LazyRescale(TileKernel):
     """The maximum is moved only when it grows by more than 8 in base 2, as some kernels save work."""
 
+    lag = 8 * math.log(2.0)  # nats
+
     def rescaled(self, state: State, m: torch.Tensor) -> None:
-        keep = (m - state.m <= 8 * math.log(2.0)) & ~torch.isneginf(state.m)
+        keep = (m - state.m <= self.lag) & ~torch.isneginf(state.m)
         super().rescaled(state, torch.where(keep, state.m, m))
 
     def arithmetic(self, shape: Shape, path: AttentionPath) -> Arithmetic:

@@ -21,7 +21,7 @@ _FAR = 256.0
 # Scales that 11 bits, and that 8 bits, round to 1/8.
 _SCALES = (SCALE, SCALE * (1 + 0.00047), SCALE * (1 + 0.0036))
 _BITS = {"f16": 11, "bf16": 8, "e4m3": 4, "e5m2": 3}
-GROWTHS = (1.0, 3.0, 5.0, 7.0, 9.0)
+GROWTHS = (0.25, 1.0, 3.0, 5.0, 7.0, 9.0)
 
 
 class Logits(NamedTuple):
@@ -129,7 +129,7 @@ def _rescale(ask: Asking, part: tuple[int, int], weights: Weights, tiles: TilesS
     p_one = float(rounded(one, bits, truncated=weights.truncated) / one) - 1
     lags, rows, values, terms = [], [], [], []
     for growth in GROWTHS:
-        gaps = growth + torch.arange(16, dtype=torch.float64) / 16
+        gaps = growth + torch.arange(16, dtype=torch.float64) * min(growth, 1.0) / 16
         exact = torch.exp(gaps - c)
         off = rounded(exact, bits, truncated=weights.truncated) / exact - 1
         at = (off.abs() - 0.6 * off.abs().max()).abs().argmin()

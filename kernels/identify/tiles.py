@@ -8,6 +8,8 @@ Which tiles are earlier, mirrored pairs of keys tell: a smaller first key of a p
 larger first one and a smaller last one. Walked forward the first pair alone is apart, walked backward (as
 FlashAttention does) the second; where both are, keys far from each other keep a maximum each, and where
 neither is, a tile holds the whole part. The two lie farther apart than a maximum that lags behind may.
+Ends alone would call any order a walk (the last tile first and then forward, even tiles before odd ones):
+what was found must say of keys from all over the part, too, which are earlier, or it is not said.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ _BEYOND_LAGS = 9.0
 # Of a probe that would have shown the edge of a tile within a part, and did not.
 NO_EDGE = "no edge within a part"
 _UNEVEN = "edges at uneven distances"
+_NO_WALK = "tiles in no order that shows"
+# Where keys lie, as shares of a part, beside which all others must be earlier or not as a walk has them.
+_WALK_SHARES = (0.125, 0.5, 0.875)
 
 # Whether keys ys of a part, numbered in the order of its walk, are summed before the tile of key x, of a
 # larger logit, is looked at.
@@ -49,8 +54,8 @@ def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> T
 
     def earlier(where: AskedPart, x: int, ys: list[int]) -> list[bool]:
         """Whether keys up to y overflow. False below the first few."""
-        logits = ask.level([where.key(x)], at=_BEYOND_LAGS)
-        logits[0, [where.key(y) for y in range(x)]] = 0.0
+        logits = ask.level(list(range(*part)))
+        logits[0, where.key(x)] = _BEYOND_LAGS
         values = columns([{where.key(y - i): 61440.0 for i in range(burst) if y >= i} for y in ys])
         return (~torch.isfinite(ask.weigh(logits, values)[0])).tolist()
 
@@ -58,7 +63,9 @@ def tiles_by_overflow(ask: Asking, part: tuple[int, int], weights: Weights) -> T
     if keys - 1 <= burst:
         return TilesSeen(None, None, NO_EDGE)
     both = [AskedPart(*part, newest_first) for newest_first in (False, True)]
-    apart = [earlier(where, keys - 1, [burst])[0] for where in both]
+    # More than one burst: the first may lie in two tiles, or in a part's last one, cut short.
+    first = [i * burst for i in range(1, 5) if i == 1 or i * burst < keys // 2]
+    apart = [any(earlier(where, keys - 1, first)) for where in both]
     return _tiles(ask, both, apart, earlier, burst, "overflow")
 
 
@@ -89,12 +96,32 @@ def _tiles(
     if not any(apart):
         return TilesSeen(None, None, NO_EDGE)
     order = None if all(apart) else "forward" if apart[0] else "backward"
-    keys = _size(ask, both[order == "backward"], test, spare)
+    where = both[order == "backward"]
+    keys, start = _size(ask, where, test, spare)
+    if order is not None and not _is_walk(ask, where, test, spare, keys, start):
+        return TilesSeen(None, None, _NO_WALK)
     return TilesSeen(keys, order, how if keys is not None else _UNEVEN)
 
 
-def _size(ask: Asking, where: AskedPart, test: Earlier, spare: int) -> int | None:
-    """Keys of a tile: the distance of two of its edges, each found by halving the way back from a later key.
+def _is_walk(ask: Asking, where: AskedPart, test: Earlier, spare: int, tile: int | None, start: int) -> bool:
+    """Whether keys from all over the part are earlier than some as they are where it is walked in this order,
+    by tiles of so many keys one of which begins at `start`; tile: None where that is not known."""
+    keys = where.end - where.first
+    count = min(keys - spare, ask.regime.columns)
+    for x in (int(share * keys) for share in _WALK_SHARES):
+        ys = sorted({spare + (keys - spare) * i // count for i in range(count)} - {x})
+        seen = test(where, x, ys)
+        if tile is not None and seen != [(y - start) // tile < (x - start) // tile for y in ys]:
+            return False
+        # Tiles of whatever size: those of the keys that come first.
+        if sorted(seen, reverse=True) != seen:
+            return False
+    return True
+
+
+def _size(ask: Asking, where: AskedPart, test: Earlier, spare: int) -> tuple[int | None, int]:
+    """Keys of a tile: the distance of two of its edges, each found by halving the way back from a later key;
+    and where one begins, counted as `where` is walked.
 
     spare: first keys of which the test cannot tell. None where no two edges are as far apart as two others.
     """
@@ -112,10 +139,10 @@ def _size(ask: Asking, where: AskedPart, test: Earlier, spare: int) -> int | Non
         starts.append(start)
         x = start - 1
     if len(starts) < 2:
-        return None
+        return None, 0
     # The first of them may have been looked for from within a tile.
     sizes = {a - b for a, b in itertools.pairwise(starts)}
-    return sizes.pop() if len(sizes) == 1 else None
+    return sizes.pop() if len(sizes) == 1 else None, starts[0]
 
 
 def _start_of(ask: Asking, where: AskedPart, low0: int, x: int, test: Earlier) -> int | None:

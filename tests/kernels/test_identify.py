@@ -53,6 +53,32 @@ class LazyReversed(ReversedTiles, LazyRescale):
     """FlashAttention 4: the last tile first, and a maximum that is moved only when it has grown far."""
 
 
+class LastTileFirst(TileKernel):
+    """The tile that may need a mask before all others."""
+
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        tiles = super().tiles(start, stop)
+        return tiles[-1:] + tiles[:-1]
+
+
+class EvenTilesFirst(TileKernel):
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        tiles = super().tiles(start, stop)
+        return tiles[::2] + tiles[1::2]
+
+
+class SecondHalfFirst(TileKernel):
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        tiles = super().tiles(start, stop)
+        return tiles[len(tiles) // 2 :] + tiles[: len(tiles) // 2]
+
+
+class GrowingTiles(TileKernel):
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        starts = [start, *(start + 16 * x for x in (1, 3, 7, 15)), *range(start + 16 * 31, stop, 256)]
+        return list(itertools.pairwise([*starts, stop]))
+
+
 @dataclass(frozen=True)
 class Truth:
     """What a kernel of ours computes, as it was asked to."""
@@ -228,6 +254,21 @@ def test_the_order_of_a_walk_is_told_from_a_maximum_that_lags(truth: Truth) -> N
     assert wrong(truth, read(bare(truth.build()), Regime(truth.n_kv))) == []
 
 
+@pytest.mark.parametrize("acc", ["f32", "f16"])
+@pytest.mark.parametrize("kind", [LastTileFirst, EvenTilesFirst, SecondHalfFirst, GrowingTiles])
+def test_tiles_in_another_order_than_a_walk_are_not_said(kind: type[TileKernel], acc: str) -> None:
+    """By their ends alone they were tiles of 960 from the last to the first, of 128, of 512 and of 256."""
+    found = read(bare(kind("kernel", acc=acc)), Regime(1024))
+    assert (found.p, found.accumulator, found.tile, found.tile_order) == ("f16", acc, None, None)
+
+
+def test_a_maximum_that_lags_by_half_a_nat_lags() -> None:
+    class ShortLag(LazyRescale):
+        lag = 0.5
+
+    assert read(bare(ShortLag("kernel")), Regime(300)).rescale == 0.25
+
+
 def test_keys_that_keep_a_maximum_each_are_walked_in_no_order_that_shows() -> None:
     """Four warps, each with keys of its own: the other's are apart either way."""
     found = read(functools.partial(ggml_mma.mma, parts=1, acc=torch.float32), Regime(500))
@@ -399,7 +440,7 @@ def test_float16_sums_are_read_beneath_an_offset_that_keeps_a_few_keys_from_over
     merged without a division. Read as TF32 sums of a P that could not be told, before."""
     found = read(functools.partial(ggml_mma.mma, parts=3), Regime(1000))
     seen = (found.p, found.accumulator, found.accumulator_bits, found.tile, found.sum_step, found.result)
-    assert seen == ("f16", "f16", 11, 16, 16, "f32")
+    assert seen == ("f16", "f16", 11, 16, 16, "f32") and found.tile_order is None
     assert found.offset is not None and abs(found.offset - ggml_mma.OFFSET) < 1e-5
     assert found.l_of_rounded_p is False and found.first_product == "f16"
     # Sixteen tiles of 64 keys in three parts: 5 or 6 tiles of 16 keys, and what the count leaves open.
