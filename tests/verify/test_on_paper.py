@@ -67,3 +67,23 @@ def test_seven_slices_of_a_byte_agree_with_float64_and_five_do_not(
     assert (error <= oracle.AGREE) is agrees, kind.name
     stored = json.loads((ROOT / "benchmarks/results/sliced-oracle.json").read_text())
     assert stored["lines"][index]["kind"] == kind.name and stored["lines"][index]["agrees"] is agrees
+
+
+def test_the_cards_have_the_seconds_of_the_oracle_that_are_counted(scripts: Any) -> None:
+    oracle = scripts["sliced_oracle"]
+    stored = json.loads((ROOT / "benchmarks/results/sliced-oracle.json").read_text())
+    rows = dict(re.findall(r"\| (RTX \d+|H200) \| (.* s \| .* to .*) \|", PAGE.read_text()))
+    assert set(rows) == {card.name for card in oracle.CARDS}
+    for card in oracle.CARDS:
+        built = oracle.built_seconds(card, oracle.LAYER, oracle.LAYER_HEAD)
+        assert stored["built"][card.name] == pytest.approx(built)
+        float64 = stored["lines"][3]["seconds"][card.name]["float64"]
+        told = [float(x) for x in re.findall(r"[\d.]+", rows[card.name].replace("float16", ""))]
+        due = [
+            float64,
+            built["sliced"],
+            built["at_most"],
+            float64 / built["at_most"],
+            float64 / built["sliced"],
+        ]
+        assert [told[0], *told[3:]] == pytest.approx(due, rel=0.05)
