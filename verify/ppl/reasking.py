@@ -7,6 +7,7 @@ call is found.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +15,16 @@ import torch
 
 from verify.arms.arm import STEADY_TIMES, Arm, ArmRunner, kernel_call
 from verify.arms.attempt import attempt
+from verify.arms.sample import Sample
 from verify.data import Windows
 from verify.kernels.exact import exact_attention
 from verify.model.layer_call import LayerCall
 from verify.model.runner import Runner
-from verify.ppl.evidence.steadiness import level_of
+from verify.ppl.evidence.scores import Scores
+from verify.ppl.evidence.steadiness import NOISE_ARMS, Unexplained, level_of, unexplained
+from verify.ppl.groups import GroupResult
+from verify.ppl.listener import Listener
+from verify.ppl.preparation import Preparation
 from verify.ppl.record import FreeLevel
 from verify.ppl.scoring import Scorer
 
@@ -33,6 +39,71 @@ class Reasked(NamedTuple):
 
     calls: int
     unsteady: str | None
+
+
+class OnceMore:
+    """What became of candidates whose free-running divergence nothing explains, and is asked once more.
+
+    runner, sample: the run's; alone: whether it is one process, which alone can run something again.
+    unsteady: by candidate, in words, where noise does not explain it either. free_noise: how far arms with
+    noise come to lie from exact, where a candidate needed them.
+    """
+
+    def __init__(
+        self, prepared: Preparation, runner: Runner, sample: Sample, listener: Listener, *, alone: bool
+    ) -> None:
+        self.prepared, self.runner, self.sample = prepared, runner, sample
+        self.listener, self.alone = listener, alone
+        self.unsteady: dict[str, str] = {}
+        self.free_noise: list[FreeLevel] = []
+
+    def ask(self, joined: GroupResult) -> None:
+        """Find such candidates, and ask their calls again; a call that is unsteady is put into `joined`."""
+        windows, arms = self.prepared.windows, self.prepared.arms
+        scores = Scores(joined, windows.scored_per_window)
+        floor = next((arm.name for arm in arms if arm.role == "floor"), None)
+        for arm in arms:
+            of_arm = joined.findings[arm.name]
+            if arm.role != "candidate" or not arm.reference or of_arm.failed:
+                continue
+            found = unexplained(scores, arm.name, arm.reference, floor)
+            if found is None:
+                continue
+            if self.alone:
+                found = self._beyond_noise(scores, arm, found, floor)
+                if found is None:
+                    continue
+            self.unsteady[arm.name] = str(found)
+            if not self.alone or of_arm.unsteady is not None:
+                continue
+            self.listener.notice(f"{arm.spec} is {found}: window {found.window + 1} is asked again")
+            asked = reask(self.runner, windows, found.window, arm, self.prepared.prompt)
+            joined.findings[arm.name] = replace(of_arm, unsteady=asked.unsteady)
+            self.unsteady[arm.name] += (
+                f"; {asked.calls} calls of window {found.window + 1}, asked again, were steady"
+            )
+
+    def _beyond_noise(
+        self, scores: Scores, arm: Arm, found: Unexplained, floor: str | None
+    ) -> Unexplained | None:
+        """What is left of it beside arms with noise, which run for the first candidate that needs them."""
+        prepared = self.prepared
+        if not self.free_noise:
+            self.listener.notice(f"{arm.spec} is {found}: {NOISE_ARMS} arms with noise are run beside it")
+            measured = [w for w in range(prepared.windows.n_windows) if w in self.sample]
+            self.free_noise = noise_levels(
+                self.runner,
+                prepared.windows,
+                measured[:: -(-len(measured) // NOISE_WINDOWS)],
+                exact=next(one for one in prepared.arms if one.role == "exact"),
+                prompt=prepared.prompt,
+                arms=NOISE_ARMS,
+                seed=prepared.settings.seed,
+            )
+        left = unexplained(scores, arm.name, arm.reference or "", floor, self.free_noise)
+        if left is None:
+            self.listener.notice(f"{arm.spec}: arms with noise explain what it is running freely")
+        return left
 
 
 def noise_levels(

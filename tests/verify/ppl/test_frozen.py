@@ -18,7 +18,7 @@ from verify.kernels.call import checked_call
 from verify.kernels.exact import exact_attention
 from verify.model.architectures.architecture import AttentionInputs, AttentionSettings
 from verify.model.layer_call import LayerCall
-from verify.ppl import experiment
+from verify.ppl import preparation
 from verify.ppl.frozen import FrozenRunner
 from verify.ppl.measuring import KernelMeasurer
 
@@ -73,7 +73,7 @@ def test_a_common_factor_is_broken_though_no_element_shows_it(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a kernel that is not read: what is read leaves an element no such room."""
-    monkeypatch.setattr(experiment, "learn_arms", lambda *_, **__: [])
+    monkeypatch.setattr(preparation, "learn_arms", lambda *_, **__: [])
     kernel = tmp_path / "scaled.py"
     kernel.write_text(
         KERNELS.read_text()

@@ -10,7 +10,7 @@ import pytest
 from support.cli import verify
 from support.ppl_runs import Tiny, run
 from verify.arms import single_tokens
-from verify.ppl import experiment, measuring
+from verify.ppl import measuring, preparation
 from verify.ppl.evidence.judged_calls import missed, steady_sentence
 from verify.ppl.evidence.steadiness import NOISE_ARMS, beyond, level_of
 from verify.rejudge import rejudge_ppl
@@ -40,7 +40,7 @@ def free_calls_wrong(folder: Path, until: int) -> str:
 @pytest.fixture
 def _no_call_is_asked_twice_or_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the calls of arms that run freely are every other one; nor is the kernel read before."""
-    monkeypatch.setattr(experiment, "learn_arms", lambda *_, **__: [])
+    monkeypatch.setattr(preparation, "learn_arms", lambda *_, **__: [])
     monkeypatch.setattr(measuring, "asked_again", lambda *_: False)
     monkeypatch.setattr(single_tokens, "asked_rows", lambda *_, **__: [])
 
