@@ -17,6 +17,8 @@ from verify.kernels.numbers import FLOAT_TYPES, MMA_KEYS, U_F32, U_F32_TENSOR_CO
 
 # An exponential that is farther off than this has roundings that no budget charges.
 _EXPONENTIAL = 1e-6
+# Keys of a part's last tile of which no probe can tell that they are not the one before it.
+_UNSEEN_KEYS = 2
 # The shortest rows that are read.
 _FEW = 64
 
@@ -87,6 +89,10 @@ def arithmetic_of(readings: Sequence[Reading], input_type: str) -> Arithmetic | 
     orders = [order_of(each) for each in readings]
     tiles = [order.tile for order in orders]
     tile = None if None in tiles else max(t for t in tiles if t is not None)
+    # A part that ends a key or two behind a tile of longer rows' looks like one tile.
+    seen = max((each.tile or 0 for each in readings), default=0)
+    if tile is not None and seen < tile <= seen + _UNSEEN_KEYS:
+        tile = seen
     order = Order(
         max(o.parts for o in orders), max(o.share for o in orders), tile, max(o.sums for o in orders)
     )

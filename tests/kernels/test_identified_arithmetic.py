@@ -13,6 +13,7 @@ from support import ggml_mma
 from verify.kernels.budget.arithmetic import loosest
 from verify.kernels.budget.bound import error_budget
 from verify.kernels.call import Result
+from verify.kernels.faults.clean import ReversedTiles
 from verify.kernels.heads import Heads
 from verify.kernels.identify.arithmetics import KnownReadings, arithmetic_of, coarser
 from verify.kernels.identify.asking import Regime, bare
@@ -48,6 +49,17 @@ def test_an_arithmetic_is_as_it_was_stated(plain: tuple[Reading, ...]) -> None:
         assert getattr(found, name) == getattr(own, name), name
     assert found.depths(256).parts == own.depths(256).parts == 2
     assert found.depths(256).longest >= own.depths(256).longest
+
+
+def test_a_part_that_ends_a_key_behind_a_tile_is_of_the_tiles_of_longer_ones() -> None:
+    """Float16 sums walked backward were emulated in tiles of 65 keys, and a right kernel was broken."""
+    attend = bare(ReversedTiles("kernel", acc="f16"), "decode")
+    short, long = (read(attend, Regime(n, ratio=4, kv_heads=1)) for n in (65, 300))
+    assert (short.tile, long.tile, long.tile_order) == (None, 64, "backward")
+    found = arithmetic_of((short, long), "f16")
+    assert found is not None and found.block == 64
+    other = arithmetic_of((replace(short, n_kv=80, cuts=(0, 80)), long), "f16")
+    assert other is not None and other.block == 80
 
 
 def test_budgets_of_a_kernel_that_was_read_hold_it_and_see_a_small_factor(plain: tuple[Reading, ...]) -> None:
