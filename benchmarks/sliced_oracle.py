@@ -106,7 +106,9 @@ def measured_shares() -> Shares:
     """By MEASURED."""
     found, nominal = json.loads(MEASURED.read_text()), CARDS[0].int8
     heads, rows, keys, size = json.loads(found["shape"].replace("(", "[").replace(")", "]"))
-    tiles = [line for line in found["alone"] if line.get("same_bits") and "tile" in line]
+    # The first shape's lines; there was one shape, which was not said.
+    lines = [x for x in found["alone"] if x.get("shape", [heads, rows, keys, size])[1] == rows]
+    tiles = [line for line in lines if line.get("same_bits") and "tile" in line]
     seconds = sum(min(line[name] for line in tiles) for name in ("of_logits_s", "of_values_s"))
     (attention,) = (
         line["seconds"]
