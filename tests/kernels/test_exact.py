@@ -156,7 +156,11 @@ def test_one_launch_is_taken_where_it_says_what_products_say(
     # Asked once; then each call of many plain rows is, and no other.
     assert taken == ([65, 70, 70] if ends == "right" else [65])
     taken.clear()
-    for other in (problem(rows=20, size=16), replace(call, softcap=2.0), replace(call, sliding_window=9)):
+    changes: list[dict[str, Any]] = [
+        {"softcap": 2.0}, {"sliding_window": 9}, {"sinks": torch.ones(6)}, {"alibi_slopes": torch.ones(6)},
+        {"mask": torch.ones(1, 1, 70, 70, dtype=torch.bool)},
+    ]  # fmt: skip
+    for other in (problem(rows=20, size=16), problem(size=24), *(replace(call, **x) for x in changes)):
         exact_attention(other)
     exact_attention(call, lambda a, b: torch.bmm(a, b))
     assert taken == []

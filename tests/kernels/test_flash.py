@@ -122,6 +122,13 @@ def test_a_window_of_rows_fills_its_matrix_tiles() -> None:
     wide = draw("gaussian", replace(sizes, heads=Heads.grouped(kv=1, ratio=3, k_size=64, v_size=64)), 1)
     assert tokens(wide, cache=parse_cache("q8_0")) == 1
     assert tokens(wide, cache=parse_cache("q8_0"), expand="f16") == 5
+    # Rows of one length: a number could say it, which of several rows means another thing.
+    alike = draw("gaussian", replace(sizes, n_kv=(40,) * 12), 1)
+    flash = FlashKernel("flash", TileOptions())
+    together, alone = flash.run(alike), flash.run(alike.of_rows(torch.tensor([3])))
+    assert torch.equal(together.out[:, 3], alone.out[:, 0]) and torch.equal(
+        together.lse[:, 3], alone.lse[:, 0]
+    )
 
 
 def test_lengths_are_said_by_a_number_where_one_says_them() -> None:

@@ -137,6 +137,10 @@ def test_blocks_are_as_long_as_the_autocorrelation_asks() -> None:
     assert block_length(noise) == 16
     assert 50 <= block_length(lfilter([1.0], [1.0, -0.9], noise, axis=1)) <= 200
     assert block_length(np.ones((4, 10))) == 10
+    # Of two whole periods the mean is 0; a lag's is over the products that it has.
+    wave = np.cos(2 * np.pi * np.arange(512) / 256)[None]
+    means = ((wave[:, lag:] * wave[:, :-lag]).mean() for lag in range(1, 512))
+    assert block_length(wave) == 5 * (1 + next(i for i, mean in enumerate(means) if mean < 0.05))
 
 
 def test_no_interval_comes_of_fewer_than_eight_blocks() -> None:
