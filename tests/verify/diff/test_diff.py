@@ -32,6 +32,7 @@ def run(out: Path, *more: str, n_kv: str = "130", inputs: str = PLAIN) -> tuple[
     return done, report
 
 
+@pytest.mark.slow
 def test_an_oracle_in_slices_gives_the_verdict_of_float64(tmp_path: Path) -> None:
     """For a right kernel and for one that drops its last key: words and figures to 1e-6."""
     asked = ["--baseline", "eager", "--candidate", "eager:kv=2"]
