@@ -66,7 +66,8 @@ def limit_of_float16_sums(
     excuses nothing. Nor does one whose emulation is finite in other elements, or errs otherwise in those that
     both have, by more than a factor of 2. Elements whose sums come as near to the overflow as their own
     roundings reach (`NEAR`) may be finite in one and not in the other. Where what was read does not say which
-    keys are summed together, elements may overflow that do so in some order, and sums stagnate as so many do.
+    keys are summed together, or in which order, elements may overflow that do so in some order, and sums
+    stagnate as so many do.
     """
     if not arithmetic.stated or arithmetic.acc != "f16":
         return None
@@ -76,7 +77,11 @@ def limit_of_float16_sums(
         return _in_some_order(call, out, exact, arithmetic)
     if arithmetic.cuts_at is None:
         return None
-    return _explained_by_any(call, out, exact, arithmetic)
+    said = _explained_by_any(call, out, exact, arithmetic)
+    if said is None and arithmetic.identified and arithmetic.tile_order is None:
+        # Tiles may be walked in orders that are no walk from one end to the other.
+        said = _in_some_order(call, out, exact, arithmetic)
+    return said
 
 
 def _has_places(arithmetic: Arithmetic, call: Call) -> bool:

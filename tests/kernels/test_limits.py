@@ -137,6 +137,36 @@ def test_the_order_of_a_walk_decides_what_overflows_and_what_explains_it() -> No
         assert told[order] is not None and told[None] is not None and told[other] is None
 
 
+class LastTileFirst(TileKernel):
+    """The tile that needs a mask first, then the others forward."""
+
+    def tiles(self, start: int, stop: int) -> list[tuple[int, int]]:
+        tiles = super().tiles(start, stop)
+        return tiles[-1:] + tiles[:-1]
+
+
+def test_an_order_that_is_no_walk_may_overflow_where_some_order_does() -> None:
+    """A sum that is full after its last tile, which the next one empties: it overflows in neither walk."""
+    values = torch.zeros(1, 192, 1, 64)
+    values[:, 128:], values[:, :64], values[:, 64:128] = 800.0, 400.0, -700.0
+    flat = torch.zeros(1, 192, 1, 64).half()
+    q = torch.zeros(1, 1, 2, 64).half()
+    kv_len = torch.tensor([[192]], dtype=torch.int32)
+    call = checked_call(q, flat, values.half(), kv_len=kv_len, scale=0.125)
+    kernel = LastTileFirst("last first", acc="f16", block=64)
+    out, exact = kernel.run(call).out, exact_attention(call).out
+    assert bool(torch.isinf(out).all())
+    for walk in (TileKernel("forward", acc="f16", block=64), ReversedTiles("back", acc="f16", block=64)):
+        assert bool(torch.isfinite(walk.run(call).out).all())
+    read = replace(kernel.arithmetic_of(call), identified=True, tile_order=None)
+    assert "as sums of such values may" in (limit_of_float16_sums(call, out, exact, read) or "")
+    # Not where a walk was seen, nor where it was stated, nor where no order comes so far.
+    assert limit_of_float16_sums(call, out, exact, replace(read, tile_order="forward")) is None
+    assert limit_of_float16_sums(call, out, exact, replace(read, identified=False)) is None
+    small = replace(call, v=call.v * 2.0**-6)
+    assert limit_of_float16_sums(small, out, exact_attention(small).out, read) is None
+
+
 @pytest.mark.parametrize("step", [16, 64])
 def test_sums_that_were_read_off_are_emulated_as_they_are(step: int) -> None:
     """An offset and a rounding a tile move the overflow: what is read as a key at a time may be either."""
