@@ -35,7 +35,6 @@ from verify.kernels.judging.apart import HeadApart, head_apart
 from verify.kernels.judging.figures import (
     GAIN_UNITS,
     LARGEST_RELATIVE_ERROR,
-    SMALLEST_SQUARE,
     RowFigures,
     another_origin,
     apart_fault,
@@ -46,6 +45,7 @@ from verify.kernels.judging.figures import (
     element_ratios,
     gain_fault,
     gain_limit,
+    pooled_gain,
     pooled_rms,
     rms_fault,
     rms_limit,
@@ -217,9 +217,7 @@ def _gains(rows: RowFigures, b: Budget, a: Arithmetic) -> tuple[_Gain, list[_Gai
         return torch.cat((of_heads, of_heads.sum()[None]))
 
     def pooled(x: torch.Tensor) -> torch.Tensor:
-        told = torch.isfinite(x)
-        shares = torch.where(told & used, x, 0.0) * power
-        return by_head(shares) / by_head(torch.where(told, power, 0.0)).clamp(min=SMALLEST_SQUARE)
+        return torch.cat((pooled_gain(x, power, (0, 1)), pooled_gain(x, power, (0, 1, 2))[None]))
 
     of_each = by_head(power)
     gain, rises = pooled(rows.gain), pooled(rows.rises)

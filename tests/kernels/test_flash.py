@@ -6,9 +6,7 @@ is set for that import and while these tests run, so that no other test and no c
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from support import flash_forms as forms
 from support import flash_laws as laws
 from support import reader_on_host
 from support.subjects import flash_subject
+from support.triton_interpreter import interpreted
 from verify.kernels.cache_types import parse_cache
 from verify.kernels.call import AttentionPath, Call, checked_call
 from verify.kernels.exact import exact_attention
@@ -43,22 +42,13 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: its interpreter cannot run the kernel", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("a CUDA device is there: tests/cuda runs these laws on it", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
-try:
+with interpreted():
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
-    # Torch may have imported Triton already, with its own library functions to be compiled: decorate those
-    # anew. Triton compiles nothing else in this process.
-    importlib.reload(tl.standard)
-    for _name in tl.__all__:
-        if hasattr(tl.standard, _name):
-            setattr(tl, _name, getattr(tl.standard, _name))
     from verify.kernels import exact_device
     from verify.kernels.flash import device as flash_device
-finally:
-    del os.environ["TRITON_INTERPRET"]
 assert exact_device.tl is tl
 assert flash_device.INTERPRETED, (
     "verify.kernels.flash.device was imported by something before this test module"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 
 import pytest
 import torch
 
+from support.triton_interpreter import interpreted
 from verify.kernels.bits import same_bits
 from verify.kernels.int8_products import SLICES, has_tiles, product_by_heads, tile_product
 
@@ -16,18 +15,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: its interpreter cannot run the kernel", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("a CUDA device is there: tests/cuda asks the same of it", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"
-try:
-    import triton.language as tl
-
-    # As in `test_flash`: torch may have imported Triton with functions that are to be compiled.
-    importlib.reload(tl.standard)
-    for _name in tl.__all__:
-        if hasattr(tl.standard, _name):
-            setattr(tl, _name, getattr(tl.standard, _name))
+with interpreted():
     from verify.kernels import int8_tiles
-finally:
-    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)
