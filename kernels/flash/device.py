@@ -209,6 +209,16 @@ def weights(s, m, l, LATE_SUM: tl.constexpr):
 
 
 @triton.jit
+def sum_of_keys(l, M: tl.constexpr, TILE: tl.constexpr):
+    """The sum over the second dimension of l [M, TILE], a power of two, by halves: in this order however Triton
+    lays the tile out over threads, which differs with M."""
+    for step in tl.static_range(8):
+        if TILE >> step > 1:
+            l = tl.sum(tl.reshape(l, [M, 2, TILE >> (step + 1)]), 1)
+    return tl.reshape(l, [M])
+
+
+@triton.jit
 def scaled(x, factor, ROUNDED: tl.constexpr):
     """x * factor; ROUNDED: whatever is made of it, the product is not fused with a sum, which would round
     once where a masked tile rounds twice."""
@@ -220,9 +230,22 @@ def scaled(x, factor, ROUNDED: tl.constexpr):
         return x * factor
 
 
+@triton.jit
+def in_bunches(tiles_a_bunch):
+    """Tile and head of this program: some tiles of each head in turn, before the next ones, so that all of the
+    longest rows come first, and programs that run side by side read the same keys."""
+    tiles, heads = tl.num_programs(0), tl.num_programs(1)
+    place = tl.program_id(0) + tl.program_id(1) * tiles
+    first = place // (tiles_a_bunch * heads) * tiles_a_bunch
+    of_bunch = place - first * heads
+    size = tl.minimum(tiles_a_bunch, tiles - first)
+    return first + of_bunch % size, of_bunch // size
+
+
 @triton.jit(
     do_not_specialize=[
         "tokens",
+        "tiles_a_bunch",
         "tokens_a_tile",
         "tiles",
         "q_heads",
@@ -262,6 +285,7 @@ def attend_tiles(
     tokens,
     tokens_a_tile,
     tiles,
+    tiles_a_bunch,
     q_heads,
     ratio,
     q_ratio,
@@ -321,6 +345,7 @@ def attend_tiles(
     WINDOW: tl.constexpr,
     ALIBI: tl.constexpr,
     COPIED: tl.constexpr,
+    BUNCHED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (sequences * tiles, KV heads * n_groups, slots).
@@ -342,7 +367,9 @@ def attend_tiles(
     as [B * keys, Hkv * D] in tiles [TILE, D]; those that every row sees whole are copied by them, without
     masks.
     """
-    tile_id = tl.program_id(0)
+    tile_id, kv_head = tl.program_id(0), tl.program_id(1)
+    if BUNCHED:
+        tile_id, kv_head = in_bunches(tiles_a_bunch)
     if PACKED:
         wait_for_launch_in_front(OVERLAP)
         sequence = tl.load(tile_rows + 3 * tile_id)
@@ -361,7 +388,6 @@ def attend_tiles(
         if not DECODE:
             first_token = tile * tokens_a_tile
         end_token = tokens
-    kv_head = tl.program_id(1)
     group = first_group
     if n_groups > 1:
         group += kv_head % n_groups
@@ -491,7 +517,7 @@ def attend_tiles(
     m = tl.full([M], -float("inf"), tl.float32)
     # With few rows a tile of P lies across warps, and adding up its columns costs barriers: they are added up
     # once, at the end.
-    LATE_SUM: tl.constexpr = M <= 32
+    LATE_SUM: tl.constexpr = M <= 32 or AS_ALONE
     l = tl.zeros([M, TILE] if LATE_SUM else [M], tl.float32)
     acc1 = tl.zeros([M, DV1], ACC)
     e1 = tl.arange(0, DV1)
@@ -503,7 +529,6 @@ def attend_tiles(
     # 3.6 lays a tile out otherwise behind one, which adds up P in another order.
     BRANCH: tl.constexpr = (
         not DECODE
-        and not AS_ALONE
         and not LISTED
         and MASK == 0
         and (M >= 128 or (M == 64 and DV1 <= 128) or (M < 64 and DV1 > M and TILE > M))
@@ -603,7 +628,7 @@ def attend_tiles(
                 acc2 = accumulate(acc2, rescale, p, v2, v2.dtype, P_TYPE, ACC_F16)
 
     if LATE_SUM:
-        l = tl.sum(l, 1)
+        l = sum_of_keys(l, M, TILE)
     empty = l == 0
     l_safe = tl.where(empty, 1.0, l)
     slot = (row * slots + part) * q_heads + kv_head * ratio + first_head + head

@@ -30,6 +30,8 @@ from verify.kernels.trace import Launched
 PARTIALS_AT_ONCE = 1 << 28
 # Slots, one a head, whose states are held where they are counted (128 MiB).
 COUNTED_AT_ONCE = 1 << 27
+# Bunches that the tiles of a window are cut into, the longest rows first.
+BUNCHES = 16
 LOG2_E = math.log2(math.e)
 
 
@@ -339,6 +341,7 @@ class Prepared:
             keys=shape.keys,
             tokens_a_tile=tokens_a_tile,
             tiles=-(-shared["tokens"] // tokens_a_tile),
+            tiles_a_bunch=max(grid[0] // BUNCHES, 1),
             softcap=(1.0 if call.softcap is None else call.softcap) * LOG2_E,
             window=call.sliding_window or 0,
             **_strides("k_b k_s k_h", k),
@@ -360,6 +363,7 @@ class Prepared:
             WINDOW=call.sliding_window is not None,
             ALIBI=call.alibi_slopes is not None,
             COPIED=k_tiles is not None,
+            BUNCHED=k_tiles is not None or self.shares_tiles,
             **shared,
         )
 
