@@ -210,8 +210,8 @@ def weights(s, m, l, LATE_SUM: tl.constexpr):
 
 @triton.jit
 def sum_of_keys(l, M: tl.constexpr, TILE: tl.constexpr):
-    """The sum over the second dimension of l [M, TILE], a power of two, by halves: in this order however Triton
-    lays the tile out over threads, which differs with M."""
+    """The sum over the second dimension of l [M, TILE], a power of two, by halves: in this order however
+    Triton lays the tile out over threads, which differs with M."""
     for step in tl.static_range(8):
         if TILE >> step > 1:
             l = tl.sum(tl.reshape(l, [M, 2, TILE >> (step + 1)]), 1)
@@ -232,8 +232,8 @@ def scaled(x, factor, ROUNDED: tl.constexpr):
 
 @triton.jit
 def in_bunches(tiles_a_bunch):
-    """Tile and head of this program: some tiles of each head in turn, before the next ones, so that all of the
-    longest rows come first, and programs that run side by side read the same keys."""
+    """Tile and head of this program: some tiles of each head in turn, before the next ones, so that all of
+    the longest rows come first, and programs that run side by side read the same keys."""
     tiles, heads = tl.num_programs(0), tl.num_programs(1)
     place = tl.program_id(0) + tl.program_id(1) * tiles
     first = place // (tiles_a_bunch * heads) * tiles_a_bunch
@@ -365,7 +365,7 @@ def attend_tiles(
     listed_t a row, and last_key [B, T] is what kv_len is elsewhere. MASK: 1 for truth values, 2 for numbers:
     mask with strides mask_b, mask_h, mask_t and last stride 1. COPIED: k_tiles and v_tiles describe k and v
     as [B * keys, Hkv * D] in tiles [TILE, D]; those that every row sees whole are copied by them, without
-    masks.
+    masks. BUNCHED: programs go through tiles and heads in bunches of tiles_a_bunch tiles.
     """
     tile_id, kv_head = tl.program_id(0), tl.program_id(1)
     if BUNCHED:
@@ -516,7 +516,7 @@ def attend_tiles(
     ACC: tl.constexpr = tl.float16 if ACC_F16 else tl.float32
     m = tl.full([M], -float("inf"), tl.float32)
     # With few rows a tile of P lies across warps, and adding up its columns costs barriers: they are added up
-    # once, at the end.
+    # once, at the end. So they are where larger tiles must give the same bits.
     LATE_SUM: tl.constexpr = M <= 32 or AS_ALONE
     l = tl.zeros([M, TILE] if LATE_SUM else [M], tl.float32)
     acc1 = tl.zeros([M, DV1], ACC)
@@ -526,7 +526,7 @@ def attend_tiles(
         e2 = DV1 + tl.arange(0, DV2)
 
     # Whether masks are for some tiles alone. One row of heads costs less than a branch; and elsewhere Triton
-    # 3.6 lays a tile out otherwise behind one, which adds up P in another order.
+    # 3.6 lays a tile out otherwise behind one, which adds up P in another order where it is added up at once.
     BRANCH: tl.constexpr = (
         not DECODE
         and not LISTED

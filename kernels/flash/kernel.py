@@ -28,7 +28,7 @@ from verify.kernels.flash import compiled
 from verify.kernels.flash.launch import Prepared, device_code, shares_memory, tokens_wanted
 from verify.kernels.flash.merge import combine
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
-from verify.kernels.flash.tiles import Tiles, choose_tiles
+from verify.kernels.flash.tiles import Tiles, choose_tiles, window_tiles
 from verify.kernels.here import why_not_flash
 from verify.kernels.kernel import Kernel, ReadyCall
 from verify.kernels.merge import Merge
@@ -185,7 +185,15 @@ class FlashKernel(Kernel):
             return None
         if fused:
             tiles = self.tiles or tiles._replace(warps=4, stages=4)
-        prepared = prepare(call, options, tiles, overlap=overlap, copy_engine=new, cache_type=cache.k)
+        prepared = prepare(
+            call,
+            options,
+            tiles,
+            self._window_tiles(call, tiles),
+            overlap=overlap,
+            copy_engine=new,
+            cache_type=cache.k,
+        )
         prepared.planes, prepared.expand, prepared.rotation = planes, not fused, rotation
         return prepared
 
@@ -363,24 +371,48 @@ class FlashKernel(Kernel):
             call.shape,
             tokens_wanted(call),
             options.plan.block,
+            window=call.shape.rows,
             item_size=call.q.element_size(),
             v_is_k=shares_memory(call),
         )
 
     @staticmethod
     def _tiles_of(
-        limit: Limits, shape: Shape, tokens: int | None, block: int, *, item_size: int, v_is_k: bool
+        limit: Limits,
+        shape: Shape,
+        tokens: int | None,
+        block: int,
+        *,
+        window: int = 0,
+        item_size: int,
+        v_is_k: bool,
     ) -> Tiles | None:
         return choose_tiles(
             shape.ratio,
             shape.k_size,
             shape.v_size,
             tokens=tokens,
+            window=window,
             block=block,
             item_size=item_size,
             v_is_k=v_is_k,
             shared_limit=limit.shared_bytes,
             tensor_cores=limit.capability >= _TENSOR_CORES_FROM,
+        )
+
+    def _window_tiles(self, call: Call, alone: Tiles) -> Tiles:
+        """Those of rows of a window, where one alone has these."""
+        limits = self._limit(call.q.device)
+        if self.tiles is not None:
+            return alone
+        return window_tiles(
+            alone,
+            call.shape.k_size,
+            call.shape.v_size,
+            item_size=call.q.element_size(),
+            v_is_k=shares_memory(call),
+            shared_limit=limits.shared_bytes,
+            capability=limits.capability,
         )
 
     def _limit(self, device: torch.device | None) -> Limits:

@@ -30,8 +30,9 @@ from verify.kernels.trace import Launched
 PARTIALS_AT_ONCE = 1 << 28
 # Slots, one a head, whose states are held where they are counted (128 MiB).
 COUNTED_AT_ONCE = 1 << 27
-# Bunches that the tiles of a window are cut into, the longest rows first.
-BUNCHES = 16
+# Bunches that the tiles of a window are cut into, the longest rows first: few enough that programs which run
+# side by side read the same keys (measured: benchmarks/results/h200-prefill-tiles.json).
+BUNCHES = 4
 LOG2_E = math.log2(math.e)
 
 
@@ -153,6 +154,7 @@ class Prepared:
     call: Call  # as the device code takes it
     options: TileOptions  # of the specification, with the call's own plan
     tiles: Tiles  # sizes of the matrix tiles
+    window_tiles: Tiles  # of those in which rows of a window lie side by side on the path decode
     overlap: bool  # the combining launch may begin early
     copy_engine: bool  # the device has one that copies tiles to shared memory
     out: torch.Tensor  # float32
@@ -244,7 +246,8 @@ class Prepared:
         kv_len = item.kv_len[b, t].contiguous()
         out, lse = self.out[b, t], self.lse[b, t]
         sequences, tokens = q.shape[:2]
-        tiles = -(-tokens // self.tokens_a_tile) if tile_rows is None else len(tile_rows)
+        sizes, tokens_a_tile = self.sizes, self.tokens_a_tile(item.head_groups)
+        tiles = -(-tokens // tokens_a_tile) if tile_rows is None else len(tile_rows)
         combine = item.slots > 1 or call.sinks is not None
         part_out, part_lse = out, lse
         if combine:
@@ -287,17 +290,17 @@ class Prepared:
                 "slots": item.slots,
                 "logit_scale": call.scale * LOG2_E if call.softcap is None else call.scale / call.softcap,
                 **_strides("q_b q_t q_h", group_q),
-                "M": self.tiles.rows,
-                "TILE": self.tiles.keys,
+                "M": sizes.rows,
+                "TILE": sizes.keys,
                 "BLOCK": self.options.plan.block,
                 "OVERLAP": self.overlap,
-                "num_warps": self.tiles.warps,
-                "num_stages": self.tiles.stages,
+                "num_warps": sizes.warps,
+                "num_stages": sizes.stages,
                 **early,
             }
             grid = sequences * tiles, shape.kv_heads * n_groups, item.slots
             attend = self._over_numbers if self.over_numbers else self._over_planes
-            names.append(_binary_hash(attend(grid, chunk, shared)))
+            names.append(_binary_hash(attend(grid, chunk, tokens_a_tile, shared)))
         if combine:
             width = next_power_of_two(shape.v_size)
             compiled = device_code().combine_parts[(sequences * tokens, shape.q_heads)](
@@ -321,17 +324,19 @@ class Prepared:
         item.binaries = sorted(set(names), key=names.index)
         return part_lse.view(sequences, tokens, item.slots, shape.q_heads)
 
-    def _over_numbers(self, grid: tuple[int, ...], chunk: Chunk, shared: dict[str, Any]) -> Any:
+    def _over_numbers(
+        self, grid: tuple[int, ...], chunk: Chunk, tokens_a_tile: int, shared: dict[str, Any]
+    ) -> Any:
         """One launch over keys and values as they are; returns what was compiled for it."""
         call, shape, code = self.call, self.call.shape, device_code()
         k, v = call.k, call.v
         if not self.forms.page and chunk.tile_rows is None:
             k, v = k[chunk.b], v[chunk.b]
-        tokens_a_tile, alone = self.tokens_a_tile, token_a_tile(call) and not self.shares_tiles
-        dk, dv = split_head(shape.k_size, self.tiles.rows), split_head(shape.v_size, self.tiles.rows)
+        alone = token_a_tile(call) and not self.shares_tiles
+        dk, dv = (split_head(size, self.sizes.rows) for size in (shape.k_size, shape.v_size))
         k_tiles = v_tiles = None
         if self.copies_tiles:
-            k_tiles, v_tiles = _tiles_of(k, self.tiles.keys), _tiles_of(v, self.tiles.keys)
+            k_tiles, v_tiles = _tiles_of(k, self.sizes.keys), _tiles_of(v, self.sizes.keys)
         return code.attend_tiles[grid](
             k=k,
             v=v,
@@ -375,15 +380,23 @@ class Prepared:
     @property
     def shares_tiles(self) -> bool:
         """Whether rows of the path decode lie side by side in matrix tiles, as many as fill them. Each has
-        the bits that it has alone: the tile is as large, what it does not see leaves its sums as they are."""
+        the bits that it has alone: its sums go over as many keys a tile in the same order, and what it does
+        not see leaves them as they are."""
         call = self.call
-        beside = call.shape.rows > 1 and shared_tokens(call, self.tiles) > 1
+        beside = call.shape.rows > 1 and shared_tokens(call, self.window_tiles) > 1
         return call.path == "decode" and not call.has_forms and beside and self.over_numbers
 
     @property
-    def tokens_a_tile(self) -> int:
-        """Query tokens of one matrix tile."""
-        return (shared_tokens if self.shares_tiles else tile_tokens)(self.call, self.tiles)
+    def sizes(self) -> Tiles:
+        """Of the matrix tiles that are launched."""
+        return self.window_tiles if self.shares_tiles else self.tiles
+
+    def tokens_a_tile(self, head_groups: tuple[int, ...]) -> int:
+        """Query tokens of one matrix tile. Where a row has its bits whatever lies beside it, as many as the
+        largest head group leaves room for."""
+        if self.shares_tiles:
+            return self.window_tiles.rows // max(head_groups)
+        return tile_tokens(self.call, self.tiles)
 
     @property
     def copies_tiles(self) -> bool:
@@ -399,9 +412,11 @@ class Prepared:
         rows = shape.batch * shape.keys
         return whole and powers and max(shape.k_size, shape.v_size) <= 256 and 0 < rows < 1 << 31
 
-    def _over_planes(self, grid: tuple[int, ...], chunk: Chunk, shared: dict[str, Any]) -> Any:
+    def _over_planes(
+        self, grid: tuple[int, ...], chunk: Chunk, tokens_a_tile: int, shared: dict[str, Any]
+    ) -> Any:
         """The same over a quantised cache, on the decode path."""
-        assert self.planes is not None
+        assert self.planes is not None and tokens_a_tile == 1
         shape, planes = self.call.shape, self.planes
         # What every reader takes of them, by the names of its parameters.
         held = {"keys": shape.keys, "kv_heads": shape.kv_heads, **planes.of_sequences(chunk.b)}

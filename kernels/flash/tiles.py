@@ -14,6 +14,12 @@ SMALLEST_HEAD, LARGEST_K_HEAD, LARGEST_V_HEAD = 16, 576, 512
 LARGEST_GROUP = 64
 
 
+# Query tokens from which tiles of the path prefill have 128 rows at head sizes of 128.
+LONG_WINDOW = 8192
+# Rows of a matrix tile that one warpgroup multiplies at a time (wgmma, compute capability 9.0).
+WARPGROUP_ROWS = 64
+
+
 class HeadSplit(NamedTuple):
     """A head size as a power of two and a rest that is padded to a power of two (0: no rest)."""
 
@@ -66,12 +72,41 @@ def shared_bytes(
     return buffers * tiles.keys * key_bytes + q_and_p + 1024
 
 
+def _in_warpgroup_tiles(k_size: int, v_size: int, item_size: int) -> bool:
+    """Whether a head is of a size, and of 16 bits, for which tiles of 64 rows were measured."""
+    return k_size == v_size and k_size in (64, 128) and item_size == 2
+
+
+def window_tiles(
+    alone: Tiles,
+    k_size: int,
+    v_size: int,
+    *,
+    item_size: int,
+    v_is_k: bool,
+    shared_limit: int,
+    capability: tuple[int, int],
+) -> Tiles:
+    """Tiles in which rows of a window of the path decode lie side by side, each with the bits that it has in
+    the tile `alone`: as many keys; 64 rows where products of 64 rows were seen to have the bits of products
+    of 16 (compute capability 9.0, tests/cuda/test_flash_cuda.py; before it there is one instruction for
+    both), else as many rows.
+    """
+    fits = _in_warpgroup_tiles(k_size, v_size, item_size) and alone.keys == 64 and alone.rows < WARPGROUP_ROWS
+    wide = Tiles(WARPGROUP_ROWS, alone.keys, 4, 3)
+    fits = fits and (8, 0) <= capability < (10, 0)
+    if fits and shared_bytes(wide, k_size, v_size, item_size, v_is_k) <= shared_limit:
+        return wide
+    return alone
+
+
 def choose_tiles(
     ratio: int,
     k_size: int,
     v_size: int,
     *,
     tokens: int | None,
+    window: int = 0,
     block: int,
     item_size: int,
     v_is_k: bool,
@@ -80,13 +115,20 @@ def choose_tiles(
 ) -> Tiles | None:
     """The largest tiles that fit in `shared_limit` bytes; None where not even the smallest do.
 
-    ratio: query heads a KV head, 1 to 64; tokens: that a tile should hold, None for as many as do; block:
-    keys a tile at most; item_size: bytes a number of the cache; tensor_cores: whether Triton multiplies on
-    them (from compute capability 8.0).
+    ratio: query heads a KV head, 1 to 64; tokens: that a tile should hold, None for as many as do; window:
+    query tokens of the call, by which those that hold as many as do are chosen; block: keys a tile at most;
+    item_size: bytes a number of the cache; tensor_cores: whether Triton multiplies on them (from compute
+    capability 8.0).
     """
     widest = max(k_size, v_size)
     fewest = max(next_power_of_two(ratio), 16)
     rows = max(fewest, 128 if widest <= 128 or k_size == v_size == 256 else 64)
+    small = tokens is None and tensor_cores and _in_warpgroup_tiles(k_size, v_size, item_size)
+    if small and (widest == 64 or window < LONG_WINDOW):
+        # Two programs a multiprocessor, of which one takes its exponentials while the other multiplies, are
+        # faster than one of twice the rows, but where the keys of a long window are read too often for it
+        # (benchmarks/results/h200-prefill-tiles.json).
+        rows = max(fewest, WARPGROUP_ROWS)
     if tokens is not None:
         rows = min(max(next_power_of_two(tokens * ratio), fewest), rows)
     while rows >= fewest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -183,32 +184,44 @@ def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
         (3, 64, torch.float16, "f16", "f32"), (3, 64, torch.float16, "f32", "f32"),
         (3, 64, torch.float16, "f16", "f16"), (4, 256, torch.float16, "f16", "f32"),
         (5, 80, torch.bfloat16, "bf16", "f32"), (7, 64, torch.float32, "f32", "f32"),
-        (8, 128, torch.float16, "f16", "f32"),
+        (8, 128, torch.float16, "f16", "f32"), (12, 128, torch.float16, "f16", "f32"),
+        (12, 128, torch.bfloat16, "bf16", "f32"), (20, 128, torch.float16, "f32", "f32"),
+        (6, 128, torch.float16, "bf16", "f16"), (4, 64, torch.bfloat16, "f32", "f32"),
     ],
 )  # fmt: skip
 def test_rows_that_share_a_tile_are_what_they_are_alone(
     r: int, size: int, dtype: torch.dtype, p: str, acc: str
 ) -> None:
-    """Rows of a window, one key more each, and rows of any lengths, every bit of them."""
+    """Rows of a window, one key more each, and rows of any lengths, every bit of them: alone they are products
+    of 16 rows, side by side of 64 where they are of 64 or 128 numbers of 16 bits. Of logits near each other and
+    far apart, of values of all sizes, with each option."""
     torch.manual_seed(r)
-    q = torch.randn(2, 40, 2 * r, size, dtype=dtype, device=CUDA)
-    k, v = (torch.randn(2, 1100, 2, size, dtype=dtype, device=CUDA) for _ in "kv")
     following = torch.arange(990, 1030, dtype=torch.int32, device=CUDA)
     kv_len = torch.stack((following, torch.randint(0, 1101, (40,), dtype=torch.int32, device=CUDA)))
-    more = {"scale": size**-0.5}
     heads = None if r == 1 else (r - r // 2, r // 2)
-    for plan in (Plan(), Plan(kv=KVCuts("parts", 4), heads=heads)):
-        flash = FlashKernel("flash", TileOptions(plan=plan, p=p, acc=acc))
-        together = flash.attend(q, k, v, kv_len=kv_len, **more)
-        for b in range(2):
-            for t in range(40):
-                row = slice(t, t + 1)
-                alone = flash.attend(
-                    q[b : b + 1, row], k[b : b + 1], v[b : b + 1], kv_len=kv_len[b : b + 1, row], **more
-                )
-                assert torch.equal(alone.out[0, 0], together.out[b, t]), (plan, b, t)
-                assert torch.equal(alone.lse[0, 0], together.lse[b, t]), (plan, b, t)
-        assert flash.notes == []
+    slopes = torch.rand(2 * r, device=CUDA) / 8
+    options: tuple[tuple[float, dict[str, Any]], ...] = (
+        (1.0, {}), (30.0, {}), (1.0, {"softcap": 5.0}), (1.0, {"alibi_slopes": slopes}),
+        (4.0, {"sliding_window": 200}), (1.0, {"sinks": torch.randn(2 * r, device=CUDA)}),
+    )  # fmt: skip
+    for spread, of in options:
+        q = spread * torch.randn(2, 40, 2 * r, size, device=CUDA).to(dtype)
+        k, v = (torch.randn(2, 1100, 2, size, device=CUDA).to(dtype) for _ in "kv")
+        v *= torch.exp2(torch.randint(-9, 4, (2, 1100, 2, 1), device=CUDA)).to(dtype)
+        more = {"scale": size**-0.5, **of}
+        for plan in (Plan(), Plan(kv=KVCuts("parts", 4), heads=heads)):
+            flash = FlashKernel("flash", TileOptions(plan=plan, p=p, acc=acc))
+            together = flash.attend(q, k, v, kv_len=kv_len, **more)
+            for b in range(2):
+                for t in range(0, 40, 1 if spread == 1 and not of else 3):
+                    row = slice(t, t + 1)
+                    alone = flash.attend(
+                        q[b : b + 1, row], k[b : b + 1], v[b : b + 1], kv_len=kv_len[b : b + 1, row], **more
+                    )
+                    what = (plan, spread, of, b, t)
+                    assert torch.equal(alone.out[0, 0], together.out[b, t]), what
+                    assert torch.equal(alone.lse[0, 0], together.lse[b, t]), what
+            assert flash.notes == []
 
 
 def test_offsets_beyond_32_bits() -> None:

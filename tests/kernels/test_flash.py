@@ -97,21 +97,23 @@ def test_tiles_that_the_copy_engine_reads_have_the_bits_of_loads() -> None:
 
 
 def test_a_window_of_rows_fills_its_matrix_tiles() -> None:
-    """r = 3 in a tile of 16: five rows side by side; none where a row is alone, or has a form of its own."""
+    """r = 3 in a tile of 16: five rows side by side, or 21 in one of 64; by the largest head group; none
+    where a row is alone, or has a form of its own."""
     sizes = InputSizes(n_kv=tuple(range(1, 13)), heads=Heads.grouped(kv=2, ratio=3, k_size=16, v_size=16))
     window = draw("gaussian", sizes, 1)
 
-    def tokens(call: Call, **options: Any) -> int:
+    def tokens(call: Call, groups: tuple[int, ...] = (3,), **options: Any) -> int:
         prepared = FlashKernel("flash", TileOptions(), **options).prepare(call)
         assert prepared is not None and prepared.tiles.rows == 16
-        return prepared.tokens_a_tile
+        return prepared.tokens_a_tile(groups)
 
-    assert tokens(window) == 5
+    assert tokens(window) == 5 and tokens(window, (2, 1)) == 8
     assert tokens(window.of_rows(torch.tensor([7]))) == tokens(in_pages(window, 16)) == 1
     # The readers of a quantised cache have a tile a row.
     wide = draw("gaussian", replace(sizes, heads=Heads.grouped(kv=1, ratio=3, k_size=64, v_size=64)), 1)
     assert tokens(wide, cache=parse_cache("q8_0")) == 1
-    assert tokens(wide, cache=parse_cache("q8_0"), expand="f16") == 5
+    assert tokens(wide, cache=parse_cache("q8_0"), expand="f16") == 21
+    assert tokens(wide) == 21 and tokens(wide, (2, 1)) == 32
     # Rows of one length: a number could say it, which of several rows means another thing.
     alike = draw("gaussian", replace(sizes, n_kv=(40,) * 12), 1)
     flash = FlashKernel("flash", TileOptions())

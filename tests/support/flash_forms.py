@@ -138,7 +138,7 @@ def any_list_is_within_the_budget(device: torch.device, families: tuple[str, ...
 
 def rows_are_rows_alone(path: AttentionPath, device: torch.device, families: tuple[str, ...]) -> None:
     """Whatever shares a row's tile: its parts are those of its own keys."""
-    heads = Heads.grouped(kv=1, ratio=3, k_size=32, v_size=32)
+    heads = Heads.grouped(kv=1, ratio=3, k_size=64, v_size=64)
     # Of `several` one tile of 16 rows: more rows would be a larger one.
     lengths = (63, 65, 200, 0) if path == "several" else (63, 65, 200, 0, 64, 66, 129)
     sizes = InputSizes(n_kv=lengths, heads=heads, path=path)
