@@ -137,7 +137,8 @@ def choose_tiles(
         while keys >= SMALLEST_KEYS:
             # Deep enough to hide memory, and no deeper: with few rows a fourth stage of 32 KiB gains 2 to 4 %
             # and a fifth loses it again (H200); with 64 or more it gains nothing.
-            for stages in (4, 3, 2) if keys * widest < 64 * 128 or (rows < 64 and widest <= 128) else (3, 2):
+            deep = (keys * widest < 64 * 128 and not small) or (rows < 64 and widest <= 128)
+            for stages in (4, 3, 2) if deep else (3, 2):
                 tiles = Tiles(rows, keys, warps, stages)
                 need = shared_bytes(tiles, k_size, v_size, item_size, v_is_k, tensor_cores=tensor_cores)
                 if need <= shared_limit:

@@ -192,9 +192,9 @@ def test_long_rows_in_a_window_are_what_they_are_alone() -> None:
 def test_rows_that_share_a_tile_are_what_they_are_alone(
     r: int, size: int, dtype: torch.dtype, p: str, acc: str
 ) -> None:
-    """Rows of a window, one key more each, and rows of any lengths, every bit of them: alone they are products
-    of 16 rows, side by side of 64 where they are of 64 or 128 numbers of 16 bits. Of logits near each other and
-    far apart, of values of all sizes, with each option."""
+    """Rows of a window, one key more each, and rows of any lengths, every bit of them: alone they are
+    products of 16 rows, side by side of 64 where they are of 64 or 128 numbers of 16 bits. Of logits near
+    each other and far apart, of values of all sizes, with each option."""
     torch.manual_seed(r)
     following = torch.arange(990, 1030, dtype=torch.int32, device=CUDA)
     kv_len = torch.stack((following, torch.randint(0, 1101, (40,), dtype=torch.int32, device=CUDA)))
