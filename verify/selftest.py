@@ -14,8 +14,6 @@ inputs, which is what they are run on, and on all families.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -57,6 +55,7 @@ from verify.kernels.plans.tile_options import TileOptions
 from verify.kernels.trace import heads_launched_alike
 from verify.laws import LAWS, Subject, subject_of
 from verify.laws.run import run_law
+from verify.machine.processes import SharedWork, answered
 
 DEFAULT_SEEDS = 2
 # Each computes on one thread, and takes half a gigabyte.
@@ -182,6 +181,19 @@ class SelftestResult:
         }
 
 
+class _Budgets:
+    """The budgets of a call. Kernels that round alike at its n_kv share one."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._made = call, dict[Any, Budget]()
+
+    def of(self, arithmetic: Arithmetic) -> Budget:
+        key = rounding_key(arithmetic, self._call.n_kv.unique().tolist())
+        if key not in self._made:
+            self._made[key] = error_budget(self._call, arithmetic)
+        return self._made[key]
+
+
 class _Input:
     """One call, with everything about it that does not depend on the kernel."""
 
@@ -193,133 +205,78 @@ class _Input:
         self.call: Call = draw(family, sizes, seed, device=device)
         self.distinct = ALL_FAMILIES[family].distinct
         self.plain = plain_attention(self.call)
-        self._budgets: dict[Any, Budget] = {}
-
-    def budget(self, arithmetic: Arithmetic) -> Budget:
-        """Kernels that round alike at these n_kv share a budget."""
-        key = rounding_key(arithmetic, self.call.kv_len.unique().tolist())
-        if key not in self._budgets:
-            self._budgets[key] = error_budget(self.call, arithmetic)
-        return self._budgets[key]
+        self.budgets = _Budgets(self.call)
 
 
 def run_selftest(
     seeds: int = DEFAULT_SEEDS,
     *,
     device: torch.device | str = "cpu",
+    processes: int = 1,
     only: Callable[[str], bool] = lambda name: True,
     progress: Callable[[str], None] = lambda text: None,
     identified: bool = False,
 ) -> SelftestResult:
     """Run every fault and every variant (`only`: those whose name it accepts) with seeds 0 .. seeds-1.
 
-    identified: where nothing is stated, judge by what is read off every kernel, and not by the loosest, which
-    takes three times as long.
+    processes: so many share the subjects, on a CPU; the result is the same. progress: told of what this one
+    takes. identified: where nothing is stated, judge by what is read off every kernel, and not by the
+    loosest, which takes three times as long.
     """
     threads = torch.get_num_threads()
     # Tensors are small here: threads would mostly wait for each other.
     torch.set_num_threads(1)
     try:
-        return _run(seeds, device, only, progress, identified)
+        return _run(seeds, torch.device(device), processes, only, progress, identified)
     finally:
         torch.set_num_threads(threads)
 
 
-def run_selftest_in_processes(
-    seeds: int = DEFAULT_SEEDS,
-    *,
-    processes: int,
-    only: Callable[[str], bool] = lambda name: True,
-    progress: Callable[[str], None] = lambda text: None,
-) -> SelftestResult:
-    """`run_selftest` on the CPU by so many processes, each with a share of the subjects: the same result.
-
-    This process takes the first share, and tells of it; an interrupt ends the others.
-    """
-    began = time.monotonic()
-    names = [name for trial in _trials() if only(name := trial.subject.name)]
-    shares = [frozenset(names[i::processes]) for i in range(processes)]
-    with multiprocessing.get_context("spawn").Pool(max(processes - 1, 1), initializer=_leave_signals) as pool:
-        others = [pool.apply_async(_share_of, (seeds, share)) for share in shares[1:] if share]
-        subjects = run_selftest(seeds, only=shares[0].__contains__, progress=progress).subjects
-        progress("what the other processes found")
-        for other in others:
-            subjects += other.get()
-    by_name = {subject.name: subject for subject in subjects}
-    return SelftestResult(seeds, time.monotonic() - began, [by_name[name] for name in names])
-
-
-def _leave_signals() -> None:
-    """An interrupt is for the process that waits: it ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _share_of(seeds: int, names: frozenset[str]) -> list[SelftestSubject]:
-    return run_selftest(seeds, only=names.__contains__).subjects
-
-
 def _run(
     seeds: int,
-    device: torch.device | str,
+    device: torch.device,
+    processes: int,
     only: Callable[[str], bool],
     progress: Callable[[str], None],
     identified: bool,
 ) -> SelftestResult:
     began = time.monotonic()
-    on_gpu = torch.device(device).type == "cuda"
     trials = [trial for trial in _trials() if only(trial.subject.name)]
     for subject in (trial.subject for trial in trials):
         subject.detectors = dict.fromkeys(DETECTORS, 0)
         subject.gates = {g.name: 0 for g in GATES}
         subject.gates_any = dict(subject.gates)
-    probes = standard_probes(SIZES, device=device) + standard_probes(OTHER_SIZES, device=device)
-    known = {
-        trial.subject.name: _read(trial.build(), device) if identified else KnownReadings(())
-        for trial in trials
-    }
-    for seed in range(seeds):
-        inputs = list(_inputs(seed, device))
-        formed = [_Input(family, FORM_SIZES, seed, device) for family in FORMS]
-        for trial in trials:
-            if trial.needs == "cuda" and not on_gpu:
-                trial.subject.skipped = "needs a GPU"
-                continue
-            progress(f"seed {seed + 1} of {seeds}: {trial.subject.name}")
-            used = [x for x in inputs if x.family not in trial.without]
-            if seed == 0 and trial.subject.kind == "clean" and _takes_forms(trial.build()):
-                used += formed
-            if trial.shown is not None:
-                used = [
-                    _Input(
-                        family, dataclasses.replace(CALL_SIZES, path=path, **trial.shown.sizes), seed, device
-                    )
-                    for path in trial.shown.paths
-                    for family in trial.shown.families
-                ]
-                _one_seed(trial, used, [], seed, known[trial.subject.name])
-                continue
-            chosen = [far_offsets(SIZES, device=device)] if trial.probes == "far offsets" else probes
-            _one_seed(trial, used, chosen, seed, known[trial.subject.name])
-    hidden = [t for t in trials if t.subject.kind == "fault" and t.subject.unstated < seeds]
-    for trial in hidden if not identified else ():
-        if not trial.subject.skipped:
-            progress(f"read off it: {trial.subject.name}")
-            _by_what_is_read(trial, probes, seeds, device)
+    runnable = [trial for trial in trials if trial.needs != "cuda" or device.type == "cuda"]
+    for trial in trials:
+        trial.subject.skipped = "" if trial in runnable else "needs a GPU"
+    shown = _Shown(device)
+    known = {}
+    if identified:
+        known = {trial.subject.name: _read(trial.build(), device) for trial in runnable}
+
+    def ask(each: tuple[int, _Trial]) -> _SeedFound:
+        seed, trial = each
+        return _one_seed(trial, seed, shown, known.get(trial.subject.name, KnownReadings(())))
+
+    def ask_by_what_is_read(trial: _Trial) -> list[_SeedFound]:
+        read_off = _read(trial.build(), device)
+        return [_one_seed(trial, seed, shown, read_off) for seed in range(seeds)]
+
+    def tell(each: tuple[int, _Trial]) -> None:
+        progress(f"seed {each[0] + 1} of {seeds}: {each[1].subject.name}")
+
+    of_seeds = ((seed, trial) for seed in range(seeds) for trial in runnable)
+    for (_, trial), found in answered(of_seeds, SharedWork(ask, tell=tell), processes):
+        _count(trial.subject, found)
+    # What the loosest arithmetic hides is judged once more.
+    hidden = [t for t in runnable if t.subject.kind == "fault" and t.subject.unstated < seeds]
+    again = SharedWork(ask_by_what_is_read, tell=lambda trial: progress(f"read off it: {trial.subject.name}"))
+    for trial, of_each in answered(iter([] if identified else hidden), again, min(processes, len(hidden))):
+        subject = trial.subject
+        subject.read, subject.unstated, subject.unstated_said = True, 0, {}
+        for found in of_each:
+            _count_unstated(subject, found)
     return SelftestResult(seeds, time.monotonic() - began, [trial.subject for trial in trials])
-
-
-def _by_what_is_read(trial: _Trial, probes: list[Probe], seeds: int, device: torch.device | str) -> None:
-    """Judge a fault that the loosest arithmetic hides once more, by what is read off its kernel."""
-    subject, known = trial.subject, _read(trial.build(), device)
-    again = trial._replace(subject=dataclasses.replace(subject, unstated=0, unstated_said={}))
-    again.subject.detectors = dict(subject.detectors)
-    again.subject.gates, again.subject.gates_any = dict(subject.gates), dict(subject.gates_any)
-    for seed in range(seeds):
-        used = [x for x in _inputs(seed, device) if x.family not in trial.without]
-        chosen = [far_offsets(SIZES, device=device)] if trial.probes == "far offsets" else probes
-        _one_seed(again, used, chosen, seed, known)
-    subject.unstated, subject.unstated_said = again.subject.unstated, again.subject.unstated_said
-    subject.read = True
 
 
 class _Trial(NamedTuple):
@@ -357,7 +314,44 @@ def _takes_forms(kernel: Kernel) -> bool:
     return kernel.capabilities().lacks("paged", "packed", "mask", "key_list") is None
 
 
-def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
+class _Shown:
+    """What subjects are shown: inputs of one seed at a time, since each takes its megabytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        standard = standard_probes(SIZES, device=device) + standard_probes(OTHER_SIZES, device=device)
+        self.probes = [(probe, _Budgets(probe.call)) for probe in standard]
+        self._seed: int | None = None
+        self._inputs: list[_Input] = []
+        self._formed: list[_Input] = []
+
+    def inputs(self, trial: _Trial, seed: int) -> list[_Input]:
+        if trial.shown is not None:
+            return [
+                _Input(
+                    family, dataclasses.replace(CALL_SIZES, path=path, **trial.shown.sizes), seed, self.device
+                )
+                for path in trial.shown.paths
+                for family in trial.shown.families
+            ]
+        if seed != self._seed:
+            self._seed, self._inputs, self._formed = seed, list(_inputs(seed, self.device)), []
+        used = [x for x in self._inputs if x.family not in trial.without]
+        if seed == 0 and trial.subject.kind == "clean" and _takes_forms(trial.build()):
+            self._formed = self._formed or [_Input(family, FORM_SIZES, seed, self.device) for family in FORMS]
+            used += self._formed
+        return used
+
+    def probes_of(self, trial: _Trial) -> list[tuple[Probe, _Budgets]]:
+        if trial.shown is not None:
+            return []
+        if trial.probes != "far offsets":
+            return self.probes
+        far = far_offsets(SIZES, device=self.device)
+        return [(far, _Budgets(far.call))]
+
+
+def _inputs(seed: int, device: torch.device) -> Iterator[_Input]:
     for family in FAMILIES:
         yield _Input(family, SIZES, seed, device)
     for family in SELFTEST_CALLS:
@@ -368,32 +362,37 @@ def _inputs(seed: int, device: torch.device | str) -> Iterator[_Input]:
     yield _Input("needles", PREFILL_SIZES, seed, device)
 
 
-def _one_seed(
-    trial: _Trial, inputs: list[_Input], probes: list[Probe], seed: int, known: KnownReadings
-) -> None:
-    subject, kernel = trial.subject, trial.build()
-    objected: set[Detector] = set()
-    unstated: set[Detector] = set()
+class _SeedFound(NamedTuple):
+    """What one seed shows of a subject."""
+
+    said: dict[Detector, str]  # the first objection of each
+    unstated_said: dict[Detector, str]  # where no arithmetic is stated
+    refused: set[str]  # gates
+    refused_gaussian: set[str]  # those that refused it on Gaussian inputs
+
+
+def _one_seed(trial: _Trial, seed: int, shown: _Shown, known: KnownReadings) -> _SeedFound:
+    kernel = trial.build()
+    found = _SeedFound({}, {}, set(), set())
 
     def object_to(finding: Finding, where: str, *, stated: bool = True, assumed: bool = True) -> None:
         said = f"{finding.said} ({where})" if where else finding.said
         if stated:
-            objected.add(finding.detector)
-            subject.said.setdefault(finding.detector, said)
+            found.said.setdefault(finding.detector, said)
         if assumed:
-            unstated.add(finding.detector)
-            subject.unstated_said.setdefault(finding.detector, said)
+            found.unstated_said.setdefault(finding.detector, said)
 
     for said in coarser(known.readings):
         object_to(Finding("rms", said), "", stated=False)
-    for probe in probes:
+    for probe, budgets in shown.probes_of(trial):
         try:
             result = kernel.run(probe.call)
         except KernelFailure as failure:
             object_to(Finding("probe", str(failure)), "")
             continue
         for stated, arithmetic in _arithmetics(kernel, probe.call, known):
-            for wrong in judge(probe, result, arithmetic, most=1):
+            budget = None if probe.demand == "bits" else budgets.of(arithmetic)
+            for wrong in judge(probe, result, arithmetic, most=1, budget=budget):
                 object_to(Finding("probe", str(wrong)), "", stated=stated, assumed=not stated)
     if trial.plans is not None:
         for law in (law for law in LAWS.values() if law.group == "plans"):
@@ -408,9 +407,7 @@ def _one_seed(
             done = run_law(law, alone, examples=MERGE_CASES, seed=seed, shrink=False)
             if done.state == "broken":
                 object_to(Finding("law", done.reason), law.name)
-    refused: set[str] = set()
-    refused_gaussian: set[str] = set()
-    for x in inputs:
+    for x in shown.inputs(trial, seed):
         result = kernel.run(x.call)
         for stated, arithmetic in _arithmetics(kernel, x.call, known):
             measured = measure(
@@ -418,35 +415,47 @@ def _one_seed(
                 result,
                 arithmetic,
                 distinct=x.distinct,
-                budget=x.budget(arithmetic),
+                budget=x.budgets.of(arithmetic),
                 heads_alike=heads_launched_alike(result.launched.rows),
             )
             for finding in findings(measured):
                 object_to(finding, x.name, stated=stated, assumed=not stated)
         if x.family == "gaussian":
-            for found in (
+            for seen in (
                 determinism_finding(kernel, x.call, result),
                 trace_finding(result.launched, _asked(kernel, x.call)),
             ):
-                if found is not None:
-                    object_to(found, x.name)
-        exact = x.budget(kernel.arithmetic_of(x.call)).out
+                if seen is not None:
+                    object_to(seen, x.name)
+        exact = x.budgets.of(kernel.arithmetic_of(x.call)).out
         passed = verdicts(compared(x.call, result.out, exact, x.plain))
         failed = {name for name, ok in passed.items() if not ok}
-        refused |= failed
+        found.refused.update(failed)
         if x.family == "gaussian":
-            refused_gaussian |= failed
-    for detector in objected:
+            found.refused_gaussian.update(failed)
+    return found
+
+
+def _count(subject: SelftestSubject, found: _SeedFound) -> None:
+    """Seeds in their order: the first objection of a detector is what is said."""
+    for detector, said in found.said.items():
         subject.detectors[detector] += 1
-    subject.caught += bool(objected - SUSPICIONS)
-    subject.unstated += bool(unstated - SUSPICIONS)
-    for name in refused:
+        subject.said.setdefault(detector, said)
+    subject.caught += bool(found.said.keys() - SUSPICIONS)
+    for name in found.refused:
         subject.gates_any[name] += 1
-    for name in refused_gaussian:
+    for name in found.refused_gaussian:
         subject.gates[name] += 1
+    _count_unstated(subject, found)
 
 
-def _read(kernel: Kernel, device: torch.device | str) -> KnownReadings:
+def _count_unstated(subject: SelftestSubject, found: _SeedFound) -> None:
+    for detector, said in found.unstated_said.items():
+        subject.unstated_said.setdefault(detector, said)
+    subject.unstated += bool(found.unstated_said.keys() - SUSPICIONS)
+
+
+def _read(kernel: Kernel, device: torch.device) -> KnownReadings:
     """What can be read off a kernel at some of the lengths that it is shown."""
     found = []
     for n_kv, heads in (

@@ -89,6 +89,7 @@ class Sums:
         ones = zeros[..., :1]
         self.least_1, self.spread_1, self.rounded_1, self.shared_1 = (ones.clone() for _ in range(4))
         self.spread_square_1, self.rounded_square_1, self.more_1 = (ones.clone() for _ in range(3))
+        self._stagnation: torch.Tensor | None = None
 
     def add(self, block: Block) -> None:
         """Add the terms of a block of keys."""
@@ -268,6 +269,11 @@ class Sums:
 
         so a step is off by min(w / 2, w h, mu) on average; w is constant between powers of two.
         """
+        if self._stagnation is None:
+            self._stagnation = self._found_stagnation()
+        return self._stagnation
+
+    def _found_stagnation(self) -> torch.Tensor:
         a, rows = self.a, self.rows
         if a.acc != "f16":
             return torch.zeros_like(rows.out)
@@ -280,6 +286,8 @@ class Sums:
         top = (mean * self._depth("summed")).clamp(min=torch.finfo(torch.float64).tiny)
         lost = torch.zeros_like(top)
         for exponent in range(_LEAST_EXPONENT, _MOST_EXPONENT):
+            if not top.is_cuda and top.max() <= 2.0**exponent:
+                break  # No sum comes so far. A GPU would be waited for, to know.
             share = (top.clamp(max=2.0 ** (exponent + 1)) - 2.0**exponent).clamp(min=0) / top
             apart = 2.0 ** (exponent - 10)
             averaged = -torch.log1p(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
-from multiprocessing.pool import ThreadPool
 
 import pytest
 
@@ -16,7 +14,7 @@ from verify.commands import selftest as command
 from verify.kernels.faults import FAULTS, PLAN_FAULTS, VARIANTS
 from verify.kernels.judging.families import draw
 from verify.reports.selftest import summary
-from verify.selftest import run_selftest, run_selftest_in_processes
+from verify.selftest import run_selftest
 
 SOME = {
     "base-2 merge", "wrong by 2e-4", "never ran", "base-2 lse", "f16 overflow", "plain",
@@ -42,7 +40,9 @@ def with_few_inputs(patch: pytest.MonkeyPatch) -> None:
 def result() -> selftest.SelftestResult:
     with pytest.MonkeyPatch.context() as patch:
         with_few_inputs(patch)
-        return run_selftest(1, only=lambda name: name in SOME | PLANS | MERGES | {"offset wraps at 2^31"})
+        return run_selftest(
+            1, only=lambda name: name in SOME | SHARED | PLANS | MERGES | {"offset wraps at 2^31"}
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -59,28 +59,19 @@ def test_faults_are_caught_and_clean_kernels_are_not(result: selftest.SelftestRe
     assert result.score == 1
 
 
-SHARED = {"plain", "last key dropped", "tiles of 16"}
+# A fault, one that what is read off it shows, and a clean kernel.
+SHARED = {"plain", "last key dropped", "wrong by 2e-4"}
 
 
-def test_shares_of_the_subjects_are_put_together_in_their_order(
-    result: selftest.SelftestResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By threads here, which have the few inputs of these tests."""
-    threads = types.SimpleNamespace(Pool=lambda count, initializer: ThreadPool(count))
-    monkeypatch.setattr(selftest.multiprocessing, "get_context", lambda method: threads)
+def test_processes_find_what_one_does(result: selftest.SelftestResult) -> None:
+    """They are forked: what is set here, the few inputs of these tests, is set there."""
     told: list[str] = []
-    shared = run_selftest_in_processes(1, processes=2, only=SHARED.__contains__, progress=told.append)
-    assert [s.name for s in shared.subjects] == ["last key dropped", "plain", "tiles of 16"]
-    assert next(s for s in shared.subjects if s.name == "plain") == next(
-        s for s in result.subjects if s.name == "plain"
-    )
-    assert shared.exit_code == 0 and told[-1] == "what the other processes found"
-
-
-@pytest.mark.slow
-def test_processes_find_what_one_does() -> None:
-    alone = run_selftest(1, only=SHARED.__contains__)
-    assert run_selftest_in_processes(1, processes=2, only=SHARED.__contains__).subjects == alone.subjects
+    shared = run_selftest(1, processes=2, only=SHARED.__contains__, progress=told.append)
+    assert [s.name for s in shared.subjects] == ["last key dropped", "wrong by 2e-4", "plain"]
+    assert shared.subjects == [s for s in result.subjects if s.name in SHARED]
+    # What it takes itself, in order.
+    assert 0 < len(told) <= len(SHARED) + 1
+    assert all(line.startswith(("seed 1 of 1: ", "read off it: ")) for line in told)
 
 
 def test_each_fault_is_seen_by_those_who_can_see_it(result: selftest.SelftestResult) -> None:
@@ -129,8 +120,6 @@ def test_json_is_all_that_stdout_holds(
     monkeypatch.setattr(selftest, "FAULTS", FAULTS[:1])
     monkeypatch.setattr(selftest, "PLAN_FAULTS", ())
     monkeypatch.setattr(selftest, "VARIANTS", VARIANTS[:1])
-    # Another process would not have these.
-    monkeypatch.setattr(command, "usable_cpus", lambda: 1)
     assert command.command(seeds=1, device="cpu", json_=True) == 0
     written = capsys.readouterr()
     found = json.loads(written.out)

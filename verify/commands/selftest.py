@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -21,16 +22,13 @@ def command(
     from verify.machine.devices import chosen_device, default_device
     from verify.reports.progress import telling
     from verify.reports.selftest import print_result
-    from verify.selftest import MOST_PROCESSES, run_selftest, run_selftest_in_processes
+    from verify.selftest import MOST_PROCESSES, run_selftest
 
     prepare_torch()
     chosen = str(chosen_device(device or default_device()))
-    processes = min(usable_cpus(), MOST_PROCESSES)
+    processes = min(usable_cpus(), MOST_PROCESSES) if chosen == "cpu" and hasattr(os, "fork") else 1
     with telling("selftest") as progress:
-        if chosen == "cpu" and processes > 1:
-            result = run_selftest_in_processes(seeds, processes=processes, progress=progress)
-        else:
-            result = run_selftest(seeds, device=chosen, progress=progress)
+        result = run_selftest(seeds, device=chosen, processes=processes, progress=progress)
     print_result(result, sys.stderr if json_ else sys.stdout)
     if json_:
         print(to_json_text(result.to_json()), end="")

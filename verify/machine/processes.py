@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,12 +19,17 @@ Input = TypeVar("Input")
 Found = TypeVar("Found")
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
 class SharedWork(NamedTuple, Generic[Input, Found]):
     """What is asked of each input, and what a process tells besides when it has no more to do."""
 
     ask: Callable[[Input], Found]
-    closing: Callable[[], Any]  # called in every process but this one; what it returns can be pickled
-    enter: Callable[[Any], None]  # takes in what `closing` returned, here
+    closing: Callable[[], Any] = _nothing  # called in every process but this one; its result can be pickled
+    enter: Callable[[Any], None] = _nothing  # takes in what `closing` returned, here
+    tell: Callable[[Input], None] = _nothing  # of each input that this process takes, before it is asked
 
 
 def answered(
@@ -32,7 +38,9 @@ def answered(
     """Each input and what is found, in the order of the inputs, whichever process asked.
 
     Processes are forked, go through copies of the same iterator, and take the next input that nobody has: it
-    must not have begun, and give the same to all. What they find can be pickled. Each has one thread.
+    must not have begun, and give the same to all. What they find can be pickled. Each has one thread; a
+    thread of this process, a screen's for instance, is not theirs, so `ask` may not wait for one: `tell` is
+    for that.
 
     An interrupt is for this process: what all have found by then is given, in order and to the first gap, and
     then it is raised. An error of another process is raised where its input comes. Raises MachineFailure
@@ -40,8 +48,14 @@ def answered(
     """
     if processes < 2:
         for one in inputs:
+            work.tell(one)
             yield one, work.ask(one)
         return
+
+    def told_and_asked(one: Input) -> Found:
+        work.tell(one)
+        return work.ask(one)
+
     context = multiprocessing.get_context("fork")
     taken, ended = context.Value("q", 0), context.Value("b", 0)
     threads = torch.get_num_threads()
@@ -51,14 +65,15 @@ def answered(
         for _ in range(processes - 1):
             here, there = context.Pipe(duplex=False)
             process = context.Process(target=_other, args=(inputs, work, taken, ended, there), daemon=True)
-            process.start()
+            with _interrupts_wait():
+                process.start()
             there.close()
             others.append((process, here))
         seen: list[Input] = []
         found: dict[int, Any] = {}
         stopped: BaseException | None = None
         try:
-            _share(inputs, work.ask, taken, ended, found, seen)
+            _share(inputs, told_and_asked, taken, ended, found, seen)
             # Those that others took last.
             seen += inputs
         except BaseException as error:
@@ -84,6 +99,16 @@ def answered(
         for process, here in others:
             process.kill()
             here.close()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """A process that is being forked inherits that: it lets none through until it has said to ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Failed(NamedTuple):
@@ -123,6 +148,8 @@ def _other(
 ) -> None:
     """A process that was forked: says nothing, leaves interrupts to the first, and tells all at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What was kept back is ignored with the rest; processes that this one starts are to hear theirs.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for screen in (1, 2):
         os.dup2(nowhere, screen)

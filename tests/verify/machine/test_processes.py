@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from verify.kernels.errors import MachineFailure
+from verify.machine import processes
 from verify.machine.processes import SharedWork, answered
 
 
@@ -21,14 +22,14 @@ def work(ask: Any, told: list[Any] | None = None) -> SharedWork[int, Any]:
     return SharedWork(ask, lambda: os.getpid(), told.append)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_all_is_found_in_the_order_of_the_inputs(processes: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_all_is_found_in_the_order_of_the_inputs(count: int) -> None:
     told: list[int] = []
     asked = work(lambda n: (n * n, time.sleep(0.001 * (7 - n % 7))), told)
-    assert [(n, found) for n, (found, _) in answered(numbers(20), asked, processes)] == [
+    assert [(n, found) for n, (found, _) in answered(numbers(20), asked, count)] == [
         (n, n * n) for n in range(20)
     ]
-    assert len(told) == len(set(told)) == processes - 1
+    assert len(told) == len(set(told)) == count - 1
     assert os.getpid() not in told
 
 
@@ -78,6 +79,32 @@ def test_an_interrupt_gives_what_was_found_to_the_first_gap() -> None:
             given.append(n)
     assert given == list(range(len(given)))
     assert 8 <= len(given) < 100
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_only_what_is_taken_here_is_told_before_it_is_asked(count: int) -> None:
+    first, heard = os.getpid(), []
+
+    def ask(n: int) -> tuple[int, bool]:
+        time.sleep(0.005)
+        assert (os.getpid() == first) == (heard[-1:] == [n])
+        return os.getpid(), n in heard
+
+    found = list(answered(numbers(20), SharedWork(ask, tell=heard.append), count))
+    assert heard == [n for n, (pid, _) in found if pid == first]
+    assert (len(heard) == 20) == (count == 1)
+
+
+def test_an_interrupt_while_another_process_starts_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = processes._other
+
+    def interrupted(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        starts(*given)
+
+    monkeypatch.setattr(processes, "_other", interrupted)
+    asked = work(lambda n: (time.sleep(0.005), os.getpid())[1])
+    assert len({pid for _, pid in answered(numbers(20), asked, 2)}) == 2
 
 
 def test_an_output_of_another_process_goes_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
