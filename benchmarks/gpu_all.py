@@ -60,6 +60,18 @@ LINES = (
         "pages, several tokens, batches",
     ),
     Line(
+        "prefill",
+        75,
+        _script("prefill", "--seconds", "60", "--out", "{out}"),
+        "the path prefill against cuDNN and FlashAttention",
+    ),
+    Line(
+        "windows",
+        45,
+        _script("windows", "--seconds", "30", "--out", "{out}"),
+        "whole windows on the path decode",
+    ),
+    Line(
         "caches",
         70,
         _script("quantised", "--seconds", "40", "--sweep-seconds", "15", "--out", "{out}"),

@@ -61,7 +61,7 @@ def measured(of: Windows, rate: float) -> dict[str, Any]:
     sizes = of.heads.k_size + of.heads.v_size
     tflop_s = of.count * of.heads.q * sizes * of.context * (of.context + 1) / us / 1e6
     shape = f"{of.heads.q}/{of.heads.kv}x{of.heads.k_size}"
-    line = {"shape": shape, "windows": of.count, "context": of.context, "kernel": of.kernel}
+    line = {"shape": shape, "windows": of.count, "n_ctx": of.context, "kernel": of.kernel}
     return line | {"us": round(us, 1), "tflop_s": round(tflop_s, 1), "of_products": round(tflop_s / rate, 3)}
 
 
