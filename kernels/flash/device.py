@@ -6,12 +6,12 @@ that runs it.
 
 A program of `attend_tiles` handles one head group of one KV head, one KV part, and one matrix tile of M rows:
 row i of the tile is query token i // g of the tile and head i % g of the group of g heads. On the decode path
-a tile holds one token, of a window of plain rows M // r, as many as on the paths several and prefill. Rows of
-decode and several each have the parts of their own keys: a program goes through all that one of its rows has
-in this part, and each row sees its own; tiles of which it sees nothing leave m, l and a as they are. Of
-pages, the numbers of a tile's pages are loaded a tile ahead, so that no key waits for them. With m the
-running maximum of the logits in base 2, l the denominator and a the numerator of a row, over tiles of TILE
-keys,
+a tile holds one token, of a window of plain rows as many as the largest head group leaves room for, on the
+paths several and prefill M // r. Rows of decode and several each have the parts of their own keys: a program
+goes through all that one of its rows has in this part, and each row sees its own; tiles of which it sees
+nothing leave m, l and a as they are. Of pages, the numbers of a tile's pages are loaded a tile ahead, so that
+no key waits for them. With m the running maximum of the logits in base 2, l the denominator and a the
+numerator of a row, over tiles of TILE keys,
 
     m' = max(m, max_j s_j)    c = 2^(m - m')    p_j = 2^(s_j - m')
     l' = c l + sum_j p_j      a' = c a + sum_j p_j v_j
@@ -26,98 +26,20 @@ which is what makes their results equal to the bit where their cuts are equal.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def narrow(x, TYPE: tl.constexpr):
-    """x rounded to nearest-even in TYPE. The interpreter truncates to bfloat16, so there it is done by hand
-    and left in float32, which holds the same values."""
-    if _INTERPRETED and tl.bfloat16 == TYPE:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(TYPE)
-
-
-@triton.jit
-def product(a, b, acc):
-    """acc + a @ b, accumulated in float32. The interpreter cannot multiply bfloat16: it is widened there."""
-    if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def weighted_values(acc, p, v, V_TYPE: tl.constexpr, P_TYPE: tl.constexpr):
-    """acc + P @ V with P rounded to P_TYPE [M, TILE], V [TILE, D] as it is, sums in float32.
-
-    Where the two types differ, the operands are written as sums of bfloat16 numbers, which is exact (float16
-    is two of them, float32 three), and their products are added up, smallest first.
-    """
-    if tl.float32 == V_TYPE:
-        return product(narrow(p, P_TYPE).to(tl.float32), v, acc)
-    elif P_TYPE == V_TYPE:
-        return product(narrow(p, P_TYPE), v, acc)
-    else:
-        if tl.bfloat16 == V_TYPE:
-            v_high = v
-        else:
-            v_high = narrow(v.to(tl.float32), tl.bfloat16)
-            v_low = narrow(v.to(tl.float32) - v_high.to(tl.float32), tl.bfloat16)
-        rest = narrow(p, P_TYPE).to(tl.float32)
-        p_high = narrow(rest, tl.bfloat16)
-        if tl.bfloat16 != P_TYPE:
-            rest = rest - p_high.to(tl.float32)
-            p_middle = narrow(rest, tl.bfloat16)
-            if tl.float32 == P_TYPE:
-                p_low = narrow(rest - p_middle.to(tl.float32), tl.bfloat16)
-                if tl.bfloat16 != V_TYPE:
-                    acc = product(p_low, v_low, acc)
-                acc = product(p_low, v_high, acc)
-            if tl.bfloat16 != V_TYPE:
-                acc = product(p_middle, v_low, acc)
-            acc = product(p_middle, v_high, acc)
-        if tl.bfloat16 != V_TYPE:
-            acc = product(p_high, v_low, acc)
-        return product(p_high, v_high, acc)
-
-
-@triton.jit
-def accumulate(acc, rescale, p, v, V_TYPE: tl.constexpr, P_TYPE: tl.constexpr, ACC_F16: tl.constexpr):
-    """rescale * acc + P @ V for one tile; with ACC_F16 the sum lives in float16, as some engines keep it."""
-    if ACC_F16:
-        grown = (acc.to(tl.float32) * rescale[:, None]).to(tl.float16)
-        if not _INTERPRETED and tl.float16 == V_TYPE and tl.float16 == P_TYPE:
-            return tl.dot(p.to(tl.float16), v, grown, out_dtype=tl.float16)
-        else:
-            return weighted_values(grown.to(tl.float32), p, v, V_TYPE, P_TYPE).to(tl.float16)
-    else:
-        return weighted_values(acc * rescale[:, None], p, v, V_TYPE, P_TYPE)
-
-
-@triton.jit
-def tanh(x):
-    """tanh to a relative 2^-19: its series below 0.25, exponentials elsewhere."""
-    y = tl.minimum(tl.abs(x), 15.0)
-    square = y * y
-    series = y * (
-        1 + square * (-0.33333334 + square * (0.13333334 + square * (-0.053968254 + square * 0.021869488)))
-    )
-    tail = 1 - 2 / (tl.exp(2 * y) + 1)
-    size = tl.where(y < 0.25, series, tail)
-    return tl.where(x < 0, -size, size)
+from verify.kernels.flash.tile_arithmetic import (
+    LN_2,
+    LOG2_E,
+    accumulate,
+    product,
+    scaled,
+    sum_of_keys,
+    tanh,
+    weights,
+)
+from verify.kernels.flash.tile_rows import in_bunches, part_bounds, rows_see, seen_by_all
 
 
 @triton.jit
@@ -126,120 +48,6 @@ def wait_for_launch_in_front(OVERLAP: tl.constexpr):
     has ended. Again it costs nothing."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def part_bounds(n_kv, part, parts, tiles_a_part, BLOCK: tl.constexpr):
-    """First key, end and number of parts of rows with n_kv keys: `KVCuts.cuts`, in the same integers.
-
-    A part beyond the row's last is empty: its first key and its end are n_kv. tiles_a_part: of parts of a
-    given size; below 0 of `auto`: `tiles_to_fill`.
-    """
-    tiles = (n_kv + BLOCK - 1) // BLOCK
-    count = tl.minimum(parts, tiles)
-    if tiles_a_part < 0:
-        full = tiles // -tiles_a_part
-        shortest = tiles // 2
-        if tiles_a_part >= -4:
-            shortest = tl.maximum(shortest, tl.minimum(tiles, parts // 2))
-        cheap = tl.minimum(parts // 2, 32)
-        most = tl.maximum(tl.maximum(cheap, tl.minimum(full, 64)), full // 2)
-        count = tl.minimum(tl.minimum(parts, shortest), most)
-        count = tl.where(count > 32, count // 16 * 16, count)
-    count = tl.maximum(count, 1)
-    first, end = part * tiles // count, (part + 1) * tiles // count
-    if tiles_a_part > 0:
-        count = tl.maximum((tiles + tiles_a_part - 1) // tiles_a_part, 1)
-        # Of the shape of n_kv, which may be that of several rows.
-        first, end = part * tiles_a_part + 0 * tiles, (part + 1) * tiles_a_part + 0 * tiles
-    return tl.minimum(first * BLOCK, n_kv), tl.minimum(end * BLOCK, n_kv), count
-
-
-@triton.jit
-def rows_see(
-    inside,
-    at,
-    n_kv,
-    own_begin,
-    own_end,
-    oldest,
-    DECODE: tl.constexpr,
-    SEVERAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Which rows see keys `at` of a tile, [1 or M, TILE]; inside [TILE]: those that some row may see."""
-    visible = inside[None, :]
-    if SEVERAL:
-        visible = visible & (at[None, :] >= own_begin[:, None]) & (at[None, :] < own_end[:, None])
-    elif not DECODE:
-        visible = visible & (at[None, :] < n_kv)
-    if WINDOW:
-        visible = visible & (at[None, :] >= oldest)
-    return visible
-
-
-@triton.jit
-def seen_by_all(
-    live, lengths, own_begin, own_end, begin, end, window, SEVERAL: tl.constexpr, WINDOW: tl.constexpr
-):
-    """From where to where, in this part, each of the tile's rows sees every key."""
-    if SEVERAL:
-        first = tl.max(tl.where(live, own_begin, begin), 0)
-        last = tl.min(tl.where(live, own_end, end), 0)
-    else:
-        first = begin
-        last = tl.minimum(tl.min(tl.where(live, lengths, end), 0), end)
-    if WINDOW:
-        first = tl.maximum(first, tl.max(tl.where(live, lengths, 0), 0) - window)
-    return first, last
-
-
-@triton.jit
-def weights(s, m, l, LATE_SUM: tl.constexpr):
-    """p and c of a tile's logits s [M, TILE], and m' and l'."""
-    m_new = tl.maximum(m, tl.max(s, 1))
-    # A row that has seen no key yet must not make inf - inf.
-    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-    p = tl.exp2(s - shift[:, None])
-    rescale = tl.exp2(m - shift)
-    if LATE_SUM:
-        return p, rescale, m_new, l * rescale[:, None] + p
-    else:
-        return p, rescale, m_new, l * rescale + tl.sum(p, 1)
-
-
-@triton.jit
-def sum_of_keys(l, M: tl.constexpr, TILE: tl.constexpr):
-    """The sum over the second dimension of l [M, TILE], a power of two, by halves: in this order however
-    Triton lays the tile out over threads, which differs with M."""
-    for step in tl.static_range(8):
-        if TILE >> step > 1:
-            l = tl.sum(tl.reshape(l, [M, 2, TILE >> (step + 1)]), 1)
-    return tl.reshape(l, [M])
-
-
-@triton.jit
-def scaled(x, factor, ROUNDED: tl.constexpr):
-    """x * factor; ROUNDED: whatever is made of it, the product is not fused with a sum, which would round
-    once where a masked tile rounds twice."""
-    if ROUNDED and not _INTERPRETED:
-        return tl.inline_asm_elementwise(
-            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, factor], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return x * factor
-
-
-@triton.jit
-def in_bunches(tiles_a_bunch):
-    """Tile and head of this program: some tiles of each head in turn, before the next ones, so that all of
-    the longest rows come first, and programs that run side by side read the same keys."""
-    tiles, heads = tl.num_programs(0), tl.num_programs(1)
-    place = tl.program_id(0) + tl.program_id(1) * tiles
-    first = place // (tiles_a_bunch * heads) * tiles_a_bunch
-    of_bunch = place - first * heads
-    size = tl.minimum(tiles_a_bunch, tiles - first)
-    return first + of_bunch % size, of_bunch // size
 
 
 @triton.jit(
@@ -511,7 +319,7 @@ def attend_tiles(
             (q_row + q_head)[:, None] + d2[None, :], mask=live[:, None] & (d2 < DK)[None, :], other=0.0
         )
     if ALIBI:
-        slope = tl.load(alibi + kv_head * ratio + first_head + head, mask=live, other=0.0) * _LOG2_E
+        slope = tl.load(alibi + kv_head * ratio + first_head + head, mask=live, other=0.0) * LOG2_E
 
     ACC: tl.constexpr = tl.float16 if ACC_F16 else tl.float32
     m = tl.full([M], -float("inf"), tl.float32)
@@ -612,7 +420,7 @@ def attend_tiles(
             if MASK == 0:
                 visible = rows_see(inside, at, n_kv, own_begin, own_end, oldest, DECODE, SEVERAL, WINDOW)
             if MASK == 2:
-                s += masked * _LOG2_E
+                s += masked * LOG2_E
             s = tl.where(visible, s, -float("inf"))
         p, rescale, m, l = weights(s, m, l, LATE_SUM)
         if V_IS_K:
@@ -632,7 +440,7 @@ def attend_tiles(
     empty = l == 0
     l_safe = tl.where(empty, 1.0, l)
     slot = (row * slots + part) * q_heads + kv_head * ratio + first_head + head
-    tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * _LN_2), mask=live)
+    tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * LN_2), mask=live)
     if SEVERAL:
         live = live & (part < count)
         some = part < tl.max(count, 0)

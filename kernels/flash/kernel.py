@@ -25,7 +25,7 @@ from verify.kernels.eager import (
     with_fp8,
 )
 from verify.kernels.flash import compiled
-from verify.kernels.flash.launch import Prepared, device_code, shares_memory, tokens_wanted
+from verify.kernels.flash.launch import Prepared, interpreted, shares_memory, tokens_wanted
 from verify.kernels.flash.merge import combine
 from verify.kernels.flash.prepare import FUSED_TYPES, check_supported, planes_of, prepare
 from verify.kernels.flash.tiles import Tiles, choose_tiles, window_tiles
@@ -235,7 +235,7 @@ class FlashKernel(Kernel):
         self.refuse_forms(call)
         if self.options.p in FP8_TYPES:
             return self._fall_back(call, f"{FALLBACK_NOTE} (it has no P of type {self.options.p})")
-        if not call.q.is_cuda and not device_code().INTERPRETED:
+        if not call.q.is_cuda and not interpreted():
             return self._fall_back(call, f"{FALLBACK_NOTE} (tensors on {call.q.device})")
         from triton.runtime.errors import OutOfResources
 

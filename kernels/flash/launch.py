@@ -44,10 +44,18 @@ def device_code() -> Any:
     return flash_device
 
 
+def interpreted() -> bool:
+    """Whether Triton interprets the kernels, on tensors of the CPU."""
+    from verify.kernels.flash.tile_arithmetic import INTERPRETED
+
+    return INTERPRETED
+
+
 @functools.cache
 def source_hash() -> str:
     """Hash of the device code: the `binary` in the trace where Triton interprets it."""
-    sources = [FilePath(__file__).with_name(name) for name in ("device.py", "quantised.py", "wide.py")]
+    names = ("device.py", "tile_arithmetic.py", "tile_rows.py", "quantised.py", "wide.py")
+    sources = [FilePath(__file__).with_name(name) for name in names]
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from verify.kernels.flash.device import _INTERPRETED, _LN_2, part_bounds, product
+from verify.kernels.flash.tile_arithmetic import IN_INTERPRETER, LN_2, product
+from verify.kernels.flash.tile_rows import part_bounds
 
 _BYTES = tl.constexpr(
     "{ .reg .b32 u, a, b, z; xor.b32 u, $2, 0x80808080; mov.b32 z, 0x64806480;"
@@ -44,7 +45,7 @@ _HIGH_HALVES = tl.constexpr(
 @triton.jit
 def codes(x, BITS: tl.constexpr, HIGH: tl.constexpr):
     """Codes less their zero, in float16: of bytes (8 bits), or of their low or high halves (4 bits)."""
-    if _INTERPRETED:
+    if IN_INTERPRETER:
         if BITS == 8:
             return x.to(tl.float16)
         elif HIGH:
@@ -207,7 +208,7 @@ def attend_quantised(
     empty = l == 0
     l_safe = tl.where(empty, 1.0, l)
     slot = (row * slots + part) * q_heads + kv_head * ratio + first_head + i
-    tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * _LN_2), mask=live)
+    tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * LN_2), mask=live)
     if part < count:
         inverse = 1 / l_safe
         for b in tl.static_range(BLOCKS):

@@ -21,8 +21,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from verify.kernels.flash.device import _LN_2, part_bounds, product
 from verify.kernels.flash.quantised import codes
+from verify.kernels.flash.tile_arithmetic import LN_2, product
+from verify.kernels.flash.tile_rows import part_bounds
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def attend_wide(
     empty = l == 0
     l_safe = tl.where(empty, 1.0, l)
     slot = (row * slots + part) * q_heads + kv_head * ratio + first_head + i
-    tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * _LN_2), mask=live)
+    tl.store(lse + slot, tl.where(empty, -float("inf"), (m + tl.log2(l_safe)) * LN_2), mask=live)
     if part < count:
         inverse = v_scale / l_safe
         if SWAPPED:

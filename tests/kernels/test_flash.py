@@ -49,9 +49,10 @@ with interpreted():
 
     from verify.kernels import exact_device
     from verify.kernels.flash import device as flash_device
+    from verify.kernels.flash import tile_arithmetic, tile_rows
 assert exact_device.tl is tl
-assert flash_device.INTERPRETED, (
-    "verify.kernels.flash.device was imported by something before this test module"
+assert tile_arithmetic.INTERPRETED, (
+    "verify.kernels.flash.tile_arithmetic was imported by something before this test module"
 )
 
 CPU = torch.device("cpu")
@@ -262,7 +263,7 @@ def test_chunks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _write_bounds(out, n_kv, parts, tiles_a_part, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
-    first, end, count = flash_device.part_bounds(n_kv, part, parts, tiles_a_part, BLOCK)
+    first, end, count = tile_rows.part_bounds(n_kv, part, parts, tiles_a_part, BLOCK)
     tl.store(out + 3 * part, first)
     tl.store(out + 3 * part + 1, end)
     tl.store(out + 3 * part + 2, count)
@@ -270,7 +271,7 @@ def _write_bounds(out, n_kv, parts, tiles_a_part, BLOCK: tl.constexpr):  # type:
 
 def _write_tanh(x, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, SIZE)
-    tl.store(out + i, flash_device.tanh(tl.load(x + i)))
+    tl.store(out + i, tile_arithmetic.tanh(tl.load(x + i)))
 
 
 def test_tanh_is_as_exact_as_the_arithmetic_says() -> None:

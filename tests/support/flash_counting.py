@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,19 @@ def _ignores_its_plan(spoil: str, monkeypatch: Any, tmp_path: Path) -> None:
 
 
 def _spoil_device(line: str, spoilt_line: str, monkeypatch: Any, tmp_path: Path) -> None:
-    source = Path(flash_launch.__file__).with_name("device.py").read_text()
-    assert source.count(line) == 1
-    spoilt = tmp_path / "spoilt_device.py"
-    spoilt.write_text(source.replace(line, spoilt_line))
-    spec = importlib.util.spec_from_file_location("spoilt_device", spoilt)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    folder = Path(flash_launch.__file__).parent
+    sources = {name: (folder / f"{name}.py").read_text() for name in ("tile_rows", "device")}
+    assert sum(source.count(line) for source in sources.values()) == 1
+    for name, source in sources.items():
+        # The kernels take the spoilt functions of the other file.
+        text = source.replace(line, spoilt_line).replace("verify.kernels.flash.tile_rows", "spoilt_tile_rows")
+        spoilt = tmp_path / f"spoilt_{name}.py"
+        spoilt.write_text(text)
+        spec = importlib.util.spec_from_file_location(spoilt.stem, spoilt)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spoilt.stem, module)
+        spec.loader.exec_module(module)
     monkeypatch.setattr(flash_launch, "device_code", lambda: module)
 
 
