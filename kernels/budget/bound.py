@@ -36,6 +36,7 @@ from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.rows import BudgetRows
 from verify.kernels.budget.sums import RoundedP, Sums
 from verify.kernels.call import Call, Shape
+from verify.kernels.lengths import lengths_of
 from verify.kernels.rotation import block_mean_square, rotate, roundings, spread_bound
 from verify.kernels.sequences import sequences
 
@@ -92,7 +93,10 @@ def error_budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]
     What follows from the inputs alone is computed once, and kernels that round alike share one budget.
     Memory is a few blocks of logits beside the results, whatever n_kv is. Runs where the call's tensors lie.
     """
-    lengths = call.n_kv.unique().tolist()
+    if call.keys is None:
+        lengths = sorted(set(lengths_of(call.kv_len).of_rows))
+    else:
+        lengths = call.n_kv.unique().tolist()
     keys = [rounding_key(a, lengths) for a in arithmetics]
     made: dict[Any, Budget] = {}
     by_rotation: dict[tuple[int, int], dict[Any, Arithmetic]] = {}
@@ -158,12 +162,12 @@ def _budgets(call: Call, arithmetics: Sequence[Arithmetic]) -> list[Budget]:
     at_once = max(logits_at_once // (shape.q_heads * max(min(shape.keys, _KEYS_AT_ONCE), 1)), 1)
     for sequence in sequences(call):
         # Rows of like n_kv together, so that a block of rows reads no more keys than it needs.
-        order = sequence.kv_len.argsort()
+        order = sorted(range(len(sequence.lengths)), key=sequence.lengths.__getitem__)
         b, own = sequence.at
         for first in range(0, len(order), at_once):
             its = order[first : first + at_once]
-            chosen = its + own.start
             rows = BudgetRows(call, sequence, its)
+            chosen = rows.rows + own.start
             weights = {RoundedP.kind(a): RoundedP(rows, a) for a in arithmetics}
             sums = [Sums(rows, a, weights[RoundedP.kind(a)]) for a in arithmetics]
             for block in rows.blocks(_keys_at_once(len(its), shape, on_gpu=like.is_cuda)):

@@ -6,7 +6,8 @@ Nothing here depends on a kernel: `budget_sums` adds up what each arithmetic mak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from verify.kernels.call import Call
 from verify.kernels.exact import finish_logits
 from verify.kernels.exponentials import flushed_exp_
 from verify.kernels.sequences import CallSequence
+from verify.kernels.transfers import uploaded
 
 # Weights are e^-300 and more, so that no square of one is a subnormal number.
 _LEAST_EXPONENT = -300.0
@@ -22,6 +24,9 @@ _LEAST_EXPONENT = -300.0
 _FINITE = 1e300
 # Logits of all blocks of some rows, that are held from the first pass to the second.
 _LOGITS_HELD = 1 << 22
+# Lengths of rows up to which their largest values are found from one to the next on a GPU, where running
+# maxima along the keys go a key at a time, 8,192 of them for milliseconds.
+_MOST_STEPS = 32
 
 
 def finite_size(sink: torch.Tensor) -> torch.Tensor:
@@ -74,14 +79,14 @@ class BudgetRows:
     when `blocks` has ended.
     """
 
-    def __init__(self, call: Call, sequence: CallSequence, rows: torch.Tensor) -> None:
+    def __init__(self, call: Call, sequence: CallSequence, which: Sequence[int]) -> None:
+        rows = uploaded(which, call.q.device, torch.int64)
         self.call, self.sequence, self.rows = call, sequence, rows
         shape = call.shape
         self.heads, self.r = shape.kv_heads, shape.ratio
         q = sequence.q[rows].double()
         self.q = q.view(len(rows), self.heads, self.r, -1).permute(1, 0, 2, 3)
         self.n_kv = sequence.kv_len[rows].long()
-        which: list[int] = rows.tolist()
         self.lengths = [sequence.n_kv[t] for t in which]
         self.last = [sequence.lengths[t] for t in which]
         self.query_heads = torch.arange(shape.q_heads, device=q.device).view(self.heads, self.r)
@@ -218,15 +223,20 @@ class BudgetRows:
         if min(self.last) >= keys.stop:
             # The usual case. Running maxima along a dimension that is not the last are slow on a GPU.
             return abs_v.amax(1)[:, None, None]
-        if not abs_v.is_cuda:
-            its = {last: abs_v[:, : max(last - keys.start, 0)] for last in set(self.last)}
-            zero = abs_v.new_zeros((abs_v.shape[0], abs_v.shape[2]))
-            most = {last: x.amax(1) if x.shape[1] else zero for last, x in its.items()}
-            return torch.stack([most[last] for last in self.last], 1)[:, :, None]
-        prefix = abs_v.cummax(1).values
-        last = (self.n_kv - keys.start).clamp(max=keys.stop - keys.start)  # [t]
-        found = prefix[:, (last - 1).clamp(min=0)]  # [Hkv, t, Dv]
-        return torch.where(last.view(1, -1, 1) > 0, found, 0.0)[:, :, None]
+        ends = [min(max(last - keys.start, 0), keys.stop - keys.start) for last in self.last]
+        places = sorted(set(ends))
+        if abs_v.is_cuda and len(places) > _MOST_STEPS:
+            prefix = abs_v.cummax(1).values
+            last = (self.n_kv - keys.start).clamp(max=keys.stop - keys.start)  # [t]
+            found = prefix[:, (last - 1).clamp(min=0)]  # [Hkv, t, Dv]
+            return torch.where(last.view(1, -1, 1) > 0, found, 0.0)[:, :, None]
+        # From the end of one row to that of the next: a key is read once.
+        so_far, most = abs_v.new_zeros((abs_v.shape[0], abs_v.shape[2])), {}
+        for begin, end in pairwise([0, *places]):
+            if end > begin:
+                so_far = torch.maximum(so_far, abs_v[:, begin:end].amax(1))
+            most[end] = so_far
+        return torch.stack([most[end] for end in ends], 1)[:, :, None]
 
 
 def products(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from verify.kernels.budget.rows import Block, BudgetRows, add_products, finite_s
 from verify.kernels.cache import q8_0_error
 from verify.kernels.numbers import FLOAT_TYPES, FP8_TYPES, MMA_GUARD_BITS, MMA_KEYS, NUMBER_TYPES, U_F32
 from verify.kernels.rotation import block_mean_square, roundings
+from verify.kernels.transfers import uploaded
 
 # Mean square of the relative rounding error, in units of u^2, of numbers whose mantissas are distributed
 # logarithmically: (1/3) E[1/x^2] over [1, 2) with density 1/(x ln 2).
@@ -78,6 +79,7 @@ class Sums:
         self.rows, self.call, self.a, self.weights = rows, rows.call, arithmetic, weights
         self.q, self.sink = rows.q, rows.sink
         self.depths = [arithmetic.depths(n) for n in rows.lengths]
+        self._depths: dict[str, torch.Tensor] = {}  # by name, on the device
         self.tiles = self._per_row([d.tiles for d in self.depths])
         self.split = self._per_row([d.parts > 1 or self.sink is not None for d in self.depths])
         zeros = torch.zeros_like(rows.out)
@@ -311,10 +313,12 @@ class Sums:
         return torch.where(w > 0, w, 1.0)
 
     def _per_row(self, values: list[int] | list[bool] | list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self.q.device).view(1, -1, 1, 1)
+        return uploaded(values, self.q.device, torch.float64).view(1, -1, 1, 1)
 
     def _depth(self, name: str) -> torch.Tensor:
-        return self._per_row([_depth(d, name, self.sink is not None) for d in self.depths])
+        if name not in self._depths:
+            self._depths[name] = self._per_row([_depth(d, name, self.sink is not None) for d in self.depths])
+        return self._depths[name]
 
     def _exponent_error(self, abs_s: torch.Tensor) -> torch.Tensor:
         """eta of a logit that is given, not computed."""

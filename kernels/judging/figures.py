@@ -42,7 +42,7 @@ GAIN_UNITS = 8
 ALIKE = 0.5
 # An error of up to so many times its expected root mean square is of that size.
 EXPECTED_TIMES = 8.0
-_SMALLEST_SQUARE = 1e-300
+SMALLEST_SQUARE = 1e-300
 
 
 class RowFigures(NamedTuple):
@@ -160,12 +160,12 @@ def gain_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """<error, exact> / <exact, exact> over some dimensions, 0 where exact is 0; and <exact, exact>."""
     power = exact.square().sum(dim)
-    return (error * exact).sum(dim) / power.clamp(min=_SMALLEST_SQUARE), power
+    return (error * exact).sum(dim) / power.clamp(min=SMALLEST_SQUARE), power
 
 
 def relative_rms(error: torch.Tensor, exact: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
     """||error|| / ||exact|| over some dimensions."""
-    power = exact.square().sum(dim).clamp(min=_SMALLEST_SQUARE)
+    power = exact.square().sum(dim).clamp(min=SMALLEST_SQUARE)
     return (error.square().sum(dim) / power).sqrt()
 
 
@@ -174,7 +174,7 @@ def pooled_gain(rows: torch.Tensor, power: torch.Tensor, dim: int | tuple[int, .
     (an infinite bias) count nothing; 0 where nothing is left."""
     weight = torch.where(torch.isfinite(rows), power, 0.0)
     shares = torch.where(weight > 0, rows, 0.0) * weight
-    return shares.sum(dim) / weight.sum(dim).clamp(min=_SMALLEST_SQUARE)
+    return shares.sum(dim) / weight.sum(dim).clamp(min=SMALLEST_SQUARE)
 
 
 def pooled_rms(rows: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:

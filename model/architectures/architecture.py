@@ -9,6 +9,7 @@ cache.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,12 @@ class AttentionInputs(NamedTuple):
         return AttentionInputs(change(self.q), change(self.k), change(self.v), indexer)
 
 
+@functools.lru_cache(maxsize=1024)
+def _per_head(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept, for the host waits for a device that it gives numbers to: a layer has the same in every call."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 @dataclass(frozen=True)
 class AttentionSettings:
     """What attention of a layer takes beside q, k, v.
@@ -95,7 +102,7 @@ class AttentionSettings:
             "sliding_window": self.sliding_window,
             "softcap": self.softcap,
             **{
-                name: None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+                name: None if values is None else _per_head(values, device)
                 for name, values in per_head.items()
             },
         }

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from verify.arms.own_error import _all_rows, _some_rows
+from verify.arms.own_error import _all_rows, _row_sums, _some_rows
 from verify.kernels.budget.arithmetic import Arithmetic, loosest
 from verify.kernels.budget.bound import Budget, error_budget
 from verify.kernels.call import AttentionOutput
@@ -102,7 +102,7 @@ def test_everyone_has_the_same_gain_and_rms() -> None:
     budget = error_budget(call, arithmetic)
     error = result.out.double() - budget.out
     of_call = measure(call, result, arithmetic, distinct=True)
-    in_place = _all_rows(error, budget.out, call.kv_len[0])
+    in_place = _all_rows(_row_sums(error, budget.out, budget.out.norm(dim=-1)), call.kv_len[0])
     _some_rows(in_place, error, budget, call.kv_len[0], 3)
     assert float(in_place["gain"]) == pytest.approx(of_call.gain, rel=1e-9)
     assert float(in_place["rms_ratio"]) == pytest.approx(of_call.rms, rel=1e-9)

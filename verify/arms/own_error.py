@@ -21,11 +21,13 @@ import torch
 
 from verify.arms.arm import Arm, Place
 from verify.arms.sample import Sample
+from verify.kernels.bits import not_finite
+from verify.kernels.budget.arithmetic import Arithmetic
 from verify.kernels.budget.bound import Budget, error_budgets
 from verify.kernels.call import Call
 from verify.kernels.judging.figures import (
+    SMALLEST_SQUARE,
     budget_fault,
-    gain_of,
     lse_fault,
     lse_ratio,
     pooled_gain,
@@ -33,6 +35,8 @@ from verify.kernels.judging.figures import (
     relative_rms,
     row_figures,
 )
+from verify.kernels.lengths import RowLengths, known_lengths, lengths_of
+from verify.kernels.transfers import Download, uploaded
 from verify.model.layer_call import LayerCall
 
 SAMPLED_ROWS = 8
@@ -81,16 +85,17 @@ _ARROW = {"arm": pa.string(), "path": pa.string()} | {
 LAYER_SCHEMA = pa.schema([(name, _ARROW.get(name, pa.float64())) for name in HeadErrors._fields])
 
 
-def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> torch.Tensor:
+def sampled_rows(n_ctx: int, *, seed: int, slab: int, layer: int) -> list[int]:
     """Rows that are checked, ascending: 0, 1, the last and others drawn by seed, slab and layer.
 
     slab: number of the windows that are computed together; on a CPU, the window's.
     """
     fixed = {0, min(1, n_ctx - 1), n_ctx - 1}
     key = zlib.crc32(f"rows/{seed}/{slab}/{layer}".encode())
-    drawn = torch.randperm(n_ctx, generator=torch.Generator().manual_seed(key)).tolist()
+    # Of the first so many there are enough that are not fixed.
+    drawn = torch.randperm(n_ctx, generator=torch.Generator().manual_seed(key))[:SAMPLED_ROWS].tolist()
     more = [row for row in drawn if row not in fixed][: max(SAMPLED_ROWS - len(fixed), 0)]
-    return torch.tensor(sorted(fixed | set(more)))
+    return sorted(fixed | set(more))
 
 
 class Measured(NamedTuple):
@@ -105,11 +110,43 @@ class Measured(NamedTuple):
     lse: torch.Tensor | None = None  # the kernel's [B, T, H]; None: it returns none
 
 
+class _Due(NamedTuple):
+    """The rows of one layer that have a budget, as far as the device knows them; the host asks it later."""
+
+    window: int  # the first of the call
+    layer: int  # of the call
+    chosen: Download  # of rows of the call: the sampled ones, then those that err most
+    sampled: int  # how many were sampled
+    lengths: RowLengths  # visible keys of every row of the call
+    calls: list[_BudgetCall]  # those rows of every call that a kernel has
+    errors: list[_DueErrors]  # in the order in which they are entered
+
+
+class _BudgetCall(NamedTuple):
+    """Rows of a call as one sequence, and the kernels that had it."""
+
+    rows: Call
+    arithmetics: dict[str, Arithmetic]  # by arm
+
+
+class _DueErrors(NamedTuple):
+    """One kernel's errors at those rows, and its figures of all rows."""
+
+    name: str  # of the arm, or of a planted fault
+    arm: str
+    path: str
+    error: torch.Tensor  # [1, rows, B * H, Dv]
+    figures: dict[str, torch.Tensor]
+    lse: torch.Tensor | None  # [1, rows, B * H]; None: nothing is to be said of it
+
+
 class InPlace:
     """Collects what kernels err on the exact arm's inputs.
 
     sample: the windows that are measured; at_once: how many a device computes together. Figures stay on the
-    device until `table` asks for them: nothing here waits for it.
+    device until `table` asks for them. Which rows err most the host must know to make their budgets: it makes
+    those of a layer when the next one comes, so that it finds the answer there and the device has work
+    meanwhile.
     """
 
     def __init__(self, sample: Sample, *, seed: int = 0, at_once: int = 1) -> None:
@@ -118,34 +155,76 @@ class InPlace:
         # First window, layer, name and path of each check, and its figures [figures, windows, heads].
         self._checks: list[tuple[int, int, str, str]] = []
         self._figures: list[torch.Tensor] = []
+        self._due: _Due | None = None
 
     def __call__(self, call: LayerCall, measured: Sequence[Measured]) -> None:
         """Enter the errors of some kernels at one layer."""
+        self._enter_due()
         slab = call.window // self.at_once
-        rows, checked, budgets = None, None, {}
-        if (self.sample.ordinal(call.window) + call.layer) % self.stride == 0 and measured:
-            rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
-            rows = rows.to(call.q.device)
-            worst = [worst_rows(error, one.exact) for one in measured for error in one.errors.values()]
-            checked = torch.cat((rows, *worst))
-            budgets = _budgets(measured, checked)
+        with_budget = (self.sample.ordinal(call.window) + call.layer) % self.stride == 0 and bool(measured)
+        norms: dict[int, torch.Tensor] = {}
+        found: list[tuple[Measured, str, dict[str, torch.Tensor], torch.Tensor]] = []
         for one in measured:
-            assert one.arm.kernel is not None
+            if id(one.exact) not in norms:
+                norms[id(one.exact)] = one.exact.norm(dim=-1)
             for name, error in one.errors.items():
-                self._checks.append((call.window, call.layer, name, one.arm.path))
-                figures = _all_rows(error, one.exact, call.kv_len[0])
+                sums = _row_sums(error, one.exact, norms[id(one.exact)])
+                figures = _all_rows(sums, call.kv_len[0])
                 if one.alone:
                     figures["cache_rms"] = relative_rms(one.exact - one.given, one.given, (1, 3))
-                if rows is not None and checked is not None:
-                    side_by_side = error[:, checked].transpose(0, 1).flatten(1, 2)[None]
-                    kv_len = call.kv_len[0, checked]
-                    _some_rows(figures, side_by_side, budgets[one.arm.name], kv_len, len(rows))
-                    if one.lse is not None and name == one.arm.name:
-                        lse = one.lse[:, checked].transpose(0, 1).flatten(1, 2)[None]
-                        slopes = one.own.alibi_slopes is not None
-                        call_of = _as_one_sequence(one.own, checked) if slopes else one.own
-                        _lse_of_rows(figures, call_of, lse, budgets[name], kv_len)
-                self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
+                found.append((one, name, figures, _worst_rows(sums)))
+        if not with_budget:
+            for one, name, figures, _ in found:
+                self._enter(call.window, call.layer, name, one.arm.path, figures)
+            return
+        rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
+        on_device = uploaded(rows, call.q.device, torch.int64)
+        checked = torch.cat((on_device, *(worst for *_, worst in found)))
+        self._due = _Due(
+            window=call.window,
+            layer=call.layer,
+            chosen=Download(checked),
+            sampled=len(rows),
+            lengths=RowLengths(lengths_of(call.kv_len).of_rows[: call.q.shape[1]]),
+            calls=_budget_calls(measured, checked),
+            errors=[
+                _DueErrors(
+                    name=name,
+                    arm=one.arm.name,
+                    path=one.arm.path,
+                    error=_rows_of(one.errors[name], checked),
+                    figures=figures,
+                    lse=None if one.lse is None or name != one.arm.name else _rows_of(one.lse, checked),
+                )
+                for one, name, figures, _ in found
+            ],
+        )
+
+    def _enter_due(self) -> None:
+        """Make the budgets of the layer that waits for them, if one does, and enter its figures."""
+        if self._due is None:
+            return
+        due, self._due = self._due, None
+        lengths = [due.lengths[row] for row in due.chosen.numbers()]
+        budgets: dict[str, Budget] = {}
+        rows_of: dict[str, Call] = {}
+        for rows, arithmetics in due.calls:
+            known_lengths(rows.kv_len, lengths)
+            found = error_budgets(rows, list(arithmetics.values()))
+            budgets |= zip(arithmetics, found, strict=True)
+            rows_of |= dict.fromkeys(arithmetics, rows)
+        for name, arm, path, error, figures, lse in due.errors:
+            kv_len = rows_of[arm].kv_len[0]
+            _some_rows(figures, error, budgets[arm], kv_len, due.sampled)
+            if lse is not None:
+                _lse_of_rows(figures, rows_of[arm], lse, budgets[arm], kv_len)
+            self._enter(due.window, due.layer, name, path, figures)
+
+    def _enter(
+        self, window: int, layer: int, name: str, path: str, figures: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._checks.append((window, layer, name, path))
+        self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
 
     def enter_rows(
         self,
@@ -162,16 +241,17 @@ class InPlace:
     ) -> None:
         """Enter rows of one window, each with a budget: error, exact [1, rows, H, Dv]; call: those rows; lse
         [1, rows, H], None where the kernel returns none."""
+        self._enter_due()
         kv_len = call.kv_len[0]
-        figures = _all_rows(error, exact, kv_len)
+        figures = _all_rows(_row_sums(error, exact, exact.norm(dim=-1)), kv_len)
         _some_rows(figures, error, budget, kv_len, len(kv_len))
         if lse is not None:
             _lse_of_rows(figures, call, lse, budget, kv_len)
-        self._checks.append((window, layer, name, path))
-        self._figures.append(torch.stack([figures[figure] for figure in _FIGURES]))
+        self._enter(window, layer, name, path, figures)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
+        self._enter_due()
         return {"checks": self._checks, "figures": self._figures}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -179,6 +259,7 @@ class InPlace:
 
     def table(self) -> pa.Table:
         """Everything so far as rows of LAYER_SCHEMA."""
+        self._enter_due()
         if not self._checks:
             return LAYER_SCHEMA.empty_table()
         # Layers may have unlike numbers of heads.
@@ -193,20 +274,25 @@ class InPlace:
         return pa.Table.from_arrays(arrays, schema=LAYER_SCHEMA)
 
 
-def _budgets(measured: Sequence[Measured], rows: torch.Tensor) -> dict[str, Budget]:
-    """The budget of each arm; what follows from the inputs alone is computed once for all that share them."""
+def _budget_calls(measured: Sequence[Measured], rows: torch.Tensor) -> list[_BudgetCall]:
+    """Some rows of what the kernels were given, once for all that share it: what follows from inputs alone is
+    computed once then."""
     groups: dict[str, list[Measured]] = {}
     for one in measured:
         groups.setdefault(one.arm.name if one.alone else one.arm.path, []).append(one)
-    found: dict[str, Budget] = {}
+    found = []
     for group in groups.values():
-        arithmetics = []
+        arithmetics = {}
         for one in group:
             assert one.arm.kernel is not None
-            arithmetics.append(one.arm.kernel.arithmetic_of(one.own))
-        budgets = error_budgets(_as_one_sequence(group[0].own, rows), arithmetics)
-        found |= {one.arm.name: budget for one, budget in zip(group, budgets, strict=True)}
+            arithmetics[one.arm.name] = one.arm.kernel.arithmetic_of(one.own)
+        found.append(_BudgetCall(_as_one_sequence(group[0].own, rows), arithmetics))
     return found
+
+
+def _rows_of(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of [B, T, H, ...] as `_as_one_sequence` has them, [1, rows, B * H, ...]."""
+    return x[:, rows].transpose(0, 1).flatten(1, 2)[None]
 
 
 def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
@@ -214,16 +300,17 @@ def _as_one_sequence(call: Call, rows: torch.Tensor) -> Call:
 
     Lists of keys are each sequence's own: of several they become a mask that heads do not share.
     """
-    keys, mask = call.of_rows(rows).keys, call.of_rows(rows).mask
+    of_rows = call.of_rows(rows)
+    keys, mask = of_rows.keys, of_rows.mask
     if len(call.q) > 1 and (keys is not None or mask is not None):
         keys, mask = None, _mask_by_head(call, keys, mask, len(rows))
-    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q[:, rows], call.k, call.v))
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (of_rows.q, call.k, call.v))
     return replace(
         call,
         q=q,
         k=k,
         v=v,
-        kv_len=call.kv_len[:1, rows],
+        kv_len=of_rows.kv_len[:1],
         keys=keys,
         mask=mask,
         sinks=None if call.sinks is None else call.sinks.repeat(len(call.q)),
@@ -247,16 +334,35 @@ def _mask_by_head(
     return mask.expand(batch, heads, rows, held).flatten(0, 1)[None]
 
 
-def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Figures [B, H] of all rows; those of the sampled ones are NaN so far. error, exact [B, T, H, Dv]."""
-    bad = ~torch.isfinite(error).all(-1)  # [B, T, H]
-    error = torch.where(bad[..., None], 0.0, error)
-    gain, _ = gain_of(error, exact, (1, 3))
-    figures = dict.fromkeys(_FIGURES, torch.full_like(gain, torch.nan))
-    figures["relative_rms"] = relative_rms(error, exact, (1, 3))
-    figures["gain"] = gain
+class _RowSums(NamedTuple):
+    """What the figures of all rows are made of, [B, T, H] each, in float64."""
+
+    bad: torch.Tensor  # whether the error has a NaN or an Inf, bool
+    size: torch.Tensor  # ||error|| of what is finite
+    product: torch.Tensor  # <error, exact> likewise
+    due: torch.Tensor  # ||exact||
+
+
+def _row_sums(error: torch.Tensor, exact: torch.Tensor, due: torch.Tensor) -> _RowSums:
+    """error, exact [B, T, H, Dv]; due: ||exact||, which kernels share. As few passes over them as there are
+    numbers to get: they are the largest tensors of a layer."""
+    # A sum of finite float32 results, less what they should be, does not overflow in float64.
+    bad = not_finite(error.sum(-1))
+    finite = torch.nan_to_num(error, nan=0.0, posinf=0.0, neginf=0.0)
+    return _RowSums(bad, finite.norm(dim=-1), (finite * exact).sum(-1), due)
+
+
+def _all_rows(sums: _RowSums, kv_len: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Figures [B, H] of all rows; those of the sampled ones are NaN so far."""
+    bad = sums.bad
+    power = sums.due.square().sum(1).clamp(min=SMALLEST_SQUARE)
+    # A row with NaN or Inf counts among those alone.
+    square, product = (torch.where(bad, 0.0, x).sum(1) for x in (sums.size.square(), sums.product))
+    figures = dict.fromkeys(_FIGURES, torch.full_like(power, torch.nan))
+    figures["relative_rms"] = (square / power).sqrt()
+    figures["gain"] = product / power
     figures["nonfinite"] = bad.sum(1).double()
-    figures["cache_rms"] = torch.zeros_like(gain)
+    figures["cache_rms"] = torch.zeros_like(power)
     figures["position"] = (kv_len.long() - 1)[bad.to(torch.int8).argmax(1)].double()
     return figures
 
@@ -264,10 +370,13 @@ def _all_rows(error: torch.Tensor, exact: torch.Tensor, kv_len: torch.Tensor) ->
 def worst_rows(error: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """The rows [2] of the largest error of any window and head: relative to the row's own result, and to the
     head's. A fault at one row in a hundred is no longer a matter of luck. error, exact [B, T, H, Dv]."""
-    size = torch.where(torch.isfinite(error), error, 0.0).norm(dim=-1)
-    due = exact.norm(dim=-1)
+    return _worst_rows(_row_sums(error, exact, exact.norm(dim=-1)))
+
+
+def _worst_rows(sums: _RowSums) -> torch.Tensor:
     tiny = torch.finfo(torch.float64).tiny
-    of_row, of_head = size / due.clamp(min=tiny), size / due.amax(1, keepdim=True).clamp(min=tiny)
+    of_row = sums.size / sums.due.clamp(min=tiny)
+    of_head = sums.size / sums.due.amax(1, keepdim=True).clamp(min=tiny)
     return torch.stack([share.amax((0, 2)).argmax() for share in (of_row, of_head)])
 
 
@@ -281,14 +390,14 @@ def _some_rows(
     rows = row_figures(error, budget)
     first = slice(0, sampled)
     finite = rows._replace(nonfinite=torch.zeros_like(rows.nonfinite))
+    biases = torch.cat((rows.bias, rows.falls, rows.rises))
+    gains = pooled_gain(biases[:, first], rows.power[:, first], 1)
     found = {
         "max_budget_ratio": rows.ratio.amax(1),
         "rms_ratio": pooled_rms(rows.rms[:, first], 1),
         "relative_max": rows.relative.amax(1),
         "vacuous": rows.vacuous[:, first].double().mean(1),
-        "gain_bias": pooled_gain(rows.bias[:, first], rows.power[:, first], 1),
-        "gain_falls": pooled_gain(rows.falls[:, first], rows.power[:, first], 1),
-        "gain_rises": pooled_gain(rows.rises[:, first], rows.power[:, first], 1),
+        **dict(zip(("gain_bias", "gain_falls", "gain_rises"), gains[:, None], strict=True)),
         "position": (kv_len.double() - 1)[finite.severity.argmax(1)],
     }
     windows = figures["nonfinite"].shape

@@ -166,14 +166,34 @@ def run_group(
     failed: failures of arms in earlier groups: those do not run again. checkpoints: where the group is kept
     between layers; begin: one of these windows to go on from.
     """
-    return _GroupRun(job, chosen, failed or {}, begin).run(progress, checkpoints, begin)
+    try:
+        return _GroupRun(job, chosen, failed or {}, begin).run(progress, checkpoints, begin)
+    except _ControlDiffersError:
+        # As a rule it does not, and no device need be asked at each layer whether it does. Its own outputs
+        # are gone on with now.
+        once_more = _GroupRun(job, chosen, failed or {}, begin, trusting=False)
+        return once_more.run(progress, checkpoints, begin)
+
+
+class _ControlDiffersError(Exception):
+    """A control's output had other bits than its baseline's, which stood in its place."""
 
 
 class _GroupRun:
-    """The passes of one group, and what is added up while they run."""
+    """The passes of one group, and what is added up while they run.
+
+    trusting: a control goes on with its baseline's outputs; `run` raises _ControlDiffersError, before there
+    are logits, where they were not its own.
+    """
 
     def __init__(
-        self, job: GroupJob, chosen: range, failed: Mapping[str, Findings], begin: Checkpoint | None
+        self,
+        job: GroupJob,
+        chosen: range,
+        failed: Mapping[str, Findings],
+        begin: Checkpoint | None,
+        *,
+        trusting: bool = True,
     ) -> None:
         runner, windows, arms = job.runner, job.windows, job.arms
         self.job, self.chosen = job, chosen
@@ -224,6 +244,7 @@ class _GroupRun:
                 first_results=first_results,
                 findings=findings,
                 launched=launched,
+                trusting=trusting and arm.role == "control" and findings.attention_equal,
             )
 
         self.free = [free(arm) for arm in arms]
@@ -291,6 +312,8 @@ class _GroupRun:
         """Ask the device for what it has seen, and wait for it."""
         for one in self.free:
             one.settle()
+        if any(one.trusted_wrongly for one in self.free):
+            raise _ControlDiffersError
         if self._finite and self.bad_layer is None:
             found = torch.stack([finite for _, finite in self._finite]).tolist()
             bad = [layer for (layer, _), finite in zip(self._finite, found, strict=True) if not finite]
@@ -329,6 +352,8 @@ class _GroupRun:
                 self._finite.append(
                     (layers - 1, torch.stack([torch.isfinite(x).all() for x in states]).all())
                 )
+            if layers == runner.architecture.sizes.layers:
+                self._settle()
             if checkpoints is not None and checkpoints.due:
                 self._settle()
                 checkpoints.keep(Checkpoint(self.chosen, layers, hidden, self._evidence()))

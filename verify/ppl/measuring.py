@@ -15,7 +15,6 @@ from verify.arms.arm import Arm, ArmRunner, FirstResult, common_cache, floor_noi
 from verify.arms.attempt import attempt
 from verify.arms.own_error import InPlace, Measured
 from verify.arms.single_tokens import SingleTokens, WholeCall
-from verify.kernels.bits import same_bits
 from verify.kernels.call import AttentionOutput, Call
 from verify.kernels.exact import exact_attention
 from verify.model.layer_call import LayerCall
@@ -119,16 +118,17 @@ class KernelMeasurer:
         own = arm.kernel.held(whole)
         exact = oracle if own is whole else exact_attention(own, with_lse=False).out
         aim = exact if self.common_cache else oracle
+        errors = {name: result - exact for name, result in results.items()}
         if call.layer == 0:
-            error = float((results[arm.name] - exact).norm())
+            error = errors[arm.name].norm()
             self.first_results[arm.name] = FirstResult(call.window, tried.output.out, error)
         for name, result in results.items():
-            self.errors[frozen_name(name) if name == arm.name else name] = result - aim
+            carried = errors[name] if aim is exact else result - aim
+            self.errors[frozen_name(name) if name == arm.name else name] = carried
         if arm.role in ("baseline", "candidate"):
             self._done.append(
                 WholeCall(runner=one, whole=whole, own=own, exact=exact, aim=aim, out=tried.output.out)
             )
-        errors = {name: result - exact for name, result in results.items()}
         return [
             Measured(
                 arm=arm,
@@ -148,8 +148,8 @@ class KernelMeasurer:
         assert one.arm.kernel is not None
         again = attempt(one.arm.kernel, whole)
         again.check_memory(one.arm.spec)
-        if again.output is not None and not same_bits(again.output.out, first):
-            one.note_again(call, first, again.output.out, float((first.double() - oracle).norm()))
+        if again.output is not None:
+            one.note_again(call, first, again.output.out, lambda: (first.double() - oracle).norm())
 
 
 def asked_again(seed: int, window: int, layer: int) -> bool:

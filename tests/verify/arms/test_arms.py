@@ -77,3 +77,37 @@ def test_the_first_of_each_kind_is_found(wait: bool) -> None:
     assert [runner.launched.total_rows for runner in runners] == [3, 3]
     assert runners[0].findings.attention_equal
     assert runners[0].findings.nonfinite_place is None
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_control_that_is_trusted_goes_on_with_its_baselines_tensor(differs: bool) -> None:
+    """Whether it was right to is known once the device has been asked, and of no call before."""
+    plain, other = torch.ones(2, ROWS, HEADS, 8), spoilt(2.0, (1, 2, 3))
+    outputs_at_hand: dict[str, torch.Tensor] = {}
+    baseline = Arm("baseline", "baseline", "given", "decode", Given([plain] * 2))
+    own = Given([plain.clone(), other if differs else plain.clone()])
+    control = Arm("control", "control", "given", "decode", own, reference="baseline")
+    first = ArmRunner(baseline, outputs_at_hand, wait=False)
+    second = ArmRunner(control, outputs_at_hand, wait=False, trusting=True)
+    for layer in range(2):
+        its = first.attend(call_of(layer))
+        assert second.attend(call_of(layer)) is its
+    assert not second.trusted_wrongly, "nothing was waited for"
+    second.settle()
+    assert second.trusted_wrongly == differs
+
+
+@pytest.mark.parametrize(("moved", "unsteady"), [(0.0, False), (1e-3, False), (1.0, True)])
+def test_a_second_result_is_held_against_the_firsts_error_when_it_is_settled(
+    moved: float, unsteady: bool
+) -> None:
+    runner = ArmRunner(Arm("arm", "baseline", "given", "decode", Given([])), {}, wait=False)
+    first = torch.ones(2, ROWS, HEADS, 8)
+    runner.note_again(call_of(3), first, first + moved, lambda: torch.tensor(0.5, dtype=torch.float64))
+    assert runner.findings.unsteady is None
+    runner.settle()
+    assert (runner.findings.unsteady is not None) == unsteady
+    if unsteady:
+        # Every element is off by 1.
+        times = first.numel() ** 0.5 / 0.5
+        assert runner.findings.unsteady == f"window 6, layer 3: {times:.3g} times its error"

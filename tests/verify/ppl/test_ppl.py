@@ -284,6 +284,9 @@ def test_a_baseline_that_gives_other_bits_each_time_voids_the_run(tiny: Tiny, tm
     assert done.returncode == 4
     assert report["verdict"] == "void"
     assert "the control arm differs from its baseline" in report["reasons"][0]
+    # Its logits are its own, though an output of its baseline's bits would have stood in its place.
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    assert arms["control"]["nll_mean"] != arms["baseline"]["nll_mean"]
 
 
 def test_both_paths_are_judged_apart(tiny: Tiny, tmp_path: Path) -> None:
