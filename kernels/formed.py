@@ -8,6 +8,7 @@ measures a kernel knows of one call a window.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +21,13 @@ from verify.kernels.call import AttentionPath, Call, Result, Shape
 from verify.kernels.capabilities import Capabilities
 from verify.kernels.judging.other_forms import STALE, in_pages, packed
 from verify.kernels.kernel import Kernel
-from verify.kernels.lengths import lengths_of
+from verify.kernels.lengths import RowLengths, keep_lengths, lengths_of
 from verify.kernels.merge import Merge
 from verify.kernels.plans.asked import MOST_SEVERAL, N_KV_PADDING
 from verify.kernels.trace import Launched, RowKind
+
+# Numbers of keys and values of the sequences of a call that share one window's.
+_NUMBERS_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ class FormedKernel(Kernel):
     sequences each window is read in two pieces, cut at a place of its own: the first pieces are one call with
     packed tokens, of unlike length, the others the next. What has a form already, or is of the path
     `several`, is passed on.
+
+    A kernel of ours, which gives a sequence the bits that it has in a call of its own, is asked the steps of
+    a window as sequences of one call.
     """
 
     def __init__(self, inner: Kernel, form: CallForm) -> None:
@@ -209,11 +216,50 @@ class FormedKernel(Kernel):
             left, steps = count % n_q, count // n_q
             if left:
                 yield self._piece(some, call, own, torch.arange(left, device=device).expand(len(own), -1))
+            if self._side_by_side(call):
+                yield from self._steps_side_by_side(some, call, own, left)
+                continue
             # Sequence i is i / N of its window ahead of the first.
             ahead = torch.tensor([i * steps // len(own) for i in range(len(own))], device=device)
             for step in range(steps):
                 starts = left + (ahead + step) % steps * n_q
                 yield self._piece(some, call, own, starts[:, None] + torch.arange(n_q, device=device))
+
+    def _side_by_side(self, call: Call) -> bool:
+        """Whether the steps of a window may be sequences of one call: each has the bits that it has in a call
+        of its own, by how the kernel is built. A call a step is hundreds of launches for a short window."""
+        alone = self.inner.as_if_alone and self.inner.capabilities().row_alone
+        return alone and self.form.sequences == 1 and call.mask is None
+
+    def _steps_side_by_side(self, some: Call, call: Call, own: range, left: int) -> Iterator[_Piece]:
+        """The steps of one window as sequences that share its keys, as many at once as `_NUMBERS_AT_ONCE`
+        allow, should the kernel copy those for each. Rows before `left` are left out."""
+        count, n_q = some.q.shape[1], self.form.n_q
+        shape, known = some.shape, lengths_of(call.kv_len)
+        lengths = known.of_first or RowLengths(known.of_rows[own.start * count : own.stop * count])
+        numbers = max(shape.keys * shape.kv_heads * (shape.k_size + shape.v_size), 1)
+        rows_at_once = max(_NUMBERS_AT_ONCE // numbers, 1) * n_q
+        for first in range(left, count, rows_at_once):
+            chosen = range(first, min(first + rows_at_once, count))
+            rows, kv_len = _steps(lengths, chosen, n_q, some.kv_len.dtype, some.q.device)
+            k, v, table, columns = some.k, some.v, some.block_table, some.v_in_k
+            if table is None:
+                room = -(-max(lengths_of(kv_len).greatest, 1) // N_KV_PADDING) * N_KV_PADDING
+                k, v = (x[:, :room].expand(len(rows), -1, -1, -1) for x in (k, v))
+                v = v if columns is None else k[..., slice(*columns)]
+            else:
+                table = _with_stale_ends(table, kv_len.amax(1), k.shape[1])
+            steps = replace(
+                some,
+                q=some.q[0, rows],
+                k=k,
+                v=v,
+                kv_len=kv_len,
+                keys=None if some.keys is None else some.keys[0, rows],
+                block_table=table,
+                path=self._word(self._path_of(call)),
+            )
+            yield _Piece(steps, torch.tensor([[own.start]], device=rows.device), rows, 1)
 
     def _piece(self, some: Call, call: Call, own: range, rows: torch.Tensor) -> _Piece:
         """Rows [N, t] of the sequences `own` of a call; some: these alone, in pages where they are to be."""
@@ -250,6 +296,17 @@ class FormedKernel(Kernel):
             rows,
             len(own),
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _steps(
+    lengths: RowLengths, chosen: range, n_q: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a window, n_q a step, and their visible keys: [steps, n_q] each. Kept: the layers of a model
+    ask for the same."""
+    rows = torch.arange(chosen.start, chosen.stop, device=device).view(-1, n_q)
+    kv_len = torch.tensor(lengths[chosen.start : chosen.stop], dtype=dtype).view(-1, n_q).to(device)
+    return rows, keep_lengths(kv_len)
 
 
 def in_form(kernel: Kernel, form: CallForm) -> Kernel:

@@ -43,6 +43,12 @@ def windows(batch: int = 3, rows: int = 23, *, ratio: int = 3, before: int = 0, 
 
 
 def asked_of(kernel: FormedKernel, call: Call, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The calls that its inner kernel is asked, if it is not one that steps lie side by side for."""
+    monkeypatch.setattr(kernel.inner, "as_if_alone", False)
+    return all_asked_of(kernel, call, monkeypatch)
+
+
+def all_asked_of(kernel: FormedKernel, call: Call, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """The calls that its inner kernel is asked."""
     found: list[Call] = []
     run = kernel.inner.run
@@ -63,6 +69,39 @@ def test_a_right_kernel_gives_the_same_bits_in_every_form(form: CallForm, spec: 
     plain, formed = kernel.run(call), in_form(kernel, form).run(call)
     assert same_bits(formed.out, plain.out) and same_bits(formed.lse, plain.lse)
     assert sum(formed.launched.rows.values()) == call.kv_len.numel()
+
+
+STEPS = [CallForm(n_q=4), CallForm(n_q=3, page=8), CallForm(one_by_one=True), CallForm(n_q=2)]
+
+
+@pytest.mark.parametrize("form", STEPS, ids=str)
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("several_calls", [False, True])
+def test_steps_side_by_side_are_the_steps_one_by_one(
+    form: CallForm, listed: bool, several_calls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits, what ran, and the keys that each step is given; of windows of unlike length too."""
+    call = windows(before=9)
+    lengths = call.kv_len - torch.tensor([[0], [4], [0]])
+    keys = torch.arange(32).expand(3, 23, -1).flip(-1)
+    keys = torch.where(keys < lengths[..., None], keys, -1).int().contiguous() if listed else None
+    call = replace(call, kv_len=lengths.int(), keys=keys).checked()
+    monkeypatch.setattr("verify.kernels.formed.N_KV_PADDING", 8)
+    if several_calls:
+        monkeypatch.setattr("verify.kernels.formed._NUMBERS_AT_ONCE", 1)
+    kernel = FormedKernel(build_kernel("eager:block=16,kv=2"), form)
+    together = list(all_asked_of(kernel, call, monkeypatch))
+    found = kernel.run(call)
+    apart = list(asked_of(kernel, call, monkeypatch))
+    due = kernel.run(call)
+    assert same_bits(found.out, due.out) and same_bits(found.lse, due.lse)
+    assert found.launched.rows == due.launched.rows
+    assert len(together) == len(apart) if several_calls else len(together) < len(apart)
+    steps = [one for one in together if one.kv_len.shape[1] == form.n_q]
+    assert all(one.told_sequences == 1 and one.path == apart[-1].path for one in together)
+    due_steps = [one for one in apart if one.kv_len.shape[1] == form.n_q]
+    assert torch.cat([one.kv_len for one in steps]).equal(torch.cat([one.kv_len for one in due_steps]))
+    assert all(one.k.stride(0) == 0 or form.page or len(one.k) == 1 for one in steps), "keys were copied"
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
