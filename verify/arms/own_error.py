@@ -110,7 +110,7 @@ class Measured(NamedTuple):
     lse: torch.Tensor | None = None  # the kernel's [B, T, H]; None: it returns none
 
 
-class _Due(NamedTuple):
+class _DueLayer(NamedTuple):
     """The rows of one layer that have a budget, as far as the device knows them; the host asks it later."""
 
     window: int  # the first of the call
@@ -133,10 +133,10 @@ class _DueErrors(NamedTuple):
     """One kernel's errors at those rows, and its figures of all rows."""
 
     name: str  # of the arm, or of a planted fault
-    arm: str
-    path: str
+    arm: str  # whose kernel it is
+    path: str  # decode, several or prefill
     error: torch.Tensor  # [1, rows, B * H, Dv]
-    figures: dict[str, torch.Tensor]
+    figures: dict[str, torch.Tensor]  # of all rows, [B, H]
     lse: torch.Tensor | None  # [1, rows, B * H]; None: nothing is to be said of it
 
 
@@ -155,7 +155,7 @@ class InPlace:
         # First window, layer, name and path of each check, and its figures [figures, windows, heads].
         self._checks: list[tuple[int, int, str, str]] = []
         self._figures: list[torch.Tensor] = []
-        self._due: _Due | None = None
+        self._due: _DueLayer | None = None
 
     def __call__(self, call: LayerCall, measured: Sequence[Measured]) -> None:
         """Enter the errors of some kernels at one layer."""
@@ -180,7 +180,7 @@ class InPlace:
         rows = sampled_rows(call.q.shape[1], seed=self.seed, slab=slab, layer=call.layer)
         on_device = uploaded(rows, call.q.device, torch.int64)
         checked = torch.cat((on_device, *(worst for *_, worst in found)))
-        self._due = _Due(
+        self._due = _DueLayer(
             window=call.window,
             layer=call.layer,
             chosen=Download(checked),

@@ -86,7 +86,9 @@ def test_a_control_that_is_trusted_goes_on_with_its_baselines_tensor(differs: bo
     outputs_at_hand: dict[str, torch.Tensor] = {}
     baseline = Arm("baseline", "baseline", "given", "decode", Given([plain] * 2))
     own = Given([plain.clone(), other if differs else plain.clone()])
-    control = Arm("control", "control", "given", "decode", own, reference="baseline")
+    control = Arm(
+        name="control", role="control", spec="given", path="decode", kernel=own, reference="baseline"
+    )
     first = ArmRunner(baseline, outputs_at_hand, wait=False)
     second = ArmRunner(control, outputs_at_hand, wait=False, trusting=True)
     for layer in range(2):
