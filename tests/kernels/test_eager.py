@@ -200,22 +200,35 @@ def test_a_row_without_keys_has_no_part() -> None:
 
 @pytest.mark.parametrize("path", ["decode", "several"])
 @pytest.mark.parametrize("spec", ["eager", "eager:heads=8+16", "eager:acc=f16,kv=3"])
-def test_wide_matrix_tiles_move_no_bit(spec: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_any_height_move_no_bit(spec: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = problem(rows=150 if path == "decode" else 16, ratio=24, path=path)
     found = run(spec, call)
-    monkeypatch.setattr(eager, "_wide_tile", lambda k, n: eager.TILE_ROWS)
+    monkeypatch.setattr(eager, "_packs", lambda *_: False)
     narrow = run(spec, call)
     assert torch.equal(found.out, narrow.out)
     assert torch.equal(found.lse, narrow.lse)
+    assert found.launched.rows == narrow.launched.rows
 
 
-def test_a_wide_matrix_tile_of_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_tiles = eager._by_tiles
+@pytest.mark.parametrize("wrong", [2, 57, 1086])
+def test_a_height_of_other_bits_is_seen(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = eager._product
 
-    def shifted(rows: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tile: int) -> None:
-        by_tiles(rows, b, out, tile)
-        if tile > 16:
-            out[-1, -1] = torch.nextafter(out[-1, -1], out.new_tensor(torch.inf))
+    def shifted(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, tile: int | None) -> None:
+        plain(a, b, out, tile)
+        if a.shape[2] == wrong:
+            out[..., -1, -1] = torch.nextafter(out[..., -1, -1], out.new_tensor(torch.inf))
 
-    monkeypatch.setattr(eager, "_by_tiles", shifted)
-    assert eager._wide_tile.__wrapped__(48, 32) <= 16
+    asked = eager._height_moves_no_bit.__wrapped__
+    monkeypatch.setattr(eager, "_product", shifted)
+    assert not asked(48, 32)
+
+
+def test_a_call_that_was_made_before_launches_the_same() -> None:
+    """What is counted alike is one object; calls whose lengths differ are not taken for each other."""
+    call = problem(rows=130)
+    kernel = build_kernel("eager:kv=2")
+    first, again = kernel.run(call), kernel.run(call)
+    assert first.launched is again.launched
+    fewer = replace(call, kv_len=(call.kv_len - 70).clamp(min=1))
+    assert {n for _, n, _ in kernel.run(fewer).launched.rows} == set(range(1, 61))
