@@ -36,6 +36,8 @@ from verify.kernels.trace import Launched, Signature
 FUSED_AGREES = 1e-13
 # Logits held at once, in elements. A fixed rule of shapes and device, so that no bit depends on free memory.
 _LOGITS_AT_ONCE, _LOGITS_AT_ONCE_CUDA = 1 << 23, 1 << 26
+# Of float64 logits on a CPU, for its caches: heads go one after another where all hold more.
+_LOGITS_IN_CACHE = 1 << 17
 # Calls of at least so many rows go in steps of rows, which leave out most keys that no row sees; on a GPU
 # with several sequences at once.
 _ROWS_OF_MANY, _ROW_STEPS, _ROW_STEPS_CUDA = 64, 4, 2
@@ -174,36 +176,48 @@ def _attention(call: Call, bmm: Product, with_lse: bool) -> AttentionOutput:
             queries = sequence.q[within].to(torch.float64) * of_queries  # [t, Hq, Dk]
             t = queries.shape[0]
             grouped = queries.view(t, heads, r, -1).permute(1, 0, 2, 3).reshape(heads, t * r, -1)
-            s = bmm(grouped, keys[:, :, :last])
-            s = (s if scale == 1.0 else s.mul_(scale)).view(heads, t, r, last)
             positions = torch.arange(last, device=q.device)
             mask = sequence.mask_of(within, slice(0, last), query_heads, kv_heads=heads)
             options = (call.softcap, call.alibi_slopes, call.sliding_window, mask)
-            if all(option is None for option in options):
-                # All rows see the first `least` keys.
-                s[..., least:].masked_fill_(positions[least:] >= n_kv.view(-1, 1, 1), -math.inf)
-            else:
-                s = finish_logits(s, n_kv, positions, call, mask)
-            if q.is_cuda and not with_lse and sinks is None and mask is None and least > 0:
-                # The same, in one pass over the logits.
-                o = bmm(s.softmax(-1).view(heads, t * r, last), values[:, :last])
-                out[b, rows] = o.view(heads, t, r, -1).permute(1, 0, 2, 3).reshape(t, heads * r, -1)
-                lse[b, rows] = math.nan
-                continue
-            top = s.amax(-1)
-            if sinks is not None:
-                top = torch.maximum(top, sinks.view(heads, 1, r))
-            shift = torch.where(torch.isneginf(top), 0.0, top)
-            p = flushed_exp_(s.sub_(shift[..., None]))
-            total = p.sum(-1)
-            if sinks is not None:
-                total = total + torch.exp(sinks.view(heads, 1, r) - shift)
-            o = bmm(p.view(heads, t * r, last), values[:, :last]).view(heads, t, r, -1)
-            empty = total == 0
-            o = o / torch.where(empty, 1.0, total)[..., None]
-            log = torch.where(empty, -math.inf, shift + torch.log(total))
-            out[b, rows] = o.permute(1, 0, 2, 3).reshape(t, heads * r, -1)
-            lse[b, rows] = log.permute(1, 0, 2).reshape(t, heads * r)
+            plain = all(option is None for option in options)
+            # All rows see the first `least` keys.
+            hidden = positions[least:] >= n_kv.view(-1, 1, 1)
+            together = heads
+            if plain and bmm is torch.bmm and not q.is_cuda:
+                together = min(max(_LOGITS_IN_CACHE // (t * r * last), 1), heads)
+            for its in (slice(h, min(h + together, heads)) for h in range(0, heads, together)):
+                count = its.stop - its.start
+                s = bmm(grouped[its], keys[its, :, :last])
+                s = (s if scale == 1.0 else s.mul_(scale)).view(count, t, r, last)
+                if plain:
+                    _hide(s[..., least:], hidden)
+                else:
+                    s = finish_logits(s, n_kv, positions, call, mask)
+                at = rows, slice(its.start * r, its.stop * r)
+                if q.is_cuda and not with_lse and sinks is None and mask is None and least > 0:
+                    # The same, in one pass over the logits.
+                    o = bmm(s.softmax(-1).view(count, t * r, last), values[its, :last])
+                    out[b][at] = o.view(count, t, r, -1).permute(1, 0, 2, 3).reshape(t, count * r, -1)
+                    lse[b][at] = math.nan
+                    continue
+                top = s.amax(-1)
+                of_sinks = None if sinks is None else sinks.view(heads, 1, r)[its]
+                if of_sinks is not None:
+                    top = torch.maximum(top, of_sinks)
+                shift = torch.where(torch.isneginf(top), 0.0, top)
+                p = s.sub_(shift[..., None])
+                # Where keys are hidden e^x underflows, which costs more: by themselves.
+                for columns in (p[..., :least], p[..., least:]):
+                    flushed_exp_(columns)
+                total = p.sum(-1)
+                if of_sinks is not None:
+                    total = total + torch.exp(of_sinks - shift)
+                o = bmm(p.view(count, t * r, last), values[its, :last]).view(count, t, r, -1)
+                empty = total == 0
+                o = o / torch.where(empty, 1.0, total)[..., None]
+                log = torch.where(empty, -math.inf, shift + torch.log(total))
+                out[b][at] = o.permute(1, 0, 2, 3).reshape(t, count * r, -1)
+                lse[b][at] = log.permute(1, 0, 2).reshape(t, count * r)
     return AttentionOutput(out, lse)
 
 
@@ -235,6 +249,14 @@ def finish_logits(
         else:
             s = s + mask.to(s.dtype)
     return _without(s, hidden)
+
+
+def _hide(s: torch.Tensor, hidden: torch.Tensor) -> None:
+    """s = -inf in place where a mask that broadcasts to it says so."""
+    if s.is_cuda:
+        s.masked_fill_(hidden, -math.inf)
+    else:
+        s.copy_(_without(s, hidden))
 
 
 def _without(s: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

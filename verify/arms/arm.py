@@ -14,6 +14,7 @@ Every kernel's arm runs twice, freely, as an engine would run it, and with froze
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -382,12 +383,22 @@ def floor_noise(call: LayerCall, oracle: torch.Tensor, seed: int) -> torch.Tenso
 
     Depends on seed, window and layer alone (and on the kind of device that draws it).
     """
-    noise = torch.empty_like(oracle)
-    generator = torch.Generator(oracle.device)
-    for i, of_window in enumerate(noise):
-        generator.manual_seed(zlib.crc32(f"{seed}/{call.window + i}/{call.layer}".encode()))
-        of_window.normal_(generator=generator)
-    return noise.mul_(oracle).mul_(FLOOR_NOISE)
+    names = tuple(f"{seed}/{call.window + i}/{call.layer}" for i in range(len(oracle)))
+    return _drawn(names, oracle.shape[1:], oracle.device, oracle.dtype).mul(oracle).mul_(FLOOR_NOISE)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(
+    names: tuple[str, ...], shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Normal numbers [names, *shape], of each name its own, not to be written to: the floor is measured with
+    those of a layer and then runs it with them."""
+    noise = torch.empty((len(names), *shape), dtype=dtype, device=device)
+    generator = torch.Generator(device)
+    for name, of_name in zip(names, noise, strict=True):
+        generator.manual_seed(zlib.crc32(name.encode()))
+        of_name.normal_(generator=generator)
+    return noise
 
 
 def void_reasons(arms: Sequence[Arm], findings: Mapping[str, Findings]) -> list[str]:
