@@ -8,8 +8,10 @@ give the same tokens whole and cut. A text without such places (one word of mega
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -23,6 +25,8 @@ _AROUND = 512
 _TRIES = 64
 _PLACE = re.compile(r"(?<=[^\W_])(?= [^\W_])")
 _OTHER_PLACE = re.compile(r"(?<=[^\W_])(?=[^\w\s])")
+# Pieces that are encoded at once: a tokenizer's library leaves Python's other threads alone meanwhile.
+_THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 8)
 
 Encode = Callable[[str], np.ndarray]
 
@@ -43,7 +47,41 @@ def encode_in_pieces(
     across words, letters that a space follows inside a token: only other spaces are places then. Raises
     ModelError for a text that has no place to cut in LONGEST_PIECE letters.
     """
+    if enough is None:
+        # How many ids there are need not be known before the next piece is cut.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            waiting: list[Future[np.ndarray]] = []
+
+            def put(text: str) -> int:
+                if len(waiting) >= 2 * _THREADS:
+                    waiting[-2 * _THREADS].result()
+                waiting.append(pool.submit(encode, text))
+                return 0
+
+            _cut(texts, encode, put, enough=None, piece=piece, prefixed=prefixed, joined=joined)
+            return np.concatenate([ids.result() for ids in waiting] or [np.zeros(0, np.int32)]), True
     found: list[np.ndarray] = []
+
+    def put_now(text: str) -> int:
+        found.append(encode(text))
+        return len(found[-1])
+
+    whole = _cut(texts, encode, put_now, enough=enough, piece=piece, prefixed=prefixed, joined=joined)
+    return np.concatenate([*found, np.zeros(0, np.int32)]), whole
+
+
+def _cut(
+    texts: Iterable[str],
+    encode: Encode,
+    put: Callable[[str], int],
+    *,
+    enough: int | None,
+    piece: int,
+    prefixed: bool,
+    joined: frozenset[str] | None,
+) -> bool:
+    """`encode_in_pieces`, whose pieces are put somewhere, which says how many ids they are; whether they are
+    all of the text."""
     count, first, waits = 0, True, piece
     buffer = ""
     later = iter(texts)
@@ -74,8 +112,9 @@ def encode_in_pieces(
             if len(buffer) >= waits:
                 break
         if len(buffer) < waits:
-            last = encode(begin(buffer, whole=first)) if buffer or first else np.zeros(0, np.int32)
-            return np.concatenate([*found, last]), True
+            if buffer or first:
+                put(begin(buffer, whole=first))
+            return True
         known = places()
         inside = [p for p in known if _AROUND <= p <= len(buffer) - _AROUND]
         at = next((p for p in inside[: -_TRIES - 1 : -1] if fits(p, known)), None)
@@ -84,10 +123,9 @@ def encode_in_pieces(
             if waits > max(LONGEST_PIECE, 2 * piece):
                 raise ModelError(f"text: has no place to be cut at in {len(buffer)} letters, one word say")
             continue
-        found.append(encode(begin(buffer[:at], whole=first)))
-        count += len(found[-1])
+        count += put(begin(buffer[:at], whole=first))
         buffer, first, waits = buffer[at:], False, piece
-    return np.concatenate(found), False
+    return False
 
 
 def slices(text: str, letters: int = PIECE) -> Iterator[str]:

@@ -30,6 +30,7 @@ from verify.ppl.settings import (
     with_caches,
 )
 from verify.reports.ci import cases_of_run, check_ci_options, hand_over
+from verify.reports.drawing import load_drawing
 
 
 def command(
@@ -339,4 +340,5 @@ def _candidates(baseline: str, candidate: list[str] | None, caches: str | None) 
 def _load_writer() -> Callable[[Path], object]:
     from verify.reports.writing import write_reports
 
+    load_drawing()
     return write_reports

@@ -34,6 +34,12 @@ class Picture(NamedTuple):
     svg: str
 
 
+def load_drawing() -> None:
+    """For a thread beside what takes long: the first figure would wait for it."""
+    from matplotlib.backends import backend_svg  # noqa: F401
+    from matplotlib.figure import Figure  # noqa: F401
+
+
 def new_figure(height: float = SIZE[1], *, left: float = 0.85, right: float = 0.1) -> tuple[Figure, Any]:
     """A figure of SIZE's width with one pair of axes; height, and the room beside them, in inches."""
     import matplotlib
