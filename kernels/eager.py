@@ -157,7 +157,7 @@ class EagerKernel(Kernel):
         unseen: tuple[slice, ...] = ()
         if sequence.positions is None:
             unseen = unseen_keys(sequence.lengths, len(sequence.k), call.sliding_window)
-        keys = _tiles(sequence.k, block, unseen).transpose(2, 3).contiguous()  # [Hkv, tiles, Dk, block]
+        keys = _tiles(sequence.k, block, unseen, transposed=True)  # [Hkv, tiles, Dk, block]
         values = _tiles(sequence.v, block, unseen)  # [Hkv, tiles, block, Dv]
         cache = "" if kept.as_given else f",cache={kept},expand=f16"
         kernel = self.called(f"{options.label}{cache}")
@@ -323,16 +323,26 @@ class _Launch(NamedTuple):
     closed: np.ndarray
 
 
-def _tiles(x: torch.Tensor, block: int, unseen: Sequence[slice]) -> torch.Tensor:
-    """[S, H, D] as float32 tiles [H, ceil(S / block), block, D], the last padded with zeros; zeros too where
-    no row sees: whatever a cache holds there, NaN included, weighs nothing."""
+def _tiles(x: torch.Tensor, block: int, unseen: Sequence[slice], *, transposed: bool = False) -> torch.Tensor:
+    """[S, H, D] as float32 tiles [H, ceil(S / block), block, D], or [..., D, block] where transposed, the
+    last padded with zeros; zeros too where no row sees: whatever a cache holds there, NaN included, weighs
+    nothing."""
     keys, heads, size = x.shape
-    tiles = -(-keys // block)
-    padded = x.new_zeros((tiles * block, heads, size), dtype=torch.float32)
-    padded[:keys] = x
-    for keys_of_none in unseen:
-        padded[keys_of_none] = 0.0
-    return padded.view(tiles, block, heads, size).permute(2, 0, 1, 3).contiguous()
+    tiles, whole = -(-keys // block), keys // block
+    found = x.new_empty(
+        (heads, tiles, *((size, block) if transposed else (block, size))), dtype=torch.float32
+    )
+    # One pass: as they are called for, whichever way they lie.
+    by_key = found.transpose(2, 3) if transposed else found
+    by_key[:, :whole] = x[: whole * block].unflatten(0, (whole, block)).permute(2, 0, 1, 3)
+    if whole < tiles:
+        rest = keys - whole * block
+        by_key[:, whole, :rest], by_key[:, whole, rest:] = x[whole * block :].transpose(0, 1), 0.0
+    for none in unseen:
+        for tile in range(none.start // block, -(-none.stop // block)):
+            first = tile * block
+            by_key[:, tile, max(none.start - first, 0) : none.stop - first] = 0.0
+    return found
 
 
 def _heads(shape: Shape, first: int, group: int, device: torch.device) -> torch.Tensor:

@@ -470,7 +470,11 @@ def _worst(settings: DiffSettings, cell: Cell, probings: Mapping[_Place, Probing
     on = settings.path
     if family == PROBES and found.probes_failed:
         probing = probings.get((on, inputs.shape, inputs.n_kv))
-        for make in probe_makers(probing.sizes, device=call.q.device) if probing is not None else []:
+        for make in (
+            probe_makers(probing.sizes, device=call.q.device, brief=probing.brief)
+            if probing is not None
+            else []
+        ):
             probe = make()
             if found.probes_failed[0].startswith(f"probe {probe.name} ("):
                 family, call = probe.name, probe.call

@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from verify.kernels.bits import same_bits
@@ -127,7 +128,7 @@ def measure(
     if ratio.numel() and float(ratio.max()) <= 1 and float(rows.relative.max()) > LARGEST_RELATIVE_ERROR:
         found = torch.where((rows.relative == rows.relative.max())[..., None], error.abs(), -1.0)
     flat = int(found.argmax()) if ratio.numel() else 0
-    worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ratio.shape))
+    worst = tuple(int(i) for i in np.unravel_index(flat, ratio.shape))
     quadrature = budget_ratio(error, b.quadrature)[(b.quadrature > 0) & ~b.vacuous[..., None]]
     measured = int((~torch.isnan(rows.rms)).sum())
     gain, of_heads = _gains(rows, b, arithmetic) if distinct else (_UNTOLD, [_UNTOLD])

@@ -95,6 +95,21 @@ def test_one_hot_asks_for_every_key_of_every_kv_head() -> None:
     assert bool((probe.call.v[:, 150:] == POISON).all())
 
 
+def test_one_hot_asks_for_every_key_once_in_one_of_two_layouts() -> None:
+    r, asked = SIZES.heads.ratio, []
+    for layout in (False, True):
+        probe = one_hot(SIZES, once=True, strided=layout)
+        assert probe.keys is not None and check(probe, build_kernel("eager:kv=3")) == []
+        by_head = probe.keys[0].unflatten(1, (SIZES.heads.kv, r))
+        asked += by_head.flatten().tolist()
+        # Neighbours, of all of which each KV head has some.
+        assert bool(((by_head[..., 1:] - by_head[..., :-1]) % 150 == 1).all())
+        assert all(len(set((by_head[:, h, 0] // r).tolist())) > 3 for h in range(SIZES.heads.kv))
+    assert set(asked) == set(range(150))
+    # Twice is what fills up the last row.
+    assert len(asked) - 150 < 2 * SIZES.heads.q
+
+
 @pytest.mark.parametrize("key", [0, 63, 64, 127, 149])
 def test_a_key_that_is_not_read_is_named(key: int) -> None:
     """V of one key is swapped for another's: the failure says which key, head and part, and both values."""

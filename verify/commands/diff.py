@@ -27,6 +27,8 @@ from verify.reports.ci import cases_of_run, check_ci_options, hand_over
 
 # On a CPU one GPU's share of the heads, so that the default ends within a minute or so.
 CPU_SHAPE, CPU_N_KV = "glm-4.5-air@4", "512,1101,2048,8192"
+# Of those: two thirds of the time would be theirs.
+CPU_BRIEF = "8192"
 CUDA_SHAPE, CUDA_N_KV = "glm-4.5-air", "512,8192,32768,131072"
 
 
@@ -41,6 +43,15 @@ def command(
     ] = "",
     n_kv: Annotated[
         str, typer.Option("--n-kv", help=f"lengths, comma between; default {CUDA_N_KV} (CPU: {CPU_N_KV})")
+    ] = "",
+    brief: Annotated[
+        str,
+        typer.Option(
+            "--brief",
+            help="those of --n-kv at which inputs whose roundings do not change with the number of keys are"
+            f" asked for faults alone, in a few rows; default {CPU_BRIEF} on a CPU without --n-kv and"
+            " --inputs, else none",
+        ),
     ] = "",
     baseline: options.Baseline = DEFAULT_BASELINE,
     candidate: options.Candidates = None,
@@ -127,14 +138,16 @@ def command(
     if found_path is None:
         raise UsageError(f"--path {path}: expected decode, several or prefill")
     if captured_from is not None and (
-        shape or n_kv or inputs or n_q or sequences != 1 or dtype != "f16" or hidden_nan
+        shape or n_kv or brief or inputs or n_q or sequences != 1 or dtype != "f16" or hidden_nan
     ):
         raise UsageError(
             f"--captured-from {captured_from}: the inputs are those of the folder, expected no --shape,"
-            " --n-kv, --inputs, --n-q, --sequences, --dtype or --hidden-nan beside it"
+            " --n-kv, --brief, --inputs, --n-q, --sequences, --dtype or --hidden-nan beside it"
         )
     drawn = captured_from is None
     lengths = n_kv or (CUDA_N_KV if on_cuda else CPU_N_KV)
+    by_default = drawn and not on_cuda and not n_kv and not inputs
+    brief = brief or (CPU_BRIEF if by_default else "")
     settings = DiffSettings(
         shapes=tuple((shape or (CUDA_SHAPE if on_cuda else CPU_SHAPE)).split(",")) if drawn else (),
         n_kvs=tuple(parse_lengths(lengths)) if drawn else (),
@@ -155,6 +168,7 @@ def command(
         sequences=sequences,
         n_q=n_q,
         headroom=headroom,
+        brief_n_kvs=tuple(parse_lengths(brief, "--brief")) if brief else (),
     )
     check_settings(settings)
     stored = StoredBaseline(against_stored) if against_stored is not None else None

@@ -36,6 +36,9 @@ MOST_TIMES = 16
 FEW_ROWS = 4
 # What longer rows are asked: numbers that are plain, and one heavy key beside an edge.
 LONG_FAMILIES = ("gaussian", "needles")
+# Kinds whose roundings change with the number of keys, by how many terms, maxima and parts are added up: they
+# have their stratum at every length. Of the others `brief_n_kvs` ask faults alone.
+LENGTH_FAMILIES = ("gaussian", "needles", "gaps", "peaked", "rising", "falling", "one-sign")
 # Of plain inputs, on which a baseline's error is typical.
 PLAIN_ROWS = 16
 # Query tokens a call of the path `several`, where nobody says how many.
@@ -78,6 +81,9 @@ class DiffSettings:
     n_q: int = 0
     # Visible keys of longer rows, that are asked for faults alone: a few, of `LONG_FAMILIES`.
     long_n_kvs: tuple[int, ...] = ()
+    # Of the visible keys, those at which kinds beside `LENGTH_FAMILIES` are asked for faults alone, in a few
+    # rows, and one-hot probes ask for each key once (`probe_makers`).
+    brief_n_kvs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         known = (PROBES, *ALL_FAMILIES)
@@ -112,6 +118,10 @@ class DiffSettings:
         object.__setattr__(self, "shapes", tuple(reversed(shapes.values())))
         object.__setattr__(self, "n_kvs", tuple(dict.fromkeys(self.n_kvs)))
         object.__setattr__(self, "families", tuple(dict.fromkeys(self.families)))
+        object.__setattr__(self, "brief_n_kvs", tuple(dict.fromkeys(self.brief_n_kvs)))
+        for n_kv in self.brief_n_kvs:
+            if n_kv not in self.n_kvs:
+                raise UsageError(f"--brief {n_kv}: expected lengths of --n-kv")
 
     @property
     def looks(self) -> int:
@@ -138,11 +148,13 @@ def all_inputs(
                     if family == PROBES:
                         # Of a probe a row or two say all.
                         few = _sizes(replace(settings, rows=2), shape, n_kv, edges)
-                        yield Probing(shape.name, n_kv, few, tuple(candidates))
+                        brief = n_kv in settings.brief_n_kvs
+                        yield Probing(shape.name, n_kv, few, tuple(candidates), brief)
                         continue
-                    alone = family not in FAMILIES
-                    sizes = _sizes(_few_rows(settings) if alone else settings, shape, n_kv, edges)
-                    draws = settings.seeds * (1 if alone else _calls_a_cell(settings))
+                    brief = _is_brief(settings, n_kv, family)
+                    few_rows = brief or family not in FAMILIES
+                    sizes = _sizes(_few_rows(settings) if few_rows else settings, shape, n_kv, edges)
+                    draws = settings.seeds * (1 if few_rows else _calls_a_cell(settings))
                     for seed in range(settings.first_seed, settings.first_seed + draws):
                         with clock.stage("inputs drawn", n_kv):
                             drawn = _drawn(family, sizes, seed, device, strict=settings.strict)
@@ -152,6 +164,7 @@ def all_inputs(
                             family=family,
                             seed=seed,
                             candidates=tuple(candidates),
+                            faults_alone=brief,
                             **drawn,
                         )
         yield from _long_inputs(settings, shape, device, clock)
@@ -246,6 +259,19 @@ def _few_rows(settings: DiffSettings) -> DiffSettings:
     return replace(settings, rows=FEW_ROWS, most_rows=0, n_q=min(settings.n_q, FEW_ROWS))
 
 
+def _is_brief(settings: DiffSettings, n_kv: int, family: str) -> bool:
+    """Whether a kind of numbers is asked for faults alone at a length."""
+    return n_kv in settings.brief_n_kvs and family in FAMILIES and family not in LENGTH_FAMILIES
+
+
+def brief_sentence(settings: DiffSettings, n_kv: int) -> str:
+    """What is asked of one of the `brief_n_kvs` for faults alone; nothing where all is asked in full."""
+    named = [family for family in settings.families if _is_brief(settings, n_kv, family)]
+    if not named:
+        return ""
+    return f"{n_kv:,} keys: {FEW_ROWS} rows of {', '.join(named)}, for faults alone; --n-kv {n_kv} asks all"
+
+
 def _calls_a_cell(settings: DiffSettings) -> int:
     """Calls that have a cell's rows, where one call has `n_q`."""
     return -(-settings.rows // settings.n_q) if settings.n_q else 1
@@ -261,7 +287,8 @@ def count_inputs(settings: DiffSettings) -> int | None:
             groups = len(_by_edges(settings, shape_named(name), n_kv))
             for family in settings.families:
                 draws = 1 if family == PROBES else settings.seeds
-                draws *= _calls_a_cell(settings) if family in FAMILIES else 1
+                few_rows = family not in FAMILIES or _is_brief(settings, n_kv, family)
+                draws *= 1 if few_rows else _calls_a_cell(settings)
                 total += (groups if _edged(family) else 1) * draws
         for n_kv, family in long_kinds(settings):
             total += len(_by_edges(settings, shape_named(name), n_kv)) if _edged(family) else 1

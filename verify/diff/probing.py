@@ -26,12 +26,14 @@ MOST_JUDGED = 256
 
 
 class Probing(NamedTuple):
-    """One shape and length to probe, in the place of inputs; candidates: as `Inputs` has them."""
+    """One shape and length to probe, in the place of inputs; candidates: as `CellInputs` has them; brief:
+    each key is asked for once (`probe_makers`)."""
 
     shape: str
     n_kv: int
     sizes: InputSizes
     candidates: tuple[int, ...] | None = None
+    brief: bool = False
 
     @property
     def inputs(self) -> CellInputs:
@@ -53,7 +55,7 @@ def probe_kernels(
     strict: a user's kernel must be right for a row that sees no key too.
     """
     found = [KernelEvidence(kernel.spec, refused=True) for kernel in kernels]
-    for make in probe_makers(probing.sizes, device=device):
+    for make in probe_makers(probing.sizes, device=device, brief=probing.brief):
         with clock.stage("probes made", probing.n_kv):
             probe = make()
         tried = []

@@ -153,6 +153,7 @@ def command_of_all(settings: DiffSettings) -> str:
         every = families_of("all", s.path), families_of("all", s.path, hidden=True)
         drawn |= {} if s.families in every else {"inputs": ",".join(s.families)}
         drawn |= {"hidden_nan": True} if s.families == every[1] else {}
+        drawn |= {"brief": ",".join(map(str, s.brief_n_kvs))} if s.brief_n_kvs else {}
     names = ("baseline", "candidates", "device", *_WITH_DEFAULT)
     defaults = {f.name: f.default for f in fields(DiffSettings) if f.name in _WITH_DEFAULT}
     return command_line(["diff"], {**drawn, **{name: getattr(s, name) for name in names}}, defaults=defaults)
@@ -177,6 +178,7 @@ def run_json(
             "shapes": list(settings.shapes),
             "n_kv": list(settings.n_kvs),
             "long_n_kv": list(settings.long_n_kvs),
+            "brief_n_kv": list(settings.brief_n_kvs),
             "families": list(settings.families),
             "baseline": settings.baseline,
             "candidates": list(settings.candidates),

@@ -27,6 +27,7 @@ from verify.diff.headroom import DiffHeadroom
 from verify.diff.inputs import (
     FEW_ROWS,
     DiffSettings,
+    brief_sentence,
     first_call,
     lengths_to_read,
     long_kinds,
@@ -149,6 +150,8 @@ def run_diff(
     for n_kv in settings.long_n_kvs:
         named = " and ".join(family for n, family in long_kinds(settings) if n == n_kv)
         notes += [f"{n_kv:,} keys: {FEW_ROWS} rows of {named}, for faults alone"] if named else []
+    for n_kv in settings.brief_n_kvs:
+        notes += [line] if (line := brief_sentence(settings, n_kv)) else []
     if stored is not None:
         notes.append(f"the baseline did not run: its figures are those of {stored.path} ({stored.device})")
     notes += [
@@ -443,7 +446,9 @@ def _judge(
         )
 
     lines = []
-    for of_line in _by_line([c for c in cells if c.faults or not c.inputs.faults_alone]):
+    for of_line in _by_line(cells):
+        if all(c.inputs.faults_alone and not c.faults for c in of_line):
+            continue
         of = of_line[0].inputs.shape, of_line[0].inputs.n_kv
         own, single = strata.only(*of), alone.only(*of) if alone is not None else None
         lines.append(LengthLine(of_line, decide(found(of_line, own, single)), own))

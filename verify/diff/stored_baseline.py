@@ -39,6 +39,8 @@ _SAME = {
     "dtype": "dtype", "rows": "rows", "seeds": "seeds", "first-seed": "first_seed", "sequences": "sequences",
     "n-q": "n_q", "strict": "strict",
 }  # fmt: skip
+# Likewise the same, of the lengths that are asked for.
+_BRIEF = "brief_n_kvs"
 _PARTS = {"shape": "shapes", "n-kv": "n_kvs", "inputs": "families"}
 _ENERGIES = ("energy", "given_energy")
 _PLAIN = (
@@ -155,6 +157,10 @@ class StoredBaseline:
             has = stored.get(name, ())
             if lacking := [x for x in asked[name] if x not in has]:
                 raise UsageError(f"{self}: has --{option} {', '.join(map(str, has))}, and not {lacking[0]}")
+        brief = [n for n in stored.get(_BRIEF, ()) if n in settings.n_kvs]
+        if brief != asked[_BRIEF]:
+            told, wanted = (", ".join(map(str, x)) or "no length" for x in (brief, asked[_BRIEF]))
+            raise UsageError(f"{self}: stored with --brief {told}, not {wanted}")
 
     def has(self, settings: DiffSettings, spec: str, each: CellInputs | Probing) -> bool:
         """Whether anything is stored of this baseline and input, whatever its bits were."""
@@ -223,6 +229,7 @@ def _findings(kept: Any) -> list[Finding]:
 def _told(settings: DiffSettings) -> dict[str, Any]:
     """Settings as JSON has them."""
     same = {name: getattr(settings, name) for name in _SAME.values()}
+    same[_BRIEF] = list(settings.brief_n_kvs)
     return same | {name: list(getattr(settings, name)) for name in _PARTS.values()}
 
 

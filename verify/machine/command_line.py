@@ -20,14 +20,14 @@ _OPTIONS = {
 }
 
 
-def parse_lengths(text: str) -> list[int]:
-    """`512,8192` ascending, each once. Raises UsageError."""
+def parse_lengths(text: str, option: str = "--n-kv") -> list[int]:
+    """`512,8192` ascending, each once; option: that says them. Raises UsageError."""
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError:
         lengths = [0]
     if lengths[0] < 1:
-        raise UsageError(f"--n-kv {text}: expected lengths from 1, comma between")
+        raise UsageError(f"{option} {text}: expected lengths from 1, comma between")
     return lengths
 
 

@@ -70,14 +70,17 @@ def standard_probes(sizes: InputSizes, *, device: torch.device | str = "cpu") ->
     return [make() for make in probe_makers(sizes, device=device)]
 
 
-def probe_makers(sizes: InputSizes, *, device: torch.device | str = "cpu") -> list[Callable[[], Probe]]:
+def probe_makers(
+    sizes: InputSizes, *, device: torch.device | str = "cpu", brief: bool = False
+) -> list[Callable[[], Probe]]:
     """What makes each of the standard probes, for where they are too large to be held together.
 
     Without those that need a code word a key where there are too few (`why_not_one_hot`). On the path
-    `several` the rows of each go `MOST_SEVERAL` at a time.
+    `several` the rows of each go `MOST_SEVERAL` at a time. brief: each key is asked for by the query heads of
+    one KV head, in one of the two layouts, in the place of every KV head and both (`one_hot`).
     """
     if sizes.path == "several":
-        makers_of_rows = probe_makers(replace(sizes, path="decode"), device=device)
+        makers_of_rows = probe_makers(replace(sizes, path="decode"), device=device, brief=brief)
         return [partial(_several, make) for make in makers_of_rows]
     n = max(sizes.n_kv)
     edges = [e for e in sizes.edges if 0 < e < n]
@@ -86,8 +89,8 @@ def probe_makers(sizes: InputSizes, *, device: torch.device | str = "cpu") -> li
     makers: list[Callable[[], Probe]] = []
     if why_not_one_hot(sizes) is None:
         makers = [
-            partial(one_hot, long, device=device),
-            partial(strided_one_hot, long, device=device),
+            partial(one_hot, long, device=device, once=brief),
+            partial(strided_one_hot, long, device=device, once=brief),
             partial(one_hot_edges, seeing, edges, device=device),
             partial(empty_rows, sizes, device=device),
             partial(empty_rows, sizes, device=device, sinks=True),

@@ -90,14 +90,19 @@ def one_hot(
     device: torch.device | str = "cpu",
     strided: bool = False,
     most_rows: int | None = None,
+    once: bool = False,
 ) -> Probe:
     """Every key of the longest row, by some query head of every KV head; demands bits.
 
     sizes.n_kv gives the longest row alone: the probe makes as many rows as the keys need, each head of a
     group asking for another key. Rows all see n_kv keys. most_rows: of more rows, about so many are taken,
-    the first and the last among them, the others evenly between.
+    the first and the last among them, the others evenly between. once: each key by one KV head alone, and
+    by that in one of the two layouts alone, in turn: with `strided` and without, all of them.
     """
     n, r, heads = max(sizes.n_kv), sizes.heads.ratio, sizes.heads.kv
+    if once:
+        wanted_once = _wanted_once(n, r, heads, strided=strided)[None].to(device)
+        return _one_hot("one-hot", sizes, n, wanted_once, device, strided=strided)
     rows = torch.arange(-(-n // r), device=device)
     if most_rows is not None and len(rows) > most_rows:
         rows = torch.cat((rows[:: -(-len(rows) // most_rows)], rows[-1:])).unique()
@@ -105,6 +110,17 @@ def one_hot(
     # ones wrap round to the first keys.
     wanted = (rows[:, None] * r + torch.arange(r, device=device)) % n  # [T, r]
     return _one_hot("one-hot", sizes, n, wanted.repeat(1, heads)[None], device, strided=strided)
+
+
+def _wanted_once(n: int, r: int, heads: int, *, strided: bool) -> torch.Tensor:
+    """[T, heads * r]: r neighbouring keys a KV head and row. Who asks for which is drawn, so that no place of
+    a tile is always the same one's."""
+    kinds = 2 * heads
+    rows = -(-n // (r * kinds))
+    drawn = torch.rand((rows, kinds), generator=torch.Generator().manual_seed(0)).argsort(1)
+    own = drawn[:, heads * strided : heads * (1 + strided)]
+    first = (torch.arange(rows)[:, None] * kinds + own) * r
+    return ((first[..., None] + torch.arange(r)) % n).flatten(1)
 
 
 def one_hot_edges(
@@ -163,12 +179,12 @@ def _one_hot(
     return Probe(name=name, demand="bits", call=call, out=out, lse=None, keys=wanted)
 
 
-def strided_one_hot(sizes: InputSizes, *, device: torch.device | str = "cpu") -> Probe:
+def strided_one_hot(sizes: InputSizes, *, device: torch.device | str = "cpu", once: bool = False) -> Probe:
     """One-hot over K and V that lie head by head, two elements off alignment; demands bits.
 
-    A wrong stride shows at nearly every key, so at most `STRIDED_ROWS` rows are asked.
+    A wrong stride shows at nearly every key, so at most `STRIDED_ROWS` rows are asked; once: see `one_hot`.
     """
-    probe = one_hot(sizes, device=device, strided=True, most_rows=STRIDED_ROWS)
+    probe = one_hot(sizes, device=device, strided=True, most_rows=STRIDED_ROWS, once=once)
     return replace(probe, name="one-hot strided")
 
 
