@@ -38,7 +38,7 @@ FEW_ROWS = 4
 LONG_FAMILIES = ("gaussian", "needles")
 # Kinds whose roundings change with the number of keys, by how many terms, maxima and parts are added up: they
 # have their stratum at every length. Of the others `brief_n_kvs` ask faults alone.
-LENGTH_FAMILIES = ("gaussian", "needles", "gaps", "peaked", "rising", "falling", "one-sign")
+LENGTH_FAMILIES = ("gaussian", "needles", "gaps", "rising", "falling", "one-sign")
 # Of plain inputs, on which a baseline's error is typical.
 PLAIN_ROWS = 16
 # Query tokens a call of the path `several`, where nobody says how many.
@@ -141,33 +141,61 @@ def all_inputs(
     for name in settings.shapes:
         shape = shape_named(name)
         for n_kv in settings.n_kvs:
-            by_edges = _by_edges(settings, shape, n_kv)
             for family in settings.families:
-                groups = by_edges if _edged(family) else {(): range(len(settings.candidates))}
-                for edges, candidates in groups.items():
-                    if family == PROBES:
-                        # Of a probe a row or two say all.
-                        few = _sizes(replace(settings, rows=2), shape, n_kv, edges)
-                        brief = n_kv in settings.brief_n_kvs
-                        yield Probing(shape.name, n_kv, few, tuple(candidates), brief)
-                        continue
-                    brief = _is_brief(settings, n_kv, family)
-                    few_rows = brief or family not in FAMILIES
-                    sizes = _sizes(_few_rows(settings) if few_rows else settings, shape, n_kv, edges)
-                    draws = settings.seeds * (1 if few_rows else _calls_a_cell(settings))
-                    for seed in range(settings.first_seed, settings.first_seed + draws):
-                        with clock.stage("inputs drawn", n_kv):
-                            drawn = _drawn(family, sizes, seed, device, strict=settings.strict)
-                        yield CellInputs(
-                            shape=shape.name,
-                            n_kv=n_kv,
-                            family=family,
-                            seed=seed,
-                            candidates=tuple(candidates),
-                            faults_alone=brief,
-                            **drawn,
-                        )
+                yield from _of_kind(settings, shape, n_kv, family, device, clock)
         yield from _long_inputs(settings, shape, device, clock)
+
+
+def in_full(
+    settings: DiffSettings,
+    wanted: Sequence[tuple[str, int, tuple[int, ...]]],
+    device: torch.device,
+    clock: StageClock,
+) -> Iterator[CellInputs]:
+    """What was asked briefly, in full. wanted: shape, length, and the numbers of the candidates."""
+    plain = replace(settings, brief_n_kvs=())
+    for name, n_kv, candidates in wanted:
+        for family in settings.families:
+            if _is_brief(settings, n_kv, family):
+                for each in _of_kind(plain, shape_named(name), n_kv, family, device, clock):
+                    asked = tuple(i for i in each.candidates or () if i in candidates)
+                    if asked and isinstance(each, CellInputs):
+                        yield replace(each, candidates=asked)
+
+
+def _of_kind(
+    settings: DiffSettings,
+    shape: ModelShape,
+    n_kv: int,
+    family: str,
+    device: torch.device,
+    clock: StageClock,
+) -> Iterator[CellInputs | Probing]:
+    """The inputs of one shape, length and family."""
+    everyone = range(len(settings.candidates))
+    groups = _by_edges(settings, shape, n_kv) if _edged(family) else {(): everyone}
+    for edges, candidates in groups.items():
+        if family == PROBES:
+            # Of a probe a row or two say all.
+            few = _sizes(replace(settings, rows=2), shape, n_kv, edges)
+            yield Probing(shape.name, n_kv, few, tuple(candidates), n_kv in settings.brief_n_kvs)
+            continue
+        brief = _is_brief(settings, n_kv, family)
+        few_rows = brief or family not in FAMILIES
+        sizes = _sizes(_few_rows(settings) if few_rows else settings, shape, n_kv, edges)
+        draws = settings.seeds * (1 if few_rows else _calls_a_cell(settings))
+        for seed in range(settings.first_seed, settings.first_seed + draws):
+            with clock.stage("inputs drawn", n_kv):
+                drawn = _drawn(family, sizes, seed, device, strict=settings.strict)
+            yield CellInputs(
+                shape=shape.name,
+                n_kv=n_kv,
+                family=family,
+                seed=seed,
+                candidates=tuple(candidates),
+                faults_alone=brief,
+                **drawn,
+            )
 
 
 def _long_inputs(

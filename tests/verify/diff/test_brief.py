@@ -69,7 +69,7 @@ def test_kinds_whose_roundings_follow_the_length_have_strata_there_and_others_fe
     assert {family for n, family in rows if n == 130} == set(SETTINGS.families)
     assert len(candidate.cells) == count_inputs(SETTINGS)
     assert [len(line.cells) for line in candidate.lines] == [len(SETTINGS.families)] * 2
-    assert any(note.startswith("130 keys: 4 rows of flat, near-overflow") for note in found.notes)
+    assert any(note.startswith("130 keys: 4 rows of peaked, flat") for note in found.notes)
 
 
 def test_the_command_that_makes_it_again_says_what_is_brief(found: DiffOutcome) -> None:
@@ -137,6 +137,35 @@ def test_a_fault_is_broken_at_a_brief_length(change: Callable[[Call], Call], sho
     candidate: CandidateResult = outcome(replace(SETTINGS, n_kvs=(130,)), build).candidates[0]
     assert candidate.verdict == "broken"
     assert {cell.inputs.family for cell in candidate.cells if cell.faults} >= shown
+
+
+def _kinds(found: DiffOutcome) -> dict[str, set[str]]:
+    """Families that have strata at the brief length, by candidate."""
+    return {c.spec: {s.family for s in c.strata.strata if s.n_kv == 130} for c in found.candidates}
+
+
+def test_where_a_plan_begins_to_cut_all_is_asked_in_full() -> None:
+    """Of that candidate alone."""
+    few = ("gaussian", "softcap", "massive")
+    cuts_late, cuts_always = "eager:kv=size:128", "eager:kv=2"
+    found = outcome(replace(SETTINGS, families=few, candidates=(cuts_always, cuts_late)))
+    assert _kinds(found) == {cuts_always: {"gaussian"}, cuts_late: set(few)}
+    said = [note for note in found.notes if "as at no other length" in note]
+    assert said == [f"6/2x32 at 130 keys: {cuts_late} computed as at no other length, and was asked all"]
+
+
+@pytest.mark.parametrize(("coarse_from", "full"), [(100, True), (50, False)])
+def test_where_a_kernel_is_another_one_all_is_asked_in_full(coarse_from: int, full: bool) -> None:
+    class Coarse(Spoiled):
+        def arithmetic_of(self, call: Call) -> Any:
+            found = self.kernel.arithmetic_of(call)
+            return replace(found, p="bf16") if call.shape.keys > coarse_from + 10 else found
+
+    def build(spec: str) -> Kernel:
+        return build_kernel(spec) if spec == "eager" else Coarse(spec, lambda call: call)
+
+    found = outcome(replace(SETTINGS, families=("gaussian", "softcap")), build)
+    assert _kinds(found) == {"eager:kv=2": {"gaussian", "softcap"} if full else {"gaussian"}}
 
 
 def test_a_length_that_is_not_asked_is_refused(tmp_path: Path) -> None:
