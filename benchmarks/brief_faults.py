@@ -1,12 +1,13 @@
 """What `verify diff --brief` sees of known faults in the rows of its lengths.
 
-    python benchmarks/brief_faults.py [--n-kv 8192] [--only NAME ...] [--full]
+    python benchmarks/brief_faults.py [--n-kv 2048] [--placed-n-kv 8192] [--only NAME ...]
         [--out benchmarks/results/brief-faults.json]
 
-Every fault of the corpus that a call of one sequence can show, faults at single places of long rows
-(`PLACED`) and clean variants, as candidates beside `eager:kv=3` at 12/2x64, asked briefly at one length;
---full: with all inputs. Of each the verdict, and the inputs that show what is wrong. Exit code 0 where every
-fault is `broken` and no clean variant is.
+Every fault of the corpus that a call of one sequence can show and every clean variant at --n-kv, and faults
+at single places of long rows (`PLACED`) at --placed-n-kv, as candidates beside `eager:kv=3` at 12/2x64,
+asked briefly. Faults that are not `broken` then are asked with all inputs in full. Of each the verdicts, and
+the inputs that show what is wrong. Exit code 0 where no fault is `broken` in full alone, and no clean
+variant is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,9 @@ PLACED: tuple[Callable[[Call], Call], ...] = (
 )
 
 
+PLACED_NAME = "placed: "
+
+
 class Placed(Kernel):
     """A right kernel that is given another call than it says."""
 
@@ -165,29 +169,15 @@ def subjects() -> dict[str, Subject]:
         if of_one_call and not set(fault.families) & FORMS.keys():
             found[fault.name] = Subject("fault", fault.build)
     for change in PLACED:
-        name = "placed: " + change.__name__.replace("_", " ")
+        name = PLACED_NAME + change.__name__.replace("_", " ")
         found[name] = Subject("fault", partial(Placed, name, change))
     for variant in VARIANTS:
         found[f"clean: {variant.name}"] = Subject("clean", variant.build, variant.without)
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--n-kv", type=int, default=8192)
-    parser.add_argument("--only", nargs="*", help="names of faults and variants, or their beginnings")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
-    prepare_torch()
-    torch.set_num_threads(1)
-    chosen = {
-        name: one
-        for name, one in subjects().items()
-        if not given.only or any(name.startswith(x) for x in given.only)
-    }
+def asked(chosen: Mapping[str, Subject], n_kv: int, *, brief: bool) -> dict[str, dict[str, Any]]:
+    """Of each the verdict of a diff at one length, and what is wrong by the inputs that show it."""
     # A specification that says nothing of cuts: inputs lie at the baseline's.
     specs = {f"py:{i}.py::attend": name for i, name in enumerate(chosen)}
 
@@ -201,36 +191,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     settings = DiffSettings(
         shapes=(SHAPE,),
-        n_kvs=(given.n_kv,),
+        n_kvs=(n_kv,),
         families=families_of("all", "decode"),
         baseline=BASELINE,
         candidates=tuple(specs),
         device="cpu",
-        brief_n_kvs=() if given.full else (given.n_kv,),
+        brief_n_kvs=(n_kv,) if brief else (),
         most_rows=64,
     )
-    device = torch.device("cpu")
-    began, clock = time.process_time(), StageClock(device)
-    outcome = run_diff(
-        settings, device, all_inputs(settings, device, clock), clock, build=build, name_bugs=False
-    )
-    found: dict[str, Any] = {}
-    wrong = []
+    device, clock = torch.device("cpu"), StageClock(torch.device("cpu"))
+    inputs = all_inputs(settings, device, clock)
+    outcome = run_diff(settings, device, inputs, clock, build=build, name_bugs=False)
+    found: dict[str, dict[str, Any]] = {}
     for (name, one), candidate in zip(chosen.items(), outcome.candidates, strict=True):
         cells = [c for c in candidate.cells if c.inputs.family not in one.without]
         shown = {c.inputs.family: c.faults[0] for c in cells if c.faults}
-        found[name] = {"kind": one.kind, "verdict": candidate.verdict, "shown": shown}
-        if bool(shown) != (one.kind == "fault"):
-            wrong.append(name)
+        found[name] = {"n_kv": n_kv, "verdict": candidate.verdict, "shown": shown}
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--n-kv", type=int, default=2048)
+    parser.add_argument("--placed-n-kv", type=int, default=8192)
+    parser.add_argument("--only", nargs="*", help="names of faults and variants, or their beginnings")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    prepare_torch()
+    torch.set_num_threads(1)
+    every = subjects()
+    chosen = [name for name in every if not given.only or any(name.startswith(x) for x in given.only)]
+    began = time.process_time()
+    found: dict[str, dict[str, Any]] = {}
+    wrong = []
+    for n_kv, placed in ((given.n_kv, False), (given.placed_n_kv, True)):
+        own = {name: every[name] for name in chosen if name.startswith(PLACED_NAME) == placed}
+        briefly = asked(own, n_kv, brief=True) if own else {}
+        open_ = {name: own[name] for name in own if own[name].kind == "fault" and not briefly[name]["shown"]}
+        in_full = asked(open_, n_kv, brief=False) if open_ else {}
+        for name, one in own.items():
+            found[name] = {"kind": one.kind, "brief": briefly[name], "full": in_full.get(name)}
+            alarm = one.kind == "clean" and briefly[name]["shown"]
+            if alarm or (name in in_full and in_full[name]["shown"]):
+                wrong.append(name)
+    faults = {name: one for name, one in found.items() if one["kind"] == "fault"}
     result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit(),
         "shape": SHAPE,
-        "n_kv": given.n_kv,
-        "full": given.full,
         "cpu_s": time.process_time() - began,
-        "faults": sum(one.kind == "fault" for one in chosen.values()),
-        "clean": sum(one.kind == "clean" for one in chosen.values()),
+        "faults": len(faults),
+        "broken_briefly": sum(bool(one["brief"]["shown"]) for one in faults.values()),
+        "clean": len(found) - len(faults),
         "wrong": wrong,
         "subjects": found,
     }

@@ -178,8 +178,8 @@ def test_a_length_that_is_not_asked_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "brief"),
     [
-        ([], (8192,)),
-        (["--path", "prefill"], (8192,)),
+        ([], (2048, 8192)),
+        (["--path", "prefill"], (2048, 8192)),
         (["--n-kv", "512,8192"], ()),
         (["--inputs", "softcap"], ()),
         (["--n-kv", "512,8192", "--brief", "512"], (512,)),
@@ -196,6 +196,6 @@ def test_what_is_brief_by_default(
         raise UsageError("far enough")
 
     monkeypatch.setattr(diff, "run_diff", run_diff)
-    assert command.CPU_BRIEF in command.CPU_N_KV.split(",")
+    assert {*command.CPU_BRIEF.split(",")} < {*command.CPU_N_KV.split(",")}
     verify("diff", "--device", "cpu", "--out", str(tmp_path / "d"), *options)
     assert [settings.brief_n_kvs for settings in asked] == [brief]

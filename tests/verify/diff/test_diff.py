@@ -356,7 +356,7 @@ def test_inputs_of_a_folder_stand_alone(tmp_path: Path) -> None:
     done = verify("diff", "--captured-from", "nowhere", "--out", str(tmp_path / "none"))
     assert_refused(done, "no captured layers there")
     done = verify("diff", "--captured-from", str(tmp_path), "--n-kv", "7", "--out", str(tmp_path / "out"))
-    assert_refused(done, "--captured-from", "expected no --shape, --n-kv, --inputs")
+    assert_refused(done, "--captured-from", "expected no --shape, --n-kv, --brief, --inputs")
 
 
 def test_lengths_that_no_memory_holds_are_refused(tmp_path: Path) -> None:
