@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +18,7 @@ from verify.kernels.exact import exact_attention
 from verify.kernels.formed import CallForm, FormedKernel
 from verify.kernels.lengths import keep_lengths
 from verify.kernels.registry import build_kernel
+from verify.kernels.trace import RowKind
 from verify.kernels.transfers import Download, uploaded
 from verify.model.architectures.architecture import AttentionSettings
 from verify.model.layer_call import LayerCall
@@ -107,4 +109,13 @@ def test_steps_side_by_side_are_the_steps_one_by_one(
     monkeypatch.setattr(kernel.inner, "as_if_alone", False)
     apart = kernel.run(whole)
     assert same_bits(together.out, apart.out) and same_bits(together.lse, apart.lse)
-    assert together.launched.rows == apart.launched.rows
+    plans = (_without_binaries(result.launched.rows) for result in (together, apart))
+    assert next(plans) == next(plans)
+
+
+def _without_binaries(rows: Mapping[RowKind, int]) -> Counter[RowKind]:
+    """How parts are combined is compiled for how many the longest row of a call has."""
+    found: Counter[RowKind] = Counter()
+    for (path, n_kv, signature), count in rows.items():
+        found[path, n_kv, signature._replace(binary="")] += count
+    return found
