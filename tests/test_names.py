@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,10 @@ def test_a_class_has_a_name_of_its_own() -> None:
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
-LONG_RECORDS = {node.name for path in MODULES for node in classes(path) if len(fields_of(node)) >= LONG}
+@cache
+def long_records() -> frozenset[str]:
+    """Read when it is asked for: every process that shares the tests imports this module."""
+    return frozenset(node.name for path in MODULES for node in classes(path) if len(fields_of(node)) >= LONG)
 
 
 def by_position(path: Path) -> list[str]:
@@ -48,7 +52,7 @@ def by_position(path: Path) -> list[str]:
             continue
         name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         spread = any(isinstance(argument, ast.Starred) for argument in node.args)
-        if name in LONG_RECORDS and node.args and (spread or len(node.args) + len(node.keywords) >= LONG):
+        if name in long_records() and node.args and (spread or len(node.args) + len(node.keywords) >= LONG):
             found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
     return found
 

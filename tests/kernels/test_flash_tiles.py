@@ -93,12 +93,22 @@ def test_rows_of_a_decode_tile_are_the_ratio_padded(ratio: int, rows: int) -> No
     assert tiles is not None and tiles.rows == rows
 
 
+# In fast tests a row alone, and rows that share tiles.
+FEW_SHAPES = [SHAPES[0], SHAPES[-1]]
+
+
 @pytest.mark.parametrize(
-    "capability", [c if c == 86 else pytest.param(c, marks=pytest.mark.slow) for c in SHARED_BYTES]
+    ("capability", "shapes"),
+    [
+        pytest.param(86, FEW_SHAPES, id="86-few"),
+        *(pytest.param(c, SHAPES, id=f"{c}-all", marks=pytest.mark.slow) for c in SHARED_BYTES),
+    ],
 )
-def test_compiles_within_a_generations_shared_memory(capability: int, tmp_path: Path) -> None:
+def test_compiles_within_a_generations_shared_memory(
+    capability: int, shapes: list[tuple[object, ...]], tmp_path: Path
+) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: nothing can be compiled")
-    wanted = [[capability, *shape, SHARED_BYTES[capability]] for shape in SHAPES]
+    wanted = [[capability, *shape, SHARED_BYTES[capability]] for shape in shapes]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     source = tmp_path / "compile_flash.py"
     source.write_text(COMPILE)

@@ -20,6 +20,11 @@ from typing import Any
 # then, and can be waited for.
 _PR_SET_CHILD_SUBREAPER = 36
 _MOST_BYTES = 1 << 17
+# Beginnings of the variables that torch, and what it is made of, may read when they are loaded.
+_READ_AT_LOAD = (
+    "ATEN_", "CUDA", "DNNL_", "GOMP_", "KMP_", "LD_", "MALLOC_", "MKL_", "NVIDIA", "OMP_", "ONEDNN_",
+    "OPENBLAS_", "PYTHON", "PYTORCH_", "TORCH", "TRITON",
+)  # fmt: skip
 _SERVER = """
 import fcntl, json, os, runpy, socket, sys
 import numpy, torch
@@ -69,8 +74,9 @@ class _Forked(subprocess.Popen[bytes]):
 
 
 class ForkedWorkers:
-    """Stands for the module `subprocess` where workers are started. What has other variables than the first,
-    or where the server is not to be had, is started as ever."""
+    """Stands for the module `subprocess` where workers are started. Each is given its own variables; where
+    those differ from the first's that libraries read when they are loaded, or the server is not to be had, it
+    is started as ever."""
 
     DEVNULL = subprocess.DEVNULL
     TimeoutExpired = subprocess.TimeoutExpired
@@ -78,7 +84,7 @@ class ForkedWorkers:
     def __init__(self) -> None:
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._env: dict[str, str] = {}
+        self._known: dict[str, str] = {}  # variables that the server's libraries have read
 
     def Popen(
         self,
@@ -91,10 +97,11 @@ class ForkedWorkers:
         pass_fds: Sequence[int],
         start_new_session: bool,
     ) -> subprocess.Popen[bytes]:
-        known = {name: value for name, value in env.items() if name != "PYTEST_CURRENT_TEST"}
+        known = {name: value for name, value in env.items() if name.startswith(_READ_AT_LOAD)}
         if self._server is None:
-            self._begin(known)
-        if known != self._env or self._server is None or self._server.poll() is not None:
+            self._begin(dict(env))
+            self._known = known
+        if known != self._known or self._server is None or self._server.poll() is not None:
             return subprocess.Popen(
                 command, env=env, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds,
                 start_new_session=start_new_session,
@@ -118,7 +125,6 @@ class ForkedWorkers:
 
     def _begin(self, env: dict[str, str]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._env = env
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-P", "-c", _SERVER, str(theirs.fileno())],

@@ -35,7 +35,11 @@ class _Devices(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        # Most calls have no list of tensors, and trees of arguments would be most of the time.
+        flat = [*args, *kwargs.values()]
+        nested = any(isinstance(x, list | tuple | dict) for x in flat)
+        leaves = tree_flatten(flat)[0] if nested else flat
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         there = any(isinstance(x, Elsewhere) for x in tensors)
         if there and name not in _CROSSING:
             for x in tensors:
@@ -45,13 +49,17 @@ class _Devices(TorchFunctionMode):
         asked = _asked_device(args if name == "to" else (), kwargs)
         if asked is not None:
             there = asked.type == ELSEWHERE.type
-        args, kwargs = tree_map(_on_cpu, (tuple(args), kwargs))
+        if nested:
+            args, kwargs = tree_map(_on_cpu, (tuple(args), kwargs))
+        else:
+            args, kwargs = [_on_cpu(x) for x in args], {key: _on_cpu(x) for key, x in kwargs.items()}
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **kwargs)
-        if name in _HOST:
+        if name in _HOST or not there:
             return found
-        mark = (lambda x: x.as_subclass(Elsewhere)) if there else (lambda x: x)
-        return tree_map(lambda x: mark(x) if isinstance(x, torch.Tensor) else x, found)
+        if isinstance(found, torch.Tensor):
+            return found.as_subclass(Elsewhere)
+        return tree_map(lambda x: x.as_subclass(Elsewhere) if isinstance(x, torch.Tensor) else x, found)
 
 
 def _asked_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device | None:

@@ -208,7 +208,10 @@ def test_the_worst_cell_can_be_made_again(tmp_path: Path) -> None:
     assert again["worst_values"] == worst["worst_values"]
 
 
-@pytest.mark.parametrize("function", ["tree", "rounded_denominator", "cubic"])
+# One that rounds once more is the nearest to harm; the others are asked by the slow tests.
+@pytest.mark.parametrize(
+    "function", ["rounded_denominator", *(pytest.param(x, marks=pytest.mark.slow) for x in ("tree", "cubic"))]
+)
 def test_right_tilings_are_decided_at_one_length(tmp_path: Path, function: str) -> None:
     """Families are kinds, not draws: an interval over their unlike ratios decides nothing."""
     _, report = run(

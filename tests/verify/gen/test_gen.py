@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from support.blank_pictures import BlankPictures
 from support.browser import Browser
 from support.cli import Done, assert_refused, verify
 from support.plain_arms import ExactArm
@@ -38,10 +39,13 @@ def gen(tiny: Path, out: Path, *more: str) -> tuple[Done, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def coarse(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done, dict[str, Any]]:
-    """A run whose candidate comes to write another text."""
+def coarse(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory, blank_pictures: BlankPictures
+) -> tuple[Path, Done, dict[str, Any]]:
+    """A run whose candidate comes to write another text; its page is opened."""
     folder = tmp_path_factory.mktemp("coarse") / "run"
-    return folder, *gen(tiny, folder, "--candidate", f"py:{KERNELS}::coarse", "-n", "48")
+    with blank_pictures.drawing():
+        return folder, *gen(tiny, folder, "--candidate", f"py:{KERNELS}::coarse", "-n", "48")
 
 
 def plain_greedy(tiny: Path, tokens: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from support.cli import assert_refused, verify
 from support.tiny_model import write_text, write_tiny_model
+from verify.distrust import judging
 from verify.machine.errors import UsageError
 from verify.reports.ci import CheckedCase, annotate, check_ci_options, hand_over, summary_of
 
@@ -60,7 +61,7 @@ def test_a_wrong_kernel_in_diff_on_github(tmp_path: Path, monkeypatch: pytest.Mo
     page = tmp_path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
     done = verify(
-        *DIFF, "--candidate", f"py:{KERNELS}::last_key_dropped", "--format", "github", "--json",
+        *DIFF, "--candidate", f"py:{KERNELS}::last_key_dropped,acc=f32", "--format", "github", "--json",
         "--junit", str(tmp_path / "diff.xml"), "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert done.returncode == 1 and json.loads(done.stdout)["verdict"] == "broken"
@@ -95,7 +96,7 @@ def test_gen_and_judge_hand_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = write_tiny_model(tmp_path / "tiny.gguf")
     done = verify(
         "gen", "-m", str(model), "-p", "The river", "-n", "8", "--device", "cpu", "--baseline", "eager",
-        "--candidate", f"py:{KERNELS}::last_key_dropped", "--out", str(tmp_path / "run"),
+        "--candidate", f"py:{KERNELS}::last_key_dropped,acc=f32", "--out", str(tmp_path / "run"),
         "--junit", str(tmp_path / "gen.xml"), "--format", "github",
     )  # fmt: skip
     assert done.returncode == 1 and "::error " in done.stderr, done.stderr
@@ -105,9 +106,11 @@ def test_gen_and_judge_hand_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert failure is not None and "candidate" in (failure.get("message") or "")
     assert "broken" in page.read_text()
     page.unlink()
+    # One law stands for all: how they are handed over is asked, not what they find.
+    monkeypatch.setattr(judging, "LAWS", {"within-budget": judging.LAWS["within-budget"]})
     planted = KERNELS.with_name("cheats") / "planted.py"
     done = verify(
-        "judge", f"{planted}::zeros", "--n-kv", "33", "--examples", "1", "--device", "cpu",
+        "judge", f"{planted}::zeros,acc=f32", "--n-kv", "33", "--examples", "1", "--device", "cpu",
         "--junit", str(tmp_path / "judge.xml"), "--format", "github",
     )  # fmt: skip
     assert done.returncode == 1

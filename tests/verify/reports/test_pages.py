@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support.blank_pictures import BlankPictures
 from support.browser import Browser
 from support.cli import assert_refused, verify
 from verify.commands import COMMANDS
@@ -39,8 +40,8 @@ def sweep_log(path: Path, factor: float) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each command that is quick."""
+def folders(tmp_path_factory: pytest.TempPathFactory, blank_pictures: BlankPictures) -> dict[str, Path]:
+    """A run of each command that is quick, its pictures drawn."""
     base = tmp_path_factory.mktemp("pages")
     a, b = sweep_log(base / "a.md", 1), sweep_log(base / "b.md", 1.1)
     asked = {
@@ -56,7 +57,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
     }  # fmt: skip
     for name, words in asked.items():
-        done = verify(*words, "--out", str(base / name))
+        with blank_pictures.drawing():
+            done = verify(*words, "--out", str(base / name))
         assert done.returncode in (0, 1, 3) and f"report: {base / name}" in done.stdout, done.stderr
     return {name: base / name for name in asked}
 
