@@ -158,6 +158,13 @@ class TensorStream:
             self._staged.clear()
             self._change.notify_all()
 
+    def begin_anew(self) -> None:
+        """In a process that was forked: the thread is the other's, and whatever it held when that was."""
+        self._change = threading.Condition()
+        self._wanted.clear()
+        self._staged.clear()
+        self._reading = self._thread = None
+
     def close(self) -> None:
         """End the thread. Nothing can be taken any more."""
         self.forget()

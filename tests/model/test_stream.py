@@ -101,3 +101,17 @@ def test_a_thread_ends_with_a_stream_that_nobody_has_any_more(tmp_path: Path) ->
     thread.join(timeout=60)
     assert not thread.is_alive()
     assert held() is None
+
+
+def test_a_stream_begins_anew_where_its_thread_is_another_processes(file: GGUFFile) -> None:
+    """As in a process that was forked while the thread held the lock, and read."""
+    stream = stream_of(file)
+    stream.ahead(Piece(name) for name in NAMES[:2])
+    stream.forget()
+    stream._change.acquire()
+    stream._reading = Piece(NAMES[0])
+    stream.begin_anew()
+    stream.ahead(Piece(name) for name in NAMES)
+    for name in NAMES:
+        assert torch.equal(stream.take(name), dequantize(file, name))
+    stream.close()

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -111,6 +111,64 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def at_once(asked: Sequence[Callable[[], Found]]) -> list[Found]:
+    """What each of them gives: the first is called here, each other in a process that is forked for it.
+
+    All have one thread; what the others give can be pickled. An interrupt is for this process, and ends the
+    others with it. Raises what one of them raises, and MachineFailure where one was killed.
+    """
+    context = multiprocessing.get_context("fork")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    others = []
+    try:
+        for one in asked[1:]:
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_answer, args=(one, there), daemon=True)
+            with _interrupts_wait():
+                process.start()
+            there.close()
+            others.append((process, here))
+        found = [one() for one in asked[:1]]
+        for process, here in others:
+            try:
+                its = pickle.loads(here.recv_bytes())
+            except EOFError:
+                raise MachineFailure("one of the processes of this run was ended from outside") from None
+            if isinstance(its, _Failed):
+                raise its.error
+            process.join()
+            found.append(its)
+        return found
+    finally:
+        torch.set_num_threads(threads)
+        for process, here in others:
+            process.kill()
+            here.close()
+
+
+def _answer(one: Callable[[], Any], there: Connection) -> None:
+    """What `at_once` does in a process that was forked."""
+    _say_nothing()
+    try:
+        found: Any = one()
+    except Exception as error:
+        found = _Failed(error)
+    there.send_bytes(pickle.dumps(found, pickle.HIGHEST_PROTOCOL))
+    there.close()
+    os._exit(0)
+
+
+def _say_nothing() -> None:
+    """Of a process that was forked: interrupts, and the terminal, are the first one's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What was kept back is ignored with the rest; processes that this one starts are to hear theirs.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for screen in (1, 2):
+        os.dup2(nowhere, screen)
+
+
 class _Failed(NamedTuple):
     """What an input ended with, in the place of what is found."""
 
@@ -147,12 +205,7 @@ def _other(
     inputs: Iterator[Input], work: SharedWork[Input, Found], taken: Any, ended: Any, there: Connection
 ) -> None:
     """A process that was forked: says nothing, leaves interrupts to the first, and tells all at the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What was kept back is ignored with the rest; processes that this one starts are to hear theirs.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for screen in (1, 2):
-        os.dup2(nowhere, screen)
+    _say_nothing()
     found: dict[int, Any] = {}
 
     def asked(one: Input) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from verify.arms.sample import Sample
 from verify.diff.captured import capture_to
+from verify.kernels.eager import EagerKernel
+from verify.kernels.exact import ExactKernel
+from verify.kernels.flash.kernel import FlashKernel
 from verify.kernels.oracle_products import multiplying
 from verify.machine import environment
 from verify.machine.errors import UsageError
@@ -32,6 +37,10 @@ from verify.ppl.record import PplRun, SpeedRecord
 from verify.ppl.rounds import Rounds
 from verify.ppl.runfolder import RunFolder
 from verify.ppl.settings import PplSettings
+
+# Processes of a run on a CPU at most, and memory that each may come to have beside the first; models of a
+# larger file are decoded once for all windows.
+_MOST_PROCESSES, _MEMORY_A_PROCESS, _LARGEST_SHARED = 16, 2 << 30, 1 << 30
 
 
 class Outcome(NamedTuple):
@@ -58,6 +67,8 @@ class Experiment:
         self.grouping = Grouping(1, 0)
         # Shapes of products that depend on where a row lies.
         self._moved: list[tuple[int, ...]] = []
+        # Groups that are run at once, each in a process.
+        self._side_by_side = 1
 
     @property
     def settings(self) -> PplSettings:
@@ -123,6 +134,7 @@ class Experiment:
             logits_files=prepared.logits_files or None,
             measured=settings.measured,
         )
+        self._side_by_side = 1 if hooks else self._processes(runner)
         rounds = Rounds(
             job,
             grouping,
@@ -131,6 +143,7 @@ class Experiment:
             listener=self.listener,
             group_done=self._group_done,
             checkpoint_seconds=60 * settings.checkpoint_minutes,
+            processes=self._side_by_side,
         )
         results = rounds.run()
         joined = join_groups(results) if leads else None
@@ -172,7 +185,8 @@ class Experiment:
     def _correct_foresight(self, result: GroupResult) -> None:
         """Say once what the first group's spread makes of it, where more groups follow."""
         pair = next((arm for arm in self.prepared.arms if arm.role == "candidate" and arm.reference), None)
-        if self._corrected or pair is None or len(result.windows) == self.prepared.windows.n_windows:
+        together = len(result.windows) * self._side_by_side
+        if self._corrected or pair is None or together >= self.prepared.windows.n_windows:
             return
         scores = Scores(result, self.prepared.windows.scored_per_window)
         deviation = deviation_so_far(scores, pair.name, pair.reference or "")
@@ -197,6 +211,29 @@ class Experiment:
             device=prepared.device,
         )
 
+    def _processes(self, runner: Runner) -> int:
+        """How many may run groups side by side, as many as torch has threads: threads that share a product
+        wait for each other. One where something is kept from group to group, where a kernel is not wholly in
+        this process, or where decoding the weights again is not cheap."""
+        prepared = self.prepared
+        if self.ranks.size > 1:
+            return 1
+        threads, windows = torch.get_num_threads(), prepared.windows.n_windows
+        kernels = [arm.kernel for arm in prepared.arms if arm.kernel is not None]
+        if prepared.device.type != "cpu" or not hasattr(os, "fork") or prepared.logits_files:
+            return 1
+        if not all(type(kernel) in (EagerKernel, ExactKernel, FlashKernel) for kernel in kernels):
+            return 1
+        if prepared.settings.memory is not None or prepared.file.n_bytes > _LARGEST_SHARED:
+            return 1
+        # Groups begin where windows that are computed together do.
+        if runner.tiling(prepared.settings.n_ctx, prepared.settings.score_last).windows > 1:
+            return 1
+        fitting = environment.available_memory() // _MEMORY_A_PROCESS
+        processes = max(min(threads, windows, fitting, _MOST_PROCESSES), 1)
+        # A few of them with one thread each would leave most processors idle.
+        return processes if 2 * processes > threads else 1
+
     def _group_done(self, first: int, result: GroupResult) -> None:
         """A finished group's part of the running perplexity, if all before it is there."""
         baseline = next(arm.name for arm in self.prepared.arms if arm.role == "baseline")
@@ -215,10 +252,11 @@ class Experiment:
             product_flop=joined.product_flop,
             product_flop_per_s=joined.product_flop / products if products else None,
             anonymous_bytes=joined.anonymous_bytes,
-            group_windows=self.grouping.windows,
+            group_windows=min(self.grouping.windows, -(-len(joined.windows) // self._side_by_side)),
             stages_ended_at_s=self.ended,
             groups=joined.groups,
             read_bytes=joined.read_bytes.total(),
+            processes=self._side_by_side,
         )
 
 

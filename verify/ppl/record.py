@@ -336,14 +336,15 @@ class EngineRecord:
 class SpeedRecord:
     """Where the time went, and what was read."""
 
-    seconds: dict[str, float] = field(default_factory=dict)  # by kind of work
+    seconds: dict[str, float] = field(default_factory=dict)  # by kind of work, of all processes
     product_flop: float = 0.0  # of the weight products of all passes
-    product_flop_per_s: float | None = None  # None: no product was timed
-    anonymous_bytes: int = 0  # the most memory seen
+    product_flop_per_s: float | None = None  # of a process; None: no product was timed
+    anonymous_bytes: int = 0  # the most memory seen, of a process
     group_windows: int = 0  # windows of a group
     stages_ended_at_s: dict[str, float] = field(default_factory=dict)  # since the process began
     groups: int | None = None  # None: not said
     read_bytes: int = 0  # of the model's file
+    processes: int = 1  # that ran groups side by side, with one thread each where they are several
 
 
 @dataclass(frozen=True, kw_only=True)

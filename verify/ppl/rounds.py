@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from verify.arms.arm import Findings
 from verify.machine.errors import UsageError
+from verify.machine.processes import at_once
 from verify.machine.ranks import Ranks
 from verify.ppl.checkpoint import Checkpoints
 from verify.ppl.grouping import Grouping, uncovered
@@ -23,7 +24,8 @@ class Rounds:
 
     folder: where rank 0 keeps finished groups, None in other ranks. listener: hears of progress and notices;
     group_done: called in rank 0 with the first window of each group that is finished, or was found finished.
-    checkpoint_seconds: between two checkpoints of a group; ranks that share their reading keep none.
+    checkpoint_seconds: between two checkpoints of a group; ranks that share their reading, and processes,
+    keep none. processes: groups that a rank alone runs side by side, each in a process forked for it.
     `grouping` is the one at hand: a device without memory makes groups smaller.
     """
 
@@ -37,9 +39,11 @@ class Rounds:
         listener: Listener,
         group_done: Callable[[int, GroupResult], None],
         checkpoint_seconds: float = math.inf,
+        processes: int = 1,
     ) -> None:
         self.job, self.grouping, self.folder, self.ranks = job, grouping, folder, ranks
         self.listener, self.group_done, self.checkpoint_seconds = listener, group_done, checkpoint_seconds
+        self.processes = processes if ranks.size == 1 else 1
         # Arms that failed, by name: they do not run again.
         self._failed: dict[str, Findings] = {}
 
@@ -57,13 +61,17 @@ class Rounds:
             uncovered({first: len(r.windows) for first, r in results.items()}, total)
         ):
             # No rank shall be idle while another has two windows to run.
-            size = min(self.grouping.windows, -(-sum(map(len, left)) // ranks.size))
+            size = min(self.grouping.windows, -(-sum(map(len, left)) // (ranks.size * self.processes)))
             chunks = [part[at : at + size] for part in left for at in range(0, len(part), size)]
-            chosen = chunks[ranks.rank] if ranks.rank < len(chunks) else range(total, total)
-            own = self._group(chosen)
-            if own is not None:
-                self._note_failures(own.findings)
-            for result in ranks.everyones(own):
+            if self.processes > 1 and not (folder and folder.has_checkpoint(chunks[0].start)):
+                found: list[GroupResult | None] = list(self._side_by_side(chunks[: self.processes]))
+            else:
+                chosen = chunks[ranks.rank] if ranks.rank < len(chunks) else range(total, total)
+                own = self._group(chosen)
+                if own is not None:
+                    self._note_failures(own.findings)
+                found = ranks.everyones(own)
+            for result in found:
                 if result is not None and len(result.windows):
                     first = result.windows.start
                     if folder is not None:
@@ -79,6 +87,17 @@ class Rounds:
         for name, of_arm in findings.items():
             if of_arm.failed:
                 self._failed.setdefault(name, of_arm.of_failure())
+
+    def _side_by_side(self, chunks: Sequence[range]) -> list[GroupResult]:
+        """A group in each process. What is told of the first stands for all: they are of one size."""
+        total = self.job.windows.n_windows
+        progress = self.listener.progress(chunks[0].start, chunks[-1].stop, total)
+        run = partial(run_group, self.job, failed=self._failed)
+        others = [partial(_elsewhere, self.job, partial(run, chosen)) for chosen in chunks[1:]]
+        results = at_once([partial(run, chunks[0], progress=progress), *others])
+        for result in results:
+            self._note_failures(result.findings)
+        return results
 
     def _group(self, chosen: range) -> GroupResult | None:
         """The group's result; None where the device had too little memory, and groups are smaller now."""
@@ -119,3 +138,9 @@ class Rounds:
             f" {self.grouping.windows} from here on"
         )
         return None
+
+
+def _elsewhere(job: GroupJob, run: Callable[[], GroupResult]) -> GroupResult:
+    """A group in a process that was forked for it."""
+    job.runner.stream.begin_anew()
+    return run()

@@ -220,6 +220,9 @@ class RunFolder:
                 " remove it, and its windows are run again"
             ) from None
 
+    def has_checkpoint(self, first_window: int) -> bool:
+        return is_plain_file(self._layers(first_window))
+
     def drop_checkpoint(self, first_window: int) -> None:
         self._layers(first_window).unlink(missing_ok=True)
 

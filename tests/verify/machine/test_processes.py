@@ -4,13 +4,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from verify.kernels.errors import MachineFailure
 from verify.machine import processes
-from verify.machine.processes import SharedWork, answered
+from verify.machine.processes import SharedWork, answered, at_once
 
 
 def numbers(count: int) -> Iterator[int]:
@@ -132,3 +134,52 @@ def test_a_process_that_is_killed_is_the_machine_s_failure() -> None:
 
     with pytest.raises(MachineFailure, match="ended from outside"):
         list(answered(numbers(20), work(ask), 2))
+
+
+def test_the_first_is_asked_here_and_each_other_elsewhere() -> None:
+    found = at_once([lambda n=n: (n, os.getpid(), torch.get_num_threads()) for n in range(4)])
+    assert [n for n, _, _ in found] == [0, 1, 2, 3]
+    assert found[0][1] == os.getpid()
+    assert len({pid for _, pid, _ in found}) == 4
+    assert {threads for _, _, threads in found} == {1}
+    assert at_once([]) == []
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fails() -> None:
+    raise MemoryError("as it happens")
+
+
+def test_what_another_raises_is_raised_and_a_killed_one_told() -> None:
+    with pytest.raises(MemoryError, match="as it happens"):
+        at_once([lambda: 1, lambda: 2, _fails])
+    with pytest.raises(MachineFailure, match="ended from outside"):
+        at_once([lambda: 1, _killed])
+
+
+def test_an_interrupt_ends_those_elsewhere(tmp_path: Path) -> None:
+    there = tmp_path / "pid"
+
+    def waits() -> None:
+        there.write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def interrupted() -> None:
+        while not there.exists() or not there.read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        at_once([interrupted, waits])
+    pid = int(there.read_text())
+    for _ in range(500):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
+    pytest.fail("it goes on")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,45 @@ def test_the_size_of_groups_changes_no_bit(tiny: Tiny, tmp_path: Path) -> None:
         assert f"in {groups} group" in (out / "report.md").read_text()
         files.append((out / "tokens.parquet").read_bytes())
     assert len(set(files)) == 1
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_processes_side_by_side_change_no_bit(tiny: Tiny, tmp_path: Path, two_threads: None) -> None:
+    more = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
+    done, report = run(tiny, tmp_path / "two", *more)
+    assert done.returncode == 0, done.stderr
+    assert torch.get_num_threads() == 2
+    speed = report["speed"]
+    assert (speed["processes"], speed["groups"], speed["group_windows"]) == (2, 2, 3)
+    torch.set_num_threads(1)
+    _, alone = run(tiny, tmp_path / "one", *more)
+    assert (alone["speed"]["processes"], alone["speed"]["groups"]) == (1, 1)
+    assert alone["coverage"] == report["coverage"]
+    assert alone["pairs"] == report["pairs"]
+    one, two = ((tmp_path / name / "tokens.parquet").read_bytes() for name in ("one", "two"))
+    assert one == two
+    # The same checks in place, in the order of the groups.
+    order = [(name, "ascending") for name in ("window", "layer", "arm", "head")]
+    first, second = (
+        pq.read_table(tmp_path / name / "layers.parquet").sort_by(order) for name in ("one", "two")
+    )
+    assert str(first.to_pylist()) == str(second.to_pylist())
+
+
+@pytest.mark.parametrize(
+    "more", [("--memory", "8G"), ("--candidate", f"py:{KERNELS}::good"), ("--capture", "0")]
+)
+def test_runs_that_no_processes_share(
+    tiny: Tiny, tmp_path: Path, two_threads: None, more: tuple[str, ...]
+) -> None:
+    assert run(tiny, tmp_path / "run", *more)[1]["speed"]["processes"] == 1
 
 
 def test_the_whole_reference_in_float64(tiny: Tiny, tmp_path: Path) -> None:
