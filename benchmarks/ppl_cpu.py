@@ -3,8 +3,10 @@
     python benchmarks/ppl_cpu.py -f wiki.test.raw [--busy 2] [--out benchmarks/results/ppl_cpu.json]
 
 Runs `verify ppl` with its defaults in a process of its own, and times a float32 product of 2048 x 2048
-matrices on the same threads before and after it. CPU seconds are of that process and what it started, user
-and system: what else runs changes them little. --busy N: once more beside N loops that do nothing but run.
+matrices on one thread before and after it. CPU seconds are of that process and what it started, user and
+system: what else runs changes them less than those of the wall. --busy N: once more beside N loops that do
+nothing but run. --llama-perplexity PROGRAM --f32-model FILE: one pass of that engine in F32 on one thread,
+and how many times its CPU seconds a run takes.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ SIZE, REPEATS = 2048, 10
 
 
 def product_rate() -> float:
-    """Operations a second of a float32 product, the best of REPEATS."""
+    """Operations a second of a float32 product on one thread, the best of REPEATS."""
     import torch
 
+    torch.set_num_threads(1)
     a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     out = torch.empty(SIZE, SIZE)
     best = float("inf")
@@ -60,6 +63,8 @@ def timed_run(file: str | None) -> dict[str, Any]:
         "cpu_s": used.ru_utime + used.ru_stime,
         "seconds": speed["seconds"],
         "arms": len(run["arms"]),
+        "processes": speed["processes"],
+        "threads_a_process": 1 if speed["processes"] > 1 else run["environment"]["threads"],
         "product_flop": speed["product_flop"],
         "product_flop_per_s": speed["product_flop_per_s"],
         "anonymous_bytes": speed["anonymous_bytes"],
@@ -77,10 +82,31 @@ def beside_loops(count: int, file: str | None) -> dict[str, Any]:
             loop.wait()
 
 
+def engine_pass(program: str, model: str, file: str) -> dict[str, Any]:
+    """One pass of an engine over the same windows, on one thread: its seconds, and what it says last."""
+    command = [program, "-m", model, "-f", file, "-c", "512", "--chunks", "4", "-t", "1"]
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        final = [line.strip() for line in said if "Final estimate" in line]
+    return {
+        "exit_code": process.returncode,
+        "wall_s": wall,
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "said": final[-1].partition("Final")[2] if final else None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-f", "--file", help="text; default: that of verify ppl")
     parser.add_argument("--busy", type=int, default=0, help="once more, beside so many busy loops")
+    parser.add_argument("--llama-perplexity", help="the program, for one pass of the same windows")
+    parser.add_argument("--f32-model", help="the same model with weights in F32, for that")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     prepare_variables()
@@ -97,8 +123,12 @@ def main() -> None:
         "load": load,
         **alone,
         "matmul_2048_flop_per_s": [before, after],
-        "share_of_matmul": alone["product_flop_per_s"] / max(before, after),
+        "share_of_matmul": alone["product_flop_per_s"] / (max(before, after) * alone["threads_a_process"]),
     }
+    if arguments.llama_perplexity:
+        engine = engine_pass(arguments.llama_perplexity, arguments.f32_model, arguments.file)
+        result["llama_perplexity_f32"] = engine
+        result["times_its_cpu_s"] = alone["cpu_s"] / engine["cpu_s"]
     if arguments.busy:
         busy = beside_loops(arguments.busy, arguments.file)
         result["beside_busy_loops"] = {"loops": arguments.busy, **busy}

@@ -82,16 +82,16 @@ class Experiment:
         """What a resumed run must share with the one it goes on with."""
         return self.prepared.identity()
 
-    def run(self, folder: RunFolder | None) -> Outcome | None:
+    def run(self, folder: RunFolder | None, meanwhile: Callable[[], object] | None = None) -> Outcome | None:
         """Run every group that the folder does not hold, and draw the conclusions.
 
         Ranks other than 0 have no folder, and draw none. A KeyboardInterrupt passes through; finished groups
-        are in the folder then.
+        are in the folder then. meanwhile: called once, in a thread, while groups run.
         """
         with multiplying(self.prepared.device, self.prepared.settings.oracle):
-            return self._run(folder)
+            return self._run(folder, meanwhile)
 
-    def _run(self, folder: RunFolder | None) -> Outcome | None:
+    def _run(self, folder: RunFolder | None, meanwhile: Callable[[], object] | None) -> Outcome | None:
         prepared, settings = self.prepared, self.prepared.settings
         leads = self.ranks.leads
         hooks = [capture_to(folder.path, prepared.captured)] if prepared.captured and folder else []
@@ -144,6 +144,7 @@ class Experiment:
             group_done=self._group_done,
             checkpoint_seconds=60 * settings.checkpoint_minutes,
             processes=self._side_by_side,
+            meanwhile=meanwhile,
         )
         results = rounds.run()
         joined = join_groups(results) if leads else None

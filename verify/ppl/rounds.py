@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import Thread
 
 import torch
 
@@ -26,6 +27,7 @@ class Rounds:
     group_done: called in rank 0 with the first window of each group that is finished, or was found finished.
     checkpoint_seconds: between two checkpoints of a group; ranks that share their reading, and processes,
     keep none. processes: groups that a rank alone runs side by side, each in a process forked for it.
+    meanwhile: called once, in a thread of this process, while groups run.
     `grouping` is the one at hand: a device without memory makes groups smaller.
     """
 
@@ -40,10 +42,13 @@ class Rounds:
         group_done: Callable[[int, GroupResult], None],
         checkpoint_seconds: float = math.inf,
         processes: int = 1,
+        meanwhile: Callable[[], object] | None = None,
     ) -> None:
         self.job, self.grouping, self.folder, self.ranks = job, grouping, folder, ranks
         self.listener, self.group_done, self.checkpoint_seconds = listener, group_done, checkpoint_seconds
         self.processes = processes if ranks.size == 1 else 1
+        self.meanwhile = meanwhile
+        self._thread: Thread | None = None
         # Arms that failed, by name: they do not run again.
         self._failed: dict[str, Findings] = {}
 
@@ -93,14 +98,28 @@ class Rounds:
         total = self.job.windows.n_windows
         progress = self.listener.progress(chunks[0].start, chunks[-1].stop, total)
         run = partial(run_group, self.job, failed=self._failed)
+
+        def here() -> GroupResult:
+            self._begin_meanwhile()
+            return run(chunks[0], progress=progress)
+
+        if self._thread is not None:
+            # A process that is forked while a module is loaded could never load it.
+            self._thread.join()
         others = [partial(_elsewhere, self.job, partial(run, chosen)) for chosen in chunks[1:]]
-        results = at_once([partial(run, chunks[0], progress=progress), *others])
+        results = at_once([here, *others])
         for result in results:
             self._note_failures(result.findings)
         return results
 
+    def _begin_meanwhile(self) -> None:
+        if self.meanwhile is not None and self._thread is None:
+            self._thread = Thread(target=self.meanwhile, daemon=True)
+            self._thread.start()
+
     def _group(self, chosen: range) -> GroupResult | None:
         """The group's result; None where the device had too little memory, and groups are smaller now."""
+        self._begin_meanwhile()
         checkpoints, begin, device = None, None, self.job.runner.device
         if self.folder is not None and self.ranks.size == 1:
             checkpoints = Checkpoints(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple, NoReturn, Protocol
 
 from verify.arms.records import SCHEMA
@@ -72,10 +71,8 @@ def run_whole(
             folder = RunFolder.begin(out, "ppl")
         _agree_on_identity(experiment, ranks, folder, begun)
         named = True
-        if folder is not None:
-            # What draws the report takes a second to load: it is there when the last group is.
-            Thread(target=load_writer, daemon=True).start()
-        outcome = experiment.run(folder)
+        # What draws the report takes a second to load: it is there when the last group is.
+        outcome = experiment.run(folder, None if folder is None else load_writer)
     except KeyboardInterrupt:
         screen.stop()
         if ranks.leads and not named:

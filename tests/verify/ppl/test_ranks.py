@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,3 +162,35 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     assert windows() == 100
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert windows() == 40
+
+
+def test_nothing_is_loaded_while_a_process_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that another thread loads at that moment could never be loaded in the new process."""
+    loading: list[str] = []
+    forked: list[list[str]] = []
+
+    def load() -> None:
+        loading.append("begun")
+        time.sleep(0.2)
+        loading.append("ended")
+
+    def at_once(asked: list[Any]) -> list[GroupResult]:
+        forked.append(list(loading))
+        here: GroupResult = asked[0]()
+        return [here, groups[here.windows.stop]]
+
+    groups = [of_group(range(i, i + 1), []) for i in range(4)]
+    monkeypatch.setattr(rounds, "at_once", at_once)
+    monkeypatch.setattr(rounds, "run_group", lambda job, chosen, **_: groups[chosen.start])
+    results = Rounds(
+        SimpleNamespace(windows=SimpleNamespace(n_windows=4)),
+        Grouping(1, 0),
+        folder=None,
+        ranks=Ranks(),
+        listener=SimpleNamespace(progress=lambda *_: None),
+        group_done=lambda *_: None,
+        processes=2,
+        meanwhile=load,
+    ).run()
+    assert [result.windows.start for result in results] == [0, 1, 2, 3]
+    assert forked == [[], ["begun", "ended"]]
