@@ -106,8 +106,9 @@ class Rounds:
         if self._thread is not None:
             # A process that is forked while a module is loaded could never load it.
             self._thread.join()
-        others = [partial(_elsewhere, self.job, partial(run, chosen)) for chosen in chunks[1:]]
-        results = at_once([here, *others])
+        asked: list[Callable[[], GroupResult]] = [here]
+        asked += [partial(_elsewhere, self.job, partial(run, chosen)) for chosen in chunks[1:]]
+        results = at_once(asked)
         for result in results:
             self._note_failures(result.findings)
         return results

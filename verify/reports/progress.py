@@ -68,7 +68,8 @@ LEAST_FORETOLD, LEAST_SEEN = 30.0, 2.0
 
 class Foretelling:
     """How long a run over windows will take, said once, from what its first steps took: those of the first
-    layer, as a rule, which are the run's own. Of kernels tried beforehand no more would be known, later.
+    layer, as a rule, which are the run's own. Of kernels tried beforehand no more would be known, later. The
+    first step of all counts as what is done once: libraries are asked in it, and plans made.
 
     clock: seconds, of any beginning; of: what the windows are of.
     """
@@ -76,6 +77,7 @@ class Foretelling:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, of: str = "all") -> None:
         self.clock, self.of = clock, of
         self._begun: tuple[float, float] | None = None  # when, and how many windows were done then
+        self._first: tuple[float, float] | None = None  # the same of the first step's end
         self._told = False
 
     def begins(self, done: float) -> None:
@@ -86,14 +88,16 @@ class Foretelling:
         """`about 17 s a window, 12 minutes in all`, the first time that it can be told; else None."""
         if self._told or self._begun is None:
             return None
-        seconds, share = self.clock() - self._begun[0], done - self._begun[1]
+        now = self.clock()
+        self._first = self._first or (now, done)
+        seconds, share = now - self._first[0], done - self._first[1]
         if share <= 0 or seconds < LEAST_SEEN:
             return None
         self._told = True
         each = seconds / share
-        left = each * (windows - self._begun[1])
-        said = f"about {_span(each)} a window, {_span(left)} in {self.of}"
-        return said if left >= LEAST_FORETOLD else None
+        whole = now - self._begun[0] + each * (windows - done)
+        said = f"about {_span(each)} a window, {_span(whole)} in {self.of}"
+        return said if whole >= LEAST_FORETOLD else None
 
 
 def _span(seconds: float) -> str:
