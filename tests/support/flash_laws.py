@@ -156,12 +156,16 @@ def float16_accumulators_lose_precision(device: torch.device) -> None:
 
 def groupings_agree_to_the_bit(device: torch.device, dtype: torch.dtype = torch.float16) -> None:
     """Any head groups, in one launch or several: one binary, and so every bit equal (NUMERICS 4)."""
-    for path, kv in (("decode", KVCuts("parts", 3)), ("decode", KVCuts("size", 64)), ("prefill", KVCuts())):
+    by_parts, by_size, whole = KVCuts("parts", 3), KVCuts("size", 64), KVCuts()
+    for path, kv in (("decode", by_parts), ("decode", by_size), ("prefill", whole)):
         case = Case("groups", ratio=12, kv_heads=2, lengths=[[130]], dtype=dtype, path=path, p="f16")
         x = inputs(case, device)
         plans = [Plan(kv=kv)]
         plans += [Plan(kv=kv, heads=heads) for heads in ((8, 4), (4, 4, 4), (4, 8), (1, 11))]
         plans += [Plan(kv=kv, heads=(8, 4), launch="each"), Plan(kv=kv, heads=(4, 8), launch="views")]
+        if device.type == "cpu" and kv != by_parts:
+            # The interpreter takes half a second a launch: an even and an uneven cut stand for the others.
+            plans = [plan for plan in plans if plan.heads in (None, (8, 4), (1, 11))]
         results, binaries, groups = [], set(), set()
         for plan in plans:
             flash = FlashKernel("flash", TileOptions(plan=plan))
@@ -172,7 +176,7 @@ def groupings_agree_to_the_bit(device: torch.device, dtype: torch.dtype = torch.
         for plan, result in zip(plans, results, strict=True):
             assert same_bits(results[0], result), f"{path}, {plan}"
         assert len(binaries) == 1, binaries
-        assert groups == {(12,), (8, 4), (4, 4, 4), (4, 8), (1, 11)}
+        assert groups == {plan.heads or (12,) for plan in plans}
 
 
 def automatic_cuts_move_with_the_groups(device: torch.device) -> None:
@@ -256,14 +260,16 @@ def quantised_caches_are_read_as_they_are_expanded(device: torch.device) -> None
             x = inputs(case, device)
             seen = [through_cache(y, cache) for y in (x.k, x.v)]
             exact = exact_attention(checked_call(x.q, *seen, **x.more)).out
-            for expand in ("fused", "f16"):
+            fused = cache in ("q8_0", "q4_0")
+            # Of the others nothing is fused: both words are one launch.
+            for expand in ("fused", "f16") if fused or device.type != "cpu" else ("fused",):
                 flash = FlashKernel(
                     "flash", TileOptions(plan=case.plan), cache=parse_cache(cache), expand=expand
                 )
                 found = flash.attend(x.q, x.k, x.v, **x.more)
                 error = float((found.out.double() - exact).norm() / exact.norm())
                 assert error <= 8e-4, f"{cache}, {expand}, {size}: {error:.3g}"
-                ran = "fused" if cache in ("q8_0", "q4_0") and expand == "fused" else "f16"
+                ran = "fused" if fused and expand == "fused" else "f16"
                 reader = (
                     "cuda" if size == 128 and why_not(checked_call(x.q, x.k, x.v, **x.more)) is None else ""
                 )
@@ -279,7 +285,11 @@ def every_reader_keeps_its_budget(device: torch.device) -> None:
     x = inputs(case, device)
     call = checked_call(x.q, x.k, x.v, **x.more)
     for cache in ("q8_0", "q4_0+rotate=mainline", "e4m3", "e4m3+scale=head"):
-        for reader in ("auto", "wide", "swapped", *(() if "e4m3" in cache else ("chunks",))):
+        readers = ("auto", "wide", "swapped", *(() if "e4m3" in cache else ("chunks",)))
+        if device.type == "cpu" and "+" in cache:
+            # What is in a cache's numbers besides, every reader is told alike: one slow launch of each.
+            readers = readers[-1:]
+        for reader in readers:
             options = TileOptions(plan=case.plan)
             flash = FlashKernel("flash", options, cache=parse_cache(cache), reader=reader)
             found, budget = flash.run(call), error_budget(flash.held(call), flash.arithmetic_of(call))
