@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -60,6 +60,21 @@ class CellInputs:
     @property
     def exact_call(self) -> Call:
         return self.known or self.call
+
+    @classmethod
+    def later(cls, draw: Callable[[], Call], **fields: Any) -> CellInputs:
+        """Inputs whose call is drawn when it is first asked for: of processes that share inputs, in the one
+        that asks them. fields: all others."""
+        found = cls(call=None, **fields)  # type: ignore[arg-type]
+        del found.__dict__["call"]
+        found.__dict__["_draw"] = draw
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "call" or "_draw" not in self.__dict__:
+            raise AttributeError(name)
+        self.__dict__["call"] = self.__dict__.pop("_draw")()
+        return self.__dict__["call"]
 
 
 @dataclass(kw_only=True)

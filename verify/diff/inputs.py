@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -185,17 +186,26 @@ def _of_kind(
         sizes = _sizes(_few_rows(settings) if few_rows else settings, shape, n_kv, edges)
         draws = settings.seeds * (1 if few_rows else _calls_a_cell(settings))
         for seed in range(settings.first_seed, settings.first_seed + draws):
+            fields: dict[str, Any] = {
+                "shape": shape.name,
+                "n_kv": n_kv,
+                "family": family,
+                "seed": seed,
+                "candidates": tuple(candidates),
+                "faults_alone": brief,
+            }
+            kind = ALL_FAMILIES[family]
+            if kind.unseen is None and not kind.after:
+                yield CellInputs.later(partial(_timed_draw, family, sizes, seed, device, clock), **fields)
+                continue
             with clock.stage("inputs drawn", n_kv):
                 drawn = _drawn(family, sizes, seed, device, strict=settings.strict)
-            yield CellInputs(
-                shape=shape.name,
-                n_kv=n_kv,
-                family=family,
-                seed=seed,
-                candidates=tuple(candidates),
-                faults_alone=brief,
-                **drawn,
-            )
+            yield CellInputs(**fields, **drawn)
+
+
+def _timed_draw(family: str, sizes: InputSizes, seed: int, device: torch.device, clock: StageClock) -> Call:
+    with clock.stage("inputs drawn", max(sizes.n_kv)):
+        return draw(family, sizes, seed, device=device)
 
 
 def _long_inputs(

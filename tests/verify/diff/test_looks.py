@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from verify.arms.alone import TimeShare
-from verify.diff import run
+from verify.diff import inputs, run
+from verify.diff.examining import CellInputs
 from verify.diff.inputs import DiffSettings, all_inputs
 from verify.diff.results import DiffOutcome
 from verify.diff.run import run_diff
 from verify.diff.stored_strata import STRATA, packed, unpacked
 from verify.judge.strata import judge_strata
+from verify.kernels.judging import families
 from verify.machine.errors import UsageError
 from verify.machine.jsontext import to_json_text
 from verify.machine.stages import StageClock
@@ -59,6 +61,26 @@ def diffed(settings: DiffSettings) -> DiffOutcome:
 
 def without_time(found: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in found.items() if name not in ("seconds", "environment")}
+
+
+def test_inputs_are_drawn_where_they_are_first_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once: of processes that share them each draws its own."""
+    drawn: list[str] = []
+
+    def draw(family: str, *about: Any, **more: Any) -> Any:
+        drawn.append(family)
+        return families.draw(family, *about, **more)
+
+    monkeypatch.setattr(inputs, "draw", draw)
+    first, second = all_inputs(SETTINGS, CPU, StageClock(CPU))
+    assert drawn == [] and isinstance(first, CellInputs) and isinstance(second, CellInputs)
+    call = second.exact_call
+    assert second.call is call and replace(second, look=2).call is call
+    assert drawn == ["rising"]
+    assert torch.equal(
+        first.call.q, families.draw("gaussian", inputs.sizes_of_cell(SETTINGS, "6/3x32", 64, "gaussian"), 0).q
+    )
+    assert not hasattr(first, "calls")
 
 
 def test_processes_side_by_side_find_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
