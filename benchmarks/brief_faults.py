@@ -5,9 +5,9 @@
 
 Every fault of the corpus that a call of one sequence can show and every clean variant at --n-kv, and faults
 at single places of long rows (`PLACED`) at --placed-n-kv, as candidates beside `eager:kv=3` at 12/2x64,
-asked briefly. Faults that are not `broken` then are asked with all inputs in full. Of each the verdicts, and
-the inputs that show what is wrong. Exit code 0 where no fault is `broken` in full alone, and no clean
-variant is.
+asked briefly. Faults that are not `broken` then are asked with all inputs in full. Of each the verdicts, the
+inputs that show what is wrong, and what is said of the first two. Exit code 0 where no fault is `broken` in
+full alone, and no clean variant is.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def asked(chosen: Mapping[str, Subject], n_kv: int, *, brief: bool) -> dict[str,
     for (name, one), candidate in zip(chosen.items(), outcome.candidates, strict=True):
         cells = [c for c in candidate.cells if c.inputs.family not in one.without]
         shown = {c.inputs.family: c.faults[0] for c in cells if c.faults}
-        found[name] = {"n_kv": n_kv, "verdict": candidate.verdict, "shown": shown}
+        said = dict(list(shown.items())[:2])
+        found[name] = {"n_kv": n_kv, "verdict": candidate.verdict, "shown": list(shown), "said": said}
     return found
 
 
