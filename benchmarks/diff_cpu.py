@@ -1,6 +1,6 @@
 """What a default `verify diff` takes on this machine's CPU, and where its time goes.
 
-    python benchmarks/diff_cpu.py [--beside TREE] [--candidate SPEC] [--runs 1]
+    python benchmarks/diff_cpu.py [--beside TREE] [--candidate SPEC] [--shape NAME] [--runs 1]
         [--out benchmarks/results/diff-cpu.json]
 
 Each run in a process of its own, with two threads (and so two processes where kernels are ours).
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -66,10 +67,12 @@ def main() -> int:
     parser.add_argument("--beside", type=Path, help="another checkout")
     parser.add_argument("--beside-commit", default="", help="what it is called in the result")
     parser.add_argument("--candidate", help="default: that of verify diff")
+    parser.add_argument("--shape", help="likewise")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    more = ["--candidate", given.candidate] if given.candidate else []
+    options = {"--candidate": given.candidate, "--shape": given.shape}
+    more = [word for option, value in options.items() if value for word in (option, value)]
     trees = {"this": HERE, **({"beside": given.beside.resolve()} if given.beside else {})}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
     for _ in range(given.runs):
@@ -77,7 +80,7 @@ def main() -> int:
             runs[name].append(timed_run(tree, more))
     result = {
         # Where checkouts and kernels lie on this machine is nobody's business.
-        "command": " ".join(["python", *(Path(x).name if "/" in x else x for x in sys.argv)]),
+        "command": " ".join(["python", *(re.sub("/.*/", "", word) for word in sys.argv)]),
         "commit": commit(),
         "beside_commit": given.beside_commit,
         "environment": describe("cpu"),
