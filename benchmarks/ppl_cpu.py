@@ -32,6 +32,7 @@ def product_rate() -> float:
     """Operations a second of a float32 product on one thread, the best of REPEATS."""
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     out = torch.empty(SIZE, SIZE)
@@ -40,6 +41,7 @@ def product_rate() -> float:
         started = time.perf_counter()
         torch.mm(a, b, out=out)
         best = min(best, time.perf_counter() - started)
+    torch.set_num_threads(threads)
     return 2 * SIZE**3 / best
 
 
@@ -116,7 +118,7 @@ def main() -> None:
     alone = timed_run(arguments.file)
     after = product_rate()
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(Path(x).name if x.startswith("/") else x for x in sys.argv)]),
         "commit": commit(),
         "environment": describe("cpu"),
         # Of other processes, when it began.
