@@ -199,10 +199,10 @@ def read_blind(truths: list[Truth], seed: int) -> list[str]:
             if (said := wrong(truths[i], one))]  # fmt: skip
 
 
-def test_a_dozen_of_our_own_kernels_are_read() -> None:
+def test_eight_of_our_own_kernels_are_read() -> None:
     assert len(COMBINATIONS) >= 60
     seed = int(os.environ.get("IDENTIFY_SEED", "0"))
-    chosen = random.Random(seed).sample(COMBINATIONS, 12)
+    chosen = random.Random(seed).sample(COMBINATIONS, 8)
     assert read_blind(chosen, seed) == []
 
 

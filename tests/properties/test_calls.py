@@ -47,7 +47,7 @@ def keeps(drawn: RandomCall, spec: str) -> None:
         assert same_bits(result.out, alone.out) and same_bits(result.lse, alone.lse)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(random_calls(), st.sampled_from(SPECS))
 def test_random_calls_are_within_budget(drawn: RandomCall, spec: str) -> None:
     keeps(drawn, spec)

@@ -171,7 +171,7 @@ def test_a_killed_worker_ends_the_run_with_exit_4_and_keeps_it(tiny: Tiny, tmp_p
 
 def test_a_law_is_not_broken_by_the_machine(tmp_path: Path) -> None:
     spec = kernel_file(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    done = verify("props", spec, "--examples", "2")
+    done = verify("props", spec, "--law", "within-budget", "--law", "two-runs", "--examples", "2")
     assert done.returncode == 4, done.stdout
     assert "broken" not in done.stdout
 

@@ -56,7 +56,7 @@ CASES = [
     Case("bf16-bf16-p", dtype=torch.bfloat16, p="bf16"),
     Case("f32", dtype=torch.float32),
     Case("parts", plan=Plan(kv=KVCuts("parts", 3))),
-    Case("more-parts-than-one-round", plan=Plan(kv=KVCuts("parts", 19), block=16)),
+    Case("more-parts-than-one-round", plan=Plan(kv=KVCuts("parts", 19), block=16), lengths=[[310, 40]]),
     Case("part-size", plan=Plan(kv=KVCuts("size", 128))),
     Case("block-32", plan=Plan(kv=KVCuts("parts", 2), block=32)),
     Case("softcap", call=("softcap",)),

@@ -85,14 +85,14 @@ def test_right_results_pass_and_say_what_would_not(dtype: torch.dtype, layout: A
 
 
 def test_a_lost_key_is_named_if_it_weighs_what_the_sentence_says() -> None:
-    """The claim about the smallest fault is held to: a key twice as heavy is seen, at every key."""
+    """The claim about the smallest fault is held to: a key twice as heavy is seen, at every third key."""
     q, k, v = tensors(rows=1)
     out, _ = verify.exact_attention(q, k, v)
     said = verify.assert_attention(q, k, v, out.half())
     weight = float(said.split("more than ")[1].split()[0])
     s = torch.einsum("bthd,bshd->bths", q.double(), k.double().repeat_interleave(2, 2)) / math.sqrt(32)
     seen = 0
-    for key in range(90):
+    for key in range(2, 90, 3):
         keep = torch.arange(90) != key
         wrong = by_hand(q, k, v, keep)
         if float(s.softmax(-1)[..., key].max()) < 2 * weight:
@@ -100,7 +100,7 @@ def test_a_lost_key_is_named_if_it_weighs_what_the_sentence_says() -> None:
         seen += 1
         with pytest.raises(verify.AttentionMismatch, match=f"as if key {key} were not seen"):
             verify.assert_attention(q, k, v, wrong.half())
-    assert seen > 20
+    assert seen > 6
 
 
 def test_a_mismatch_names_row_head_element_and_ratio() -> None:
