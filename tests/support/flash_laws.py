@@ -241,7 +241,8 @@ def chunks_of_rows_change_no_bit(device: torch.device, monkeypatch: Any) -> None
         case = Case("chunks", plan=Plan(kv=KVCuts("parts", 2)), p="f16", path=path, ratio=20, kv_heads=1)
         x = inputs(case, device)
         expected = kernel(case).attend(x.q, x.k, x.v, **x.more)
-        for rows in (1, 4):
+        # On the interpreter one of both: rows that are all cut, and some that are left over.
+        for rows in (1, 4) if device.type == "cuda" else (1,) if path == "prefill" else (4,):
             monkeypatch.setattr(flash_launch, "PARTIALS_AT_ONCE", rows * 2 * 20 * 64)
             assert same_bits(expected, kernel(case).attend(x.q, x.k, x.v, **x.more))
         monkeypatch.undo()

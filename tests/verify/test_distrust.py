@@ -147,7 +147,9 @@ def whole(target: str) -> Judged:
     return judge(target, n_kv=(40,), examples=3, device="cpu")
 
 
+@pytest.mark.slow
 def test_the_whole_of_it_on_a_right_kernel_and_a_wrong_one() -> None:
+    """In the fast tests `verify judge` is run by test_ci.py, test_planned.py and test_schemas.py."""
     right = whole(f"{PLANTED}::right")
     assert (right.outcome, right.exit_code) == ("passed", 0), right.reasons
     assert right.seconds is not None and right.seconds > 0

@@ -13,6 +13,7 @@ import verify
 PAGE = Path(__file__).parents[2] / "docs/library.md"
 
 
+@pytest.mark.slow
 def test_every_block_of_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) >= 6

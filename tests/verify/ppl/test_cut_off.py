@@ -153,7 +153,14 @@ class CutOff:
         patch.setattr(Group, "feed_forward", feed_forward)
 
 
-@pytest.mark.parametrize("more", [(), ("--score-last", "9"), ("--measured-windows", "2", "--power")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        pytest.param(("--score-last", "9"), marks=pytest.mark.slow),
+        ("--measured-windows", "2", "--power"),
+    ],
+)
 def test_a_group_goes_on_between_its_layers(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:

@@ -375,7 +375,9 @@ def test_no_progress_bar_in_a_pipe(tiny: Tiny, tmp_path: Path) -> None:
     assert "\r" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    """By a signal to a process of its own; in this process: test_cut_off.py, test_only.py."""
     slow = tmp_path / "slow.py"
     slow.write_text(
         KERNELS.read_text()
