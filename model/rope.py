@@ -56,8 +56,12 @@ class Rope:
         cos, sin = self._tables(positions, x.dtype)
         rotated, rest = x[..., : self.size], x[..., self.size :]
         if self.kind == "norm":
-            a, b = rotated[..., 0::2], rotated[..., 1::2]
-            turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+            # Copied apart: every second number takes a CPU three times as long as all of them.
+            a, b = rotated.unflatten(-1, (half, 2)).movedim(-1, 0).contiguous()
+            pairs = a.new_empty((*a.shape, 2))
+            torch.sub(a * cos, b * sin, out=pairs[..., 0])
+            torch.add(a * sin, b * cos, out=pairs[..., 1])
+            turned = pairs.flatten(-2)
         else:
             a, b = rotated[..., :half], rotated[..., half:]
             turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
