@@ -12,9 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
-from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -38,9 +36,8 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def share(self, device: torch.device) -> Share | None:
-        """How the processes of one machine share their reading onto this kind of device; None in a process
-        alone."""
+    def share(self) -> Share | None:
+        """How the processes of one machine share their reading; None in a process alone."""
         if self.size == 1:
             return None
         host = socket.gethostname()
@@ -50,7 +47,7 @@ class Ranks:
             name: dist.new_group([r for r, h in enumerate(hosts) if h == name], timeout=_PATIENCE)
             for name in sorted(set(hosts))
         }
-        return _OneReader(groups[host], hosts.index(host), self.rank, device)
+        return _OneReader(groups[host], hosts.index(host), self.rank)
 
     def everyones(self, own: T) -> list[T]:
         """What each rank gives, by rank."""
@@ -103,25 +100,10 @@ def local_device() -> torch.device:
 class _OneReader:
     """`Share` of the processes of one machine: rank `reader` reads."""
 
-    def __init__(self, group: Any, reader: int, rank: int, device: torch.device) -> None:
+    def __init__(self, group: Any, reader: int, rank: int) -> None:
         self.group, self.reader, self.reads = group, reader, rank == reader
-        self._connecting: Thread | None = None
-        if device.type == "cuda":
-            # The first send between GPUs makes their connection, which takes seconds: beside what prepares
-            # the run. Nothing else is sent between GPUs until it is made.
-            self._connecting = Thread(target=self._connect, args=(device,), daemon=True)
-            self._connecting.start()
-
-    def _connect(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
-        # Where it fails, the first tensor that is sent says why.
-        with suppress(Exception):
-            dist.broadcast(torch.zeros(1, device=device), src=self.reader, group=self.group)
 
     def spread(self, stored: torch.Tensor) -> None:
-        if self._connecting is not None:
-            self._connecting.join()
-            self._connecting = None
         if stored.numel():
             dist.broadcast(stored, src=self.reader, group=self.group)
 

@@ -102,7 +102,7 @@ class Experiment:
             prepared.architecture,
             device=prepared.device,
             attention_type=settings.cache_type,
-            share=self.ranks.share(prepared.device),
+            share=self.ranks.share(),
             compute=settings.compute,
             gpus=settings.gpus,
             side_by_side=settings.sequences if settings.sequences > 1 else 0,
