@@ -25,6 +25,8 @@ def unlike_lengths(settings: DiffSettings, kernel: Kernel, cells: Sequence[Cell]
         if cell.inputs.family in FAMILIES and cell.compared:
             at.setdefault((cell.inputs.shape, cell.inputs.n_kv), []).append(cell)
     found = []
+    # A few rows may be another call than many: of a length those, where there are any.
+    at = {key: [c for c in of if not c.inputs.faults_alone] or of for key, of in at.items()}
     for (shape, n_kv), brief in at.items():
         full = [of for (s, n), of in at.items() if s == shape and n not in settings.brief_n_kvs]
         if n_kv not in settings.brief_n_kvs or not full:
@@ -38,9 +40,10 @@ def unlike_lengths(settings: DiffSettings, kernel: Kernel, cells: Sequence[Cell]
 
 
 def _launched(cells: Sequence[Cell]) -> set[Any]:
-    """What either kernel launched for rows of the cells' length: where it cut is left aside, not whether."""
+    """What either kernel launched for rows of the cells' length: where it cut is left aside, not whether; and
+    how many tokens were asked."""
     return {
-        (role, path, signature._replace(cuts=()), len(signature.cuts) > 2)
+        (role, path, signature._replace(cuts=(), tokens=0), len(signature.cuts) > 2)
         for cell in cells
         for role, evidence in (("candidate", cell.candidate), ("baseline", cell.baseline))
         for path, n_kv, signature in evidence.trace.rows

@@ -27,6 +27,7 @@ from verify.kernels.call import Call, Result
 from verify.kernels.judging.families import FAMILIES
 from verify.kernels.kernel import Kernel
 from verify.kernels.registry import build_kernel
+from verify.kernels.trace import Launched, Signature
 from verify.machine.errors import UsageError
 from verify.machine.stages import StageClock
 
@@ -166,6 +167,27 @@ def test_where_a_kernel_is_another_one_all_is_asked_in_full(coarse_from: int, fu
 
     found = outcome(replace(SETTINGS, families=("gaussian", "softcap")), build)
     assert _kinds(found) == {"eager:kv=2": {"gaussian", "softcap"} if full else {"gaussian"}}
+
+
+def test_calls_of_few_tokens_are_no_other_kernel() -> None:
+    """A kernel that is called with a cell's rows says how many tokens that were."""
+
+    class OfTokens(Spoiled):
+        as_if_alone = False
+
+        def run(self, call: Call) -> Result:
+            ran = Signature(
+                kernel="k", binary="b", head_groups=(), cuts=(), launch="one", tokens=call.shape.rows
+            )
+            launched = Launched.every_row(call.path, call.n_kv, ran)
+            return replace(self.kernel.run(call), launched=launched)
+
+    def build(spec: str) -> Kernel:
+        return build_kernel(spec) if spec == "eager" else OfTokens(spec, lambda call: call)
+
+    for families in (("gaussian", "softcap"), ("softcap",)):
+        found = outcome(replace(SETTINGS, families=families), build)
+        assert _kinds(found) == {"eager:kv=2": {"gaussian"} & set(families)}
 
 
 def test_a_length_that_is_not_asked_is_refused(tmp_path: Path) -> None:
