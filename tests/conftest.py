@@ -72,6 +72,8 @@ def _workers() -> Iterator[ForkedWorkers]:
 
 # Where the starting of workers is what is asked about.
 _STARTED = ("tests/reliability/", "tests/kernels/test_foreign.py")
+# But what is said between a worker and us is the same of one that was forked.
+_FORKED = "tests/reliability/test_worker_protocol.py"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def _forked_workers(
     """Most of what a fast test of a `py:` kernel takes would be torch, loaded once more for each worker."""
     if sys.platform != "linux" or torch.cuda.is_available() or request.node.get_closest_marker("slow"):
         return
-    if not request.node.nodeid.startswith(_STARTED):
+    if request.node.nodeid.startswith(_FORKED) or not request.node.nodeid.startswith(_STARTED):
         monkeypatch.setattr("verify.kernels.foreign.process.subprocess", _workers)
 
 
