@@ -57,6 +57,10 @@ class Ranks:
         dist.all_gather_object(found, own)
         return found
 
+    def any(self, own: bool) -> bool:
+        """Whether any rank says so. Every rank has to ask."""
+        return any(self.everyones(own))
+
     def of_leader(self, own: T) -> T:
         """What rank 0 gives."""
         if self.size == 1:

@@ -133,6 +133,7 @@ class Experiment:
             capture=_each_of(hooks) if hooks else None,
             logits_files=prepared.logits_files or None,
             measured=settings.measured,
+            any_says=self.ranks.any,
         )
         self._side_by_side = 1 if hooks else self._processes(runner)
         rounds = Rounds(

@@ -116,6 +116,8 @@ class GroupJob:
     capture: Callable[[LayerCall], None] | None = None  # called with every layer's inputs of the exact arm
     logits_files: LogitsFiles | None = None  # where logits are saved, and engines' come from
     measured: int = 0  # windows on which kernels are measured and the floor runs (`Sample`), 0 for all
+    # Whether any process that shares the reading of its groups says so: all of them go back, or none.
+    any_says: Callable[[bool], bool] = bool
 
     def first_of(self, role: Role) -> str | None:
         """Name of the first arm of a role."""
@@ -196,7 +198,7 @@ class _GroupRun:
         trusting: bool = True,
     ) -> None:
         runner, windows, arms = job.runner, job.windows, job.arms
-        self.job, self.chosen = job, chosen
+        self.job, self.chosen, self.trusting = job, chosen, trusting
         runner.stopwatch.reset()
         runner.stream.read_bytes.clear()
         self.tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
@@ -312,13 +314,16 @@ class _GroupRun:
         """Ask the device for what it has seen, and wait for it."""
         for one in self.free:
             one.settle()
-        if any(one.trusted_wrongly for one in self.free):
-            raise _ControlDiffersError
         if self._finite and self.bad_layer is None:
             found = torch.stack([finite for _, finite in self._finite]).tolist()
             bad = [layer for (layer, _), finite in zip(self._finite, found, strict=True) if not finite]
             self.bad_layer = bad[0] if bad else None
         self._finite.clear()
+
+    def _look_at_controls(self) -> None:
+        """Raises _ControlDiffersError where an output that was trusted was not the control's own."""
+        if self.trusting and self.job.any_says(any(one.trusted_wrongly for one in self.free)):
+            raise _ControlDiffersError
 
     def _evidence(self) -> dict[str, Any]:
         """What a checkpoint holds beside hidden states."""
@@ -354,8 +359,10 @@ class _GroupRun:
                 )
             if layers == runner.architecture.sizes.layers:
                 self._settle()
+                self._look_at_controls()
             if checkpoints is not None and checkpoints.due:
                 self._settle()
+                self._look_at_controls()
                 checkpoints.keep(Checkpoint(self.chosen, layers, hidden, self._evidence()))
 
         slices = runner.run_group(

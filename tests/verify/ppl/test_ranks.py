@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from verify.ppl.groups import TOKEN_SCHEMA, GroupResult, join_groups
 from verify.ppl.rounds import Rounds
 from verify.ppl.top1 import TOP1_SCHEMA
 
+USER_KERNELS = Path(__file__).parents[2] / "support/user_kernels.py"
 MORE = ("--baseline", "flash:block=16", "--candidate", "flash:block=16,kv=2")
 
 
@@ -61,6 +63,33 @@ def test_ranks_and_memory_change_no_bit(tmp_path: Path) -> None:
         assert shared["speed"]["read_bytes"] <= rounds * once
         if rounds == 1:
             assert shared["speed"]["read_bytes"] == once
+
+
+def test_a_control_that_differs_in_one_rank_alone_has_all_go_back(tmp_path: Path) -> None:
+    """A group whose control differs is run again, by all: ranks take the same tensors, or wait for others."""
+    model, text, kernel = (
+        write_tiny_model(tmp_path / "tiny.gguf"),
+        write_text(tmp_path / "text.txt"),
+        tmp_path / "k.py",
+    )
+    kernel.write_text(
+        USER_KERNELS.read_text()
+        + "\nimport os\n"
+        + "\ndef restless(q, k, v, *, kv_len, scale):\n"
+        + "    off = 1e-6 * torch.rand(()) if os.environ.get('RANK') == '1' else 0\n"
+        + "    return good(q, k, v, kv_len=kv_len, scale=scale)[0] * (1 + off)\n"
+    )
+    out = tmp_path / "run"
+    asked = [*command(model, text, out), "--baseline", f"py:{kernel}::restless"]
+    done = verify_ranks([asked] * 2, tmp_path)
+    assert [d.returncode for d in done] == [4, 0], done
+    report = json.loads((out / "run.json").read_text())
+    assert report["verdict"] == "void" and "the control arm differs" in report["reasons"][0]
+    tokens = pq.read_table(out / "tokens.parquet").to_pandas()
+    nll = tokens.pivot_table(index=["window", "position"], columns="arm", values="nll")
+    differ = (nll["control"] != nll["baseline"]).groupby("window").mean()
+    # Five windows in groups of three and two.
+    assert list(differ[:3]) == [0, 0, 0] and all(differ[3:] > 0.5)
 
 
 def test_ranks_that_see_different_files_are_refused(tmp_path: Path) -> None:
