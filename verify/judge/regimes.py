@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -42,7 +43,9 @@ def boundaries(strata: Sequence[StratumResult]) -> list[Boundary]:
 
 
 def _apart(a: StratumResult, b: StratumResult) -> bool:
-    far = abs(math.log(a.ratio / b.ratio)) > math.log(REGIME_FACTOR)
+    # Where one of the two errs by nothing R may be 0, and the quotient of two be 0 or past any number.
+    a_log, b_log = (math.log(max(of.ratio, sys.float_info.min)) for of in (a, b))
+    far = abs(a_log - b_log) > math.log(REGIME_FACTOR)
     return far and (a.high < b.low or b.high < a.low)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from verify.arms.alone import TimeShare
-from verify.arms.arm import Arm, ArmRunner, Findings, FirstResult, Role
+from verify.arms.arm import Arm, ArmRunner, Findings, FirstResult, Place, Role
 from verify.arms.model_health import OVERFLOWS, model_fault
 from verify.arms.own_error import InPlace
 from verify.arms.sample import Sample
@@ -170,22 +170,28 @@ def run_group(
     """
     try:
         return _GroupRun(job, chosen, failed or {}, begin).run(progress, checkpoints, begin)
-    except _ControlDiffersError:
+    except _ControlDiffersError as found:
         # As a rule it does not, and no device need be asked at each layer whether it does. Its own outputs
-        # are gone on with now.
-        once_more = _GroupRun(job, chosen, failed or {}, begin, trusting=False)
+        # are gone on with now; that it differed stands, should it not do so again.
+        once_more = _GroupRun(job, chosen, failed or {}, begin, differed=found.differed)
         return once_more.run(progress, checkpoints, begin)
 
 
 class _ControlDiffersError(Exception):
-    """A control's output had other bits than its baseline's, which stood in its place."""
+    """A control's output had other bits than its baseline's, which stood in its place. differed: where it
+    had them first, by arm."""
+
+    def __init__(self, differed: Mapping[str, Place | None]) -> None:
+        super().__init__(*differed)
+        self.differed = differed
 
 
 class _GroupRun:
     """The passes of one group, and what is added up while they run.
 
-    trusting: a control goes on with its baseline's outputs; `run` raises _ControlDiffersError, before there
-    are logits, where they were not its own.
+    A control goes on with its baseline's outputs; `run` raises _ControlDiffersError, before there are logits,
+    where they were not its own, or another rank's were not. differed: what that said of a run before; no
+    control is trusted then.
     """
 
     def __init__(
@@ -195,10 +201,10 @@ class _GroupRun:
         failed: Mapping[str, Findings],
         begin: Checkpoint | None,
         *,
-        trusting: bool = True,
+        differed: Mapping[str, Place | None] | None = None,
     ) -> None:
         runner, windows, arms = job.runner, job.windows, job.arms
-        self.job, self.chosen, self.trusting = job, chosen, trusting
+        self.job, self.chosen, self.trusting = job, chosen, differed is None
         runner.stopwatch.reset()
         runner.stream.read_bytes.clear()
         self.tokens = torch.from_numpy(windows.tokens[chosen.start : chosen.stop])
@@ -236,6 +242,10 @@ class _GroupRun:
             if known:
                 findings = Findings.from_json(known["findings"][arm.name])
                 launched = LaunchTrace.from_json(known["traces"].get(arm.name, []))
+            trusting = self.trusting and arm.role == "control" and findings.attention_equal
+            if differed is not None and arm.name in differed:
+                first = findings.first_difference or differed[arm.name]
+                findings = replace(findings, attention_equal=False, first_difference=first)
             return ArmRunner(
                 arm,
                 outputs,
@@ -246,7 +256,7 @@ class _GroupRun:
                 first_results=first_results,
                 findings=findings,
                 launched=launched,
-                trusting=trusting and arm.role == "control" and findings.attention_equal,
+                trusting=trusting,
             )
 
         self.free = [free(arm) for arm in arms]
@@ -322,8 +332,9 @@ class _GroupRun:
 
     def _look_at_controls(self) -> None:
         """Raises _ControlDiffersError where an output that was trusted was not the control's own."""
-        if self.trusting and self.job.any_says(any(one.trusted_wrongly for one in self.free)):
-            raise _ControlDiffersError
+        wrongly = [one for one in self.free if one.trusted_wrongly]
+        if self.trusting and self.job.any_says(bool(wrongly)):
+            raise _ControlDiffersError({one.name: one.findings.first_difference for one in wrongly})
 
     def _evidence(self) -> dict[str, Any]:
         """What a checkpoint holds beside hidden states."""

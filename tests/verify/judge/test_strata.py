@@ -182,6 +182,13 @@ def test_lengths_of_which_the_same_is_true_are_one_regime() -> None:
     assert boundaries(found.strata) == []
 
 
+def test_sums_that_overflow_in_every_row_at_one_length_are_no_regime() -> None:
+    """It has no ratio there, and the others of its run keep theirs."""
+    for kinds in ([stratum(1.0), stratum(math.inf, n_kv=8192)], [stratum(math.inf), stratum(1.0, n_kv=8192)]):
+        found = judge_strata(kinds, 1.25)
+        assert boundaries(found.strata) == [] and "inconclusive" in sentence(found)
+
+
 def test_few_rows_say_that_they_are_few_and_how_many_would_do() -> None:
     few = judge_strata([stratum(1.1, rows=6)], 1.25)
     assert few.word == "inconclusive"

@@ -71,6 +71,30 @@ def test_a_fault_of_free_calls_that_is_not_met_again_never_passes(tiny: Tiny, tm
     assert again.now.verdict == "inconclusive" and "8 arms with a rounding" in again.now.reasons[0]
 
 
+@pytest.mark.usefixtures("_no_call_is_asked_twice_or_alone")
+def test_a_baseline_that_gives_other_bits_once_voids_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    """Its group is run again, where it gives them no more."""
+    file = tmp_path / "once.py"
+    file.write_text(
+        KERNELS.read_text()
+        # Each arm's kernel is a module of its own: what was asked is known by the file.
+        + "\nfrom pathlib import Path\nfrom zlib import crc32\n"
+        + "def once(q, k, v, *, kv_len, scale):\n"
+        + "    out, lse = good(q, k, v, kv_len=kv_len, scale=scale)\n"
+        + f"    file, asked = Path({str(tmp_path / 'asked')!r}), f'{{crc32(q.numpy())}};'\n"
+        + "    file.open('a').write(asked)\n    said = file.read_text()\n"
+        # In place and by the baseline it was asked this before.
+        + "    if said.count(asked) == 3 and 'wrong' not in said:\n"
+        + "        out[0, 40, 1] *= 1 + 2**-20\n        file.open('a').write('wrong;')\n"
+        + "    return out, lse\n"
+    )
+    done, report = run(tiny, tmp_path / "run", "--chunks", "2", "--baseline", f"py:{file}::once,acc=f32")
+    assert (done.returncode, report["verdict"]) == (4, "void"), report["reasons"]
+    assert report["reasons"][0].startswith(
+        "the control arm differs from its baseline, first at window 1, layer 0, position 40, head 1: "
+    )
+
+
 def test_right_kernels_are_not_unsteady(tiny: Tiny, tmp_path: Path) -> None:
     coarse = ("--candidate", "eager:acc=f16", "--candidate", "eager:p=bf16", "--candidate", "eager:out=f16")
     done, report = run(tiny, tmp_path / "run", "--baseline", "eager:out=f32", *coarse)
