@@ -48,9 +48,8 @@ def command(
         str,
         typer.Option(
             "--brief",
-            help="those of --n-kv at which inputs whose roundings do not change with the number of keys are"
-            f" asked for faults alone, in a few rows; default {CPU_BRIEF} on a CPU without --n-kv and"
-            " --inputs, else none",
+            help="those of --n-kv at which one-hot probes ask for each key once, of one KV head; default"
+            f" {CPU_BRIEF} on a CPU without --n-kv and --inputs, else none",
         ),
     ] = "",
     baseline: options.Baseline = DEFAULT_BASELINE,

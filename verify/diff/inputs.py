@@ -37,9 +37,6 @@ MOST_TIMES = 16
 FEW_ROWS = 4
 # What longer rows are asked: numbers that are plain, and one heavy key beside an edge.
 LONG_FAMILIES = ("gaussian", "needles")
-# Kinds whose roundings change with the number of keys, by how many terms, maxima and parts are added up: they
-# have their stratum at every length. Of the others `brief_n_kvs` ask faults alone.
-LENGTH_FAMILIES = ("gaussian", "needles", "gaps", "rising", "falling", "one-sign")
 # Of plain inputs, on which a baseline's error is typical.
 PLAIN_ROWS = 16
 # Query tokens a call of the path `several`, where nobody says how many.
@@ -82,8 +79,7 @@ class DiffSettings:
     n_q: int = 0
     # Visible keys of longer rows, that are asked for faults alone: a few, of `LONG_FAMILIES`.
     long_n_kvs: tuple[int, ...] = ()
-    # Of the visible keys, those at which kinds beside `LENGTH_FAMILIES` are asked for faults alone, in a few
-    # rows, and one-hot probes ask for each key once (`probe_makers`).
+    # Of the visible keys, those at which one-hot probes ask for each key once (`probe_makers`).
     brief_n_kvs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -147,23 +143,6 @@ def all_inputs(
         yield from _long_inputs(settings, shape, device, clock)
 
 
-def in_full(
-    settings: DiffSettings,
-    wanted: Sequence[tuple[str, int, tuple[int, ...]]],
-    device: torch.device,
-    clock: StageClock,
-) -> Iterator[CellInputs]:
-    """What was asked briefly, in full. wanted: shape, length, and the numbers of the candidates."""
-    plain = replace(settings, brief_n_kvs=())
-    for name, n_kv, candidates in wanted:
-        for family in settings.families:
-            if _is_brief(settings, n_kv, family):
-                for each in _of_kind(plain, shape_named(name), n_kv, family, device, clock):
-                    asked = tuple(i for i in each.candidates or () if i in candidates)
-                    if asked and isinstance(each, CellInputs):
-                        yield replace(each, candidates=asked)
-
-
 def _of_kind(
     settings: DiffSettings,
     shape: ModelShape,
@@ -181,8 +160,7 @@ def _of_kind(
             few = _sizes(replace(settings, rows=2), shape, n_kv, edges)
             yield Probing(shape.name, n_kv, few, tuple(candidates), n_kv in settings.brief_n_kvs)
             continue
-        brief = _is_brief(settings, n_kv, family)
-        few_rows = brief or family not in FAMILIES
+        few_rows = family not in FAMILIES
         sizes = _sizes(_few_rows(settings) if few_rows else settings, shape, n_kv, edges)
         draws = settings.seeds * (1 if few_rows else _calls_a_cell(settings))
         for seed in range(settings.first_seed, settings.first_seed + draws):
@@ -192,7 +170,6 @@ def _of_kind(
                 "family": family,
                 "seed": seed,
                 "candidates": tuple(candidates),
-                "faults_alone": brief,
             }
             kind = ALL_FAMILIES[family]
             if kind.unseen is None and not kind.after:
@@ -297,17 +274,11 @@ def _few_rows(settings: DiffSettings) -> DiffSettings:
     return replace(settings, rows=FEW_ROWS, most_rows=0, n_q=min(settings.n_q, FEW_ROWS))
 
 
-def _is_brief(settings: DiffSettings, n_kv: int, family: str) -> bool:
-    """Whether a kind of numbers is asked for faults alone at a length."""
-    return n_kv in settings.brief_n_kvs and family in FAMILIES and family not in LENGTH_FAMILIES
-
-
 def brief_sentence(settings: DiffSettings, n_kv: int) -> str:
-    """What is asked of one of the `brief_n_kvs` for faults alone; nothing where all is asked in full."""
-    named = [family for family in settings.families if _is_brief(settings, n_kv, family)]
-    if not named:
+    """What one of the `brief_n_kvs` is asked less; nothing where it is asked no probes."""
+    if PROBES not in settings.families:
         return ""
-    return f"{n_kv:,} keys: {FEW_ROWS} rows of {', '.join(named)}, for faults alone; --n-kv {n_kv} asks all"
+    return f"{n_kv:,} keys: one-hot probes asked for each key once, of one KV head; --n-kv {n_kv} asks all"
 
 
 def _calls_a_cell(settings: DiffSettings) -> int:
@@ -325,8 +296,7 @@ def count_inputs(settings: DiffSettings) -> int | None:
             groups = len(_by_edges(settings, shape_named(name), n_kv))
             for family in settings.families:
                 draws = 1 if family == PROBES else settings.seeds
-                few_rows = family not in FAMILIES or _is_brief(settings, n_kv, family)
-                draws *= 1 if few_rows else _calls_a_cell(settings)
+                draws *= 1 if family not in FAMILIES else _calls_a_cell(settings)
                 total += (groups if _edged(family) else 1) * draws
         for n_kv, family in long_kinds(settings):
             total += len(_by_edges(settings, shape_named(name), n_kv)) if _edged(family) else 1

@@ -29,7 +29,6 @@ from verify.diff.inputs import (
     DiffSettings,
     brief_sentence,
     first_call,
-    in_full,
     lengths_to_read,
     long_kinds,
     more_inputs,
@@ -38,7 +37,6 @@ from verify.diff.inputs import (
 from verify.diff.looks import looks_sentence, undecided
 from verify.diff.naming import looks_like
 from verify.diff.probing import PROBES, Probing, probe_kernels
-from verify.diff.regimes import unlike_lengths
 from verify.diff.results import CandidateResult, DiffOutcome, LengthLine, alone_sentence, run_json
 from verify.diff.stored_baseline import BaselineStore, StoredBaseline
 from verify.identify.learning import learn
@@ -111,14 +109,8 @@ def run_diff(
     bench = _Bench(settings, device, clock, candidates, baselines, [match.baseline for match in matches])
     bench.store, bench.stored = store, stored
     stopped, interrupted = "", False
-    unlike: list[tuple[str, int, tuple[int, ...]]] = []
     try:
         bench.examine_all(inputs)
-        # A stored baseline has what was asked of it.
-        unlike += bench.unlike_lengths() if stored is None else []
-        if unlike:
-            kinds = "lengths at which kernels compute as at no other are asked in full"
-            bench.examine_all(show(in_full(settings, unlike, device, clock), kinds))
         for look in range(2, settings.looks + 1):
             wanted = undecided(settings, bench.judged())
             if not wanted:
@@ -160,9 +152,6 @@ def run_diff(
         notes += [f"{n_kv:,} keys: {FEW_ROWS} rows of {named}, for faults alone"] if named else []
     for n_kv in settings.brief_n_kvs:
         notes += [line] if (line := brief_sentence(settings, n_kv)) else []
-    for name, n_kv, which in unlike:
-        specs = ", ".join(settings.candidates[i] for i in which)
-        notes.append(f"{name} at {n_kv:,} keys: {specs} computed as at no other length, and was asked all")
     if stored is not None:
         notes.append(f"the baseline did not run: its figures are those of {stored.path} ({stored.device})")
     notes += [
@@ -369,14 +358,6 @@ class _Bench:
                 call = plain_call(self.settings, each.shape, each.n_kv, self.device)
                 self._typical[key] = typical_error(self.baselines[spec], call)
         return self._typical[key]
-
-    def unlike_lengths(self) -> list[tuple[str, int, tuple[int, ...]]]:
-        """Shapes and brief lengths at which candidates compute as at no other, and the numbers of these."""
-        found: dict[tuple[str, int], list[int]] = {}
-        for i, (kernel, cells) in enumerate(zip(self.candidates, self.cells, strict=True)):
-            for at in unlike_lengths(self.settings, kernel, cells) if self.settings.brief_n_kvs else ():
-                found.setdefault(at, []).append(i)
-        return [(*at, tuple(which)) for at, which in found.items()]
 
     def judged(self) -> list[CandidateResult]:
         """The verdict on each candidate by what was examined so far."""
