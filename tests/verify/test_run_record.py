@@ -121,6 +121,7 @@ def test_a_run_is_the_same_after_it_was_saved_and_read(earlier: Path) -> None:
         assert [line.pop(name) for name in ("tokens_a_call", "page", "sequences")] == [None, 0, 1]
     for kernel in again["in_place"]:
         assert kernel.pop("lse_budget_ratio") is None
+    assert again["speed"].pop("processes") == 1
     assert again.pop("headroom") is None
     assert [again.pop(name) for name in ("alone", "caches", "free_noise", "path_alone")] == [[]] * 4
     assert again == stored
