@@ -240,7 +240,7 @@ AT_ONCE = [law for law in LAWS.values() if law.name != "cache-read-back" and law
 @pytest.mark.parametrize("law", AT_ONCE, ids=lambda law: law.name)
 def test_keeps_the_law(law: Law) -> None:
     # The first case is the simplest there is. Small ones have several tiles and parts too.
-    keeps(law, examples=8, small=True)
+    keeps(law, examples=4, small=True)
 
 
 @pytest.mark.slow
