@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,27 @@ def gpu_run(shape: object) -> dict[str, str]:
         "triton": triton.__version__,
         "shape": str(shape),
     }
+
+
+def measure_lines(
+    result: dict[str, Any],
+    measured: Iterable[Callable[[], Sequence[Mapping[str, Any]]]],
+    *,
+    seconds: float,
+    out: Path | None,
+) -> None:
+    """Adds to `lines` of a result, and prints, what each of them measures; begins none once the seconds are
+    over. The file is written after each: what was measured is kept, whatever the next one does."""
+    begun = time.time()
+    for measure in measured:
+        if time.time() - begun > seconds:
+            result["stopped"] = f"after {seconds:g} s"
+            break
+        for line in measure():
+            result["lines"].append(line)
+            print(json.dumps(line), flush=True)
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write_result(result: Mapping[str, Any], out: Path | None) -> None:

@@ -9,14 +9,13 @@ Nothing new is begun after `--seconds`.
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from commit import gpu_run
+from commit import gpu_run, measure_lines
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -80,18 +79,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     result: dict[str, Any] = {**gpu_run(SHAPES[0]), "lines": []}
-    begun = time.time()
-    for shape in SHAPES:
-        for n_kv in LENGTHS:
-            if time.time() - begun > arguments.seconds:
-                result["stopped"] = f"after {arguments.seconds:g} s"
-                break
-            for line in measured(shape, n_kv):
-                result["lines"].append(line)
-                print(json.dumps(line), flush=True)
-            if arguments.out:
-                # What was measured is kept, whatever the next one does.
-                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    calls = [partial(measured, shape, n_kv) for shape in SHAPES for n_kv in LENGTHS]
+    measure_lines(result, calls, seconds=arguments.seconds, out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ Float16, one row more a token; times as in `decode.py`. TFLOP/s count the produc
 from __future__ import annotations
 
 import argparse
-import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from commit import gpu_run
+from commit import gpu_run, measure_lines
 
 from verify.kernels.call import checked_call
 from verify.kernels.heads import Heads
@@ -49,8 +48,8 @@ def product_rate() -> float:
     return 2 * 8192**3 / time_calls([lambda: a @ a], replays=5).median_us / 1e6
 
 
-def measured(of: Windows, rate: float) -> dict[str, Any]:
-    """A line of the table; rate: TFLOP/s that a product reaches."""
+def measured(of: Windows, rate: float) -> list[dict[str, Any]]:
+    """The line of the table; rate: TFLOP/s that a product reaches."""
     q, k, v = (
         torch.randn(of.count, of.context, heads, of.heads.k_size, device="cuda", dtype=torch.float16)
         for heads in (of.heads.q, of.heads.kv, of.heads.kv)
@@ -62,7 +61,9 @@ def measured(of: Windows, rate: float) -> dict[str, Any]:
     tflop_s = of.count * of.heads.q * sizes * of.context * (of.context + 1) / us / 1e6
     shape = f"{of.heads.q}/{of.heads.kv}x{of.heads.k_size}"
     line = {"shape": shape, "windows": of.count, "n_ctx": of.context, "kernel": of.kernel}
-    return line | {"us": round(us, 1), "tflop_s": round(tflop_s, 1), "of_products": round(tflop_s / rate, 3)}
+    return [
+        line | {"us": round(us, 1), "tflop_s": round(tflop_s, 1), "of_products": round(tflop_s / rate, 3)}
+    ]
 
 
 def main() -> None:
@@ -73,16 +74,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     rate = product_rate()
     result: dict[str, Any] = {**gpu_run(SMOL), "product_tflop_s": round(rate, 1), "lines": []}
-    begun = time.time()
-    for call in CALLS:
-        if time.time() - begun > arguments.seconds:
-            result["stopped"] = f"after {arguments.seconds:g} s"
-            break
-        result["lines"].append(measured(call, rate))
-        print(json.dumps(result["lines"][-1]), flush=True)
-        if arguments.out:
-            # What was measured is kept, whatever the next one does.
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    calls = [partial(measured, call, rate) for call in CALLS]
+    measure_lines(result, calls, seconds=arguments.seconds, out=arguments.out)
 
 
 if __name__ == "__main__":

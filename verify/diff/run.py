@@ -446,9 +446,7 @@ def _judge(
         )
 
     lines = []
-    for of_line in _by_line(cells):
-        if all(c.inputs.faults_alone and not c.faults for c in of_line):
-            continue
+    for of_line in _by_line([c for c in cells if c.faults or not c.inputs.faults_alone]):
         of = of_line[0].inputs.shape, of_line[0].inputs.n_kv
         own, single = strata.only(*of), alone.only(*of) if alone is not None else None
         lines.append(LengthLine(of_line, decide(found(of_line, own, single)), own))

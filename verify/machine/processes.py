@@ -8,6 +8,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,6 +18,8 @@ from verify.kernels.errors import MachineFailure
 
 Input = TypeVar("Input")
 Found = TypeVar("Found")
+# On systems without fork nothing here is asked for more than one process.
+_CONTEXT: Any = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 
 
 def _nothing(*_: Any) -> None:
@@ -56,19 +59,8 @@ def answered(
         work.tell(one)
         return work.ask(one)
 
-    context = multiprocessing.get_context("fork")
-    taken, ended = context.Value("q", 0), context.Value("b", 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    others = []
-    try:
-        for _ in range(processes - 1):
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_other, args=(inputs, work, taken, ended, there), daemon=True)
-            with _interrupts_wait():
-                process.start()
-            there.close()
-            others.append((process, here))
+    taken, ended = _CONTEXT.Value("q", 0), _CONTEXT.Value("b", 0)
+    with _forked([partial(_other, inputs, work, taken, ended)] * (processes - 1)) as others:
         seen: list[Input] = []
         found: dict[int, Any] = {}
         stopped: BaseException | None = None
@@ -79,10 +71,7 @@ def answered(
         except BaseException as error:
             stopped, ended.value = error, 1
         for process, here in others:
-            try:
-                its, told = pickle.loads(here.recv_bytes())
-            except EOFError:
-                raise MachineFailure("one of the processes of this run was ended from outside") from None
+            its, told = _heard(here)
             found |= its
             work.enter(told)
             process.join()
@@ -94,11 +83,48 @@ def answered(
             yield one, found[i]
         if stopped is not None:
             raise stopped
+
+
+@contextmanager
+def _forked(
+    tasks: Sequence[Callable[[Connection], None]],
+) -> Iterator[list[tuple[multiprocessing.process.BaseProcess, Connection]]]:
+    """A process for each task, and where it is heard. All have one thread meanwhile, this one among them; no
+    process outlives this."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    others: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+    try:
+        for task in tasks:
+            here, there = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(target=task, args=(there,), daemon=True)
+            with _interrupts_wait():
+                process.start()
+            there.close()
+            others.append((process, here))
+        yield others
     finally:
         torch.set_num_threads(threads)
         for process, here in others:
             process.kill()
             here.close()
+
+
+def _heard(here: Connection) -> Any:
+    """What a forked process tells. Raises MachineFailure where it was killed."""
+    try:
+        return pickle.loads(here.recv_bytes())
+    except EOFError:
+        raise MachineFailure("one of the processes of this run was ended from outside") from None
+
+
+def _tell_and_end(there: Connection, found: Any) -> None:
+    """The end of a process that was forked."""
+    # Whole: tensors would be handed over by a process that is there no more.
+    there.send_bytes(pickle.dumps(found, pickle.HIGHEST_PROTOCOL))
+    there.close()
+    # Nothing of the first process's is to be closed or written here.
+    os._exit(0)
 
 
 @contextmanager
@@ -117,34 +143,15 @@ def at_once(asked: Sequence[Callable[[], Found]]) -> list[Found]:
     All have one thread; what the others give can be pickled. An interrupt is for this process, and ends the
     others with it. Raises what one of them raises, and MachineFailure where one was killed.
     """
-    context = multiprocessing.get_context("fork")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    others = []
-    try:
-        for one in asked[1:]:
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_answer, args=(one, there), daemon=True)
-            with _interrupts_wait():
-                process.start()
-            there.close()
-            others.append((process, here))
+    with _forked([partial(_answer, one) for one in asked[1:]]) as others:
         found = [one() for one in asked[:1]]
         for process, here in others:
-            try:
-                its = pickle.loads(here.recv_bytes())
-            except EOFError:
-                raise MachineFailure("one of the processes of this run was ended from outside") from None
+            its = _heard(here)
             if isinstance(its, _Failed):
                 raise its.error
             process.join()
             found.append(its)
         return found
-    finally:
-        torch.set_num_threads(threads)
-        for process, here in others:
-            process.kill()
-            here.close()
 
 
 def _answer(one: Callable[[], Any], there: Connection) -> None:
@@ -154,9 +161,7 @@ def _answer(one: Callable[[], Any], there: Connection) -> None:
         found: Any = one()
     except Exception as error:
         found = _Failed(error)
-    there.send_bytes(pickle.dumps(found, pickle.HIGHEST_PROTOCOL))
-    there.close()
-    os._exit(0)
+    _tell_and_end(there, found)
 
 
 def _say_nothing() -> None:
@@ -216,8 +221,4 @@ def _other(
             return _Failed(error)
 
     _share(inputs, asked, taken, ended, found)
-    # Whole: tensors would be handed over by a process that is there no more.
-    there.send_bytes(pickle.dumps((found, work.closing()), pickle.HIGHEST_PROTOCOL))
-    there.close()
-    # Nothing of the first process's is to be closed or written here.
-    os._exit(0)
+    _tell_and_end(there, (found, work.closing()))
